@@ -1,0 +1,106 @@
+"""Errors a user can cause, each with a stable code, what happened, where, and how to fix it.
+
+`PronghornError.__str__` is one sentence for a terminal: ``[PH201] message (where). Fix: ...``. Commands print it
+without a traceback and exit with status 2. `docs/errors.md` is generated from the subclasses of this module.
+
+Codes: PH1xx checkpoints and models, PH2xx adapters and the engine, PH3xx data, PH4xx configuration and commands,
+PH5xx hardware and memory, PH6xx saving and export.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class PronghornError(Exception):
+    """Base of all user-facing errors.
+
+    Args:
+        message: what happened, one sentence without a trailing full stop.
+        fix: the smallest change that helps.
+        where: file, line, module or row that the message is about.
+    """
+
+    code = "PH000"
+
+    def __init__(self, message: str, *, fix: str = "", where: str = "") -> None:
+        super().__init__(message)
+        self.message, self.fix, self.where = message, fix, where
+
+    def __str__(self) -> str:
+        where = f" ({self.where})" if self.where else ""
+        fix = f" Fix: {self.fix}" if self.fix else ""
+        return f"[{self.code}] {self.message}{where}.{fix}"
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A "did you mean" clause for an unknown name, or an empty string when nothing is close."""
+    close = get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f"did you mean '{close[0]}'?" if close else ""
+
+
+class ModelNotFound(PronghornError):
+    """A model folder, hub id or file could not be found."""
+
+    code = "PH101"
+
+
+class CheckpointCorrupt(PronghornError):
+    """A checkpoint exists but cannot be read: truncated, wrong format, missing shards or keys."""
+
+    code = "PH102"
+
+
+class UnsupportedCheckpoint(PronghornError):
+    """A checkpoint is readable but refused: pickle weights, remote code, an unknown quantisation."""
+
+    code = "PH103"
+
+
+class TokenizerProblem(PronghornError):
+    """The tokenizer is missing, or lacks what the work needs (a chat template, an EOS token)."""
+
+    code = "PH104"
+
+
+class TargetModuleNotFound(PronghornError):
+    """`target_modules` or `modules_to_save` names something the model does not have."""
+
+    code = "PH201"
+
+
+class BindingRefused(PronghornError):
+    """`strict=True` and part of the model cannot take the fast path."""
+
+    code = "PH202"
+
+
+class BackwardTwice(PronghornError):
+    """A second backward through one forward; the saved activations were consumed by the first."""
+
+    code = "PH203"
+
+
+class UnknownSaveLevel(PronghornError):
+    """A save level that is not one of none, attention, matmuls, all, or a list of the wrong length."""
+
+    code = "PH204"
+
+
+class ConfigInvalid(PronghornError):
+    """A configuration file has an unknown key, a value of the wrong type or outside its choices, or is no YAML."""
+
+    code = "PH401"
+
+
+class CommandMisused(PronghornError):
+    """A command was given arguments that do not go together, or a file or folder it cannot use."""
+
+    code = "PH402"
+
+
+class PackageMissing(PronghornError):
+    """Something this work needs is not installed on this machine."""
+
+    code = "PH403"
