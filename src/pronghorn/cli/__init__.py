@@ -1,0 +1,1 @@
+"""The command: parse and print. What is done lies in the layers below."""

@@ -1,0 +1,112 @@
+"""``pronghorn train | quickstart | chat | doctor``. Only the chosen subcommand's modules are imported."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from pronghorn.errors import PronghornError
+
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status: 0, 2 for a mistake that is explained, 130 when interrupted."""
+    options = build_parser().parse_args(argv)
+    try:
+        return int(_commands()[options.command](options))
+    except PronghornError as error:
+        print(f"pronghorn: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        print("\npronghorn: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # The reader of a pipe went away (`pronghorn doctor | head`). Python would complain once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="pronghorn",
+        description="Fine-tune language models fast and in little memory, on stock Hugging Face checkpoints.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    train = commands.add_parser("train", help="train a model as a YAML file describes it")
+    train.add_argument("config", metavar="CONFIG.yaml")
+    train.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        dest="overrides",
+        metavar="SECTION.KEY=VALUE",
+        help="change one value, such as training.max_steps=10 (repeatable)",
+    )
+    train.add_argument(
+        "--resume", action="store_true", help="go on from the last checkpoint in the output folder"
+    )
+
+    quickstart = commands.add_parser(
+        "quickstart", help="fine-tune a real 135M model on real data, on any machine"
+    )
+    quickstart.add_argument("--out", default="outputs/quickstart", metavar="DIR")
+    quickstart.add_argument(
+        "--steps", type=_positive, metavar="N", help="training steps (default: by hardware)"
+    )
+
+    chat = commands.add_parser("chat", help="talk to a model or an adapter")
+    chat.add_argument("model", metavar="MODEL_OR_ADAPTER", help="a folder, a .gguf file or a hub id")
+    chat.add_argument("--prompt", metavar="TEXT", help="answer this once instead of opening a conversation")
+    chat.add_argument("--system", metavar="TEXT", help="system message")
+    chat.add_argument("--max-new-tokens", type=_positive, default=256, metavar="N")
+    chat.add_argument(
+        "--temperature", type=_not_negative, default=0.0, metavar="T", help="0 (default): most likely"
+    )
+    chat.add_argument("--load-in-4bit", action="store_true")
+
+    doctor = commands.add_parser("doctor", help="versions, hardware, and which paths are on and why")
+    doctor.add_argument("--json", action="store_true", help="print the same facts as JSON")
+    return parser
+
+
+def _commands() -> dict:
+    def train(options: argparse.Namespace) -> int:
+        from pronghorn.cli.train import run
+
+        return run(options.config, options.overrides, resume=options.resume)
+
+    def quickstart(options: argparse.Namespace) -> int:
+        from pronghorn.cli.quickstart import run
+
+        return run(options.out, options.steps)
+
+    def chat(options: argparse.Namespace) -> int:
+        from pronghorn.cli.chat import run
+
+        return run(options)
+
+    def doctor(options: argparse.Namespace) -> int:
+        from pronghorn.cli.doctor import run
+
+        return run(as_json=options.json)
+
+    return {"train": train, "quickstart": quickstart, "chat": chat, "doctor": doctor}
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return number
+
+
+def _not_negative(text: str) -> float:
+    number = float(text)
+    if not number >= 0:
+        raise argparse.ArgumentTypeError("must be at least 0")
+    return number

@@ -1,0 +1,405 @@
+"""A training run described in YAML: frozen dataclasses, read strictly and without importing torch.
+
+An unknown key, a value of the wrong type or outside its choices is refused with the file, the line and, where one is
+close, the key that was probably meant. The names are those of the Python interface: ``model`` holds the arguments of
+`FastLanguageModel.from_pretrained`, ``adapter`` those of `FastLanguageModel.get_peft_model`, ``training`` those of
+`SFTConfig` (and any other field of TRL's SFTConfig or Transformers' TrainingArguments, checked when a run starts).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import types
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from pronghorn.errors import ConfigInvalid, nearest
+
+SaveLevel = Literal["none", "attention", "matmuls", "all", "unsloth"]
+
+
+@dataclass(frozen=True)
+class ModelSection:
+    """Which model, and how it is loaded (`FastLanguageModel.from_pretrained`)."""
+
+    name: str = field(metadata={"argument": "model_name"})
+    max_seq_length: int = field(default=2048, metadata={"at_least": 1})
+    dtype: Literal["bfloat16", "float16", "float32"] | None = None
+    load_in_4bit: bool = False
+    load_in_8bit: bool = False
+    bnb_4bit_use_double_quant: bool | None = None
+    full_finetuning: bool = False
+    revision: str | None = None
+    trust_remote_code: bool | None = None
+    device_map: str | dict[str, Any] | None = None
+    rope_scaling: dict[str, Any] | None = None
+    attn_implementation: str | None = None
+    use_gradient_checkpointing: bool | SaveLevel | None = None
+    random_state: int | None = None
+    strict: bool | None = None
+
+
+@dataclass(frozen=True)
+class AdapterSection:
+    """Which adapter is trained (`FastLanguageModel.get_peft_model`). Not used with ``model.full_finetuning``."""
+
+    r: int | None = field(default=None, metadata={"at_least": 1})
+    target_modules: list[str] | str | None = None
+    lora_alpha: int | float | None = None
+    lora_dropout: float | None = field(default=None, metadata={"at_least": 0, "below": 1})
+    bias: Literal["none", "all", "lora_only"] | None = None
+    use_gradient_checkpointing: bool | SaveLevel | None = None
+    random_state: int | None = None
+    use_rslora: bool | None = None
+    use_dora: bool | None = None
+    modules_to_save: list[str] | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: str | list[str] | None = None
+    init_lora_weights: bool | str | None = None
+
+
+@dataclass(frozen=True)
+class DataSection:
+    """Which rows, and which part of them is trained on."""
+
+    dataset: str
+    """``docstrings`` (Python's own library), a .json, .jsonl, .csv or .parquet file, a folder, or a hub id."""
+    subset: str | None = None
+    split: str = "train"
+    held_back: int = field(default=0, metadata={"at_least": 0})
+    """Rows set aside for evaluation, chosen with ``training.seed``."""
+    limit: int | None = field(default=None, metadata={"at_least": 1})
+    text_field: str | None = None
+    """Column of plain text; without it chat (``messages``), prompt/completion and Alpaca rows are recognised."""
+    responses_only: bool = True
+    """Train on the assistant's answers only (chat, prompt/completion and Alpaca rows)."""
+
+
+@dataclass(frozen=True)
+class TrainingSection:
+    """How it is trained (`SFTConfig`). None leaves the default of SFTConfig."""
+
+    max_steps: int | None = field(default=None, metadata={"at_least": -1})
+    num_train_epochs: float | None = field(default=None, metadata={"at_least": 0})
+    per_device_train_batch_size: int | None = field(default=None, metadata={"at_least": 1})
+    per_device_eval_batch_size: int | None = field(default=None, metadata={"at_least": 1})
+    gradient_accumulation_steps: int | None = field(default=None, metadata={"at_least": 1})
+    learning_rate: float | None = field(default=None, metadata={"at_least": 0})
+    lr_scheduler_type: str | None = None
+    warmup_steps: int | float | None = field(default=None, metadata={"at_least": 0})
+    weight_decay: float | None = field(default=None, metadata={"at_least": 0})
+    max_grad_norm: float | None = field(default=None, metadata={"at_least": 0})
+    optim: str | None = None
+    max_length: int | None = field(default=None, metadata={"at_least": 1})
+    packing: bool | None = None
+    gradient_checkpointing: bool | None = None
+    logging_steps: int | float | None = field(default=None, metadata={"at_least": 0})
+    eval_strategy: Literal["no", "steps", "epoch"] | None = None
+    eval_steps: int | float | None = field(default=None, metadata={"at_least": 0})
+    save_strategy: Literal["no", "steps", "epoch", "best"] | None = None
+    save_steps: int | float | None = field(default=None, metadata={"at_least": 0})
+    save_total_limit: int | None = field(default=None, metadata={"at_least": 0})
+    report_to: str | list[str] | None = None
+    seed: int = 3407
+    other: dict[str, Any] = field(default_factory=dict, metadata={"catches_unknown": True})
+    """Further fields of SFTConfig, as written; `training_arguments` checks their names."""
+
+
+@dataclass(frozen=True)
+class OutputSection:
+    """What is left when the run ends."""
+
+    folder: str = "outputs"
+    save_adapter: bool = True
+    save_merged: Literal["merged_16bit", "merged_4bit"] | None = None
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One training run. ``source`` and ``lines`` (dotted key to line) are for messages."""
+
+    model: ModelSection
+    data: DataSection
+    adapter: AdapterSection = AdapterSection()
+    training: TrainingSection = TrainingSection()
+    output: OutputSection = OutputSection()
+    source: str = field(default="", metadata={"hidden": True}, compare=False)
+    lines: Mapping[str, int] = field(default_factory=dict, metadata={"hidden": True}, compare=False)
+
+    def where(self, key: str) -> str:
+        """``config.yaml, line 7`` for a dotted key."""
+        return _where(self.source, self.lines, key)
+
+
+def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
+    """Read and check ``path``; ``overrides`` are ``section.key=value`` with the value in YAML.
+
+    Raises:
+        ConfigInvalid: no such file, no YAML, or a key or value that a run does not know.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigInvalid("there is no such file", where=str(path), fix="check the path") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigInvalid(f"the file cannot be read: {error}", where=str(path)) from None
+    return parse_config(text, str(path), overrides)
+
+
+def parse_config(text: str, source: str = "config", overrides: Iterable[str] = ()) -> RunConfig:
+    """`load_config` for a string; ``source`` names it in messages."""
+    lines: dict[str, int] = {}
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        values = {} if node is None else _plain(node, "", lines, source)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        place = f"{source}, line {mark.line + 1}" if mark else source
+        problem = str(error.problem or error.context)
+        raise ConfigInvalid(f"this is not YAML: {problem}", where=place, fix="correct that line") from None
+    except yaml.YAMLError as error:
+        raise ConfigInvalid(f"this is not YAML: {error}", where=source) from None
+    if not isinstance(values, dict):
+        raise ConfigInvalid(
+            "a configuration is a list of sections, each with keys", where=source, fix=_SECTIONS
+        )
+    for override in overrides:
+        _override(values, lines, override)
+    sections = _section(RunConfig, values, "", source, lines)
+    config = dataclasses.replace(sections, source=source, lines=lines)
+    _check_together(config)
+    return config
+
+
+def arguments(section: object) -> dict[str, Any]:
+    """The section's set values under the names of the Python interface; None values are left to its defaults."""
+    named = {}
+    for item in dataclasses.fields(section):  # type: ignore[arg-type]
+        value = getattr(section, item.name)
+        if value is not None and "catches_unknown" not in item.metadata:
+            named[item.metadata.get("argument", item.name)] = value
+    return named
+
+
+def training_arguments(config: RunConfig, known: Iterable[str]) -> dict[str, Any]:
+    """Keyword arguments for SFTConfig; ``known`` are its field names.
+
+    Raises:
+        ConfigInvalid: a key under ``training`` that is neither in `TrainingSection` nor in ``known``.
+    """
+    names = set(known)
+    for key in config.training.other:
+        if key not in names:
+            candidates = names | {item.name for item in dataclasses.fields(TrainingSection)} - {"other"}
+            raise _unknown(key, "training", candidates, config.where(f"training.{key}"))
+    return {**arguments(config.training), **config.training.other}
+
+
+_SECTIONS = "the sections are model, adapter, data, training, output"
+
+
+def _plain(node: yaml.Node, key: str, lines: dict[str, int], source: str) -> Any:
+    """YAML node to plain values; remembers each dotted key's line and refuses a key given twice."""
+    if isinstance(node, yaml.SequenceNode):
+        return [_plain(item, key, lines, source) for item in node.value]
+    if not isinstance(node, yaml.MappingNode):
+        return yaml.SafeLoader("").construct_object(node)
+    values: dict[str, Any] = {}
+    for key_node, value_node in node.value:
+        name = str(getattr(key_node, "value", key_node))
+        dotted = f"{key}.{name}" if key else name
+        line = key_node.start_mark.line + 1
+        if name in values:
+            raise ConfigInvalid(
+                f"the key '{dotted}' is given twice, first in line {lines[dotted]}",
+                where=f"{source}, line {line}",
+                fix="keep one of them",
+            )
+        lines[dotted] = line
+        values[name] = _plain(value_node, dotted, lines, source)
+    return values
+
+
+def _override(values: dict[str, Any], lines: dict[str, int], override: str) -> None:
+    key, equals, text = override.partition("=")
+    section, dot, name = key.strip().partition(".")
+    if not equals or not dot or not name:
+        raise ConfigInvalid(
+            f"'{override}' is not of the form section.key=value",
+            where="--set",
+            fix="write it like --set training.max_steps=10",
+        )
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigInvalid(f"'{text}' is not a YAML value", where=f"--set {key}") from None
+    target = values.setdefault(section, {})
+    if target is None:
+        target = values[section] = {}
+    if isinstance(target, dict):
+        target[name] = value
+        lines[key.strip()] = 0  # shown as --set
+
+
+def _where(source: str, lines: Mapping[str, int], key: str) -> str:
+    line = lines.get(key)
+    if line == 0:
+        return f"--set {key}"
+    return f"{source}, line {line}" if line else source
+
+
+def _unknown(key: str, section: str, known: Iterable[str], where: str) -> ConfigInvalid:
+    known = sorted(known)
+    place = f"under '{section}'" if section else "at the top level"
+    fix = nearest(key, known) or (f"known here: {', '.join(known)}" if len(known) < 20 else "remove it")
+    return ConfigInvalid(f"unknown key '{key}' {place}", where=where, fix=fix)
+
+
+def _section(kind: type, values: Any, name: str, source: str, lines: Mapping[str, int]) -> Any:
+    """Build dataclass ``kind`` from a mapping, checking every key and value."""
+    if values is None:
+        values = {}
+    if not isinstance(values, dict):
+        raise ConfigInvalid(
+            f"'{name}' must be a section with keys, not {_shown(values)}",
+            where=_where(source, lines, name),
+            fix="indent its keys under it",
+        )
+    hints = get_type_hints(kind)
+    fields = {item.name: item for item in dataclasses.fields(kind) if "hidden" not in item.metadata}
+    catcher = next((item for item in fields.values() if "catches_unknown" in item.metadata), None)
+    settable = {key for key in fields if fields[key] is not catcher}
+    arguments: dict[str, Any] = {}
+    caught: dict[str, Any] = {}
+    for key, value in values.items():
+        dotted = f"{name}.{key}" if name else key
+        where = _where(source, lines, dotted)
+        if key not in settable:
+            if catcher is None:
+                raise _unknown(key, name, settable, where)
+            caught[key] = value
+        elif dataclasses.is_dataclass(hints[key]):
+            arguments[key] = _section(hints[key], value, dotted, source, lines)
+        else:
+            arguments[key] = _checked(value, hints[key], dotted, fields[key].metadata, where)
+    for key in settable - arguments.keys():
+        item = fields[key]
+        if item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING:
+            missing = f"{name}.{key}" if name else key
+            raise ConfigInvalid(
+                f"'{missing}' is missing",
+                where=_where(source, lines, name),
+                fix=_EXAMPLES.get(missing, "add it"),
+            )
+    if catcher is not None:
+        arguments[catcher.name] = caught
+    return kind(**arguments)
+
+
+_EXAMPLES = {
+    "model": "add a section 'model' with the key 'name'",
+    "model.name": "add the hub id, folder or .gguf file of a model",
+    "data": "add a section 'data' with the key 'dataset'",
+    "data.dataset": "add a file, a folder, a hub id, or 'docstrings'",
+}
+
+
+def _checked(value: Any, hint: Any, key: str, rules: Mapping[str, Any], where: str) -> Any:
+    """``value`` as the annotated type, or the reason why it is none."""
+    # YAML 1.1 reads 2e-4 (no dot) as text; whoever writes it means the number.
+    if (
+        isinstance(value, str)
+        and _accepts(0.5, hint)
+        and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value)
+    ):
+        value = float(value)
+    if not _accepts(value, hint):
+        fix = f"give {_described(hint)}"
+        if isinstance(value, str) and (close := nearest(value, _choices(hint))):
+            fix = close
+        raise ConfigInvalid(f"'{key}' cannot be {_shown(value)}", where=where, fix=fix)
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        if value < rules.get("at_least", value):
+            raise ConfigInvalid(
+                f"'{key}' cannot be {value}", where=where, fix=f"at least {rules['at_least']}"
+            )
+        if "below" in rules and value >= rules["below"]:
+            raise ConfigInvalid(f"'{key}' cannot be {value}", where=where, fix=f"less than {rules['below']}")
+    return value
+
+
+def _accepts(value: Any, hint: Any) -> bool:
+    origin = get_origin(hint)
+    if origin in (Union, types.UnionType):
+        return any(_accepts(value, option) for option in get_args(hint))
+    if origin is Literal:
+        return isinstance(value, str) and value in get_args(hint)
+    if origin is list:
+        return isinstance(value, list) and all(_accepts(item, get_args(hint)[0]) for item in value)
+    if origin is dict:
+        return isinstance(value, dict)
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def _choices(hint: Any) -> list[str]:
+    if get_origin(hint) is Literal:
+        return list(get_args(hint))
+    return [choice for option in get_args(hint) for choice in _choices(option)]
+
+
+def _described(hint: Any) -> str:
+    """A type in words: ``one of none, all, or true or false``."""
+    origin = get_origin(hint)
+    if origin in (Union, types.UnionType):
+        options = list(dict.fromkeys(_described(o) for o in get_args(hint) if o is not type(None)))
+        return " or ".join(options)
+    if origin is Literal:
+        return "one of " + ", ".join(get_args(hint))
+    if origin is list:
+        return f"a list ({_described(get_args(hint)[0])} each)"
+    if origin is dict:
+        return "a section with keys"
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(
+        hint, hint.__name__
+    )
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, dict | list):
+        return "a section" if isinstance(value, dict) else "a list"
+    return "empty" if value is None else repr(value)
+
+
+def _check_together(config: RunConfig) -> None:
+    """Choices that exclude each other."""
+    model = config.model
+    if model.load_in_4bit and model.load_in_8bit:
+        raise ConfigInvalid(
+            "'model.load_in_4bit' and 'model.load_in_8bit' exclude each other",
+            where=config.where("model.load_in_8bit"),
+            fix="keep one of them",
+        )
+    if model.full_finetuning and (model.load_in_4bit or model.load_in_8bit):
+        raise ConfigInvalid(
+            "'model.full_finetuning' trains every weight, which quantised weights do not allow",
+            where=config.where("model.full_finetuning"),
+            fix="leave out load_in_4bit and load_in_8bit, or train an adapter",
+        )
+    if model.full_finetuning and config.adapter != AdapterSection():
+        raise ConfigInvalid(
+            "'adapter' has no place beside 'model.full_finetuning: true'",
+            where=config.where("adapter"),
+            fix="remove one of the two",
+        )

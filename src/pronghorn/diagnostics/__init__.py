@@ -1,0 +1,1 @@
+"""What is installed, what the machine is, and which paths are taken on it and why."""

@@ -1,0 +1,159 @@
+"""Configurations are read strictly: what is wrong, where, and what was probably meant."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pronghorn.config import AdapterSection, arguments, load_config, parse_config, training_arguments
+from pronghorn.errors import ConfigInvalid
+
+MINIMAL = "model:\n  name: some/model\ndata:\n  dataset: docstrings\n"
+
+
+def refused(text: str, *overrides: str) -> ConfigInvalid:
+    with pytest.raises(ConfigInvalid) as caught:
+        parse_config(text, "run.yaml", overrides)
+    return caught.value
+
+
+def test_minimal_configuration_has_defaults():
+    config = parse_config(MINIMAL)
+    assert config.model.name == "some/model"
+    assert config.model.max_seq_length == 2048
+    assert config.adapter == AdapterSection()
+    assert config.training.other == {}
+
+
+def test_sections_are_frozen():
+    config = parse_config(MINIMAL)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.model.name = "another"
+
+
+def test_unknown_key_names_file_line_and_nearest_key():
+    error = refused(MINIMAL + "adapter:\n  r: 8\n  lora_alhpa: 16\n")
+    assert "lora_alhpa" in error.message
+    assert error.where == "run.yaml, line 7"
+    assert error.fix == "did you mean 'lora_alpha'?"
+    assert str(error).startswith("[PH401] ")
+
+
+def test_unknown_section():
+    error = refused(MINIMAL + "trainig:\n  max_steps: 3\n")
+    assert error.where == "run.yaml, line 5"
+    assert "'training'" in error.fix
+
+
+@pytest.mark.parametrize(
+    ("section", "line", "fix"),
+    [
+        ("model", "max_seq_length: long", "a whole number"),
+        ("model", "max_seq_length: 0", "at least 1"),
+        ("model", "max_seq_length: true", "a whole number"),
+        ("model", "load_in_4bit: 1", "true or false"),
+        ("model", "dtype: bfloat61", "did you mean 'bfloat16'?"),
+        ("data", "held_back: -1", "at least 0"),
+        ("data", "held_back: 1.5", "a whole number"),
+        ("data", "text_field: [a]", "text"),
+    ],
+)
+def test_wrong_values(section, line, fix):
+    key = line.partition(":")[0]
+    text = MINIMAL.replace(f"{section}:\n", f"{section}:\n  {line}\n")
+    error = refused(text)
+    assert key in error.message
+    assert fix in error.fix
+    assert error.where == f"run.yaml, line {2 if section == 'model' else 4}"
+
+
+@pytest.mark.parametrize("value", ["1.0", "-0.1", "'0.1'"])
+def test_dropout_is_a_probability_below_one(value):
+    assert "lora_dropout" in refused(MINIMAL + f"adapter: {{lora_dropout: {value}}}\n").message
+
+
+def test_exponent_without_dot_is_a_number():
+    config = parse_config(MINIMAL + "training:\n  learning_rate: 2e-4\n")
+    assert config.training.learning_rate == 2e-4
+
+
+def test_list_items_are_checked():
+    error = refused(MINIMAL + "adapter:\n  target_modules: [q_proj, 3]\n")
+    assert "target_modules" in error.message
+
+
+def test_key_given_twice():
+    error = refused("model:\n  name: a\n  name: b\n")
+    assert error.where == "run.yaml, line 3"
+    assert "first in line 2" in error.message
+
+
+def test_missing_keys():
+    assert "'model' is missing" in refused("data:\n  dataset: x\n").message
+    assert "'data.dataset' is missing" in refused("model:\n  name: a\ndata:\n").message
+
+
+def test_not_yaml_names_the_line():
+    error = refused("model:\n  name: [a\ndata: x\n")
+    assert "not YAML" in error.message
+    assert "line 3" in error.where
+
+
+@pytest.mark.parametrize("text", ["just text", "- a\n- b\n"])
+def test_not_a_mapping(text):
+    assert "sections" in refused(text).message
+
+
+def test_section_that_is_no_section():
+    assert refused(MINIMAL + "training: fast\n").where == "run.yaml, line 5"
+
+
+def test_overrides_win_and_are_checked():
+    config = parse_config(MINIMAL, overrides=["training.max_steps=10", "adapter.bias=all", "model.name=x"])
+    assert (config.training.max_steps, config.adapter.bias, config.model.name) == (10, "all", "x")
+    error = refused(MINIMAL, "adapter.bais=all")
+    assert error.where == "--set adapter.bais"
+    assert "'bias'" in error.fix
+    assert "section.key=value" in refused(MINIMAL, "max_steps=3").message
+
+
+def test_exclusive_choices():
+    quantised = MINIMAL.replace("data:", "  load_in_4bit: true\n  load_in_8bit: true\ndata:")
+    assert "exclude" in refused(quantised).message
+    full = MINIMAL.replace("data:", "  full_finetuning: true\ndata:")
+    assert "no place" in refused(full + "adapter:\n  r: 8\n").message
+    assert parse_config(full).model.full_finetuning
+
+
+def test_training_accepts_fields_of_sftconfig_only():
+    config = parse_config(MINIMAL + "training:\n  max_steps: 3\n  adam_beta1: 0.8\n", "run.yaml")
+    assert training_arguments(config, ["adam_beta1", "max_steps"]) == {
+        "max_steps": 3,
+        "adam_beta1": 0.8,
+        "seed": 3407,
+    }
+    config = parse_config(MINIMAL + "training:\n  lerning_rate: 0.1\n", "run.yaml")
+    with pytest.raises(ConfigInvalid, match="lerning_rate") as caught:
+        training_arguments(config, ["adam_beta1"])
+    assert caught.value.where == "run.yaml, line 6"
+    assert caught.value.fix == "did you mean 'learning_rate'?"
+
+
+def test_arguments_leave_out_what_is_not_set():
+    config = parse_config(MINIMAL + "adapter:\n  r: 4\n")
+    assert arguments(config.adapter) == {"r": 4}
+    assert arguments(config.model)["model_name"] == "some/model"
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(ConfigInvalid, match="no such file"):
+        load_config(tmp_path / "absent.yaml")
+
+
+def test_reading_a_configuration_imports_no_torch():
+    code = "import sys, pronghorn.config; sys.exit('torch' in sys.modules)"
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2] / "src")}
+    assert subprocess.run([sys.executable, "-c", code], env=environment, check=False).returncode == 0
