@@ -1,0 +1,114 @@
+"""Tiny random models of real Transformers classes, and a small byte-level tokenizer, built in milliseconds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+FAMILIES: dict[str, tuple[type, type]] = {
+    "llama": (LlamaConfig, LlamaForCausalLM),
+    "mistral": (MistralConfig, MistralForCausalLM),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+}
+
+#: 4 query heads share 2 key/value heads; every size is a multiple of 64, the smallest block of bitsandbytes' NF4.
+TINY: dict[str, Any] = {
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "tie_word_embeddings": False,
+}
+
+SPECIAL_TOKENS = ["<|pad|>", "<|begin|>", "<|end|>", "<|im_start|>", "<|im_end|>"]
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+_TEXT = [
+    "The pronghorn is the fastest land animal of North America.",
+    "What does it eat? Grass, sagebrush and cactus.",
+    "user assistant system\n",
+]
+
+
+def tiny_config(family: str, **config: Any) -> Any:
+    """The config of `tiny_model`; keyword arguments override `TINY`."""
+    return FAMILIES[family][0](**{**TINY, **config})
+
+
+def tiny_model(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **config: Any) -> Any:
+    """A random causal LM of the family's real class, in eval mode; keyword arguments override `TINY`.
+
+    Weights are larger than Transformers' initialisation and norms differ from one, so that a wrong formula shows.
+    The global random state stays as it was.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = FAMILIES[family][1](tiny_config(family, **config))
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name.endswith("norm.weight"):
+                    parameter.uniform_(0.5, 1.5)
+                elif name.endswith("bias"):
+                    parameter.normal_(0.0, 0.1)
+                else:
+                    parameter.normal_(0.0, 0.08)
+    return model.to(dtype).eval()
+
+
+def tiny_tokenizer(chat_template: bool = True) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of at most 320 tokens: any text encodes, and decodes to itself."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=TINY["vocab_size"],
+        special_tokens=SPECIAL_TOKENS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_TEXT, trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<|pad|>", bos_token="<|begin|>", eos_token="<|end|>"
+    )
+    fast.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    if chat_template:
+        fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+def save_tiny(path: str | Path, family: str, *, chat_template: bool = True, seed: int = 0, **config: Any) -> Path:
+    """Write a tiny checkpoint (safetensors, config, tokenizer) to `path` and return it.
+
+    `max_shard_size` among the keyword arguments splits it into shards.
+    """
+    path = Path(path)
+    saving = {"max_shard_size": config.pop("max_shard_size")} if "max_shard_size" in config else {}
+    tiny_model(family, seed=seed, **config).save_pretrained(path, **saving)
+    tiny_tokenizer(chat_template).save_pretrained(path)
+    return path
