@@ -1,0 +1,40 @@
+"""Attention and GLU blocks with hand-derived backward passes and declared saves. No Transformers in here."""
+
+from pronghorn.blocks.attention import AttentionBlock
+from pronghorn.blocks.glu import GluBlock
+from pronghorn.blocks.layer import DecoderLayer, LayerSaves
+from pronghorn.blocks.levels import (
+    LEVELS,
+    LayerWidths,
+    Level,
+    check_level,
+    check_levels,
+    saved_bytes_per_token,
+)
+from pronghorn.blocks.norm import Norm
+from pronghorn.blocks.projection import (
+    Adapter,
+    GradientSink,
+    LinearProjection,
+    ModuleProjection,
+    ProjectionGroup,
+)
+
+__all__ = [
+    "LEVELS",
+    "Adapter",
+    "AttentionBlock",
+    "DecoderLayer",
+    "GluBlock",
+    "GradientSink",
+    "LayerSaves",
+    "LayerWidths",
+    "Level",
+    "LinearProjection",
+    "ModuleProjection",
+    "Norm",
+    "ProjectionGroup",
+    "check_level",
+    "check_levels",
+    "saved_bytes_per_token",
+]

@@ -1,0 +1,177 @@
+"""The attention block: norm, q/k/v, optional q/k norm, RoPE, attention, o. Explicit forward and backward."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pronghorn.blocks.levels import Level, keeps
+from pronghorn.blocks.norm import Norm
+from pronghorn.blocks.projection import GradientSink, ProjectionGroup
+from pronghorn.kernels.attention import AttentionCall, Documents, attention_backward, attention_forward
+from pronghorn.kernels.rms_norm import rms_norm_backward, rms_norm_forward
+from pronghorn.kernels.rope import qk_rope_backward, qk_rope_forward
+
+
+@dataclass
+class AttentionSaves:
+    """Tensors between forward and backward; None means dropped by the save level and rebuilt when needed.
+
+    q, k are the projections' outputs when there is a q/k norm, else already rotated (a rotation is undone by its
+    transpose, so nothing else is needed).
+    """
+
+    out: Tensor | None = None
+    lse: Tensor | None = None
+    q: Tensor | None = None
+    k: Tensor | None = None
+    v: Tensor | None = None
+    xa_qkv: Tensor | None = None
+    xa_o: Tensor | None = None
+    normed: Tensor | None = None
+
+    def trim(self, level: Level) -> None:
+        """Drop what the level does not keep."""
+        if not keeps(level, "attention"):
+            self.out = self.lse = None
+        if not keeps(level, "matmuls"):
+            self.q = self.k = self.v = self.xa_qkv = self.xa_o = None
+        if not keeps(level, "all"):
+            self.normed = None
+
+
+@dataclass(frozen=True)
+class AttentionBlock:
+    """One layer's attention. cos and sin are [T, D]; T tokens, H hidden, N heads, K kv-heads, D head size."""
+
+    norm: Norm
+    qkv: ProjectionGroup
+    o: ProjectionGroup
+    heads: int
+    kv_heads: int
+    head_dim: int
+    cos: Tensor
+    sin: Tensor
+    docs: Documents
+    call: AttentionCall
+    q_norm: Norm | None = None
+    k_norm: Norm | None = None
+
+    def trainable(self) -> list[Tensor]:
+        norms = [n for n in (self.norm, self.q_norm, self.k_norm) if n is not None]
+        return [t for n in norms for t in n.trainable()] + self.qkv.trainable() + self.o.trainable()
+
+    def forward(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, AttentionSaves]:
+        """The block's output before the residual [T, H] in `dtype`, and everything it could save."""
+        saves = AttentionSaves()
+        self.rebuild(x, dtype, saves)
+        return self.output(saves), saves
+
+    def output(self, saves: AttentionSaves) -> Tensor:
+        """o-projection of the kept attention output."""
+        assert saves.out is not None
+        (branch,), saves.xa_o = self.o.forward(saves.out.view(saves.out.shape[0], -1))
+        return branch
+
+    def rebuild(self, x: Tensor, dtype: torch.dtype, saves: AttentionSaves) -> None:
+        """Compute whatever is missing in `saves` up to the attention output."""
+        if saves.q is None:
+            if saves.normed is None:
+                saves.normed = self._normed(x, dtype)
+            (q, k, v), saves.xa_qkv = self.qkv.forward(saves.normed)
+            saves.q = q.view(-1, self.heads, self.head_dim)
+            saves.k = k.view(-1, self.kv_heads, self.head_dim)
+            saves.v = v.view(-1, self.kv_heads, self.head_dim)
+            if self.q_norm is None:
+                qk_rope_forward(saves.q, saves.k, self.cos, self.sin, inplace=True)
+        if saves.out is None:
+            assert saves.v is not None
+            q, k = self._rotated(saves)
+            saves.out, saves.lse = attention_forward(q, k, saves.v, self.docs, self.call)
+
+    def _normed(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        norm = self.norm
+        normed, _, _ = rms_norm_forward(x, norm.weight, norm.eps, weight_offset=norm.offset, out_dtype=dtype)
+        return normed
+
+    def _rotated(self, saves: AttentionSaves) -> tuple[Tensor, Tensor]:
+        """q and k as the attention sees them."""
+        assert saves.q is not None and saves.k is not None
+        if self.q_norm is None or self.k_norm is None:
+            return saves.q, saves.k
+        return qk_rope_forward(
+            saves.q,
+            saves.k,
+            self.cos,
+            self.sin,
+            q_norm_weight=self.q_norm.weight,
+            k_norm_weight=self.k_norm.weight,
+            eps=self.q_norm.eps,
+            weight_offset=self.q_norm.offset,
+        )
+
+    def backward(
+        self, dy: Tensor, x: Tensor, dtype: torch.dtype, saves: AttentionSaves, sink: GradientSink, need: bool
+    ) -> Tensor | None:
+        """dX [T, H] including the residual path (None unless `need`); `saves` rebuilt before, consumed here."""
+        dbranch = dy if dy.dtype == dtype else dy.to(dtype)
+        out, lse, v = saves.out, saves.lse, saves.v
+        assert out is not None and lse is not None and v is not None
+        flat = out.view(out.shape[0], -1)
+        dout, dxa_o = self.o.input_grad([dbranch], flat, sink)
+        self.o.parameter_grads([dbranch], flat, saves.xa_o, dxa_o, sink)
+        assert dout is not None
+        q, k = self._rotated(saves)
+        dq, dk, dv = attention_backward(dout.view_as(out), q, k, v, out, lse, self.docs, self.call)
+        saves.out = saves.lse = saves.v = None
+        del out, flat, dout, v, q, k
+        dq, dk = self._rope_backward(dq, dk, saves, sink)
+        saves.q = saves.k = None
+        if saves.normed is None:
+            saves.normed = self._normed(x, dtype)
+        normed = saves.normed
+        dys = [g.reshape(g.shape[0], -1) for g in (dq, dk, dv)]
+        need_normed = need or sink.wants(self.norm.weight)
+        dnormed, dxa = self.qkv.input_grad(dys, normed, sink, need_normed)
+        self.qkv.parameter_grads(dys, normed, saves.xa_qkv, dxa, sink)
+        if dnormed is None:
+            return None
+        dx, dweight = rms_norm_backward(
+            dnormed,
+            x,
+            self.norm.weight,
+            None,
+            eps=self.norm.eps,
+            weight_offset=self.norm.offset,
+            residual_grad=dy,
+            need_weight_grad=sink.wants(self.norm.weight),
+        )
+        if dweight is not None:
+            sink.add(self.norm.weight, dweight)
+        return dx if need else None
+
+    def _rope_backward(
+        self, dq: Tensor, dk: Tensor, saves: AttentionSaves, sink: GradientSink
+    ) -> tuple[Tensor, Tensor]:
+        if self.q_norm is None or self.k_norm is None:
+            dq, dk, _, _ = qk_rope_backward(dq, dk, self.cos, self.sin, inplace=True)
+            return dq, dk
+        dq, dk, dq_weight, dk_weight = qk_rope_backward(
+            dq,
+            dk,
+            self.cos,
+            self.sin,
+            q=saves.q,
+            k=saves.k,
+            q_norm_weight=self.q_norm.weight,
+            k_norm_weight=self.k_norm.weight,
+            eps=self.q_norm.eps,
+            weight_offset=self.q_norm.offset,
+            need_weight_grad=sink.wants(self.q_norm.weight) or sink.wants(self.k_norm.weight),
+        )
+        if dq_weight is not None and dk_weight is not None:
+            sink.add(self.q_norm.weight, dq_weight)
+            sink.add(self.k_norm.weight, dk_weight)
+        return dq, dk

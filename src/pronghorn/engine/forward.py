@@ -1,0 +1,274 @@
+"""The forwards that `bind` puts on a model: causal LM, decoder and decoder layer.
+
+They are module-level functions bound with `functools.partial`, which survives pickle and deepcopy. Each falls back
+to the stock forward when a call asks for something it does not give (a KV cache, hidden states of every layer, …).
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+
+from pronghorn.blocks import AttentionBlock, DecoderLayer, GluBlock, Level, LinearProjection, ProjectionGroup
+from pronghorn.engine.read import Reading, active_module, dropout_seed, has_hooks, read_norm, read_projection
+from pronghorn.engine.stream import Stream, flatten_rows, unflatten_rows
+from pronghorn.kernels.attention import AttentionCall
+from pronghorn.kernels.linear_cross_entropy import linear_cross_entropy
+from pronghorn.kernels.rms_norm import rms_norm
+
+if TYPE_CHECKING:
+    from pronghorn.engine.bind import Binding
+
+logger = logging.getLogger("pronghorn")
+
+
+@dataclass
+class LossOutput(CausalLMOutputWithPast):
+    """Transformers' output with the number of supervised tokens whose most likely prediction was right."""
+
+    num_correct: Tensor | None = None
+
+
+def compute_dtype(binding: Binding, hidden_states: Tensor) -> torch.dtype:
+    """The dtype of matrix products: autocast's, else that of the plain weights, else the residual stream's."""
+    device = hidden_states.device.type
+    if torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return binding.weight_dtype or hidden_states.dtype
+
+
+# --- decoder layer ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """What the decoder's forward hands to every layer's."""
+
+    binding: Binding
+    stream: Stream
+    cos: Tensor
+    sin: Tensor
+    dtype: torch.dtype
+    seed: int
+
+
+def layer_forward(
+    layer: Any, hidden_states: Tensor, *args: Any, pronghorn: LayerCall | None = None, **kwargs: Any
+):
+    """A decoder layer: the blocks when the bound decoder calls it, the stock forward otherwise."""
+    if pronghorn is None:
+        return type(layer).forward(layer, hidden_states, *args, **kwargs)
+    return build_layer(layer, pronghorn)(hidden_states)
+
+
+def build_layer(layer: Any, call: LayerCall) -> DecoderLayer:
+    """Read a layer's modules and make it ready to run."""
+    binding, index = call.binding, call.binding.layer_index(layer)
+    parts, family = binding.family.parts, binding.family
+    attention, mlp = getattr(layer, parts.attention), getattr(layer, parts.mlp)
+    reading = Reading(layer.training, call.seed + 64 * index)
+
+    def group(parent: Any, *names: str, slot: int) -> ProjectionGroup:
+        return ProjectionGroup(
+            [read_projection(getattr(parent, name), reading, slot + i) for i, name in enumerate(names)]
+        )
+
+    head_dim = attention.head_dim
+    backend = binding.attention_backend(call.cos.device, call.dtype, head_dim)
+    attention_block = AttentionBlock(
+        norm=read_norm(getattr(layer, parts.input_norm), family.norm_offset),
+        qkv=group(attention, parts.q, parts.k, parts.v, slot=0),
+        o=group(attention, parts.o, slot=3),
+        heads=binding.config.num_attention_heads,
+        kv_heads=binding.config.num_key_value_heads,
+        head_dim=head_dim,
+        cos=call.cos,
+        sin=call.sin,
+        docs=call.stream.docs,
+        call=AttentionCall(float(attention.scaling), family.window(binding.config, index), backend),
+        q_norm=read_norm(getattr(attention, parts.q_norm), family.norm_offset) if parts.q_norm else None,
+        k_norm=read_norm(getattr(attention, parts.k_norm), family.norm_offset) if parts.k_norm else None,
+    )
+    glu_block = GluBlock(
+        norm=read_norm(getattr(layer, parts.post_attention_norm), family.norm_offset),
+        gate_up=group(mlp, parts.gate, parts.up, slot=4),
+        down=group(mlp, parts.down, slot=6),
+        activation=binding.activation,
+    )
+    asked_for_checkpointing = bool(getattr(layer, "gradient_checkpointing", False)) and layer.training
+    level: Level = "none" if asked_for_checkpointing else binding.save_levels[index]
+    return DecoderLayer.build(attention_block, glu_block, level, call.dtype)
+
+
+# --- decoder ---------------------------------------------------------------------------------------------------
+
+
+def decoder_forward(
+    decoder: Any,
+    input_ids: Tensor | None = None,
+    attention_mask: Any = None,
+    position_ids: Tensor | None = None,
+    past_key_values: Any = None,
+    inputs_embeds: Tensor | None = None,
+    use_cache: bool | None = None,
+    **kwargs: Any,
+) -> Any:
+    """Embeddings, layers over one flat token stream, final norm. Rows with padding are packed and unpacked again.
+
+    Shapes: input_ids [B, S] -> last_hidden_state [B, S, H]. With `cu_seq_lens_q` the single row is a packed stream.
+    """
+    binding: Binding = decoder.pronghorn_binding
+    reason = binding.why_stock(decoder, attention_mask, past_key_values, use_cache, kwargs)
+    if reason is not None:
+        if reason:
+            binding.tell_once(reason)
+        return type(decoder).forward(
+            decoder,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("give exactly one of input_ids and inputs_embeds")
+    if inputs_embeds is None:
+        inputs_embeds = decoder.embed_tokens(input_ids)
+    hidden_states, stream = flatten_rows(inputs_embeds, attention_mask, position_ids, kwargs)
+    cos, sin = decoder.rotary_emb(hidden_states[None], position_ids=stream.position_ids[None])
+    call = LayerCall(
+        binding,
+        stream,
+        cos[0],
+        sin[0],
+        compute_dtype(binding, hidden_states),
+        dropout_seed(decoder.training),
+    )
+    for layer in decoder.layers[: decoder.config.num_hidden_layers]:
+        # Module.__call__, so that hooks run but Transformers' checkpoint wrapper does not: saves are ours to plan.
+        hidden_states = torch.nn.Module.__call__(layer, hidden_states, pronghorn=call)
+    norm = read_norm(decoder.norm, binding.family.norm_offset)
+    hidden_states = rms_norm(hidden_states, norm.weight, norm.eps, weight_offset=norm.offset)
+    return BaseModelOutputWithPast(last_hidden_state=unflatten_rows(hidden_states, stream))
+
+
+# --- causal LM -------------------------------------------------------------------------------------------------
+
+
+def causal_lm_forward(
+    model: Any,
+    input_ids: Tensor | None = None,
+    attention_mask: Any = None,
+    position_ids: Tensor | None = None,
+    past_key_values: Any = None,
+    inputs_embeds: Tensor | None = None,
+    labels: Tensor | None = None,
+    use_cache: bool | None = None,
+    logits_to_keep: int | Tensor = 0,
+    *,
+    num_items_in_batch: Tensor | int | None = None,
+    loss_rows: Tensor | None = None,
+    return_logits: bool | None = None,
+    **kwargs: Any,
+) -> Any:
+    """The model's forward; with labels, the loss is computed from supervised rows only and no full logits exist.
+
+        loss = Σ_{t: labels[t+1] ≠ -100} CE(logits[t], labels[t+1]) / num_items_in_batch   (None: their number)
+
+    Args:
+        loss_rows: flat positions t with a supervised successor, where the caller knows them without asking the GPU.
+        return_logits: compute logits beside the loss; None does so in evaluation mode only.
+    """
+    binding: Binding = model.pronghorn_binding
+    head = None if labels is None else _readable_head(model, binding)
+    if labels is None or head is None:
+        if num_items_in_batch is not None:
+            kwargs["num_items_in_batch"] = num_items_in_batch
+        return type(model).forward(
+            model,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            labels=labels,
+            use_cache=use_cache,
+            logits_to_keep=logits_to_keep,
+            **kwargs,
+        )
+    outputs = model.model(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        position_ids=position_ids,
+        past_key_values=past_key_values,
+        inputs_embeds=inputs_embeds,
+        use_cache=use_cache,
+        **kwargs,
+    )
+    hidden_states = outputs.last_hidden_state
+    loss, num_correct = _loss(head, hidden_states, labels, loss_rows, num_items_in_batch)
+    wants_logits = not model.training if return_logits is None else return_logits
+    return LossOutput(
+        loss=loss,
+        logits=model.lm_head(hidden_states) if wants_logits else None,
+        past_key_values=outputs.past_key_values,
+        hidden_states=outputs.hidden_states,
+        attentions=outputs.attentions,
+        num_correct=num_correct,
+    )
+
+
+def _readable_head(model: Any, binding: Binding) -> LinearProjection | None:
+    """The lm_head as a projection, or None (said once) when only its own forward can run it."""
+    module = active_module(model.lm_head)
+    projection = read_projection(module, Reading(model.training), 7)
+    if isinstance(projection, LinearProjection) and len(projection.adapters) <= 1 and not has_hooks(module):
+        adapter = projection.adapters[0] if projection.adapters else None
+        if adapter is None or (adapter.dropout == 0.0 and adapter.b_bias is None):
+            return projection
+        reason = "its adapter has dropout or a bias"
+    else:
+        reason = (
+            projection.reason if not isinstance(projection, LinearProjection) else "it has several adapters"
+        )
+    binding.tell_once(f"lm_head runs through its own forward, with full logits: {reason}")
+    return None
+
+
+def _loss(
+    head: LinearProjection,
+    hidden_states: Tensor,
+    labels: Tensor,
+    loss_rows: Tensor | None,
+    num_items_in_batch: Tensor | int | None,
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy over the rows that have a supervised successor; see `causal_lm_forward`."""
+    batch, length = labels.shape
+    # Row t predicts label t + 1; the last position of each row predicts nothing.
+    successors = torch.nn.functional.pad(labels, (0, 1), value=-100)[:, 1:].reshape(batch * length)
+    if loss_rows is None:
+        loss_rows = (successors != -100).nonzero().squeeze(1)
+    flat = hidden_states.reshape(batch * length, -1)
+    rows = flat.index_select(0, loss_rows)
+    weight = head.weight
+    dtype = rows.dtype
+    if torch.is_autocast_enabled(rows.device.type):
+        dtype = torch.get_autocast_dtype(rows.device.type)
+    stored = weight.dense(dtype) if weight.parameter is None else weight.parameter.to(dtype)
+    adapter = head.adapters[0] if head.adapters else None
+    with torch.autocast(rows.device.type, enabled=False):
+        return linear_cross_entropy(
+            rows.to(dtype),
+            stored,
+            successors.index_select(0, loss_rows),
+            bias=head.bias,
+            lora=None if adapter is None else (adapter.a, adapter.b, adapter.scaling),
+            normalizer=num_items_in_batch,
+        )

@@ -1,0 +1,64 @@
+"""Rows of tokens as one flat stream with document boundaries, and back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pronghorn.kernels.attention import Documents
+
+
+@dataclass(frozen=True)
+class Stream:
+    """One flat [T] token stream and how it maps to the caller's [B, S] rows.
+
+    `kept` holds the flat positions of real tokens where padding was taken out, else None.
+    """
+
+    docs: Documents
+    position_ids: Tensor
+    batch: int
+    length: int
+    kept: Tensor | None = None
+
+
+def flatten_rows(
+    embeddings: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, kwargs: dict[str, Any]
+) -> tuple[Tensor, Stream]:
+    """Embeddings [B, S, H] -> [T, H] and the stream's description.
+
+    Three callers: a packed stream (`cu_seq_lens_q` in kwargs, B = 1), rows without padding (T = B·S), and rows with a
+    padding mask [B, S], whose padding is removed (this one waits for the device).
+    """
+    batch, length, hidden = embeddings.shape
+    flat = embeddings.reshape(batch * length, hidden)
+    if position_ids is None:
+        position_ids = torch.arange(length, device=flat.device).expand(batch, length)
+    positions = position_ids.expand(batch, length).reshape(-1)
+    cu_seqlens = kwargs.get("cu_seq_lens_q")
+    if cu_seqlens is not None:
+        docs = Documents(cu_seqlens, int(kwargs["max_length_q"]), kwargs.get("document_lengths"))
+        return flat, Stream(docs, positions, batch, length)
+    if attention_mask is None:
+        cu_seqlens = torch.arange(0, batch * length + 1, length, dtype=torch.int32, device=flat.device)
+        return flat, Stream(Documents(cu_seqlens, length, (length,) * batch), positions, batch, length)
+    mask = attention_mask.to(torch.bool)
+    kept = mask.reshape(-1).nonzero().squeeze(1)
+    lengths = tuple(mask.sum(1).tolist())
+    cu_seqlens = torch.tensor((0, *lengths), dtype=torch.int32, device=flat.device).cumsum(
+        0, dtype=torch.int32
+    )
+    docs = Documents(cu_seqlens, max(lengths), lengths)
+    return flat.index_select(0, kept), Stream(docs, positions.index_select(0, kept), batch, length, kept)
+
+
+def unflatten_rows(hidden_states: Tensor, stream: Stream) -> Tensor:
+    """[T, H] -> [B, S, H]; positions that were padding are zero."""
+    width = hidden_states.shape[-1]
+    if stream.kept is not None:
+        rows = hidden_states.new_zeros(stream.batch * stream.length, width)
+        hidden_states = rows.index_copy(0, stream.kept, hidden_states)
+    return hidden_states.view(stream.batch, stream.length, width)

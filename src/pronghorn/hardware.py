@@ -1,0 +1,102 @@
+"""What this machine can do. Every fact comes with the reason it was concluded from."""
+
+from __future__ import annotations
+
+import os
+import platform
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Fact:
+    """A value and why it holds, for printing: ``bfloat16 (compute capability 9.0)``."""
+
+    value: Any
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.value} ({self.reason})"
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """The machine as `probe` found it.
+
+    `compute_dtype.value` is a torch dtype name. Memory is in bytes. `capability` is (0, 0) without a CUDA GPU.
+    """
+
+    device: str
+    name: str
+    capability: tuple[int, int]
+    memory_bytes: int
+    compute_dtype: Fact
+    triton: Fact
+    flash_attention: Fact
+    cpu_cores: int
+
+    @property
+    def is_cuda(self) -> bool:
+        return self.device == "cuda"
+
+
+@lru_cache(maxsize=1)
+def probe() -> Hardware:
+    """Look at the machine once per process. Imports torch; initialises CUDA when there is a GPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return _cpu_hardware()
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    capability = (properties.major, properties.minor)
+    shown = f"compute capability {capability[0]}.{capability[1]}"
+    if capability >= (8, 0):
+        dtype = Fact("bfloat16", f"{shown} multiplies bf16 matrices")
+        flash = Fact(True, f"torch's FlashAttention-2 runs from 8.0 on; {shown}")
+    else:
+        dtype = Fact("float16", f"{shown} has no bf16 matrix units")
+        flash = Fact(False, f"torch's FlashAttention-2 needs 8.0; {shown}")
+    return Hardware(
+        device="cuda",
+        name=properties.name,
+        capability=capability,
+        memory_bytes=properties.total_memory,
+        compute_dtype=dtype,
+        triton=_triton_fact(shown, capability),
+        flash_attention=flash,
+        cpu_cores=os.cpu_count() or 1,
+    )
+
+
+def _triton_fact(shown: str, capability: tuple[int, int]) -> Fact:
+    from importlib.util import find_spec
+
+    if find_spec("triton") is None:
+        return Fact(False, "the triton package is not installed")
+    if capability < (7, 0):
+        return Fact(False, f"Triton needs compute capability 7.0; {shown}")
+    return Fact(True, shown)
+
+
+def _cpu_hardware() -> Hardware:
+    import torch
+
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
+    return Hardware(
+        device="cpu",
+        name=platform.processor() or platform.machine(),
+        capability=(0, 0),
+        memory_bytes=memory,
+        compute_dtype=_cpu_dtype(torch),
+        triton=Fact(False, "no CUDA GPU: the torch path of every kernel is used"),
+        flash_attention=Fact(False, "no CUDA GPU: torch's CPU attention is used, one document at a time"),
+        cpu_cores=os.cpu_count() or 1,
+    )
+
+
+def _cpu_dtype(torch: Any) -> Fact:
+    # A CPU without bf16 dot products emulates them: several times slower than fp32 there.
+    if getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)():
+        return Fact("bfloat16", "the CPU has AVX512-BF16 dot products")
+    return Fact("float32", "no GPU, and the CPU has no bf16 dot products")

@@ -1,0 +1,7 @@
+"""Storage of a linear layer's weight: plain, 4-bit or 8-bit, behind one interface."""
+
+from pronghorn.weights.base import DenseWeight, Weight
+from pronghorn.weights.quantised import FourBitWeight, Int8Weight
+from pronghorn.weights.read import read_weight
+
+__all__ = ["DenseWeight", "FourBitWeight", "Int8Weight", "Weight", "read_weight"]

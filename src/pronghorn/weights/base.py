@@ -1,0 +1,57 @@
+"""The interface of a stored weight W [out, in], and the plain one."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+class Weight:
+    """A linear layer's weight W [out, in] in whatever form it is stored.
+
+    Subclasses give `dense`; the products below are what the blocks call, so that a storage with its own matrix
+    product (FP8) can replace them one by one.
+    """
+
+    shape: tuple[int, int]
+    #: the tensor that receives dW, or None for a frozen weight
+    parameter: Tensor | None = None
+    #: how the weight is stored, for `describe()`
+    storage: str = "dense"
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """W [out, in] in `dtype`. May alias the stored tensor: never write to it."""
+        raise NotImplementedError
+
+    def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x [T, in] @ Wᵀ (+ bias) -> [T, out] in x's dtype."""
+        return F.linear(x, self.dense(x.dtype), bias)
+
+    def matmul_add_(self, out: Tensor, x: Tensor) -> Tensor:
+        """out [T, out] += x [T, in] @ Wᵀ, in place; one rounding where the dtypes agree."""
+        if out.dtype == x.dtype:
+            return out.addmm_(x, self.dense(x.dtype).t())
+        return out.add_(self.matmul(x))
+
+    def matmul_t(self, dy: Tensor) -> Tensor:
+        """dy [T, out] @ W -> [T, in] in dy's dtype."""
+        return dy @ self.dense(dy.dtype)
+
+    def matmul_t_add_(self, out: Tensor, dy: Tensor) -> Tensor:
+        """out [T, in] += dy [T, out] @ W, in place."""
+        return out.addmm_(dy, self.dense(dy.dtype))
+
+
+class DenseWeight(Weight):
+    """A weight stored as it is used: bf16, fp16, fp32 or fp64."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.weight = weight
+        self.shape = (weight.shape[0], weight.shape[1])
+        self.parameter = weight if weight.requires_grad else None
+        self.storage = str(weight.dtype).removeprefix("torch.")
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        weight = self.weight.detach()
+        return weight if weight.dtype == dtype else weight.to(dtype)

@@ -1,0 +1,53 @@
+"""From a linear module to its stored weight."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from pronghorn.weights.base import DenseWeight, Weight
+from pronghorn.weights.quantised import FourBitWeight, Int8Weight
+
+
+def read_weight(module: nn.Module) -> Weight | None:
+    """The weight of a plain or bitsandbytes linear module, or None for a module of another kind.
+
+    Classes are recognised by name so that bitsandbytes is imported only by those who load with it.
+    """
+    kind = type(module).__name__
+    if kind in ("Linear4bit", "LinearNF4", "LinearFP4"):
+        return _read_four_bit(module)
+    if kind == "Linear8bitLt":
+        return _read_int8(module)
+    if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
+        return DenseWeight(module.weight)
+    return None
+
+
+def _read_four_bit(module: Any) -> Weight | None:
+    state = getattr(module.weight, "quant_state", None) or getattr(module, "quant_state", None)
+    if state is None:  # not quantised yet: bitsandbytes quantises when the module moves to its device
+        return None
+    if getattr(state, "packing_format_for_cpu", False):
+        _restore_layout(module, state)
+        state = module.weight.quant_state
+    return FourBitWeight(module.weight.data, state)
+
+
+def _restore_layout(module: Any, state: Any) -> None:
+    """Undo the AVX512 repacking that bitsandbytes applies when a model generates on a CPU."""
+    from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
+
+    module.weight.data, module.weight.quant_state = _convert_weight_packed_for_cpu_inverse(
+        module.weight.data, state
+    )
+
+
+def _read_int8(module: Any) -> Weight | None:
+    weight, state = module.weight, module.state
+    codes = state.CB if state.CB is not None else weight.CB
+    row_absmax = state.SCB if state.SCB is not None else weight.SCB
+    if codes is None or row_absmax is None:
+        return None
+    return Int8Weight(codes, row_absmax)

@@ -1,0 +1,51 @@
+"""The declared bytes of a save level are the bytes that a layer really keeps."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pronghorn.blocks import LEVELS, LayerWidths, saved_bytes_per_token
+from pronghorn.engine import bind, binding_of
+from pronghorn.engine.forward import LayerCall, build_layer
+from pronghorn.engine.stream import flatten_rows
+from tests.families.parity import add_adapter
+from tests.tiny import tiny_model
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_declared_bytes_are_kept_bytes(family: str, level: str) -> None:
+    model = add_adapter(tiny_model(family), r=4)
+    bind(model, save_levels=level)
+    base, config = model.get_base_model(), model.config
+    embeddings = base.model.embed_tokens(torch.arange(12).view(2, 6))
+    hidden_states, stream = flatten_rows(embeddings, None, None, {})
+    cos, sin = base.model.rotary_emb(hidden_states[None], stream.position_ids[None])
+    layer = build_layer(
+        base.model.layers[0], LayerCall(binding_of(model), stream, cos[0], sin[0], hidden_states.dtype, 0)
+    )
+    _, saves = layer.forward(hidden_states, level)
+    kept = saves.tensors()
+    assert all(t.numel() * t.element_size() == t.untyped_storage().nbytes() for t in kept), (
+        "a view keeps more alive"
+    )
+    measured = sum(t.numel() * t.element_size() for t in kept) + hidden_states.numel() * 4
+    head_dim = base.model.layers[0].self_attn.head_dim
+    widths = LayerWidths(
+        hidden=config.hidden_size,
+        q=config.num_attention_heads * head_dim,
+        kv=config.num_key_value_heads * head_dim,
+        heads=config.num_attention_heads,
+        intermediate=config.intermediate_size,
+        adapter_ranks=7 * 4,
+        element=4,
+        residual_element=4,
+    )
+    assert measured == 12 * saved_bytes_per_token(level, widths)
+
+
+def test_levels_for_llama_8b() -> None:
+    """The figures that docs/architecture.md quotes."""
+    widths = LayerWidths(4096, 4096, 1024, 32, 14336, 7 * 16, 2, 2)
+    assert [saved_bytes_per_token(level, widths) for level in LEVELS] == [8192, 16512, 94560, 110944]

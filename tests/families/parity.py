@@ -1,0 +1,154 @@
+"""Shared by the family tests: a stock model and its bound copy, one batch, every number compared."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor
+
+from pronghorn.engine import bind
+
+#: name -> configuration beyond tests.tiny's: what makes each family different is switched on
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 10000.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 16,
+        }
+    },
+    "mistral": {"sliding_window": 5},
+    "qwen2": {
+        "use_sliding_window": True,
+        "sliding_window": 6,
+        "max_window_layers": 1,
+        "tie_word_embeddings": True,
+    },
+    "qwen3": {},
+}
+
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def add_adapter(model: Any, seed: int = 1, **options: Any) -> Any:
+    """A PEFT LoRA with every tensor non-zero: B = 0 would hide a wrong gradient of A."""
+    config = LoraConfig(
+        **{"r": 4, "lora_alpha": 8, "target_modules": TARGETS, "task_type": "CAUSAL_LM"} | options
+    )
+    peft_model = get_peft_model(model, config)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in peft_model.named_parameters():
+            if "lora_" in name:
+                noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.2
+                parameter.copy_(noise + (1.0 if "magnitude" in name else 0.0) * parameter.double())
+    return peft_model
+
+
+def quantise_4bit(model: Any, double_quant: bool) -> Any:
+    """Every linear layer of the decoder in NF4 by bitsandbytes, in place."""
+    import bitsandbytes as bnb
+
+    for layer in model.model.layers:
+        for parent in (layer.self_attn, layer.mlp):
+            for name, linear in list(parent.named_children()):
+                if not isinstance(linear, torch.nn.Linear):
+                    continue
+                options = {"compress_statistics": double_quant, "quant_type": "nf4"}
+                packed = bnb.nn.Linear4bit(
+                    linear.in_features,
+                    linear.out_features,
+                    linear.bias is not None,
+                    linear.weight.dtype,
+                    **options,
+                )
+                packed.weight = bnb.nn.Params4bit(linear.weight.data, requires_grad=False, **options)
+                packed.bias = linear.bias
+                setattr(parent, name, packed.to(linear.weight.device))
+    return model
+
+
+@dataclass
+class Outcome:
+    """Loss, logits and every gradient of one forward and backward."""
+
+    loss: Tensor
+    logits: Tensor | None
+    gradients: dict[str, Tensor]
+
+
+def run(model: Any, batch: dict[str, Any], *, logits: bool = True) -> Outcome:
+    """One training-mode step without an optimizer; logits from a second call without labels."""
+    model.train()
+    model.zero_grad(set_to_none=True)
+    output = model(**batch, use_cache=False)
+    output.loss.backward()
+    gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    without_labels = {
+        k: v for k, v in batch.items() if k not in ("labels", "loss_rows", "num_items_in_batch")
+    }
+    seen = model(**without_labels, use_cache=False).logits.detach() if logits else None
+    if seen is not None and "attention_mask" in batch:
+        seen = seen[batch["attention_mask"].bool()]
+    return Outcome(output.loss.detach(), seen, gradients)
+
+
+def rows_batch(vocabulary: int, lengths: tuple[int, ...], seed: int = 3) -> dict[str, Tensor]:
+    """Right-padded rows [B, S] with an attention mask; a third of the labels unsupervised."""
+    generator = torch.Generator().manual_seed(seed)
+    width = max(lengths)
+    input_ids = torch.randint(0, vocabulary, (len(lengths), width), generator=generator)
+    mask = torch.arange(width)[None] < torch.tensor(lengths)[:, None]
+    dropped = torch.rand(input_ids.shape, generator=generator) < 0.33
+    labels = input_ids.masked_fill(dropped | ~mask, -100)
+    labels[:, 0] = -100
+    return {"input_ids": input_ids, "attention_mask": mask.long(), "labels": labels}
+
+
+def packed_batch(rows: dict[str, Tensor]) -> dict[str, Any]:
+    """The same rows as one stream without padding, as the trainer's collator makes it."""
+    mask = rows["attention_mask"].bool()
+    lengths = mask.sum(1)
+    cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
+    return {
+        "input_ids": rows["input_ids"][mask][None],
+        "labels": rows["labels"][mask][None],
+        "position_ids": torch.cat([torch.arange(n) for n in lengths])[None],
+        "cu_seq_lens_q": cu_seqlens,
+        "cu_seq_lens_k": cu_seqlens,
+        "max_length_q": int(lengths.max()),
+        "max_length_k": int(lengths.max()),
+    }
+
+
+def bound_copy(model: Any, level: str | list[str] = "all") -> Any:
+    """A deep copy with the fast path on it."""
+    fast = copy.deepcopy(model)
+    binding = bind(fast, strict=True)
+    binding.set_save_levels(level)
+    return fast
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """‖actual - expected‖ / ‖expected‖ in fp64."""
+    scale = expected.double().norm().item()
+    return (actual.double() - expected.double()).norm().item() / max(scale, 1e-30)
+
+
+def assert_same(actual: Outcome, expected: Outcome, tolerance: float) -> None:
+    """Loss, logits and all gradients within `tolerance`; names the tensor that failed."""
+    errors = {"loss": relative_error(actual.loss, expected.loss)}
+    if actual.logits is not None and expected.logits is not None:
+        errors["logits"] = relative_error(actual.logits, expected.logits)
+    assert actual.gradients.keys() == expected.gradients.keys(), "different parameters received gradients"
+    for name, gradient in expected.gradients.items():
+        errors[name] = relative_error(actual.gradients[name], gradient)
+    failed = {name: error for name, error in errors.items() if not error <= tolerance}
+    assert not failed, f"beyond {tolerance}: {failed}"
