@@ -13,7 +13,7 @@ from tests.families.parity import add_adapter
 from tests.tiny import tiny_model
 
 
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("level", [level for level in LEVELS if level != "offload"])
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_declared_bytes_are_kept_bytes(family: str, level: str) -> None:
     model = add_adapter(tiny_model(family), r=4)
@@ -48,4 +48,4 @@ def test_declared_bytes_are_kept_bytes(family: str, level: str) -> None:
 def test_levels_for_llama_8b() -> None:
     """The figures that docs/architecture.md quotes."""
     widths = LayerWidths(4096, 4096, 1024, 32, 14336, 7 * 16, 2, 2)
-    assert [saved_bytes_per_token(level, widths) for level in LEVELS] == [8192, 16512, 94560, 110944]
+    assert [saved_bytes_per_token(level, widths) for level in LEVELS] == [0, 8192, 16512, 94560, 110944]

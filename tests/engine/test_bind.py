@@ -71,7 +71,7 @@ def test_save_levels_are_checked() -> None:
     with pytest.raises(UnknownSaveLevel, match="3 save levels were given for 2 layers"):
         binding.set_save_levels(["none"] * 3)
     binding.set_save_levels("unsloth")
-    assert set(binding.save_levels) == {"none"}
+    assert set(binding.save_levels) == {"offload"}
 
 
 def test_second_backward_is_an_error_and_not_a_wrong_number() -> None:

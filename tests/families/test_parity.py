@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from pronghorn.blocks import LEVELS
 from pronghorn.engine import bind, binding_of
 from tests.families.parity import (
     FAMILIES,
@@ -27,7 +28,6 @@ from tests.families.parity import (
 )
 from tests.tiny import tiny_model
 
-LEVELS = ["none", "attention", "matmuls", "all"]
 EXACT = 5e-6
 LENGTHS = (13, 7, 13, 1)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -28,23 +28,39 @@ class LayerSaves:
         return [t for t in kept if isinstance(t, Tensor)]
 
 
+class InputStash(Protocol):
+    """Where a layer at level "offload" parks its input; `memory.HostStash` is one."""
+
+    def park(self, x: Tensor) -> int: ...
+
+    def fetch(self, index: int, device: torch.device) -> Tensor: ...
+
+
 @dataclass(frozen=True)
 class DecoderLayer:
     """One layer of a pre-norm decoder, ready to run: x -> x + attention(norm(x)) -> y + glu(norm(y)).
 
-    `dtype` is the compute dtype; the residual stream keeps the dtype of the layer's input.
+    `dtype` is the compute dtype; the residual stream keeps the dtype of the layer's input. Without a `stash` the level
+    "offload" keeps the input on its device, as "none" does.
     """
 
     attention: AttentionBlock
     glu: GluBlock
     level: Level
     dtype: torch.dtype
+    stash: InputStash | None = None
     parameters: list[Tensor] = field(default_factory=list)
 
     @staticmethod
-    def build(attention: AttentionBlock, glu: GluBlock, level: Level, dtype: torch.dtype) -> DecoderLayer:
+    def build(
+        attention: AttentionBlock,
+        glu: GluBlock,
+        level: Level,
+        dtype: torch.dtype,
+        stash: InputStash | None = None,
+    ) -> DecoderLayer:
         unique = {id(t): t for t in attention.trainable() + glu.trainable()}
-        return DecoderLayer(attention, glu, level, dtype, list(unique.values()))
+        return DecoderLayer(attention, glu, level, dtype, stash, list(unique.values()))
 
     def __call__(self, x: Tensor) -> Tensor:
         """Hidden states [T, H] -> [T, H]. Keeps nothing when no gradient can be asked for."""
@@ -79,7 +95,11 @@ class _DecoderLayerFunction(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             out, ctx.saves = layer.forward(x, layer.level)
         ctx.layer = layer
-        ctx.save_for_backward(x)
+        ctx.parked, ctx.device = None, x.device
+        if layer.level == "offload" and layer.stash is not None:
+            ctx.parked = layer.stash.park(x)
+        else:
+            ctx.save_for_backward(x)
         return out
 
     @staticmethod
@@ -90,7 +110,7 @@ class _DecoderLayerFunction(torch.autograd.Function):
                 fix="run the forward again, or undo the fast path with binding_of(model).undo() for retain_graph=True",
             )
         saves, ctx.saves = ctx.saves, None
-        (x,) = ctx.saved_tensors
+        x = ctx.saved_tensors[0] if ctx.parked is None else ctx.layer.stash.fetch(ctx.parked, ctx.device)
         wanted = [p for p, need in zip(ctx.layer.parameters, ctx.needs_input_grad[2:], strict=True) if need]
         sink = GradientSink(wanted)
         with torch.autocast(x.device.type, enabled=False):

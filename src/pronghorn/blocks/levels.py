@@ -1,10 +1,11 @@
 """Save levels: what a decoder layer keeps between forward and backward.
 
 Each level keeps what the one before keeps, and more. Whatever is not kept is rebuilt in backward from the layer's
-input, which is always kept.
+input, which is always kept: on the device, or with "offload" in the host's memory.
 
 | level     | kept besides the layer's input                                   | rebuilt in backward            |
 |-----------|------------------------------------------------------------------|--------------------------------|
+| offload   | nothing; the input is in pinned host memory                      | everything but the down matmul |
 | none      | nothing                                                          | everything but the down matmul |
 | attention | attention output and statistics                                  | q, k, v, o, gate, up           |
 | matmuls   | + q, k, v, residual sum, gate, up, adapter products XA           | norms, RoPE on normed q/k, act |
@@ -19,18 +20,18 @@ from typing import Literal, cast
 
 from pronghorn.errors import UnknownSaveLevel, nearest
 
-Level = Literal["none", "attention", "matmuls", "all"]
-LEVELS: tuple[Level, ...] = ("none", "attention", "matmuls", "all")
+Level = Literal["offload", "none", "attention", "matmuls", "all"]
+LEVELS: tuple[Level, ...] = ("offload", "none", "attention", "matmuls", "all")
 
 
 def check_level(name: str) -> Level:
-    """`name` as a level. "unsloth" is an older script's word for full checkpointing: "none".
+    """`name` as a level. "unsloth", an older script's word for offloaded checkpointing, is "offload".
 
     Raises:
         UnknownSaveLevel: with the known names.
     """
     if name == "unsloth":
-        return "none"
+        return "offload"
     if name not in LEVELS:
         fix = f"use one of {', '.join(LEVELS)}; {nearest(name, LEVELS)}".rstrip("; ")
         raise UnknownSaveLevel(f"'{name}' is not a save level", fix=fix)
@@ -69,9 +70,9 @@ class LayerWidths:
 
 
 def saved_bytes_per_token(level: Level, widths: LayerWidths) -> int:
-    """Bytes a token costs in one layer at a save level, layer input included. Exact; held to it by a test."""
+    """Device bytes a token costs in one layer at a save level, layer input included. Exact; a test holds it to it."""
     w = widths
-    total = w.hidden * w.residual_element
+    total = w.hidden * w.residual_element if keeps(level, "none") else 0
     if keeps(level, "attention"):
         total += w.q * w.element + 4 * w.heads
     if keeps(level, "matmuls"):

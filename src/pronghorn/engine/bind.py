@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from pronghorn.engine.read import Reading, read_projection
 from pronghorn.errors import BindingRefused
 from pronghorn.families import ACTIVATIONS, DecoderFamily, family_of
 from pronghorn.kernels.attention import choose_backend
+from pronghorn.memory import HostStash
 
 logger = logging.getLogger("pronghorn")
 
@@ -66,8 +67,15 @@ class Binding:
             self.tell_once(f"attention runs document by document: {reason}")
         return backend
 
+    def new_stash(self, device: torch.device) -> HostStash | None:
+        """Host memory for one forward pass, where a layer's level asks for it and the device is a GPU."""
+        if device.type != "cuda" or "offload" not in self.save_levels:
+            return None
+        return HostStash(copy_stream(device))
+
     def set_save_levels(self, levels: str | Sequence[str]) -> None:
-        """Choose what layers keep for backward: one of none, attention, matmuls, all; or a list, one a layer.
+        """Choose what layers keep for backward: one of offload, none, attention, matmuls, all; or a
+        list, one a layer.
 
         Raises:
             UnknownSaveLevel: for another name or a list of the wrong length.
@@ -151,6 +159,12 @@ class Binding:
         return [
             f"{len(paths)} projections (first {paths[0]}): {reason}" for reason, paths in by_reason.items()
         ]
+
+
+@lru_cache(maxsize=16)
+def copy_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream that moves parked activations of a device; not kept on the model, which must stay picklable."""
+    return torch.cuda.Stream(device)
 
 
 def base_causal_lm(model: Any) -> Any:

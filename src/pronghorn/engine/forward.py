@@ -20,6 +20,7 @@ from pronghorn.engine.stream import Stream, flatten_rows, unflatten_rows
 from pronghorn.kernels.attention import AttentionCall
 from pronghorn.kernels.linear_cross_entropy import linear_cross_entropy
 from pronghorn.kernels.rms_norm import rms_norm
+from pronghorn.memory import HostStash
 
 if TYPE_CHECKING:
     from pronghorn.engine.bind import Binding
@@ -55,6 +56,7 @@ class LayerCall:
     sin: Tensor
     dtype: torch.dtype
     seed: int
+    stash: HostStash | None = None
 
 
 def layer_forward(
@@ -102,7 +104,7 @@ def build_layer(layer: Any, call: LayerCall) -> DecoderLayer:
     )
     asked_for_checkpointing = bool(getattr(layer, "gradient_checkpointing", False)) and layer.training
     level: Level = "none" if asked_for_checkpointing else binding.save_levels[index]
-    return DecoderLayer.build(attention_block, glu_block, level, call.dtype)
+    return DecoderLayer.build(attention_block, glu_block, level, call.dtype, call.stash)
 
 
 # --- decoder ---------------------------------------------------------------------------------------------------
@@ -150,6 +152,7 @@ def decoder_forward(
         sin[0],
         compute_dtype(binding, hidden_states),
         dropout_seed(decoder.training),
+        binding.new_stash(hidden_states.device) if torch.is_grad_enabled() else None,
     )
     for layer in decoder.layers[: decoder.config.num_hidden_layers]:
         # Module.__call__, so that hooks run but Transformers' checkpoint wrapper does not: saves are ours to plan.
