@@ -1,7 +1,7 @@
 """The library in three lines, on a CPU or a GPU, with the quickstart's model and Python's own docstrings as rows.
 
-    make quickstart                      # once: makes .venv and installs the model
-    .venv/bin/python examples/three_lines.py
+make quickstart                      # once: makes .venv and installs the model
+.venv/bin/python examples/three_lines.py
 """
 
 from datasets import Dataset
@@ -12,7 +12,11 @@ from pronghorn.data.docstrings import docstring_rows
 
 rows = Dataset.from_list([{"messages": row.messages()} for row in docstring_rows()[:400]])
 settings = SFTConfig(
-    output_dir="outputs/three_lines", max_steps=10, per_device_train_batch_size=8, learning_rate=1e-3, logging_steps=1
+    output_dir="outputs/three_lines",
+    max_steps=10,
+    per_device_train_batch_size=8,
+    learning_rate=1e-3,
+    logging_steps=1,
 )
 
 # A hub id, a folder or a .gguf file.

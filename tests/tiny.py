@@ -102,7 +102,9 @@ def tiny_tokenizer(chat_template: bool = True) -> PreTrainedTokenizerFast:
     return fast
 
 
-def save_tiny(path: str | Path, family: str, *, chat_template: bool = True, seed: int = 0, **config: Any) -> Path:
+def save_tiny(
+    path: str | Path, family: str, *, chat_template: bool = True, seed: int = 0, **config: Any
+) -> Path:
     """Write a tiny checkpoint (safetensors, config, tokenizer) to `path` and return it.
 
     `max_shard_size` among the keyword arguments splits it into shards.

@@ -20,7 +20,7 @@ import yaml
 
 from pronghorn.errors import ConfigInvalid, nearest
 
-SaveLevel = Literal["none", "attention", "matmuls", "all", "unsloth"]
+SaveLevel = Literal["offload", "none", "attention", "matmuls", "all", "unsloth"]
 
 
 @dataclass(frozen=True)

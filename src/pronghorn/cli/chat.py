@@ -7,6 +7,7 @@ from argparse import Namespace
 from typing import TYPE_CHECKING
 
 from pronghorn.cli.console import say
+from pronghorn.cli.models import resolve_model
 from pronghorn.errors import CommandMisused
 
 if TYPE_CHECKING:
@@ -20,7 +21,9 @@ def run(options: Namespace) -> int:
         raise CommandMisused("--prompt is empty", fix="give a question")
     from pronghorn.inference import Conversation, Sampling, load_for_chat
 
-    model, tokenizer = load_for_chat(options.model, max_seq_length=CONTEXT, load_in_4bit=options.load_in_4bit)
+    model, tokenizer = load_for_chat(
+        resolve_model(options.model), max_seq_length=CONTEXT, load_in_4bit=options.load_in_4bit
+    )
     conversation = Conversation(
         model,
         tokenizer,
