@@ -104,3 +104,9 @@ class PackageMissing(PronghornError):
     """Something this work needs is not installed on this machine."""
 
     code = "PH403"
+
+
+class MergedModelDiffers(PronghornError):
+    """A merged model, loaded again, predicts something else than the adapter model it was made of."""
+
+    code = "PH610"
