@@ -13,6 +13,7 @@ import re
 import types
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from enum import Enum
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -187,18 +188,23 @@ def arguments(section: object) -> dict[str, Any]:
     return named
 
 
-def training_arguments(config: RunConfig, known: Iterable[str]) -> dict[str, Any]:
-    """Keyword arguments for SFTConfig; ``known`` are its field names.
+def training_arguments(config: RunConfig, known: Mapping[str, Any]) -> dict[str, Any]:
+    """Keyword arguments for SFTConfig; ``known`` are its fields' types by name.
 
     Raises:
-        ConfigInvalid: a key under ``training`` that is neither in `TrainingSection` nor in ``known``.
+        ConfigInvalid: a key under ``training`` that is neither in `TrainingSection` nor in ``known``, or a value of
+            the wrong type.
     """
-    names = set(known)
-    for key in config.training.other:
-        if key not in names:
-            candidates = names | {item.name for item in dataclasses.fields(TrainingSection)} - {"other"}
-            raise _unknown(key, "training", candidates, config.where(f"training.{key}"))
-    return {**arguments(config.training), **config.training.other}
+    others = {}
+    for key, value in config.training.other.items():
+        where = config.where(f"training.{key}")
+        if key not in known:
+            candidates = known.keys() | {item.name for item in dataclasses.fields(TrainingSection)} - {
+                "other"
+            }
+            raise _unknown(key, "training", candidates, where)
+        others[key] = _checked(value, known[key], f"training.{key}", {}, where)
+    return {**arguments(config.training), **others}
 
 
 _SECTIONS = "the sections are model, adapter, data, training, output"
@@ -342,8 +348,12 @@ def _accepts(value: Any, hint: Any) -> bool:
         return isinstance(value, str) and value in get_args(hint)
     if origin is list:
         return isinstance(value, list) and all(_accepts(item, get_args(hint)[0]) for item in value)
-    if origin is dict:
+    if origin is dict or hint is dict:
         return isinstance(value, dict)
+    if not isinstance(hint, type):  # Any, or a shape that its owner checks
+        return True
+    if issubclass(hint, Enum):
+        return isinstance(value, str)
     if hint is float:
         return isinstance(value, int | float) and not isinstance(value, bool)
     if hint is int:
@@ -369,9 +379,8 @@ def _described(hint: Any) -> str:
         return f"a list ({_described(get_args(hint)[0])} each)"
     if origin is dict:
         return "a section with keys"
-    return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(
-        hint, hint.__name__
-    )
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", dict: "a section"}
+    return names.get(hint, "text")
 
 
 def _shown(value: Any) -> str:
@@ -396,6 +405,12 @@ def _check_together(config: RunConfig) -> None:
             "'model.full_finetuning' trains every weight, which quantised weights do not allow",
             where=config.where("model.full_finetuning"),
             fix="leave out load_in_4bit and load_in_8bit, or train an adapter",
+        )
+    if config.training.eval_strategy not in (None, "no") and not config.data.held_back:
+        raise ConfigInvalid(
+            "'training.eval_strategy' needs rows to evaluate on",
+            where=config.where("training.eval_strategy"),
+            fix="set data.held_back to how many rows are held back",
         )
     if model.full_finetuning and config.adapter != AdapterSection():
         raise ConfigInvalid(

@@ -110,3 +110,33 @@ class MergedModelDiffers(PronghornError):
     """A merged model, loaded again, predicts something else than the adapter model it was made of."""
 
     code = "PH610"
+
+
+class RowsUnreadable(PronghornError):
+    """Training rows exist but cannot be read: no JSON, columns of mixed types, or none at all."""
+
+    code = "PH310"
+
+
+class UnknownArgument(PronghornError):
+    """A function was given an argument it does not have, or a value outside the argument's choices."""
+
+    code = "PH404"
+
+
+class AdapterProblem(PronghornError):
+    """An adapter cannot be put on this model: it has one already, or the combination has no meaning."""
+
+    code = "PH205"
+
+
+class SaveFailed(PronghornError):
+    """Writing a model failed: the disk is full, the folder cannot be written, or a weight cannot be merged."""
+
+    code = "PH601"
+
+
+class ExportMismatch(PronghornError):
+    """A model was written, but what is on the disk differs from what was meant to be; nothing was replaced."""
+
+    code = "PH602"

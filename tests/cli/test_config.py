@@ -130,16 +130,37 @@ def test_exclusive_choices():
 
 def test_training_accepts_fields_of_sftconfig_only():
     config = parse_config(MINIMAL + "training:\n  max_steps: 3\n  adam_beta1: 0.8\n", "run.yaml")
-    assert training_arguments(config, ["adam_beta1", "max_steps"]) == {
+    assert training_arguments(config, {"adam_beta1": float, "max_steps": int}) == {
         "max_steps": 3,
         "adam_beta1": 0.8,
         "seed": 3407,
     }
     config = parse_config(MINIMAL + "training:\n  lerning_rate: 0.1\n", "run.yaml")
     with pytest.raises(ConfigInvalid, match="lerning_rate") as caught:
-        training_arguments(config, ["adam_beta1"])
+        training_arguments(config, {"adam_beta1": float})
     assert caught.value.where == "run.yaml, line 6"
     assert caught.value.fix == "did you mean 'learning_rate'?"
+
+
+@pytest.mark.parametrize(
+    ("line", "hint", "fix"),
+    [("adam_beta1: fast", float, "a number"), ("bf16: 1", bool | None, "true or false")],
+)
+def test_other_fields_are_checked_by_their_types(line, hint, fix):
+    config = parse_config(MINIMAL + f"training:\n  {line}\n", "run.yaml")
+    with pytest.raises(ConfigInvalid) as caught:
+        training_arguments(config, {line.partition(":")[0]: hint})
+    assert caught.value.where == "run.yaml, line 6"
+    assert fix in caught.value.fix
+
+
+def test_exponent_of_another_field_is_a_number():
+    config = parse_config(MINIMAL + "training:\n  adam_epsilon: 1e-8\n", "run.yaml")
+    assert training_arguments(config, {"adam_epsilon": float})["adam_epsilon"] == 1e-8
+
+
+def test_evaluation_needs_held_back_rows():
+    assert "data.held_back" in refused(MINIMAL + "training:\n  eval_strategy: steps\n").fix
 
 
 def test_arguments_leave_out_what_is_not_set():

@@ -50,6 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--resume", action="store_true", help="go on from the last checkpoint in the output folder"
     )
+    train.add_argument("--json", action="store_true", help="end with one line of JSON: losses, time, paths")
 
     quickstart = commands.add_parser(
         "quickstart", help="fine-tune a real 135M model on real data, on any machine"
@@ -78,7 +79,7 @@ def _commands() -> dict:
     def train(options: argparse.Namespace) -> int:
         from pronghorn.cli.train import run
 
-        return run(options.config, options.overrides, resume=options.resume)
+        return run(options.config, options.overrides, resume=options.resume, as_json=options.json)
 
     def quickstart(options: argparse.Namespace) -> int:
         from pronghorn.cli.quickstart import run

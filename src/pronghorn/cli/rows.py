@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pronghorn.cli.console import first_line
 from pronghorn.config import RunConfig
-from pronghorn.errors import ConfigInvalid
+from pronghorn.errors import ConfigInvalid, RowsUnreadable
 
 _READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
@@ -15,12 +18,17 @@ def load_rows(config: RunConfig) -> tuple[Any, Any | None]:
     """(training rows, held-back rows or None) as `datasets.Dataset`.
 
     Raises:
-        ConfigInvalid: there is no such data, it cannot be read, or fewer rows than are held back.
+        ConfigInvalid: there is no such data, or fewer rows than are held back.
+        RowsUnreadable: it cannot be read, with the line for a .jsonl file.
     """
     rows = _all_rows(config)
     section = config.data
     if section.limit is not None:
         rows = rows.select(range(min(section.limit, len(rows))))
+    if not len(rows):
+        raise RowsUnreadable(
+            f"'{section.dataset}' has no rows", where=config.where("data.dataset"), fix="name other data"
+        )
     if section.text_field is not None and section.text_field not in rows.column_names:
         raise ConfigInvalid(
             f"the rows have no column '{section.text_field}'",
@@ -55,19 +63,61 @@ def _all_rows(config: RunConfig) -> Any:
         raise ConfigInvalid(
             f"'{name}' is not a kind of file that is read", where=where, fix=f"one of {', '.join(_READERS)}"
         )
+    if path.is_file() and not path.stat().st_size:
+        raise RowsUnreadable(f"'{name}' is empty", where=where, fix="name other data")
     try:
         if path.is_file():
             return datasets.load_dataset(_READERS[suffix], data_files=str(path), split="train")
         if path.is_dir() and any((path / mark).exists() for mark in ("dataset_dict.json", "state.json")):
             saved = datasets.load_from_disk(str(path))
             return saved[section.split] if isinstance(saved, datasets.DatasetDict) else saved
-        return datasets.load_dataset(
-            str(path) if path.is_dir() else name, section.subset, split=section.split
-        )
+        source = str(path) if path.is_dir() else name
+        return datasets.load_dataset(source, section.subset, split=section.split)
     except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
-        reason = str(error.__cause__ or error).strip().splitlines()
-        raise ConfigInvalid(
-            f"the rows of '{name}' cannot be read: {reason[0] if reason else type(error).__name__}",
+        if path.is_file() and suffix == ".jsonl":
+            raise_for_first_bad_line(path)
+        raise RowsUnreadable(
+            f"the rows of '{name}' cannot be read: {first_line(error.__cause__ or error)}",
             where=where,
             fix="check the file, or the name and your connection for a hub id",
         ) from error
+
+
+def raise_for_first_bad_line(path: Path) -> None:
+    """Raise for the first line of a .jsonl file that is no JSON object, or differs in its types from the first one.
+
+    Raises:
+        RowsUnreadable: with the file and line.
+    """
+    first: dict[str, str] | None = None
+    for number, line in _lines(path):
+        where = f"{path}, line {number}"
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise RowsUnreadable(
+                f"this line is not JSON: {error.msg} at column {error.colno}",
+                where=where,
+                fix="correct or remove the line",
+            ) from None
+        if not isinstance(row, dict):
+            raise RowsUnreadable(
+                "this line is not a row", where=where, fix='write each row as an object: {"messages": ...}'
+            )
+        shape = {key: type(value).__name__ for key, value in row.items() if value is not None}
+        first = first or shape
+        differing = [key for key in shape if key in first and shape[key] != first[key]]
+        if differing:
+            key = differing[0]
+            raise RowsUnreadable(
+                f"'{key}' is a {shape[key]} here and a {first[key]} in the first row",
+                where=where,
+                fix="give a column one type in all rows",
+            )
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    with path.open(encoding="utf-8", errors="replace") as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                yield number, line

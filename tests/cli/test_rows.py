@@ -1,0 +1,107 @@
+"""Rows are read from files, and a bad line is named."""
+
+import json
+
+import pytest
+
+from pronghorn.cli.rows import load_rows
+from pronghorn.config import parse_config
+from pronghorn.errors import ConfigInvalid, PronghornError, RowsUnreadable
+
+
+def chat(number):
+    return {
+        "messages": [
+            {"role": "user", "content": f"question {number}"},
+            {"role": "assistant", "content": f"answer {number}"},
+        ]
+    }
+
+
+def config_for(dataset, extra="", overrides=()):
+    text = f"model:\n  name: tiny\ndata:\n  dataset: {dataset}\n{extra}"
+    return parse_config(text, "run.yaml", overrides)
+
+
+def write_lines(path, rows):
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return path
+
+
+def refused(config) -> PronghornError:
+    with pytest.raises(PronghornError) as caught:
+        load_rows(config)
+    return caught.value
+
+
+def test_jsonl_held_back_and_limit(tmp_path):
+    path = write_lines(tmp_path / "rows.jsonl", [chat(i) for i in range(20)])
+    train, held = load_rows(config_for(path, "  held_back: 4\n  limit: 12\n"))
+    assert (len(train), len(held)) == (8, 4)
+    texts = [row["messages"][0]["content"] for part in (train, held) for row in part]
+    assert sorted(texts) == sorted(f"question {i}" for i in range(12))
+    again, _ = load_rows(config_for(path, "  held_back: 4\n  limit: 12\n"))
+    assert again["messages"] == train["messages"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("rows.csv", "text\none\ntwo\n"), ("rows.json", '[{"text": "one"}, {"text": "two"}]')],
+)
+def test_other_files(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    train, held = load_rows(config_for(tmp_path / name, "  text_field: text\n"))
+    assert list(train["text"]) == ["one", "two"]
+    assert held is None
+
+
+def test_parquet_and_saved_folder(tmp_path):
+    import datasets
+
+    rows = datasets.Dataset.from_list([{"text": "one"}])
+    rows.to_parquet(str(tmp_path / "rows.parquet"))
+    datasets.DatasetDict({"train": rows}).save_to_disk(str(tmp_path / "saved"))
+    for name in ("rows.parquet", "saved"):
+        assert list(load_rows(config_for(tmp_path / name))[0]["text"]) == ["one"]
+
+
+def test_docstrings():
+    train, held = load_rows(config_for("docstrings", "  held_back: 10\n  limit: 50\n"))
+    assert (len(train), len(held)) == (40, 10)
+    assert train[0]["messages"][1]["role"] == "assistant"
+
+
+@pytest.mark.parametrize(
+    ("lines", "where", "what"),
+    [
+        ([chat(0), '{"messages": [', chat(1)], "line 2", "not JSON"),
+        ([chat(0), chat(1), "[1, 2]"], "line 3", "not a row"),
+        ([{"text": "a"}, "", {"text": 3}], "line 3", "'text' is a int here and a str in the first row"),
+    ],
+)
+def test_bad_line_is_named(tmp_path, lines, where, what):
+    path = write_lines(tmp_path / "rows.jsonl", lines)
+    error = refused(config_for(path))
+    assert isinstance(error, RowsUnreadable)
+    assert error.where == f"{path}, {where}"
+    assert what in error.message
+    assert error.fix
+
+
+def test_what_is_not_there(tmp_path):
+    error = refused(config_for(tmp_path / "absent.jsonl"))
+    assert isinstance(error, ConfigInvalid)
+    assert error.where == "run.yaml, line 4"
+    (tmp_path / "rows.txt").write_text("text")
+    assert ".jsonl" in refused(config_for(tmp_path / "rows.txt")).fix
+
+
+def test_empty_file(tmp_path):
+    (tmp_path / "rows.jsonl").write_text("")
+    assert isinstance(refused(config_for(tmp_path / "rows.jsonl")), RowsUnreadable)
+
+
+def test_too_many_held_back_and_unknown_column(tmp_path):
+    path = write_lines(tmp_path / "rows.jsonl", [{"text": "one"}, {"text": "two"}])
+    assert refused(config_for(path, "  held_back: 2\n")).where == "run.yaml, line 5"
+    assert "columns are text" in refused(config_for(path, "  text_field: body\n")).fix
