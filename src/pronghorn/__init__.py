@@ -1,0 +1,52 @@
+"""Fast, lean fine-tuning of language models on stock Hugging Face checkpoints, PEFT adapters and TRL trainers.
+
+`import pronghorn` loads none of them and changes nothing: every public name is imported when it is first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from pronghorn.errors import PronghornError
+
+if TYPE_CHECKING:
+    from pronghorn.engine import bind, binding_of
+    from pronghorn.loading import FastLanguageModel, FastModel, is_bfloat16_supported
+    from pronghorn.training import SFTConfig, SFTTrainer, train_on_responses_only
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "FastLanguageModel",
+    "FastModel",
+    "PronghornError",
+    "SFTConfig",
+    "SFTTrainer",
+    "__version__",
+    "bind",
+    "binding_of",
+    "is_bfloat16_supported",
+    "train_on_responses_only",
+]
+
+_HOME = {
+    "FastLanguageModel": "pronghorn.loading",
+    "FastModel": "pronghorn.loading",
+    "SFTConfig": "pronghorn.training",
+    "SFTTrainer": "pronghorn.training",
+    "bind": "pronghorn.engine",
+    "binding_of": "pronghorn.engine",
+    "is_bfloat16_supported": "pronghorn.loading",
+    "train_on_responses_only": "pronghorn.training",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'pronghorn' has no attribute '{name}'")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
