@@ -1,0 +1,222 @@
+"""Linear layer and cross-entropy in one, chunk by chunk: no [n, V] tensor exists.
+
+    z = hidden Wᵀ (+ b) (+ s · hidden Aᵀ Bᵀ),   z ← logit_scale · z,   z ← softcap · tanh(z / softcap)
+    loss = Σ_i (lse(z_i) - z_i[label_i]) / normalizer,   dz = (softmax(z) - onehot(label)) / normalizer
+
+A chunk of logits is overwritten by its own gradient and multiplied into dhidden (and dW, db, dA, dB where those are
+trained) while it is there, in forward; backward only scales. lse, loss and weight gradients are fp32.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pronghorn.kernels.dispatch import Impl, math_dtype, use_triton
+
+# Bytes of one chunk of logits. On a GPU a chunk must be tall enough to fill the matrix units: at V = 128k and bf16
+# 256 MiB are 1,024 rows. A CPU gains nothing from tall chunks.
+CHUNK_BYTES = {"cuda": 256 * 2**20, "cpu": 32 * 2**20}
+
+Lora = tuple[Tensor, Tensor, float]
+
+
+def default_chunk_rows(vocabulary: int, dtype: torch.dtype, device_type: str) -> int:
+    """Rows in a chunk: a multiple of 128 where there are that many, never less than 16."""
+    rows = CHUNK_BYTES.get(device_type, CHUNK_BYTES["cuda"]) // (vocabulary * dtype.itemsize)
+    return max(rows // 128 * 128, 16) if rows >= 128 else max(rows, 16)
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    lora: Lora | None = None,
+    normalizer: Tensor | int | None = None,
+    ignore_index: int = -100,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    chunk_rows: int | None = None,
+    impl: Impl | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The loss of rows against labels, without a device synchronisation.
+
+    Args:
+        hidden: [n, H]. weight: [V, H] in the same dtype. labels: int64 [n]. bias: [V].
+        lora: (A [R, H], B [V, R], scaling) of an adapter on the head.
+        normalizer: divides the sum of losses; None means the number of labels that are not `ignore_index`.
+
+    Returns:
+        loss: 0-dim fp32, differentiable in hidden, weight, bias, A and B. 0 when there is no row.
+        num_correct: 0-dim int64; rows whose label has the largest logit (a tie counts).
+    """
+    supervised = labels != ignore_index
+    if normalizer is None:
+        normalizer = supervised.sum().clamp(min=1)
+    if not isinstance(normalizer, Tensor):
+        normalizer = torch.full((), float(normalizer), device=hidden.device)
+    normalizer = normalizer.to(device=hidden.device, dtype=math_dtype(hidden.dtype), non_blocking=True)
+    rows = chunk_rows or default_chunk_rows(weight.shape[0], hidden.dtype, hidden.device.type)
+    a, b, scaling = lora if lora is not None else (None, None, 1.0)
+    settings = _Settings(ignore_index, logit_scale, softcap, rows, scaling, use_triton(hidden, impl))
+    total, num_correct = _LinearCrossEntropy.apply(hidden, weight, bias, a, b, labels, settings)
+    return total / normalizer, num_correct
+
+
+class _Settings:
+    def __init__(
+        self,
+        ignore_index: int,
+        logit_scale: float,
+        softcap: float | None,
+        chunk_rows: int,
+        scaling: float,
+        triton: bool,
+    ) -> None:
+        self.ignore_index, self.logit_scale, self.softcap = ignore_index, logit_scale, softcap
+        self.chunk_rows, self.scaling, self.triton = chunk_rows, scaling, triton
+
+
+class _Gradients:
+    """Accumulators of the gradients that are wanted; in the order hidden, weight, bias, A, B."""
+
+    def __init__(
+        self, hidden: Tensor, parameters: tuple[Tensor | None, ...], wanted: tuple[bool, ...], scaling: float
+    ) -> None:
+        wide = math_dtype(hidden.dtype)
+        self.scaling = scaling
+        self.hidden = torch.empty_like(hidden) if wanted[0] else None
+        self.weight, self.bias, self.a, self.b = (
+            torch.zeros(p.shape, dtype=wide, device=p.device) if p is not None and want else None
+            for p, want in zip(parameters, wanted[1:], strict=True)
+        )
+
+    @property
+    def any(self) -> bool:
+        return any(t is not None for t in (self.hidden, self.weight, self.bias, self.a, self.b))
+
+    def add(
+        self,
+        dlogits: Tensor,
+        hidden: Tensor,
+        weight: Tensor,
+        adapter: tuple[Tensor, Tensor, Tensor] | None,
+        at: slice,
+    ) -> None:
+        """Take in one chunk; `adapter` is (A, B, hidden Aᵀ) in the computing dtype."""
+        if self.hidden is not None:
+            torch.mm(dlogits, weight, out=self.hidden[at])
+        if self.weight is not None:
+            _add_product_(self.weight, dlogits.t(), hidden)
+        if self.bias is not None:
+            self.bias += dlogits.sum(0, dtype=self.bias.dtype)
+        if adapter is None:
+            return
+        a, b, xa = adapter
+        dxa = (dlogits @ b).mul_(self.scaling)
+        if self.hidden is not None:
+            self.hidden[at].addmm_(dxa, a)
+        if self.a is not None:
+            _add_product_(self.a, dxa.t(), hidden)
+        if self.b is not None:
+            _add_product_(self.b, dlogits.t(), xa * self.scaling)
+
+
+def _add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left @ right, accumulated in total's dtype (fp32 for 16-bit factors, also on the GPU)."""
+    if left.dtype == total.dtype:
+        total.addmm_(left, right)
+    elif left.is_cuda:
+        total += torch.mm(left, right, out_dtype=total.dtype)
+    else:
+        total.addmm_(left.to(total.dtype), right.to(total.dtype))
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        a: Tensor | None,
+        b: Tensor | None,
+        labels: Tensor,
+        settings: _Settings,
+    ) -> tuple[Tensor, Tensor]:
+        gradients = _Gradients(hidden, (weight, bias, a, b), ctx.needs_input_grad[:5], settings.scaling)
+        count, dtype = hidden.shape[0], hidden.dtype
+        losses = torch.zeros(count, dtype=math_dtype(dtype), device=hidden.device)
+        correct = torch.zeros(count, dtype=torch.bool, device=hidden.device)
+        low_rank = None if a is None or b is None else (a.to(dtype), b.to(dtype))
+        for start in range(0, count, settings.chunk_rows):
+            at = slice(start, min(start + settings.chunk_rows, count))
+            chunk = hidden[at]
+            logits = chunk @ weight.t() if bias is None else torch.addmm(bias.to(dtype), chunk, weight.t())
+            adapter = None
+            if low_rank is not None:
+                adapter = (*low_rank, chunk @ low_rank[0].t())
+                logits.addmm_(adapter[2], adapter[1].t(), alpha=settings.scaling)
+            dlogits = _cross_entropy_(logits, labels[at], losses[at], correct[at], settings, gradients.any)
+            gradients.add(dlogits, chunk, weight, adapter, at)
+        ctx.gradients = gradients
+        ctx.dtypes = [None if p is None else p.dtype for p in (hidden, weight, bias, a, b)]
+        num_correct = correct.sum()
+        ctx.mark_non_differentiable(num_correct)
+        return losses.sum(), num_correct
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        held, scale = ctx.gradients, grads[0]
+        found = [held.hidden, held.weight, held.bias, held.a, held.b]
+        # Not in place: a second backward (retain_graph) must find them unscaled.
+        scaled = [
+            None if g is None else (g * scale).to(dtype) for g, dtype in zip(found, ctx.dtypes, strict=True)
+        ]
+        return (*scaled, None, None)
+
+
+def _cross_entropy_(
+    logits: Tensor, labels: Tensor, losses: Tensor, correct: Tensor, settings: _Settings, need_grad: bool
+) -> Tensor:
+    """Losses and hits of a chunk into `losses` and `correct`; returns d(sum of losses)/d(logits) over `logits`."""
+    if settings.triton:
+        from pronghorn.kernels.triton.cross_entropy import cross_entropy_
+
+        cross_entropy_(
+            logits,
+            labels,
+            losses,
+            correct,
+            settings.ignore_index,
+            settings.logit_scale,
+            settings.softcap,
+            need_grad,
+        )
+        return logits
+    wide = logits.to(losses.dtype)
+    if settings.logit_scale != 1.0:
+        wide = wide * settings.logit_scale
+    if settings.softcap is not None:
+        wide = torch.tanh(wide / settings.softcap) * settings.softcap
+    supervised = labels != settings.ignore_index
+    picked = labels.clamp(min=0)[:, None]
+    target = wide.gather(1, picked).squeeze(1)
+    lse = torch.logsumexp(wide, 1)
+    losses.copy_((lse - target).masked_fill_(~supervised, 0.0))
+    correct.copy_((target >= wide.amax(1)) & supervised)
+    if not need_grad:
+        return logits
+    capped = wide if settings.softcap is not None else None
+    grad = torch.exp(wide - lse[:, None])
+    grad.scatter_add_(1, picked, grad.new_full(picked.shape, -1.0))
+    if capped is not None:
+        grad *= 1 - (capped / settings.softcap).square()
+    if settings.logit_scale != 1.0:
+        grad *= settings.logit_scale
+    grad *= supervised[:, None]
+    return grad.to(logits.dtype)
