@@ -140,3 +140,39 @@ class ExportMismatch(PronghornError):
     """A model was written, but what is on the disk differs from what was meant to be; nothing was replaced."""
 
     code = "PH602"
+
+
+class RowInvalid(PronghornError):
+    """A row of the data set is of no known kind, or malformed."""
+
+    code = "PH301"
+
+
+class NothingSupervised(PronghornError):
+    """Rows without a single token to train on."""
+
+    code = "PH302"
+
+
+class ChatTemplateOpaque(PronghornError):
+    """The assistant's turns cannot be told from the rest in what the chat template renders."""
+
+    code = "PH303"
+
+
+class SequenceTooLong(PronghornError):
+    """Rows are longer than the model's context, and truncation was turned off."""
+
+    code = "PH304"
+
+
+class DatasetUnusable(PronghornError):
+    """A data set as a whole cannot be trained on: it is empty, or does not fit the chosen options."""
+
+    code = "PH305"
+
+
+class CheckpointMissing(PronghornError):
+    """A run cannot be resumed: there is no complete checkpoint."""
+
+    code = "PH603"

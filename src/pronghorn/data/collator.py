@@ -1,0 +1,116 @@
+"""Rows of tokens to one batch: a flat stream of documents without padding, or padded rows where that is all a model
+can take. Documents never attend to each other in either."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from pronghorn.data.rows import IGNORED
+
+#: Keys of a batch that are for the trainer, not for the model.
+BOOKKEEPING = ("real_tokens",)
+
+
+@dataclass(frozen=True)
+class Document:
+    """Token ids and labels of one document, both [t]; nothing predicts its first token, whose label is -100."""
+
+    ids: np.ndarray
+    labels: np.ndarray
+
+
+def documents_of(row: Mapping[str, Any]) -> list[Document]:
+    """The documents of a row: `seq_lengths` of them where it is packed, else one."""
+    ids = np.asarray(row["input_ids"], dtype=np.int64)
+    labels = np.array(row.get("labels", row["input_ids"]), dtype=np.int64)
+    ends = np.cumsum(row["seq_lengths"]) if row.get("seq_lengths") is not None else [len(ids)]
+    if len(labels) != len(ids) or ends[-1] != len(ids):
+        raise ValueError(
+            f"a row has {len(ids)} input_ids, {len(labels)} labels and documents of {ends[-1]} tokens"
+        )
+    documents = []
+    start = 0
+    for end in ends:
+        if end > start:
+            labels[start] = IGNORED
+            documents.append(Document(ids[start:end], labels[start:end]))
+        start = end
+    return documents
+
+
+@dataclass
+class Collator:
+    """Makes the batch that `pronghorn.engine` and Transformers' flash-attention models take (`flat`), or a padded one.
+
+    Flat: input_ids, labels, position_ids int64 [1, T]; cu_seq_lens_q/k int32 [documents + 1]; max_length_q/k int; with
+    `for_engine` also loss_rows int64 [n], the positions whose successor is supervised, and document_lengths, so that
+    nothing has to be asked of the GPU. Padded: input_ids, labels, attention_mask int64 [documents, longest].
+
+    Args:
+        pad_to_multiple_of: round T up with one unsupervised document (flat), or the row length up (padded).
+    """
+
+    pad_token_id: int
+    flat: bool = True
+    for_engine: bool = True
+    pad_to_multiple_of: int | None = None
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        documents = [document for row in rows for document in documents_of(row)]
+        if not documents:
+            raise ValueError("a batch without a single token")
+        real = sum(len(document.ids) for document in documents)
+        batch = self._flat(documents) if self.flat else self._padded(documents)
+        return {**batch, "real_tokens": real}
+
+    def _flat(self, documents: list[Document]) -> dict[str, Any]:
+        total = sum(len(document.ids) for document in documents)
+        missing = -total % self.pad_to_multiple_of if self.pad_to_multiple_of else 0
+        if missing:
+            padding = np.full(missing, self.pad_token_id, dtype=np.int64)
+            documents = [*documents, Document(padding, np.full(missing, IGNORED, dtype=np.int64))]
+        lengths = np.array([len(document.ids) for document in documents], dtype=np.int64)
+        bounds = torch.from_numpy(np.concatenate(([0], np.cumsum(lengths))).astype(np.int32))
+        starts = np.repeat(np.cumsum(lengths) - lengths, lengths)
+        positions = np.arange(total + missing, dtype=np.int64) - starts
+        labels = np.concatenate([document.labels for document in documents])
+        longest = int(lengths.max())
+        batch: dict[str, Any] = {
+            "input_ids": torch.from_numpy(np.concatenate([document.ids for document in documents]))[None],
+            "labels": torch.from_numpy(labels)[None],
+            "position_ids": torch.from_numpy(positions)[None],
+            "cu_seq_lens_q": bounds,
+            "cu_seq_lens_k": bounds.clone(),
+            "max_length_q": longest,
+            "max_length_k": longest,
+        }
+        if self.for_engine:
+            batch["loss_rows"] = torch.from_numpy(np.flatnonzero(labels[1:] != IGNORED).astype(np.int64))
+            batch["document_lengths"] = tuple(int(length) for length in lengths)
+        return batch
+
+    def _padded(self, documents: list[Document]) -> dict[str, Any]:
+        longest = max(len(document.ids) for document in documents)
+        if self.pad_to_multiple_of:
+            longest += -longest % self.pad_to_multiple_of
+        shape = (len(documents), longest)
+        ids = np.full(shape, self.pad_token_id, dtype=np.int64)
+        labels = np.full(shape, IGNORED, dtype=np.int64)
+        mask = np.zeros(shape, dtype=np.int64)
+        for index, document in enumerate(documents):
+            length = len(document.ids)
+            ids[index, :length], labels[index, :length], mask[index, :length] = (
+                document.ids,
+                document.labels,
+                1,
+            )
+        return {
+            "input_ids": torch.from_numpy(ids),
+            "labels": torch.from_numpy(labels),
+            "attention_mask": torch.from_numpy(mask),
+        }

@@ -1,0 +1,251 @@
+"""One dataset row to tokens and labels: chat, prompt/completion, Alpaca and plain-text rows.
+
+Labels are not shifted (Transformers' convention): ``labels[t]`` is the token at position t, or -100 where it is not
+trained on. The model predicts it from position t - 1, so the first token of a row never counts.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from pronghorn.data.templates import ChatRenderer, Message
+from pronghorn.errors import RowInvalid
+
+RowKind = Literal["tokens", "chat", "prompt_completion", "alpaca", "text"]
+
+IGNORED = -100
+_ROLES = {
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+    "function_call": "assistant",
+    "observation": "tool",
+    "function": "tool",
+    "function_response": "tool",
+}
+_CHAT_COLUMNS = ("messages", "conversations", "conversation")
+_ALPACA = (
+    "Below is an instruction that describes a task{paired}. Write a response that appropriately completes the "
+    "request.\n\n### Instruction:\n{instruction}\n\n{input}### Response:\n"
+)
+
+
+@dataclass(frozen=True)
+class RowFormat:
+    """How rows are read, the same for every row of a data set.
+
+    Args:
+        text_field: column of plain text.
+        responses_only: train on the assistant's turns only (chat rows, and messages in prompt/completion rows).
+        completion_only: train on the completion only; None does so for prompt/completion and Alpaca rows.
+    """
+
+    text_field: str = "text"
+    responses_only: bool = False
+    completion_only: bool | None = None
+    template_arguments: dict[str, Any] = field(default_factory=dict)
+
+
+def row_kind(row: Mapping[str, Any], text_field: str = "text") -> RowKind | None:
+    """What a row is, by its columns; None when it is nothing known. Chat columns win over text, tokens over all."""
+    if row.get("input_ids") is not None:
+        return "tokens"
+    if any(isinstance(row.get(name), list) for name in _CHAT_COLUMNS):
+        return "chat"
+    if row.get("prompt") is not None and row.get("completion") is not None:
+        return "prompt_completion"
+    if isinstance(row.get(text_field), str):
+        return "text"
+    if row.get("instruction") is not None and (
+        row.get("output") is not None or row.get("response") is not None
+    ):
+        return "alpaca"
+    return None
+
+
+def messages_of(row: Mapping[str, Any]) -> list[Message] | None:
+    """A chat row's messages as role/content dictionaries, from `messages` or ShareGPT's from/value."""
+    for name in _CHAT_COLUMNS:
+        if isinstance(row.get(name), list):
+            return [as_message(message) for message in row[name]]
+    return None
+
+
+def as_message(message: Any) -> Message:
+    """One message as role and content; other keys (tool_calls, …) stay, empty ones go.
+
+    Raises:
+        RowInvalid: it has neither role and content nor from and value.
+    """
+    if not isinstance(message, Mapping):
+        raise RowInvalid(f"a message is {type(message).__name__}, not a role with content")
+    role = message.get("role") or message.get("from")
+    if not isinstance(role, str):
+        raise RowInvalid("a message has no role", fix="give each message 'role' and 'content'")
+    content = message["content"] if message.get("content") is not None else message.get("value")
+    rest = {
+        k: v for k, v in message.items() if k not in ("role", "from", "content", "value") and v is not None
+    }
+    if content is None and not rest:
+        raise RowInvalid(
+            f"a message of role '{role}' has no content", fix="give each message 'role' and 'content'"
+        )
+    return {"role": _ROLES.get(role, role), "content": "" if content is None else content, **rest}
+
+
+class RowRenderer:
+    """Rows to ``{"input_ids", "labels"}`` with one tokenizer."""
+
+    def __init__(self, tokenizer: Any, form: RowFormat) -> None:
+        self.tokenizer, self.form = tokenizer, form
+        self.chat = ChatRenderer(tokenizer, **form.template_arguments)
+
+    def __call__(self, row: Mapping[str, Any]) -> dict[str, list[int]]:
+        """Token ids and labels of one row.
+
+        Raises:
+            RowInvalid: the row is of no known kind, or malformed.
+            TokenizerProblem: a chat row and no chat template.
+            ChatTemplateOpaque: the assistant's turns cannot be told from the rest.
+        """
+        kind = row_kind(row, self.form.text_field)
+        if kind == "tokens":
+            return self._tokens(row)
+        if kind == "chat":
+            return self._chat(row)
+        if kind == "prompt_completion":
+            return self._prompt_completion(row)
+        if kind == "alpaca":
+            return self._alpaca(row)
+        if kind == "text":
+            ids = list(self.tokenizer(self._ended(row[self.form.text_field]))["input_ids"])
+            return {"input_ids": ids, "labels": list(ids)}
+        columns = ", ".join(f"'{name}'" for name in row) or "none"
+        raise RowInvalid(
+            f"a row with the columns {columns} is of no known kind",
+            fix="give 'messages', 'prompt' and 'completion', 'instruction' and 'output', or a text column "
+            "(dataset_text_field, data.text_field), or a formatting_func",
+        )
+
+    def _ended(self, text: Any) -> str:
+        if not isinstance(text, str):
+            raise RowInvalid(f"expected text, got {type(text).__name__}")
+        end = self.tokenizer.eos_token
+        return text if not end or text.endswith(end) else text + end
+
+    def _tokens(self, row: Mapping[str, Any]) -> dict[str, list[int]]:
+        """Tokenised rows: `labels` as given, else from assistant_masks and (completion-only) completion_mask."""
+        ids = list(row["input_ids"])
+        if row.get("labels") is not None:
+            labels = list(row["labels"])
+            if len(labels) != len(ids):
+                raise RowInvalid(f"the row has {len(ids)} input_ids and {len(labels)} labels")
+            return {"input_ids": ids, "labels": labels}
+        masks = [row["assistant_masks"]] if row.get("assistant_masks") is not None else []
+        if row.get("completion_mask") is not None and self.form.completion_only is not False:
+            masks.append(row["completion_mask"])
+        if any(len(mask) != len(ids) for mask in masks):
+            raise RowInvalid(f"the row's masks are not as long as its {len(ids)} input_ids")
+        kept = [all(mask[i] for mask in masks) for i in range(len(ids))]
+        return _labelled(ids, kept)
+
+    def _chat_for(self, row: Mapping[str, Any]) -> ChatRenderer:
+        tools = row.get("tools")
+        tools = json.loads(tools) if isinstance(tools, str) else tools
+        extra = {k: v for k, v in (row.get("chat_template_kwargs") or {}).items() if v is not None}
+        return (
+            self.chat.with_arguments(**extra, **({"tools": tools} if tools else {}))
+            if extra or tools
+            else self.chat
+        )
+
+    def _chat(self, row: Mapping[str, Any]) -> dict[str, list[int]]:
+        messages = messages_of(row)
+        if not messages:
+            raise RowInvalid("the conversation is empty")
+        chat = self._chat_for(row)
+        if self.form.responses_only:
+            return _labelled(*chat.assistant_mask(messages))
+        ids = chat.tokens(chat.text(messages))
+        return {"input_ids": ids, "labels": list(ids)}
+
+    def _prompt_completion(self, row: Mapping[str, Any]) -> dict[str, list[int]]:
+        prompt, completion = row["prompt"], row["completion"]
+        if isinstance(prompt, list) or isinstance(completion, list):
+            return self._conversation_pair(row, prompt, completion)
+        if not isinstance(prompt, str):
+            raise RowInvalid(f"'prompt' is {type(prompt).__name__}, not text or messages")
+        return self._text_pair(prompt, completion)
+
+    def _conversation_pair(
+        self, row: Mapping[str, Any], prompt: Any, completion: Any
+    ) -> dict[str, list[int]]:
+        chat = self._chat_for(row)
+        before = (
+            [as_message(m) for m in prompt]
+            if isinstance(prompt, list)
+            else [{"role": "user", "content": prompt}]
+        )
+        after = (
+            [as_message(m) for m in completion]
+            if isinstance(completion, list)
+            else [{"role": "assistant", "content": completion}]
+        )
+        asked = chat.text(before, ask=True)
+        text = chat.text(before + after)
+        if self.form.responses_only:
+            ids, kept = chat.assistant_mask(before + after)
+        else:
+            ids = chat.tokens(text)
+            kept = [True] * len(ids)
+        if self.form.completion_only is not False:
+            start = _common_tokens(chat.tokens(asked), ids)
+            kept = [bit and i >= start for i, bit in enumerate(kept)]
+        return _labelled(ids, kept)
+
+    def _text_pair(self, prompt: str, completion: Any) -> dict[str, list[int]]:
+        """The completion starts where the tokens of the prompt and of the whole text part ways."""
+        ids = list(self.tokenizer(prompt + self._ended(completion))["input_ids"])
+        if self.form.completion_only is False:
+            return {"input_ids": ids, "labels": list(ids)}
+        start = _common_tokens(list(self.tokenizer(prompt)["input_ids"]), ids)
+        return _labelled(ids, [i >= start for i in range(len(ids))])
+
+    def _alpaca(self, row: Mapping[str, Any]) -> dict[str, list[int]]:
+        """A chat of one question where the tokenizer has a chat template, else Alpaca's own prompt text."""
+        instruction = str(row["instruction"])
+        given = str(row.get("input") or "")
+        answer = str(row["output"] if row.get("output") is not None else row["response"])
+        if getattr(self.tokenizer, "chat_template", None) or self.form.template_arguments.get(
+            "chat_template"
+        ):
+            question = f"{instruction}\n\n{given}" if given else instruction
+            system = [{"role": "system", "content": str(row["system"])}] if row.get("system") else []
+            return self._conversation_pair(row, [*system, {"role": "user", "content": question}], answer)
+        prompt = _ALPACA.format(
+            paired=", paired with an input that provides further context" if given else "",
+            instruction=instruction,
+            input=f"### Input:\n{given}\n\n" if given else "",
+        )
+        return self._text_pair(prompt, answer)
+
+
+def supervised(labels: list[int]) -> int:
+    """How many labels count: those not -100, without the first position, which nothing predicts."""
+    return sum(label != IGNORED for label in labels[1:])
+
+
+def _labelled(ids: list[int], kept: list[bool]) -> dict[str, list[int]]:
+    return {"input_ids": ids, "labels": [t if k else IGNORED for t, k in zip(ids, kept, strict=True)]}
+
+
+def _common_tokens(one: list[int], other: list[int]) -> int:
+    for index, (a, b) in enumerate(zip(one, other, strict=False)):
+        if a != b:
+            return index
+    return min(len(one), len(other))

@@ -1,0 +1,188 @@
+"""Which tokens of a rendered conversation the assistant wrote, for any chat template.
+
+A template with ``{% generation %}`` blocks says so itself. For the others the conversation is rendered as text more than
+once and the renderings are compared, so nothing about the template's syntax is assumed.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from pronghorn.errors import ChatTemplateOpaque, TokenizerProblem
+
+#: Unlikely in any text, no whitespace at its ends, and differing from both candidates' first and last letters.
+_MARKERS = ("\u0416pronghorn\u0416", "\u0428antilope\u0428")
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+Message = dict[str, Any]
+Span = tuple[int, int]
+
+
+class ChatRenderer:
+    """Renders conversations with a tokenizer's chat template and finds the assistant's part of the text."""
+
+    def __init__(self, tokenizer: Any, **template_arguments: Any) -> None:
+        self.tokenizer = tokenizer
+        self.arguments = {k: v for k, v in template_arguments.items() if v is not None}
+
+    def with_arguments(self, **template_arguments: Any) -> ChatRenderer:
+        """The same renderer with further variables for the template (`tools`, `enable_thinking`, …)."""
+        return ChatRenderer(self.tokenizer, **{**self.arguments, **template_arguments})
+
+    @property
+    def template(self) -> str:
+        """The chat template.
+
+        Raises:
+            TokenizerProblem: the tokenizer has none.
+        """
+        template = self.arguments.get("chat_template") or getattr(self.tokenizer, "chat_template", None)
+        if not template:
+            raise TokenizerProblem(
+                "these are chat rows, but the tokenizer has no chat template",
+                where=str(getattr(self.tokenizer, "name_or_path", "") or type(self.tokenizer).__name__),
+                fix="train an instruct model, set tokenizer.chat_template, or render the rows to text yourself "
+                "with formatting_func",
+            )
+        return template if isinstance(template, str) else str(template)
+
+    def text(self, messages: list[Message], *, ask: bool = False) -> str:
+        """The conversation as text; with `ask` it ends where the assistant's next answer begins."""
+        _ = self.template
+        return self.tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=ask, **self.arguments
+        )
+
+    def tokens(self, text: str) -> list[int]:
+        """Token ids of rendered text; the template has already written the special tokens."""
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def assistant_mask(self, messages: list[Message]) -> tuple[list[int], list[bool]]:
+        """Token ids of the conversation, and for each whether the assistant wrote it (its end-of-turn token included).
+
+        Raises:
+            ChatTemplateOpaque: the assistant's part cannot be found in what the template renders.
+        """
+        if _GENERATION.search(self.template):
+            return self._mask_of_generation_blocks(messages)
+        text = self.text(messages)
+        return mask_spans(self.tokenizer, text, self.assistant_spans(messages, text))
+
+    def assistant_spans(self, messages: list[Message], text: str) -> list[Span]:
+        """Character spans of the assistant's turns in `text`, the rendering of `messages`."""
+        return [
+            self._turn_span(messages, index, text)
+            for index, message in enumerate(messages)
+            if message.get("role") == "assistant"
+        ]
+
+    def _turn_span(self, messages: list[Message], index: int, text: str) -> Span:
+        """From the end of the generation prompt to the end of the turn.
+
+        Where the renderings of messages[:i] and messages[:i+1] are prefixes of the whole, they give both ends. A
+        template that renders an earlier turn differently once another follows (Qwen3 drops earlier reasoning) is
+        asked where the content lies instead, and the end-of-turn text is that of the turn rendered as the last one.
+        """
+        asked = self._try_text(messages[:index], ask=True)
+        until = text if index == len(messages) - 1 else self._try_text(messages[: index + 1])
+        start = len(asked) if asked and text.startswith(asked) else None
+        if start is not None and until is not None and text.startswith(until) and len(until) > start:
+            return start, start + len(_without_trailing_space(until[start:]))
+        content = self._content_span(messages, index, text)
+        if content is None:
+            raise ChatTemplateOpaque(
+                f"the chat template does not show where message {index + 1}, an assistant's, begins and ends",
+                where=str(getattr(self.tokenizer, "name_or_path", "") or "chat template"),
+                fix="add {% generation %} around the assistant's part of the template, or train on all tokens "
+                "(assistant_only_loss=False, or data.responses_only: false)",
+            )
+        begin = start if start is not None and start <= content[0] else content[0]
+        return begin, content[1] + len(self._end_of_turn(messages, index, text[content[1] :]))
+
+    def _end_of_turn(self, messages: list[Message], index: int, rest: str) -> str:
+        """What the template writes after the turn's content, as far as `rest` agrees with it."""
+        closing = self._try_text(messages[: index + 1])
+        content = closing and self._content_span(messages[: index + 1], index, closing)
+        if not closing or not content:
+            return ""
+        tail = closing[content[1] :]
+        return _without_trailing_space(tail[: _common_prefix(tail, rest)])
+
+    def _content_span(self, messages: list[Message], index: int, text: str) -> Span | None:
+        """Where the content of one message lies: what changes in the text when the content does."""
+        if not isinstance(messages[index].get("content"), str):
+            return None
+        spans = []
+        for marker in _MARKERS:
+            other = self._try_text(
+                [*messages[:index], {**messages[index], "content": marker}, *messages[index + 1 :]]
+            )
+            if other is None or marker not in other:
+                return None
+            at = other.index(marker)
+            end = len(text) - (len(other) - at - len(marker))
+            if text[:at] != other[:at] or text[end:] != other[at + len(marker) :] or end < at:
+                return None
+            spans.append((at, end))
+        return spans[0] if len(set(spans)) == 1 else None
+
+    def _try_text(self, messages: list[Message], *, ask: bool = False) -> str | None:
+        """`text`, or None where the template refuses an unfinished conversation."""
+        try:
+            return self.text(messages, ask=ask)
+        except TokenizerProblem:
+            raise
+        except Exception:  # templates raise jinja2's TemplateError, but also whatever their expressions raise
+            return None
+
+    def _mask_of_generation_blocks(self, messages: list[Message]) -> tuple[list[int], list[bool]]:
+        """The template's own mask. A special token right after an answer ends the turn and belongs to it."""
+        rendered = self.tokenizer.apply_chat_template(
+            messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True, **self.arguments
+        )
+        ids = list(rendered["input_ids"])
+        mask = [bool(bit) for bit in rendered["assistant_masks"]]
+        special = set(self.tokenizer.all_special_ids) | set(
+            getattr(self.tokenizer, "added_tokens_decoder", {})
+        )
+        ends = [i + 1 for i in range(len(ids) - 1) if mask[i] and not mask[i + 1]]
+        for end in ends:
+            if ids[end] in special and ids[end - 1] not in special:
+                mask[end] = True
+        return ids, mask
+
+
+def mask_spans(tokenizer: Any, text: str, spans: list[Span]) -> tuple[list[int], list[bool]]:
+    """Token ids of `text` and whether each has a character inside one of `spans`."""
+    if getattr(tokenizer, "is_fast", False):
+        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        offsets = encoded["offset_mapping"]
+        mask = [any(begin < stop and end > start for start, stop in spans) for begin, end in offsets]
+        return list(encoded["input_ids"]), mask
+    # A slow tokenizer gives no offsets: tokenise the pieces between the spans' ends.
+    ids: list[int] = []
+    mask = []
+    position = 0
+    for start, stop in [*spans, (len(text), len(text))]:
+        for piece, inside in ((text[position:start], False), (text[start:stop], True)):
+            tokens = list(tokenizer(piece, add_special_tokens=False)["input_ids"]) if piece else []
+            ids += tokens
+            mask += [inside] * len(tokens)
+        position = stop
+    return ids, mask
+
+
+def _without_trailing_space(text: str) -> str:
+    """`text` up to its last visible character: the newline after an end-of-turn token is not the assistant's."""
+    return text.rstrip() or text
+
+
+def _common_prefix(one: Any, other: Any) -> int:
+    """Number of leading items that both have in common."""
+    length = 0
+    for a, b in zip(one, other, strict=False):
+        if a != b:
+            break
+        length += 1
+    return length
