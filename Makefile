@@ -1,4 +1,4 @@
-# make quickstart   fine-tune a real 135M model on real data, on this machine (about 6 minutes on 2 CPU cores)
+# make quickstart   fine-tune a real 135M model on real data, on this machine (minutes on 2 CPU cores)
 # make test         run the tests
 # make check        lint, format, types, import layers
 # make gpu          kernel tests natively on the GPU, then the benchmarks
@@ -14,6 +14,7 @@ OUT ?= outputs/quickstart
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+READY_TEST := $(VENV)/.ready-test
 READY_DEV := $(VENV)/.ready-dev
 SETUP := scripts/setup_venv.py
 
@@ -26,14 +27,17 @@ help:
 $(READY): pyproject.toml $(SETUP)
 	@$(PYTHON) $(SETUP) --venv $(VENV) --torch '$(TORCH)' --extras quickstart --stamp $@
 
+$(READY_TEST): pyproject.toml $(SETUP)
+	@$(PYTHON) $(SETUP) --venv $(VENV) --torch '$(TORCH)' --extras quickstart,test --stamp $@ --also $(READY)
+
 $(READY_DEV): pyproject.toml $(SETUP)
-	@$(PYTHON) $(SETUP) --venv $(VENV) --torch '$(TORCH)' --extras quickstart,dev --stamp $@ --also $(READY)
+	@$(PYTHON) $(SETUP) --venv $(VENV) --torch '$(TORCH)' --extras quickstart,dev --stamp $@ --also $(READY) $(READY_TEST)
 
 quickstart: $(READY)
 	@$(BIN)/python -m pronghorn.cli quickstart --out $(OUT)
 
 # One thread a worker: the models are tiny, and two workers that each start a thread per core only wait for one another.
-test: $(READY_DEV)
+test: $(READY_TEST)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(ARGS)
 
 check: $(READY_DEV)
@@ -46,7 +50,7 @@ format: $(READY_DEV)
 	@$(BIN)/ruff check --fix-only .
 	@$(BIN)/ruff format .
 
-gpu: $(READY_DEV)
+gpu: $(READY_TEST)
 	@$(BIN)/python -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "make gpu needs a CUDA GPU, and torch sees none")'
 	@$(BIN)/python -m pytest tests/kernels
 	@$(BIN)/python -m benchmarks.run

@@ -88,7 +88,9 @@ def main() -> None:
     parser.add_argument("--torch", required=True)
     parser.add_argument("--extras", required=True)
     parser.add_argument("--stamp", type=Path, required=True)
-    parser.add_argument("--also", type=Path, help="a second stamp that this installation covers")
+    parser.add_argument(
+        "--also", type=Path, nargs="*", default=[], help="stamps this installation covers too"
+    )
     options = parser.parse_args()
     if sys.version_info < (3, 11):  # noqa: UP036 - run by whatever python3 is
         fail(
@@ -100,7 +102,7 @@ def main() -> None:
     python = make_venv(options.venv, over_system)
     install(python, options.torch, options.extras, over_system)
     install_model(python)
-    for stamp in filter(None, (options.stamp, options.also)):
+    for stamp in (options.stamp, *options.also):
         stamp.touch()
     say(f"ready after {time.monotonic() - started:.0f} s")
 

@@ -24,4 +24,4 @@ def test_duration(seconds, shown):
 
 
 def test_wrapped_indents_each_line():
-    assert wrapped("one two\nthree", "  ", 9) == "  one\n  two\n  three"
+    assert wrapped("one two\nthree", "  ", 8) == "  one\n  two\n  three"

@@ -45,7 +45,9 @@ class MergedCheck:
 
 def load(model_file: Path, plan: Plan, seed: int) -> tuple[Any, Any]:
     """(model with a new adapter, tokenizer)."""
-    model, tokenizer = FastLanguageModel.from_pretrained(str(model_file), max_seq_length=plan.max_length)
+    model, tokenizer = FastLanguageModel.from_pretrained(
+        str(model_file), max_seq_length=plan.max_length, load_in_4bit=False
+    )
     model = FastLanguageModel.get_peft_model(
         model, r=plan.rank, lora_alpha=2 * plan.rank, lora_dropout=0.0, random_state=seed
     )

@@ -1,0 +1,194 @@
+"""`pronghorn train` from a YAML file to an adapter, a merged model and back; and what it refuses."""
+
+import dataclasses
+import inspect
+import json
+
+import pytest
+import torch
+
+from pronghorn.cli.main import main
+from pronghorn.config import AdapterSection, ModelSection
+from tests.tiny import save_tiny
+
+CONFIG = """\
+model:
+  name: {model}
+  max_seq_length: 64
+  dtype: float32
+adapter:
+  r: 4
+  lora_alpha: 8
+data:
+  dataset: {rows}
+  held_back: 4
+training:
+  max_steps: 4
+  per_device_train_batch_size: 4
+  learning_rate: 1e-2
+  lr_scheduler_type: linear
+  logging_steps: 1
+  save_steps: 2
+output:
+  folder: {out}
+  save_merged: merged_16bit
+"""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("model"), "llama")
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    turns = [("user", "What does {} eat?"), ("assistant", "Grass and sagebrush, number {}.")]
+    with path.open("w") as file:
+        for number in range(24):
+            messages = [{"role": role, "content": text.format(number)} for role, text in turns]
+            file.write(json.dumps({"messages": messages}) + "\n")
+    return path
+
+
+@pytest.fixture
+def config(tmp_path, model, rows):
+    path = tmp_path / "run.yaml"
+    path.write_text(CONFIG.format(model=model, rows=rows, out=tmp_path / "out"))
+    return path
+
+
+def summary_of(capsys) -> dict:
+    return json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+
+
+def refused(capsys, *arguments) -> str:
+    assert main(list(map(str, arguments))) == 2
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    lines = [line for line in error.splitlines() if line.startswith("pronghorn: [PH")]
+    assert len(lines) == 1, error
+    return lines[0]
+
+
+def test_train_saves_an_adapter_and_a_merged_model_that_stock_libraries_load(config, model, tmp_path, capsys):
+    assert main(["train", str(config), "--json"]) == 0
+    summary = summary_of(capsys)
+    assert summary["steps"] == 4
+    assert (summary["train_rows"], summary["eval_rows"]) == (20, 4)
+    assert 0 < summary["eval_loss"] < 10
+    assert summary["adapter"] == str(tmp_path / "out" / "adapter")
+
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    ids = torch.arange(5, 25)[None]
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    with torch.no_grad():
+        before = base(ids).logits
+        adapted = PeftModel.from_pretrained(base, summary["adapter"]).eval()(ids).logits
+        merged = AutoModelForCausalLM.from_pretrained(summary["merged"], dtype=torch.float32)(ids).logits
+    change = (adapted - before).abs().max()
+    assert change > 0.01
+    # The merged weights are rounded to 16 bits (8 of precision in bf16), the logits are of the size of one.
+    assert (merged - adapted).abs().max() < 0.05 * before.abs().max()
+
+
+def test_resume_reaches_the_same_loss_as_an_uninterrupted_run(config, tmp_path, capsys):
+    assert main(["train", str(config), "--json"]) == 0
+    whole = summary_of(capsys)
+    again = ["train", str(config), "--json", "--set", f"output.folder={tmp_path / 'second'}"]
+    # Stopped after 2 of 4 steps as a kill would: the schedule still aims at 4.
+    assert main([*again, "--set", "output.save_merged=null"]) == 0
+    import shutil
+
+    shutil.rmtree(tmp_path / "second" / "checkpoint-4")
+    capsys.readouterr()
+    assert main([*again, "--resume"]) == 0
+    resumed = summary_of(capsys)
+    assert resumed["resumed_from"] == str(tmp_path / "second" / "checkpoint-2")
+    assert resumed["steps"] == 4
+    assert resumed["eval_loss"] == pytest.approx(whole["eval_loss"], rel=1e-6)
+
+
+def test_full_finetuning_saves_a_model(config, tmp_path, capsys):
+    text = config.read_text().replace("adapter:\n  r: 4\n  lora_alpha: 8\n", "")
+    config.write_text(text.replace("dtype: float32", "dtype: float32\n  full_finetuning: true"))
+    assert main(["train", str(config), "--json", "--set", "training.max_steps=1"]) == 0
+    summary = summary_of(capsys)
+    assert summary["adapter"] is None
+    from transformers import AutoModelForCausalLM
+
+    AutoModelForCausalLM.from_pretrained(summary["model"])
+
+
+def test_other_fields_of_sftconfig_reach_the_trainer(config, capsys):
+    from pronghorn.cli.train import training_settings
+    from pronghorn.config import load_config
+
+    settings = training_settings(load_config(config, ["training.adam_beta1=0.8", "training.packing=true"]))
+    assert (settings.adam_beta1, settings.packing, settings.max_length) == (0.8, True, 64)
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("training.lerning_rate=1", "did you mean 'learning_rate'?"),
+        ("training.adam_beta1=fast", "a number"),
+        ("training.lr_scheduler_type=linaer", "linaer"),
+        ("model.dtype=bf17", "one of"),
+        ("data.dataset=/absent/rows.jsonl", "there is no file"),
+        ("data.held_back=1000", "only 24"),
+        ("model.name=/absent/model", "[PH101]"),
+        ("adapter.target_modules=[q_porj]", "[PH201]"),
+        ("training.eval_strategy=epoch", None),
+    ],
+)
+def test_mistakes_are_one_line(config, capsys, override, expected):
+    if expected is None:
+        assert "held" in refused(capsys, "train", config, "--set", "data.held_back=0", "--set", override)
+    else:
+        assert expected in refused(capsys, "train", config, "--set", override)
+
+
+def test_unknown_key_names_its_line(config, capsys):
+    config.write_text(config.read_text().replace("max_steps: 4", "max_stepz: 4"))
+    line = refused(capsys, "train", config)
+    assert f"{config}, line 12" in line
+    assert "did you mean 'max_steps'?" in line
+
+
+def test_nothing_to_resume(config, capsys):
+    assert "no checkpoint" in refused(capsys, "train", config, "--resume")
+
+
+def test_a_broken_row_is_named(config, rows, tmp_path, capsys):
+    broken = tmp_path / "broken.jsonl"
+    lines = rows.read_text().splitlines()
+    broken.write_text("\n".join([*lines[:2], '{"messages": [', *lines[2:]]))
+    assert f"{broken}, line 3" in refused(capsys, "train", config, "--set", f"data.dataset={broken}")
+
+
+def test_a_model_file_cut_short(config, model, tmp_path, capsys):
+    import shutil
+
+    cut = shutil.copytree(model, tmp_path / "cut")
+    weights = cut / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert "[PH102]" in refused(capsys, "train", config, "--set", f"model.name={cut}")
+
+
+@pytest.mark.parametrize(
+    ("function", "section", "elsewhere"),
+    [
+        # The command's own: full_finetuning decides; token and cache_dir come from the hub's own settings.
+        ("from_pretrained", ModelSection, {"kwargs"}),
+        ("get_peft_model", AdapterSection, {"model", "kwargs"}),
+    ],
+)
+def test_every_argument_of_the_python_interface_is_a_key(function, section, elsewhere):
+    from pronghorn import FastLanguageModel
+
+    keys = {item.metadata.get("argument", item.name) for item in dataclasses.fields(section)}
+    arguments = set(inspect.signature(getattr(FastLanguageModel, function)).parameters)
+    assert arguments - elsewhere == keys
