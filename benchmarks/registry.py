@@ -103,7 +103,9 @@ DEFAULT_SIDES = (
 )
 
 
-def pick(names: str | None, known: dict[str, Workload] | dict[str, Side], default: tuple[str, ...]) -> list[str]:
+def pick(
+    names: str | None, known: dict[str, Workload] | dict[str, Side], default: tuple[str, ...]
+) -> list[str]:
     """Names from a comma-separated list ("all": every one; None: the default).
 
     Raises:
