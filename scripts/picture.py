@@ -1,6 +1,6 @@
-"""A terminal recording as a picture: ``script -qc 'make quickstart' run.ansi``, then this, writes docs/quickstart.svg.
+"""A terminal recording as a picture: ``script -qc 'make quickstart' run.ansi``, then this, writes the svg.
 
-    python scripts/picture.py run.ansi docs/quickstart.svg --title "make quickstart"
+    python scripts/picture.py run.ansi docs/images/quickstart.svg --title "make quickstart"
 
 Lines that were drawn over (progress bars) are left out: of each line only what stood there last is shown.
 """

@@ -28,7 +28,7 @@ def imports_torch(python: str) -> bool:
 
 
 def pip(python: Path, *arguments: str, quiet_failure: bool = False) -> bool:
-    command = [str(python), "-m", "pip", "--disable-pip-version-check", "install", "-q", *arguments]
+    command = [str(python), "-m", "pip", "--disable-pip-version-check", "install", "-qq", *arguments]
     result = subprocess.run(command, cwd=ROOT, capture_output=quiet_failure, text=True)
     return result.returncode == 0
 
