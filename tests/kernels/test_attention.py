@@ -74,7 +74,9 @@ def test_forward_and_gradients(lengths, heads, kv_heads, head_dim, window, dtype
     ):
         ours = (actual.double() - truth).norm()
         # The eager reference keeps the softmax in the low precision; one rounding of the result is always allowed.
-        rounding = torch.finfo(dtype).eps * truth.norm()
+        # In fp64 the truth is the eager reference itself: only the order of sums differs.
+        roundings = 8 if dtype == torch.float64 else 1
+        rounding = roundings * torch.finfo(dtype).eps * truth.norm()
         assert ours <= 1.2 * (eager.double() - truth).norm() + rounding, label
 
 

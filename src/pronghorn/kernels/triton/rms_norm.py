@@ -1,0 +1,125 @@
+"""RMSNorm in Triton: one row in registers a program, one pass over memory each way."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pronghorn.kernels.triton.launch import programs, row_block
+
+
+@triton.jit
+def _forward(
+    x_ptr, residual_ptr, weight_ptr, y_ptr, rstd_ptr, summed_ptr,
+    x_stride, residual_stride, width, eps, weight_offset,
+    HAS_RESIDUAL: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < width
+    x = tl.load(x_ptr + row * x_stride + columns, mask=inside, other=0.0)
+    if HAS_RESIDUAL:
+        residual = tl.load(residual_ptr + row * residual_stride + columns, mask=inside, other=0.0)
+        # The rounded sum is what the rest of the model sees, so it is what gets normalised.
+        x = (x.to(tl.float32) + residual.to(tl.float32)).to(summed_ptr.dtype.element_ty)
+        tl.store(summed_ptr + row * width + columns, x, mask=inside)
+    wide = x.to(tl.float32)
+    rstd = 1.0 / tl.sqrt(tl.sum(wide * wide, 0) / width + eps)
+    tl.store(rstd_ptr + row, rstd)
+    weight = tl.load(weight_ptr + columns, mask=inside, other=0.0).to(tl.float32) + weight_offset
+    y = wide * rstd * weight
+    tl.store(y_ptr + row * width + columns, y.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _backward(
+    dy_ptr, x_ptr, weight_ptr, rstd_ptr, residual_ptr, dx_ptr, partial_ptr,
+    dy_stride, x_stride, residual_stride, rows, width, eps, weight_offset,
+    HAS_RSTD: tl.constexpr, HAS_RESIDUAL: tl.constexpr, NEED_WEIGHT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    first = tl.program_id(0)
+    step = tl.num_programs(0)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < width
+    weight = tl.load(weight_ptr + columns, mask=inside, other=0.0).to(tl.float32) + weight_offset
+    partial = tl.zeros([BLOCK], tl.float32)
+    for index in range(first, rows, step):
+        row = tl.cast(index, tl.int64)
+        x = tl.load(x_ptr + row * x_stride + columns, mask=inside, other=0.0).to(tl.float32)
+        dy = tl.load(dy_ptr + row * dy_stride + columns, mask=inside, other=0.0).to(tl.float32)
+        if HAS_RSTD:
+            rstd = tl.load(rstd_ptr + row)
+        else:
+            rstd = 1.0 / tl.sqrt(tl.sum(x * x, 0) / width + eps)
+        normed = x * rstd
+        if NEED_WEIGHT:
+            partial += dy * normed
+        scaled = dy * weight
+        along = tl.sum(scaled * normed, 0) / width
+        dx = (scaled - normed * along) * rstd
+        if HAS_RESIDUAL:
+            dx += tl.load(residual_ptr + row * residual_stride + columns, mask=inside, other=0.0).to(
+                tl.float32
+            )
+        tl.store(dx_ptr + row * width + columns, dx.to(dx_ptr.dtype.element_ty), mask=inside)
+    if NEED_WEIGHT:
+        tl.store(partial_ptr + first.to(tl.int64) * width + columns, partial, mask=inside)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x with unit stride along the row."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    residual: Tensor | None,
+    weight_offset: float,
+    out_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    x = _rows(x)
+    rows, width = x.shape
+    y = torch.empty(rows, width, dtype=out_dtype, device=x.device)
+    rstd = torch.empty(rows, dtype=torch.float32, device=x.device)
+    summed = x if residual is None else torch.empty(rows, width, dtype=x.dtype, device=x.device)
+    added = x if residual is None else _rows(residual)
+    if rows:
+        block, warps = row_block(width)
+        _forward[(rows,)](
+            x, added, weight, y, rstd, summed,
+            x.stride(0), added.stride(0), width, eps, weight_offset,
+            HAS_RESIDUAL=residual is not None, BLOCK=block, num_warps=warps,
+        )  # fmt: skip
+    return y, rstd, summed
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    rstd: Tensor | None,
+    eps: float,
+    weight_offset: float,
+    residual_grad: Tensor | None,
+    need_weight_grad: bool,
+) -> tuple[Tensor, Tensor | None]:
+    dy, x = _rows(dy), _rows(x)
+    residual = x if residual_grad is None else _rows(residual_grad)
+    rows, width = x.shape
+    dx = torch.empty(rows, width, dtype=x.dtype, device=x.device)
+    block, warps = row_block(width)
+    # Programs that loop keep one partial weight gradient each; without it a program a row hides latency better.
+    count = programs(rows, x.device, 4) if need_weight_grad else max(rows, 1)
+    partial = torch.zeros(count if need_weight_grad else 0, width, dtype=torch.float32, device=x.device)
+    if rows:
+        _backward[(count,)](
+            dy, x, weight, dx if rstd is None else rstd, residual, dx, partial,
+            dy.stride(0), x.stride(0), residual.stride(0), rows, width, eps, weight_offset,
+            HAS_RSTD=rstd is not None, HAS_RESIDUAL=residual_grad is not None, NEED_WEIGHT=need_weight_grad,
+            BLOCK=block, num_warps=warps,
+        )  # fmt: skip
+    return dx, partial.sum(0) if need_weight_grad else None

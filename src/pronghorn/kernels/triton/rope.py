@@ -1,0 +1,252 @@
+"""RoPE with optional per-head RMSNorm in Triton: a program takes one token and a group of heads of q or of k."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Heads a program holds at once; more reuse of cos and sin against more registers (16 × 128 fp32 = 8 KiB).
+HEADS = 16
+
+
+@triton.jit
+def _group_forward(
+    x_ptr, y_ptr, cos_ptr, sin_ptr, weight_ptr, group, heads, x_stride, y_stride, eps, weight_offset,
+    NORM: tl.constexpr, D: tl.constexpr, ROTATED: tl.constexpr,
+    HEADS: tl.constexpr, HALF_BLOCK: tl.constexpr, REST_BLOCK: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    half: tl.constexpr = ROTATED // 2
+    head = group * HEADS + tl.arange(0, HEADS)
+    column = tl.arange(0, HALF_BLOCK)
+    offset = head[:, None] * D + column[None, :]
+    inside = (head[:, None] < heads) & (column[None, :] < half)
+    x_row, y_row = x_ptr + token * x_stride, y_ptr + token * y_stride
+    first = tl.load(x_row + offset, mask=inside, other=0.0).to(tl.float32)
+    second = tl.load(x_row + offset + half, mask=inside, other=0.0).to(tl.float32)
+    if REST_BLOCK > 0:
+        rest_column = tl.arange(0, REST_BLOCK)
+        rest_offset = head[:, None] * D + ROTATED + rest_column[None, :]
+        rest_inside = (head[:, None] < heads) & (rest_column[None, :] < D - ROTATED)
+        rest = tl.load(x_row + rest_offset, mask=rest_inside, other=0.0).to(tl.float32)
+    if NORM:
+        square = tl.sum(first * first, 1) + tl.sum(second * second, 1)
+        if REST_BLOCK > 0:
+            square += tl.sum(rest * rest, 1)
+        rstd = (1.0 / tl.sqrt(square / D + eps))[:, None]
+        known = column < half
+        w_first = tl.load(weight_ptr + column, mask=known, other=0.0).to(tl.float32) + weight_offset
+        w_second = tl.load(weight_ptr + half + column, mask=known, other=0.0).to(tl.float32) + weight_offset
+        first = first * rstd * w_first[None, :]
+        second = second * rstd * w_second[None, :]
+        if REST_BLOCK > 0:
+            w_rest = tl.load(weight_ptr + ROTATED + rest_column, mask=rest_column < D - ROTATED, other=0.0)
+            rest = rest * rstd * (w_rest.to(tl.float32) + weight_offset)[None, :]
+    known = column < half
+    angle = token * ROTATED + column
+    cos_first = tl.load(cos_ptr + angle, mask=known, other=0.0).to(tl.float32)[None, :]
+    cos_second = tl.load(cos_ptr + angle + half, mask=known, other=0.0).to(tl.float32)[None, :]
+    sin_first = tl.load(sin_ptr + angle, mask=known, other=0.0).to(tl.float32)[None, :]
+    sin_second = tl.load(sin_ptr + angle + half, mask=known, other=0.0).to(tl.float32)[None, :]
+    dtype: tl.constexpr = y_ptr.dtype.element_ty
+    tl.store(y_row + offset, (first * cos_first - second * sin_first).to(dtype), mask=inside)
+    tl.store(y_row + offset + half, (second * cos_second + first * sin_second).to(dtype), mask=inside)
+    if REST_BLOCK > 0:
+        tl.store(y_row + rest_offset, rest.to(dtype), mask=rest_inside)
+
+
+@triton.jit
+def _forward(
+    q_ptr, k_ptr, qy_ptr, ky_ptr, cos_ptr, sin_ptr, qw_ptr, kw_ptr,
+    q_heads, k_heads, q_stride, k_stride, qy_stride, ky_stride, eps, weight_offset, q_groups,
+    NORM: tl.constexpr, D: tl.constexpr, ROTATED: tl.constexpr,
+    HEADS: tl.constexpr, HALF_BLOCK: tl.constexpr, REST_BLOCK: tl.constexpr,
+):  # fmt: skip
+    group = tl.program_id(1)
+    if group < q_groups:
+        _group_forward(
+            q_ptr, qy_ptr, cos_ptr, sin_ptr, qw_ptr, group, q_heads, q_stride, qy_stride, eps, weight_offset,
+            NORM, D, ROTATED, HEADS, HALF_BLOCK, REST_BLOCK,
+        )  # fmt: skip
+    else:
+        _group_forward(
+            k_ptr, ky_ptr, cos_ptr, sin_ptr, kw_ptr, group - q_groups, k_heads, k_stride, ky_stride, eps,
+            weight_offset, NORM, D, ROTATED, HEADS, HALF_BLOCK, REST_BLOCK,
+        )  # fmt: skip
+
+
+@triton.jit
+def _group_backward(
+    dy_ptr, dx_ptr, x_ptr, cos_ptr, sin_ptr, weight_ptr, partial_row, group, heads,
+    dy_stride, dx_stride, x_stride, eps, weight_offset,
+    NORM: tl.constexpr, NEED_WEIGHT: tl.constexpr, D: tl.constexpr, ROTATED: tl.constexpr,
+    HEADS: tl.constexpr, HALF_BLOCK: tl.constexpr, REST_BLOCK: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    half: tl.constexpr = ROTATED // 2
+    head = group * HEADS + tl.arange(0, HEADS)
+    column = tl.arange(0, HALF_BLOCK)
+    known = column < half
+    offset = head[:, None] * D + column[None, :]
+    inside = (head[:, None] < heads) & known[None, :]
+    dy_row, dx_row = dy_ptr + token * dy_stride, dx_ptr + token * dx_stride
+    dy_first = tl.load(dy_row + offset, mask=inside, other=0.0).to(tl.float32)
+    dy_second = tl.load(dy_row + offset + half, mask=inside, other=0.0).to(tl.float32)
+    angle = token * ROTATED + column
+    cos_first = tl.load(cos_ptr + angle, mask=known, other=0.0).to(tl.float32)[None, :]
+    cos_second = tl.load(cos_ptr + angle + half, mask=known, other=0.0).to(tl.float32)[None, :]
+    sin_first = tl.load(sin_ptr + angle, mask=known, other=0.0).to(tl.float32)[None, :]
+    sin_second = tl.load(sin_ptr + angle + half, mask=known, other=0.0).to(tl.float32)[None, :]
+    first = dy_first * cos_first + dy_second * sin_second
+    second = dy_second * cos_second - dy_first * sin_first
+    if REST_BLOCK > 0:
+        rest_column = tl.arange(0, REST_BLOCK)
+        rest_known = rest_column < D - ROTATED
+        rest_offset = head[:, None] * D + ROTATED + rest_column[None, :]
+        rest_inside = (head[:, None] < heads) & rest_known[None, :]
+        rest = tl.load(dy_row + rest_offset, mask=rest_inside, other=0.0).to(tl.float32)
+    if NORM:
+        x_row = x_ptr + token * x_stride
+        x_first = tl.load(x_row + offset, mask=inside, other=0.0).to(tl.float32)
+        x_second = tl.load(x_row + offset + half, mask=inside, other=0.0).to(tl.float32)
+        square = tl.sum(x_first * x_first, 1) + tl.sum(x_second * x_second, 1)
+        if REST_BLOCK > 0:
+            x_rest = tl.load(x_row + rest_offset, mask=rest_inside, other=0.0).to(tl.float32)
+            square += tl.sum(x_rest * x_rest, 1)
+        rstd = (1.0 / tl.sqrt(square / D + eps))[:, None]
+        x_first, x_second = x_first * rstd, x_second * rstd
+        if NEED_WEIGHT:
+            tl.store(partial_row + column, tl.sum(first * x_first, 0), mask=known)
+            tl.store(partial_row + half + column, tl.sum(second * x_second, 0), mask=known)
+        w_first = tl.load(weight_ptr + column, mask=known, other=0.0).to(tl.float32) + weight_offset
+        w_second = tl.load(weight_ptr + half + column, mask=known, other=0.0).to(tl.float32) + weight_offset
+        first, second = first * w_first[None, :], second * w_second[None, :]
+        along = tl.sum(first * x_first, 1) + tl.sum(second * x_second, 1)
+        if REST_BLOCK > 0:
+            x_rest = x_rest * rstd
+            if NEED_WEIGHT:
+                tl.store(partial_row + ROTATED + rest_column, tl.sum(rest * x_rest, 0), mask=rest_known)
+            w_rest = tl.load(weight_ptr + ROTATED + rest_column, mask=rest_known, other=0.0).to(tl.float32)
+            rest = rest * (w_rest + weight_offset)[None, :]
+            along += tl.sum(rest * x_rest, 1)
+        along = (along / D)[:, None]
+        first = (first - x_first * along) * rstd
+        second = (second - x_second * along) * rstd
+        if REST_BLOCK > 0:
+            rest = (rest - x_rest * along) * rstd
+    dtype: tl.constexpr = dx_ptr.dtype.element_ty
+    tl.store(dx_row + offset, first.to(dtype), mask=inside)
+    tl.store(dx_row + offset + half, second.to(dtype), mask=inside)
+    if REST_BLOCK > 0:
+        tl.store(dx_row + rest_offset, rest.to(dtype), mask=rest_inside)
+
+
+@triton.jit
+def _backward(
+    dq_ptr, dk_ptr, dqx_ptr, dkx_ptr, q_ptr, k_ptr, cos_ptr, sin_ptr, qw_ptr, kw_ptr, partial_ptr,
+    q_heads, k_heads, dq_stride, dk_stride, dqx_stride, dkx_stride, q_stride, k_stride,
+    eps, weight_offset, q_groups,
+    NORM: tl.constexpr, NEED_WEIGHT: tl.constexpr, D: tl.constexpr, ROTATED: tl.constexpr,
+    HEADS: tl.constexpr, HALF_BLOCK: tl.constexpr, REST_BLOCK: tl.constexpr,
+):  # fmt: skip
+    group = tl.program_id(1)
+    partial_row = partial_ptr + (tl.program_id(0).to(tl.int64) * tl.num_programs(1) + group) * D
+    if group < q_groups:
+        _group_backward(
+            dq_ptr, dqx_ptr, q_ptr, cos_ptr, sin_ptr, qw_ptr, partial_row, group, q_heads,
+            dq_stride, dqx_stride, q_stride, eps, weight_offset,
+            NORM, NEED_WEIGHT, D, ROTATED, HEADS, HALF_BLOCK, REST_BLOCK,
+        )  # fmt: skip
+    else:
+        _group_backward(
+            dk_ptr, dkx_ptr, k_ptr, cos_ptr, sin_ptr, kw_ptr, partial_row, group - q_groups, k_heads,
+            dk_stride, dkx_stride, k_stride, eps, weight_offset,
+            NORM, NEED_WEIGHT, D, ROTATED, HEADS, HALF_BLOCK, REST_BLOCK,
+        )  # fmt: skip
+
+
+def _heads_packed(x: Tensor) -> Tensor:
+    """x [T, N, D] with heads and elements contiguous inside a token; tokens may be strided."""
+    return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()
+
+
+def _blocks(head_dim: int, rotated: int) -> dict[str, int]:
+    rest = head_dim - rotated
+    return {
+        "D": head_dim,
+        "ROTATED": rotated,
+        "HEADS": HEADS,
+        "HALF_BLOCK": triton.next_power_of_2(rotated // 2),
+        "REST_BLOCK": triton.next_power_of_2(rest) if rest else 0,
+    }
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    eps: float,
+    weight_offset: float,
+    inplace: bool,
+) -> tuple[Tensor, Tensor]:
+    if inplace and not (_heads_packed(q) is q and _heads_packed(k) is k):
+        raise ValueError("in place needs heads and elements contiguous inside a token")
+    q, k = _heads_packed(q), _heads_packed(k)
+    cos, sin = cos.contiguous(), sin.contiguous()
+    q_out, k_out = (q, k) if inplace else (torch.empty(q.shape, dtype=q.dtype, device=q.device),
+                                           torch.empty(k.shape, dtype=k.dtype, device=k.device))  # fmt: skip
+    tokens, q_heads, head_dim = q.shape
+    q_groups, k_groups = triton.cdiv(q_heads, HEADS), triton.cdiv(k.shape[1], HEADS)
+    if tokens:
+        _forward[(tokens, q_groups + k_groups)](
+            q, k, q_out, k_out, cos, sin, q if q_weight is None else q_weight, k if k_weight is None else k_weight,
+            q_heads, k.shape[1], q.stride(0), k.stride(0), q_out.stride(0), k_out.stride(0),
+            eps, weight_offset, q_groups,
+            NORM=q_weight is not None, **_blocks(head_dim, cos.shape[-1]), num_warps=4,
+        )  # fmt: skip
+    return q_out, k_out
+
+
+def backward(
+    dq: Tensor,
+    dk: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    norm: tuple[Tensor, Tensor, Tensor, Tensor, float, float] | None,
+    need_weight_grad: bool,
+    inplace: bool,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    packed_q, packed_k = _heads_packed(dq), _heads_packed(dk)
+    cos, sin = cos.contiguous(), sin.contiguous()
+    # A copy made here is ours to write to; the caller's tensor is only when it says so.
+    out_q = (
+        packed_q if inplace or packed_q is not dq else torch.empty(dq.shape, dtype=dq.dtype, device=dq.device)
+    )
+    out_k = (
+        packed_k if inplace or packed_k is not dk else torch.empty(dk.shape, dtype=dk.dtype, device=dk.device)
+    )
+    need_weight_grad = need_weight_grad and norm is not None
+    q, k, q_weight, k_weight, eps, weight_offset = norm or (packed_q, packed_k, packed_q, packed_k, 0.0, 0.0)
+    q, k = _heads_packed(q), _heads_packed(k)
+    tokens, q_heads, head_dim = dq.shape
+    q_groups, k_groups = triton.cdiv(q_heads, HEADS), triton.cdiv(dk.shape[1], HEADS)
+    groups = q_groups + k_groups
+    partial = torch.empty(
+        tokens if need_weight_grad else 0, groups, head_dim, dtype=torch.float32, device=dq.device
+    )
+    if tokens:
+        _backward[(tokens, groups)](
+            packed_q, packed_k, out_q, out_k, q, k, cos, sin, q_weight, k_weight, partial,
+            q_heads, dk.shape[1], packed_q.stride(0), packed_k.stride(0), out_q.stride(0), out_k.stride(0),
+            q.stride(0), k.stride(0), eps, weight_offset, q_groups,
+            NORM=norm is not None, NEED_WEIGHT=need_weight_grad, **_blocks(head_dim, cos.shape[-1]), num_warps=4,
+        )  # fmt: skip
+    if not need_weight_grad:
+        return out_q, out_k, None, None
+    summed = partial.sum(0)
+    return out_q, out_k, summed[:q_groups].sum(0), summed[q_groups:].sum(0)
