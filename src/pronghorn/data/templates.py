@@ -1,7 +1,7 @@
 """Which tokens of a rendered conversation the assistant wrote, for any chat template.
 
-A template with ``{% generation %}`` blocks says so itself. For the others the conversation is rendered as text more than
-once and the renderings are compared, so nothing about the template's syntax is assumed.
+A template with ``{% generation %}`` blocks says so itself. For the others the conversation is rendered as text more
+than once and the renderings are compared, so nothing about the template's syntax is assumed.
 """
 
 from __future__ import annotations
