@@ -30,7 +30,7 @@ NO_EFFECT_ON_LOADING = frozenset(
 )
 
 #: Unsloth's arguments of `get_peft_model` that have nothing to switch here.
-NO_EFFECT_ON_ADAPTERS = frozenset({"max_seq_length", "temporary_location", "ensure_weight_tying"})
+NO_EFFECT_ON_ADAPTERS = frozenset({"temporary_location"})
 
 
 def note_without_effect(given: Mapping[str, Any], function: str) -> None:
@@ -63,4 +63,6 @@ def refuse_other_than(value: Any, choices: Iterable[Any], argument: str) -> None
     if value not in choices:
         guess = nearest(str(value), [str(choice) for choice in choices])
         shown = ", ".join(repr(choice) for choice in choices)
-        raise UnknownArgument(f"{argument}={value!r} does not exist", fix=f"use one of {shown}; {guess}".rstrip("; "))
+        raise UnknownArgument(
+            f"{argument}={value!r} does not exist", fix=f"use one of {shown}; {guess}".rstrip("; ")
+        )

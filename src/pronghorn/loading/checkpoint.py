@@ -30,7 +30,7 @@ def check_folder(folder: Path) -> dict[str, Any]:
         raise UnsupportedCheckpoint(
             f"the checkpoint is quantised with '{method}', which cannot be trained here",
             where=str(folder / "config.json"),
-            fix="load the original 16-bit checkpoint (load_in_4bit=True quantises it on the way), or a bitsandbytes one",
+            fix="load the original 16-bit checkpoint (load_in_4bit=True quantises it), or a bitsandbytes one",
         )
     for file in weight_files(folder):
         check_safetensors(file)
@@ -52,7 +52,9 @@ def weight_files(folder: Path) -> list[Path]:
             ".save_pretrained(new_folder) writes safetensors",
         )
     raise CheckpointCorrupt(
-        f"the folder has a config.json but no weights (no {SINGLE}, no {INDEX})", where=str(folder), fix=_AGAIN
+        f"the folder has a config.json but no weights (no {SINGLE}, no {INDEX})",
+        where=str(folder),
+        fix=_AGAIN,
     )
 
 
@@ -111,7 +113,15 @@ def read_header(path: Path) -> dict[str, dict[str, Any]]:
         header.pop("__metadata__", None)
         for entry in header.values():
             int(entry["data_offsets"][1])
-    except (UnicodeDecodeError, json.JSONDecodeError, AttributeError, KeyError, TypeError, IndexError, ValueError) as e:
+    except (
+        UnicodeDecodeError,
+        json.JSONDecodeError,
+        AttributeError,
+        KeyError,
+        TypeError,
+        IndexError,
+        ValueError,
+    ) as e:
         raise CheckpointCorrupt(
             f"{path.name} is not a complete safetensors file", where=str(path), fix=_AGAIN
         ) from e

@@ -36,13 +36,16 @@ def choose_dtype(dtype: str | torch.dtype | None, hardware: Hardware) -> Fact:
         name = dtype.removeprefix("torch.")
         if name not in DTYPES:
             raise UnknownArgument(
-                f"dtype='{dtype}' does not exist", fix=nearest(name, DTYPES) or f"use one of {', '.join(DTYPES)}"
+                f"dtype='{dtype}' does not exist",
+                fix=nearest(name, DTYPES) or f"use one of {', '.join(DTYPES)}",
             )
         dtype = DTYPES[name]
     if dtype not in DTYPES.values():
         raise UnknownArgument(f"{dtype} is not a dtype to train in", fix="use bfloat16, float16 or float32")
     if dtype is torch.bfloat16 and hardware.compute_dtype.value == "float16":
-        logger.warning("pronghorn: bfloat16 was asked for, but %s: it will be slow", hardware.compute_dtype.reason)
+        logger.warning(
+            "pronghorn: bfloat16 was asked for, but %s: it will be slow", hardware.compute_dtype.reason
+        )
     return Fact(dtype, "asked for")
 
 
@@ -59,7 +62,9 @@ def choose_bits(
         raise UnknownArgument("load_in_4bit and load_in_8bit exclude each other", fix="leave out one of them")
     if full_finetuning:
         if load_in_8bit:
-            raise UnknownArgument("8-bit weights cannot be trained", fix="leave out load_in_8bit or full_finetuning")
+            raise UnknownArgument(
+                "8-bit weights cannot be trained", fix="leave out load_in_8bit or full_finetuning"
+            )
         return 16, "full_finetuning trains the weights themselves"
     installed = find_spec("bitsandbytes") is not None
     if load_in_4bit or load_in_8bit:

@@ -159,11 +159,15 @@ def _from_folder(path: Path, gguf_file: str | None) -> Source:
             where=str(path),
             fix="name one with gguf_file=...",
         )
-    inside = [p.name for p in path.iterdir() if (p / "config.json").is_file() or (p / ADAPTER_CONFIG).is_file()]
+    inside = [
+        p.name for p in path.iterdir() if (p / "config.json").is_file() or (p / ADAPTER_CONFIG).is_file()
+    ]
     raise ModelNotFound(
         "the folder holds no model (no config.json, adapter_config.json or .gguf file)",
         where=str(path),
-        fix=f"did you mean '{path / sorted(inside)[0]}'?" if inside else "give the folder that has config.json",
+        fix=f"did you mean '{path / sorted(inside)[0]}'?"
+        if inside
+        else "give the folder that has config.json",
     )
 
 
@@ -176,15 +180,3 @@ def _nearest_sibling(path: Path) -> str:
     siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
     guess = nearest(path.name, siblings)
     return guess.replace("'", f"'{path.parent}/", 1) if guess else ""
-
-
-def hub_not_found(source: Source, error: Exception) -> ModelNotFound:
-    """The error for a hub id that could not be had: unknown, private, or no network."""
-    first_line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    here = [p.name for p in Path.cwd().iterdir() if p.is_dir()]
-    fix = nearest(source.location, here) or (
-        "check the name; for a private or gated model pass token=...; without a network give a local folder"
-    )
-    return ModelNotFound(f"'{source.location}' is no local folder and the hub did not give it: {first_line}", fix=fix)
-
-

@@ -1,0 +1,106 @@
+"""Write a folder completely or not at all."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from uuid import uuid4
+
+from pronghorn.errors import SaveFailed
+
+#: What an earlier export leaves; these never survive a new one, everything else in the folder does.
+_OURS = (
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "config.json",
+    "generation_config.json",
+    "adapter_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template*",
+)
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_MARGIN = 1 << 20  # bytes for configuration files, beside weights and tokenizer
+
+
+def write_folder(path: str | os.PathLike[str], needed: int, write: Callable[[Path], None]) -> Path:
+    """Let `write` fill a temporary sibling of `path`, then put it in place.
+
+    An export that stands there is replaced only once the new one is complete; other files in the folder are kept.
+    On any failure the temporary folder is removed and `path` is as it was.
+
+    Args:
+        needed: bytes the new files take, about; checked against the free space first.
+
+    Raises:
+        SaveFailed: when the disk is full or the folder cannot be written.
+    """
+    target = Path(path).expanduser().absolute()
+    if target.exists() and not target.is_dir():
+        raise SaveFailed("the place to save to is a file", where=str(target), fix="name a folder")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _check_space(target, needed)
+        temporary = target.parent / f".{target.name}.{uuid4().hex[:8]}.partial"
+        temporary.mkdir()
+    except OSError as error:
+        raise _failed(error, target, needed) from error
+    try:
+        write(temporary)
+        _put_in_place(temporary, target)
+    except OSError as error:
+        raise _failed(error, target, needed) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return target
+
+
+def _put_in_place(temporary: Path, target: Path) -> None:
+    """Two renames; between them the old export stands under its temporary name, and comes back if the second fails."""
+    if not target.exists():
+        os.replace(temporary, target)
+        return
+    old = target.parent / f"{temporary.name}.old"
+    os.replace(target, old)
+    try:
+        os.replace(temporary, target)
+    except OSError:
+        os.replace(old, target)
+        raise
+    for item in list(old.iterdir()):
+        if not any(item.match(pattern) for pattern in _OURS) and not (target / item.name).exists():
+            os.replace(item, target / item.name)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _check_space(target: Path, needed: int) -> None:
+    free = shutil.disk_usage(target.parent).free
+    if free < needed + _MARGIN:
+        raise SaveFailed(
+            f"the disk is too full: {needed + _MARGIN:,} bytes are needed, {free:,} are free",
+            where=str(target),
+            fix="free some space or save to another disk; nothing was written",
+        )
+
+
+def _failed(error: OSError, target: Path, needed: int) -> SaveFailed:
+    if error.errno in _FULL:
+        free = shutil.disk_usage(target.parent).free
+        return SaveFailed(
+            f"the disk filled up while saving: {needed + _MARGIN:,} bytes are needed, {free:,} are free",
+            where=str(target),
+            fix="free some space or save to another disk; what was there before is untouched",
+        )
+    return SaveFailed(
+        f"the folder cannot be written: {error.strerror or error}",
+        where=str(target),
+        fix="save to a folder you may write to; what was there before is untouched",
+    )

@@ -1,0 +1,222 @@
+"""What a model with adapters looks like as a plain checkpoint: names, shapes, dtypes, and how to make each tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pronghorn.engine import base_causal_lm
+from pronghorn.errors import SaveFailed
+from pronghorn.export.safetensors_file import Entry
+from pronghorn.weights import read_weight
+
+
+@dataclass
+class Plan:
+    """All tensors of a merged checkpoint; `ties_broken` when head and embedding share no weight any more."""
+
+    entries: list[Entry]
+    ties_broken: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        return sum(entry.nbytes for entry in self.entries)
+
+
+@dataclass
+class _Found:
+    """An entry with the stored tensor it comes from, None where an adapter changes it; equal sources are tied."""
+
+    entry: Entry
+    source: Tensor | None = field(default=None, repr=False)
+
+
+def plan_merge(model: Any) -> Plan:
+    """Plan a merged checkpoint of a causal LM or PEFT model. No weight is computed or changed yet.
+
+        W' = W + Σ_adapters s·B·A        (DoRA: m / ‖W + s·B·A‖ · (W + s·B·A)), in fp32, then rounded once
+
+    Quantised weights are dequantised. The dtype is the one the model computes in. Modules that PEFT trains whole
+    take the original's place.
+
+    Raises:
+        SaveFailed: for a kind of adapter that has no merged form.
+    """
+    base = base_causal_lm(model)
+    dtype = base.config.dtype if isinstance(base.config.dtype, torch.dtype) else base.dtype
+    found = {item.entry.name: item for item in _walk(base, "", dtype)}
+    tied = tied_names(base)
+    broken = False
+    for copy, original in tied.items():
+        if copy not in found or original not in found:
+            continue
+        same = found[copy].source is not None and found[copy].source is found[original].source
+        if same:
+            del found[copy]
+        else:
+            broken = True
+    return Plan(_renamed(base, [item.entry for item in found.values()]), broken)
+
+
+def tied_names(base: Any) -> dict[str, str]:
+    """Tied weights that are stored once: name of the copy -> name of the original."""
+    if not getattr(base.config, "tie_word_embeddings", False):
+        return {}
+    keys = getattr(base, "_tied_weights_keys", None) or {}
+    return dict(keys) if isinstance(keys, dict) else {}
+
+
+def _walk(module: nn.Module, prefix: str, dtype: torch.dtype) -> Iterator[_Found]:
+    """All tensors below a module under the names they have without PEFT."""
+    if hasattr(module, "modules_to_save") and hasattr(module, "original_module"):
+        module = _trained_copy(module)
+    if hasattr(module, "token_adapter"):
+        raise _no_merged_form(prefix, "an adapter of single token rows (trainable_token_indices)")
+    if hasattr(module, "base_layer"):
+        yield from _adapted(module, prefix, dtype)
+        return
+    weight = read_weight(module) if _is_quantised(module) else None
+    if weight is not None:
+        name = f"{prefix}weight"
+        yield _Found(Entry(name, weight.shape, dtype, lambda: weight.dense(torch.float32).to(dtype)))
+    for name, tensor in _own_tensors(module):
+        if weight is None or name == "bias":
+            yield _plain(f"{prefix}{name}", tensor, dtype)
+    for name, child in module.named_children():
+        yield from _walk(child, f"{prefix}{name}.", dtype)
+
+
+def _is_quantised(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, Tensor) and not weight.dtype.is_floating_point
+
+
+def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and persistent buffers of a module itself."""
+    yield from module.named_parameters(recurse=False)
+    for name, buffer in module.named_buffers(recurse=False):
+        if name not in module._non_persistent_buffers_set:
+            yield name, buffer
+
+
+def _plain(name: str, tensor: Tensor, dtype: torch.dtype) -> _Found:
+    target = dtype if tensor.dtype.is_floating_point else tensor.dtype
+    return _Found(Entry(name, tuple(tensor.shape), target, lambda: tensor.detach().to(target)), tensor)
+
+
+def _trained_copy(wrapper: Any) -> nn.Module:
+    for name in wrapper.active_adapters:
+        if name in wrapper.modules_to_save:
+            return wrapper.modules_to_save[name]
+    return wrapper.original_module
+
+
+def _adapted(module: Any, prefix: str, dtype: torch.dtype) -> Iterator[_Found]:
+    """A layer wrapped by PEFT: its base layer's tensors, weight (and bias) with the active adapters added."""
+    adapters = _adapters_of(module, prefix)
+    for item in _walk(module.base_layer, prefix, dtype):
+        if not adapters:
+            yield item
+        elif item.entry.name == f"{prefix}weight":
+            yield _replaced(item, _merged_weight(module, adapters, prefix, dtype))
+        elif item.entry.name == f"{prefix}bias" and any(module.lora_bias.get(name) for name in adapters):
+            yield _replaced(item, _merged_bias(module, adapters, dtype))
+        else:
+            yield item
+
+
+def _replaced(item: _Found, make: Callable[[], Tensor]) -> _Found:
+    entry = item.entry
+    return _Found(Entry(entry.name, entry.shape, entry.dtype, make))
+
+
+def _adapters_of(module: Any, prefix: str) -> list[str]:
+    """Active adapters that are not in the base weight yet.
+
+    Raises:
+        SaveFailed: where they cannot be added to it.
+    """
+    if not hasattr(module, "get_delta_weight"):
+        raise _no_merged_form(prefix, f"an adapter of the kind {type(module).__name__}")
+    known = {*getattr(module, "lora_A", {}), *getattr(module, "lora_embedding_A", {})}
+    names = [name for name in module.active_adapters if name in known and name not in module.merged_adapters]
+    if any(name in module.lora_variant for name in names) and len(names) + len(module.merged_adapters) > 1:
+        raise _no_merged_form(prefix, "several active adapters, one of them DoRA or another variant")
+    has_bias = getattr(module.base_layer, "bias", None) is not None
+    if any(module.lora_bias.get(name) for name in names) and not has_bias:
+        raise _no_merged_form(prefix, "an adapter with a bias on a layer without one")
+    return names
+
+
+def _merged_weight(module: Any, adapters: list[str], prefix: str, dtype: torch.dtype) -> Callable[[], Tensor]:
+    def make() -> Tensor:
+        stored = read_weight(module.base_layer)
+        plain = module.base_layer.weight.detach() if stored is None else stored.dense(torch.float32)
+        with torch.no_grad():
+            merged = plain.to(torch.float32)
+            for name in adapters:
+                if name in module.lora_variant:
+                    merged = _merge_variant(module, name, merged, prefix)
+                else:
+                    merged = merged + module.get_delta_weight(name).to(torch.float32)
+        return merged.to(dtype)
+
+    return make
+
+
+def _merge_variant(module: Any, name: str, weight: Tensor, prefix: str) -> Tensor:
+    """DoRA and its like know their own formula; PEFT's `merge_safe` returns a new weight and leaves the layer alone."""
+    try:
+        merged = module.lora_variant[name].merge_safe(module, name, weight)
+    except NotImplementedError as error:
+        raise _no_merged_form(prefix, f"a {type(module.lora_variant[name]).__name__}") from error
+    # merge_safe keeps the norm for a later unmerge, which will not come.
+    module._caches.pop(f"{name}-weight_norm", None)
+    return merged
+
+
+def _merged_bias(module: Any, adapters: list[str], dtype: torch.dtype) -> Callable[[], Tensor]:
+    """The base's bias plus s·b of every adapter whose B has one."""
+
+    def make() -> Tensor:
+        bias = module.base_layer.bias.detach().to(torch.float32)
+        for name in adapters:
+            if module.lora_bias.get(name):
+                bias = bias + module.scaling[name] * module.lora_B[name].bias.detach().to(torch.float32)
+        return bias.to(dtype)
+
+    return make
+
+
+def _no_merged_form(prefix: str, what: str) -> SaveFailed:
+    return SaveFailed(
+        f"{prefix.rstrip('.') or 'the model'} has {what}, which cannot be merged into the weights",
+        fix="save the adapter instead: save_method='lora'",
+    )
+
+
+def _renamed(base: Any, entries: list[Entry]) -> list[Entry]:
+    """Entries under the names of the published checkpoint, where Transformers only renames on loading.
+
+    Where it also splits or joins tensors, the names in memory stay: Transformers loads those as well.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    placeholders = {
+        entry.name: torch.empty(entry.shape, dtype=entry.dtype, device="meta") for entry in entries
+    }
+    try:
+        reverted = revert_weight_conversion(base, dict(placeholders))
+    except (ValueError, KeyError, RuntimeError, NotImplementedError):
+        return entries
+    by_identity = {id(tensor): name for name, tensor in reverted.items()}
+    if len(reverted) != len(entries) or any(id(t) not in by_identity for t in placeholders.values()):
+        return entries
+    return [
+        Entry(by_identity[id(placeholders[entry.name])], entry.shape, entry.dtype, entry.make)
+        for entry in entries
+    ]

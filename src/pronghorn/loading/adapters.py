@@ -1,0 +1,226 @@
+"""Stock PEFT adapters on a loaded model, with names checked first and the initialisation reproducible."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pronghorn.engine import base_causal_lm
+from pronghorn.errors import (
+    AdapterProblem,
+    CheckpointCorrupt,
+    TargetModuleNotFound,
+    UnknownArgument,
+    UnsupportedCheckpoint,
+    nearest,
+)
+from pronghorn.loading.checkpoint import check_safetensors, read_header
+from pronghorn.loading.source import ADAPTER_CONFIG, Source, read_json
+
+logger = logging.getLogger("pronghorn")
+
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ALL_LINEAR = "all-linear"
+DEFAULT_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+_WHOLE = ("embed_tokens", "lm_head")
+
+
+def lora_config_fields() -> set[str]:
+    """Names of PEFT's LoraConfig; any of them may be passed through."""
+    from peft import LoraConfig
+
+    return {field.name for field in fields(LoraConfig)}
+
+
+def add_adapter(model: Any, random_state: int, revision: str | None = None, **settings: Any) -> Any:
+    """Wrap a causal LM into a PEFT model with a new LoRA adapter; everything else is frozen.
+
+    Adapter weights are fp32, PEFT's default, whatever the base is stored in. The initialisation depends on
+    `random_state` alone, and the global random state stays as it was. Quantised bases need none of
+    `prepare_model_for_kbit_training`: PEFT freezes them, the norms' arithmetic is fp32 anyway, and blocks with an
+    explicit backward need no input that requires a gradient.
+
+    Args:
+        settings: arguments of `peft.LoraConfig`.
+
+    Raises:
+        AdapterProblem: when the model has an adapter already, or PEFT refuses the settings.
+        TargetModuleNotFound: for names the model does not have.
+    """
+    from peft import LoraConfig, TaskType, get_peft_model
+
+    if has_adapter(model):
+        raise AdapterProblem(
+            "the model has an adapter already",
+            fix="train that one, or load the base model again for a new one",
+        )
+    settings["target_modules"], settings["modules_to_save"] = check_targets(
+        model, settings.get("target_modules"), settings.get("modules_to_save")
+    )
+    _check_numbers(model, settings)
+    settings.setdefault("task_type", TaskType.CAUSAL_LM)
+    try:
+        config = LoraConfig(**{name: value for name, value in settings.items() if value is not None})
+        with torch.random.fork_rng(devices=_cuda_devices(model)):
+            torch.manual_seed(random_state)
+            return get_peft_model(model, config, revision=revision)
+    except (ValueError, TypeError, NotImplementedError, ImportError) as error:
+        raise AdapterProblem(f"PEFT refuses these settings: {' '.join(str(error).split())[:400]}") from error
+
+
+def has_adapter(model: Any) -> bool:
+    """Whether PEFT has put anything on the model, around it or inside it."""
+    from peft import PeftModel
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return isinstance(model, PeftModel) or any(
+        isinstance(module, BaseTunerLayer) for module in model.modules()
+    )
+
+
+def check_targets(
+    model: Any, target_modules: str | Iterable[str] | None, modules_to_save: Iterable[str] | None
+) -> tuple[str | list[str], list[str] | None]:
+    """Names that exist. Embeddings and head go from the targets to `modules_to_save`: they are trained whole.
+
+    Raises:
+        TargetModuleNotFound: for a name without a module, with the nearest; for a pattern that matches nothing.
+    """
+    names = [name for name, _ in model.named_modules() if name]
+    whole = [modules_to_save] if isinstance(modules_to_save, str) else list(modules_to_save or [])
+    if isinstance(target_modules, str):
+        targets: str | list[str] = _check_pattern(target_modules, names)
+    else:
+        wanted = list(dict.fromkeys(target_modules if target_modules is not None else DEFAULT_TARGETS))
+        moved = [name for name in wanted if name.rsplit(".", 1)[-1] in _WHOLE]
+        if moved:
+            logger.info("pronghorn: %s: trained whole (modules_to_save), without LoRA", ", ".join(moved))
+            whole += [name for name in moved if name not in whole]
+            wanted = [name for name in wanted if name not in moved]
+        if not wanted:
+            raise TargetModuleNotFound(
+                "no module is left for LoRA", fix=f"give target_modules, for example {list(DEFAULT_TARGETS)}"
+            )
+        targets = wanted
+        _check_names(wanted, names, "target_modules")
+    _check_names(whole, names, "modules_to_save")
+    return targets, whole or None
+
+
+def _check_pattern(pattern: str, names: Sequence[str]) -> str:
+    """ "all-linear" or a regular expression over full module names, as PEFT reads a string; one plain name counts."""
+    if pattern == ALL_LINEAR:
+        return pattern
+    if pattern.isidentifier():
+        _check_names([pattern], names, "target_modules")
+        return rf".*\.{pattern}"
+    try:
+        found = any(re.fullmatch(pattern, name) for name in names)
+    except re.error as error:
+        raise TargetModuleNotFound(
+            f"target_modules='{pattern}' is no regular expression: {error}", fix="give a list of names"
+        ) from error
+    if not found:
+        raise TargetModuleNotFound(
+            f"target_modules='{pattern}' matches no module",
+            fix="the expression must match full names, as in '.*q_proj'",
+        )
+    return pattern
+
+
+def _check_names(wanted: Iterable[str], names: Sequence[str], argument: str) -> None:
+    known = {part for name in names for part in (name, name.rsplit(".", 1)[-1])}
+    endings = sorted({name.rsplit(".", 1)[-1] for name in names if not name.rsplit(".", 1)[-1].isdigit()})
+    for name in wanted:
+        if name in known or any(full.endswith(f".{name}") for full in names):
+            continue
+        raise TargetModuleNotFound(
+            f"{argument} has '{name}', which the model does not have",
+            fix=nearest(name, endings) or f"its modules are {', '.join(endings)}",
+        )
+
+
+def _check_numbers(model: Any, settings: dict[str, Any]) -> None:
+    rank, dropout = settings.get("r", 8), settings.get("lora_dropout", 0.0)
+    if not isinstance(rank, int) or rank < 1:
+        raise UnknownArgument(f"r={rank!r} is no rank", fix="use a positive whole number, such as 16")
+    if not 0.0 <= dropout < 1.0:
+        raise UnknownArgument(f"lora_dropout={dropout!r} is no probability below 1", fix="use 0.0 to 0.99")
+    chosen = settings.get("layers_to_transform")
+    count = base_causal_lm(model).config.num_hidden_layers
+    for index in [chosen] if isinstance(chosen, int) else list(chosen or []):
+        if not 0 <= index < count:
+            raise TargetModuleNotFound(
+                f"layers_to_transform has layer {index}, the model has {count}", fix=f"use 0 to {count - 1}"
+            )
+
+
+def _cuda_devices(model: Any) -> list[int]:
+    devices = {parameter.device for parameter in model.parameters()}
+    return sorted(device.index for device in devices if device.type == "cuda" and device.index is not None)
+
+
+def check_adapter_files(source: Source) -> dict[str, Any]:
+    """Look at a PEFT folder before PEFT does; returns adapter_config.json.
+
+    Raises:
+        UnsupportedCheckpoint: for pickled weights.
+        CheckpointCorrupt: for missing or truncated weights, or an unreadable configuration.
+    """
+    config = read_json(source.path / ADAPTER_CONFIG)
+    weights = source.path / ADAPTER_WEIGHTS
+    if not weights.is_file():
+        if (source.path / "adapter_model.bin").is_file():
+            raise UnsupportedCheckpoint(
+                "the adapter's weights are pickled, and unpickling runs code from the file",
+                where=str(source.path / "adapter_model.bin"),
+                fix="convert where you trust the file: load it with PEFT and save_pretrained writes safetensors",
+            )
+        raise CheckpointCorrupt(
+            f"the adapter has no {ADAPTER_WEIGHTS}", where=source.location, fix="save or download it again"
+        )
+    check_safetensors(weights)
+    return config
+
+
+def load_adapter(model: Any, source: Source) -> Any:
+    """Put a saved adapter on its base model, ready to be trained on.
+
+    Raises:
+        CheckpointCorrupt: when its weights do not belong to this base model.
+    """
+    from peft import PeftModel
+    from peft.utils import get_peft_model_state_dict
+
+    check_adapter_files(source)
+    try:
+        wrapped = PeftModel.from_pretrained(model, source.location, is_trainable=True)
+    except (ValueError, TypeError, KeyError, RuntimeError) as error:
+        raise CheckpointCorrupt(
+            f"the adapter does not fit its base model: {' '.join(str(error).split())[:400]}",
+            where=source.location,
+            fix="check base_model_name_or_path in adapter_config.json",
+        ) from error
+    stored = set(read_header(Path(source.location) / ADAPTER_WEIGHTS))
+    expected = set(get_peft_model_state_dict(wrapped, save_embedding_layers=False))
+    foreign = sorted(name for name in stored - expected if "lora_" in name)
+    if foreign:
+        raise CheckpointCorrupt(
+            f"{len(foreign)} adapter weights have no place in the base model, first {foreign[0]}",
+            where=str(source.path / ADAPTER_WEIGHTS),
+            fix="check base_model_name_or_path in adapter_config.json",
+        )
+    if expected - stored:
+        absent = sorted(expected - stored)
+        raise CheckpointCorrupt(
+            f"{len(absent)} adapter weights are missing, first {absent[0]}",
+            where=str(source.path / ADAPTER_WEIGHTS),
+            fix="save or download the adapter again",
+        )
+    return wrapped

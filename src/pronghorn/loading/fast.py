@@ -1,0 +1,252 @@
+"""`FastLanguageModel`: load a model, put an adapter on it, switch between training and answering."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from pronghorn.blocks.levels import LEVELS, Level, check_level
+from pronghorn.engine import base_causal_lm, bind
+from pronghorn.hardware import probe
+from pronghorn.loading.adapters import DEFAULT_TARGETS, add_adapter, load_adapter, lora_config_fields
+from pronghorn.loading.arguments import (
+    NO_EFFECT_ON_ADAPTERS,
+    NO_EFFECT_ON_LOADING,
+    note_without_effect,
+    refuse_other_than,
+    refuse_unknown,
+)
+from pronghorn.loading.hub import download
+from pronghorn.loading.model import Options, load_model
+from pronghorn.loading.precision import choose_bits, choose_dtype
+from pronghorn.loading.saving import add_save_methods
+from pronghorn.loading.source import Source, base_of_adapter, locate
+from pronghorn.loading.tokenizer import has_tokenizer, load_tokenizer, set_pad_token
+
+logger = logging.getLogger("pronghorn")
+
+
+def is_bfloat16_supported() -> bool:
+    """Whether this machine multiplies bf16 matrices natively."""
+    return bool(probe().compute_dtype.value == "bfloat16")
+
+
+def save_level(use_gradient_checkpointing: bool | str) -> Level:
+    """The save level that a checkpointing request stands for: False keeps all, True keeps each layer's input,
+    "unsloth" parks it in host memory; level names stand for themselves."""
+    if isinstance(use_gradient_checkpointing, str):
+        return check_level(use_gradient_checkpointing)
+    return "none" if use_gradient_checkpointing else "all"
+
+
+def bind_with(model: Any, use_gradient_checkpointing: bool | str, strict: bool = False) -> None:
+    """Bind the fast path and set its save level; a model that stays stock gets Transformers' own checkpointing."""
+    level = save_level(use_gradient_checkpointing)
+    binding = bind(model, strict=strict, save_levels=level)
+    if binding.bound:
+        binding.set_save_levels(level)
+        logger.info("%s", binding.describe())
+        return
+    base = base_causal_lm(model)
+    if not getattr(base, "supports_gradient_checkpointing", False):
+        return
+    if LEVELS.index(level) <= LEVELS.index("none"):
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    elif any(getattr(module, "gradient_checkpointing", False) for module in base.modules()):
+        base.gradient_checkpointing_disable()
+
+
+class FastLanguageModel:
+    """Loading and adapters with the argument names that Unsloth's users know. All methods are static."""
+
+    @staticmethod
+    def from_pretrained(
+        model_name: str | os.PathLike[str],
+        max_seq_length: int | None = 2048,
+        dtype: str | torch.dtype | None = None,
+        load_in_4bit: bool | None = None,
+        load_in_8bit: bool = False,
+        full_finetuning: bool = False,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        device_map: Any = None,
+        rope_scaling: dict[str, Any] | None = None,
+        fix_tokenizer: bool = True,
+        trust_remote_code: bool = False,
+        use_gradient_checkpointing: bool | str = "unsloth",
+        bnb_4bit_use_double_quant: bool = True,
+        bnb_4bit_quant_type: str = "nf4",
+        attn_implementation: str | None = None,
+        strict: bool = False,
+        gguf_file: str | None = None,
+        **kwargs: Any,
+    ) -> tuple[Any, Any]:
+        """Load a model and its tokenizer, with the fast path bound.
+
+        Args:
+            model_name: a hub id, a folder, a .gguf file, or a folder with a PEFT adapter (its base is loaded, too,
+                and the adapter can be trained on). bitsandbytes checkpoints stay quantised as they are.
+            max_seq_length: the longest row in training; None takes the model's own limit.
+            dtype: of weights and matrix products; None lets the hardware decide.
+            load_in_4bit: None is 4-bit on a CUDA GPU with bitsandbytes and unquantised elsewhere.
+            full_finetuning: train the weights themselves; they are not quantised then.
+            rope_scaling: such as {"type": "linear", "factor": 2.0}.
+            fix_tokenizer: give the tokenizer a padding token other than EOS where one is to spare.
+            use_gradient_checkpointing: True, False, "unsloth" (layer inputs in host memory) or a save level.
+            strict: refuse a model that cannot take the fast path, instead of training it on its stock forward.
+            kwargs: arguments of older scripts without effect here.
+
+        Returns:
+            (model, tokenizer); the model in evaluation mode, `model.max_seq_length` set.
+
+        Raises:
+            PronghornError: a subclass for everything that can be wrong with a name, a file or an argument.
+        """
+        refuse_unknown(kwargs, FastLanguageModel.from_pretrained, NO_EFFECT_ON_LOADING)
+        note_without_effect(kwargs, "from_pretrained")
+        save_level(use_gradient_checkpointing)
+        hardware = probe()
+        chosen = choose_dtype(dtype, hardware)
+        bits, why = choose_bits(load_in_4bit, load_in_8bit, full_finetuning, hardware)
+        options = Options(
+            dtype=chosen.value,
+            bits=bits,
+            bits_reason=why,
+            quant_type=bnb_4bit_quant_type,
+            double_quant=bnb_4bit_use_double_quant,
+            device_map=device_map,
+            rope_scaling=rope_scaling,
+            trust_remote_code=trust_remote_code,
+            attn_implementation=attn_implementation,
+        )
+        named = locate(model_name, gguf_file=gguf_file, revision=revision)
+        here = _on_disk(named, token, trust_remote_code)
+        base_named = base_of_adapter(here) if here.kind == "adapter" else named
+        base_here = _on_disk(base_named, token, trust_remote_code) if here.kind == "adapter" else here
+        logger.info("pronghorn: %s in %s", base_named.name, chosen)
+        tokenizer = load_tokenizer(
+            here if has_tokenizer(here) else base_here, trust_remote_code=trust_remote_code
+        )
+        model = load_model(base_here, options, hardware)
+        _remember(model, base_named, max_seq_length, rope_scaling)
+        if fix_tokenizer:
+            set_pad_token(tokenizer, model)
+        if full_finetuning and here.kind != "adapter":
+            model.requires_grad_(True)
+        if here.kind == "adapter":
+            model = load_adapter(model, here)
+        bind_with(model, use_gradient_checkpointing, strict)
+        add_save_methods(model)
+        return model, tokenizer
+
+    @staticmethod
+    def get_peft_model(
+        model: Any,
+        r: int = 16,
+        target_modules: str | Iterable[str] | None = DEFAULT_TARGETS,
+        lora_alpha: float = 16,
+        lora_dropout: float = 0.0,
+        bias: str = "none",
+        layers_to_transform: int | list[int] | None = None,
+        layers_pattern: str | list[str] | None = None,
+        use_gradient_checkpointing: bool | str = "unsloth",
+        random_state: int = 3407,
+        max_seq_length: int | None = None,
+        use_rslora: bool = False,
+        use_dora: bool = False,
+        modules_to_save: list[str] | None = None,
+        init_lora_weights: bool | str = True,
+        loftq_config: Any = None,
+        qat_scheme: str | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Put a new LoRA adapter of stock PEFT on a model; only the adapter is trained.
+
+        Args:
+            target_modules: names, "all-linear" or a regular expression; embed_tokens and lm_head among them are
+                trained whole, as `modules_to_save`.
+            random_state: seeds the initialisation, without touching the global random state.
+            use_gradient_checkpointing: as in `from_pretrained`.
+            kwargs: further fields of `peft.LoraConfig`, or arguments of older scripts without effect here.
+
+        Returns:
+            a `peft.PeftModel`.
+
+        Raises:
+            AdapterProblem: when the model has an adapter already, or PEFT refuses the combination.
+            TargetModuleNotFound: for a module that the model does not have.
+            UnknownArgument: for an argument or value that does not exist.
+        """
+        passed_on = lora_config_fields()
+        refuse_unknown(kwargs, FastLanguageModel.get_peft_model, NO_EFFECT_ON_ADAPTERS | passed_on)
+        note_without_effect({k: v for k, v in kwargs.items() if k not in passed_on}, "get_peft_model")
+        refuse_other_than(bias, ("none", "all", "lora_only"), "bias")
+        refuse_other_than(qat_scheme, (None,), "qat_scheme")
+        level = save_level(use_gradient_checkpointing)
+        source = model.__dict__.get("pronghorn_source")
+        wrapped = add_adapter(
+            model,
+            random_state,
+            revision=getattr(source, "revision", None),
+            r=r,
+            target_modules=target_modules,
+            lora_alpha=lora_alpha,
+            lora_dropout=lora_dropout,
+            bias=bias,
+            layers_to_transform=layers_to_transform,
+            layers_pattern=layers_pattern,
+            use_rslora=use_rslora,
+            use_dora=use_dora,
+            modules_to_save=modules_to_save,
+            init_lora_weights=init_lora_weights,
+            loftq_config=loftq_config,
+            **{name: value for name, value in kwargs.items() if name in passed_on},
+        )
+        if max_seq_length is not None:
+            base_causal_lm(wrapped).max_seq_length = max_seq_length
+        bind_with(wrapped, level)
+        add_save_methods(wrapped)
+        return wrapped
+
+    @staticmethod
+    def for_inference(model: Any) -> Any:
+        """Evaluation mode with the KV cache on. Returns the model."""
+        base_causal_lm(model).config.use_cache = True
+        return model.eval()
+
+    @staticmethod
+    def for_training(model: Any, use_gradient_checkpointing: bool | str | None = None) -> Any:
+        """Training mode; the save level stays unless another is given. Returns the model."""
+        if use_gradient_checkpointing is not None:
+            bind_with(model, use_gradient_checkpointing)
+        return model.train()
+
+
+#: Unsloth's name for the class that loads any model.
+FastModel = FastLanguageModel
+
+
+def _on_disk(source: Source, token: str | bool | None, trust_remote_code: bool) -> Source:
+    return source if source.is_local else download(source, token=token, trust_remote_code=trust_remote_code)
+
+
+def _remember(model: Any, source: Source, max_seq_length: int | None, rope_scaling: Any) -> None:
+    """Leave on the model what adapters, exporters and the trainer ask it for."""
+    # PEFT writes name_or_path into adapter_config.json: it has to be what `locate` finds the base by again.
+    model.name_or_path = source.name
+    model.config._name_or_path = source.name
+    model.__dict__["pronghorn_source"] = source
+    limit = getattr(model.config, "max_position_embeddings", None)
+    model.max_seq_length = max_seq_length or limit
+    if limit and max_seq_length and max_seq_length > limit and not rope_scaling:
+        logger.warning(
+            "pronghorn: max_seq_length=%d is beyond the %d positions the model was trained on; "
+            'give rope_scaling={"type": "linear", "factor": %.3g} to stretch them',
+            max_seq_length,
+            limit,
+            max_seq_length / limit,
+        )

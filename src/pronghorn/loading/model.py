@@ -1,0 +1,227 @@
+"""A Transformers causal LM from a local source, with everything that can be wrong about it said in one sentence."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+
+from pronghorn.errors import CheckpointCorrupt, PackageMissing, UnknownArgument, UnsupportedCheckpoint
+from pronghorn.hardware import Hardware
+from pronghorn.loading.checkpoint import check_folder
+from pronghorn.loading.precision import quantisation
+from pronghorn.loading.source import Source
+
+logger = logging.getLogger("pronghorn")
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a model is to be loaded; `bits` is 4, 8 or 16 (unquantised)."""
+
+    dtype: torch.dtype
+    bits: int
+    bits_reason: str
+    quant_type: str = "nf4"
+    double_quant: bool = True
+    device_map: Any = None
+    rope_scaling: dict[str, Any] | None = None
+    trust_remote_code: bool = False
+    attn_implementation: str | None = None
+
+
+def load_model(source: Source, options: Options, hardware: Hardware) -> Any:
+    """Load the model of a local folder or GGUF file on its device, unbound, in eval mode.
+
+    Raises:
+        CheckpointCorrupt: for a damaged file, missing weights, weights of another shape than the config says.
+        UnsupportedCheckpoint: for pickles, remote code that was not allowed, architectures Transformers lacks.
+    """
+    from transformers import AutoModelForCausalLM
+
+    if source.gguf_file is None:
+        check_folder(source.path)
+    elif find_spec("gguf") is None:
+        raise PackageMissing(
+            "the package gguf, which reads GGUF files, is not installed", fix="pip install gguf"
+        )
+    config = load_config(source, options.trust_remote_code)
+    if options.rope_scaling:
+        scale_rope(config, options.rope_scaling)
+    extra: dict[str, Any] = {"gguf_file": source.gguf_file} if source.gguf_file else {"use_safetensors": True}
+    if options.attn_implementation:
+        extra["attn_implementation"] = options.attn_implementation
+    bits = _settle_bits(source, config, options)
+    device_map = options.device_map or default_device_map(hardware, bits)
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            source.location,
+            config=config,
+            dtype=options.dtype,
+            quantization_config=quantisation(
+                bits, options.dtype, quant_type=options.quant_type, double_quant=options.double_quant
+            ),
+            device_map=device_map,
+            trust_remote_code=options.trust_remote_code,
+            output_loading_info=True,
+            **extra,
+        )
+    except (ValueError, KeyError, RuntimeError, OSError, AttributeError) as error:
+        raise _explained(error, source) from error
+    _check_loaded(info, source)
+    if source.gguf_file is not None:
+        _forget_gguf(model)
+    return model
+
+
+def load_config(source: Source, trust_remote_code: bool) -> Any:
+    """The Transformers config of a local source.
+
+    Raises:
+        UnsupportedCheckpoint: for an architecture that Transformers lacks.
+        CheckpointCorrupt: for values that make no sense.
+    """
+    from transformers import AutoConfig
+
+    extra = {"gguf_file": source.gguf_file} if source.gguf_file else {}
+    try:
+        return AutoConfig.from_pretrained(source.location, trust_remote_code=trust_remote_code, **extra)
+    except Exception as error:  # its classes differ by field and version; each is a damaged or unknown config
+        raise _explained(error, source, "config.json") from error
+
+
+def _explained(error: Exception, source: Source, file: str | None = None) -> Exception:
+    """The error of ours that says what Transformers' exception means. Running out of memory stays what it is."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return error
+    text = " ".join(str(error).split())
+    where = source.name if file is None or source.gguf_file else str(source.path / file)
+    if "trust_remote_code" in text:
+        return UnsupportedCheckpoint(
+            "the model brings its own Python code, which is not run unless you allow it",
+            where=where,
+            fix="read the code; if you trust it, pass trust_remote_code=True",
+        )
+    if any(
+        part in text for part in ("does not recognize this architecture", "Unrecognized", "not supported")
+    ):
+        return UnsupportedCheckpoint(
+            f"Transformers has no causal language model for it: {text[:300]}",
+            where=where,
+            fix="load a text model, or upgrade transformers where the model is newer than it",
+        )
+    return CheckpointCorrupt(
+        f"the model cannot be loaded: {type(error).__name__}: {text[:400]}",
+        where=where,
+        fix="download or save the model again",
+    )
+
+
+def scale_rope(config: Any, scaling: dict[str, Any]) -> None:
+    """Put `rope_scaling={"type": "linear", "factor": 2.0}` into a config; the base frequency stays.
+
+    Raises:
+        UnknownArgument: for an unknown type, or a config with one RoPE per layer type.
+    """
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    current = dict(getattr(config, "rope_parameters", None) or {})
+    if any(isinstance(value, dict) for value in current.values()):
+        raise UnknownArgument(
+            "this model has a RoPE for each layer type, rope_scaling sets one", fix="leave out rope_scaling"
+        )
+    given = dict(scaling)
+    kind = given.pop("rope_type", None) or given.pop("type", None)
+    given.pop("type", None)
+    known = sorted({"default", *ROPE_INIT_FUNCTIONS})
+    if kind not in known:
+        raise UnknownArgument(f"rope_scaling has the type '{kind}'", fix=f"use one of {', '.join(known)}")
+    if kind != "default" and "factor" not in given:
+        raise UnknownArgument(f"rope_scaling of type '{kind}' has no factor", fix="add 'factor': 2.0")
+    kept = {name: current[name] for name in ("rope_theta", "partial_rotary_factor") if name in current}
+    config.rope_parameters = {**kept, **given, "rope_type": kind}
+    config.standardize_rope_params()
+
+
+def _settle_bits(source: Source, config: Any, options: Options) -> int:
+    """16 where the checkpoint itself settles it: GGUF is dequantised, a bitsandbytes checkpoint stays as it is."""
+    if source.gguf_file is not None:
+        if options.bits != 16:
+            logger.warning(
+                "pronghorn: the GGUF file is dequantised to 16 or 32 bits; for %d-bit training save the model with "
+                "pronghorn.export.save_merged once and load that folder",
+                options.bits,
+            )
+        return 16
+    stored = getattr(config, "quantization_config", None)
+    if stored is None:
+        logger.info(
+            "pronghorn: weights are loaded %s (%s)",
+            f"in {options.bits} bits" if options.bits != 16 else "unquantised",
+            options.bits_reason,
+        )
+        return options.bits
+    if find_spec("bitsandbytes") is None:
+        raise PackageMissing(
+            "the checkpoint is quantised by bitsandbytes, which is not installed",
+            where=source.name,
+            fix="pip install bitsandbytes, or load the original 16-bit checkpoint",
+        )
+    stored_bits = 4 if stored.get("load_in_4bit") else 8
+    if options.bits != stored_bits and options.bits_reason == "asked for":
+        logger.warning(
+            "pronghorn: the checkpoint is stored in %d bits and is loaded so; the arguments ask for %d",
+            stored_bits,
+            options.bits,
+        )
+    if stored_bits == 4:  # the machine, not the one that made the checkpoint, decides what it computes in
+        stored["bnb_4bit_compute_dtype"] = str(options.dtype).removeprefix("torch.")
+    return 16
+
+
+def default_device_map(hardware: Hardware, bits: int) -> Any:
+    """All on this process's GPU; on a CPU nothing needs saying, except to bitsandbytes."""
+    if not hardware.is_cuda:
+        return {"": "cpu"} if bits != 16 else None
+    if torch.distributed.is_available() and torch.distributed.is_torchelastic_launched():
+        from accelerate import PartialState
+
+        return {"": PartialState().local_process_index}
+    return {"": torch.cuda.current_device()}
+
+
+def _check_loaded(info: dict[str, Any], source: Source) -> None:
+    missing = sorted(info.get("missing_keys") or [])
+    if missing:
+        raise CheckpointCorrupt(
+            f"{len(missing)} weights are not in the checkpoint and would be random, first {missing[0]}",
+            where=source.name,
+            fix="download or save the model again",
+        )
+    mismatched = sorted(
+        str(item[0] if isinstance(item, tuple) else item) for item in info.get("mismatched_keys") or []
+    )
+    if mismatched:
+        raise CheckpointCorrupt(
+            f"{len(mismatched)} weights have another shape than config.json says, first {mismatched[0]}",
+            where=source.name,
+            fix="use the config.json that belongs to these weights",
+        )
+    unexpected = sorted(info.get("unexpected_keys") or [])
+    if unexpected:
+        logger.warning(
+            "pronghorn: %d weights of the checkpoint have no place in the model, first %s",
+            len(unexpected),
+            unexpected[0],
+        )
+
+
+def _forget_gguf(model: Any) -> None:
+    """The weights are plain now: without this, Transformers would refuse to save the model and Trainer to train it."""
+    for name in ("hf_quantizer", "quantization_method", "is_quantized"):
+        model.__dict__.pop(name, None)
+    for config in (model.config,):
+        config.__dict__.pop("quantization_config", None)

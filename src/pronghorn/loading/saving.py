@@ -1,0 +1,29 @@
+"""Conveniences that live on the loaded instance, as older scripts expect them; no class is touched."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from pronghorn.export import save_adapter, save_merged
+
+
+def save_pretrained_merged(
+    model: Any,
+    save_directory: str,
+    tokenizer: Any = None,
+    save_method: str = "merged_16bit",
+    *,
+    max_shard_size: int | str = "5GB",
+) -> None:
+    """Write a stock checkpoint with the adapter merged in; see `pronghorn.export.save_merged`."""
+    if save_method == "lora":
+        save_adapter(model, tokenizer, save_directory)
+    else:
+        save_merged(model, tokenizer, save_directory, save_method, max_shard_size=max_shard_size)
+
+
+def add_save_methods(model: Any) -> None:
+    """`model.save_pretrained_merged(folder, tokenizer)`: a partial of a module-level function, which survives
+    deepcopy and pickle and points to the copy afterwards."""
+    model.__dict__["save_pretrained_merged"] = partial(save_pretrained_merged, model)
