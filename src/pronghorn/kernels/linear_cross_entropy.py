@@ -17,8 +17,8 @@ from torch import Tensor
 from pronghorn.kernels.dispatch import Impl, math_dtype, use_triton
 
 # Bytes of one chunk of logits. On a GPU a chunk must be tall enough to fill the matrix units: at V = 128k and bf16
-# 256 MiB are 1,024 rows. A CPU gains nothing from tall chunks.
-CHUNK_BYTES = {"cuda": 256 * 2**20, "cpu": 32 * 2**20}
+# 128 MiB are 512 rows. A CPU gains nothing from tall chunks.
+CHUNK_BYTES = {"cuda": 128 * 2**20, "cpu": 32 * 2**20}
 
 Lora = tuple[Tensor, Tensor, float]
 
