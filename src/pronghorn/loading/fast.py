@@ -21,7 +21,7 @@ from pronghorn.loading.arguments import (
     refuse_unknown,
 )
 from pronghorn.loading.hub import download
-from pronghorn.loading.model import Options, load_model
+from pronghorn.loading.model import Options, check_model, load_model
 from pronghorn.loading.precision import choose_bits, choose_dtype
 from pronghorn.loading.saving import add_save_methods
 from pronghorn.loading.source import Source, base_of_adapter, locate
@@ -128,10 +128,11 @@ class FastLanguageModel:
         base_named = base_of_adapter(here) if here.kind == "adapter" else named
         base_here = _on_disk(base_named, token, trust_remote_code) if here.kind == "adapter" else here
         logger.info("pronghorn: %s in %s", base_named.name, chosen)
+        config = check_model(base_here, trust_remote_code)
         tokenizer = load_tokenizer(
             here if has_tokenizer(here) else base_here, trust_remote_code=trust_remote_code
         )
-        model = load_model(base_here, options, hardware)
+        model = load_model(base_here, config, options, hardware)
         _remember(model, base_named, max_seq_length, rope_scaling)
         if fix_tokenizer:
             set_pad_token(tokenizer, model)

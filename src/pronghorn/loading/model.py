@@ -33,37 +33,48 @@ class Options:
     attn_implementation: str | None = None
 
 
-def load_model(source: Source, options: Options, hardware: Hardware) -> Any:
-    """Load the model of a local folder or GGUF file on its device, unbound, in eval mode.
+def check_model(source: Source, trust_remote_code: bool) -> Any:
+    """Check a local source's files without reading weights, and return its Transformers config.
 
     Raises:
-        CheckpointCorrupt: for a damaged file, missing weights, weights of another shape than the config says.
+        CheckpointCorrupt: for a damaged or missing file, or a config whose values make no sense.
         UnsupportedCheckpoint: for pickles, remote code that was not allowed, architectures Transformers lacks.
+        PackageMissing: when the package that reads GGUF is not installed.
     """
-    from transformers import AutoModelForCausalLM
-
     if source.gguf_file is None:
         check_folder(source.path)
     elif find_spec("gguf") is None:
         raise PackageMissing(
             "the package gguf, which reads GGUF files, is not installed", fix="pip install gguf"
         )
-    config = load_config(source, options.trust_remote_code)
+    return load_config(source, trust_remote_code)
+
+
+def load_model(source: Source, config: Any, options: Options, hardware: Hardware) -> Any:
+    """Load the model of a local folder or GGUF file on its device, unbound, in eval mode.
+
+    Args:
+        config: what `check_model` returned.
+
+    Raises:
+        CheckpointCorrupt: for missing weights, or weights of another shape than the config says.
+        UnsupportedCheckpoint: for an architecture without a causal language model.
+    """
+    from transformers import AutoModelForCausalLM
+
     if options.rope_scaling:
         scale_rope(config, options.rope_scaling)
-    extra: dict[str, Any] = {"gguf_file": source.gguf_file} if source.gguf_file else {"use_safetensors": True}
+    bits = _settle_bits(source, config, options)
+    extra: dict[str, Any] = {"quantization_config": _quantisation(source, options, bits)}
+    extra |= {"gguf_file": source.gguf_file} if source.gguf_file else {"use_safetensors": True}
     if options.attn_implementation:
         extra["attn_implementation"] = options.attn_implementation
-    bits = _settle_bits(source, config, options)
     device_map = options.device_map or default_device_map(hardware, bits)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             source.location,
             config=config,
             dtype=options.dtype,
-            quantization_config=quantisation(
-                bits, options.dtype, quant_type=options.quant_type, double_quant=options.double_quant
-            ),
             device_map=device_map,
             trust_remote_code=options.trust_remote_code,
             output_loading_info=True,
@@ -75,6 +86,18 @@ def load_model(source: Source, options: Options, hardware: Hardware) -> Any:
     if source.gguf_file is not None:
         _forget_gguf(model)
     return model
+
+
+def _quantisation(source: Source, options: Options, bits: int) -> Any:
+    """bitsandbytes' config where weights are quantised on loading; for GGUF, dense weights that can be trained."""
+    if source.gguf_file is None:
+        return quantisation(
+            bits, options.dtype, quant_type=options.quant_type, double_quant=options.double_quant
+        )
+    from transformers import GgufConfig
+
+    # Left to itself, Transformers keeps the blocks packed where it has a kernel, and such a model cannot be trained.
+    return GgufConfig(dequantize=True)
 
 
 def load_config(source: Source, trust_remote_code: bool) -> Any:
@@ -223,5 +246,4 @@ def _forget_gguf(model: Any) -> None:
     """The weights are plain now: without this, Transformers would refuse to save the model and Trainer to train it."""
     for name in ("hf_quantizer", "quantization_method", "is_quantized"):
         model.__dict__.pop(name, None)
-    for config in (model.config,):
-        config.__dict__.pop("quantization_config", None)
+    model.config.__dict__.pop("quantization_config", None)

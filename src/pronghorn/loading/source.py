@@ -143,7 +143,8 @@ def _from_folder(path: Path, gguf_file: str | None) -> Source:
             raise ModelNotFound(
                 f"the folder has no file '{gguf_file}'",
                 where=str(path),
-                fix=nearest(gguf_file, [p.name for p in path.glob("*.gguf")]),
+                fix=nearest(gguf_file, [p.name for p in path.glob("*.gguf")])
+                or "name a file that is in the folder",
             )
         return _from_file(path / gguf_file)
     if (path / "config.json").is_file():
