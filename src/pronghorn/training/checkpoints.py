@@ -1,0 +1,139 @@
+"""Checkpoints that are complete or not there: written aside and renamed, pointed to, found again."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from pronghorn.errors import CheckpointMissing, SaveFailed
+
+logger = logging.getLogger("pronghorn")
+
+POINTER = "last_checkpoint"
+STAGING = ".unfinished"
+#: Transformers writes it last, so a checkpoint without it is incomplete.
+_WRITTEN_LAST = "trainer_state.json"
+_WEIGHTS = re.compile(
+    r"^(model|adapter_model|pytorch_model).*\.(safetensors|bin)$|^pytorch_model_fsdp|^global_step"
+)
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+def is_complete(checkpoint: Path) -> bool:
+    """Whether a checkpoint's state and weights are there."""
+    if not (checkpoint / _WRITTEN_LAST).is_file() or (checkpoint / _WRITTEN_LAST).stat().st_size == 0:
+        return False
+    return any(_WEIGHTS.match(entry.name) for entry in checkpoint.iterdir())
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step in a folder's name, -1 without one."""
+    match = re.fullmatch(r"checkpoint-(\d+)", checkpoint.name)
+    return int(match[1]) if match else -1
+
+
+def newest_checkpoint(output_dir: str | Path) -> Path:
+    """The newest complete checkpoint under `output_dir`; incomplete ones are passed over with a note.
+
+    Raises:
+        CheckpointMissing: there is none.
+    """
+    folder = Path(output_dir)
+    found = [path for path in folder.glob("checkpoint-*") if path.is_dir() and step_of(path) >= 0]
+    for checkpoint in sorted(found, key=step_of, reverse=True):
+        if is_complete(checkpoint):
+            return checkpoint
+        logger.warning("pronghorn: %s is incomplete and is passed over", checkpoint)
+    raise CheckpointMissing(
+        "there is no complete checkpoint to resume from",
+        where=str(folder),
+        fix="train without resuming, or name the folder that has checkpoint-N in it",
+    )
+
+
+def checkpoint_at(path: str | Path) -> Path:
+    """A checkpoint named by hand: its folder, or `last_checkpoint` where that is a file with the name.
+
+    Raises:
+        CheckpointMissing: it does not exist or is incomplete.
+    """
+    checkpoint = Path(path)
+    if checkpoint.is_file() and checkpoint.name == POINTER:
+        checkpoint = checkpoint.parent / checkpoint.read_text(encoding="utf-8").strip()
+    if not checkpoint.is_dir():
+        raise CheckpointMissing("there is no such checkpoint", where=str(path), fix="check the path")
+    if not is_complete(checkpoint):
+        raise CheckpointMissing(
+            "the checkpoint is incomplete: its writing was interrupted",
+            where=str(path),
+            fix="resume from an earlier one, or give True for the newest complete one",
+        )
+    return checkpoint
+
+
+def point_to(checkpoint: Path) -> None:
+    """Make `last_checkpoint` beside `checkpoint` lead to it: a relative link, or a file with its name."""
+    pointer = checkpoint.parent / POINTER
+    temporary = checkpoint.parent / f"{POINTER}.tmp"
+    temporary.unlink(missing_ok=True)
+    try:
+        temporary.symlink_to(checkpoint.name, target_is_directory=True)
+    except (OSError, NotImplementedError):
+        temporary.write_text(checkpoint.name + "\n", encoding="utf-8")
+    os.replace(temporary, pointer)
+
+
+def publish(staged: Path, checkpoint: Path) -> None:
+    """Rename a finished folder to its place; a folder already there gives way only then."""
+    if checkpoint.exists():
+        aside = staged.parent / f"{checkpoint.name}.old"
+        shutil.rmtree(aside, ignore_errors=True)
+        os.replace(checkpoint, aside)
+    os.replace(staged, checkpoint)
+    shutil.rmtree(staged.parent, ignore_errors=True)
+
+
+@contextmanager
+def saving(what: str, folder: Path, remove: Path | None = None) -> Iterator[None]:
+    """Turn a failed write into one clear error, and remove what was half-written.
+
+    Raises:
+        SaveFailed: with the cause; the disk's free space where that is the cause.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not _is_write_error(error):
+            raise
+        if remove is not None:
+            shutil.rmtree(remove, ignore_errors=True)
+        raise _save_failed(what, folder, error) from error
+
+
+def _is_write_error(error: Exception) -> bool:
+    """OSError, or how torch and safetensors report one."""
+    text = f"{type(error).__name__}: {error}"
+    return isinstance(error, OSError) or "SafetensorError" in text or "PytorchStreamWriter" in text
+
+
+def _save_failed(what: str, folder: Path, error: Exception) -> SaveFailed:
+    full = getattr(error, "errno", None) in _FULL or re.search(
+        r"no space left|os error 28|disk quota|unexpected pos|PytorchStreamWriter failed writing",
+        str(error),
+        re.I,
+    )
+    if full:
+        return SaveFailed(
+            f"{what} could not be written: the disk is full", where=str(folder),
+            fix="free some space or choose another output_dir, and resume from the last complete checkpoint; "
+            "save_total_limit keeps fewer of them",
+        )  # fmt: skip
+    return SaveFailed(
+        f"{what} could not be written: {error}", where=str(folder), fix="check the folder and its permissions"
+    )

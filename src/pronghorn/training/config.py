@@ -1,0 +1,114 @@
+"""`SFTConfig`: TRL's, with defaults that leave to the model what the model already decides."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import transformers
+import trl
+
+from pronghorn.errors import nearest
+
+logger = logging.getLogger("pronghorn")
+
+#: Default of `max_length`: the model's `max_seq_length`, or this where a model has none.
+AUTO = "auto"
+DEFAULT_MAX_LENGTH = 1024
+
+
+@dataclass
+class SFTConfig(trl.SFTConfig):
+    """TRL's SFTConfig. What differs:
+
+    - `gradient_checkpointing` is off by default: the save levels chosen in `get_peft_model` stay as they are. True
+      makes every layer of a bound model keep nothing but its input.
+    - `bf16`/`fp16` are off by default: the model computes in its own dtype. True adds mixed precision for a float32
+      model, as ever.
+    - `max_length="auto"` is the model's `max_seq_length`, or 1024 without one. `max_seq_length` is its older name.
+    - `logging_nan_inf_filter` is off: a loss that is no number shows, with a warning.
+    - `drop_unsupervised_rows` leaves out rows without a token to train on, instead of refusing them.
+    """
+
+    # Names, types and the metadata of --help are TRL's; only defaults change.
+    gradient_checkpointing: bool = field(
+        default=False, metadata={"help": "Keep only layer inputs for backward and compute the rest again."}
+    )
+    max_length: int | str | None = field(
+        default=AUTO,
+        metadata={
+            "help": "Rows are cut to this many tokens, and packed into rows of it. 'auto': the model's."
+        },
+    )
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Replace a loss that is no number by the average in logs."}
+    )
+    drop_unsupervised_rows: bool = field(
+        default=False,
+        metadata={"help": "Leave out rows without a token to train on instead of refusing them."},
+    )
+    max_seq_length: int | None = field(default=None, metadata={"help": "Older name of max_length."})
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> SFTConfig:
+        """Refuses unknown names with the nearest known one, before Python's own TypeError would."""
+        known = {item.name for item in dataclasses.fields(cls) if item.init}
+        for name in kwargs:
+            if name not in known:
+                hint = nearest(name, known)
+                raise TypeError(f"SFTConfig has no argument '{name}'" + (f": {hint}" if hint else ""))
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        if self.max_seq_length is not None:
+            logger.warning(
+                "pronghorn: max_seq_length is called max_length now; %d is used", self.max_seq_length
+            )
+            self.max_length, self.max_seq_length = self.max_seq_length, None
+        if isinstance(self.max_length, str) and self.max_length != AUTO:
+            self.max_length = int(self.max_length)  # from a command line
+        if self.bf16 is None:
+            self.bf16 = False
+        if not torch.accelerator.is_available():
+            # Transformers wants to be told; float16 training needs a GPU's loss scaling.
+            self.use_cpu, self.dataloader_pin_memory = True, False
+            if self.fp16:
+                self.fp16 = False
+                logger.warning(
+                    "pronghorn: fp16=True has no effect without a GPU: the model's own dtype is used"
+                )
+        super().__post_init__()
+
+
+def as_sft_config(args: Any) -> SFTConfig:
+    """`args` of any trainer as our SFTConfig, with every value kept that its owner set.
+
+    TrainingArguments and TRL's SFTConfig are converted. TRL turns gradient checkpointing on by itself, which says
+    nothing about what the user wants; of its configuration that flag is not taken over.
+    """
+    if args is None:
+        return SFTConfig("outputs")
+    if isinstance(args, SFTConfig):
+        return args
+    if not isinstance(args, transformers.TrainingArguments):
+        raise TypeError(f"args must be an SFTConfig or TrainingArguments, not {type(args).__name__}")
+    known = {item.name for item in dataclasses.fields(SFTConfig) if item.init}
+    values = {name: value for name, value in args.to_dict().items() if name in known}
+    # to_dict writes secrets as "<HUB_TOKEN>".
+    values |= {name: getattr(args, name) for name in values if name.endswith("_token")}
+    if isinstance(args, trl.SFTConfig) and values.pop("gradient_checkpointing", False):
+        for name in (
+            "activation_checkpointing",
+            "gradient_checkpointing_kwargs",
+            "activation_checkpointing_kwargs",
+        ):
+            values.pop(name, None)
+        logger.warning(
+            "pronghorn: gradient_checkpointing=True is a default of trl.SFTConfig and was not taken over; "
+            "pronghorn.SFTConfig(gradient_checkpointing=True) asks for it"
+        )
+    if not isinstance(args, trl.SFTConfig):
+        logger.warning("pronghorn: TrainingArguments are converted to SFTConfig; every value is kept")
+    return SFTConfig(**values)

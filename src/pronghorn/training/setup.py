@@ -1,0 +1,133 @@
+"""Around TRL's `SFTTrainer.__init__`: what it must not see, and what it changes that must stay as it was."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from pronghorn.engine import binding_of
+from pronghorn.training.config import AUTO, DEFAULT_MAX_LENGTH, SFTConfig
+
+logger = logging.getLogger("pronghorn")
+
+#: What these ask for is done by our own trainer; TRL would refuse it for our batches or do it its own way.
+HIDDEN: dict[str, Any] = {
+    "packing": False,
+    "eval_packing": None,
+    "padding_free": False,
+    "assistant_only_loss": False,
+    "gradient_checkpointing": False,
+    "activation_checkpointing": False,
+}
+
+
+@contextmanager
+def hidden(args: SFTConfig) -> Iterator[None]:
+    """Show TRL the neutral values of `HIDDEN`, and the user's again afterwards."""
+    shown = {name: getattr(args, name) for name in HIDDEN if hasattr(args, name)}
+    for name in shown:
+        setattr(args, name, HIDDEN[name])
+    try:
+        yield
+    finally:
+        for name, value in shown.items():
+            setattr(args, name, value)
+
+
+@contextmanager
+def model_as_it_is(model: Any) -> Iterator[None]:
+    """Take back what TRL does to a model: a fused head over `forward`, and adapters of a quantised model cast to bf16.
+
+    Adapters stay in float32 because an Adam step is smaller than bf16 can resolve; the engine computes in the model's
+    dtype whatever they are stored in.
+    """
+    if isinstance(model, str):
+        yield
+        return
+    base = base_model(model)
+    forward = base.__dict__.get("forward")
+    stored = [(p, p.data) for p in model.parameters() if p.requires_grad and p.is_floating_point()]
+    try:
+        yield
+    finally:
+        restore_forward(base, forward)
+        for parameter, data in stored:
+            if parameter.dtype != data.dtype:
+                parameter.data = data.to(parameter.device)
+
+
+def restore_forward(base: Any, forward: Any = None) -> None:
+    """Put back the forward a model had before TRL laid its fused head over it; None: that of its class."""
+    if forward is None:
+        base.__dict__.pop("forward", None)
+    else:
+        base.forward = forward
+
+
+def base_model(model: Any) -> Any:
+    """The Transformers model inside a PEFT wrapper, or the model itself."""
+    return (
+        model.get_base_model()
+        if hasattr(model, "peft_config") and hasattr(model, "get_base_model")
+        else model
+    )
+
+
+def is_bound(model: Any) -> bool:
+    """Whether the engine runs this model."""
+    binding = binding_of(model)
+    return binding is not None and binding.bound
+
+
+def resolve_max_length(args: SFTConfig, model: Any) -> None:
+    """Settle `args.max_length`: "auto" becomes a number, and nothing is longer than the model's `max_seq_length`."""
+    context = getattr(model, "max_seq_length", None)
+    if args.max_length == AUTO:
+        args.max_length = context or DEFAULT_MAX_LENGTH
+    elif args.max_length is not None and context is not None and int(args.max_length) > context:
+        logger.warning(
+            "pronghorn: max_length=%s is more than the %d tokens the model was loaded for (max_seq_length); "
+            "rows are cut to %d", args.max_length, context, context,
+        )  # fmt: skip
+        args.max_length = context
+
+
+def match_precision(args: SFTConfig, model: Any) -> None:
+    """Loss scaling for a float16 model with float32 adapters, which training in float16 cannot do without."""
+    if args.fp16 or args.bf16 or isinstance(model, str) or args.device.type != "cuda":
+        return
+    trained = {p.dtype for p in model.parameters() if p.requires_grad}
+    if getattr(model, "dtype", None) == torch.float16 and trained == {torch.float32}:
+        args.fp16, args.mixed_precision = True, "fp16"
+        logger.warning("pronghorn: the model is float16: gradients are scaled (fp16=True)")
+
+
+def take_over_checkpointing(args: SFTConfig, model: Any, asked: bool) -> None:
+    """`gradient_checkpointing=True` on a bound model chooses its lowest save level; elsewhere Transformers does it."""
+    ours = is_bound(model)
+    if ours and asked:
+        binding_of(model).set_save_levels("none")  # type: ignore[union-attr]
+    own = asked and not ours
+    for name in ("gradient_checkpointing", "activation_checkpointing"):
+        if hasattr(args, name):
+            setattr(args, name, own)
+    if own:
+        for name in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):
+            if hasattr(args, name):
+                setattr(args, name, {"use_reentrant": False, **(getattr(args, name) or {})})
+
+
+def takes_flat_batches(model: Any) -> bool:
+    """Whether a model keeps documents of one flat stream apart: a bound one, or flash attention in Transformers."""
+    if is_bound(model):
+        return True
+    base = base_model(model)
+    attention = str(getattr(base.config, "_attn_implementation", "") or "")
+    parameters = inspect.signature(type(base).forward).parameters.values()
+    passes_on = any(parameter.kind == inspect.Parameter.VAR_KEYWORD for parameter in parameters)
+    return passes_on and ("flash_attention" in attention or "flash-attn" in attention)

@@ -1,0 +1,450 @@
+"""`SFTTrainer`: TRL's trainer with this library's rows, batches, loss, progress and checkpoints."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import trl
+from datasets import Dataset
+from transformers import DataCollatorForSeq2Seq
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import rotate_checkpoints
+
+from pronghorn.data.collator import BOOKKEEPING, Collator
+from pronghorn.data.prepare import Preparation, prepare_dataset
+from pronghorn.data.rows import IGNORED, RowFormat, RowRenderer, row_kind
+from pronghorn.engine import bind
+from pronghorn.errors import DatasetUnusable
+from pronghorn.training.arguments import take_older_arguments, usable_optimizer
+from pronghorn.training.checkpoints import (
+    STAGING,
+    checkpoint_at,
+    newest_checkpoint,
+    point_to,
+    publish,
+    saving,
+)
+from pronghorn.training.config import as_sft_config
+from pronghorn.training.logits import loss_from_logits
+from pronghorn.training.meter import Stopwatch, Tally
+from pronghorn.training.progress import ProgressTable, peak_memory_gib
+from pronghorn.training.setup import (
+    base_model,
+    hidden,
+    is_bound,
+    match_precision,
+    model_as_it_is,
+    resolve_max_length,
+    restore_forward,
+    take_over_checkpointing,
+    takes_flat_batches,
+)
+
+logger = logging.getLogger("pronghorn")
+
+
+class SFTTrainer(trl.SFTTrainer):
+    """TRL's SFTTrainer on padding-free batches, with a loss over all supervised tokens of the global batch.
+
+        loss = Σ CE over the supervised tokens of all micro-batches and processes / their number
+
+    Takes TRL's arguments, and those of its older versions with a note each (`tokenizer`, `dataset_text_field`,
+    `max_seq_length`, `packing`, …). `SFTConfig` lists the defaults that differ. Rows may be chat (`messages`, or
+    ShareGPT's `conversations`), prompt/completion, Alpaca, plain text or token rows.
+
+    Raises:
+        TypeError: an argument that no version has.
+        PronghornError: rows that cannot be trained on (PH3xx), a tokenizer without a chat template (PH104).
+    """
+
+    # compute_loss divides by the tokens of the whole step, so nothing is left to divide for accumulation.
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model: Any,
+        args: Any = None,
+        data_collator: Any = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        compute_loss_func: Callable[..., Any] | None = None,
+        compute_metrics: Callable[..., dict] | None = None,
+        callbacks: list[Any] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        optimizer_cls_and_kwargs: tuple[Any, dict[str, Any]] | None = None,
+        preprocess_logits_for_metrics: Callable[..., Any] | None = None,
+        quantization_config: Any = None,
+        peft_config: Any = None,
+        formatting_func: Callable[..., Any] | None = None,
+        **older: Any,
+    ) -> None:
+        args = as_sft_config(args)
+        processing_class = take_older_arguments(older, args, processing_class)
+        args.optim = usable_optimizer(str(getattr(args.optim, "value", args.optim)))
+        resolve_max_length(args, model)
+        match_precision(args, model)
+        args.accelerator_config.non_blocking = args.dataloader_pin_memory
+        self._context = getattr(model, "max_seq_length", None)
+        self._packing, self._eval_packing = args.packing, args.eval_packing
+        self._responses_only = args.assistant_only_loss
+        self._loss_function = compute_loss_func
+        self._training, self._evaluation, self._watch = Tally(), Tally(), Stopwatch()
+        self._trained_tokens, self._told_not_finite = 0, False
+        self._staging: Path | None = None
+        self._progress: ProgressTable | None = None
+        self._given_train = train_dataset = _as_dataset(train_dataset)
+        checkpointing = args.gradient_checkpointing or getattr(args, "activation_checkpointing", False)
+        custom_collator = _custom_collator(data_collator, args.packing)
+        loaded_here = isinstance(model, str)
+        with hidden(args), model_as_it_is(model):
+            super().__init__(
+                model,
+                args=args,
+                data_collator=custom_collator,
+                train_dataset=train_dataset,
+                eval_dataset=_as_dataset(eval_dataset),
+                processing_class=processing_class,
+                compute_metrics=compute_metrics,
+                callbacks=callbacks,
+                optimizers=optimizers,
+                optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+                preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+                quantization_config=quantization_config,
+                peft_config=peft_config,
+                formatting_func=formatting_func,
+            )
+        del self._given_train
+        if loaded_here:
+            restore_forward(base_model(self.model))
+            bind(self.model)
+        take_over_checkpointing(args, self.model, bool(checkpointing))
+        if custom_collator is None and not self._is_vision_dataset:
+            self.data_collator = self._collator()
+        self._show_progress()
+
+    # --- data -------------------------------------------------------------------------------------------------
+
+    def _prepare_dataset(
+        self,
+        dataset: Any,
+        processing_class: Any,
+        args: Any,
+        packing: bool,
+        formatting_func: Any,
+        dataset_name: str,
+    ) -> Any:
+        """TRL's hook for training and evaluation data, and for data given to `evaluate`."""
+        training = dataset is getattr(self, "_given_train", None)
+        if not training and self._eval_packing is not None:
+            packing = self._eval_packing
+        else:
+            packing = self._packing
+        form = RowFormat(
+            text_field=args.dataset_text_field,
+            responses_only=self._responses_only,
+            completion_only=args.completion_only_loss,
+        )
+        first = next(iter(dataset), {})
+        if training and self._responses_only and row_kind(first, form.text_field) == "text":
+            logger.warning(
+                "pronghorn: plain text has no responses: assistant_only_loss has no effect on these rows"
+            )
+        preparation = Preparation(
+            RowRenderer(self._tokenizer, form),
+            max_length=args.max_length,
+            keep_end=args.truncation_mode == "keep_end",
+            context=self._context,
+            packing=packing,
+            drop_unsupervised=args.drop_unsupervised_rows,
+            workers=args.dataset_num_proc,
+            formatting_func=formatting_func,
+            shuffle_seed=args.seed if args.shuffle_dataset and training else None,
+        )
+        with args.main_process_first(desc=f"preparing the {dataset_name} data"):
+            return prepare_dataset(dataset, preparation, dataset_name)
+
+    def _collator(self, flat: bool | None = None) -> Collator:
+        return Collator(
+            pad_token_id=self._tokenizer.pad_token_id,
+            flat=takes_flat_batches(self.model) if flat is None else flat,
+            for_engine=is_bound(self.model),
+            pad_to_multiple_of=self.args.pad_to_multiple_of,
+        )
+
+    @contextmanager
+    def _rows_for_metrics(self) -> Iterator[None]:
+        """compute_metrics takes logits of rows [B, S, V], not of one stream."""
+        collator = self.data_collator
+        if self.compute_metrics is not None and isinstance(collator, Collator) and collator.flat:
+            self.data_collator = dataclasses.replace(collator, flat=False)
+        try:
+            yield
+        finally:
+            self.data_collator = collator
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        with self._rows_for_metrics():
+            return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
+        with self._rows_for_metrics():
+            return super().get_test_dataloader(test_dataset)
+
+    # --- loss -------------------------------------------------------------------------------------------------
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
+        """Supervised tokens of one step: of all its micro-batches and, in distributed training, of all processes."""
+        if not batch_samples or "labels" not in batch_samples[0]:
+            return None
+        count = sum(_supervised(batch) for batch in batch_samples)
+        if self.args.average_tokens_across_devices and self.args.world_size > 1:
+            local = torch.as_tensor(count, device=device)
+            return self.accelerator.gather(local).sum() / (
+                self.get_tp_size() * self.get_cp_size() * self.get_sp_size()
+            )
+        return count
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        self._watch.start()
+        return super().training_step(*args, **kwargs)
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Loss of one micro-batch, its share of the step's mean. Nothing here waits for the device."""
+        supervised, tokens = _supervised(inputs), _real_tokens(inputs)
+        normalizer = supervised if num_items_in_batch is None else num_items_in_batch
+        loss, correct, outputs = self._forward(model, inputs, normalizer, want_logits=return_outputs)
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            # The count is that of all processes, over which DDP will average the gradients.
+            loss = loss * (self.accelerator.num_processes // self.get_tp_size())
+        if self.model.training:
+            self._training.add(supervised=supervised, correct=correct, tokens=tokens)
+        return (loss, outputs) if return_outputs else loss
+
+    def _forward(
+        self, model: Any, inputs: dict[str, Any], normalizer: Any, want_logits: bool = False
+    ) -> tuple[torch.Tensor, Any, Any]:
+        """(loss, number of right predictions, outputs); loss = Σ CE / max(normalizer, 1), plus a router's part."""
+        inputs = {name: value for name, value in inputs.items() if name not in BOOKKEEPING}
+        inputs["use_cache"] = False
+        normalizer = normalizer.clamp(min=1) if isinstance(normalizer, torch.Tensor) else max(normalizer, 1)
+        special = self._loss_function or self.label_smoother is not None or self.args.loss_type == "dft"
+        if is_bound(self.model) and not special:
+            if not self.model.training:
+                inputs["return_logits"] = want_logits
+            outputs = model(**inputs, num_items_in_batch=normalizer)
+            correct = getattr(outputs, "num_correct", None)
+            return outputs.loss, 0 if correct is None else correct, outputs
+        labels = inputs.pop("labels")
+        inputs.pop("loss_rows", None)
+        inputs.pop("document_lengths", None)
+        if self.aux_loss_enabled:
+            inputs["output_router_logits"] = True
+        outputs = model(**inputs)
+        loss, correct = loss_from_logits(
+            outputs, labels, normalizer, self._loss_function, self.label_smoother, self.args.loss_type
+        )
+        if self.aux_loss_enabled:
+            steps = self.current_gradient_accumulation_steps if self.model.training else 1
+            loss = loss + self.router_aux_loss_coef * outputs.aux_loss.to(loss.device) / steps
+        return loss, correct, outputs
+
+    # --- evaluation -------------------------------------------------------------------------------------------
+
+    def prediction_step(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Any, Any, Any]:
+        """Loss of one batch, counted for the exact mean; logits and labels only where metrics need them."""
+        inputs = self._prepare_inputs(inputs)
+        supervised = _supervised(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            total, correct, outputs = self._forward(model, inputs, 1, want_logits=not prediction_loss_only)
+        self._evaluation.add(loss=total, supervised=supervised, correct=correct)
+        loss = total / (
+            supervised.clamp(min=1) if isinstance(supervised, torch.Tensor) else max(supervised, 1)
+        )
+        if prediction_loss_only:
+            return loss, None, None
+        return loss, outputs.logits, inputs["labels"]
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """The loop of Transformers, with the loss over all supervised tokens instead of the mean of batch means."""
+        self._evaluation = Tally()
+        output = super().evaluation_loop(*args, **kwargs)
+        prefix = kwargs.get("metric_key_prefix", args[4] if len(args) > 4 else "eval")
+        sums = self._evaluation.read(self.accelerator)
+        if sums.supervised:
+            output.metrics[f"{prefix}_loss"] = sums.mean_loss
+            output.metrics[f"{prefix}_mean_token_accuracy"] = sums.accuracy
+        return output
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        with self._not_training():
+            return super().evaluate(*args, **kwargs)
+
+    # --- logs -------------------------------------------------------------------------------------------------
+
+    def _send_telemetry(self) -> None:
+        """Nothing is sent."""
+
+    def _show_progress(self) -> None:
+        """Our table instead of Transformers' bar and dictionaries; `disable_tqdm` turns both off."""
+        shown = [self.pop_callback(kind) for kind in (ProgressCallback, PrinterCallback)]
+        if any(shown) and not self.args.disable_tqdm:
+            self._progress = ProgressTable()
+            self.add_callback(self._progress)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds accuracy, speed and memory to a training log; a loss that is no number is told once."""
+        if "loss" in logs:
+            sums, seconds = self._training.read(self.accelerator), self._watch.lap()
+            self._trained_tokens += sums.tokens
+            logs["mean_token_accuracy"] = sums.accuracy
+            logs["num_tokens"] = self._trained_tokens
+            if seconds > 0:
+                logs["tokens_per_second"] = round(sums.tokens / seconds, 1)
+            logs["peak_memory_gib"] = round(peak_memory_gib(), 3)
+            self._tell_not_finite(logs)
+        super().log(logs, start_time)
+
+    def _tell_not_finite(self, logs: dict[str, float]) -> None:
+        wrong = [name for name in ("loss", "grad_norm") if not math.isfinite(logs.get(name, 0.0))]
+        if wrong and not self._told_not_finite:
+            self._told_not_finite = True
+            logger.warning(
+                "pronghorn: %s is %s at step %d. Lower learning_rate (now %.1e) or raise warmup_steps; if the model is "
+                "float16, use bfloat16; check the rows for broken text",
+                " and ".join(wrong), logs[wrong[0]], self.state.global_step, logs.get("learning_rate", float("nan")),
+            )  # fmt: skip
+
+    @contextmanager
+    def _not_training(self) -> Iterator[None]:
+        """Time that does not count for tokens per second."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._watch.skip(time.perf_counter() - began)
+
+    # --- checkpoints ------------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Train; `resume_from_checkpoint` is True for the newest complete checkpoint in output_dir, or a folder.
+
+        Raises:
+            CheckpointMissing: there is none to resume from.
+            SaveFailed: a checkpoint could not be written; none is left half-written.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = str(newest_checkpoint(self.args.output_dir))
+        elif resume_from_checkpoint:
+            resume_from_checkpoint = str(checkpoint_at(resume_from_checkpoint))
+        self._training, self._watch = Tally(), Stopwatch()
+        try:
+            return super().train(resume_from_checkpoint or None, *args, **kwargs)
+        finally:
+            if self._progress is not None:
+                self._progress.close()
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Written under a temporary name and renamed when complete; `last_checkpoint` then leads to it."""
+        run_dir = Path(self._get_output_dir(trial))
+        name = f"checkpoint-{self.state.global_step}"
+        staging = run_dir / STAGING
+        with self._not_training(), saving(name, run_dir, remove=None if self.args.push_to_hub else staging):
+            if self.args.push_to_hub:  # it uploads the folder in the background, which must not move then
+                super()._save_checkpoint(model, trial)
+            else:
+                self._staging = staging
+                try:
+                    super()._save_checkpoint(model, trial)
+                finally:
+                    self._staging = None
+                self.accelerator.wait_for_everyone()
+                if self.args.should_save:
+                    self._publish(staging / name, run_dir / name)
+            if self.args.should_save:
+                point_to(run_dir / name)
+
+    def _publish(self, staged: Path, checkpoint: Path) -> None:
+        """Move a finished checkpoint to its place, then remove the ones beyond save_total_limit."""
+        best = self.state.best_model_checkpoint
+        if best is not None and Path(best) == staged:
+            self.state.best_model_checkpoint = str(checkpoint)
+            self.state.save_to_json(os.path.join(staged, "trainer_state.json"))
+        publish(staged, checkpoint)
+        rotate_checkpoints(
+            output_dir=str(checkpoint.parent),
+            save_total_limit=self.args.save_total_limit,
+            best_model_checkpoint=self.state.best_model_checkpoint,
+            use_mtime=True,
+        )
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model (an adapter model: its adapter).
+
+        Raises:
+            SaveFailed: the disk is full, or the folder cannot be written.
+        """
+        with saving("the model", Path(output_dir or self.args.output_dir)):
+            super().save_model(output_dir, _internal_call)
+
+
+def _supervised(batch: dict[str, Any]) -> Any:
+    """Supervised tokens of a batch: a plain number where the collator counted them, else a tensor."""
+    if "loss_rows" in batch:
+        return batch["loss_rows"].numel()
+    return batch["labels"][..., 1:].ne(IGNORED).sum()
+
+
+def _real_tokens(batch: dict[str, Any]) -> Any:
+    """Tokens of a batch without padding."""
+    if "real_tokens" in batch:
+        return batch["real_tokens"]
+    return batch["attention_mask"].sum() if "attention_mask" in batch else batch["input_ids"].numel()
+
+
+def _as_dataset(rows: Any) -> Any:
+    """A list of rows as a Dataset; anything else as it is.
+
+    Raises:
+        DatasetUnusable: there are no rows.
+    """
+    if isinstance(rows, list):
+        rows = Dataset.from_list(rows)
+    if isinstance(rows, Dataset) and not len(rows):
+        raise DatasetUnusable("the data has no rows", fix="check the data set and its split")
+    return rows
+
+
+def _custom_collator(collator: Any, packing: bool) -> Any:
+    """The user's collator, unless ours does what it does: padding rows for the model."""
+    if collator is None:
+        return None
+    if type(collator) in (DataCollatorForSeq2Seq, trl.trainer.sft_trainer.DataCollatorForLanguageModeling):
+        logger.warning("pronghorn: %s only pads; batches are made without padding", type(collator).__name__)
+        return None
+    if packing:
+        raise DatasetUnusable(
+            "packing puts several documents into a row, which a collator of your own does not keep apart",
+            fix="leave out data_collator, or packing",
+        )
+    return collator
