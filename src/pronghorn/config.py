@@ -2,8 +2,9 @@
 
 An unknown key, a value of the wrong type or outside its choices is refused with the file, the line and, where one is
 close, the key that was probably meant. The names are those of the Python interface: ``model`` holds the arguments of
-`FastLanguageModel.from_pretrained`, ``adapter`` those of `FastLanguageModel.get_peft_model`, ``training`` those of
-`SFTConfig` (and any other field of TRL's SFTConfig or Transformers' TrainingArguments, checked when a run starts).
+`FastLanguageModel.from_pretrained`, ``adapter`` those of `FastLanguageModel.get_peft_model` (and any other field of
+PEFT's LoraConfig), ``training`` those of `SFTConfig` (any other field of TRL's SFTConfig or Transformers'
+TrainingArguments). The other fields are checked when a run starts, since checking them loads those libraries.
 """
 
 from __future__ import annotations
@@ -29,19 +30,22 @@ class ModelSection:
     """Which model, and how it is loaded (`FastLanguageModel.from_pretrained`)."""
 
     name: str = field(metadata={"argument": "model_name"})
-    max_seq_length: int = field(default=2048, metadata={"at_least": 1})
+    max_seq_length: int | None = field(default=None, metadata={"at_least": 1})
     dtype: Literal["bfloat16", "float16", "float32"] | None = None
-    load_in_4bit: bool = False
+    load_in_4bit: bool | None = None
+    """Left out: 4 bits on a CUDA GPU with bitsandbytes, unquantised elsewhere and for GGUF files."""
     load_in_8bit: bool = False
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] | None = None
     bnb_4bit_use_double_quant: bool | None = None
     full_finetuning: bool = False
+    gguf_file: str | None = None
+    fix_tokenizer: bool | None = None
     revision: str | None = None
     trust_remote_code: bool | None = None
     device_map: str | dict[str, Any] | None = None
     rope_scaling: dict[str, Any] | None = None
     attn_implementation: str | None = None
     use_gradient_checkpointing: bool | SaveLevel | None = None
-    random_state: int | None = None
     strict: bool | None = None
 
 
@@ -62,6 +66,8 @@ class AdapterSection:
     layers_to_transform: list[int] | int | None = None
     layers_pattern: str | list[str] | None = None
     init_lora_weights: bool | str | None = None
+    other: dict[str, Any] = field(default_factory=dict, metadata={"catches_unknown": True})
+    """Further fields of PEFT's LoraConfig, as written; `section_arguments` checks them."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +102,7 @@ class TrainingSection:
     weight_decay: float | None = field(default=None, metadata={"at_least": 0})
     max_grad_norm: float | None = field(default=None, metadata={"at_least": 0})
     optim: str | None = None
-    max_length: int | None = field(default=None, metadata={"at_least": 1})
+    max_length: int | Literal["auto"] | None = field(default=None, metadata={"at_least": 1})
     packing: bool | None = None
     gradient_checkpointing: bool | None = None
     logging_steps: int | float | None = field(default=None, metadata={"at_least": 0})
@@ -108,7 +114,7 @@ class TrainingSection:
     report_to: str | list[str] | None = None
     seed: int = 3407
     other: dict[str, Any] = field(default_factory=dict, metadata={"catches_unknown": True})
-    """Further fields of SFTConfig, as written; `training_arguments` checks their names."""
+    """Further fields of SFTConfig, as written; `section_arguments` checks them."""
 
 
 @dataclass(frozen=True)
@@ -188,23 +194,21 @@ def arguments(section: object) -> dict[str, Any]:
     return named
 
 
-def training_arguments(config: RunConfig, known: Mapping[str, Any]) -> dict[str, Any]:
-    """Keyword arguments for SFTConfig; ``known`` are its fields' types by name.
+def section_arguments(config: RunConfig, name: str, known: Mapping[str, Any]) -> dict[str, Any]:
+    """`arguments` of section ``name``, with the further keys it caught; ``known`` are their types by name.
 
     Raises:
-        ConfigInvalid: a key under ``training`` that is neither in `TrainingSection` nor in ``known``, or a value of
-            the wrong type.
+        ConfigInvalid: a key that is neither one of the section's own nor in ``known``, or a value of the wrong type.
     """
+    section = getattr(config, name)
     others = {}
-    for key, value in config.training.other.items():
-        where = config.where(f"training.{key}")
+    for key, value in section.other.items():
+        where = config.where(f"{name}.{key}")
         if key not in known:
-            candidates = known.keys() | {item.name for item in dataclasses.fields(TrainingSection)} - {
-                "other"
-            }
-            raise _unknown(key, "training", candidates, where)
-        others[key] = _checked(value, known[key], f"training.{key}", {}, where)
-    return {**arguments(config.training), **others}
+            candidates = known.keys() | {item.name for item in dataclasses.fields(section)} - {"other"}
+            raise _unknown(key, name, candidates, where)
+        others[key] = _checked(value, known[key], f"{name}.{key}", {}, where)
+    return {**arguments(section), **others}
 
 
 _SECTIONS = "the sections are model, adapter, data, training, output"

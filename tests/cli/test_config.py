@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pronghorn.config import AdapterSection, arguments, load_config, parse_config, training_arguments
+from pronghorn.config import AdapterSection, arguments, load_config, parse_config, section_arguments
 from pronghorn.errors import ConfigInvalid
 
 MINIMAL = "model:\n  name: some/model\ndata:\n  dataset: docstrings\n"
@@ -23,7 +23,8 @@ def refused(text: str, *overrides: str) -> ConfigInvalid:
 def test_minimal_configuration_has_defaults():
     config = parse_config(MINIMAL)
     assert config.model.name == "some/model"
-    assert config.model.max_seq_length == 2048
+    assert config.model.max_seq_length is None
+    assert config.training.seed == 3407
     assert config.adapter == AdapterSection()
     assert config.training.other == {}
 
@@ -35,10 +36,10 @@ def test_sections_are_frozen():
 
 
 def test_unknown_key_names_file_line_and_nearest_key():
-    error = refused(MINIMAL + "adapter:\n  r: 8\n  lora_alhpa: 16\n")
-    assert "lora_alhpa" in error.message
+    error = refused(MINIMAL + "output:\n  folder: x\n  save_adaptre: true\n")
+    assert "save_adaptre" in error.message
     assert error.where == "run.yaml, line 7"
-    assert error.fix == "did you mean 'lora_alpha'?"
+    assert error.fix == "did you mean 'save_adapter'?"
     assert str(error).startswith("[PH401] ")
 
 
@@ -114,9 +115,9 @@ def test_section_that_is_no_section():
 def test_overrides_win_and_are_checked():
     config = parse_config(MINIMAL, overrides=["training.max_steps=10", "adapter.bias=all", "model.name=x"])
     assert (config.training.max_steps, config.adapter.bias, config.model.name) == (10, "all", "x")
-    error = refused(MINIMAL, "adapter.bais=all")
-    assert error.where == "--set adapter.bais"
-    assert "'bias'" in error.fix
+    error = refused(MINIMAL, "data.splti=test")
+    assert error.where == "--set data.splti"
+    assert "'split'" in error.fix
     assert "section.key=value" in refused(MINIMAL, "max_steps=3").message
 
 
@@ -130,14 +131,14 @@ def test_exclusive_choices():
 
 def test_training_accepts_fields_of_sftconfig_only():
     config = parse_config(MINIMAL + "training:\n  max_steps: 3\n  adam_beta1: 0.8\n", "run.yaml")
-    assert training_arguments(config, {"adam_beta1": float, "max_steps": int}) == {
+    assert section_arguments(config, "training", {"adam_beta1": float, "max_steps": int}) == {
         "max_steps": 3,
         "adam_beta1": 0.8,
         "seed": 3407,
     }
     config = parse_config(MINIMAL + "training:\n  lerning_rate: 0.1\n", "run.yaml")
     with pytest.raises(ConfigInvalid, match="lerning_rate") as caught:
-        training_arguments(config, {"adam_beta1": float})
+        section_arguments(config, "training", {"adam_beta1": float})
     assert caught.value.where == "run.yaml, line 6"
     assert caught.value.fix == "did you mean 'learning_rate'?"
 
@@ -149,14 +150,22 @@ def test_training_accepts_fields_of_sftconfig_only():
 def test_other_fields_are_checked_by_their_types(line, hint, fix):
     config = parse_config(MINIMAL + f"training:\n  {line}\n", "run.yaml")
     with pytest.raises(ConfigInvalid) as caught:
-        training_arguments(config, {line.partition(":")[0]: hint})
+        section_arguments(config, "training", {line.partition(":")[0]: hint})
     assert caught.value.where == "run.yaml, line 6"
     assert fix in caught.value.fix
 
 
 def test_exponent_of_another_field_is_a_number():
     config = parse_config(MINIMAL + "training:\n  adam_epsilon: 1e-8\n", "run.yaml")
-    assert training_arguments(config, {"adam_epsilon": float})["adam_epsilon"] == 1e-8
+    assert section_arguments(config, "training", {"adam_epsilon": float})["adam_epsilon"] == 1e-8
+
+
+def test_an_unknown_adapter_key_is_refused_when_the_run_starts():
+    config = parse_config(MINIMAL + "adapter:\n  r: 8\n  lora_alhpa: 16\n", "run.yaml")
+    with pytest.raises(ConfigInvalid, match="lora_alhpa") as caught:
+        section_arguments(config, "adapter", {"loftq_config": dict})
+    assert caught.value.where == "run.yaml, line 7"
+    assert caught.value.fix == "did you mean 'lora_alpha'?"
 
 
 def test_evaluation_needs_held_back_rows():

@@ -6,7 +6,7 @@ import pytest
 
 from pronghorn.cli.rows import load_rows
 from pronghorn.config import parse_config
-from pronghorn.errors import ConfigInvalid, PronghornError, RowsUnreadable
+from pronghorn.errors import ConfigInvalid, PronghornError, RowInvalid, RowsUnreadable
 
 
 def chat(number):
@@ -36,12 +36,23 @@ def refused(config) -> PronghornError:
 
 def test_jsonl_held_back_and_limit(tmp_path):
     path = write_lines(tmp_path / "rows.jsonl", [chat(i) for i in range(20)])
-    train, held = load_rows(config_for(path, "  held_back: 4\n  limit: 12\n"))
-    assert (len(train), len(held)) == (8, 4)
-    texts = [row["messages"][0]["content"] for part in (train, held) for row in part]
-    assert sorted(texts) == sorted(f"question {i}" for i in range(12))
-    again, _ = load_rows(config_for(path, "  held_back: 4\n  limit: 12\n"))
-    assert again["messages"] == train["messages"]
+    rows = load_rows(config_for(path, "  held_back: 4\n  limit: 12\n"))
+    assert (len(rows.train), len(rows.held_back)) == (8, 4)
+    assert rows.are_chats
+    texts = [row["messages"][0]["content"] for part in (rows.train, rows.held_back) for row in part]
+    assert texts == [f"question {i}" for i in rows.train_numbers + rows.held_back_numbers]
+    assert sorted(rows.train_numbers + rows.held_back_numbers) == list(range(12))
+    again = load_rows(config_for(path, "  held_back: 4\n  limit: 12\n"))
+    assert list(again.train["messages"]) == list(rows.train["messages"])
+
+
+def test_an_error_about_a_row_names_its_line(tmp_path):
+    path = write_lines(tmp_path / "rows.jsonl", ["", *(chat(i) for i in range(20))])
+    rows = load_rows(config_for(path, "  held_back: 4\n"))
+    for name, numbers in (("train", rows.train_numbers), ("eval", rows.held_back_numbers)):
+        with pytest.raises(RowInvalid) as caught, rows.naming_lines():
+            raise RowInvalid("no message", where=f"row 3 of the {name} data")
+        assert caught.value.where == f"{path}, line {numbers[3] + 2}"
 
 
 @pytest.mark.parametrize(
@@ -50,9 +61,10 @@ def test_jsonl_held_back_and_limit(tmp_path):
 )
 def test_other_files(tmp_path, name, text):
     (tmp_path / name).write_text(text)
-    train, held = load_rows(config_for(tmp_path / name, "  text_field: text\n"))
-    assert list(train["text"]) == ["one", "two"]
-    assert held is None
+    rows = load_rows(config_for(tmp_path / name, "  text_field: text\n"))
+    assert list(rows.train["text"]) == ["one", "two"]
+    assert rows.held_back is None
+    assert not rows.are_chats
 
 
 def test_parquet_and_saved_folder(tmp_path):
@@ -62,13 +74,13 @@ def test_parquet_and_saved_folder(tmp_path):
     rows.to_parquet(str(tmp_path / "rows.parquet"))
     datasets.DatasetDict({"train": rows}).save_to_disk(str(tmp_path / "saved"))
     for name in ("rows.parquet", "saved"):
-        assert list(load_rows(config_for(tmp_path / name))[0]["text"]) == ["one"]
+        assert list(load_rows(config_for(tmp_path / name)).train["text"]) == ["one"]
 
 
 def test_docstrings():
-    train, held = load_rows(config_for("docstrings", "  held_back: 10\n  limit: 50\n"))
-    assert (len(train), len(held)) == (40, 10)
-    assert train[0]["messages"][1]["role"] == "assistant"
+    rows = load_rows(config_for("docstrings", "  held_back: 10\n  limit: 50\n"))
+    assert (len(rows.train), len(rows.held_back)) == (40, 10)
+    assert rows.train[0]["messages"][1]["role"] == "assistant"
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from pronghorn.cli.console import say
 from pronghorn.cli.models import resolve_model
+from pronghorn.cli.quiet import quiet_libraries
 from pronghorn.errors import CommandMisused
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ CONTEXT = 4096
 def run(options: Namespace) -> int:
     if options.prompt is not None and not options.prompt.strip():
         raise CommandMisused("--prompt is empty", fix="give a question")
+    quiet_libraries()
     from pronghorn.inference import Conversation, Sampling, load_for_chat
 
     model, tokenizer = load_for_chat(

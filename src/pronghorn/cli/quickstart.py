@@ -10,12 +10,13 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from pronghorn.cli.console import duration, heading, say, table, wrapped
 from pronghorn.cli.models import find_quickstart_model
+from pronghorn.cli.quiet import quiet_libraries
 from pronghorn.errors import CommandMisused
 
 # Held back from training, and asked before and after.
@@ -25,11 +26,15 @@ SEED = 3407
 
 @dataclass(frozen=True)
 class Plan:
-    """How much is trained: on two CPU cores what fits into minutes, on a GPU one pass over all rows."""
+    """How much is trained: on two CPU cores what fits into minutes, on a GPU one pass over all rows.
+
+    ``seconds`` ends the training early on a slow machine; ``steps`` None is one pass.
+    """
 
     steps: int | None
     rows_per_step: int
     held_back: int
+    seconds: float | None = None
     learning_rate: float = 1e-3
     rank: int = 16
     max_length: int = 256
@@ -38,7 +43,7 @@ class Plan:
     def on(device: str) -> Plan:
         if device == "cuda":
             return Plan(steps=None, rows_per_step=32, held_back=256)
-        return Plan(steps=120, rows_per_step=12, held_back=96)
+        return Plan(steps=90, rows_per_step=12, held_back=96, seconds=200)
 
 
 @dataclass
@@ -66,11 +71,14 @@ def run(out: str, steps: int | None = None) -> int:
 
         rows = docstring_rows()
     with watch.phase("import torch, Transformers, TRL"):
+        quiet_libraries()
         from pronghorn.cli import quickstart_steps as steps_of
         from pronghorn.hardware import probe
 
         hardware = probe()
     plan = Plan.on(hardware.device)
+    if steps is not None:
+        plan = replace(plan, steps=steps, seconds=None)
     train_rows, held_rows = split_rows(rows, plan.held_back, always=ASKED)
     heading("pronghorn quickstart")
     say(f"machine   {hardware.name}, {hardware.cpu_cores} cores, {hardware.compute_dtype}")
@@ -82,7 +90,7 @@ def run(out: str, steps: int | None = None) -> int:
     asked = [row for row in held_rows if row.name in ASKED]
     with watch.phase("answer three questions, twice"):
         before = steps_of.answers(model, tokenizer, asked)
-    trainer = steps_of.make_trainer(model, tokenizer, train_rows, held_rows, plan, steps, folder, SEED)
+    trainer = steps_of.make_trainer(model, tokenizer, train_rows, held_rows, plan, folder, SEED)
     with watch.phase("loss on the held-back rows, twice"):
         loss_before = steps_of.held_back_loss(trainer)
     say(f"loss      {loss_before:.3f} on the held-back rows before training\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,11 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from datasets import Dataset
+from transformers import TrainerCallback
 
 from pronghorn import FastLanguageModel, SFTConfig, SFTTrainer
+from pronghorn.cli.console import say
 from pronghorn.data.docstrings import DocRow
 from pronghorn.engine import base_causal_lm, binding_of
 from pronghorn.errors import MergedModelDiffers
+from pronghorn.export import save_adapter, save_merged
 from pronghorn.inference import Sampling, generate
 
 if TYPE_CHECKING:
@@ -49,7 +53,11 @@ def load(model_file: Path, plan: Plan, seed: int) -> tuple[Any, Any]:
         str(model_file), max_seq_length=plan.max_length, load_in_4bit=False
     )
     model = FastLanguageModel.get_peft_model(
-        model, r=plan.rank, lora_alpha=2 * plan.rank, lora_dropout=0.0, random_state=seed
+        model,
+        r=plan.rank,
+        lora_alpha=2 * plan.rank,
+        use_gradient_checkpointing=False,
+        random_state=seed,
     )
     return model, tokenizer
 
@@ -73,15 +81,13 @@ def make_trainer(
     train_rows: list[DocRow],
     held_rows: list[DocRow],
     plan: Plan,
-    steps: int | None,
     folder: Path,
     seed: int,
 ) -> Any:
-    """A trainer on the answers alone. ``steps`` overrules the plan; None with a plan of None is one pass."""
-    steps = steps or plan.steps
+    """A trainer on the answers alone, for as long as the plan says."""
     settings = SFTConfig(
         output_dir=str(folder / "checkpoints"),
-        max_steps=steps or -1,
+        max_steps=plan.steps or -1,
         num_train_epochs=1,
         per_device_train_batch_size=plan.rows_per_step,
         per_device_eval_batch_size=plan.rows_per_step,
@@ -90,7 +96,7 @@ def make_trainer(
         warmup_steps=0.05,
         max_length=plan.max_length,
         assistant_only_loss=True,
-        logging_steps=max(1, (steps or 100) // 12),
+        logging_steps=max(1, (plan.steps or 100) // 12),
         save_strategy="no",
         eval_strategy="no",
         report_to="none",
@@ -102,7 +108,26 @@ def make_trainer(
         processing_class=tokenizer,
         train_dataset=_dataset(train_rows),
         eval_dataset=_dataset(held_rows),
+        callbacks=[TimeLimit(plan.seconds)] if plan.seconds else None,
     )
+
+
+class TimeLimit(TrainerCallback):
+    """Ends the training after the step in which ``seconds`` have passed, and says so."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self.started = 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.started = time.monotonic()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if time.monotonic() - self.started > self.seconds and state.global_step < state.max_steps:
+            say(
+                f"stopped after {state.global_step} of {state.max_steps} steps: {self.seconds:.0f} s have passed"
+            )
+            control.should_training_stop = True
 
 
 def _dataset(rows: Iterable[DocRow]) -> Dataset:
@@ -131,9 +156,8 @@ def answers(model: Any, tokenizer: Any, rows: list[DocRow]) -> list[str]:
 
 def save(model: Any, tokenizer: Any, folder: Path) -> None:
     """``folder/adapter`` (a stock PEFT adapter) and ``folder/merged`` (a stock checkpoint)."""
-    model.save_pretrained(str(folder / "adapter"))
-    tokenizer.save_pretrained(str(folder / "adapter"))
-    model.save_pretrained_merged(str(folder / "merged"), tokenizer, save_method="merged_16bit")
+    save_adapter(model, tokenizer, folder / "adapter")
+    save_merged(model, tokenizer, folder / "merged")
 
 
 def verify_merged(model: Any, tokenizer: Any, folder: Path, row: DocRow) -> MergedCheck:

@@ -3,19 +3,52 @@
 from __future__ import annotations
 
 import json
+import random
+import re
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pronghorn.cli.console import first_line
 from pronghorn.config import RunConfig
-from pronghorn.errors import ConfigInvalid, RowsUnreadable
+from pronghorn.data.rows import row_kind
+from pronghorn.errors import ConfigInvalid, PronghornError, RowsUnreadable
 
 _READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
-def load_rows(config: RunConfig) -> tuple[Any, Any | None]:
-    """(training rows, held-back rows or None) as `datasets.Dataset`.
+@dataclass(frozen=True)
+class Rows:
+    """`datasets.Dataset`s, and for each of their rows its number in the source, so that a message can name its line."""
+
+    train: Any
+    held_back: Any | None
+    train_numbers: list[int]
+    held_back_numbers: list[int]
+    file: Path | None
+
+    @property
+    def are_chats(self) -> bool:
+        return row_kind(self.train[0]) == "chat"
+
+    @contextmanager
+    def naming_lines(self) -> Iterator[None]:
+        """Put the file and line of a .jsonl file in place of ``row N of the train data`` into errors."""
+        try:
+            yield
+        except PronghornError as error:
+            match = re.match(r"row (\d+) of the (train|eval)\w* data", error.where)
+            if match is not None and self.file is not None:
+                numbers = self.train_numbers if match[2] == "train" else self.held_back_numbers
+                line = line_of_row(self.file, numbers[int(match[1])])
+                error.where = f"{self.file}, line {line}"
+            raise
+
+
+def load_rows(config: RunConfig) -> Rows:
+    """The rows a configuration names, with the held-back ones set aside by ``training.seed``.
 
     Raises:
         ConfigInvalid: there is no such data, or fewer rows than are held back.
@@ -23,9 +56,10 @@ def load_rows(config: RunConfig) -> tuple[Any, Any | None]:
     """
     rows = _all_rows(config)
     section = config.data
-    if section.limit is not None:
-        rows = rows.select(range(min(section.limit, len(rows))))
-    if not len(rows):
+    path = Path(section.dataset).expanduser()
+    file = path if path.suffix.lower() == ".jsonl" and path.is_file() else None
+    count = min(len(rows), section.limit or len(rows))
+    if not count:
         raise RowsUnreadable(
             f"'{section.dataset}' has no rows", where=config.where("data.dataset"), fix="name other data"
         )
@@ -35,16 +69,17 @@ def load_rows(config: RunConfig) -> tuple[Any, Any | None]:
             where=config.where("data.text_field"),
             fix=f"their columns are {', '.join(rows.column_names)}",
         )
-    if not section.held_back:
-        return rows, None
-    if section.held_back >= len(rows):
+    if section.held_back >= count:
         raise ConfigInvalid(
-            f"{section.held_back} rows are to be held back of only {len(rows)}",
+            f"{section.held_back} rows are to be held back of only {count}",
             where=config.where("data.held_back"),
             fix="hold back fewer",
         )
-    parts = rows.train_test_split(test_size=section.held_back, seed=config.training.seed)
-    return parts["train"], parts["test"]
+    numbers = list(range(count))
+    if section.held_back:
+        random.Random(config.training.seed).shuffle(numbers)
+    held, trained = numbers[: section.held_back], numbers[section.held_back :]
+    return Rows(rows.select(trained), rows.select(held) if held else None, trained, held, file)
 
 
 def _all_rows(config: RunConfig) -> Any:
@@ -114,6 +149,11 @@ def raise_for_first_bad_line(path: Path) -> None:
                 where=where,
                 fix="give a column one type in all rows",
             )
+
+
+def line_of_row(path: Path, number: int) -> int:
+    """The line that holds row ``number`` (from 0) of a .jsonl file; empty lines hold none."""
+    return next(line for row, (line, _) in enumerate(_lines(path)) if row == number)
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:

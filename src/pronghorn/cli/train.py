@@ -10,30 +10,34 @@ from typing import Any, get_type_hints
 
 from pronghorn.cli.console import duration, first_line, heading, say, table
 from pronghorn.cli.models import resolve_model
-from pronghorn.config import RunConfig, arguments, load_config, training_arguments
-from pronghorn.errors import CommandMisused, ConfigInvalid
+from pronghorn.cli.quiet import quiet_libraries
+from pronghorn.config import RunConfig, arguments, load_config, section_arguments
+from pronghorn.errors import ConfigInvalid
 
 
 def run(config_path: str, overrides: list[str], *, resume: bool = False, as_json: bool = False) -> int:
     """Train as ``config_path`` describes; with ``as_json`` the last line of output is one JSON object."""
     config = load_config(config_path, overrides)
-    folder = Path(config.output.folder)
-    checkpoint = last_checkpoint(folder) if resume else None
+    quiet_libraries()
     # Everything that can be refused without a model is refused before one is loaded.
     settings = training_settings(config)
+    checkpoint = _newest_checkpoint(settings.output_dir) if resume else None
     from pronghorn.cli.rows import load_rows
 
-    train_rows, held_rows = load_rows(config)
+    rows = load_rows(config)
+    if "assistant_only_loss" not in config.training.other:
+        settings.assistant_only_loss = config.data.responses_only and rows.are_chats
     model, tokenizer = load_model(config)
     from pronghorn import SFTTrainer
 
-    trainer = SFTTrainer(
-        model=model,
-        args=settings,
-        processing_class=tokenizer,
-        train_dataset=train_rows,
-        eval_dataset=held_rows,
-    )
+    with rows.naming_lines():
+        trainer = SFTTrainer(
+            model=model,
+            args=settings,
+            processing_class=tokenizer,
+            train_dataset=rows.train,
+            eval_dataset=rows.held_back,
+        )
     if checkpoint is not None:
         say(f"resuming from {checkpoint}")
     started = time.perf_counter()
@@ -43,12 +47,12 @@ def run(config_path: str, overrides: list[str], *, resume: bool = False, as_json
         "steps": result.global_step,
         "seconds": round(seconds, 2),
         "train_loss": result.training_loss,
-        "eval_loss": float(trainer.evaluate()["eval_loss"]) if held_rows is not None else None,
-        "train_rows": len(train_rows),
-        "eval_rows": len(held_rows) if held_rows is not None else 0,
+        "eval_loss": float(trainer.evaluate()["eval_loss"]) if rows.held_back is not None else None,
+        "train_rows": len(rows.train),
+        "eval_rows": len(rows.held_back) if rows.held_back is not None else 0,
         "peak_memory_bytes": _peak_memory(),
         "resumed_from": str(checkpoint) if checkpoint else None,
-        **save_results(config, trainer.model, tokenizer, folder),
+        **save_results(config, trainer.model, tokenizer),
     }
     _show(summary)
     if as_json:
@@ -64,12 +68,11 @@ def training_settings(config: RunConfig) -> Any:
     """
     from pronghorn import SFTConfig
 
-    hints = get_type_hints(SFTConfig)
-    fields = {item.name: hints.get(item.name, Any) for item in dataclasses.fields(SFTConfig) if item.init}
-    values = training_arguments(config, fields)
+    values = section_arguments(config, "training", field_types(SFTConfig))
     values.setdefault("output_dir", config.output.folder)
     values.setdefault("report_to", "none")
-    values.setdefault("max_length", config.model.max_seq_length)
+    if not config.data.responses_only:
+        values.setdefault("completion_only_loss", False)
     if config.data.text_field is not None:
         values.setdefault("dataset_text_field", config.data.text_field)
     if config.data.held_back and "eval_steps" in values:
@@ -84,53 +87,47 @@ def training_settings(config: RunConfig) -> Any:
         ) from error
 
 
+def field_types(kind: type) -> dict[str, Any]:
+    """The types of a dataclass's arguments by name."""
+    hints = get_type_hints(kind)
+    return {item.name: hints.get(item.name, Any) for item in dataclasses.fields(kind) if item.init}
+
+
 def load_model(config: RunConfig) -> tuple[Any, Any]:
     """(model with its adapter, or all its weights to train; tokenizer)."""
+    from peft import LoraConfig
+
     from pronghorn import FastLanguageModel
 
+    adapter = section_arguments(config, "adapter", field_types(LoraConfig))
     loading = arguments(config.model)
     loading["model_name"] = resolve_model(loading["model_name"])
     model, tokenizer = FastLanguageModel.from_pretrained(**loading)
     if not config.model.full_finetuning:
-        model = FastLanguageModel.get_peft_model(model, **arguments(config.adapter))
+        model = FastLanguageModel.get_peft_model(model, **adapter)
     return model, tokenizer
 
 
-def last_checkpoint(folder: Path) -> Path:
-    """The newest checkpoint in an output folder.
-
-    Raises:
-        CommandMisused: there is none.
-    """
-    named = [path for path in folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
-    whole = [path for path in named if (path / "trainer_state.json").is_file()]
-    if not whole:
-        raise CommandMisused(
-            f"there is no checkpoint in '{folder}' to resume from",
-            fix="start without --resume, with training.save_steps set for next time",
-        )
-    return max(whole, key=lambda path: int(path.name.rpartition("-")[2]))
-
-
-def save_results(config: RunConfig, model: Any, tokenizer: Any, folder: Path) -> dict[str, str | None]:
+def save_results(config: RunConfig, model: Any, tokenizer: Any) -> dict[str, str | None]:
     """Save what ``output`` asks for; the paths by what they hold."""
+    from pronghorn.export import save_adapter, save_merged
+
+    folder, output = Path(config.output.folder), config.output
     saved: dict[str, str | None] = {"adapter": None, "model": None, "merged": None}
     if config.model.full_finetuning:
-        target = folder / "model"
-        model.save_pretrained(str(target))
-        tokenizer.save_pretrained(str(target))
-        saved["model"] = str(target)
+        saved["model"] = str(save_merged(model, tokenizer, folder / "model"))
         return saved
-    if config.output.save_adapter:
-        target = folder / "adapter"
-        model.save_pretrained(str(target))
-        tokenizer.save_pretrained(str(target))
-        saved["adapter"] = str(target)
-    if config.output.save_merged is not None:
-        target = folder / "merged"
-        model.save_pretrained_merged(str(target), tokenizer, save_method=config.output.save_merged)
-        saved["merged"] = str(target)
+    if output.save_adapter:
+        saved["adapter"] = str(save_adapter(model, tokenizer, folder / "adapter"))
+    if output.save_merged is not None:
+        saved["merged"] = str(save_merged(model, tokenizer, folder / "merged", output.save_merged))
     return saved
+
+
+def _newest_checkpoint(output_dir: str) -> Path:
+    from pronghorn.training.checkpoints import newest_checkpoint
+
+    return newest_checkpoint(output_dir)
 
 
 def _peak_memory() -> int | None:

@@ -1,0 +1,23 @@
+"""Keeps the output of a command to what it says itself. Called by commands alone, never by the library."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+
+
+def quiet_libraries() -> None:
+    """Hide progress bars, deprecations and notes of the libraries underneath; their errors still show."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    warnings.filterwarnings("ignore", category=UserWarning)
+    # bitsandbytes reports an optional CPU kernel that it could not download.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    # datasets logs a file it cannot read before it raises; what it raises is explained.
+    logging.getLogger("datasets").setLevel(logging.CRITICAL)
+    import datasets
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    datasets.disable_progress_bars()
