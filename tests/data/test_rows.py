@@ -18,19 +18,20 @@ CHAT = [
 ]
 GENERATION = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{% if message['role'] == 'assistant' %}"
-    "{% generation %}{{ message['content'] }}{% endgeneration %}<|im_end|>\n{% else %}{{ message['content'] }}<|im_end|>\n"
-    "{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    "{% generation %}{{ message['content'] }}{% endgeneration %}<|im_end|>\n{% else %}{{ message['content'] }}"
+    "<|im_end|>\n{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 # Like Qwen3's: only the last turn shows its (empty) reasoning, so a shorter conversation is no prefix of a longer one.
 THINKING = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
-    "{% if message['role'] == 'assistant' and loop.last %}<think></think>{% endif %}{{ message['content'] }}<|im_end|>\n"
-    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    "{% if message['role'] == 'assistant' and loop.last %}<think></think>{% endif %}{{ message['content'] }}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 # Like Llama 2's: the answer is stripped, roles have no marker of their own, and the turn ends with EOS.
 BRACKETS = (
-    "{{ '<|begin|>' }}{% for message in messages %}{% if message['role'] == 'user' %}[INST] {{ message['content'] }} [/INST]"
-    "{% elif message['role'] == 'assistant' %}{{ ' ' + message['content'].strip() + ' <|end|>' }}{% endif %}{% endfor %}"
+    "{{ '<|begin|>' }}{% for message in messages %}{% if message['role'] == 'user' %}[INST] {{ message['content'] }} "
+    "[/INST]{% elif message['role'] == 'assistant' %}{{ ' ' + message['content'].strip() + ' <|end|>' }}{% endif %}"
+    "{% endfor %}"
 )
 
 
@@ -59,8 +60,8 @@ def tokenizer_with(template):
 
 
 FULL = (
-    "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi?<|im_end|>\n<|im_start|>assistant\nHello.<|im_end|>\n"
-    "<|im_start|>user\nBye?<|im_end|>\n<|im_start|>assistant\nBye.<|im_end|>\n"
+    "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi?<|im_end|>\n<|im_start|>assistant\n"
+    "Hello.<|im_end|>\n<|im_start|>user\nBye?<|im_end|>\n<|im_start|>assistant\nBye.<|im_end|>\n"
 )
 
 
@@ -112,12 +113,12 @@ def test_spans_hold_for_awkward_answers(answer):
 
 def test_a_template_that_hides_answers_is_named():
     hiding = "{% for message in messages %}{{ message['content'] | upper }}{{ loop.length }}\n{% endfor %}"
-    with pytest.raises(ChatTemplateOpaque, match="PH303.*message 2"):
+    with pytest.raises(ChatTemplateOpaque, match=r"PH303.*message 2"):
         render({"messages": CHAT[1:4]}, tokenizer_with(hiding), responses_only=True)
 
 
 def test_chat_without_template_names_the_fix():
-    with pytest.raises(TokenizerProblem, match="PH104.*formatting_func"):
+    with pytest.raises(TokenizerProblem, match=r"PH104.*formatting_func"):
         render({"messages": CHAT}, tiny_tokenizer(chat_template=False))
 
 

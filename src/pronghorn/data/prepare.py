@@ -5,11 +5,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
+import pyarrow as pa  # type: ignore[import-untyped]
 from datasets import Dataset, Features, IterableDataset, LargeList, List, Value
 
 from pronghorn.data.packing import best_fit_decreasing
@@ -127,7 +126,7 @@ def apply_formatting(dataset: Any, function: Callable[..., Any], preparation: Pr
 
 
 def _prepare_rows(dataset: Dataset, preparation: Preparation, name: str) -> Dataset:
-    place = _Place(name, _json_lines_file(dataset))
+    place = _Place(name)
     rendered = dataset.map(
         _RenderRow(preparation, place),
         with_indices=True,
@@ -206,7 +205,7 @@ def _one_array(column: pa.ChunkedArray) -> pa.LargeListArray:
 def _prepare_stream(dataset: IterableDataset, columns: list[str], preparation: Preparation, name: str) -> Any:
     """The same for rows that arrive one by one: a row without supervised tokens is met when it is read."""
     stream = dataset.map(
-        _RenderRow(preparation, _Place(name, None), stream=True), with_indices=True, remove_columns=columns
+        _RenderRow(preparation, _Place(name), stream=True), with_indices=True, remove_columns=columns
     )
     stream = stream.filter(_keeps_tokens).remove_columns(["length", "total", "kept"])
     if preparation.shuffle_seed is not None:
@@ -247,14 +246,12 @@ class _PackWindow:
 
 @dataclass(frozen=True)
 class _Place:
-    """Names a row in messages, by its line where the file is known to hold one row a line."""
+    """Names a row in messages."""
 
     name: str
-    file: str | None
 
     def __call__(self, index: int) -> str:
-        line = f", {self.file} line {index + 1}" if self.file else ""
-        return f"row {index} of the {self.name} data{line}"
+        return f"row {index} of the {self.name} data"
 
 
 @dataclass
@@ -339,13 +336,3 @@ def _note_truncation(counts: dict[str, np.ndarray], max_length: int, name: str) 
             "pronghorn: %d of %d rows of the %s data are cut to max_length=%d (the longest has %d tokens)%s",
             cut, len(counts["length"]), name, max_length, longest, dropped,
         )  # fmt: skip
-
-
-def _json_lines_file(dataset: Dataset) -> str | None:
-    """The .jsonl file whose lines are the data set's rows, where that is certain."""
-    files = [Path(file) for file in (dataset.info.download_checksums or {})]
-    whole = dataset._indices is None and dataset.info.splits is not None
-    if len(files) != 1 or files[0].suffix != ".jsonl" or not whole:
-        return None
-    splits = dataset.info.splits or {}
-    return files[0].name if [split.num_examples for split in splits.values()] == [len(dataset)] else None

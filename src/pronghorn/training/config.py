@@ -69,8 +69,8 @@ class SFTConfig(trl.SFTConfig):
             self.max_length, self.max_seq_length = self.max_seq_length, None
         if isinstance(self.max_length, str) and self.max_length != AUTO:
             self.max_length = int(self.max_length)  # from a command line
-        if self.bf16 is None:
-            self.bf16 = False
+        self.bf16: bool = bool(self.bf16)
+        self.fp16: bool = bool(self.fp16)
         if not torch.accelerator.is_available():
             # Transformers wants to be told; float16 training needs a GPU's loss scaling.
             self.use_cpu, self.dataloader_pin_memory = True, False

@@ -154,7 +154,7 @@ class SFTTrainer(trl.SFTTrainer):
             responses_only=self._responses_only,
             completion_only=args.completion_only_loss,
         )
-        first = next(iter(dataset), {})
+        first: dict[str, Any] = next(iter(dataset), {})
         if training and self._responses_only and row_kind(first, form.text_field) == "text":
             logger.warning(
                 "pronghorn: plain text has no responses: assistant_only_loss has no effect on these rows"
