@@ -6,6 +6,7 @@ Transformers, PEFT and TRL for the whole process and has to be imported before t
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,8 +77,23 @@ def _arguments(job: Job, config_class: type, **changes: Any) -> Any:
         "train_sampling_strategy": "sequential",
         **changes,
     }
-    known = inspect.signature(config_class).parameters
+    known = _argument_names(config_class)
+    lacking = wanted.keys() - known
+    if lacking - OPTIONAL_ARGUMENTS:
+        raise TypeError(
+            f"{config_class.__name__} does not take {', '.join(sorted(lacking - OPTIONAL_ARGUMENTS))}"
+        )
     return config_class(**{key: value for key, value in wanted.items() if key in known})
+
+
+#: what a side may lack without doing other work
+OPTIONAL_ARGUMENTS = {"train_sampling_strategy", "use_cpu"}
+
+
+def _argument_names(config_class: type) -> set[str]:
+    """Names that a config class takes: of its __init__ and, since that may end in **kwargs, of its fields."""
+    fields = {field.name for field in dataclasses.fields(config_class) if field.init}
+    return fields | set(inspect.signature(config_class.__init__).parameters)
 
 
 def rows_per_batch(workload: Workload, side: Side) -> int:

@@ -78,12 +78,14 @@ def _end_group(process: subprocess.Popen) -> None:
 
 
 def failure_reason(status: int, output: str, timeout: float) -> str:
-    """The last line that names an error, else the last line."""
+    """The exception of the last traceback, else the last line."""
     if status == 124:
         return f"stopped after {timeout:.0f} s"
-    lines = [line.strip() for line in output.splitlines() if line.strip()]
-    named = [line for line in lines if "Error" in line.split(":")[0] or line.startswith("[PH")]
-    return f"exit status {status}: {(named or lines or ['no output'])[-1][:300]}"
+    lines = [line.rstrip() for line in output.splitlines() if line.strip()]
+    starts = [number for number, line in enumerate(lines) if line.startswith("Traceback")]
+    after = lines[starts[-1] + 1 :] if starts else []
+    raised = [line for line in after if not line.startswith(" ")]  # frames are indented, the exception is not
+    return f"exit status {status}: {(raised[:1] or lines[-1:] or ['no output'])[0].strip()[:300]}"
 
 
 def run_side(

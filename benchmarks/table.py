@@ -113,7 +113,7 @@ def report(workload: Any, results: list[dict[str, Any]]) -> str:
     lines = [title, plain_table(COLUMNS, [cells(result) for result in results])]
     lines += [f"{r['side']}: {r['error']}" for r in results if "error" in r]
     lines += [
-        f"{r['side']}: first loss differs from the stock model's"
+        f"{r['side']}: its first loss differs from the stock model's"
         for r in results
         if r["parity"].startswith("DIFF")
     ]

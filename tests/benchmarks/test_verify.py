@@ -1,0 +1,68 @@
+"""The parity check itself: it passes on the real engine and fails on a wrong one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks.verify import Case, Outcome, check, judge, kind_of, main
+
+LEVELS = ("all", "none")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "nf4"])
+def test_parity_holds_on_the_cpu(precision: str) -> None:
+    if precision == "nf4":
+        pytest.importorskip("bitsandbytes")
+    verdicts = check(Case("qwen2", "tiny", precision), "cpu", LEVELS)
+    assert [verdict.level for verdict in verdicts] == list(LEVELS)
+    assert not any(verdict.failures for verdict in verdicts)
+    if precision != "fp32":
+        assert verdicts[0].stock_error > 1e-3, "the stock bf16 model's own error is what ours is held to"
+
+
+def test_a_wrong_gradient_is_named() -> None:
+    names = [f"layers.{i}.mlp.up_proj.lora_A.default.weight" for i in range(3)]
+    truth = Outcome(2.0, {name: torch.ones(8) for name in names})
+    stock = Outcome(2.0, {name: torch.full((8,), 1.01) for name in names})
+    ours = Outcome(2.0, {name: torch.full((8,), 1.011) for name in names})
+    case = Case("llama", "tiny", "bf16")
+    assert not judge(case, "all", ours, stock, truth).failures
+    ours.gradients[names[1]] = torch.full((8,), 1.02)
+    verdict = judge(case, "all", ours, stock, truth)
+    assert verdict.worst == names[1]
+    assert names[1] in verdict.failures[0]
+
+
+def test_missing_gradients_nans_and_losses_fail() -> None:
+    truth = Outcome(2.0, {"q_proj.lora_A": torch.ones(4), "q_proj.lora_B": torch.ones(4)})
+    case = Case("llama", "tiny", "bf16")
+    stock = Outcome(2.0, {name: gradient * 1.01 for name, gradient in truth.gradients.items()})
+    missing = Outcome(2.0, {"q_proj.lora_A": torch.ones(4)})
+    assert "first q_proj.lora_B" in judge(case, "all", missing, stock, truth).failures[0]
+    broken = Outcome(2.0, {name: gradient * float("nan") for name, gradient in truth.gradients.items()})
+    assert judge(case, "all", broken, stock, truth).failures
+    assert "loss" in judge(case, "all", Outcome(2.1, truth.gradients), stock, truth).failures[0]
+    assert judge(case, "all", Outcome(float("nan"), truth.gradients), stock, truth).failures
+
+
+def test_kind() -> None:
+    assert kind_of("base_model.model.model.layers.3.mlp.up_proj.lora_A.default.weight") == "up_proj.lora_A"
+
+
+def test_command(capsys, tmp_path) -> None:
+    arguments = [
+        "--families",
+        "llama",
+        "--sizes",
+        "tiny",
+        "--precisions",
+        "fp32",
+        "--levels",
+        "all",
+        "--device",
+        "cpu",
+    ]
+    assert main([*arguments, "--out", str(tmp_path / "verify.csv")]) == 0
+    assert "parity holds: 1 combinations" in capsys.readouterr().out
+    assert (tmp_path / "verify.csv").read_text().splitlines()[1].startswith("llama tiny fp32,all")
