@@ -101,28 +101,28 @@ def publish(staged: Path, checkpoint: Path) -> None:
 
 @contextmanager
 def saving(what: str, folder: Path, remove: Path | None = None) -> Iterator[None]:
-    """Turn a failed write into one clear error, and remove what was half-written.
+    """Turn a failed write into one clear error; whatever fails, `remove` is gone afterwards.
 
     Raises:
         SaveFailed: with the cause; the disk's free space where that is the cause.
     """
     try:
         yield
-    except Exception as error:
-        if not _is_write_error(error):
-            raise
+    except BaseException as error:
         if remove is not None:
             shutil.rmtree(remove, ignore_errors=True)
+        if not _is_write_error(error):
+            raise
         raise _save_failed(what, folder, error) from error
 
 
-def _is_write_error(error: Exception) -> bool:
+def _is_write_error(error: BaseException) -> bool:
     """OSError, or how torch and safetensors report one."""
     text = f"{type(error).__name__}: {error}"
     return isinstance(error, OSError) or "SafetensorError" in text or "PytorchStreamWriter" in text
 
 
-def _save_failed(what: str, folder: Path, error: Exception) -> SaveFailed:
+def _save_failed(what: str, folder: Path, error: BaseException) -> SaveFailed:
     full = getattr(error, "errno", None) in _FULL or re.search(
         r"no space left|os error 28|disk quota|unexpected pos|PytorchStreamWriter failed writing",
         str(error),

@@ -34,8 +34,8 @@ class SFTConfig(trl.SFTConfig):
     """
 
     # Names, types and the metadata of --help are TRL's; only defaults change.
-    gradient_checkpointing: bool = field(
-        default=False, metadata={"help": "Keep only layer inputs for backward and compute the rest again."}
+    gradient_checkpointing: bool | None = field(
+        default=None, metadata={"help": "Keep only layer inputs for backward and compute the rest again."}
     )
     max_length: int | str | None = field(
         default=AUTO,

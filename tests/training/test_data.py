@@ -1,0 +1,143 @@
+"""The trainer's data: what is supervised, streams, dictionaries, formatting functions, response markers."""
+
+from __future__ import annotations
+
+import pytest
+from datasets import Dataset
+
+from pronghorn import train_on_responses_only
+from pronghorn.errors import NothingSupervised, TokenizerProblem
+from pronghorn.training import SFTTrainer
+from pronghorn.training.responses import parts_of_template
+from tests.data.test_rows import BRACKETS, THINKING
+from tests.tiny import tiny_tokenizer
+from tests.training.runs import adapter_model, chats, losses, settings, trainer
+
+PARTS = {"instruction_part": "<|im_start|>user\n", "response_part": "<|im_start|>assistant\n"}
+
+
+def trained_texts(run, row) -> list[str]:
+    """Supervised stretches of a prepared row."""
+    tokenizer = tiny_tokenizer()
+    ids = [
+        token if label != -100 else None for token, label in zip(row["input_ids"], row["labels"], strict=True)
+    ]
+    stretches, current = [], []
+    for token in [*ids, None]:
+        if token is not None:
+            current.append(token)
+        elif current:
+            stretches.append(tokenizer.decode(current))
+            current = []
+    return stretches
+
+
+def test_assistant_only_loss(tmp_path):
+    run = trainer(tmp_path, assistant_only_loss=True, rows=chats(3))
+    assert run.args.assistant_only_loss
+    assert [trained_texts(run, row) for row in run.train_dataset][0] == ["because <|im_end|>"]
+
+
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("parts", [PARTS, {}], ids=["given", "found"])
+def test_responses_only_by_markers(tmp_path, packing, parts):
+    rows = Dataset.from_list(
+        [
+            {
+                "messages": [
+                    {"role": "user", "content": "one?"},
+                    {"role": "assistant", "content": f"first {i}"},
+                    {"role": "user", "content": "two?"},
+                    {"role": "assistant", "content": "\nsecond"},
+                ]
+            }
+            for i in range(3)
+        ]
+    )
+    run = trainer(tmp_path, rows=rows, packing=packing, max_length=500, eval_dataset={"held": rows})
+    assert train_on_responses_only(run, **parts) is run
+    expected = [f"first {i}<|im_end|>\n" if k else "\nsecond<|im_end|>\n" for i in range(3) for k in (1, 0)]
+    for dataset in (run.train_dataset, run.eval_dataset["held"]):
+        assert len(dataset) == (1 if packing else 3)
+        found = [text for row in dataset for text in trained_texts(run, row)]
+        assert found == expected
+    run.train()
+
+
+def test_response_markers_that_do_not_occur(tmp_path):
+    run = trainer(tmp_path)
+    with pytest.raises(NothingSupervised, match="response marker"):
+        train_on_responses_only(run, "### User", "### Assistant")
+    with pytest.raises(ValueError, match="both"):
+        train_on_responses_only(run, instruction_part="x")
+
+
+def test_markers_found_in_templates():
+    tokenizer = tiny_tokenizer()
+    assert parts_of_template(tokenizer) == ("<|im_start|>user\n", "<|im_start|>assistant\n")
+    tokenizer.chat_template = THINKING
+    assert parts_of_template(tokenizer)[1] == "<|im_start|>assistant\n"
+    tokenizer.chat_template = BRACKETS
+    instruction, response = parts_of_template(tokenizer)
+    assert instruction.strip() == "[INST]" and response.strip() == "[/INST]"
+    with pytest.raises(TokenizerProblem):
+        parts_of_template(tiny_tokenizer(chat_template=False))
+
+
+def test_streams(tmp_path):
+    whole = trainer(tmp_path / "a", rows=chats(8), max_steps=2)
+    stream = trainer(tmp_path / "b", rows=chats(8).to_iterable_dataset(), max_steps=2)
+    packed = trainer(
+        tmp_path / "c", rows=chats(8).to_iterable_dataset(), max_steps=2, packing=True, max_length=128
+    )
+    for run in (whole, stream, packed):
+        run.train()
+        assert len(losses(run)) == 2
+
+
+def test_evaluation_rows_packed_or_not(tmp_path):
+    held = chats(6)
+    packed = trainer(tmp_path / "a", packing=True, max_length=200, eval_dataset=held)
+    plain = trainer(tmp_path / "b", packing=True, max_length=200, eval_dataset=held, eval_packing=False)
+    only = trainer(tmp_path / "c", max_length=200, eval_dataset=held, eval_packing=True)
+    assert len(packed.eval_dataset) == len(only.eval_dataset) < len(plain.eval_dataset) == 6
+    assert "seq_lengths" not in only.train_dataset.column_names
+    expected = packed.evaluate()["eval_loss"]
+    for run in (plain, only):
+        assert run.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_formatting_function_and_lists_of_rows(tmp_path):
+    run = trainer(
+        tmp_path,
+        rows=[{"q": "a?", "a": "b"}, {"q": "c?", "a": "d"}],
+        formatting_func=lambda row: row["q"] + row["a"],
+    )
+    assert tiny_tokenizer().decode(run.train_dataset[1]["input_ids"]) == "c?d<|end|>"
+
+
+def test_completion_only_follows_trl(tmp_path):
+    rows = [{"prompt": "a?", "completion": " b"}] * 4
+    assert trained_texts(None, trainer(tmp_path / "a", rows=rows).train_dataset[0]) == [" b<|end|>"]
+    full = trainer(tmp_path / "b", rows=rows, completion_only_loss=False)
+    assert trained_texts(None, full.train_dataset[0]) == ["a? b<|end|>"]
+
+
+def test_token_rows_go_straight_through(tmp_path):
+    rows = [{"input_ids": [5, 6, 7, 8], "labels": [-100, -100, 7, 8], "source": "x"}] * 4
+    run = trainer(tmp_path, rows=rows)
+    assert run.train_dataset[0] == {"input_ids": [5, 6, 7, 8], "labels": [-100, -100, 7, 8]}
+
+
+def test_chat_rows_without_a_chat_template(tmp_path):
+    with pytest.raises(TokenizerProblem, match="PH104"):
+        SFTTrainer(
+            model=adapter_model(), args=settings(tmp_path), train_dataset=chats(2),
+            processing_class=tiny_tokenizer(chat_template=False),
+        )  # fmt: skip
+
+
+def test_rows_without_an_answer(tmp_path):
+    rows = [{"messages": [{"role": "user", "content": "?"}]}]
+    with pytest.raises(NothingSupervised, match="PH302"):
+        trainer(tmp_path, rows=rows, assistant_only_loss=True)
