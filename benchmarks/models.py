@@ -96,6 +96,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
 }
 
+#: written last: a checkpoint with this file is whole
+INDEX = "model.safetensors.index.json"
+
 #: ids below this one are special tokens and never appear in benchmark rows
 FIRST_TOKEN = 16
 
@@ -147,7 +150,7 @@ def write_checkpoint(name: str, folder: str | Path, *, seed: int = 0, shard_byte
     from transformers import AutoModelForCausalLM, GenerationConfig
 
     folder = Path(folder)
-    index_file = folder / "model.safetensors.index.json"
+    index_file = folder / INDEX
     if index_file.exists():
         return folder
     folder.mkdir(parents=True, exist_ok=True)

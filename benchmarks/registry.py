@@ -89,6 +89,7 @@ SIDES: dict[str, Side] = {
         Side("pronghorn-attention", "pronghorn", "attention", note="attention outputs kept"),
         Side("pronghorn-matmuls", "pronghorn", "matmuls", note="matrix products kept"),
         Side("pronghorn-all", "pronghorn", "all", note="nothing rebuilt"),
+        Side("pronghorn-packing", "pronghorn", "all", packing=True, note="nothing rebuilt, with its packing"),
     )
 }
 

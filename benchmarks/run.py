@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,11 +22,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from benchmarks.models import INDEX
 from benchmarks.registry import DEFAULT_SIDES, SIDES, WORKLOADS, Side, Workload, pick
 from benchmarks.side import RESULT_PREFIX
 from benchmarks.table import append_csv, rate, report
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+#: bytes of free space asked of shared memory: 8 billion weights of two bytes, and some room
+LARGEST_CHECKPOINT = 24 << 30
 
 
 def environment(work: Path, library: str) -> dict[str, str]:
@@ -37,6 +41,7 @@ def environment(work: Path, library: str) -> dict[str, str]:
         "PYTHONPATH": os.pathsep.join(paths),
         "PYTHONUNBUFFERED": "1",
         "HF_HUB_OFFLINE": "1",
+        "UNSLOTH_DISABLE_STATISTICS": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "TRITON_CACHE_DIR": str(work / f"cache-{library}" / "triton"),
         "TORCHINDUCTOR_CACHE_DIR": str(work / f"cache-{library}" / "inductor"),
@@ -137,6 +142,8 @@ def checkpoint_folder(options: argparse.Namespace, work: Path, model: str) -> Pa
         SystemExit: when writing it fails.
     """
     folder = options.checkpoints / model
+    if (folder / INDEX).exists():
+        return folder
     status, output = run_module(
         "benchmarks.models", [model, str(folder)], work=work, library="hf", timeout=max(options.timeout, 300)
     )
@@ -194,13 +201,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(argv)
     options.deadline = time.time() + options.budget
     options.timeout = options.side_timeout
-    shared = Path("/dev/shm")
-    options.checkpoints = (
-        options.checkpoints
-        or (shared if shared.is_dir() and os.access(shared, os.W_OK) else Path(tempfile.gettempdir()))
-        / "benchmark-checkpoints"
-    )
+    options.checkpoints = options.checkpoints or roomy_folder() / "benchmark-checkpoints"
     return options
+
+
+def roomy_folder() -> Path:
+    """Shared memory where it holds the largest checkpoint, else the folder for temporary files."""
+    shared = Path("/dev/shm")
+    if os.access(shared, os.W_OK) and shutil.disk_usage(shared).free > LARGEST_CHECKPOINT:
+        return shared
+    return Path(tempfile.gettempdir())
 
 
 def main(argv: list[str] | None = None) -> int:
