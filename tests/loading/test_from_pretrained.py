@@ -12,6 +12,7 @@ from pronghorn.hardware import Fact, Hardware
 from pronghorn.loading import FastLanguageModel, is_bfloat16_supported, precision
 from pronghorn.loading import hub as hub_module
 from pronghorn.loading.tokenizer import set_pad_token
+from pronghorn.weights import read_weight
 from tests.tiny import FAMILIES, save_tiny, tiny_model, tiny_tokenizer
 
 IDS = torch.tensor([[1, 17, 90, 33, 250, 7, 300, 12]])
@@ -117,6 +118,15 @@ def test_nf4_is_bound_and_double_quantisation_is_a_switch(llama, double):
     assert state.quant_type == "nf4" and state.nested is double
     assert binding_of(model).bound
     assert model.lm_head.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("double", [True, False])
+def test_answering_does_not_change_nf4_weights(llama, double):
+    model, _ = load(llama, load_in_4bit=True, bnb_4bit_use_double_quant=double)
+    down = model.model.layers[0].mlp.down_proj  # two blocks of scales a row
+    before = read_weight(down).dense(torch.float32)
+    FastLanguageModel.for_inference(model).generate(input_ids=IDS, max_new_tokens=3, do_sample=False)
+    assert torch.equal(read_weight(down).dense(torch.float32), before)
 
 
 def test_8_bit(llama):

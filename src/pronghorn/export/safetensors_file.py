@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -65,13 +66,17 @@ def write_safetensors(path: Path, entries: Sequence[Entry]) -> None:
         file.write(len(raw).to_bytes(8, "little"))
         file.write(raw)
         for entry in ordered:
-            tensor = entry.make()
-            if tuple(tensor.shape) != entry.shape or tensor.dtype != entry.dtype:
-                raise ValueError(
-                    f"{entry.name} is {tensor.dtype} {list(tensor.shape)}, not {entry.dtype} {list(entry.shape)}"
-                )
-            flat = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)
-            file.write(memoryview(flat.numpy()))  # no copy
+            _write_tensor(file, entry)
+
+
+def _write_tensor(file: BinaryIO, entry: Entry) -> None:
+    tensor = entry.make()
+    if tuple(tensor.shape) != entry.shape or tensor.dtype != entry.dtype:
+        raise ValueError(
+            f"{entry.name} is {tensor.dtype} {list(tensor.shape)}, not {entry.dtype} {list(entry.shape)}"
+        )
+    flat = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)
+    file.write(memoryview(flat.numpy()))  # no copy
 
 
 def plan_shards(entries: Sequence[Entry], most_bytes: int) -> list[list[Entry]]:

@@ -1,0 +1,205 @@
+"""Saving that fails leaves nothing behind and takes nothing away."""
+
+import errno
+import shutil
+from collections import namedtuple
+
+import pytest
+import torch
+
+from pronghorn.errors import ExportMismatch, SaveFailed
+from pronghorn.export import merged as merged_module
+from pronghorn.export import safetensors_file, save_adapter, save_merged, verify_export
+from pronghorn.export.folder import write_folder
+from pronghorn.export.safetensors_file import Entry, write_safetensors
+from pronghorn.loading import FastLanguageModel
+from tests.tiny import tiny_model, tiny_tokenizer
+
+Usage = namedtuple("Usage", "total used free")
+
+
+@pytest.fixture
+def model():
+    return FastLanguageModel.get_peft_model(tiny_model("llama"), r=2)
+
+
+def contents(folder):
+    return {
+        str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in sorted(folder.rglob("*"))
+    }
+
+
+@pytest.fixture(params=["new", "existing"])
+def target(request, tmp_path, model):
+    """A place to save to; in one of the cases an earlier export stands there."""
+    path = tmp_path / "out"
+    if request.param == "existing":
+        save_merged(tiny_model("llama", seed=7), tiny_tokenizer(), path)
+    return path
+
+
+def test_a_disk_that_is_too_full_is_seen_before_anything_is_written(monkeypatch, target, model):
+    before = contents(target.parent)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(100, 95, 5))
+    with pytest.raises(SaveFailed, match="bytes are needed, 5 are free") as caught:
+        save_merged(model, tiny_tokenizer(), target)
+    assert caught.value.code == "PH601" and str(target) in str(caught.value)
+    assert contents(target.parent) == before
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_disk_that_fills_up_while_saving(monkeypatch, target, model, number):
+    before = contents(target.parent)
+    written = []
+
+    def write_then_fail(path, entries):
+        write_safetensors(path, entries[:3])
+        written.append(path)
+        raise OSError(number, "no space")
+
+    monkeypatch.setattr(merged_module, "write_safetensors", write_then_fail)
+    with pytest.raises(SaveFailed, match="filled up"):
+        save_merged(model, tiny_tokenizer(), target)
+    assert written and contents(target.parent) == before
+
+
+def test_a_tokenizer_that_cannot_be_written(target, model):
+    class Tokenizer:
+        def save_pretrained(self, path):
+            raise OSError(errno.ENOSPC, "no space")
+
+    before = contents(target.parent)
+    for save in (save_merged, save_adapter):
+        with pytest.raises(SaveFailed):
+            save(model, Tokenizer(), target)
+    assert contents(target.parent) == before
+
+
+def test_an_interrupted_save(monkeypatch, target, model):
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    before = contents(target.parent)
+    monkeypatch.setattr(merged_module, "write_safetensors", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        save_merged(model, tiny_tokenizer(), target)
+    assert contents(target.parent) == before
+
+
+def test_a_wrong_tensor_on_the_disk_is_not_put_in_place(monkeypatch, target, model):
+    def drop_one(path, entries):
+        write_safetensors(path, entries[1:])
+
+    before = contents(target.parent)
+    monkeypatch.setattr(merged_module, "write_safetensors", drop_one)
+    with pytest.raises(ExportMismatch, match="absent"):
+        save_merged(model, tiny_tokenizer(), target)
+    assert contents(target.parent) == before
+
+
+def test_a_folder_that_cannot_be_written(monkeypatch, tmp_path, model):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(SaveFailed, match="is a file"):
+        save_merged(model, None, tmp_path / "file")
+    with pytest.raises(SaveFailed, match="cannot be written"):
+        save_merged(model, None, tmp_path / "file" / "out")
+    assert contents(tmp_path) == {"file": b"x"}
+
+
+def test_a_failing_rename_brings_the_old_export_back(monkeypatch, tmp_path):
+    import pronghorn.export.folder as folder_module
+
+    out = tmp_path / "out"
+    write_folder(out, 0, lambda folder: (folder / "config.json").write_text("old"))
+    replace = folder_module.os.replace
+
+    def fail_on_new(source, target):
+        if str(source).endswith(".partial"):
+            raise OSError(errno.EBUSY, "busy")
+        replace(source, target)
+
+    monkeypatch.setattr(folder_module.os, "replace", fail_on_new)
+    with pytest.raises(SaveFailed, match="busy"):
+        write_folder(out, 0, lambda folder: (folder / "config.json").write_text("new"))
+    assert contents(tmp_path) == {"out": None, "out/config.json": b"old"}
+
+
+def test_a_new_export_replaces_the_old_one_and_nothing_else(tmp_path, model):
+    out = tmp_path / "out"
+    save_merged(model, tiny_tokenizer(), out, max_shard_size="100KB")
+    (out / "notes.txt").write_text("mine")
+    (out / "plots").mkdir()
+    (out / "plots" / "loss.png").write_bytes(b"png")
+    save_merged(model, None, out)
+    names = {p.name for p in out.iterdir()}
+    assert names == {"model.safetensors", "config.json", "generation_config.json", "notes.txt", "plots"}
+    assert (out / "plots" / "loss.png").read_bytes() == b"png"
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_folders_above_are_made_and_the_result_has_ordinary_permissions(tmp_path, model):
+    out = save_adapter(model, tiny_tokenizer(), tmp_path / "a" / "b")
+    (tmp_path / "plain").mkdir()
+    assert out.stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+# --- the file format ----------------------------------------------------------------------------------------------
+
+
+def entry(name, tensor):
+    return Entry(name, tuple(tensor.shape), tensor.dtype, lambda: tensor)
+
+
+def test_every_dtype_and_odd_shapes_read_back(tmp_path):
+    from safetensors.torch import load_file
+
+    tensors = {
+        f"{dtype}-{len(shape)}": torch.randint(0, 2, shape).to(dtype)
+        for dtype in safetensors_file.DTYPE_NAMES
+        for shape in ((), (0, 3), (3,), (5, 7))
+    }
+    tensors["transposed"] = torch.randn(4, 6).t()
+    entries = [entry(name, tensor) for name, tensor in tensors.items()]
+    write_safetensors(tmp_path / "x.safetensors", entries)
+    verify_export(tmp_path, entries)
+    read = load_file(tmp_path / "x.safetensors")
+    assert read.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert torch.equal(read[name], tensor), name
+        assert read[name].dtype == tensor.dtype
+
+
+def test_memory_holds_one_tensor_at_a_time(tmp_path):
+    alive = []
+
+    def make(index):
+        def build():
+            import weakref
+
+            assert not [ref for ref in alive if ref() is not None], "an earlier tensor is still there"
+            tensor = torch.full((1000,), float(index))
+            alive.append(weakref.ref(tensor))
+            return tensor
+
+        return build
+
+    entries = [Entry(str(i), (1000,), torch.float32, make(i)) for i in range(5)]
+    write_safetensors(tmp_path / "x.safetensors", entries)
+    assert len(alive) == 5
+
+
+def test_verify_names_the_first_difference(tmp_path):
+    write_safetensors(tmp_path / "x.safetensors", [entry("a", torch.zeros(2)), entry("b", torch.zeros(3))])
+    with pytest.raises(ExportMismatch, match=r"b was to be F16 \[3\] and is F32 \[3\]"):
+        verify_export(tmp_path, [entry("a", torch.zeros(2)), entry("b", torch.zeros(3).half())])
+    file = tmp_path / "x.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(ExportMismatch, match=r"x\.safetensors cannot be read back"):
+        verify_export(tmp_path, [entry("a", torch.zeros(2))])
+
+
+def test_an_entry_that_lies_about_its_shape_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match=r"not torch\.float32"):
+        write_safetensors(
+            tmp_path / "x.safetensors", [Entry("a", (2,), torch.float32, lambda: torch.zeros(3))]
+        )

@@ -1,0 +1,256 @@
+"""A merged checkpoint, loaded by stock Transformers, is the trained model."""
+
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM
+
+from pronghorn.errors import PronghornError, SaveFailed, UnknownArgument
+from pronghorn.export import save_adapter, save_merged
+from pronghorn.export.merged import parse_size
+from pronghorn.loading import FastLanguageModel
+from tests.tiny import FAMILIES, save_tiny, tiny_model, tiny_tokenizer
+
+IDS = torch.tensor(
+    [[1, 17, 90, 33, 250, 7, 300, 12, 45, 46, 47, 2], [1, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15]]
+)
+
+KINDS = {
+    "lora": {},
+    "rslora": {"use_rslora": True},
+    "dora": {"use_dora": True},
+    "bias": {"bias": "all"},
+    "lora_bias": {"lora_bias": True, "target_modules": ["q_proj", "v_proj"]},
+    "head": {"modules_to_save": ["lm_head"]},
+    "embeddings": {"modules_to_save": ["lm_head", "embed_tokens"]},
+    "some layers": {"layers_to_transform": [1], "target_modules": ["up_proj", "o_proj"]},
+    "patterns": {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 64}},
+}
+
+
+def trained(model, seed=0, **arguments):
+    """An adapter model whose every trained weight has moved away from its start."""
+    model = FastLanguageModel.get_peft_model(model, **{"r": 4, "lora_alpha": 8, **arguments})
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                noise = torch.randn(parameter.shape, generator=generator)
+                parameter.add_(0.1 * noise.to(parameter))
+    return model
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(input_ids=IDS, use_cache=False).logits
+
+
+def reload(path, dtype=torch.float32):
+    model, info = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    return model
+
+
+def written(path):
+    found = {}
+    for file in path.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as tensors:
+            found.update({name: tensors.get_slice(name) for name in tensors.keys()})  # noqa: SIM118
+    return found
+
+
+@pytest.mark.parametrize(
+    "family, kind",
+    # A bias of the adapter needs one in the base layer, which of these only Qwen2 has.
+    [(family, kind) for family in FAMILIES for kind in KINDS if kind != "lora_bias" or family == "qwen2"],
+)
+def test_merged_logits_are_the_trained_models(tmp_path, family, kind):
+    base = tiny_model(family)
+    plain = logits(base)
+    model = trained(base, **KINDS[kind])
+    expected = logits(model)
+    save_merged(model, tiny_tokenizer(), tmp_path / "out")
+    # One more rounding to fp32 a weight (2^-24), through sums of at most 128 terms of size 1: below 1e-5.
+    torch.testing.assert_close(logits(reload(tmp_path / "out")), expected, atol=1e-5, rtol=1e-5)
+    assert (expected - plain).abs().max() > 1e-2  # the adapter does something
+    assert torch.equal(logits(model), expected)  # and is still there, unmerged
+    assert any(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora", "head", "bias"])
+@pytest.mark.parametrize("double", [True, False])
+def test_an_nf4_base_is_dequantised_and_merged(tmp_path, kind, double):
+    path = save_tiny(tmp_path / "base", "qwen2")
+    model, tokenizer = FastLanguageModel.from_pretrained(
+        str(path), dtype="float32", load_in_4bit=True, bnb_4bit_use_double_quant=double
+    )
+    model = trained(model, **KINDS[kind])
+    save_merged(model, tokenizer, tmp_path / "out")
+    merged = reload(tmp_path / "out")
+    assert not hasattr(merged.config, "quantization_config")
+    torch.testing.assert_close(logits(merged), logits(model), atol=1e-5, rtol=1e-5)
+
+
+def test_an_8_bit_base_is_dequantised(tmp_path):
+    path = save_tiny(tmp_path / "base", "llama")
+    model, _ = FastLanguageModel.from_pretrained(str(path), dtype="float32", load_in_8bit=True)
+    model = trained(model)
+    save_merged(model, None, tmp_path / "out")
+    torch.testing.assert_close(logits(reload(tmp_path / "out")), logits(model), atol=1e-5, rtol=1e-5)
+
+
+def test_a_bf16_base_is_merged_in_fp32_and_rounded_once(tmp_path):
+    model = trained(tiny_model("llama", dtype=torch.bfloat16))
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    exact = layer.base_layer.weight.double() + layer.scaling["default"] * (b.double() @ a.double())
+    save_merged(model, None, tmp_path / "out")
+    merged = reload(tmp_path / "out", torch.bfloat16)
+    weight = merged.model.layers[0].self_attn.q_proj.weight
+    assert weight.dtype == torch.bfloat16
+    # Half a unit in the last place of bf16's 8 bits, and before it fp32's error of sums of size 1.
+    assert ((weight.double() - exact).abs() <= exact.abs() * 2**-8 + 2**-20).all()
+    assert {part.get_dtype() for part in written(tmp_path / "out").values()} == {"BF16"}
+    assert AutoConfig.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
+
+
+def test_tied_embeddings_are_stored_once_and_stay_tied(tmp_path):
+    model = trained(tiny_model("llama", tie_word_embeddings=True))
+    save_merged(model, None, tmp_path / "out")
+    assert "lm_head.weight" not in written(tmp_path / "out")
+    merged = reload(tmp_path / "out")
+    assert merged.lm_head.weight is merged.model.embed_tokens.weight
+    torch.testing.assert_close(logits(merged), logits(model), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("whole", [["lm_head"], ["embed_tokens"], ["lm_head", "embed_tokens"]])
+def test_a_trained_half_of_a_tie_breaks_it_in_the_checkpoint(tmp_path, whole):
+    model = trained(tiny_model("llama", tie_word_embeddings=True), modules_to_save=whole)
+    expected = logits(model)
+    save_merged(model, None, tmp_path / "out")
+    merged = reload(tmp_path / "out")
+    assert not merged.config.tie_word_embeddings
+    torch.testing.assert_close(logits(merged), expected, atol=1e-5, rtol=1e-5)
+    assert model.config.tie_word_embeddings  # the model in memory is as it was
+
+
+def test_shards_and_their_index(tmp_path):
+    model = trained(tiny_model("llama"))
+    save_merged(model, None, tmp_path / "out", max_shard_size="100KB")
+    files = sorted(tmp_path.glob("out/*.safetensors"))
+    assert len(files) > 1 and all(file.stat().st_size < 120_000 for file in files)
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"]) == set(written(tmp_path / "out"))
+    assert index["metadata"]["total_size"] == sum(p.numel() * 4 for p in tiny_model("llama").parameters())
+    torch.testing.assert_close(logits(reload(tmp_path / "out")), logits(model), atol=1e-5, rtol=1e-5)
+
+
+def test_tokenizer_and_generation_settings_come_along(tmp_path):
+    model = trained(tiny_model("llama"))
+    model.get_base_model().generation_config.max_new_tokens = 7
+    save_merged(model, tiny_tokenizer(), tmp_path / "out")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer.chat_template == tiny_tokenizer().chat_template
+    assert reload(tmp_path / "out").generation_config.max_new_tokens == 7
+
+
+def test_a_model_without_adapter_is_saved_as_it_is(tmp_path):
+    model = tiny_model("qwen3")
+    save_merged(model, None, tmp_path / "out")
+    torch.testing.assert_close(logits(reload(tmp_path / "out")), logits(model), atol=0, rtol=0)
+
+
+def test_an_adapter_that_is_merged_already_is_not_added_twice(tmp_path):
+    model = trained(tiny_model("llama"))
+    expected = logits(model)
+    model.merge_adapter()
+    save_merged(model, None, tmp_path / "out")
+    torch.testing.assert_close(logits(reload(tmp_path / "out")), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_two_active_adapters_are_both_merged(tmp_path):
+    from peft import LoraConfig
+
+    model = trained(tiny_model("llama"))
+    model.add_adapter("second", LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    model.base_model.set_adapter(["default", "second"])
+    expected = logits(model)
+    save_merged(model, None, tmp_path / "both")
+    torch.testing.assert_close(logits(reload(tmp_path / "both")), expected, atol=1e-5, rtol=1e-5)
+    model.set_adapter("second")
+    save_merged(model, None, tmp_path / "one")
+    torch.testing.assert_close(logits(reload(tmp_path / "one")), logits(model), atol=1e-5, rtol=1e-5)
+
+
+def test_a_model_of_an_unknown_family_merges(tmp_path):
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=320, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, num_local_experts=2,
+    )  # fmt: skip
+    model = trained(MixtralForCausalLM(config), target_modules=["q_proj", "v_proj"])
+    expected = logits(model)
+    save_merged(model, None, tmp_path / "out")
+    torch.testing.assert_close(logits(reload(tmp_path / "out")), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_merged_4bit_is_the_merged_model_in_nf4(tmp_path):
+    model = trained(tiny_model("llama"))
+    save_merged(model, tiny_tokenizer(), tmp_path / "nf4", save_method="merged_4bit")
+    save_merged(model, None, tmp_path / "plain")
+    stored = FastLanguageModel.from_pretrained(str(tmp_path / "nf4"), dtype="float32")[0]
+    made = FastLanguageModel.from_pretrained(
+        str(_with_tokenizer(tmp_path / "plain")),
+        dtype="float32",
+        load_in_4bit=True,
+    )[0]
+    torch.testing.assert_close(logits(stored), logits(made), atol=1e-5, rtol=1e-5)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["nf4", "plain"]
+
+
+def _with_tokenizer(path):
+    tiny_tokenizer().save_pretrained(path)
+    return path
+
+
+def test_the_method_on_the_instance(tmp_path):
+    path = save_tiny(tmp_path / "base", "llama")
+    model, tokenizer = FastLanguageModel.from_pretrained(str(path), dtype="float32")
+    model = trained(model)
+    model.save_pretrained_merged(str(tmp_path / "merged"), tokenizer, save_method="merged_16bit")
+    torch.testing.assert_close(logits(reload(tmp_path / "merged")), logits(model), atol=1e-5, rtol=1e-5)
+    model.save_pretrained_merged(str(tmp_path / "adapter"), tokenizer, save_method="lora")
+    assert (tmp_path / "adapter" / "adapter_config.json").is_file()
+    with pytest.raises(UnknownArgument, match="did you mean 'merged_16bit'"):
+        model.save_pretrained_merged(str(tmp_path / "x"), tokenizer, save_method="merged_16bits")
+    assert not (tmp_path / "x").exists()
+
+
+def test_what_has_no_merged_form_is_refused_before_anything_is_written(tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    tokens = get_peft_model(
+        tiny_model("llama"), LoraConfig(target_modules=["q_proj"], trainable_token_indices=[3, 4])
+    )
+    dora = trained(tiny_model("llama"), use_dora=True)
+    dora.add_adapter("second", LoraConfig(r=2, target_modules=["q_proj"]))
+    dora.base_model.set_adapter(["default", "second"])
+    for model in (tokens, dora):
+        with pytest.raises(SaveFailed, match="save_method='lora'"):
+            save_merged(model, None, tmp_path / "out")
+    with pytest.raises(SaveFailed, match="no adapter"):
+        save_adapter(tiny_model("llama"), None, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("size, expected", [("5GB", 5 * 10**9), ("1.5 KiB", 1536), ("12", 12), (7, 7)])
+def test_sizes(size, expected):
+    assert parse_size(size) == expected
+
+
+@pytest.mark.parametrize("size", ["5 boxes", "", 0, "-1GB", "0GB"])
+def test_no_size(size):
+    with pytest.raises(PronghornError):
+        parse_size(size)
