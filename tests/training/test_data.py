@@ -16,7 +16,7 @@ from tests.training.runs import adapter_model, chats, losses, settings, trainer
 PARTS = {"instruction_part": "<|im_start|>user\n", "response_part": "<|im_start|>assistant\n"}
 
 
-def trained_texts(run, row) -> list[str]:
+def trained_texts(row) -> list[str]:
     """Supervised stretches of a prepared row."""
     tokenizer = tiny_tokenizer()
     ids = [
@@ -35,7 +35,7 @@ def trained_texts(run, row) -> list[str]:
 def test_assistant_only_loss(tmp_path):
     run = trainer(tmp_path, assistant_only_loss=True, rows=chats(3))
     assert run.args.assistant_only_loss
-    assert [trained_texts(run, row) for row in run.train_dataset][0] == ["because <|im_end|>"]
+    assert trained_texts(run.train_dataset[0]) == ["because <|im_end|>"]
 
 
 @pytest.mark.parametrize("packing", [False, True])
@@ -59,7 +59,7 @@ def test_responses_only_by_markers(tmp_path, packing, parts):
     expected = [f"first {i}<|im_end|>\n" if k else "\nsecond<|im_end|>\n" for i in range(3) for k in (1, 0)]
     for dataset in (run.train_dataset, run.eval_dataset["held"]):
         assert len(dataset) == (1 if packing else 3)
-        found = [text for row in dataset for text in trained_texts(run, row)]
+        found = [text for row in dataset for text in trained_texts(row)]
         assert found == expected
     run.train()
 
@@ -118,9 +118,9 @@ def test_formatting_function_and_lists_of_rows(tmp_path):
 
 def test_completion_only_follows_trl(tmp_path):
     rows = [{"prompt": "a?", "completion": " b"}] * 4
-    assert trained_texts(None, trainer(tmp_path / "a", rows=rows).train_dataset[0]) == [" b<|end|>"]
+    assert trained_texts(trainer(tmp_path / "a", rows=rows).train_dataset[0]) == [" b<|end|>"]
     full = trainer(tmp_path / "b", rows=rows, completion_only_loss=False)
-    assert trained_texts(None, full.train_dataset[0]) == ["a? b<|end|>"]
+    assert trained_texts(full.train_dataset[0]) == ["a? b<|end|>"]
 
 
 def test_token_rows_go_straight_through(tmp_path):

@@ -20,12 +20,26 @@ def same(one, other):
         torch.testing.assert_close(other[name], value, **CLOSE, msg=lambda text, name=name: f"{name}: {text}")
 
 
-def stock_step(folder, rows, *, assistant_only_loss=False):
+def stock_step(folder, rows):
     """Loss and parameters of one SGD step of TRL's own trainer on padded rows."""
     model = adapter_model(bound=False)
     args = trl.SFTConfig(
-        output_dir=str(folder), max_steps=1, per_device_train_batch_size=len(rows), optim="sgd", learning_rate=0.1, lr_scheduler_type="constant", max_grad_norm=0.0, logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True, bf16=False, use_cpu=True, gradient_checkpointing=False, dataloader_pin_memory=False
-    )  # fmt: skip
+        output_dir=str(folder),
+        max_steps=1,
+        per_device_train_batch_size=len(rows),
+        optim="sgd",
+        learning_rate=0.1,
+        lr_scheduler_type="constant",
+        max_grad_norm=0.0,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        bf16=False,
+        use_cpu=True,
+        gradient_checkpointing=False,
+        dataloader_pin_memory=False,
+    )
     run = trl.SFTTrainer(model=model, args=args, train_dataset=rows, processing_class=tiny_tokenizer())
     run.train()
     return losses(run)[0], trained(model)
