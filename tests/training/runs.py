@@ -59,6 +59,8 @@ def settings(folder: Path, **options: Any) -> SFTConfig:
         "save_strategy": "no",
         "report_to": "none",
         "disable_tqdm": True,
+        "use_cpu": True,  # exact comparisons; test_gpu.py is for the GPU
+        "dataloader_pin_memory": False,
         **options,
     }
     return SFTConfig(**given)

@@ -8,13 +8,14 @@ import pytest
 import torch
 import transformers
 import trl
+from peft import LoraConfig, get_peft_model
 
-from pronghorn.engine import binding_of
+from pronghorn.engine import bind, binding_of
 from pronghorn.errors import DatasetUnusable
 from pronghorn.training import SFTConfig, SFTTrainer
 from pronghorn.training.arguments import usable_optimizer
 from pronghorn.training.config import as_sft_config
-from tests.tiny import tiny_tokenizer
+from tests.tiny import tiny_model, tiny_tokenizer
 from tests.training.runs import adapter_model, chats, losses, settings, trainer
 
 
@@ -168,3 +169,25 @@ def test_a_collator_of_ones_own(tmp_path):
 def test_no_data(tmp_path):
     with pytest.raises(DatasetUnusable, match="no rows"):
         trainer(tmp_path, rows=[])
+
+
+def test_an_adapter_on_the_head_trains(tmp_path):
+    """TRL refuses one, because its fused head would leave it out."""
+    model = get_peft_model(tiny_model("llama"), LoraConfig(r=4, target_modules=["q_proj", "lm_head"]))
+    bind(model)
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if "lm_head.lora_B" in name}
+    run = trainer(tmp_path, model)
+    assert "get_output_embeddings" not in model.get_base_model().__dict__
+    run.train()
+    assert before
+    for name, parameter in model.named_parameters():
+        assert name not in before or not torch.equal(parameter, before[name])
+
+
+def test_defaults(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = SFTTrainer(model=adapter_model(), train_dataset=chats(2), processing_class=tiny_tokenizer())
+    assert run.args.output_dir == "outputs" and run.args.max_length == 1024
+    assert (
+        run.args.bf16 is False and not run.args.gradient_checkpointing and not run.args.logging_nan_inf_filter
+    )

@@ -30,10 +30,15 @@ class SFTConfig(trl.SFTConfig):
       model, as ever.
     - `max_length="auto"` is the model's `max_seq_length`, or 1024 without one. `max_seq_length` is its older name.
     - `logging_nan_inf_filter` is off: a loss that is no number shows, with a warning.
+    - `output_dir` is "outputs".
     - `drop_unsupervised_rows` leaves out rows without a token to train on, instead of refusing them.
     """
 
     # Names, types and the metadata of --help are TRL's; only defaults change.
+    output_dir: str | None = field(
+        default="outputs",
+        metadata={"help": "Where checkpoints go; `last_checkpoint` in it leads to the newest."},
+    )
     gradient_checkpointing: bool | None = field(
         default=None, metadata={"help": "Keep only layer inputs for backward and compute the rest again."}
     )
@@ -89,7 +94,7 @@ def as_sft_config(args: Any) -> SFTConfig:
     nothing about what the user wants; of its configuration that flag is not taken over.
     """
     if args is None:
-        return SFTConfig("outputs")
+        return SFTConfig()
     if isinstance(args, SFTConfig):
         return args
     if not isinstance(args, transformers.TrainingArguments):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import sys
 from typing import Any
 
@@ -25,6 +24,12 @@ def peak_memory_gib() -> float:
     """Largest memory so far in GiB: reserved on the GPU, or the process's own without one."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_reserved() / 2**30
+    if sys.platform == "win32":
+        import psutil
+
+        return psutil.Process().memory_info().peak_wset / 2**30
+    import resource
+
     # Linux counts in KiB, macOS in bytes.
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

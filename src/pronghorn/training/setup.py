@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 
 from pronghorn.engine import binding_of
 from pronghorn.training.config import AUTO, DEFAULT_MAX_LENGTH, SFTConfig
@@ -44,7 +45,8 @@ def model_as_it_is(model: Any) -> Iterator[None]:
     """Take back what TRL does to a model: a fused head over `forward`, and adapters of a quantised model cast to bf16.
 
     Adapters stay in float32 because an Adam step is smaller than bf16 can resolve; the engine computes in the model's
-    dtype whatever they are stored in.
+    dtype whatever they are stored in. TRL's fused head knows no adapter on lm_head and would refuse one; ours does, so
+    TRL is shown the layer under it.
     """
     if isinstance(model, str):
         yield
@@ -52,9 +54,15 @@ def model_as_it_is(model: Any) -> Iterator[None]:
     base = base_model(model)
     forward = base.__dict__.get("forward")
     stored = [(p, p.data) for p in model.parameters() if p.requires_grad and p.is_floating_point()]
+    head = base.get_output_embeddings()
+    adapted = isinstance(head, BaseTunerLayer)
+    if adapted:
+        base.get_output_embeddings = head.get_base_layer
     try:
         yield
     finally:
+        if adapted:
+            del base.get_output_embeddings
         restore_forward(base, forward)
         for parameter, data in stored:
             if parameter.dtype != data.dtype:
