@@ -71,6 +71,8 @@ def training_settings(config: RunConfig) -> Any:
     values = section_arguments(config, "training", field_types(SFTConfig))
     values.setdefault("output_dir", config.output.folder)
     values.setdefault("report_to", "none")
+    # Without it, the table of steps would follow the verbosity of Transformers, which a command lowers.
+    values.setdefault("disable_tqdm", False)
     if not config.data.responses_only:
         values.setdefault("completion_only_loss", False)
     if config.data.text_field is not None:
