@@ -61,7 +61,7 @@ class LayerCall:
 
 def layer_forward(
     layer: Any, hidden_states: Tensor, *args: Any, pronghorn: LayerCall | None = None, **kwargs: Any
-):
+) -> Any:
     """A decoder layer: the blocks when the bound decoder calls it, the stock forward otherwise."""
     if pronghorn is None:
         return type(layer).forward(layer, hidden_states, *args, **kwargs)

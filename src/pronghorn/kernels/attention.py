@@ -267,7 +267,7 @@ def _sdpa_backward(
     for run in _runs(docs):
         with torch.enable_grad():
             inputs = [run.batch(x).detach().requires_grad_() for x in (q, k, v)]
-            out = _sdpa(run, *inputs, call)
+            out = _sdpa(run, inputs[0], inputs[1], inputs[2], call)
         for whole, part in zip(grads, torch.autograd.grad(out, inputs, run.batch(dout)), strict=True):
             run.batch(whole).copy_(part)
     return grads[0], grads[1], grads[2]

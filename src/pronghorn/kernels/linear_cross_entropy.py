@@ -57,14 +57,17 @@ def linear_cross_entropy(
     supervised = labels != ignore_index
     if normalizer is None:
         normalizer = supervised.sum().clamp(min=1)
-    if not isinstance(normalizer, Tensor):
-        normalizer = torch.full((), float(normalizer), device=hidden.device)
-    normalizer = normalizer.to(device=hidden.device, dtype=math_dtype(hidden.dtype), non_blocking=True)
+    divisor: Tensor = (
+        normalizer
+        if isinstance(normalizer, Tensor)
+        else torch.full((), float(normalizer), device=hidden.device)
+    )
+    divisor = divisor.to(device=hidden.device, dtype=math_dtype(hidden.dtype), non_blocking=True)
     rows = chunk_rows or default_chunk_rows(weight.shape[0], hidden.dtype, hidden.device.type)
     a, b, scaling = lora if lora is not None else (None, None, 1.0)
     settings = _Settings(ignore_index, logit_scale, softcap, rows, scaling, use_triton(hidden, impl))
     total, num_correct = _LinearCrossEntropy.apply(hidden, weight, bias, a, b, labels, settings)
-    return total / normalizer, num_correct
+    return total / divisor, num_correct
 
 
 class _Settings:
