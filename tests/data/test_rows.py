@@ -59,6 +59,12 @@ def tokenizer_with(template):
     return tokenizer
 
 
+# Like Phi-3's: turns end alike, but the last one is followed by a token that begins like the next turn's.
+ENDED = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% else %}<|end|>{% endif %}"
+)
+
 FULL = (
     "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi?<|im_end|>\n<|im_start|>assistant\n"
     "Hello.<|im_end|>\n<|im_start|>user\nBye?<|im_end|>\n<|im_start|>assistant\nBye.<|im_end|>\n"
@@ -87,6 +93,40 @@ def test_responses_only_where_a_shorter_conversation_is_no_prefix():
 def test_responses_only_with_a_bracket_template():
     _, trained, _ = render({"messages": CHAT[1:]}, tokenizer_with(BRACKETS), responses_only=True)
     assert [text.strip() for text in trained] == ["Hello. <|end|>", "Bye. <|end|>"]
+
+
+def test_responses_only_where_only_the_last_turn_ends_the_text():
+    _, trained, _ = render({"messages": CHAT}, tokenizer_with(ENDED), responses_only=True)
+    assert trained == ["Hello.<|im_end|>", "Bye.<|im_end|>\n<|end|>"]
+
+
+def test_responses_only_where_the_last_turn_ends_differently():
+    template = CHAT_TEMPLATE.replace("<|im_end|>", "{{ '<|end|>' if loop.last else '<|im_end|>' }}")
+    _, trained, _ = render({"messages": CHAT}, tokenizer_with(template), responses_only=True)
+    assert trained == ["Hello.<|im_end|>", "Bye.<|end|>"]
+
+
+def test_responses_only_where_the_next_turn_is_the_end():
+    """Like GLM's: an answer has no end of its own and stops where the next turn begins."""
+    template = CHAT_TEMPLATE.replace("<|im_end|>\n", "\n")
+    text, trained, _ = render({"messages": CHAT}, tokenizer_with(template), responses_only=True)
+    assert "<|im_end|>" not in text
+    assert trained == ["Hello.\n<|im_start|>", "Bye."]
+
+
+def test_generation_blocks_that_hold_the_end_are_left_as_they_are():
+    inside = GENERATION.replace("{% endgeneration %}<|im_end|>\n", "<|im_end|>\n{% endgeneration %}")
+    _, trained, _ = render({"messages": CHAT}, tokenizer_with(inside), responses_only=True)
+    assert trained == ["Hello.<|im_end|>\n", "Bye.<|im_end|>\n"]
+
+
+def test_a_conversation_that_the_template_refuses():
+    template = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+        + CHAT_TEMPLATE
+    )
+    with pytest.raises(RowInvalid, match="no system role"):
+        render({"messages": CHAT}, tokenizer_with(template))
 
 
 def test_responses_only_ending_with_a_question():

@@ -9,7 +9,9 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from pronghorn.errors import ChatTemplateOpaque, TokenizerProblem
+from jinja2 import TemplateError
+
+from pronghorn.errors import ChatTemplateOpaque, RowInvalid, TokenizerProblem
 
 #: Unlikely in any text, no whitespace at its ends, and differing from both candidates' first and last letters.
 _MARKERS = ("\u0416pronghorn\u0416", "\u0428antilope\u0428")
@@ -48,11 +50,23 @@ class ChatRenderer:
         return template if isinstance(template, str) else str(template)
 
     def text(self, messages: list[Message], *, ask: bool = False) -> str:
-        """The conversation as text; with `ask` it ends where the assistant's next answer begins."""
+        """The conversation as text; with `ask` it ends where the assistant's next answer begins.
+
+        Raises:
+            TokenizerProblem: there is no chat template.
+            RowInvalid: the template refuses the conversation.
+        """
+        return self._render(messages, tokenize=False, add_generation_prompt=ask)
+
+    def _render(self, messages: list[Message], **how: Any) -> Any:
         _ = self.template
-        return self.tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=ask, **self.arguments
-        )
+        try:
+            return self.tokenizer.apply_chat_template(messages, **how, **self.arguments)
+        except TemplateError as error:
+            raise RowInvalid(
+                f"the chat template refuses a conversation: {error}",
+                fix="bring the roles into the order it expects, or change the template",
+            ) from error
 
     def tokens(self, text: str) -> list[int]:
         """Token ids of rendered text; the template has already written the special tokens."""
@@ -88,7 +102,9 @@ class ChatRenderer:
         until = text if index == len(messages) - 1 else self._try_text(messages[: index + 1])
         start = len(asked) if asked and text.startswith(asked) else None
         if start is not None and until is not None and text.startswith(until) and len(until) > start:
-            return start, start + len(_without_trailing_space(until[start:]))
+            return start, self._with_stop_token(
+                text, start, start + len(_without_trailing_space(until[start:]))
+            )
         content = self._content_span(messages, index, text)
         if content is None:
             raise ChatTemplateOpaque(
@@ -98,7 +114,8 @@ class ChatRenderer:
                 "(assistant_only_loss=False, or data.responses_only: false)",
             )
         begin = start if start is not None and start <= content[0] else content[0]
-        return begin, content[1] + len(self._end_of_turn(messages, index, text[content[1] :]))
+        end = content[1] + len(self._end_of_turn(messages, index, text[content[1] :]))
+        return begin, self._with_stop_token(text, begin, end)
 
     def _end_of_turn(self, messages: list[Message], index: int, rest: str) -> str:
         """What the template writes after the turn's content, as far as `rest` agrees with it."""
@@ -107,7 +124,33 @@ class ChatRenderer:
         if not closing or not content:
             return ""
         tail = closing[content[1] :]
-        return _without_trailing_space(tail[: _common_prefix(tail, rest)])
+        length = _common_prefix(tail, rest)
+        if length < len(tail):
+            # Where they part ways may be inside a token of the next turn ("<|" of "<|user|>"): what closes this one
+            # ends with the last whole special token.
+            ends = [
+                tail.rfind(token, 0, length) + len(token)
+                for token in self._special_tokens()
+                if token in tail[:length]
+            ]
+            length = max(ends, default=length)
+        return _without_trailing_space(tail[:length])
+
+    def _with_stop_token(self, text: str, start: int, end: int) -> int:
+        """The end of a turn, moved behind the special token that follows where the turn has none of its own.
+
+        That token is what stops an answer: gpt-oss ends turns in the middle with <|end|> but the last with <|return|>,
+        and GLM's answers stop at the next turn's <|user|>.
+        """
+        special = self._special_tokens()
+        if any(text.endswith(token, start, end) for token in special):
+            return end
+        gap = len(text) - len(text[end:].lstrip())
+        return gap + max((len(token) for token in special if text.startswith(token, gap)), default=end - gap)
+
+    def _special_tokens(self) -> set[str]:
+        added = getattr(self.tokenizer, "added_tokens_decoder", {})
+        return {str(token) for token in (*self.tokenizer.all_special_tokens, *added.values())} - {""}
 
     def _content_span(self, messages: list[Message], index: int, text: str) -> Span | None:
         """Where the content of one message lies: what changes in the text when the content does."""
@@ -138,17 +181,17 @@ class ChatRenderer:
 
     def _mask_of_generation_blocks(self, messages: list[Message]) -> tuple[list[int], list[bool]]:
         """The template's own mask. A special token right after an answer ends the turn and belongs to it."""
-        rendered = self.tokenizer.apply_chat_template(
-            messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True, **self.arguments
-        )
+        rendered = self._render(messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
         ids = list(rendered["input_ids"])
         mask = [bool(bit) for bit in rendered["assistant_masks"]]
         special = set(self.tokenizer.all_special_ids) | set(
             getattr(self.tokenizer, "added_tokens_decoder", {})
         )
-        ends = [i + 1 for i in range(len(ids) - 1) if mask[i] and not mask[i + 1]]
-        for end in ends:
-            if ids[end] in special and ids[end - 1] not in special:
+        for end in [i + 1 for i in range(len(ids) - 1) if mask[i] and not mask[i + 1]]:
+            last = end - 1
+            while last > 0 and mask[last] and not self.tokenizer.decode([ids[last]]).strip():
+                last -= 1
+            if ids[end] in special and ids[last] not in special:
                 mask[end] = True
         return ids, mask
 
