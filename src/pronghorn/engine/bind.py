@@ -18,6 +18,7 @@ from pronghorn.errors import BindingRefused
 from pronghorn.families import ACTIVATIONS, DecoderFamily, family_of
 from pronghorn.kernels.attention import choose_backend
 from pronghorn.memory import HostStash
+from pronghorn.weights import keep_four_bit_layout
 
 logger = logging.getLogger("pronghorn")
 
@@ -207,6 +208,7 @@ def bind(model: Any, *, strict: bool = False, save_levels: str | Sequence[str] =
         base.__dict__["pronghorn_binding"] = binding
         return binding
     binding.set_save_levels(save_levels)
+    keep_four_bit_layout(base)
     for module, function in _sites(base):
         _bind_forward(module, function, binding)
     for module in (base, base.model):

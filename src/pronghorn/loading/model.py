@@ -14,6 +14,7 @@ from pronghorn.hardware import Hardware
 from pronghorn.loading.checkpoint import check_folder
 from pronghorn.loading.precision import quantisation
 from pronghorn.loading.source import Source
+from pronghorn.weights import keep_four_bit_layout
 
 logger = logging.getLogger("pronghorn")
 
@@ -85,7 +86,7 @@ def load_model(source: Source, config: Any, options: Options, hardware: Hardware
     _check_loaded(info, source)
     if source.gguf_file is not None:
         _forget_gguf(model)
-    _keep_four_bit_layout(model)
+    keep_four_bit_layout(model)
     return model
 
 
@@ -248,14 +249,3 @@ def _forget_gguf(model: Any) -> None:
     for name in ("hf_quantizer", "quantization_method", "is_quantized"):
         model.__dict__.pop(name, None)
     model.config.__dict__.pop("quantization_config", None)
-
-
-def _keep_four_bit_layout(model: Any) -> None:
-    """Stop bitsandbytes from repacking 4-bit weights when a model answers on a CPU with AVX512-BF16.
-
-    The repacking rounds every scale to bf16 and does not come back to the same weights, so a model would train and
-    merge differently after its first answer; PEFT's DoRA also misreads repacked weights.
-    """
-    for module in model.modules():
-        if getattr(module, "support_avx512bf16_for_cpu", False):
-            module.support_avx512bf16_for_cpu = False

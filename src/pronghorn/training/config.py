@@ -25,7 +25,8 @@ class SFTConfig(trl.SFTConfig):
     """TRL's SFTConfig. What differs:
 
     - `gradient_checkpointing` is off by default: the save levels chosen in `get_peft_model` stay as they are. True
-      makes every layer of a bound model keep nothing but its input.
+      makes every layer of a bound model keep nothing but its input. A model that comes unbound is bound by the
+      trainer at that level too, unless the argument is False.
     - `bf16`/`fp16` are off by default: the model computes in its own dtype. True adds mixed precision for a float32
       model, as ever.
     - `max_length="auto"` is the model's `max_seq_length`, or 1024 without one. `max_seq_length` is its older name.
@@ -67,6 +68,9 @@ class SFTConfig(trl.SFTConfig):
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
+        # Transformers turns None into False, which is another answer.
+        asked = getattr(self, "activation_checkpointing", None)
+        self.checkpointing_refused = self.gradient_checkpointing is False and not asked
         if self.max_seq_length is not None:
             logger.warning(
                 "pronghorn: max_seq_length is called max_length now; %d is used", self.max_seq_length

@@ -22,7 +22,7 @@ from transformers.trainer_utils import rotate_checkpoints
 from pronghorn.data.collator import BOOKKEEPING, Collator
 from pronghorn.data.prepare import Preparation, prepare_dataset
 from pronghorn.data.rows import IGNORED, RowFormat, RowRenderer, row_kind
-from pronghorn.engine import bind
+from pronghorn.engine import bind, binding_of
 from pronghorn.errors import DatasetUnusable
 from pronghorn.training.arguments import take_older_arguments, usable_optimizer
 from pronghorn.training.checkpoints import (
@@ -126,7 +126,9 @@ class SFTTrainer(trl.SFTTrainer):
         del self._given_train
         if loaded_here:
             restore_forward(base_model(self.model))
-            bind(self.model)
+        if binding_of(self.model) is None:
+            # As in TRL, whoever says nothing about checkpointing gets the small footprint.
+            bind(self.model, save_levels="all" if args.checkpointing_refused else "none")
         take_over_checkpointing(args, self.model, bool(checkpointing))
         if custom_collator is None and not self._is_vision_dataset:
             self.data_collator = self._collator()

@@ -2,6 +2,6 @@
 
 from pronghorn.weights.base import DenseWeight, Weight
 from pronghorn.weights.quantised import FourBitWeight, Int8Weight
-from pronghorn.weights.read import read_weight
+from pronghorn.weights.read import keep_four_bit_layout, read_weight
 
-__all__ = ["DenseWeight", "FourBitWeight", "Int8Weight", "Weight", "read_weight"]
+__all__ = ["DenseWeight", "FourBitWeight", "Int8Weight", "Weight", "keep_four_bit_layout", "read_weight"]

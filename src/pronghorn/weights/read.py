@@ -25,6 +25,17 @@ def read_weight(module: nn.Module) -> Weight | None:
     return None
 
 
+def keep_four_bit_layout(model: nn.Module) -> None:
+    """Stop bitsandbytes from repacking 4-bit weights when a model answers on a CPU with AVX512-BF16.
+
+    The repacking rounds every scale to bf16 and does not come back to the same weights, so a model would train and
+    merge differently after its first answer; PEFT's DoRA also misreads repacked weights.
+    """
+    for module in model.modules():
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+
+
 def _read_four_bit(module: Any) -> Weight | None:
     state = getattr(module.weight, "quant_state", None) or getattr(module, "quant_state", None)
     if state is None:  # not quantised yet: bitsandbytes quantises when the module moves to its device
@@ -36,7 +47,7 @@ def _read_four_bit(module: Any) -> Weight | None:
 
 
 def _restore_layout(module: Any, state: Any) -> None:
-    """Undo the AVX512 repacking that bitsandbytes applies when a model generates on a CPU."""
+    """Undo a repacking that came before `keep_four_bit_layout`; scales stay rounded to bf16."""
     from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
 
     module.weight.data, module.weight.quant_state = _convert_weight_packed_for_cpu_inverse(
