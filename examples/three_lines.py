@@ -20,7 +20,9 @@ settings = SFTConfig(
 )
 
 # A hub id, a folder or a .gguf file.
-model, tokenizer = FastLanguageModel.from_pretrained(str(find_quickstart_model()), max_seq_length=256)
+model, tokenizer = FastLanguageModel.from_pretrained(
+    str(find_quickstart_model()), max_seq_length=256, load_in_4bit=False
+)
 model = FastLanguageModel.get_peft_model(model, r=16, lora_alpha=32)
 SFTTrainer(model, args=settings, processing_class=tokenizer, train_dataset=rows).train()
 

@@ -13,7 +13,7 @@ def adapter(tmp_path_factory):
     from pronghorn import FastLanguageModel
 
     model, tokenizer = FastLanguageModel.from_pretrained(
-        str(model_folder), max_seq_length=64, dtype="float32"
+        str(model_folder), max_seq_length=64, dtype="float32", load_in_4bit=False
     )
     model = FastLanguageModel.get_peft_model(model, r=4)
     model.save_pretrained(str(folder / "adapter"))

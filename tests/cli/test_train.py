@@ -16,6 +16,7 @@ model:
   name: {model}
   max_seq_length: 64
   dtype: float32
+  load_in_4bit: false
 adapter:
   r: 4
   lora_alpha: 8
@@ -154,7 +155,7 @@ def test_mistakes_are_one_line(config, capsys, override, expected):
 def test_unknown_key_names_its_line(config, capsys):
     config.write_text(config.read_text().replace("max_steps: 4", "max_stepz: 4"))
     line = refused(capsys, "train", config)
-    assert f"{config}, line 12" in line
+    assert f"{config}, line 13" in line
     assert "did you mean 'max_steps'?" in line
 
 

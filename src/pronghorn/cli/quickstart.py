@@ -43,7 +43,7 @@ class Plan:
     def on(device: str) -> Plan:
         if device == "cuda":
             return Plan(steps=None, rows_per_step=32, held_back=256)
-        return Plan(steps=80, rows_per_step=12, held_back=96, seconds=170)
+        return Plan(steps=80, rows_per_step=12, held_back=64, seconds=150)
 
 
 @dataclass

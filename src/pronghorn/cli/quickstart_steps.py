@@ -23,7 +23,7 @@ from pronghorn.inference import Sampling, generate
 if TYPE_CHECKING:
     from pronghorn.cli.quickstart import Plan
 
-ANSWER_TOKENS = 48
+ANSWER_TOKENS = 40
 # Merging rounds every adapted weight to 16 bits once more. bf16 keeps 8 bits, so a weight moves by at most 2^-9 of its
 # size; through this model that moves the predicted distribution by less than 1e-3 nats. A merge that forgets a module
 # or a scale moves it by tenths.
