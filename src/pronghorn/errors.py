@@ -176,3 +176,9 @@ class CheckpointMissing(PronghornError):
     """A run cannot be resumed: there is no complete checkpoint."""
 
     code = "PH603"
+
+
+class OutOfMemory(PronghornError):
+    """The GPU's memory did not suffice for a training step."""
+
+    code = "PH501"

@@ -170,6 +170,22 @@ def test_a_broken_row_is_named(config, rows, tmp_path, capsys):
     assert f"{broken}, line 3" in refused(capsys, "train", config, "--set", f"data.dataset={broken}")
 
 
+def test_output_folder_is_checked_before_anything_is_loaded(config, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        assert "[PH402]" in refused(capsys, "train", config, "--set", f"output.folder={folder}")
+
+
+def test_out_of_memory_says_what_helps(config, monkeypatch, capsys):
+    def exhausted(self, **arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr("pronghorn.SFTTrainer.train", exhausted)
+    line = refused(capsys, "train", config)
+    assert "[PH501]" in line
+    assert "offload" in line
+
+
 def test_a_model_file_cut_short(config, model, tmp_path, capsys):
     import shutil
 

@@ -11,13 +11,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from pronghorn.cli.console import duration, heading, say, table, wrapped
+from pronghorn.cli.folders import output_folder
 from pronghorn.cli.models import find_quickstart_model
 from pronghorn.cli.quiet import quiet_libraries
-from pronghorn.errors import CommandMisused
 
 # Held back from training, and asked before and after.
 ASKED = ("os.path.join", "shutil.rmtree", "textwrap.dedent")
@@ -61,9 +60,7 @@ class Stopwatch:
 
 def run(out: str, steps: int | None = None) -> int:
     """Train, show, save and verify; everything is left in the folder ``out``."""
-    folder = Path(out)
-    if folder.exists() and not folder.is_dir():
-        raise CommandMisused("the output folder is a file", where=out, fix="name another with --out")
+    folder = output_folder(out, "--out")
     watch = Stopwatch()
     model_file = find_quickstart_model()
     with watch.phase("make rows from the library's docstrings"):
@@ -90,7 +87,8 @@ def run(out: str, steps: int | None = None) -> int:
     asked = [row for row in held_rows if row.name in ASKED]
     with watch.phase("answer three questions, twice"):
         before = steps_of.answers(model, tokenizer, asked)
-    trainer = steps_of.make_trainer(model, tokenizer, train_rows, held_rows, plan, folder, SEED)
+    with watch.phase("turn the rows into tokens"):
+        trainer = steps_of.make_trainer(model, tokenizer, train_rows, held_rows, plan, folder, SEED)
     with watch.phase("loss on the held-back rows, twice"):
         loss_before = steps_of.held_back_loss(trainer)
     say(f"loss      {loss_before:.3f} on the held-back rows before training\n")

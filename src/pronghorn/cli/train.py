@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from pronghorn.cli.console import duration, first_line, heading, say, table
+from pronghorn.cli.folders import output_folder
 from pronghorn.cli.models import resolve_model
 from pronghorn.cli.quiet import quiet_libraries
 from pronghorn.config import RunConfig, arguments, load_config, section_arguments
-from pronghorn.errors import ConfigInvalid
+from pronghorn.errors import ConfigInvalid, OutOfMemory
 
 
 def run(config_path: str, overrides: list[str], *, resume: bool = False, as_json: bool = False) -> int:
@@ -21,6 +22,7 @@ def run(config_path: str, overrides: list[str], *, resume: bool = False, as_json
     quiet_libraries()
     # Everything that can be refused without a model is refused before one is loaded.
     settings = training_settings(config)
+    output_folder(settings.output_dir, "output.folder")
     checkpoint = _newest_checkpoint(settings.output_dir) if resume else None
     from pronghorn.cli.rows import load_rows
 
@@ -41,7 +43,7 @@ def run(config_path: str, overrides: list[str], *, resume: bool = False, as_json
     if checkpoint is not None:
         say(f"resuming from {checkpoint}")
     started = time.perf_counter()
-    result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    result = _train(trainer, checkpoint)
     seconds = time.perf_counter() - started
     summary: dict[str, Any] = {
         "steps": result.global_step,
@@ -124,6 +126,24 @@ def save_results(config: RunConfig, model: Any, tokenizer: Any) -> dict[str, str
     if output.save_merged is not None:
         saved["merged"] = str(save_merged(model, tokenizer, folder / "merged", output.save_merged))
     return saved
+
+
+def _train(trainer: Any, checkpoint: Path | None) -> Any:
+    """Train; running out of GPU memory becomes an error with what helps.
+
+    Raises:
+        OutOfMemory: the GPU's memory did not suffice.
+    """
+    import torch
+
+    try:
+        return trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemory(
+            f"the GPU ran out of memory at step {trainer.state.global_step + 1}: {first_line(error)}",
+            fix="one of adapter.use_gradient_checkpointing: offload, a smaller training.per_device_train_batch_size "
+            "(with more gradient_accumulation_steps), a smaller model.max_seq_length, model.load_in_4bit: true",
+        ) from None
 
 
 def _newest_checkpoint(output_dir: str) -> Path:
