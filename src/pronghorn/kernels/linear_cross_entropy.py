@@ -166,6 +166,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 logits.addmm_(adapter[2], adapter[1].t(), alpha=settings.scaling)
             dlogits = _cross_entropy_(logits, labels[at], losses[at], correct[at], settings, gradients.any)
             gradients.add(dlogits, chunk, weight, adapter, at)
+            # Else this chunk's logits would live on while the next chunk's are made: a second chunk at the peak.
+            del logits, dlogits
         ctx.gradients = gradients
         ctx.dtypes = [None if p is None else p.dtype for p in (hidden, weight, bias, a, b)]
         num_correct = correct.sum()
