@@ -131,6 +131,17 @@ def test_other_fields_of_sftconfig_reach_the_trainer(config, capsys):
     assert (settings.adam_beta1, settings.packing, settings.max_length) == (0.8, True, "auto")
 
 
+def test_the_save_level_of_either_section_counts(config):
+    from pronghorn import binding_of
+    from pronghorn.cli.train import load_model
+    from pronghorn.config import load_config
+
+    for section in ("model", "adapter"):
+        override = f"{section}.use_gradient_checkpointing=attention"
+        model, _ = load_model(load_config(config, [override]))
+        assert binding_of(model).save_levels == ("attention", "attention")
+
+
 @pytest.mark.parametrize(
     ("override", "expected"),
     [

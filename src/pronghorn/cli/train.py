@@ -49,7 +49,7 @@ def run(config_path: str, overrides: list[str], *, resume: bool = False, as_json
         "steps": result.global_step,
         "seconds": round(seconds, 2),
         "train_loss": result.training_loss,
-        "eval_loss": float(trainer.evaluate()["eval_loss"]) if rows.held_back is not None else None,
+        "eval_loss": _final_loss(trainer) if rows.held_back is not None else None,
         "train_rows": len(rows.train),
         "eval_rows": len(rows.held_back) if rows.held_back is not None else 0,
         "peak_memory_bytes": _peak_memory(),
@@ -106,6 +106,8 @@ def load_model(config: RunConfig) -> tuple[Any, Any]:
     adapter = section_arguments(config, "adapter", field_types(LoraConfig))
     loading = arguments(config.model)
     loading["model_name"] = resolve_model(loading["model_name"])
+    if config.model.use_gradient_checkpointing is not None:  # get_peft_model's default would take its place
+        adapter.setdefault("use_gradient_checkpointing", config.model.use_gradient_checkpointing)
     model, tokenizer = FastLanguageModel.from_pretrained(**loading)
     if not config.model.full_finetuning:
         model = FastLanguageModel.get_peft_model(model, **adapter)
@@ -144,6 +146,14 @@ def _train(trainer: Any, checkpoint: Path | None) -> Any:
             fix="one of adapter.use_gradient_checkpointing: offload, a smaller training.per_device_train_batch_size "
             "(with more gradient_accumulation_steps), a smaller model.max_seq_length, model.load_in_4bit: true",
         ) from None
+
+
+def _final_loss(trainer: Any) -> float:
+    """Loss on the held-back rows after the last step, measured unless the training ended with that."""
+    for entry in reversed(trainer.state.log_history):
+        if entry.get("step") == trainer.state.global_step and "eval_loss" in entry:
+            return float(entry["eval_loss"])
+    return float(trainer.evaluate()["eval_loss"])
 
 
 def _newest_checkpoint(output_dir: str) -> Path:
