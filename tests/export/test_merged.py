@@ -196,6 +196,7 @@ def test_a_model_of_an_unknown_family_merges(tmp_path):
     torch.testing.assert_close(logits(reload(tmp_path / "out")), expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Transformers puts 4-bit checkpoints on the GPU")
 def test_merged_4bit_is_the_merged_model_in_nf4(tmp_path):
     model = trained(tiny_model("llama"))
     save_merged(model, tiny_tokenizer(), tmp_path / "nf4", save_method="merged_4bit")

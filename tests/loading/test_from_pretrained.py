@@ -134,6 +134,9 @@ def test_8_bit(llama):
     assert model.model.layers[0].mlp.up_proj.weight.dtype == torch.int8
 
 
+@pytest.mark.skipif(
+    torch.cuda.is_available(), reason="Transformers puts 4-bit checkpoints on the GPU: test_gpu.py"
+)
 def test_a_quantised_checkpoint_stays_as_it_is_and_a_conflict_is_said(llama, tmp_path, caplog):
     model, tokenizer = load(llama, load_in_4bit=True)
     model.save_pretrained(tmp_path / "nf4")

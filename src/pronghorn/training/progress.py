@@ -22,7 +22,7 @@ _COLUMNS = (("step", 11), ("loss", 9), ("lr", 10), ("epoch", 7), ("tokens/s", 10
 
 def peak_memory_gib() -> float:
     """Largest memory so far in GiB: reserved on the GPU, or the process's own without one."""
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and torch.cuda.max_memory_reserved():  # zero: the run is on the CPU
         return torch.cuda.max_memory_reserved() / 2**30
     if sys.platform == "win32":
         import psutil
