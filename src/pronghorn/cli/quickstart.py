@@ -42,7 +42,7 @@ class Plan:
     def on(device: str) -> Plan:
         if device == "cuda":
             return Plan(steps=None, rows_per_step=32, held_back=256)
-        return Plan(steps=80, rows_per_step=12, held_back=64, seconds=150)
+        return Plan(steps=72, rows_per_step=12, held_back=64, seconds=170)
 
 
 @dataclass

@@ -96,6 +96,8 @@ def make_trainer(
         warmup_steps=0.05,
         max_length=plan.max_length,
         assistant_only_loss=True,
+        # Few different sizes: a CPU prepares its matrix products once for each.
+        pad_to_multiple_of=128,
         logging_steps=max(1, (plan.steps or 100) // 12),
         save_strategy="no",
         eval_strategy="no",
