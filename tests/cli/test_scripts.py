@@ -22,9 +22,7 @@ def test_requirements_follow_extras_of_extras():
     setup = script("setup_venv")
     names = setup.requirements(["dev"])
     for name in ("torch", "pytest", "ruff", "gguf"):
-        assert sum(
-            requirement.startswith(name + ">") or requirement.startswith(name + "~") for requirement in names
-        )
+        assert sum(requirement.startswith((name + ">", name + "~")) for requirement in names)
     assert not any(requirement.startswith("pronghorn") for requirement in names)
     assert not any(requirement.startswith("pytest") for requirement in setup.requirements([]))
 
