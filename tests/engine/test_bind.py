@@ -11,7 +11,15 @@ from torch import nn
 
 from pronghorn.engine import bind, binding_of
 from pronghorn.errors import BackwardTwice, BindingRefused, UnknownSaveLevel
-from tests.families.parity import add_adapter, assert_same, bound_copy, relative_error, rows_batch, run
+from tests.families.parity import (
+    add_adapter,
+    assert_same,
+    bound_copy,
+    quantise_4bit,
+    relative_error,
+    rows_batch,
+    run,
+)
 from tests.tiny import tiny_model
 
 
@@ -149,3 +157,21 @@ def test_autocast_computes_in_its_dtype() -> None:
     for name, gradient in exact.gradients.items():
         theirs = relative_error(stock.gradients[name], gradient)
         assert relative_error(ours.gradients[name], gradient) < 2 * theirs + 2**-7, name
+
+
+def test_four_bit_weights_compute_in_the_dtype_they_were_loaded_for() -> None:
+    """fp32 embeddings and norms over NF4 weights, as PEFT's k-bit preparation leaves them, multiply in bf16."""
+    pytest.importorskip("bitsandbytes")
+    model = add_adapter(quantise_4bit(tiny_model("llama"), double_quant=False))
+    batch = rows_batch(model.config.vocab_size, (9, 5))
+    binding = bind(model, strict=True)
+    assert binding.weight_dtype is None  # bitsandbytes' default asks for nothing
+    exact = run(model, batch, logits=False)
+    linears = [m for m in model.modules() if type(m).__name__ == "Linear4bit"]
+    for linear in linears:
+        linear.compute_dtype = torch.bfloat16
+    assert binding.weight_dtype == torch.bfloat16
+    low = run(model, batch, logits=False)
+    errors = [relative_error(low.gradients[name], gradient) for name, gradient in exact.gradients.items()]
+    assert 1e-4 < max(errors) < 5e-2
+    assert all(gradient.dtype == torch.float32 for gradient in low.gradients.values())

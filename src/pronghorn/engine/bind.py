@@ -52,11 +52,15 @@ class Binding:
 
     @property
     def weight_dtype(self) -> torch.dtype | None:
-        """Dtype of the first query projection's stored weight; None when it is quantised."""
+        """The dtype that the first query projection asks to be multiplied in: its own; of a 4-bit weight the 16-bit
+        compute dtype it was loaded with; None when it leaves that to its input."""
         projection = getattr(getattr(self.layers[0], self.family.parts.attention), self.family.parts.q)
-        weight = getattr(projection, "base_layer", projection).weight
-        plain = weight.dtype.is_floating_point and getattr(weight, "quant_state", None) is None
-        return weight.dtype if plain else None
+        linear = getattr(projection, "base_layer", projection)
+        if linear.weight.dtype.is_floating_point and getattr(linear.weight, "quant_state", None) is None:
+            return linear.weight.dtype
+        asked = getattr(linear, "compute_dtype", None)
+        # fp32 is bitsandbytes' default, not somebody's wish.
+        return asked if asked in (torch.bfloat16, torch.float16) else None
 
     def layer_index(self, layer: Any) -> int:
         return int(getattr(layer, self.family.parts.attention).layer_idx)
@@ -122,7 +126,7 @@ class Binding:
         if not self.bound:
             return f"{name}: stock forward. " + "; ".join(self.reasons)
         parameter = next(self.model.parameters())
-        dtype = self.weight_dtype or torch.get_default_dtype()
+        dtype = self.weight_dtype or self.model.get_input_embeddings().weight.dtype
         attention = getattr(self.layers[0], self.family.parts.attention)
         backend, why = choose_backend(parameter.device, dtype, attention.head_dim)
         counts = ", ".join(

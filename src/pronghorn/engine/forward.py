@@ -36,7 +36,7 @@ class LossOutput(CausalLMOutputWithPast):
 
 
 def compute_dtype(binding: Binding, hidden_states: Tensor) -> torch.dtype:
-    """The dtype of matrix products: autocast's, else that of the plain weights, else the residual stream's."""
+    """The dtype of matrix products: autocast's, else the one the weights ask for, else the residual stream's."""
     device = hidden_states.device.type
     if torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
