@@ -1,7 +1,7 @@
 # make quickstart   fine-tune a real 135M model on real data, on this machine (minutes on 2 CPU cores)
 # make test         run the tests
 # make check        lint, format, types, import layers
-# make gpu          kernel tests natively on the GPU, then the benchmarks
+# make gpu          kernel tests natively on the GPU, parity, then the benchmarks
 #
 # Each makes .venv itself when it is missing. Variables: PYTHON (3.11 or newer), TORCH, JOBS, OUT.
 
@@ -52,8 +52,9 @@ format: $(READY_DEV)
 
 gpu: $(READY_TEST)
 	@$(BIN)/python -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "make gpu needs a CUDA GPU, and torch sees none")'
-	@$(BIN)/python -m pytest tests/kernels
-	@$(BIN)/python -m benchmarks.run
+	@$(BIN)/python -m pytest tests/kernels tests/memory
+	@$(BIN)/python -m benchmarks.verify
+	@$(BIN)/python -m benchmarks.run --workload llama8b-lora,llama8b-qlora,qwen1.5b-lora --out benchmarks/results/mine.csv
 
 clean:
 	rm -rf $(VENV) outputs build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from datetime import UTC, datetime
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ from benchmarks.side import RESULT_PREFIX
 from benchmarks.table import append_csv, rate, report
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+#: what has to be importable for a library's sides
+PACKAGES = {"hf": "trl", "liger": "liger_kernel", "unsloth": "unsloth", "pronghorn": "trl"}
 #: bytes of free space asked of shared memory: 8 billion weights of two bytes, and some room
 LARGEST_CHECKPOINT = 24 << 30
 
@@ -213,10 +216,18 @@ def roomy_folder() -> Path:
     return Path(tempfile.gettempdir())
 
 
+def installed(names: tuple[str, ...]) -> tuple[str, ...]:
+    """The sides whose library is on this machine; the others are named."""
+    missing = {name for name in names if find_spec(PACKAGES[SIDES[name].library]) is None}
+    if missing:
+        print(f"left out, not installed: {', '.join(sorted(missing))}", flush=True)
+    return tuple(name for name in names if name not in missing)
+
+
 def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
     workloads = [WORKLOADS[name] for name in pick(options.workload, WORKLOADS, ("llama8b-lora",))]
-    sides = [SIDES[name] for name in pick(options.sides, SIDES, DEFAULT_SIDES)]
+    sides = [SIDES[name] for name in pick(options.sides, SIDES, installed(DEFAULT_SIDES))]
     options.checkpoints = options.checkpoints.absolute()
     options.logs = options.logs.absolute() if options.logs else None
     failed = 0

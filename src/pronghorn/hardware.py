@@ -85,7 +85,7 @@ def _cpu_hardware() -> Hardware:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
     return Hardware(
         device="cpu",
-        name=platform.processor() or platform.machine(),
+        name=_cpu_name(),
         capability=(0, 0),
         memory_bytes=memory,
         compute_dtype=_cpu_dtype(torch),
@@ -93,6 +93,16 @@ def _cpu_hardware() -> Hardware:
         flash_attention=Fact(False, "no CUDA GPU: torch's CPU attention is used, one document at a time"),
         cpu_cores=os.cpu_count() or 1,
     )
+
+
+def _cpu_name() -> str:
+    """The processor's own name where the system tells it, else its architecture."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    except OSError:
+        names = []
+    return next((name for name in names if name), platform.processor() or platform.machine())
 
 
 def _cpu_dtype(torch: Any) -> Fact:

@@ -24,7 +24,7 @@ def run(options: Namespace) -> int:
     from pronghorn.inference import Conversation, Sampling, load_for_chat
 
     model, tokenizer = load_for_chat(
-        resolve_model(options.model), max_seq_length=CONTEXT, load_in_4bit=options.load_in_4bit
+        resolve_model(options.model), max_seq_length=None, load_in_4bit=options.load_in_4bit
     )
     conversation = Conversation(
         model,
