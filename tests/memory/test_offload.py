@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from pronghorn.memory.offload import LAG
 from tests.families.parity import add_adapter, assert_same, bound_copy, rows_batch, run
 from tests.tiny import tiny_model
 
@@ -26,15 +27,56 @@ def test_parked_inputs_leave_the_gpu() -> None:
     from pronghorn.memory import HostStash
 
     stash = HostStash(torch.cuda.Stream())
-    before = torch.cuda.memory_allocated()
-    tensors = [torch.randn(1 << 20, device="cuda") for _ in range(4)]
-    copies = [t.clone().cpu() for t in tensors]
-    indices = [stash.park(t) for t in tensors]
-    del tensors
-    torch.cuda.synchronize()
-    assert torch.cuda.memory_allocated() == before
+    before, size = torch.cuda.memory_allocated(), 4 << 20
+    copies, indices = [], []
+    torch.cuda.reset_peak_memory_stats()
+    for seed in range(8):
+        generator = torch.Generator("cuda").manual_seed(seed)
+        tensor = torch.randn(1 << 20, device="cuda", generator=generator)
+        copies.append(tensor.cpu())
+        indices.append(stash.park(tensor))
+        del tensor
+    # Stream order, not luck: without any synchronisation never more than the ones on their way out and a new one.
+    assert torch.cuda.max_memory_allocated() <= before + (LAG + 1) * size
+    assert torch.cuda.memory_allocated() == before + LAG * size
     for index, expected in reversed(list(zip(indices, copies, strict=True))):
         assert torch.equal(stash.fetch(index, torch.device("cuda")).cpu(), expected)
+    assert torch.cuda.memory_allocated() == before
+
+
+@needs_gpu
+@pytest.mark.gpu
+def test_host_ahead_of_the_gpu_holds_no_more() -> None:
+    """A thousand layers are enqueued while the first copy has hardly begun."""
+    from pronghorn.memory import HostStash
+
+    stash, size = HostStash(torch.cuda.Stream()), 4 << 20
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    torch.cuda._sleep(200_000_000)
+    tensor = torch.zeros(1 << 20, device="cuda")
+    indices = []
+    for _ in range(1000):
+        indices.append(stash.park(tensor))
+        tensor = tensor + 1
+    assert torch.cuda.max_memory_allocated() <= before + (LAG + 2) * size
+    for index in reversed(indices):
+        assert (stash.fetch(index, torch.device("cuda")) == index).all()
+
+
+@needs_gpu
+@pytest.mark.gpu
+def test_an_abandoned_pass_harms_nobody() -> None:
+    from pronghorn.memory import HostStash
+
+    for _ in range(20):
+        stash = HostStash(torch.cuda.Stream())
+        indices = [stash.park(torch.full((1 << 20,), 7.0, device="cuda")) for _ in range(4)]
+        stash.fetch(indices[-1], torch.device("cuda"))
+        stash.fetch(indices[-2], torch.device("cuda"))  # starts bringing back the next
+        del stash
+        fresh = torch.zeros(1 << 20, device="cuda")
+        assert (fresh == 0).all()
 
 
 def test_without_a_gpu_offload_is_none() -> None:
