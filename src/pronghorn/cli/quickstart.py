@@ -16,33 +16,12 @@ from typing import Any
 from pronghorn.cli.console import duration, heading, say, table, wrapped
 from pronghorn.cli.folders import output_folder
 from pronghorn.cli.models import find_quickstart_model
+from pronghorn.cli.quickstart_plan import Plan
 from pronghorn.cli.quiet import quiet_libraries
 
 # Held back from training, and asked before and after.
 ASKED = ("os.path.join", "shutil.rmtree", "textwrap.dedent")
 SEED = 3407
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How much is trained: on two CPU cores what fits into minutes, on a GPU one pass over all rows.
-
-    ``seconds`` ends the training early on a slow machine; ``steps`` None is one pass.
-    """
-
-    steps: int | None
-    rows_per_step: int
-    held_back: int
-    seconds: float | None = None
-    learning_rate: float = 1e-3
-    rank: int = 16
-    max_length: int = 256
-
-    @staticmethod
-    def on(device: str) -> Plan:
-        if device == "cuda":
-            return Plan(steps=None, rows_per_step=32, held_back=256)
-        return Plan(steps=72, rows_per_step=12, held_back=64, seconds=170)
 
 
 @dataclass

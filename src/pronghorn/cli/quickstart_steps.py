@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -14,14 +14,12 @@ from transformers import TrainerCallback
 
 from pronghorn import FastLanguageModel, SFTConfig, SFTTrainer
 from pronghorn.cli.console import say
+from pronghorn.cli.quickstart_plan import Plan
 from pronghorn.data.docstrings import DocRow
 from pronghorn.engine import base_causal_lm, binding_of
 from pronghorn.errors import MergedModelDiffers
 from pronghorn.export import save_adapter, save_merged
 from pronghorn.inference import Sampling, generate
-
-if TYPE_CHECKING:
-    from pronghorn.cli.quickstart import Plan
 
 ANSWER_TOKENS = 40
 # Merging rounds every adapted weight to 16 bits once more. bf16 keeps 8 bits, so a weight moves by at most 2^-9 of its

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from pronghorn.engine import binding_of
+from pronghorn.engine import base_causal_lm, binding_of
 from pronghorn.training.config import AUTO, DEFAULT_MAX_LENGTH, SFTConfig
 
 logger = logging.getLogger("pronghorn")
@@ -51,7 +51,7 @@ def model_as_it_is(model: Any) -> Iterator[None]:
     if isinstance(model, str):
         yield
         return
-    base = base_model(model)
+    base = base_causal_lm(model)
     forward = base.__dict__.get("forward")
     stored = [(p, p.data) for p in model.parameters() if p.requires_grad and p.is_floating_point()]
     head = base.get_output_embeddings()
@@ -75,15 +75,6 @@ def restore_forward(base: Any, forward: Any = None) -> None:
         base.__dict__.pop("forward", None)
     else:
         base.forward = forward
-
-
-def base_model(model: Any) -> Any:
-    """The Transformers model inside a PEFT wrapper, or the model itself."""
-    return (
-        model.get_base_model()
-        if hasattr(model, "peft_config") and hasattr(model, "get_base_model")
-        else model
-    )
 
 
 def is_bound(model: Any) -> bool:
@@ -134,7 +125,7 @@ def takes_flat_batches(model: Any) -> bool:
     """Whether a model keeps documents of one flat stream apart: a bound one, or flash attention in Transformers."""
     if is_bound(model):
         return True
-    base = base_model(model)
+    base = base_causal_lm(model)
     attention = str(getattr(base.config, "_attn_implementation", "") or "")
     parameters = inspect.signature(type(base).forward).parameters.values()
     passes_on = any(parameter.kind == inspect.Parameter.VAR_KEYWORD for parameter in parameters)

@@ -22,7 +22,7 @@ from transformers.trainer_utils import rotate_checkpoints
 from pronghorn.data.collator import BOOKKEEPING, Collator
 from pronghorn.data.prepare import Preparation, prepare_dataset
 from pronghorn.data.rows import IGNORED, RowFormat, RowRenderer, row_kind
-from pronghorn.engine import bind, binding_of
+from pronghorn.engine import base_causal_lm, bind, binding_of
 from pronghorn.errors import DatasetUnusable
 from pronghorn.training.arguments import take_older_arguments, usable_optimizer
 from pronghorn.training.checkpoints import (
@@ -38,7 +38,6 @@ from pronghorn.training.logits import loss_from_logits
 from pronghorn.training.meter import Stopwatch, Tally
 from pronghorn.training.progress import ProgressTable, peak_memory_gib
 from pronghorn.training.setup import (
-    base_model,
     hidden,
     is_bound,
     match_precision,
@@ -125,7 +124,7 @@ class SFTTrainer(trl.SFTTrainer):
             )
         del self._given_train
         if loaded_here:
-            restore_forward(base_model(self.model))
+            restore_forward(base_causal_lm(self.model))
         if binding_of(self.model) is None:
             # As in TRL, whoever says nothing about checkpointing gets the small footprint.
             bind(self.model, save_levels="all" if args.checkpointing_refused else "none")
