@@ -4,11 +4,11 @@ import logging
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM, TrainingArguments
 
 from pronghorn.engine import binding_of
 from pronghorn.errors import BindingRefused, ModelNotFound, PackageMissing, UnknownArgument, UnknownSaveLevel
-from pronghorn.hardware import Fact, Hardware
+from pronghorn.hardware import Fact, Hardware, probe
 from pronghorn.loading import FastLanguageModel, is_bfloat16_supported, precision
 from pronghorn.loading import hub as hub_module
 from pronghorn.loading.tokenizer import set_pad_token
@@ -66,10 +66,17 @@ def test_tied_embeddings_are_not_taken_for_missing_weights(tmp_path):
 )
 def test_dtype(llama, asked, expected):
     model, _ = load(llama, dtype=asked)
-    expected = expected or (torch.bfloat16 if is_bfloat16_supported() else torch.float32)
+    expected = expected or getattr(torch, probe().compute_dtype.value)
     if not torch.cuda.is_available() or asked is not None:
         assert model.dtype == expected
         assert {p.dtype for p in model.parameters()} == {expected}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="what a machine without a GPU takes")
+def test_the_notebook_line_for_mixed_precision_is_accepted_without_a_gpu(tmp_path):
+    """`fp16=not is_bfloat16_supported(), bf16=is_bfloat16_supported()`: Transformers refuses bf16=True on a CPU."""
+    supported = is_bfloat16_supported()
+    TrainingArguments(tmp_path, fp16=not supported, bf16=supported)
 
 
 def test_the_choice_of_dtype_is_logged_with_its_reason(llama, caplog):

@@ -31,8 +31,13 @@ logger = logging.getLogger("pronghorn")
 
 
 def is_bfloat16_supported() -> bool:
-    """Whether this machine multiplies bf16 matrices natively."""
-    return bool(probe().compute_dtype.value == "bfloat16")
+    """Whether a GPU here multiplies bf16 matrices, for `TrainingArguments(bf16=..., fp16=not ...)`.
+
+    False without a GPU, whatever the CPU can do: Transformers refuses `bf16=True` there, while our trainer takes
+    `fp16=True` as "the model's own dtype".
+    """
+    hardware = probe()
+    return bool(hardware.is_cuda and hardware.compute_dtype.value == "bfloat16")
 
 
 def save_level(use_gradient_checkpointing: bool | str) -> Level:
