@@ -62,6 +62,17 @@ def test_packed_stream_equals_rows(family: str, mode: str) -> None:
     assert_same(actual, expected, EXACT)
 
 
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_position_ids_alone_tell_documents_apart(family: str) -> None:
+    """As in Transformers: a position that does not follow the one before begins a document."""
+    model = add_adapter(stock_on_stream(stock(family)))
+    packed = packed_batch(rows_batch(model.config.vocab_size, LENGTHS))
+    batch = {name: packed[name] for name in ("input_ids", "labels", "position_ids")}
+    fast = bound_copy(model, "none")
+    assert_same(run(fast, batch), run(model, batch), EXACT)
+    assert_same(run(fast, batch), run(fast, packed), EXACT)
+
+
 @pytest.mark.parametrize(
     "options",
     [

@@ -30,17 +30,24 @@ def flatten_rows(
 ) -> tuple[Tensor, Stream]:
     """Embeddings [B, S, H] -> [T, H] and the stream's description.
 
-    Three callers: a packed stream (`cu_seq_lens_q` in kwargs, B = 1), rows without padding (T = B·S), and rows with a
-    padding mask [B, S], whose padding is removed (this one waits for the device).
+    Four callers: a packed stream (`cu_seq_lens_q` in kwargs, B = 1); rows without padding (T = B·S); rows with position
+    ids, which may hold packed documents as in Transformers; and rows with a padding mask [B, S], whose padding is
+    removed. The last two wait for the device.
     """
     batch, length, hidden = embeddings.shape
     flat = embeddings.reshape(batch * length, hidden)
+    packed = position_ids is not None
     if position_ids is None:
         position_ids = torch.arange(length, device=flat.device).expand(batch, length)
     positions = position_ids.expand(batch, length).reshape(-1)
     cu_seqlens = kwargs.get("cu_seq_lens_q")
     if cu_seqlens is not None:
-        docs = Documents(cu_seqlens, int(kwargs["max_length_q"]), kwargs.get("document_lengths"))
+        longest = kwargs.get("max_length_q")
+        longest = int(cu_seqlens.diff().max()) if longest is None else int(longest)
+        docs = Documents(cu_seqlens, longest, kwargs.get("document_lengths"))
+        return flat, Stream(docs, positions, batch, length)
+    if attention_mask is None and packed:
+        docs = _documents_by_position(position_ids.expand(batch, length))
         return flat, Stream(docs, positions, batch, length)
     if attention_mask is None:
         cu_seqlens = torch.arange(0, batch * length + 1, length, dtype=torch.int32, device=flat.device)
@@ -53,6 +60,16 @@ def flatten_rows(
     )
     docs = Documents(cu_seqlens, max(lengths), lengths)
     return flat.index_select(0, kept), Stream(docs, positions.index_select(0, kept), batch, length, kept)
+
+
+def _documents_by_position(position_ids: Tensor) -> Documents:
+    """Documents of rows [B, S]: one begins with each row, and wherever a position is not the one before plus 1."""
+    begins = torch.ones_like(position_ids, dtype=torch.bool)
+    begins[:, 1:] = position_ids.diff(dim=1) != 1
+    starts = begins.reshape(-1).nonzero().squeeze(1)
+    bounds = torch.nn.functional.pad(starts, (0, 1), value=position_ids.numel())
+    lengths = tuple(bounds.diff().tolist())
+    return Documents(bounds.to(torch.int32), max(lengths), lengths)
 
 
 def unflatten_rows(hidden_states: Tensor, stream: Stream) -> Tensor:
