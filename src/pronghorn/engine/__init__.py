@@ -1,5 +1,6 @@
 """The fast path on stock Transformers models: instance binding, nothing global."""
 
-from pronghorn.engine.bind import Binding, base_causal_lm, bind, binding_of
+from pronghorn.engine.bind import bind, binding_of
+from pronghorn.engine.binding import Binding, base_causal_lm
 
 __all__ = ["Binding", "base_causal_lm", "bind", "binding_of"]

@@ -8,22 +8,20 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from pronghorn.blocks import AttentionBlock, DecoderLayer, GluBlock, Level, LinearProjection, ProjectionGroup
+from pronghorn.engine.binding import Binding
 from pronghorn.engine.read import Reading, active_module, dropout_seed, has_hooks, read_norm, read_projection
 from pronghorn.engine.stream import Stream, flatten_rows, unflatten_rows
 from pronghorn.kernels.attention import AttentionCall
 from pronghorn.kernels.linear_cross_entropy import linear_cross_entropy
 from pronghorn.kernels.rms_norm import rms_norm
 from pronghorn.memory import HostStash
-
-if TYPE_CHECKING:
-    from pronghorn.engine.bind import Binding
 
 logger = logging.getLogger("pronghorn")
 

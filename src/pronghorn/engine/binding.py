@@ -1,0 +1,178 @@
+"""What is bound on one model instance: save levels, dtypes and attention in use, and what `describe` says of it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import nn
+
+from pronghorn.blocks import LEVELS, Level, ModuleProjection, check_levels
+from pronghorn.engine.read import Reading, read_projection
+from pronghorn.families import ACTIVATIONS, DecoderFamily
+from pronghorn.kernels.attention import choose_backend
+from pronghorn.memory import HostStash
+
+logger = logging.getLogger("pronghorn")
+
+
+@dataclass
+class Binding:
+    """What was bound on a causal LM. `reasons` says why the model stays stock; empty when it is bound."""
+
+    model: Any
+    family: DecoderFamily
+    reasons: list[str]
+    save_levels: tuple[Level, ...] = ()
+    _told: set[str] = field(default_factory=set)
+    _undo: list[tuple[nn.Module, str, Any]] = field(default_factory=list)
+
+    @property
+    def bound(self) -> bool:
+        return not self.reasons
+
+    @property
+    def config(self) -> Any:
+        return self.model.config
+
+    @property
+    def activation(self) -> str:
+        return ACTIVATIONS[self.config.hidden_act]
+
+    @property
+    def layers(self) -> list[Any]:
+        return list(self.model.model.layers)
+
+    @property
+    def weight_dtype(self) -> torch.dtype | None:
+        """The dtype that the first query projection asks to be multiplied in: its own; of a 4-bit weight the 16-bit
+        compute dtype it was loaded with; None when it leaves that to its input."""
+        projection = getattr(getattr(self.layers[0], self.family.parts.attention), self.family.parts.q)
+        linear = getattr(projection, "base_layer", projection)
+        if linear.weight.dtype.is_floating_point and getattr(linear.weight, "quant_state", None) is None:
+            return linear.weight.dtype
+        asked = getattr(linear, "compute_dtype", None)
+        # fp32 is bitsandbytes' default, not somebody's wish.
+        return asked if asked in (torch.bfloat16, torch.float16) else None
+
+    def layer_index(self, layer: Any) -> int:
+        return int(getattr(layer, self.family.parts.attention).layer_idx)
+
+    def attention_backend(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+        """The attention implementation in use; its reason is told once."""
+        backend, reason = choose_backend(device, dtype, head_dim)
+        if backend == "sdpa":
+            self.tell_once(f"attention runs document by document: {reason}")
+        return backend
+
+    def new_stash(self, device: torch.device) -> HostStash | None:
+        """Host memory for one forward pass, where a layer's level asks for it and the device is a GPU."""
+        if device.type != "cuda" or "offload" not in self.save_levels:
+            return None
+        return HostStash(copy_stream(device))
+
+    def set_save_levels(self, levels: str | Sequence[str]) -> None:
+        """Choose what layers keep for backward: one of offload, none, attention, matmuls, all; or a
+        list, one a layer.
+
+        Raises:
+            UnknownSaveLevel: for another name or a list of the wrong length.
+        """
+        self.save_levels = check_levels(levels, self.config.num_hidden_layers)
+
+    def tell_once(self, reason: str) -> None:
+        """Log a fallback's reason the first time it is met on this model."""
+        if reason not in self._told:
+            self._told.add(reason)
+            logger.warning("pronghorn: %s", reason)
+
+    def why_stock(
+        self, decoder: Any, mask: Any, cache: Any, use_cache: bool | None, kwargs: dict[str, Any]
+    ) -> str | None:
+        """Why a call takes the stock decoder: None for the fast path, "" for an expected case (generation)."""
+        wants_cache = decoder.config.use_cache if use_cache is None else use_cache
+        if cache is not None or (wants_cache and not decoder.training and "cu_seq_lens_q" not in kwargs):
+            return ""
+        for request in ("output_hidden_states", "output_attentions"):
+            if kwargs.get(request) or getattr(decoder.config, request, False):
+                return f"{request} was asked for: this call runs the stock decoder"
+        if mask is not None and (not isinstance(mask, torch.Tensor) or mask.dim() != 2):
+            return (
+                "the attention mask is not a [batch, sequence] padding mask: this call runs the stock decoder"
+            )
+        return None
+
+    def undo(self) -> None:
+        """Take the fast path off; the model runs its stock forwards again."""
+        for module, name, before in reversed(self._undo):
+            if before is None:
+                delattr(module, name)
+            else:
+                setattr(module, name, before)
+        self._undo.clear()
+        for module in (self.model, self.model.model):
+            module.__dict__.pop("pronghorn_binding", None)
+
+    def describe(self) -> str:
+        """What is fast, what is not and why, as plain text."""
+        name = type(self.model).__name__
+        if not self.bound:
+            return f"{name}: stock forward. " + "; ".join(self.reasons)
+        parameter = next(self.model.parameters())
+        dtype = self.weight_dtype or self.model.get_input_embeddings().weight.dtype
+        attention = getattr(self.layers[0], self.family.parts.attention)
+        backend, why = choose_backend(parameter.device, dtype, attention.head_dim)
+        counts = ", ".join(
+            f"{self.save_levels.count(level)}x {level}" for level in LEVELS if level in self.save_levels
+        )
+        lines = [
+            f"{name} ({self.family.name} family): {len(self.layers)} layers in attention and GLU blocks, exact",
+            f"  attention: {backend} ({why})",
+            f"  save levels: {counts}",
+            f"  weights: {', '.join(sorted(self._storages()))}",
+        ]
+        return "\n".join(lines + [f"  through its own module: {text}" for text in self._module_projections()])
+
+    def _projections(self) -> list[tuple[str, Any]]:
+        parts = self.family.parts
+        found = []
+        for index, layer in enumerate(self.layers):
+            attention, mlp = getattr(layer, parts.attention), getattr(layer, parts.mlp)
+            named = [(attention, n) for n in (parts.q, parts.k, parts.v, parts.o)]
+            named += [(mlp, n) for n in (parts.gate, parts.up, parts.down)]
+            for slot, (parent, part) in enumerate(named):
+                projection = read_projection(getattr(parent, part), Reading(layer.training), slot)
+                found.append((f"layers.{index}.{part}", projection))
+        return found
+
+    def _storages(self) -> set[str]:
+        return {p.weight.storage for _, p in self._projections() if not isinstance(p, ModuleProjection)}
+
+    def _module_projections(self) -> list[str]:
+        """Projections outside the formulas, grouped by reason."""
+        by_reason: dict[str, list[str]] = {}
+        for path, projection in self._projections():
+            if isinstance(projection, ModuleProjection):
+                by_reason.setdefault(projection.reason, []).append(path)
+        return [
+            f"{len(paths)} projections (first {paths[0]}): {reason}" for reason, paths in by_reason.items()
+        ]
+
+
+@lru_cache(maxsize=16)
+def copy_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream that moves parked activations of a device; not kept on the model, which must stay picklable."""
+    return torch.cuda.Stream(device)
+
+
+def base_causal_lm(model: Any) -> Any:
+    """The Transformers model inside a PEFT wrapper, or the model itself."""
+    return (
+        model.get_base_model()
+        if hasattr(model, "peft_config") and hasattr(model, "get_base_model")
+        else model
+    )
