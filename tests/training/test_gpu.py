@@ -16,11 +16,10 @@ pytestmark = [
 
 
 def test_loss_and_gradient_do_not_wait_for_the_device(tmp_path):
-    run = trainer(
-        tmp_path, adapter_model().to("cuda", torch.bfloat16), rows=chats(12), packing=True, max_length=128
-    )
+    run = trainer(tmp_path, adapter_model().to("cuda", torch.bfloat16), rows=chats(12), **ON_GPU)
     run.train()  # compiles kernels and picks the attention backend
     batches = [run._prepare_inputs(batch) for batch in run.get_train_dataloader()]
+    assert all(parameter.is_cuda for parameter in run.model.parameters())
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -35,9 +34,23 @@ def test_bfloat16_on_the_gpu_is_near_float32(tmp_path):
     runs = {}
     for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
         model = adapter_model().to("cuda", dtype)
-        runs[name] = trainer(
-            tmp_path / name, model, rows=chats(12), packing=True, max_length=128, max_steps=3
-        )
+        runs[name] = trainer(tmp_path / name, model, rows=chats(12), max_steps=3, **ON_GPU)
         runs[name].train()
     assert losses(runs["bfloat16"]) == pytest.approx(losses(runs["float32"]), rel=0.02)
     assert runs["bfloat16"].state.log_history[0]["peak_memory_gib"] > 0
+
+
+def test_float16_trains_with_scaled_gradients(tmp_path):
+    """As on GPUs before Ampere: float16 weights, float32 adapters, gradients scaled without being asked."""
+    runs = {}
+    for name, dtype in (("float32", torch.float32), ("float16", torch.float16)):
+        model = adapter_model().to("cuda", dtype)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+        runs[name] = trainer(tmp_path / name, model, rows=chats(12), max_steps=8, **ON_GPU)
+        runs[name].train()
+    assert runs["float16"].accelerator.scaler is not None
+    # The scale starts at 65,536 and skips steps until it fits, so the curves are compared at their beginning.
+    assert losses(runs["float16"])[0] == pytest.approx(losses(runs["float32"])[0], rel=0.01)
+    assert losses(runs["float16"])[-1] < losses(runs["float16"])[0]
