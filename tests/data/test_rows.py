@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pronghorn.data.rows import RowFormat, RowRenderer, row_kind, supervised
+from pronghorn.data.rows import RowFormat, RowRenderer, as_message, row_kind, supervised
 from pronghorn.data.templates import ChatRenderer
 from pronghorn.errors import ChatTemplateOpaque, RowInvalid, TokenizerProblem
 from tests.tiny import CHAT_TEMPLATE, tiny_tokenizer
@@ -221,6 +221,38 @@ def test_token_rows():
     assert render({"input_ids": ids, "completion_mask": [0, 1, 1]})[2]["labels"] == [-100, 6, 7]
     with pytest.raises(RowInvalid, match="3 input_ids and 2 labels"):
         render({"input_ids": ids, "labels": [1, 2]})
+
+
+def test_padding_in_token_rows_goes():
+    """Rows of `tokenizer(text, padding="max_length")`: nothing is learned from their padding."""
+    row = {"input_ids": [0, 0, 5, 6], "attention_mask": [0, 0, 1, 1]}
+    assert render(row)[2] == {"input_ids": [5, 6], "labels": [5, 6]}
+    assert render({**row, "labels": [-100, -100, -100, 6]})[2] == {"input_ids": [5, 6], "labels": [-100, 6]}
+
+
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        ({"input_ids": [5, -1]}, "input_ids holds -1"),
+        ({"input_ids": [5, 320]}, "holds 320 .* tokens 0 to 319"),
+        ({"input_ids": [5, 6], "labels": [5, 999]}, "labels holds 999"),
+        ({"input_ids": [5, 6], "labels": [5, -7]}, "labels holds -7"),
+        ({"input_ids": "abc"}, "no list of whole numbers"),
+        ({"input_ids": [[5, 6]]}, "no list of whole numbers"),
+        ({"input_ids": [5, 6], "attention_mask": [1]}, "'attention_mask' has 1 values"),
+    ],
+)
+def test_broken_token_rows(row, message):
+    with pytest.raises(RowInvalid, match=message):
+        render(row, vocabulary=320)
+
+
+def test_content_in_parts_is_text():
+    """A template for plain text would print the Python list of parts."""
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    assert as_message({"role": "user", "content": parts}) == {"role": "user", "content": "ab"}
+    with pytest.raises(RowInvalid, match="type 'image'"):
+        as_message({"role": "user", "content": [{"type": "image", "text": None}, *parts]})
 
 
 @pytest.mark.parametrize(

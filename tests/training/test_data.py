@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 
 from pronghorn import train_on_responses_only
-from pronghorn.errors import NothingSupervised, TokenizerProblem
+from pronghorn.errors import NothingSupervised, PronghornError, TokenizerProblem
 from pronghorn.training import SFTTrainer
 from pronghorn.training.responses import parts_of_template
 from tests.data.test_rows import BRACKETS, THINKING
@@ -141,3 +141,32 @@ def test_rows_without_an_answer(tmp_path):
     rows = [{"messages": [{"role": "user", "content": "?"}]}]
     with pytest.raises(NothingSupervised, match="PH302"):
         trainer(tmp_path, rows=rows, assistant_only_loss=True)
+
+
+def test_predict_takes_rows_of_every_kind(tmp_path):
+    """As `evaluate` does, never packed: one prediction for each row, in their order."""
+    run = trainer(tmp_path, packing=True, max_length=200, eval_dataset=chats(6), eval_packing=False)
+    raw, ready = run.predict(chats(6)), run.predict(run.eval_dataset)
+    lengths = [len(row["input_ids"]) for row in run.eval_dataset]
+    assert raw.predictions.shape == (6, max(lengths), 320)
+    assert [int((row != -100).sum()) for row in raw.label_ids] == [length - 1 for length in lengths]
+    for done in (raw, ready):
+        assert done.metrics["test_loss"] == pytest.approx(run.evaluate()["eval_loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "rows, message",
+    [
+        (["one", "two"], "a row is str"),
+        ("rows.jsonl", "not the name 'rows.jsonl'"),
+        (
+            DatasetDict(train=Dataset.from_list([{"text": "one"}])),
+            r"several data sets: train.*data\['train'\]",
+        ),
+        ([{"input_ids": [5, 6, 900]}], "input_ids holds 900 and the model has tokens 0 to 319"),
+        ([{"text": "one"}, {"text": None}], r"'text' is empty \(null\), not text \(row 1"),
+    ],
+)
+def test_data_that_is_none(tmp_path, rows, message):
+    with pytest.raises(PronghornError, match=message):
+        trainer(tmp_path, rows=rows)

@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from pronghorn.data.templates import ChatRenderer, Message
+from pronghorn.data.tokens import IGNORED, check_known, labels_where, token_row
 from pronghorn.errors import RowInvalid
 
 RowKind = Literal["tokens", "chat", "prompt_completion", "alpaca", "text"]
 
-IGNORED = -100
 _ROLES = {
     "human": "user",
     "gpt": "assistant",
@@ -43,11 +43,13 @@ class RowFormat:
         text_field: column of plain text.
         responses_only: train on the assistant's turns only (chat rows, and messages in prompt/completion rows).
         completion_only: train on the completion only; None does so for prompt/completion and Alpaca rows.
+        vocabulary: tokens that the model embeds, where known; a row with another one is refused.
     """
 
     text_field: str = "text"
     responses_only: bool = False
     completion_only: bool | None = None
+    vocabulary: int | None = None
     template_arguments: dict[str, Any] = field(default_factory=dict)
 
 
@@ -95,7 +97,24 @@ def as_message(message: Any) -> Message:
         raise RowInvalid(
             f"a message of role '{role}' has no content", fix="give each message 'role' and 'content'"
         )
-    return {"role": _ROLES.get(role, role), "content": "" if content is None else content, **rest}
+    return {"role": _ROLES.get(role, role), "content": "" if content is None else _plain(content), **rest}
+
+
+def _plain(content: Any) -> Any:
+    """Parts of text as one text: a template for plain text would print the list of parts itself."""
+    if not isinstance(content, list):
+        return content
+    texts = []
+    for part in content:
+        text = part.get("text") if isinstance(part, Mapping) else part
+        kind = part.get("type") or "text" if isinstance(part, Mapping) else "text"
+        if kind != "text" or not isinstance(text, str):
+            raise RowInvalid(
+                f"a message has a part of type '{kind}' that is no text",
+                fix="give the content as text, or as parts {'type': 'text', 'text': ...}",
+            )
+        texts.append(text)
+    return "".join(texts)
 
 
 class RowRenderer:
@@ -109,13 +128,20 @@ class RowRenderer:
         """Token ids and labels of one row.
 
         Raises:
-            RowInvalid: the row is of no known kind, or malformed.
+            RowInvalid: the row is of no known kind, malformed, or has tokens that the model does not.
             TokenizerProblem: a chat row and no chat template.
             ChatTemplateOpaque: the assistant's turns cannot be told from the rest.
         """
+        if not isinstance(row, Mapping):
+            raise RowInvalid(f"a row is {type(row).__name__}, not columns", fix='give {"text": ...}')
+        rendered = self._rendered(row)
+        check_known(rendered, self.form.vocabulary, self.tokenizer)
+        return rendered
+
+    def _rendered(self, row: Mapping[str, Any]) -> dict[str, list[int]]:
         kind = row_kind(row, self.form.text_field)
         if kind == "tokens":
-            return self._tokens(row)
+            return token_row(row, self.form.completion_only)
         if kind == "chat":
             return self._chat(row)
         if kind == "prompt_completion":
@@ -125,34 +151,13 @@ class RowRenderer:
         if kind == "text":
             ids = list(self.tokenizer(self._ended(row[self.form.text_field]))["input_ids"])
             return {"input_ids": ids, "labels": list(ids)}
-        columns = ", ".join(f"'{name}'" for name in row) or "none"
-        raise RowInvalid(
-            f"a row with the columns {columns} is of no known kind",
-            fix="give 'messages', 'prompt' and 'completion', 'instruction' and 'output', or a text column "
-            "(dataset_text_field, data.text_field), or a formatting_func",
-        )
+        raise _of_no_kind(row, self.form.text_field)
 
     def _ended(self, text: Any) -> str:
         if not isinstance(text, str):
             raise RowInvalid(f"expected text, got {type(text).__name__}")
         end = self.tokenizer.eos_token
         return text if not end or text.endswith(end) else text + end
-
-    def _tokens(self, row: Mapping[str, Any]) -> dict[str, list[int]]:
-        """Tokenised rows: `labels` as given, else from assistant_masks and (completion-only) completion_mask."""
-        ids = list(row["input_ids"])
-        if row.get("labels") is not None:
-            labels = list(row["labels"])
-            if len(labels) != len(ids):
-                raise RowInvalid(f"the row has {len(ids)} input_ids and {len(labels)} labels")
-            return {"input_ids": ids, "labels": labels}
-        masks = [row["assistant_masks"]] if row.get("assistant_masks") is not None else []
-        if row.get("completion_mask") is not None and self.form.completion_only is not False:
-            masks.append(row["completion_mask"])
-        if any(len(mask) != len(ids) for mask in masks):
-            raise RowInvalid(f"the row's masks are not as long as its {len(ids)} input_ids")
-        kept = [all(mask[i] for mask in masks) for i in range(len(ids))]
-        return _labelled(ids, kept)
 
     def _chat_for(self, row: Mapping[str, Any]) -> ChatRenderer:
         tools = row.get("tools")
@@ -167,7 +172,7 @@ class RowRenderer:
     def _chat(self, row: Mapping[str, Any]) -> dict[str, list[int]]:
         messages = messages_of(row)
         if not messages:
-            raise RowInvalid("the conversation is empty")
+            raise RowInvalid("the conversation is empty", fix="leave out rows without messages")
         chat = self._chat_for(row)
         if self.form.responses_only:
             return _labelled(*chat.assistant_mask(messages))
@@ -241,7 +246,24 @@ def supervised(labels: list[int]) -> int:
 
 
 def _labelled(ids: list[int], kept: list[bool]) -> dict[str, list[int]]:
-    return {"input_ids": ids, "labels": [t if k else IGNORED for t, k in zip(ids, kept, strict=True)]}
+    return {"input_ids": ids, "labels": labels_where(ids, kept)}
+
+
+def _of_no_kind(row: Mapping[str, Any], text_field: str) -> RowInvalid:
+    """What is wrong with a row of no known kind: a known column with something else in it, or no known column."""
+    expected = {text_field: "text"} | dict.fromkeys(_CHAT_COLUMNS, "a list of messages")
+    expected |= dict.fromkeys(("prompt", "completion"), "text or messages")
+    expected |= dict.fromkeys(("instruction", "output"), "text")
+    for name, wanted in expected.items():
+        if name in row and not (wanted.startswith("text") and isinstance(row[name], str)):
+            found = "empty (null)" if row[name] is None else f"of type {type(row[name]).__name__}"
+            return RowInvalid(f"'{name}' is {found}, not {wanted}", fix="correct the row, or leave it out")
+    columns = ", ".join(f"'{name}'" for name in row) or "none"
+    return RowInvalid(
+        f"a row with the columns {columns} is of no known kind",
+        fix="give 'messages', 'prompt' and 'completion', 'instruction' and 'output', or a text column "
+        "(dataset_text_field, data.text_field), or a formatting_func",
+    )
 
 
 def _common_tokens(one: list[int], other: list[int]) -> int:

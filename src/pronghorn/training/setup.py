@@ -77,6 +77,13 @@ def restore_forward(base: Any, forward: Any = None) -> None:
         base.forward = forward
 
 
+def vocabulary_of(model: Any) -> int | None:
+    """How many tokens a loaded model embeds, where its configuration says so."""
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return getattr(text, "vocab_size", None)
+
+
 def is_bound(model: Any) -> bool:
     """Whether the engine runs this model."""
     binding = binding_of(model)

@@ -8,14 +8,12 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 import trl
-from datasets import Dataset
-from transformers import DataCollatorForSeq2Seq
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import rotate_checkpoints
 
@@ -23,7 +21,6 @@ from pronghorn.data.collator import BOOKKEEPING, Collator
 from pronghorn.data.prepare import Preparation, prepare_dataset
 from pronghorn.data.rows import IGNORED, RowFormat, RowRenderer, row_kind
 from pronghorn.engine import base_causal_lm, bind, binding_of
-from pronghorn.errors import DatasetUnusable
 from pronghorn.training.arguments import take_older_arguments, usable_optimizer
 from pronghorn.training.checkpoints import (
     STAGING,
@@ -34,6 +31,7 @@ from pronghorn.training.checkpoints import (
     saving,
 )
 from pronghorn.training.config import as_sft_config
+from pronghorn.training.given import as_dataset, training_rows, usable_collator
 from pronghorn.training.logits import loss_from_logits
 from pronghorn.training.meter import Stopwatch, Tally
 from pronghorn.training.progress import ProgressTable, peak_memory_gib
@@ -46,6 +44,7 @@ from pronghorn.training.setup import (
     restore_forward,
     take_over_checkpointing,
     takes_flat_batches,
+    vocabulary_of,
 )
 
 logger = logging.getLogger("pronghorn")
@@ -94,6 +93,7 @@ class SFTTrainer(trl.SFTTrainer):
         match_precision(args, model)
         args.accelerator_config.non_blocking = args.dataloader_pin_memory
         self._context = getattr(model, "max_seq_length", None)
+        self._vocabulary = vocabulary_of(model)
         self._packing, self._eval_packing = args.packing, args.eval_packing
         self._responses_only = args.assistant_only_loss
         self._loss_function = compute_loss_func
@@ -101,9 +101,9 @@ class SFTTrainer(trl.SFTTrainer):
         self._trained_tokens, self._told_not_finite = 0, False
         self._staging: Path | None = None
         self._progress: ProgressTable | None = None
-        self._given_train = train_dataset = _as_dataset(train_dataset)
+        self._given_train = train_dataset = training_rows(train_dataset)
         checkpointing = args.gradient_checkpointing or getattr(args, "activation_checkpointing", False)
-        custom_collator = _custom_collator(data_collator, args.packing)
+        custom_collator = usable_collator(data_collator, args.packing)
         loaded_here = isinstance(model, str)
         with hidden(args), model_as_it_is(model):
             super().__init__(
@@ -111,7 +111,7 @@ class SFTTrainer(trl.SFTTrainer):
                 args=args,
                 data_collator=custom_collator,
                 train_dataset=train_dataset,
-                eval_dataset=_as_dataset(eval_dataset),
+                eval_dataset=as_dataset(eval_dataset),
                 processing_class=processing_class,
                 compute_metrics=compute_metrics,
                 callbacks=callbacks,
@@ -154,6 +154,7 @@ class SFTTrainer(trl.SFTTrainer):
             text_field=args.dataset_text_field,
             responses_only=self._responses_only,
             completion_only=args.completion_only_loss,
+            vocabulary=self._vocabulary,
         )
         first: dict[str, Any] = next(iter(dataset), {})
         if training and self._responses_only and row_kind(first, form.text_field) == "text":
@@ -184,9 +185,9 @@ class SFTTrainer(trl.SFTTrainer):
 
     @contextmanager
     def _rows_for_metrics(self) -> Iterator[None]:
-        """compute_metrics takes logits of rows [B, S, V], not of one stream."""
+        """Whoever looks at logits takes them of rows [B, S, V], not of one stream."""
         collator = self.data_collator
-        if self.compute_metrics is not None and isinstance(collator, Collator) and collator.flat:
+        if isinstance(collator, Collator) and collator.flat:
             self.data_collator = dataclasses.replace(collator, flat=False)
         try:
             yield
@@ -194,12 +195,30 @@ class SFTTrainer(trl.SFTTrainer):
             self.data_collator = collator
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        with self._rows_for_metrics():
+        with self._rows_for_metrics() if self.compute_metrics is not None else nullcontext():
             return super().get_eval_dataloader(eval_dataset)
 
     def get_test_dataloader(self, test_dataset: Any) -> Any:
-        with self._rows_for_metrics():
+        """For `predict`, which takes rows of every kind as `evaluate` does, and returns logits."""
+        test_dataset = self._rows_to_predict(test_dataset)
+        with nullcontext() if self.args.prediction_loss_only else self._rows_for_metrics():
             return super().get_test_dataloader(test_dataset)
+
+    def _rows_to_predict(self, rows: Any) -> Any:
+        """Tokenised where they are not. Never packed: there is one prediction for each row."""
+        rows = as_dataset(rows)
+        if (
+            self._skip_prepare_dataset
+            or row_kind(next(iter(rows), {}), self.args.dataset_text_field) == "tokens"
+        ):
+            return rows
+        eval_packing, self._eval_packing = self._eval_packing, False
+        try:
+            return self._prepare_dataset(
+                rows, self.processing_class, self.args, False, self._formatting_func, "test"
+            )
+        finally:
+            self._eval_packing = eval_packing
 
     # --- loss -------------------------------------------------------------------------------------------------
 
@@ -421,31 +440,3 @@ def _real_tokens(batch: dict[str, Any]) -> Any:
     if "real_tokens" in batch:
         return batch["real_tokens"]
     return batch["attention_mask"].sum() if "attention_mask" in batch else batch["input_ids"].numel()
-
-
-def _as_dataset(rows: Any) -> Any:
-    """A list of rows as a Dataset; anything else as it is.
-
-    Raises:
-        DatasetUnusable: there are no rows.
-    """
-    if isinstance(rows, list):
-        rows = Dataset.from_list(rows)
-    if isinstance(rows, Dataset) and not len(rows):
-        raise DatasetUnusable("the data has no rows", fix="check the data set and its split")
-    return rows
-
-
-def _custom_collator(collator: Any, packing: bool) -> Any:
-    """The user's collator, unless ours does what it does: padding rows for the model."""
-    if collator is None:
-        return None
-    if type(collator) in (DataCollatorForSeq2Seq, trl.trainer.sft_trainer.DataCollatorForLanguageModeling):
-        logger.warning("pronghorn: %s only pads; batches are made without padding", type(collator).__name__)
-        return None
-    if packing:
-        raise DatasetUnusable(
-            "packing puts several documents into a row, which a collator of your own does not keep apart",
-            fix="leave out data_collator, or packing",
-        )
-    return collator
