@@ -184,13 +184,15 @@ def test_two_active_adapters_are_both_merged(tmp_path):
     torch.testing.assert_close(logits(reload(tmp_path / "one")), logits(model), atol=1e-5, rtol=1e-5)
 
 
-def test_a_model_of_an_unknown_family_merges(tmp_path):
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], "all-linear"])
+def test_a_model_of_an_unknown_family_merges(tmp_path, targets):
+    """all-linear: the experts are parameters, which PEFT wraps one inside the other."""
     torch.manual_seed(0)
     config = MixtralConfig(
         vocab_size=320, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
         num_key_value_heads=2, num_local_experts=2,
     )  # fmt: skip
-    model = trained(MixtralForCausalLM(config), target_modules=["q_proj", "v_proj"])
+    model = trained(MixtralForCausalLM(config), target_modules=targets)
     expected = logits(model)
     save_merged(model, None, tmp_path / "out")
     torch.testing.assert_close(logits(reload(tmp_path / "out")), expected, atol=1e-5, rtol=1e-5)

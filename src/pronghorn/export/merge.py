@@ -116,17 +116,27 @@ def _trained_copy(wrapper: Any) -> nn.Module:
 
 
 def _adapted(module: Any, prefix: str, dtype: torch.dtype) -> Iterator[_Found]:
-    """A layer wrapped by PEFT: its base layer's tensors, weight (and bias) with the active adapters added."""
+    """A layer wrapped by PEFT: its base layer's tensors, weight (and bias) with the active adapters added.
+
+    A wrapper of one parameter (the experts of a mixture, `target_parameters`) adds to that one, and may be inside
+    another for the same layer.
+
+    Raises:
+        SaveFailed: when an adapter would be lost.
+    """
     adapters = _adapters_of(module, prefix)
+    weight = f"{prefix}{getattr(module, 'parameter_name', 'weight')}"
+    added = not adapters
     for item in _walk(module.base_layer, prefix, dtype):
-        if not adapters:
-            yield item
-        elif item.entry.name == f"{prefix}weight":
+        if adapters and item.entry.name == weight:
             yield _replaced(item, _merged_weight(module, adapters, prefix, dtype))
+            added = True
         elif item.entry.name == f"{prefix}bias" and any(module.lora_bias.get(name) for name in adapters):
             yield _replaced(item, _merged_bias(module, adapters, dtype))
         else:
             yield item
+    if not added:
+        raise _no_merged_form(prefix, f"an adapter of the kind {type(module).__name__}")
 
 
 def _replaced(item: _Found, make: Callable[[], Tensor]) -> _Found:
@@ -154,10 +164,8 @@ def _adapters_of(module: Any, prefix: str) -> list[str]:
 
 def _merged_weight(module: Any, adapters: list[str], prefix: str, dtype: torch.dtype) -> Callable[[], Tensor]:
     def make() -> Tensor:
-        stored = read_weight(module.base_layer)
-        plain = module.base_layer.weight.detach() if stored is None else stored.dense(torch.float32)
         with torch.no_grad():
-            merged = plain.to(torch.float32)
+            merged = _plain_weight(module)
             for name in adapters:
                 if name in module.lora_variant:
                     merged = _merge_variant(module, name, merged, prefix)
@@ -166,6 +174,16 @@ def _merged_weight(module: Any, adapters: list[str], prefix: str, dtype: torch.d
         return merged.to(dtype)
 
     return make
+
+
+def _plain_weight(module: Any) -> Tensor:
+    """The weight without adapters, in fp32."""
+    if hasattr(module, "get_param"):
+        return module.get_param().detach().to(torch.float32)
+    stored = read_weight(module.base_layer)
+    return (
+        module.base_layer.weight.detach().to(torch.float32) if stored is None else stored.dense(torch.float32)
+    )
 
 
 def _merge_variant(module: Any, name: str, weight: Tensor, prefix: str) -> Tensor:
