@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from pronghorn.blocks.attention import AttentionBlock, AttentionSaves
 from pronghorn.blocks.glu import GluBlock, GluSaves
@@ -103,6 +104,7 @@ class _DecoderLayerFunction(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Any, ...]:
         if ctx.saves is None:
             raise BackwardTwice(

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from pronghorn.kernels.dispatch import Impl, math_dtype, use_triton
 
@@ -175,14 +176,22 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return losses.sum(), num_correct
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         held, scale = ctx.gradients, grads[0]
         found = [held.hidden, held.weight, held.bias, held.a, held.b]
         # Not in place: a second backward (retain_graph) must find them unscaled.
         scaled = [
-            None if g is None else (g * scale).to(dtype) for g, dtype in zip(found, ctx.dtypes, strict=True)
+            None if g is None else _scaled(g, scale, dtype)
+            for g, dtype in zip(found, ctx.dtypes, strict=True)
         ]
         return (*scaled, None, None)
+
+
+def _scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """gradient · scale in `dtype`, rounded once: a scale without dimensions would be rounded to 16 bits first."""
+    out = torch.empty_like(gradient, dtype=dtype)
+    return torch.mul(gradient, scale.view((1,) * gradient.dim()), out=out)
 
 
 def _cross_entropy_(
