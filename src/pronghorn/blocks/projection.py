@@ -104,12 +104,14 @@ class ModuleProjection:
         return [p for p in self.module.parameters() if p.requires_grad]
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.module.training and self._rng is None:
-            self._rng = _rng_state(x.device)
-        elif self._rng is not None:  # a recomputation: the same random numbers again
-            return self._replay(x)
         with torch.no_grad():
-            return self._call(x)
+            if self._rng is not None:  # a recomputation: the same random numbers again
+                y = self._replay(x)
+            else:
+                self._rng = _rng_state(x.device) if self.module.training else None
+                y = self._call(x)
+            # The blocks write over a projection's output, which a hook may have kept.
+            return y.clone()
 
     def backward(self, dy: Tensor, x: Tensor, sink: GradientSink, need_input_grad: bool) -> Tensor | None:
         parameters = [p for p in self.trainable() if sink.wants(p)]
@@ -121,15 +123,19 @@ class ModuleProjection:
             return torch.zeros_like(x) if need_input_grad else None
         gradients = list(torch.autograd.grad(y, wanted, dy, allow_unused=True))
         dx = gradients.pop(0) if need_input_grad else None
+        if need_input_grad and dx is None:  # a hook put something in the output's place
+            dx = torch.zeros_like(x)
         for parameter, gradient in zip(parameters, gradients, strict=True):
             if gradient is not None:
                 sink.add(parameter, gradient)
         return dx
 
     def _call(self, x: Tensor) -> Tensor:
-        low_precision = x.dtype in (torch.bfloat16, torch.float16)
-        with torch.autocast(x.device.type, dtype=x.dtype if low_precision else None, enabled=low_precision):
-            return self.module(x).to(x.dtype)
+        low = x.dtype in (torch.bfloat16, torch.float16)
+        # Without autocast's cache, where a parameter cast under no_grad could be met again by a backward's replay.
+        with torch.autocast(x.device.type, x.dtype if low else None, enabled=low, cache_enabled=False):
+            # As in a packed batch, [1, T, in]: a hook's `output[:, -1]` means the last token.
+            return self.module(x[None])[0].to(x.dtype)
 
     def _replay(self, x: Tensor) -> Tensor:
         if self._rng is None:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from pronghorn.blocks import LEVELS, Level, ModuleProjection, check_levels
+from pronghorn.engine.altered import altered_part
 from pronghorn.engine.read import Reading, read_projection
 from pronghorn.families import ACTIVATIONS, DecoderFamily
 from pronghorn.kernels.attention import choose_backend
@@ -84,6 +85,10 @@ class Binding:
         """
         self.save_levels = check_levels(levels, self.config.num_hidden_layers)
 
+    def save_level(self, index: int) -> Level:
+        """What layer `index` keeps; layers that came later (PEFT's layer_replication) do as the last one."""
+        return self.save_levels[min(index, len(self.save_levels) - 1)]
+
     def tell_once(self, reason: str) -> None:
         """Log a fallback's reason the first time it is met on this model."""
         if reason not in self._told:
@@ -104,7 +109,8 @@ class Binding:
             return (
                 "the attention mask is not a [batch, sequence] padding mask: this call runs the stock decoder"
             )
-        return None
+        altered = altered_part(decoder, self.family.parts)
+        return altered and f"{altered}: this call runs the stock decoder"
 
     def undo(self) -> None:
         """Take the fast path off; the model runs its stock forwards again."""
@@ -135,6 +141,9 @@ class Binding:
             f"  save levels: {counts}",
             f"  weights: {', '.join(sorted(self._storages()))}",
         ]
+        altered = altered_part(self.model.model, self.family.parts)
+        if altered is not None:
+            lines.append(f"  the stock decoder runs for now: {altered}")
         return "\n".join(lines + [f"  through its own module: {text}" for text in self._module_projections()])
 
     def _projections(self) -> list[tuple[str, Any]]:

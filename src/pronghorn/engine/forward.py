@@ -16,7 +16,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 from pronghorn.blocks import AttentionBlock, DecoderLayer, GluBlock, Level, LinearProjection, ProjectionGroup
 from pronghorn.engine.binding import Binding
-from pronghorn.engine.read import Reading, active_module, dropout_seed, has_hooks, read_norm, read_projection
+from pronghorn.engine.read import Reading, active_module, dropout_seed, read_norm, read_projection
 from pronghorn.engine.stream import Stream, flatten_rows, unflatten_rows
 from pronghorn.kernels.attention import AttentionCall
 from pronghorn.kernels.linear_cross_entropy import linear_cross_entropy
@@ -101,7 +101,7 @@ def build_layer(layer: Any, call: LayerCall) -> DecoderLayer:
         activation=binding.activation,
     )
     asked_for_checkpointing = bool(getattr(layer, "gradient_checkpointing", False)) and layer.training
-    level: Level = "none" if asked_for_checkpointing else binding.save_levels[index]
+    level: Level = "none" if asked_for_checkpointing else binding.save_level(index)
     return DecoderLayer.build(attention_block, glu_block, level, call.dtype, call.stash)
 
 
@@ -188,7 +188,9 @@ def causal_lm_forward(
         return_logits: compute logits beside the loss; None does so in evaluation mode only.
     """
     binding: Binding = model.pronghorn_binding
-    head = None if labels is None else _readable_head(model, binding)
+    head = (
+        None if labels is None or _loss_of_its_own(model, binding, kwargs) else _readable_head(model, binding)
+    )
     if labels is None or head is None:
         if num_items_in_batch is not None:
             kwargs["num_items_in_batch"] = num_items_in_batch
@@ -226,11 +228,19 @@ def causal_lm_forward(
     )
 
 
+def _loss_of_its_own(model: Any, binding: Binding, kwargs: dict[str, Any]) -> bool:
+    """Whether a loss other than the shifted cross-entropy of `labels` was asked for; it needs full logits."""
+    if "_loss_function" in model.__dict__:
+        binding.tell_once("the model has a loss_function of its own, which takes full logits")
+        return True
+    return kwargs.get("shift_labels") is not None
+
+
 def _readable_head(model: Any, binding: Binding) -> LinearProjection | None:
     """The lm_head as a projection, or None (said once) when only its own forward can run it."""
     module = active_module(model.lm_head)
     projection = read_projection(module, Reading(model.training), 7)
-    if isinstance(projection, LinearProjection) and len(projection.adapters) <= 1 and not has_hooks(module):
+    if isinstance(projection, LinearProjection) and len(projection.adapters) <= 1:
         adapter = projection.adapters[0] if projection.adapters else None
         if adapter is None or (adapter.dropout == 0.0 and adapter.b_bias is None):
             return projection

@@ -31,8 +31,8 @@ def read_projection(module: nn.Module, reading: Reading, slot: int) -> Projectio
         slot: the projection's number in its layer; separates the dropout masks of a layer's adapters.
     """
     module = active_module(module)
-    if has_hooks(module):
-        return ModuleProjection(module, "it has forward hooks, which only its own forward runs")
+    if runs_more_than_its_class(module):
+        return ModuleProjection(module, "it has hooks or a forward of its own, which only its module runs")
     if not hasattr(module, "base_layer"):
         weight = read_weight(module)
         if weight is None:
@@ -48,8 +48,18 @@ def _bias(module: nn.Module) -> Tensor | None:
     return bias if isinstance(bias, Tensor) else None
 
 
-def has_hooks(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+def runs_more_than_its_class(module: nn.Module) -> bool:
+    """Whether calling the module does more than its class's forward: hooks, or a forward put on the instance.
+
+    accelerate's own replacement of `forward` moves inputs between devices; a bound model lies on one.
+    """
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or ("forward" in module.__dict__ and "_hf_hook" not in module.__dict__)
+    )
 
 
 def active_module(module: nn.Module) -> nn.Module:
@@ -64,8 +74,10 @@ def active_module(module: nn.Module) -> nn.Module:
 
 def _read_peft(module: Any, reading: Reading, slot: int) -> Projection:
     base = module.base_layer
-    if has_hooks(base):
-        return ModuleProjection(module, "its base layer has forward hooks, which only its own forward runs")
+    if runs_more_than_its_class(base):
+        return ModuleProjection(
+            module, "its base layer has hooks or a forward of its own, which only its module runs"
+        )
     weight = read_weight(base)
     if weight is None:
         return ModuleProjection(module, f"{type(base).__name__} is not a linear layer the blocks can read")
@@ -84,6 +96,11 @@ def _read_peft(module: Any, reading: Reading, slot: int) -> Projection:
         if name in module.lora_variant:
             variant = type(module.lora_variant[name]).__name__.removesuffix("LinearVariant")
             return ModuleProjection(module, f"the adapter is a {variant} variant, which PEFT computes")
+        pair = (module.lora_A[name], module.lora_B[name])
+        if not all(isinstance(part, nn.Linear) for part in pair):
+            return ModuleProjection(module, f"the adapter of {type(module).__name__} is no pair of matrices")
+        if any(runs_more_than_its_class(part) for part in (*pair, module.lora_dropout[name])):
+            return ModuleProjection(module, "its adapter has hooks, which only its module runs")
         adapters.append(_read_adapter(module, name, reading, slot * 8 + index))
     return LinearProjection(weight, _bias(base), tuple(adapters))
 

@@ -1,0 +1,78 @@
+"""What somebody laid over modules whose work the blocks do themselves: a call on such a model runs the stock decoder.
+
+Hooks and replaced forwards of a projection are not meant here; the block runs such a projection through its module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from pronghorn.engine.read import active_module, runs_more_than_its_class
+from pronghorn.families import LayerParts
+
+#: What PEFT's forward hooks hand to an adapter together with rows [B, S, H], which one stream does not have.
+_ROW_ARGUMENTS = {
+    "adapter_names": "each row has its own adapter (adapter_names)",
+    "alora_offsets": "an activated LoRA (aLoRA) works on rows",
+}
+
+
+def altered_part(decoder: Any, parts: LayerParts) -> str | None:
+    """The first module of a decoder that only its own forward can run, and why; None when there is none."""
+    reason = _why_altered(decoder.norm)
+    if reason is not None:
+        return f"norm {reason}"
+    for index, layer in enumerate(decoder.layers):
+        for name, module in _replaced(layer, parts):
+            reason = _why_altered(module)
+            if reason is not None:
+                return f"layers.{index}.{name} {reason}"
+        for module in _projections(layer, parts):
+            reason = _why_rows(module)
+            if reason is not None:
+                return reason
+    return None
+
+
+def _replaced(layer: Any, parts: LayerParts) -> Iterator[tuple[str, nn.Module]]:
+    """The modules of a layer whose forward the blocks never call."""
+    attention, mlp = getattr(layer, parts.attention), getattr(layer, parts.mlp)
+    yield parts.attention, attention
+    yield parts.mlp, mlp
+    yield parts.input_norm, getattr(layer, parts.input_norm)
+    yield parts.post_attention_norm, getattr(layer, parts.post_attention_norm)
+    inner = (parts.attention, parts.q_norm), (parts.attention, parts.k_norm), (parts.mlp, "act_fn")
+    for parent, name in inner:
+        module = getattr(getattr(layer, parent), name, None) if name else None
+        if isinstance(module, nn.Module):
+            yield f"{parent}.{name}", module
+
+
+def _projections(layer: Any, parts: LayerParts) -> Iterator[nn.Module]:
+    attention, mlp = getattr(layer, parts.attention), getattr(layer, parts.mlp)
+    for parent, names in (
+        (attention, (parts.q, parts.k, parts.v, parts.o)),
+        (mlp, (parts.gate, parts.up, parts.down)),
+    ):
+        for name in names:
+            yield getattr(parent, name)
+
+
+def _why_altered(module: nn.Module) -> str | None:
+    module = active_module(module)
+    if runs_more_than_its_class(module):
+        return "has hooks or a forward of its own"
+    if hasattr(module, "base_layer"):
+        return f"is wrapped in a {type(module).__name__}"
+    return None
+
+
+def _why_rows(projection: nn.Module) -> str | None:
+    for hook in projection._forward_pre_hooks.values():
+        for name in getattr(hook, "keywords", ()):
+            if name in _ROW_ARGUMENTS:
+                return _ROW_ARGUMENTS[name]
+    return None
