@@ -7,6 +7,7 @@ import pickle
 import pytest
 import torch
 from peft import PeftModel
+from transformers import Phi3Config, Phi3ForCausalLM
 
 from pronghorn.engine import binding_of
 from pronghorn.errors import AdapterProblem, PronghornError, TargetModuleNotFound, UnknownArgument
@@ -85,6 +86,16 @@ def test_dora_and_all_linear():
     assert "default" in model.base_model.model.model.layers[0].mlp.down_proj.lora_magnitude_vector
 
 
+def test_the_default_on_a_model_with_other_names_is_all_linear_layers():
+    config = Phi3Config(
+        vocab_size=320, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        pad_token_id=0,
+    )  # fmt: skip
+    model = adapted(model=Phi3ForCausalLM(config))
+    names = {name.split(".lora_A")[0].rsplit(".", 1)[-1] for name in model.state_dict() if "lora_A" in name}
+    assert names == {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"}
+
+
 def test_one_name_and_a_pattern_as_a_string():
     one = adapted(target_modules="q_proj")
     assert sum("lora_A" in name for name, _ in one.named_parameters()) == 2
@@ -110,6 +121,7 @@ def test_head_and_embeddings_among_the_targets_are_trained_whole():
         ({"target_modules": r".*\.nothing"}, "matches no module"),
         ({"target_modules": "(["}, "regular expression"),
         ({"target_modules": []}, "no module is left"),
+        ({"target_modules": 5}, "are no names"),
         ({"target_modules": ["lm_head"]}, "no module is left"),
         ({"modules_to_save": ["lm_heat"]}, "did you mean 'lm_head'"),
         ({"layers_to_transform": [2]}, "the model has 2"),
@@ -127,6 +139,9 @@ def test_modules_that_do_not_exist(arguments, hint):
         ({"lora_alfa": 3}, "did you mean 'lora_alpha'"),
         ({"bias": "some"}, "'lora_only'"),
         ({"r": 0}, "rank"),
+        ({"lora_alpha": 0}, "no effect"),
+        ({"lora_dropout": "0.1"}, "below 1"),
+        ({"max_seq_length": -1}, "no number of tokens"),
         ({"lora_dropout": 1.0}, "below 1"),
         ({"qat_scheme": "int4"}, "qat_scheme"),
     ],

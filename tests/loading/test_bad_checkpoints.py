@@ -60,6 +60,15 @@ def test_folder_above_the_model(whole):
     refused(whole.parent, "PH101", str(whole))
 
 
+def test_a_model_and_an_adapter_in_one_folder(copy_of, whole):
+    """Transformers would put the adapter on the model beside it, whatever it was trained on."""
+    folder = copy_of(whole)
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "elsewhere"}')
+    refused(folder, "PH103", "a whole model and an adapter")
+    (folder / "model.safetensors").unlink()
+    refused(folder, "PH101", "'elsewhere'")
+
+
 def test_another_file(whole):
     refused(whole / "config.json", "PH103", str(whole))
 

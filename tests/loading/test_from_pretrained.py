@@ -4,7 +4,14 @@ import logging
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    MixtralConfig,
+    MixtralForCausalLM,
+    TrainingArguments,
+)
 
 from pronghorn.engine import binding_of
 from pronghorn.errors import BindingRefused, ModelNotFound, PackageMissing, UnknownArgument, UnknownSaveLevel
@@ -302,3 +309,18 @@ def test_a_tokenizer_with_more_tokens_than_embeddings_is_said(caplog):
     tokenizer.add_tokens([f"<new{i}>" for i in range(100)])
     set_pad_token(tokenizer, tiny_model("llama"))
     assert "cannot be used" in caplog.text
+
+
+@pytest.mark.parametrize("length", [0, -1, "128", True])
+def test_a_length_that_is_none(llama, length):
+    with pytest.raises(UnknownArgument, match="no number of tokens"):
+        load(llama, max_seq_length=length)
+
+
+def test_rows_stay_within_a_table_of_positions(tmp_path, caplog):
+    """Beyond it the lookup fails, in the middle of training; rotated positions only get worse."""
+    sizes = {"vocab_size": 320, "n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 64}
+    GPT2LMHeadModel(GPT2Config(**sizes)).save_pretrained(tmp_path / "gpt2")
+    tiny_tokenizer().save_pretrained(tmp_path / "gpt2")
+    assert load(tmp_path / "gpt2")[0].max_seq_length == 64
+    assert any("table of 64 positions" in message for message in caplog.messages)

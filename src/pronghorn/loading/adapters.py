@@ -93,11 +93,17 @@ def check_targets(
         TargetModuleNotFound: for a name without a module, with the nearest; for a pattern that matches nothing.
     """
     names = [name for name, _ in model.named_modules() if name]
+    if target_modules is None or target_modules is DEFAULT_TARGETS:
+        target_modules = _default_targets(names)
     whole = [modules_to_save] if isinstance(modules_to_save, str) else list(modules_to_save or [])
     if isinstance(target_modules, str):
         targets: str | list[str] = _check_pattern(target_modules, names)
+    elif not isinstance(target_modules, Iterable) or not all(isinstance(n, str) for n in target_modules):
+        raise TargetModuleNotFound(
+            f"target_modules={target_modules!r} are no names", fix=f"use such as {list(DEFAULT_TARGETS)}"
+        )
     else:
-        wanted = list(dict.fromkeys(target_modules if target_modules is not None else DEFAULT_TARGETS))
+        wanted = list(dict.fromkeys(target_modules))
         moved = [name for name in wanted if name.rsplit(".", 1)[-1] in _WHOLE]
         if moved:
             logger.info("pronghorn: %s: trained whole (modules_to_save), without LoRA", ", ".join(moved))
@@ -111,6 +117,14 @@ def check_targets(
         _check_names(wanted, names, "target_modules")
     _check_names(whole, names, "modules_to_save")
     return targets, whole or None
+
+
+def _default_targets(names: Sequence[str]) -> str | Iterable[str]:
+    """The names of Llama-like models; all linear layers where a model has others."""
+    if {*DEFAULT_TARGETS} <= {name.rsplit(".", 1)[-1] for name in names}:
+        return DEFAULT_TARGETS
+    logger.info("pronghorn: the model names its layers otherwise: the adapter is put on all linear layers")
+    return ALL_LINEAR
 
 
 def _check_pattern(pattern: str, names: Sequence[str]) -> str:
@@ -147,10 +161,19 @@ def _check_names(wanted: Iterable[str], names: Sequence[str], argument: str) -> 
 
 
 def _check_numbers(model: Any, settings: dict[str, Any]) -> None:
-    rank, dropout = settings.get("r", 8), settings.get("lora_dropout", 0.0)
+    rank, dropout, alpha = (
+        settings.get("r", 8),
+        settings.get("lora_dropout", 0.0),
+        settings.get("lora_alpha", 8),
+    )
     if not isinstance(rank, int) or rank < 1:
         raise UnknownArgument(f"r={rank!r} is no rank", fix="use a positive whole number, such as 16")
-    if not 0.0 <= dropout < 1.0:
+    if not isinstance(alpha, int | float) or alpha <= 0:
+        raise UnknownArgument(
+            f"lora_alpha={alpha!r} is no positive number: the adapter would have no effect",
+            fix="use such as 16",
+        )
+    if not isinstance(dropout, int | float) or not 0.0 <= dropout < 1.0:
         raise UnknownArgument(f"lora_dropout={dropout!r} is no probability below 1", fix="use 0.0 to 0.99")
     chosen = settings.get("layers_to_transform")
     count = base_causal_lm(model).config.num_hidden_layers

@@ -66,3 +66,15 @@ def refuse_other_than(value: Any, choices: Iterable[Any], argument: str) -> None
         raise UnknownArgument(
             f"{argument}={value!r} does not exist", fix=f"use one of {shown}; {guess}".rstrip("; ")
         )
+
+
+def refuse_no_length(value: Any, argument: str) -> None:
+    """Refuse what is no number of tokens; None stands for no limit of one's own.
+
+    Raises:
+        UnknownArgument: for anything but a positive whole number or None.
+    """
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        raise UnknownArgument(
+            f"{argument}={value!r} is no number of tokens", fix="use a positive whole number, such as 2048"
+        )

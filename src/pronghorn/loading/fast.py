@@ -17,6 +17,7 @@ from pronghorn.loading.arguments import (
     NO_EFFECT_ON_ADAPTERS,
     NO_EFFECT_ON_LOADING,
     note_without_effect,
+    refuse_no_length,
     refuse_other_than,
     refuse_unknown,
 )
@@ -113,6 +114,7 @@ class FastLanguageModel:
         """
         refuse_unknown(kwargs, FastLanguageModel.from_pretrained, NO_EFFECT_ON_LOADING)
         note_without_effect(kwargs, "from_pretrained")
+        refuse_no_length(max_seq_length, "max_seq_length")
         save_level(use_gradient_checkpointing)
         hardware = probe()
         chosen = choose_dtype(dtype, hardware)
@@ -173,7 +175,8 @@ class FastLanguageModel:
         """Put a new LoRA adapter of stock PEFT on a model; only the adapter is trained.
 
         Args:
-            target_modules: names, "all-linear" or a regular expression; embed_tokens and lm_head among them are
+            target_modules: names, "all-linear" or a regular expression; the default is Llama's seven projections, or
+                all linear layers where a model has others; embed_tokens and lm_head among them are
                 trained whole, as `modules_to_save`.
             random_state: seeds the initialisation, without touching the global random state.
             use_gradient_checkpointing: as in `from_pretrained`.
@@ -190,6 +193,7 @@ class FastLanguageModel:
         passed_on = lora_config_fields()
         refuse_unknown(kwargs, FastLanguageModel.get_peft_model, NO_EFFECT_ON_ADAPTERS | passed_on)
         note_without_effect({k: v for k, v in kwargs.items() if k not in passed_on}, "get_peft_model")
+        refuse_no_length(max_seq_length, "max_seq_length")
         refuse_other_than(bias, ("none", "all", "lora_only"), "bias")
         refuse_other_than(qat_scheme, (None,), "qat_scheme")
         level = save_level(use_gradient_checkpointing)
@@ -246,13 +250,28 @@ def _remember(model: Any, source: Source, max_seq_length: int | None, rope_scali
     model.name_or_path = source.name
     model.config._name_or_path = source.name
     model.__dict__["pronghorn_source"] = source
-    limit = getattr(model.config, "max_position_embeddings", None)
-    model.max_seq_length = max_seq_length or limit
-    if limit and max_seq_length and max_seq_length > limit and not rope_scaling:
+    model.max_seq_length = _longest(model.config, max_seq_length, rope_scaling)
+
+
+def _longest(config: Any, asked: int | None, rope_scaling: Any) -> int | None:
+    """The longest row: as asked for, but within the table of a model that looks its positions up in one."""
+    limit: int | None = getattr(config, "max_position_embeddings", None)
+    if not (limit and asked and asked > limit):
+        return asked or limit
+    if getattr(config, "rope_parameters", None) is None:
+        logger.warning(
+            "pronghorn: the model has a table of %d positions: max_seq_length is %d, not %d",
+            limit,
+            limit,
+            asked,
+        )
+        return limit
+    if not rope_scaling:
         logger.warning(
             "pronghorn: max_seq_length=%d is beyond the %d positions the model was trained on; "
             'give rope_scaling={"type": "linear", "factor": %.3g} to stretch them',
-            max_seq_length,
+            asked,
             limit,
-            max_seq_length / limit,
+            asked / limit,
         )
+    return asked

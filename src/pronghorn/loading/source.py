@@ -147,10 +147,18 @@ def _from_folder(path: Path, gguf_file: str | None) -> Source:
                 or "name a file that is in the folder",
             )
         return _from_file(path / gguf_file)
-    if (path / "config.json").is_file():
-        return Source("folder", str(path))
-    if (path / ADAPTER_CONFIG).is_file():
+    is_model, is_adapter = (path / "config.json").is_file(), (path / ADAPTER_CONFIG).is_file()
+    if is_model and is_adapter and any(path.glob("model*.safetensors")):
+        # Transformers would put the adapter on this model, whatever the base it was trained on.
+        raise UnsupportedCheckpoint(
+            "the folder holds a whole model and an adapter, and which one is meant is unclear",
+            where=str(path),
+            fix="move adapter_config.json and adapter_model.safetensors into a folder of their own",
+        )
+    if is_adapter:
         return Source("adapter", str(path))
+    if is_model:
+        return Source("folder", str(path))
     files = sorted(path.glob("*.gguf"))
     if len(files) == 1:
         return _from_file(files[0])
