@@ -95,6 +95,24 @@ def test_adapter_options(options: dict[str, Any]) -> None:
     assert_same(run(fast, batch), run(stock_on_stream(model), batch), EXACT)
 
 
+def test_padding_on_the_left_is_padding_on_the_right() -> None:
+    """Also where a row's first token has a label, which Transformers would predict from a padding position."""
+    model = add_adapter(stock("mistral"))
+    fast = bound_copy(model, "none")
+    right = rows_batch(model.config.vocab_size, LENGTHS)
+    mask = right["attention_mask"].bool()
+    left = {name: torch.zeros_like(rows) for name, rows in right.items()}
+    left["attention_mask"] = right["attention_mask"].flip(1)
+    for name, filler in (("input_ids", 0), ("labels", -100)):
+        left[name] = torch.full_like(right[name], filler)
+        left[name][left["attention_mask"].bool()] = right[name][mask]
+    expected = run(model, right)
+    assert_same(run(fast, left), expected, EXACT)
+    first = left["attention_mask"].diff(dim=1, prepend=torch.zeros(len(LENGTHS), 1).long()) == 1
+    left["labels"][first] = left["input_ids"][first]
+    assert_same(run(fast, left), expected, EXACT)
+
+
 def stock_on_stream(model: Any) -> Any:
     """Transformers' eager attention with the block-diagonal mask that it derives from position_ids."""
     model.config._attn_implementation = "sdpa"

@@ -216,6 +216,8 @@ def causal_lm_forward(
         **kwargs,
     )
     hidden_states = outputs.last_hidden_state
+    if loss_rows is None and isinstance(attention_mask, Tensor) and attention_mask.shape == labels.shape:
+        labels = _without_padding(labels, attention_mask)
     loss, num_correct = _loss(head, hidden_states, labels, loss_rows, num_items_in_batch)
     wants_logits = not model.training if return_logits is None else return_logits
     return LossOutput(
@@ -251,6 +253,11 @@ def _readable_head(model: Any, binding: Binding) -> LinearProjection | None:
         )
     binding.tell_once(f"lm_head runs through its own forward, with full logits: {reason}")
     return None
+
+
+def _without_padding(labels: Tensor, mask: Tensor) -> Tensor:
+    """Labels [B, S] less those that a padding position would predict: with padding on the left, each row's first."""
+    return labels.masked_fill(torch.nn.functional.pad(mask, (1, 0))[:, :-1] == 0, -100)
 
 
 def _loss(
