@@ -141,6 +141,33 @@ def test_metrics_get_logits_of_rows(tmp_path):
     assert result["eval_loss"] == pytest.approx(plain, rel=1e-5)
 
 
+def test_metrics_see_every_document_where_evaluation_would_be_packed(tmp_path):
+    """Transformers cuts a metric's rows to the number of the data set's, which packed rows unpack to more than."""
+    seen = {}
+
+    def metrics(prediction):
+        seen["rows"] = len(prediction.predictions)
+        return {}
+
+    rows = [{"text": "why " * (1 + 3 * i % 7)} for i in range(11)]
+    run = trainer(
+        tmp_path, rows=rows, eval_dataset=rows, packing=True, max_length=128, compute_metrics=metrics
+    )
+    run.evaluate()
+    assert len(run.train_dataset) < 11 and seen["rows"] == 11
+
+
+def test_accuracy_where_the_head_runs_through_its_own_forward(tmp_path):
+    hooked = adapter_model()
+    hooked.get_base_model().lm_head.register_forward_hook(lambda *_: None)
+    accuracies = []
+    for model in (adapter_model(), hooked):
+        run = trainer(tmp_path, model=model, max_steps=8, learning_rate=1.0, logging_steps=8)
+        run.train()
+        accuracies.append(run.state.log_history[0]["mean_token_accuracy"])
+    assert accuracies[1] == pytest.approx(accuracies[0], abs=0.02) and accuracies[0] > 0.05
+
+
 def test_dft_label_smoothing_and_own_loss_go_through_logits(tmp_path):
     plain = trainer(tmp_path, learning_rate=0.0)
     plain.train()

@@ -26,10 +26,8 @@ def loss_from_logits(
         nll: -log p        dft: -p·log p with p taken as a constant (https://huggingface.co/papers/2508.05629)
     """
     labels = labels.to(outputs.logits.device)
-    logits = outputs.logits[:, -labels.shape[1] :][:, :-1]  # prompt learning puts virtual tokens in front
-    targets = labels[:, 1:]
-    with torch.no_grad():
-        correct = ((logits.argmax(-1) == targets) & (targets != IGNORED)).sum()
+    logits, targets = _shifted(outputs.logits, labels)
+    correct = right_predictions(outputs.logits, labels)
     if loss_function is not None:
         return loss_function(outputs, labels, num_items_in_batch=normalizer), correct
     if label_smoother is not None:
@@ -41,3 +39,14 @@ def loss_from_logits(
     if loss_type == "dft":
         loss = (loss * torch.exp(-loss.detach())).sum()
     return loss / normalizer, correct
+
+
+def _shifted(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits and the labels they predict; prompt learning puts virtual tokens in front of the logits' rows."""
+    return logits[:, -labels.shape[1] :][:, :-1], labels[:, 1:]
+
+
+def right_predictions(logits: Tensor, labels: Tensor) -> Tensor:
+    """Number of supervised labels [B, S] that are the largest of the logits [B, S, V] before them."""
+    predicted, targets = _shifted(logits.detach(), labels.to(logits.device))
+    return ((predicted.argmax(-1) == targets) & (targets != IGNORED)).sum()

@@ -32,7 +32,7 @@ from pronghorn.training.checkpoints import (
 )
 from pronghorn.training.config import as_sft_config
 from pronghorn.training.given import as_dataset, training_rows, usable_collator
-from pronghorn.training.logits import loss_from_logits
+from pronghorn.training.logits import loss_from_logits, right_predictions
 from pronghorn.training.meter import Stopwatch, Tally
 from pronghorn.training.progress import ProgressTable, peak_memory_gib
 from pronghorn.training.setup import (
@@ -96,7 +96,7 @@ class SFTTrainer(trl.SFTTrainer):
         self._vocabulary = vocabulary_of(model)
         self._packing, self._eval_packing = args.packing, args.eval_packing
         self._responses_only = args.assistant_only_loss
-        self._loss_function = compute_loss_func
+        self._loss_function, self._wants_rows = compute_loss_func, compute_metrics is not None
         self._training, self._evaluation, self._watch = Tally(), Tally(), Stopwatch()
         self._trained_tokens, self._told_not_finite = 0, False
         self._staging: Path | None = None
@@ -123,6 +123,7 @@ class SFTTrainer(trl.SFTTrainer):
                 formatting_func=formatting_func,
             )
         del self._given_train
+        self.model_accepts_loss_kwargs = True  # what older Transformers ask instead of loss_is_scaled_for_ga
         if loaded_here:
             restore_forward(base_causal_lm(self.model))
         if binding_of(self.model) is None:
@@ -146,7 +147,10 @@ class SFTTrainer(trl.SFTTrainer):
     ) -> Any:
         """TRL's hook for training and evaluation data, and for data given to `evaluate`."""
         training = dataset is getattr(self, "_given_train", None)
-        if not training and self._eval_packing is not None:
+        if not training and self._wants_rows:
+            # Transformers counts a metric's rows as the data set's, so each must be one document.
+            packing = False
+        elif not training and self._eval_packing is not None:
             packing = self._eval_packing
         else:
             packing = self._packing
@@ -265,7 +269,9 @@ class SFTTrainer(trl.SFTTrainer):
                 inputs["return_logits"] = want_logits
             outputs = model(**inputs, num_items_in_batch=normalizer)
             correct = getattr(outputs, "num_correct", None)
-            return outputs.loss, 0 if correct is None else correct, outputs
+            if correct is None:  # the head ran through its own forward, which counts nothing
+                correct = right_predictions(outputs.logits, inputs["labels"])
+            return outputs.loss, correct, outputs
         labels = inputs.pop("labels")
         inputs.pop("loss_rows", None)
         inputs.pop("document_lengths", None)
