@@ -7,8 +7,8 @@ from torch import Tensor
 
 from pronghorn.kernels.dispatch import Impl, use_triton
 
-# The counter of the Triton generator is a 32-bit integer.
-LARGEST = 2**31 - 1
+# The counter of the Triton generator is a 32-bit integer, and the last program counts up to a whole block.
+LARGEST = 2**31 - 1024
 
 
 def seeded_dropout(x: Tensor, p: float, seed: int, *, impl: Impl | None = None) -> Tensor:
@@ -23,4 +23,5 @@ def seeded_dropout(x: Tensor, p: float, seed: int, *, impl: Impl | None = None) 
         return forward(x, p, seed)
     generator = torch.Generator(x.device).manual_seed(seed)
     kept = torch.rand(x.shape, generator=generator, device=x.device) >= p
-    return x * kept.to(x.dtype).mul_(1.0 / (1.0 - p))
+    # Scaled as a number: a scale in the mask would be rounded to x's dtype, the same way for every element.
+    return (x * kept).mul_(1.0 / (1.0 - p))
