@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Mixtra
 
 from pronghorn.errors import PronghornError, SaveFailed, UnknownArgument
 from pronghorn.export import save_adapter, save_merged
+from pronghorn.export.merge import plan_merge
 from pronghorn.export.merged import parse_size
 from pronghorn.loading import FastLanguageModel
 from tests.tiny import FAMILIES, save_tiny, tiny_model, tiny_tokenizer
@@ -114,6 +115,27 @@ def test_a_bf16_base_is_merged_in_fp32_and_rounded_once(tmp_path):
     assert ((weight.double() - exact).abs() <= exact.abs() * 2**-8 + 2**-20).all()
     assert {part.get_dtype() for part in written(tmp_path / "out").values()} == {"BF16"}
     assert AutoConfig.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
+
+
+def test_a_bf16_adapter_is_multiplied_out_in_fp32():
+    model = trained(tiny_model("llama", dtype=torch.bfloat16)).to(torch.bfloat16)
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    exact = layer.base_layer.weight.double() + layer.scaling["default"] * (b.double() @ a.double())
+    entries = {entry.name: entry for entry in plan_merge(model).entries}
+    merged = entries["model.layers.0.self_attn.q_proj.weight"].make()
+    # Half a unit in the last place (2⁻⁸ of the power of two below), and before it fp32's error of sums of size 1.
+    unit = torch.exp2(exact.abs().log2().floor())
+    assert ((merged.double() - exact).abs() <= unit * 2**-8 + 2**-20).all()
+
+
+def test_a_weight_beyond_float16_is_refused(tmp_path):
+    model = trained(tiny_model("llama", dtype=torch.float16))
+    with torch.no_grad():
+        model.base_model.model.model.layers[1].mlp.up_proj.lora_B["default"].weight.mul_(1e6)
+    with pytest.raises(SaveFailed, match=r"layers\.1\.mlp\.up_proj\.weight .* range of float16"):
+        save_merged(model, None, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_tied_embeddings_are_stored_once_and_stay_tied(tmp_path):

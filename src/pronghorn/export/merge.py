@@ -170,10 +170,35 @@ def _merged_weight(module: Any, adapters: list[str], prefix: str, dtype: torch.d
                 if name in module.lora_variant:
                     merged = _merge_variant(module, name, merged, prefix)
                 else:
-                    merged = merged + module.get_delta_weight(name).to(torch.float32)
-        return merged.to(dtype)
+                    merged = merged + _delta(module, name)
+        return _rounded(merged, dtype, prefix)
 
     return make
+
+
+def _delta(module: Any, name: str) -> Tensor:
+    """s·B·A in fp32. PEFT's own rounds it to the adapter's dtype, so a 16-bit adapter is multiplied out here."""
+    pair = (module.lora_A[name], module.lora_B[name]) if name in getattr(module, "lora_A", {}) else ()
+    plain = pair and all(isinstance(part, nn.Linear) for part in pair) and not hasattr(module, "get_param")
+    if not plain or module.fan_in_fan_out or pair[0].weight.dtype.itemsize > 2:
+        return module.get_delta_weight(name).to(torch.float32)  # type: ignore[no-any-return]
+    a, b = (part.weight.detach().to(torch.float32) for part in pair)
+    return (b @ a).mul_(module.scaling[name])
+
+
+def _rounded(merged: Tensor, dtype: torch.dtype, prefix: str) -> Tensor:
+    """The weight in `dtype`.
+
+    Raises:
+        SaveFailed: a finite weight is beyond the range of `dtype` (65,504 in float16).
+    """
+    rounded = merged.to(dtype)
+    if dtype == torch.float16 and bool((rounded.isinf() & merged.isfinite()).any()):
+        raise SaveFailed(
+            f"{prefix}weight with its adapter has values beyond the range of float16",
+            fix="load the model in bfloat16 or float32 and save again, or keep the adapter: save_method='lora'",
+        )
+    return rounded
 
 
 def _plain_weight(module: Any) -> Tensor:
