@@ -143,6 +143,28 @@ def test_stock_is_used_and_told_for_hidden_states(caplog: pytest.LogCaptureFixtu
     assert len(output.hidden_states) == 3 and "output_hidden_states" in caplog.text
 
 
+def test_collecting_hidden_states_once_leaves_the_fast_path_on() -> None:
+    """Transformers leaves its hooks on the modules it collected from."""
+    model = tiny_model("llama")
+    bind(model)
+    model.train()
+    model(torch.arange(5)[None], output_hidden_states=True)
+    assert model.model.layers[0]._forward_hooks
+    assert "stock decoder" not in binding_of(model).describe()
+
+
+def test_tuples_instead_of_outputs() -> None:
+    stock, model = tiny_model("llama"), tiny_model("llama")
+    bind(model)
+    ids = torch.arange(5)[None]
+    for arguments in ({"labels": ids}, {}, {"labels": ids, "use_cache": False}):
+        found = model(ids, return_dict=False, **arguments)
+        expected = stock(ids, return_dict=False, **arguments)
+        assert type(found) is tuple and len(found) == len(expected)
+        torch.testing.assert_close(found[0], expected[0])
+    assert type(model.model(ids, use_cache=False, return_dict=False)) is tuple
+
+
 def test_autocast_computes_in_its_dtype() -> None:
     """fp32 weights under bf16 autocast: products in bf16, gradients and the residual stream in fp32."""
     model = add_adapter(tiny_model("llama"))

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils.generic import can_return_tuple
 
 from pronghorn.blocks import AttentionBlock, DecoderLayer, GluBlock, Level, LinearProjection, ProjectionGroup
 from pronghorn.engine.binding import Binding
@@ -31,6 +32,10 @@ class LossOutput(CausalLMOutputWithPast):
     """Transformers' output with the number of supervised tokens whose most likely prediction was right."""
 
     num_correct: Tensor | None = None
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        """What Transformers' output has, in its order."""
+        return tuple(value for name, value in self.items() if name != "num_correct")
 
 
 def compute_dtype(binding: Binding, hidden_states: Tensor) -> torch.dtype:
@@ -108,6 +113,7 @@ def build_layer(layer: Any, call: LayerCall) -> DecoderLayer:
 # --- decoder ---------------------------------------------------------------------------------------------------
 
 
+@can_return_tuple
 def decoder_forward(
     decoder: Any,
     input_ids: Tensor | None = None,
@@ -135,6 +141,7 @@ def decoder_forward(
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            return_dict=True,
             **kwargs,
         )
     if (input_ids is None) == (inputs_embeds is None):
@@ -163,6 +170,7 @@ def decoder_forward(
 # --- causal LM -------------------------------------------------------------------------------------------------
 
 
+@can_return_tuple
 def causal_lm_forward(
     model: Any,
     input_ids: Tensor | None = None,
@@ -204,6 +212,7 @@ def causal_lm_forward(
             labels=labels,
             use_cache=use_cache,
             logits_to_keep=logits_to_keep,
+            return_dict=True,
             **kwargs,
         )
     outputs = model.model(
@@ -213,6 +222,7 @@ def causal_lm_forward(
         past_key_values=past_key_values,
         inputs_embeds=inputs_embeds,
         use_cache=use_cache,
+        return_dict=True,
         **kwargs,
     )
     hidden_states = outputs.last_hidden_state

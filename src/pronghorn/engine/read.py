@@ -48,13 +48,17 @@ def _bias(module: nn.Module) -> Tensor | None:
     return bias if isinstance(bias, Tensor) else None
 
 
+_COLLECTING = "transformers.utils.output_capturing"
+
+
 def runs_more_than_its_class(module: nn.Module) -> bool:
     """Whether calling the module does more than its class's forward: hooks, or a forward put on the instance.
 
-    accelerate's own replacement of `forward` moves inputs between devices; a bound model lies on one.
+    accelerate's own replacement of `forward` moves inputs between devices; a bound model lies on one. Transformers
+    leaves a hook behind wherever it has once collected hidden states, which does nothing in later calls.
     """
     return bool(
-        module._forward_hooks
+        any(getattr(hook, "__module__", None) != _COLLECTING for hook in module._forward_hooks.values())
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
