@@ -52,3 +52,9 @@ def test_two_processes_take_the_step_of_one(tmp_path):
     assert result["eval_loss"] == pytest.approx(one.evaluate()["eval_loss"], rel=1e-4)
     for name, value in trained(one.model).items():
         torch.testing.assert_close(result["parameters"][name], value, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_a_stream_is_read_by_each_process(tmp_path):
+    """Read by one for all, its batches would be joined and cut as if rows were all that they have."""
+    run = trainer(tmp_path, eval_dataset=chats(4).to_iterable_dataset())
+    assert run.accelerator.dispatch_batches is False

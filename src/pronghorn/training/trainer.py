@@ -92,6 +92,9 @@ class SFTTrainer(trl.SFTTrainer):
         resolve_max_length(args, model)
         match_precision(args, model)
         args.accelerator_config.non_blocking = args.dataloader_pin_memory
+        if args.accelerator_config.dispatch_batches is None and data_collator is None:
+            # One process would read for all and cut a stream's batch, which is one row, into pieces.
+            args.accelerator_config.dispatch_batches = False
         self._context = getattr(model, "max_seq_length", None)
         self._vocabulary = vocabulary_of(model)
         self._packing, self._eval_packing = args.packing, args.eval_packing
