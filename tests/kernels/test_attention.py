@@ -84,3 +84,9 @@ def test_every_backend_has_a_reason() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         backend, reason = choose_backend(torch.device("cpu"), dtype, 64)
         assert backend == "cpu" and reason
+
+
+@pytest.mark.parametrize("head_dim", [100, 260])
+def test_head_sizes_that_flash_attention_does_not_take(head_dim: int) -> None:
+    backend, reason = choose_backend(torch.device("cuda"), torch.bfloat16, head_dim)
+    assert backend == "sdpa" and str(head_dim) in reason

@@ -60,14 +60,14 @@ def choose_backend(device: torch.device, dtype: torch.dtype, head_dim: int) -> t
         return "sdpa", f"no packed attention for device type {device.type}"
     if dtype not in (torch.float16, torch.bfloat16):
         return "sdpa", f"FlashAttention-2 takes fp16 and bf16, not {dtype}"
+    if head_dim > 256 or head_dim % 8:
+        return "sdpa", f"FlashAttention-2 takes head sizes up to 256 in steps of 8, not {head_dim}"
     capability = torch.cuda.get_device_capability(device)
     if capability < (8, 0):
         return (
             "sdpa",
             f"FlashAttention-2 needs compute capability 8.0, this is {capability[0]}.{capability[1]}",
         )
-    if head_dim > 256:
-        return "sdpa", f"FlashAttention-2 takes head sizes up to 256, not {head_dim}"
     return "flash", "torch's FlashAttention-2 over the packed stream"
 
 
