@@ -116,6 +116,7 @@ def test_pointer_where_links_are_not_supported(tmp_path, monkeypatch):
         RuntimeError(
             "[enforce fail at inline_container.cc:603] . PytorchStreamWriter failed writing file data/0"
         ),
+        RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0"),
     ],
 )
 def test_a_full_disk_leaves_no_half_checkpoint(tmp_path, monkeypatch, error):
@@ -131,6 +132,25 @@ def test_a_full_disk_leaves_no_half_checkpoint(tmp_path, monkeypatch, error):
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["README.md", "checkpoint-1", "last_checkpoint"]
     assert newest_checkpoint(tmp_path).name == "checkpoint-1"
+
+
+def test_a_finished_run_has_nothing_left_to_train(tmp_path):
+    """Transformers looks at max_steps after a step only, and would train one more."""
+    options = {**RUN, "max_steps": 2, "save_steps": 2}
+    whole = trainer(tmp_path, **options)
+    whole.train()
+    again = trainer(tmp_path, **options)
+    assert again.train(resume_from_checkpoint=True).global_step == again.state.global_step == 2
+    for name, value in trained(whole.model).items():
+        assert torch.equal(trained(again.model)[name], value)
+
+
+def test_the_last_run_is_resumed_and_not_a_longer_one_before(tmp_path):
+    trainer(tmp_path, **{**RUN, "max_steps": 4, "save_steps": 2}).train()
+    trainer(tmp_path, **{**RUN, "max_steps": 2, "save_steps": 1}).train()
+    assert newest_checkpoint(tmp_path).name == "checkpoint-2"
+    shutil.rmtree(tmp_path / "checkpoint-2")
+    assert newest_checkpoint(tmp_path).name == "checkpoint-4"
 
 
 def test_other_errors_while_saving_stay_what_they_are(tmp_path, monkeypatch):

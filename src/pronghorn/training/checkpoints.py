@@ -41,12 +41,15 @@ def step_of(checkpoint: Path) -> int:
 def newest_checkpoint(output_dir: str | Path) -> Path:
     """The newest complete checkpoint under `output_dir`; incomplete ones are passed over with a note.
 
+    The one that `last_checkpoint` leads to and those before it come first: a longer run before may have left others.
+
     Raises:
         CheckpointMissing: there is none.
     """
     folder = Path(output_dir)
     found = [path for path in folder.glob("checkpoint-*") if path.is_dir() and step_of(path) >= 0]
-    for checkpoint in sorted(found, key=step_of, reverse=True):
+    last = _pointed_to(folder)
+    for checkpoint in sorted(found, key=lambda path: (step_of(path) <= last, step_of(path)), reverse=True):
         if is_complete(checkpoint):
             return checkpoint
         logger.warning("pronghorn: %s is incomplete and is passed over", checkpoint)
@@ -55,6 +58,16 @@ def newest_checkpoint(output_dir: str | Path) -> Path:
         where=str(folder),
         fix="train without resuming, or name the folder that has checkpoint-N in it",
     )
+
+
+def _pointed_to(folder: Path) -> int:
+    """The step that `last_checkpoint` names, -1 where it leads nowhere."""
+    pointer = folder / POINTER
+    if not pointer.exists():
+        return -1
+    if pointer.is_file():
+        return step_of(folder / pointer.read_text(encoding="utf-8").strip())
+    return step_of(pointer.resolve())
 
 
 def checkpoint_at(path: str | Path) -> Path:
@@ -119,7 +132,8 @@ def saving(what: str, folder: Path, remove: Path | None = None) -> Iterator[None
 def _is_write_error(error: BaseException) -> bool:
     """OSError, or how torch and safetensors report one."""
     text = f"{type(error).__name__}: {error}"
-    return isinstance(error, OSError) or "SafetensorError" in text or "PytorchStreamWriter" in text
+    marks = ("SafetensorError", "PytorchStreamWriter", "inline_container")
+    return isinstance(error, OSError) or any(mark in text for mark in marks)
 
 
 def _save_failed(what: str, folder: Path, error: BaseException) -> SaveFailed:

@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 import trl
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.trainer_utils import rotate_checkpoints
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
+from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 
 from pronghorn.data.collator import BOOKKEEPING, Collator
 from pronghorn.data.prepare import Preparation, prepare_dataset
@@ -29,6 +30,7 @@ from pronghorn.training.checkpoints import (
     point_to,
     publish,
     saving,
+    step_of,
 )
 from pronghorn.training.config import as_sft_config
 from pronghorn.training.given import as_dataset, training_rows, usable_collator
@@ -384,11 +386,22 @@ class SFTTrainer(trl.SFTTrainer):
         elif resume_from_checkpoint:
             resume_from_checkpoint = str(checkpoint_at(resume_from_checkpoint))
         self._training, self._watch = Tally(), Stopwatch()
+        if resume_from_checkpoint and 0 < self.args.max_steps <= step_of(Path(resume_from_checkpoint)):
+            return self._already_trained(resume_from_checkpoint)
         try:
             return super().train(resume_from_checkpoint or None, *args, **kwargs)
         finally:
             if self._progress is not None:
                 self._progress.close()
+
+    def _already_trained(self, checkpoint: str) -> TrainOutput:
+        """The state at a run's end, loaded. Transformers would train one more step, as it looks only after a step."""
+        logger.warning("pronghorn: %s is at the last step: there is nothing left to train", checkpoint)
+        self._load_from_checkpoint(checkpoint)
+        self.state = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME))
+        if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
+            self._load_best_model()
+        return TrainOutput(self.state.global_step, 0.0, {})
 
     def _get_output_dir(self, trial: Any) -> str:
         return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
