@@ -329,6 +329,9 @@ def _checked(value: Any, hint: Any, key: str, rules: Mapping[str, Any], where: s
         and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value)
     ):
         value = float(value)
+    # It also reads no as false, unlike the choice of that name.
+    if value is False and not _accepts(value, hint) and "no" in _choices(hint):
+        value = "no"
     if not _accepts(value, hint):
         fix = f"give {_described(hint)}"
         if isinstance(value, str) and (close := nearest(value, _choices(hint))):

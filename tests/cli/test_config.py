@@ -81,6 +81,13 @@ def test_exponent_without_dot_is_a_number():
     assert config.training.learning_rate == 2e-4
 
 
+def test_no_is_a_choice_and_not_false():
+    """YAML 1.1 reads a bare no as false."""
+    text = "model: {name: m}\ndata: {dataset: d}\ntraining: {eval_strategy: no, save_strategy: no}\n"
+    config = parse_config(text)
+    assert (config.training.eval_strategy, config.training.save_strategy) == ("no", "no")
+
+
 def test_list_items_are_checked():
     error = refused(MINIMAL + "adapter:\n  target_modules: [q_proj, 3]\n")
     assert "target_modules" in error.message

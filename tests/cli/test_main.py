@@ -37,6 +37,12 @@ def test_help_names_every_command_and_imports_no_torch():
         assert name in result.stdout
 
 
+def test_version(capsys):
+    with pytest.raises(SystemExit) as left:
+        command.main(["--version"])
+    assert left.value.code == 0 and capsys.readouterr().out.startswith("pronghorn 0.")
+
+
 def test_reading_a_wrong_configuration_is_one_line_and_status_2(tmp_path):
     config = tmp_path / "run.yaml"
     config.write_text("model:\n  nam: x\ndata:\n  dataset: docstrings\n")

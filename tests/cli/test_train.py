@@ -3,6 +3,10 @@
 import dataclasses
 import inspect
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -110,6 +114,10 @@ def test_resume_reaches_the_same_loss_as_an_uninterrupted_run(config, tmp_path, 
     assert resumed["resumed_from"] == str(tmp_path / "second" / "checkpoint-2")
     assert resumed["steps"] == 4
     assert resumed["eval_loss"] == pytest.approx(whole["eval_loss"], rel=1e-6)
+    capsys.readouterr()
+    assert main([*again, "--resume"]) == 0
+    output = capsys.readouterr().out
+    assert json.loads(output.splitlines()[-1])["train_loss"] is None and "the last step" in output
 
 
 def test_full_finetuning_saves_a_model(config, tmp_path, capsys):
@@ -147,7 +155,8 @@ def test_the_save_level_of_either_section_counts(config):
     [
         ("training.lerning_rate=1", "did you mean 'learning_rate'?"),
         ("training.adam_beta1=fast", "a number"),
-        ("training.lr_scheduler_type=linaer", "linaer"),
+        ("training.lr_scheduler_type=linaer", "did you mean 'linear'?"),
+        ("training.optim=adamw_tosch", "did you mean 'adamw_torch'?"),
         ("model.dtype=bf17", "one of"),
         ("data.dataset=/absent/rows.jsonl", "there is no file"),
         ("data.held_back=1000", "only 24"),
@@ -168,6 +177,21 @@ def test_unknown_key_names_its_line(config, capsys):
     line = refused(capsys, "train", config)
     assert f"{config}, line 13" in line
     assert "did you mean 'max_steps'?" in line
+
+
+def test_a_line_that_is_no_json_is_the_only_line(config, tmp_path):
+    """Also of what the libraries underneath log, which only a process of its own shows."""
+    (tmp_path / "bad.jsonl").write_text("not json\n")
+    command = [sys.executable, "-m", "pronghorn.cli", "train", str(config)]
+    result = subprocess.run(
+        [*command, "--set", f"data.dataset={tmp_path / 'bad.jsonl'}"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2] / "src")},
+        timeout=120,
+    )
+    assert result.returncode == 2
+    assert result.stderr.count("\n") == 1 and "bad.jsonl, line 1" in result.stderr
 
 
 def test_nothing_to_resume(config, capsys):

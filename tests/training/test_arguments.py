@@ -11,7 +11,7 @@ import trl
 from peft import LoraConfig, get_peft_model
 
 from pronghorn.engine import bind, binding_of
-from pronghorn.errors import DatasetUnusable
+from pronghorn.errors import DatasetUnusable, UnknownArgument
 from pronghorn.training import SFTConfig, SFTTrainer
 from pronghorn.training.arguments import usable_optimizer
 from pronghorn.training.config import as_sft_config
@@ -92,6 +92,12 @@ def test_max_length_follows_the_model(tmp_path, given, context, length):
         model.max_seq_length = context
     run = trainer(tmp_path, model, max_length=given)
     assert run.args.max_length == length
+
+
+@pytest.mark.parametrize("length", [0, -1, "long"])
+def test_a_max_length_that_is_none(tmp_path, length):
+    with pytest.raises(UnknownArgument, match="no number of tokens"):
+        SFTConfig(output_dir=str(tmp_path), max_length=length)
 
 
 def test_gradient_checkpointing_is_a_save_level(tmp_path):

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from pronghorn import __version__
 from pronghorn.errors import PronghornError
 
 EXIT_USER_ERROR = 2
@@ -35,6 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="pronghorn",
         description="Fine-tune language models fast and in little memory, on stock Hugging Face checkpoints.",
     )
+    parser.add_argument("--version", action="version", version=f"pronghorn {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     train = commands.add_parser("train", help="train a model as a YAML file describes it")

@@ -13,7 +13,7 @@ from pronghorn.cli.folders import output_folder
 from pronghorn.cli.models import resolve_model
 from pronghorn.cli.quiet import quiet_libraries
 from pronghorn.config import RunConfig, arguments, load_config, section_arguments
-from pronghorn.errors import ConfigInvalid, OutOfMemory
+from pronghorn.errors import ConfigInvalid, OutOfMemory, nearest
 
 
 def run(config_path: str, overrides: list[str], *, resume: bool = False, as_json: bool = False) -> int:
@@ -45,10 +45,11 @@ def run(config_path: str, overrides: list[str], *, resume: bool = False, as_json
     started = time.perf_counter()
     result = _train(trainer, checkpoint)
     seconds = time.perf_counter() - started
+    trained = checkpoint is None or checkpoint.name != f"checkpoint-{result.global_step}"
     summary: dict[str, Any] = {
         "steps": result.global_step,
         "seconds": round(seconds, 2),
-        "train_loss": result.training_loss,
+        "train_loss": result.training_loss if trained else None,
         "eval_loss": _final_loss(trainer) if rows.held_back is not None else None,
         "train_rows": len(rows.train),
         "eval_rows": len(rows.held_back) if rows.held_back is not None else 0,
@@ -81,6 +82,7 @@ def training_settings(config: RunConfig) -> Any:
         values.setdefault("dataset_text_field", config.data.text_field)
     if config.data.held_back and "eval_steps" in values:
         values.setdefault("eval_strategy", "steps")
+    _check_names(config, values)
     try:
         return SFTConfig(**values)
     except (ValueError, TypeError, ImportError) as error:
@@ -89,6 +91,25 @@ def training_settings(config: RunConfig) -> Any:
             where=config.where("training"),
             fix="change the argument it names",
         ) from error
+
+
+def _check_names(config: RunConfig, values: dict[str, Any]) -> None:
+    """Names that Transformers would refuse with the list of all.
+
+    Raises:
+        ConfigInvalid: with the nearest one.
+    """
+    from transformers.trainer_utils import SchedulerType
+    from transformers.training_args import OptimizerNames
+
+    for key, kind in (("optim", OptimizerNames), ("lr_scheduler_type", SchedulerType)):
+        known = [item.value for item in kind]
+        if values.get(key, known[0]) not in known:
+            raise ConfigInvalid(
+                f"'training.{key}' cannot be '{values[key]}'",
+                where=config.where(f"training.{key}"),
+                fix=nearest(values[key], known) or f"give one of {', '.join(known)}",
+            )
 
 
 def field_types(kind: type) -> dict[str, Any]:
@@ -172,7 +193,10 @@ def _peak_memory() -> int | None:
 def _show(summary: dict[str, Any]) -> None:
     heading("Trained")
     rows = [("steps", f"{summary['steps']} in {duration(summary['seconds'])}")]
-    rows.append(("training loss", f"{summary['train_loss']:.4f}"))
+    if summary["train_loss"] is None:
+        rows.append(("training loss", "none: the checkpoint is at the last step (training.max_steps)"))
+    else:
+        rows.append(("training loss", f"{summary['train_loss']:.4f}"))
     if summary["eval_loss"] is not None:
         rows.append(("held-back loss", f"{summary['eval_loss']:.4f} ({summary['eval_rows']} rows)"))
     if summary["peak_memory_bytes"]:

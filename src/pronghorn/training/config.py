@@ -11,7 +11,7 @@ import torch
 import transformers
 import trl
 
-from pronghorn.errors import nearest
+from pronghorn.errors import UnknownArgument, nearest
 
 logger = logging.getLogger("pronghorn")
 
@@ -76,8 +76,9 @@ class SFTConfig(trl.SFTConfig):
                 "pronghorn: max_seq_length is called max_length now; %d is used", self.max_seq_length
             )
             self.max_length, self.max_seq_length = self.max_seq_length, None
-        if isinstance(self.max_length, str) and self.max_length != AUTO:
+        if isinstance(self.max_length, str) and self.max_length.isdecimal():
             self.max_length = int(self.max_length)  # from a command line
+        _check_length(self.max_length)
         self.bf16: bool = bool(self.bf16)
         self.fp16: bool = bool(self.fp16)
         if not torch.accelerator.is_available():
@@ -89,6 +90,18 @@ class SFTConfig(trl.SFTConfig):
                     "pronghorn: fp16=True has no effect without a GPU: the model's own dtype is used"
                 )
         super().__post_init__()
+
+
+def _check_length(length: Any) -> None:
+    """Refuse what cuts rows at no place, or from behind.
+
+    Raises:
+        UnknownArgument: for anything but a positive whole number, "auto" or None.
+    """
+    if length not in (None, AUTO) and (not isinstance(length, int) or length < 1):
+        raise UnknownArgument(
+            f"max_length={length!r} is no number of tokens", fix='use a positive whole number, "auto" or None'
+        )
 
 
 def as_sft_config(args: Any) -> SFTConfig:
