@@ -125,10 +125,11 @@ def test_two_active_adapters() -> None:
 
     model.add_adapter("second", LoraConfig(r=2, lora_alpha=6, target_modules=["q_proj", "up_proj"]))
     model.base_model.set_adapter(["default", "second"])
+    generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "second" in name:
-                parameter.normal_(std=0.2)
+                parameter.normal_(std=0.2, generator=generator)
     batch = rows_batch(model.config.vocab_size, (9, 9))
     assert_same(run(bound_copy(model, "none"), batch), run(model, batch), EXACT)
 
