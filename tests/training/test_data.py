@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import peft
 import pytest
+import torch
 from datasets import Dataset, DatasetDict
 
 from pronghorn import train_on_responses_only
@@ -10,7 +12,7 @@ from pronghorn.errors import NothingSupervised, PronghornError, TokenizerProblem
 from pronghorn.training import SFTTrainer
 from pronghorn.training.responses import parts_of_template
 from tests.data.test_rows import BRACKETS, THINKING
-from tests.tiny import tiny_tokenizer
+from tests.tiny import tiny_model, tiny_tokenizer
 from tests.training.runs import adapter_model, chats, losses, settings, trainer
 
 PARTS = {"instruction_part": "<|im_start|>user\n", "response_part": "<|im_start|>assistant\n"}
@@ -170,3 +172,27 @@ def test_predict_takes_rows_of_every_kind(tmp_path):
 def test_data_that_is_none(tmp_path, rows, message):
     with pytest.raises(PronghornError, match=message):
         trainer(tmp_path, rows=rows)
+
+
+@pytest.mark.parametrize("method", [peft.PromptTuningConfig, peft.PrefixTuningConfig])
+def test_virtual_tokens_stand_before_each_row(tmp_path, method):
+    """PEFT puts them before rows; before a stream, all documents but the first would be without."""
+    curves = []
+    for size in (4, 1):
+        torch.manual_seed(0)
+        model = peft.get_peft_model(tiny_model("llama"), method(task_type="CAUSAL_LM", num_virtual_tokens=4))
+        run = trainer(
+            tmp_path / str(size), model=model, rows=chats(4), max_steps=2,
+            per_device_train_batch_size=size, gradient_accumulation_steps=4 // size,
+        )  # fmt: skip
+        assert next(iter(run.get_train_dataloader()))["input_ids"].shape[0] == size
+        run.train()
+        curves.append(losses(run))
+    assert curves[0] == pytest.approx(curves[1], rel=1e-5)
+
+
+def test_a_stream_with_more_tokens_than_its_documents_is_refused():
+    model = adapter_model()
+    batch = {"cu_seq_lens_q": torch.tensor([0, 3], dtype=torch.int32), "max_length_q": 3}
+    with pytest.raises(ValueError, match="documents of 3 tokens in a stream of 5"):
+        model(input_ids=torch.arange(5)[None], use_cache=False, document_lengths=(3,), **batch)

@@ -44,7 +44,10 @@ def flatten_rows(
     if cu_seqlens is not None:
         longest = kwargs.get("max_length_q")
         longest = int(cu_seqlens.diff().max()) if longest is None else int(longest)
-        docs = Documents(cu_seqlens, longest, kwargs.get("document_lengths"))
+        lengths = kwargs.get("document_lengths")
+        if lengths is not None and sum(lengths) != batch * length:
+            raise ValueError(f"documents of {sum(lengths)} tokens in a stream of {batch * length}")
+        docs = Documents(cu_seqlens, longest, lengths)
         return flat, Stream(docs, positions, batch, length)
     if attention_mask is None and packed:
         docs = _documents_by_position(position_ids.expand(batch, length))

@@ -130,6 +130,8 @@ def take_over_checkpointing(args: SFTConfig, model: Any, asked: bool) -> None:
 
 def takes_flat_batches(model: Any) -> bool:
     """Whether a model keeps documents of one flat stream apart: a bound one, or flash attention in Transformers."""
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        return False  # PEFT puts its virtual tokens in front of rows, where each document needs them
     if is_bound(model):
         return True
     base = base_causal_lm(model)
