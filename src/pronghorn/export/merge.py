@@ -178,11 +178,12 @@ def _merged_weight(module: Any, adapters: list[str], prefix: str, dtype: torch.d
 
 def _delta(module: Any, name: str) -> Tensor:
     """s·B·A in fp32. PEFT's own rounds it to the adapter's dtype, so a 16-bit adapter is multiplied out here."""
-    pair = (module.lora_A[name], module.lora_B[name]) if name in getattr(module, "lora_A", {}) else ()
-    plain = pair and all(isinstance(part, nn.Linear) for part in pair) and not hasattr(module, "get_param")
-    if not plain or module.fan_in_fan_out or pair[0].weight.dtype.itemsize > 2:
+    parts = [getattr(module, part) for part in ("lora_A", "lora_B") if hasattr(module, part)]
+    weights = [part[name].weight for part in parts if name in part and isinstance(part[name], nn.Linear)]
+    low = len(weights) == 2 and weights[0].dtype.itemsize == 2
+    if not low or module.fan_in_fan_out or hasattr(module, "get_param"):
         return module.get_delta_weight(name).to(torch.float32)  # type: ignore[no-any-return]
-    a, b = (part.weight.detach().to(torch.float32) for part in pair)
+    a, b = (weight.detach().to(torch.float32) for weight in weights)
     return (b @ a).mul_(module.scaling[name])
 
 
