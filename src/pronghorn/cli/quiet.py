@@ -16,13 +16,13 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=UserWarning)
     # bitsandbytes reports an optional CPU kernel that it could not download.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    # The hub's client reports each of its retries.
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     import datasets
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    # datasets logs a file it cannot read before it raises; what it raises is explained. Importing it sets a level.
+    # Importing these sets their levels. The hub's client reports each of its retries; datasets logs a file it cannot
+    # read before it raises, and what it raises is explained.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     logging.getLogger("datasets").setLevel(logging.CRITICAL)
