@@ -33,7 +33,7 @@ def read_projection(module: nn.Module, reading: Reading, slot: int) -> Projectio
     module = active_module(module)
     if runs_more_than_its_class(module):
         return ModuleProjection(module, "it has hooks or a forward of its own, which only its module runs")
-    if not hasattr(module, "base_layer"):
+    if "base_layer" not in module._modules:
         weight = read_weight(module)
         if weight is None:
             return ModuleProjection(
@@ -57,27 +57,36 @@ def runs_more_than_its_class(module: nn.Module) -> bool:
     accelerate's own replacement of `forward` moves inputs between devices; a bound model lies on one. Transformers
     leaves a hook behind wherever it has once collected hidden states, which does nothing in later calls.
     """
+    own = (
+        module.__dict__
+    )  # read for every module of every step: nn.Module's attribute lookup is several times slower
     return bool(
-        any(getattr(hook, "__module__", None) != _COLLECTING for hook in module._forward_hooks.values())
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or ("forward" in module.__dict__ and "_hf_hook" not in module.__dict__)
+        (own["_forward_hooks"] and any(map(_is_not_collecting, own["_forward_hooks"].values())))
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+        or ("forward" in own and "_hf_hook" not in own)
     )
+
+
+def _is_not_collecting(hook: Any) -> bool:
+    return getattr(hook, "__module__", None) != _COLLECTING
 
 
 def active_module(module: nn.Module) -> nn.Module:
     """The module that really runs: PEFT's trained copy of a `modules_to_save` entry, or the module itself."""
-    copies = getattr(module, "modules_to_save", None)
-    if copies is None or not hasattr(module, "original_module"):
+    children = module._modules
+    if "modules_to_save" not in children or "original_module" not in children:
         return module
+    copies = children["modules_to_save"]
     if module.disable_adapters or module.active_adapters[0] not in copies:  # type: ignore[index, operator]
         return module.original_module  # type: ignore[return-value]
     return copies[module.active_adapters[0]]  # type: ignore[index, no-any-return, operator]
 
 
 def _read_peft(module: Any, reading: Reading, slot: int) -> Projection:
-    base = module.base_layer
+    children = module._modules
+    base = children["base_layer"]
     if runs_more_than_its_class(base):
         return ModuleProjection(
             module, "its base layer has hooks or a forward of its own, which only its module runs"
@@ -85,7 +94,7 @@ def _read_peft(module: Any, reading: Reading, slot: int) -> Projection:
     weight = read_weight(base)
     if weight is None:
         return ModuleProjection(module, f"{type(base).__name__} is not a linear layer the blocks can read")
-    if not hasattr(module, "lora_A"):
+    if "lora_A" not in children:
         return ModuleProjection(module, f"{type(module).__name__} is an adapter the blocks do not know")
     if module.disable_adapters and module.merged:
         return ModuleProjection(
@@ -94,25 +103,23 @@ def _read_peft(module: Any, reading: Reading, slot: int) -> Projection:
     if module.disable_adapters or module.merged:
         return LinearProjection(weight, _bias(base))
     adapters = []
+    all_a, all_b = children["lora_A"]._modules, children["lora_B"]._modules
+    dropouts, variants = children["lora_dropout"]._modules, module.lora_variant
     for index, name in enumerate(module.active_adapters):
-        if name not in module.lora_A:
+        if name not in children["lora_A"]:  # type: ignore[operator]
             continue
-        if name in module.lora_variant:
-            variant = type(module.lora_variant[name]).__name__.removesuffix("LinearVariant")
+        if name in variants:
+            variant = type(variants[name]).__name__.removesuffix("LinearVariant")
             return ModuleProjection(module, f"the adapter is a {variant} variant, which PEFT computes")
-        pair = (module.lora_A[name], module.lora_B[name])
-        if not all(isinstance(part, nn.Linear) for part in pair):
+        a, b, drop = all_a.get(name), all_b.get(name), dropouts[name]
+        if not (isinstance(a, nn.Linear) and isinstance(b, nn.Linear)):
             return ModuleProjection(module, f"the adapter of {type(module).__name__} is no pair of matrices")
-        if any(runs_more_than_its_class(part) for part in (*pair, module.lora_dropout[name])):
+        if runs_more_than_its_class(a) or runs_more_than_its_class(b) or runs_more_than_its_class(drop):
             return ModuleProjection(module, "its adapter has hooks, which only its module runs")
-        adapters.append(_read_adapter(module, name, reading, slot * 8 + index))
+        rate = drop.p if reading.training and isinstance(drop, nn.Dropout) and drop.training else 0.0
+        seed = reading.seed + slot * 8 + index
+        adapters.append(Adapter(a.weight, b.weight, module.scaling[name], rate, seed, b.bias))
     return LinearProjection(weight, _bias(base), tuple(adapters))
-
-
-def _read_adapter(module: Any, name: str, reading: Reading, slot: int) -> Adapter:
-    a, b, drop = module.lora_A[name], module.lora_B[name], module.lora_dropout[name]
-    rate = drop.p if reading.training and isinstance(drop, nn.Dropout) and drop.training else 0.0
-    return Adapter(a.weight, b.weight, module.scaling[name], rate, reading.seed + slot, b.bias)
 
 
 def read_norm(module: nn.Module, offset: float) -> Norm:
