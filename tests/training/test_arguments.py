@@ -198,3 +198,11 @@ def test_defaults(tmp_path, monkeypatch):
     assert (
         run.args.bf16 is False and not run.args.gradient_checkpointing and not run.args.logging_nan_inf_filter
     )
+
+
+def test_documents_are_never_cut_by_packing(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING, "pronghorn"):
+        trainer(tmp_path / "a", packing=True, max_length=128)
+        assert not any("packing_strategy" in note for note in notes(caplog))
+        trainer(tmp_path / "b", packing=True, max_length=128, packing_strategy="wrapped")
+    assert sum("packing_strategy" in note for note in notes(caplog)) == 1

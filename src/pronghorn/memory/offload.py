@@ -42,10 +42,11 @@ class HostStash:
         self._stream = stream
         self._slots: list[_Slot | None] = []
         self._leaving: deque[tuple[int, Tensor, torch.cuda.Event]] = deque()
+        self._computing: torch.cuda.Stream | None = None
 
     def park(self, x: Tensor) -> int:
         """Start copying x to the host; its device memory is free for reuse `LAG` calls later."""
-        computing = torch.cuda.current_stream(x.device)
+        computing = self._computing = torch.cuda.current_stream(x.device)
         # torch caches pinned blocks, so steady-state steps allocate nothing here.
         host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
         self._stream.wait_stream(computing)
@@ -100,5 +101,8 @@ class HostStash:
 
     def __del__(self) -> None:
         """A pass without a full backward: copies may be under way into blocks that are about to be free."""
+        if self._computing is None:
+            return
         if self._leaving or any(slot is not None and slot.device is not None for slot in self._slots):
-            torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
+            # The blocks belong to the pool of the stream that computed, whichever thread collects this object.
+            self._computing.wait_stream(self._stream)

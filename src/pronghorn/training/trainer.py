@@ -100,6 +100,10 @@ class SFTTrainer(trl.SFTTrainer):
         self._context = getattr(model, "max_seq_length", None)
         self._vocabulary = vocabulary_of(model)
         self._packing, self._eval_packing = args.packing, args.eval_packing
+        if args.packing and "wrapped" in str(args.packing_strategy):
+            logger.warning(
+                "pronghorn: packing_strategy='wrapped' would cut documents; packing here keeps each whole"
+            )
         self._responses_only = args.assistant_only_loss
         self._loss_function, self._wants_rows = compute_loss_func, compute_metrics is not None
         self._training, self._evaluation, self._watch = Tally(), Tally(), Stopwatch()
