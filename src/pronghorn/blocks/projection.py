@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor, nn
@@ -169,9 +170,9 @@ class ProjectionGroup:
             if isinstance(projection, LinearProjection)
             for adapter in projection.adapters
         ]
-        ends = torch.tensor([0] + [adapter.rank for _, adapter in self._pairs]).cumsum(0).tolist()
-        self._slices = [slice(ends[j], ends[j + 1]) for j in range(len(self._pairs))]
-        self.total_rank: int = ends[-1]
+        ends = list(accumulate((adapter.rank for _, adapter in self._pairs), initial=0))
+        self._slices = [slice(start, end) for start, end in pairwise(ends)]
+        self.total_rank = ends[-1]
         self._drops = any(adapter.dropout > 0 for _, adapter in self._pairs)
 
     def trainable(self) -> list[Tensor]:

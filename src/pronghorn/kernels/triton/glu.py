@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pronghorn.kernels.triton.launch import unit_rows
+
 BLOCK = 1024
 
 
@@ -64,12 +66,8 @@ def _backward(
     tl.store(dup_ptr + row * dup_stride + columns, (dact * value).to(dtype), mask=inside)
 
 
-def _rows(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def forward(gate: Tensor, up: Tensor, activation: str) -> Tensor:
-    gate, up = _rows(gate), _rows(up)
+    gate, up = unit_rows(gate), unit_rows(up)
     rows, width = gate.shape
     act = torch.empty(rows, width, dtype=gate.dtype, device=gate.device)
     if act.numel():
@@ -95,7 +93,7 @@ def backward(
             raise ValueError("in place needs rows of unit stride")
         outputs = (dact, gate, up)
     else:
-        dact, gate, up = _rows(dact), _rows(gate), _rows(up)
+        dact, gate, up = unit_rows(dact), unit_rows(gate), unit_rows(up)
         outputs = tuple(torch.empty(gate.shape, dtype=gate.dtype, device=gate.device) for _ in range(3))
     act, dgate, dup = outputs
     rows, width = gate.shape

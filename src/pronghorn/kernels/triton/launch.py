@@ -6,6 +6,7 @@ from functools import cache
 
 import torch
 import triton
+from torch import Tensor
 
 
 def row_block(width: int) -> tuple[int, int]:
@@ -25,3 +26,8 @@ def programs(rows: int, device: torch.device, per_processor: int) -> int:
     """Programs of a kernel that loops over rows: enough to fill the GPU, no more than there are rows."""
     index = (device.index or 0) if device.type == "cuda" else -1
     return max(1, min(rows, processors(index) * per_processor))
+
+
+def unit_rows(x: Tensor) -> Tensor:
+    """x with unit stride along the row; copied only where it has another."""
+    return x if x.stride(-1) == 1 else x.contiguous()

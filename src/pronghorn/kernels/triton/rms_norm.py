@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pronghorn.kernels.triton.launch import programs, row_block
+from pronghorn.kernels.triton.launch import programs, row_block, unit_rows
 
 
 @triton.jit
@@ -68,11 +68,6 @@ def _backward(
         tl.store(partial_ptr + first.to(tl.int64) * width + columns, partial, mask=inside)
 
 
-def _rows(x: Tensor) -> Tensor:
-    """x with unit stride along the row."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def forward(
     x: Tensor,
     weight: Tensor,
@@ -81,12 +76,12 @@ def forward(
     weight_offset: float,
     out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    x = _rows(x)
+    x = unit_rows(x)
     rows, width = x.shape
     y = torch.empty(rows, width, dtype=out_dtype, device=x.device)
     rstd = torch.empty(rows, dtype=torch.float32, device=x.device)
     summed = x if residual is None else torch.empty(rows, width, dtype=x.dtype, device=x.device)
-    added = x if residual is None else _rows(residual)
+    added = x if residual is None else unit_rows(residual)
     if rows:
         block, warps = row_block(width)
         _forward[(rows,)](
@@ -107,8 +102,8 @@ def backward(
     residual_grad: Tensor | None,
     need_weight_grad: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    dy, x = _rows(dy), _rows(x)
-    residual = x if residual_grad is None else _rows(residual_grad)
+    dy, x = unit_rows(dy), unit_rows(x)
+    residual = x if residual_grad is None else unit_rows(residual_grad)
     rows, width = x.shape
     dx = torch.empty(rows, width, dtype=x.dtype, device=x.device)
     block, warps = row_block(width)
