@@ -33,7 +33,6 @@ class Hardware:
     memory_bytes: int
     compute_dtype: Fact
     triton: Fact
-    flash_attention: Fact
     cpu_cores: int
 
     @property
@@ -53,10 +52,8 @@ def probe() -> Hardware:
     shown = f"compute capability {capability[0]}.{capability[1]}"
     if capability >= (8, 0):
         dtype = Fact("bfloat16", f"{shown} multiplies bf16 matrices")
-        flash = Fact(True, f"torch's FlashAttention-2 runs from 8.0 on; {shown}")
     else:
         dtype = Fact("float16", f"{shown} has no bf16 matrix units")
-        flash = Fact(False, f"torch's FlashAttention-2 needs 8.0; {shown}")
     return Hardware(
         device="cuda",
         name=properties.name,
@@ -64,7 +61,6 @@ def probe() -> Hardware:
         memory_bytes=properties.total_memory,
         compute_dtype=dtype,
         triton=_triton_fact(shown, capability),
-        flash_attention=flash,
         cpu_cores=os.cpu_count() or 1,
     )
 
@@ -90,7 +86,6 @@ def _cpu_hardware() -> Hardware:
         memory_bytes=memory,
         compute_dtype=_cpu_dtype(torch),
         triton=Fact(False, "no CUDA GPU: the torch path of every kernel is used"),
-        flash_attention=Fact(False, "no CUDA GPU: torch's CPU attention is used, one document at a time"),
         cpu_cores=os.cpu_count() or 1,
     )
 

@@ -100,7 +100,7 @@ def test_no_such_dtype(llama, dtype):
 
 def _machine(device, dtype="bfloat16"):
     no = Fact(False, "-")
-    return Hardware(device, "-", (9, 0), 0, Fact(dtype, "-"), no, no, 1)
+    return Hardware(device, "-", (9, 0), 0, Fact(dtype, "-"), no, 1)
 
 
 def test_bits_follow_the_machine_and_the_request(monkeypatch):

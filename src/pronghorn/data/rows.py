@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from pronghorn.data.templates import ChatRenderer, Message
@@ -50,7 +50,6 @@ class RowFormat:
     responses_only: bool = False
     completion_only: bool | None = None
     vocabulary: int | None = None
-    template_arguments: dict[str, Any] = field(default_factory=dict)
 
 
 def row_kind(row: Mapping[str, Any], text_field: str = "text") -> RowKind | None:
@@ -122,7 +121,7 @@ class RowRenderer:
 
     def __init__(self, tokenizer: Any, form: RowFormat) -> None:
         self.tokenizer, self.form = tokenizer, form
-        self.chat = ChatRenderer(tokenizer, **form.template_arguments)
+        self.chat = ChatRenderer(tokenizer)
 
     def __call__(self, row: Mapping[str, Any]) -> dict[str, list[int]]:
         """Token ids and labels of one row.
@@ -226,9 +225,7 @@ class RowRenderer:
         instruction = str(row["instruction"])
         given = str(row.get("input") or "")
         answer = str(row["output"] if row.get("output") is not None else row["response"])
-        if getattr(self.tokenizer, "chat_template", None) or self.form.template_arguments.get(
-            "chat_template"
-        ):
+        if getattr(self.tokenizer, "chat_template", None):
             question = f"{instruction}\n\n{given}" if given else instruction
             system = [{"role": "system", "content": str(row["system"])}] if row.get("system") else []
             return self._conversation_pair(row, [*system, {"role": "user", "content": question}], answer)

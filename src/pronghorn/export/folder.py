@@ -27,7 +27,7 @@ _OURS = (
     "chat_template*",
 )
 
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _MARGIN = 1 << 20  # bytes for configuration files, beside weights and tokenizer
 
 
@@ -92,7 +92,7 @@ def _check_space(target: Path, needed: int) -> None:
 
 
 def _failed(error: OSError, target: Path, needed: int) -> SaveFailed:
-    if error.errno in _FULL:
+    if error.errno in DISK_FULL:
         free = shutil.disk_usage(target.parent).free
         return SaveFailed(
             f"the disk filled up while saving: {needed + _MARGIN:,} bytes are needed, {free:,} are free",

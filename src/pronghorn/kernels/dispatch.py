@@ -4,25 +4,16 @@ from __future__ import annotations
 
 import logging
 from functools import cache
-from importlib.util import find_spec
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from pronghorn.hardware import probe
+
 logger = logging.getLogger("pronghorn")
 
 Impl = Literal["triton", "torch"]
-
-
-@cache
-def triton_reason() -> str | None:
-    """Why Triton kernels cannot run on this machine's GPUs, or None when they can."""
-    if find_spec("triton") is None:
-        return "the package triton is not installed"
-    if torch.cuda.is_available() and torch.version.cuda and torch.cuda.get_device_capability() < (7, 0):
-        return "Triton needs compute capability 7.0 or newer"
-    return None
 
 
 @cache
@@ -36,10 +27,10 @@ def use_triton(tensor: Tensor, impl: Impl | None) -> bool:
         return impl == "triton"
     if not tensor.is_cuda or tensor.dtype == torch.float64:
         return False
-    reason = triton_reason()
-    if reason is not None:
-        _tell_once(reason)
-    return reason is None
+    fact = probe().triton
+    if not fact.value:
+        _tell_once(fact.reason)
+    return bool(fact.value)
 
 
 def math_dtype(dtype: torch.dtype) -> torch.dtype:

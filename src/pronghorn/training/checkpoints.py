@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import re
@@ -12,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from pronghorn.errors import CheckpointMissing, SaveFailed
+from pronghorn.export.folder import DISK_FULL
 
 logger = logging.getLogger("pronghorn")
 
@@ -22,7 +22,6 @@ _WRITTEN_LAST = "trainer_state.json"
 _WEIGHTS = re.compile(
     r"^(model|adapter_model|pytorch_model).*\.(safetensors|bin)$|^pytorch_model_fsdp|^global_step"
 )
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def is_complete(checkpoint: Path) -> bool:
@@ -137,7 +136,7 @@ def _is_write_error(error: BaseException) -> bool:
 
 
 def _save_failed(what: str, folder: Path, error: BaseException) -> SaveFailed:
-    full = getattr(error, "errno", None) in _FULL or re.search(
+    full = getattr(error, "errno", None) in DISK_FULL or re.search(
         r"no space left|os error 28|disk quota|unexpected pos|PytorchStreamWriter failed writing",
         str(error),
         re.I,

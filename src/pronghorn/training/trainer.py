@@ -188,10 +188,10 @@ class SFTTrainer(trl.SFTTrainer):
         with args.main_process_first(desc=f"preparing the {dataset_name} data"):
             return prepare_dataset(dataset, preparation, dataset_name)
 
-    def _collator(self, flat: bool | None = None) -> Collator:
+    def _collator(self) -> Collator:
         return Collator(
             pad_token_id=self._tokenizer.pad_token_id,
-            flat=takes_flat_batches(self.model) if flat is None else flat,
+            flat=takes_flat_batches(self.model),
             for_engine=is_bound(self.model),
             pad_to_multiple_of=self.args.pad_to_multiple_of,
         )
@@ -271,7 +271,7 @@ class SFTTrainer(trl.SFTTrainer):
         """(loss, number of right predictions, outputs); loss = Σ CE / max(normalizer, 1), plus a router's part."""
         inputs = {name: value for name, value in inputs.items() if name not in BOOKKEEPING}
         inputs["use_cache"] = False
-        normalizer = normalizer.clamp(min=1) if isinstance(normalizer, torch.Tensor) else max(normalizer, 1)
+        normalizer = _at_least_one(normalizer)
         special = self._loss_function or self.label_smoother is not None or self.args.loss_type == "dft"
         if is_bound(self.model) and not special:
             if not self.model.training:
@@ -310,9 +310,7 @@ class SFTTrainer(trl.SFTTrainer):
         with torch.no_grad(), self.compute_loss_context_manager():
             total, correct, outputs = self._forward(model, inputs, 1, want_logits=not prediction_loss_only)
         self._evaluation.add(loss=total, supervised=supervised, correct=correct)
-        loss = total / (
-            supervised.clamp(min=1) if isinstance(supervised, torch.Tensor) else max(supervised, 1)
-        )
+        loss = total / _at_least_one(supervised)
         if prediction_loss_only:
             return loss, None, None
         return loss, outputs.logits, inputs["labels"]
@@ -435,7 +433,7 @@ class SFTTrainer(trl.SFTTrainer):
         best = self.state.best_model_checkpoint
         if best is not None and Path(best) == staged:
             self.state.best_model_checkpoint = str(checkpoint)
-            self.state.save_to_json(os.path.join(staged, "trainer_state.json"))
+            self.state.save_to_json(os.path.join(staged, TRAINER_STATE_NAME))
         publish(staged, checkpoint)
         rotate_checkpoints(
             output_dir=str(checkpoint.parent),
@@ -459,6 +457,11 @@ def _supervised(batch: dict[str, Any]) -> Any:
     if "loss_rows" in batch:
         return batch["loss_rows"].numel()
     return batch["labels"][..., 1:].ne(IGNORED).sum()
+
+
+def _at_least_one(count: Any) -> Any:
+    """A number of tokens to divide by, a plain number or a tensor on the device."""
+    return count.clamp(min=1) if isinstance(count, torch.Tensor) else max(count, 1)
 
 
 def _real_tokens(batch: dict[str, Any]) -> Any:
