@@ -6,12 +6,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from pronghorn.weights.operand import Operand, rows_of
+
 
 class Weight:
     """A linear layer's weight W [out, in] in whatever form it is stored.
 
     Subclasses give `dense`; the products below are what the blocks call, so that a storage with its own matrix
-    product (FP8) can replace them one by one.
+    product (FP8) can replace them one by one. Left factors come as tensors, or as an `Operand` where several weights
+    share one.
     """
 
     shape: tuple[int, int]
@@ -24,22 +27,26 @@ class Weight:
         """W [out, in] in `dtype`. May alias the stored tensor: never write to it."""
         raise NotImplementedError
 
-    def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def matmul(self, x: Tensor | Operand, bias: Tensor | None = None) -> Tensor:
         """x [T, in] @ Wᵀ (+ bias) -> [T, out] in x's dtype."""
+        x = rows_of(x)
         return F.linear(x, self.dense(x.dtype), bias)
 
-    def matmul_add_(self, out: Tensor, x: Tensor) -> Tensor:
+    def matmul_add_(self, out: Tensor, x: Tensor | Operand) -> Tensor:
         """out [T, out] += x [T, in] @ Wᵀ, in place; one rounding where the dtypes agree."""
+        x = rows_of(x)
         if out.dtype == x.dtype:
             return out.addmm_(x, self.dense(x.dtype).t())
         return out.add_(self.matmul(x))
 
-    def matmul_t(self, dy: Tensor) -> Tensor:
+    def matmul_t(self, dy: Tensor | Operand) -> Tensor:
         """dy [T, out] @ W -> [T, in] in dy's dtype."""
+        dy = rows_of(dy)
         return dy @ self.dense(dy.dtype)
 
-    def matmul_t_add_(self, out: Tensor, dy: Tensor) -> Tensor:
+    def matmul_t_add_(self, out: Tensor, dy: Tensor | Operand) -> Tensor:
         """out [T, in] += dy [T, out] @ W, in place."""
+        dy = rows_of(dy)
         return out.addmm_(dy, self.dense(dy.dtype))
 
 
