@@ -22,7 +22,9 @@ import yaml
 
 from pronghorn.errors import ConfigInvalid, nearest
 
-SaveLevel = Literal["offload", "none", "attention", "matmuls", "all", "unsloth"]
+SaveLevel = Literal[
+    "offload", "none", "offload-attention", "attention", "offload-matmuls", "matmuls", "all", "unsloth"
+]
 
 
 @dataclass(frozen=True)

@@ -83,7 +83,7 @@ class BackwardTwice(PronghornError):
 
 
 class UnknownSaveLevel(PronghornError):
-    """A save level that is not one of offload, none, attention, matmuls, all, or a list of the wrong length."""
+    """A save level that does not exist, or a list of levels of the wrong length."""
 
     code = "PH204"
 

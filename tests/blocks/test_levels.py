@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pronghorn.blocks import LEVELS, LayerWidths, saved_bytes_per_token
+from pronghorn.blocks import (
+    LEVELS,
+    LayerWidths,
+    host_bytes_per_token,
+    kept_bytes_per_token,
+    parks,
+    saved_bytes_per_token,
+)
 from pronghorn.engine import bind, binding_of
 from pronghorn.engine.forward import LayerCall, build_layer
 from pronghorn.engine.stream import flatten_rows
@@ -13,7 +20,7 @@ from tests.families.parity import add_adapter
 from tests.tiny import tiny_model
 
 
-@pytest.mark.parametrize("level", [level for level in LEVELS if level != "offload"])
+@pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_declared_bytes_are_kept_bytes(family: str, level: str) -> None:
     model = add_adapter(tiny_model(family), r=4)
@@ -38,14 +45,38 @@ def test_declared_bytes_are_kept_bytes(family: str, level: str) -> None:
         kv=config.num_key_value_heads * head_dim,
         heads=config.num_attention_heads,
         intermediate=config.intermediate_size,
-        adapter_ranks=7 * 4,
+        attention_ranks=4 * 4,
+        glu_ranks=3 * 4,
         element=4,
         residual_element=4,
     )
-    assert measured == 12 * saved_bytes_per_token(level, widths)
+    assert measured == 12 * kept_bytes_per_token(level, widths)
+
+
+def test_kept_tensors_are_replaced_one_by_one() -> None:
+    """What `take` lets go of comes back under the same names."""
+    from pronghorn.blocks import LayerSaves
+    from pronghorn.blocks.attention import AttentionSaves
+    from pronghorn.blocks.glu import GluSaves
+
+    q, lse, summed = torch.ones(1), torch.ones(2), torch.ones(3)
+    saves = LayerSaves(AttentionSaves(q=q, lse=lse), GluSaves(summed=summed))
+    kept = saves.tensors()
+    put = saves.take()
+    assert saves.tensors() == []
+    again = put([tensor * 2 for tensor in kept])
+    assert again.attention.q.equal(q * 2) and again.attention.lse.equal(lse * 2)
+    assert again.glu.summed.equal(summed * 2) and again.attention.out is None
 
 
 def test_levels_for_llama_8b() -> None:
     """The figures that docs/architecture.md quotes."""
-    widths = LayerWidths(4096, 4096, 1024, 32, 14336, 7 * 16, 2, 2)
-    assert [saved_bytes_per_token(level, widths) for level in LEVELS] == [0, 8192, 16512, 94560, 110944]
+    widths = LayerWidths(4096, 4096, 1024, 32, 14336, 4 * 16, 3 * 16, 2, 2)
+    kept = [8192, 8192, 37120, 37120, 94560, 94560, 110944]
+    assert [kept_bytes_per_token(level, widths) for level in LEVELS] == kept
+    for level, size in zip(LEVELS, kept, strict=True):
+        on_host = size if parks(level) else 0
+        assert (host_bytes_per_token(level, widths), saved_bytes_per_token(level, widths)) == (
+            on_host,
+            size - on_host,
+        )

@@ -9,6 +9,9 @@ from pronghorn.blocks.levels import (
     Level,
     check_level,
     check_levels,
+    host_bytes_per_token,
+    kept_bytes_per_token,
+    parks,
     saved_bytes_per_token,
 )
 from pronghorn.blocks.norm import Norm
@@ -36,5 +39,8 @@ __all__ = [
     "ProjectionGroup",
     "check_level",
     "check_levels",
+    "host_bytes_per_token",
+    "kept_bytes_per_token",
+    "parks",
     "saved_bytes_per_token",
 ]

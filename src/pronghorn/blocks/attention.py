@@ -35,9 +35,7 @@ class AttentionSaves:
     def trim(self, level: Level) -> None:
         """Drop what the level does not keep."""
         if not keeps(level, "attention"):
-            self.out = self.lse = None
-        if not keeps(level, "matmuls"):
-            self.q = self.k = self.v = self.xa_qkv = self.xa_o = None
+            self.q = self.k = self.v = self.out = self.lse = self.xa_qkv = self.xa_o = None
         if not keeps(level, "all"):
             self.normed = None
 

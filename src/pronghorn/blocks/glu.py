@@ -27,8 +27,10 @@ class GluSaves:
 
     def trim(self, level: Level) -> None:
         """Drop what the level does not keep."""
+        if not keeps(level, "attention"):
+            self.summed = None
         if not keeps(level, "matmuls"):
-            self.summed = self.gate = self.up = self.xa_gate_up = self.xa_down = None
+            self.gate = self.up = self.xa_gate_up = self.xa_down = None
         if not keeps(level, "all"):
             self.normed = None
 
@@ -51,10 +53,10 @@ class GluBlock:
         self.rebuild(x, branch, dtype, saves)
         assert saves.summed is not None and saves.gate is not None and saves.up is not None
         act = glu_forward(saves.gate, saves.up, self.activation)
-        # The residual sum becomes the output in place where nothing keeps it: one pass over [T, H] less.
-        out = saves.summed.clone() if keeps(level, "matmuls") else saves.summed
         if not keeps(level, "matmuls"):
             saves.gate = saves.up = None
+        # The residual sum becomes the output in place where nothing keeps it: one pass over [T, H] less.
+        out = saves.summed.clone() if keeps(level, "attention") else saves.summed
         saves.xa_down = self.down.forward_add_(out, act)
         saves.trim(level)
         return out, saves
@@ -64,11 +66,23 @@ class GluBlock:
         if saves.gate is not None:
             return
         norm = self.norm
-        assert branch is not None
-        saves.normed, _, saves.summed = rms_norm_forward(
-            branch.to(x.dtype), norm.weight, norm.eps, residual=x, weight_offset=norm.offset, out_dtype=dtype
-        )
+        if saves.summed is None:
+            assert branch is not None
+            saves.normed, _, saves.summed = rms_norm_forward(
+                branch.to(x.dtype),
+                norm.weight,
+                norm.eps,
+                residual=x,
+                weight_offset=norm.offset,
+                out_dtype=dtype,
+            )
+        else:
+            saves.normed = self._normed(saves.summed, dtype)
         (saves.gate, saves.up), saves.xa_gate_up = self.gate_up.forward(saves.normed)
+
+    def _normed(self, summed: Tensor, dtype: torch.dtype) -> Tensor:
+        norm = self.norm
+        return rms_norm_forward(summed, norm.weight, norm.eps, weight_offset=norm.offset, out_dtype=dtype)[0]
 
     def backward(self, dout: Tensor, dtype: torch.dtype, saves: GluSaves, sink: GradientSink) -> Tensor:
         """Gradient of the residual sum y [T, H]; `saves` rebuilt before, consumed here."""
@@ -83,11 +97,7 @@ class GluBlock:
         self.down.parameter_grads([dbranch], act, saves.xa_down, dxa_down, sink)
         del act, dact
         norm = self.norm
-        if saves.normed is None:
-            saves.normed, _, _ = rms_norm_forward(
-                summed, norm.weight, norm.eps, weight_offset=norm.offset, out_dtype=dtype
-            )
-        normed = saves.normed
+        normed = self._normed(summed, dtype) if saves.normed is None else saves.normed
         dnormed, dxa = self.gate_up.input_grad([dgate, dup], normed, sink)
         self.gate_up.parameter_grads([dgate, dup], normed, saves.xa_gate_up, dxa, sink)
         assert dnormed is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -11,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from pronghorn.blocks.attention import AttentionBlock, AttentionSaves
 from pronghorn.blocks.glu import GluBlock, GluSaves
-from pronghorn.blocks.levels import Level
+from pronghorn.blocks.levels import Level, parks
 from pronghorn.blocks.projection import GradientSink
 from pronghorn.errors import BackwardTwice
 
@@ -25,31 +26,47 @@ class LayerSaves:
 
     def tensors(self) -> list[Tensor]:
         """All kept tensors, for counting and for moving them elsewhere."""
-        kept = [*vars(self.attention).values(), *vars(self.glu).values()]
-        return [t for t in kept if isinstance(t, Tensor)]
+        return [getattr(saves, name) for saves, name in self._held()]
+
+    def take(self) -> Callable[[Sequence[Tensor]], LayerSaves]:
+        """Let go of the tensors; what is returned makes the same record of others (their copies) in this order."""
+        held = self._held()
+        for saves, name in held:
+            setattr(saves, name, None)
+
+        def put(tensors: Sequence[Tensor]) -> LayerSaves:
+            for (saves, name), tensor in zip(held, tensors, strict=True):
+                setattr(saves, name, tensor)
+            return self
+
+        return put
+
+    def _held(self) -> list[tuple[AttentionSaves | GluSaves, str]]:
+        parts = (self.attention, self.glu)
+        return [(saves, name) for saves in parts for name, value in vars(saves).items() if value is not None]
 
 
-class InputStash(Protocol):
-    """Where a layer at level "offload" parks its input; `memory.HostStash` is one."""
+class Stash(Protocol):
+    """Where a layer at a level that parks puts what it keeps; `memory.HostStash` is one."""
 
-    def park(self, x: Tensor) -> int: ...
+    def park(self, tensors: Sequence[Tensor]) -> int: ...
 
-    def fetch(self, index: int, device: torch.device) -> Tensor: ...
+    def fetch(self, index: int, device: torch.device) -> list[Tensor]: ...
 
 
 @dataclass(frozen=True)
 class DecoderLayer:
     """One layer of a pre-norm decoder, ready to run: x -> x + attention(norm(x)) -> y + glu(norm(y)).
 
-    `dtype` is the compute dtype; the residual stream keeps the dtype of the layer's input. Without a `stash` the level
-    "offload" keeps the input on its device, as "none" does.
+    `dtype` is the compute dtype; the residual stream keeps the dtype of the layer's input. Without a `stash` the levels
+    that park keep the same tensors on their device.
     """
 
     attention: AttentionBlock
     glu: GluBlock
     level: Level
     dtype: torch.dtype
-    stash: InputStash | None = None
+    stash: Stash | None = None
     parameters: list[Tensor] = field(default_factory=list)
 
     @staticmethod
@@ -58,7 +75,7 @@ class DecoderLayer:
         glu: GluBlock,
         level: Level,
         dtype: torch.dtype,
-        stash: InputStash | None = None,
+        stash: Stash | None = None,
     ) -> DecoderLayer:
         unique = {id(t): t for t in attention.trainable() + glu.trainable()}
         return DecoderLayer(attention, glu, level, dtype, stash, list(unique.values()))
@@ -79,10 +96,9 @@ class DecoderLayer:
         self, dout: Tensor, x: Tensor, saves: LayerSaves, sink: GradientSink, need: bool
     ) -> Tensor | None:
         self.attention.rebuild(x, self.dtype, saves.attention)
-        if saves.glu.summed is None:
-            branch = self.attention.output(saves.attention)
-            self.glu.rebuild(x, branch, self.dtype, saves.glu)
-            del branch
+        branch = self.attention.output(saves.attention) if saves.glu.summed is None else None
+        self.glu.rebuild(x, branch, self.dtype, saves.glu)
+        del branch
         dsummed = self.glu.backward(dout, self.dtype, saves.glu, sink)
         saves.glu = GluSaves()
         return self.attention.backward(dsummed, x, self.dtype, saves.attention, sink, need)
@@ -94,11 +110,13 @@ class _DecoderLayerFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, layer: DecoderLayer, x: Tensor, *parameters: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
-            out, ctx.saves = layer.forward(x, layer.level)
-        ctx.layer = layer
-        ctx.parked, ctx.device = None, x.device
-        if layer.level == "offload" and layer.stash is not None:
-            ctx.parked = layer.stash.park(x)
+            out, saves = layer.forward(x, layer.level)
+        ctx.layer, ctx.saves, ctx.device = layer, saves, x.device
+        ctx.parked = ctx.put = None
+        if layer.stash is not None and parks(layer.level):
+            kept = [x, *saves.tensors()]
+            ctx.put = saves.take()
+            ctx.parked = layer.stash.park(kept)
         else:
             ctx.save_for_backward(x)
         return out
@@ -112,7 +130,12 @@ class _DecoderLayerFunction(torch.autograd.Function):
                 fix="run the forward again, or undo the fast path with binding_of(model).undo() for retain_graph=True",
             )
         saves, ctx.saves = ctx.saves, None
-        x = ctx.saved_tensors[0] if ctx.parked is None else ctx.layer.stash.fetch(ctx.parked, ctx.device)
+        if ctx.parked is None:
+            (x,) = ctx.saved_tensors
+        else:
+            x, *kept = ctx.layer.stash.fetch(ctx.parked, ctx.device)
+            saves = ctx.put(kept)
+            del kept
         wanted = [p for p, need in zip(ctx.layer.parameters, ctx.needs_input_grad[2:], strict=True) if need]
         sink = GradientSink(wanted)
         with torch.autocast(x.device.type, enabled=False):

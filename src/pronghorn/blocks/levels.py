@@ -1,15 +1,17 @@
 """Save levels: what a decoder layer keeps between forward and backward.
 
-Each level keeps what the one before keeps, and more. Whatever is not kept is rebuilt in backward from the layer's
-input, which is always kept: on the device, or with "offload" in the host's memory.
+Each depth keeps what the one before keeps, and more. Whatever is not kept is rebuilt in backward from the layer's
+input, which is always kept. At the levels that begin with "offload" everything kept waits in pinned host memory.
 
-| level     | kept besides the layer's input                                   | rebuilt in backward            |
-|-----------|------------------------------------------------------------------|--------------------------------|
-| offload   | nothing; the input is in pinned host memory                      | everything but the down matmul |
-| none      | nothing                                                          | everything but the down matmul |
-| attention | attention output and statistics                                  | q, k, v, o, gate, up           |
-| matmuls   | + q, k, v, residual sum, gate, up, adapter products XA           | norms, RoPE on normed q/k, act |
-| all       | + norm outputs                                                   | activation product             |
+| level                        | kept besides the layer's input                       | rebuilt in backward            |
+|------------------------------|------------------------------------------------------|--------------------------------|
+| none, offload                | nothing                                              | everything but the down matmul |
+| attention, offload-attention | q, k, v, attention output, lse, residual sum, XA     | gate, up                       |
+| matmuls, offload-matmuls     | + gate, up, XA                                       | norms, RoPE on normed q/k, act |
+| all                          | + norm outputs                                       | activation product             |
+
+XA are the adapters' products, a few columns. Per byte kept, all depths save about the same work: a matrix product with
+H inputs gives one element for 2 H operations.
 """
 
 from __future__ import annotations
@@ -20,8 +22,23 @@ from typing import Literal, cast
 
 from pronghorn.errors import UnknownSaveLevel, nearest
 
-Level = Literal["offload", "none", "attention", "matmuls", "all"]
-LEVELS: tuple[Level, ...] = ("offload", "none", "attention", "matmuls", "all")
+Level = Literal["offload", "none", "offload-attention", "attention", "offload-matmuls", "matmuls", "all"]
+LEVELS: tuple[Level, ...] = (
+    "offload",
+    "none",
+    "offload-attention",
+    "attention",
+    "offload-matmuls",
+    "matmuls",
+    "all",
+)
+
+Depth = Literal["none", "attention", "matmuls", "all"]
+DEPTHS: tuple[Depth, ...] = ("none", "attention", "matmuls", "all")
+_DEPTH: dict[Level, int] = {
+    level: DEPTHS.index(cast(Depth, level.removeprefix("offload-").replace("offload", "none")))
+    for level in LEVELS
+}
 
 
 def check_level(name: str) -> Level:
@@ -50,34 +67,54 @@ def check_levels(levels: str | Sequence[str], layers: int) -> tuple[Level, ...]:
     return tuple(check_level(name) for name in levels)
 
 
-def keeps(level: Level, least: Level) -> bool:
-    """Whether `level` keeps what `least` introduces."""
-    return LEVELS.index(level) >= LEVELS.index(least)
+def keeps(level: Level, least: Depth) -> bool:
+    """Whether `level` keeps what `least` introduces, wherever it lies."""
+    return _DEPTH[level] >= DEPTHS.index(least)
+
+
+def parks(level: Level) -> bool:
+    """Whether what the level keeps waits in host memory."""
+    return level.startswith("offload")
 
 
 @dataclass(frozen=True)
 class LayerWidths:
-    """The sizes that decide how many bytes a layer keeps: element counts per token, element size in bytes."""
+    """The sizes that decide how many bytes a layer keeps: element counts per token, element size in bytes.
+
+    `attention_ranks` and `glu_ranks` are the summed ranks of the adapters on q, k, v, o and on gate, up, down.
+    """
 
     hidden: int
     q: int
     kv: int
     heads: int
     intermediate: int
-    adapter_ranks: int
+    attention_ranks: int
+    glu_ranks: int
     element: int
     residual_element: int
 
 
-def saved_bytes_per_token(level: Level, widths: LayerWidths) -> int:
-    """Device bytes a token costs in one layer at a save level, layer input included. Exact; a test holds it to it."""
+def kept_bytes_per_token(level: Level, widths: LayerWidths) -> int:
+    """Bytes a token costs in one layer at a save level, layer input included, wherever they lie. Exact; a test holds
+    it to the tensors that are kept."""
     w = widths
-    total = w.hidden * w.residual_element if keeps(level, "none") else 0
+    total = w.hidden * w.residual_element
     if keeps(level, "attention"):
-        total += w.q * w.element + 4 * w.heads
-    if keeps(level, "matmuls"):
-        total += (w.q + 2 * w.kv + 2 * w.intermediate + w.adapter_ranks) * w.element
+        total += (2 * w.q + 2 * w.kv + w.attention_ranks) * w.element + 4 * w.heads
         total += w.hidden * w.residual_element
+    if keeps(level, "matmuls"):
+        total += (2 * w.intermediate + w.glu_ranks) * w.element
     if keeps(level, "all"):
         total += 2 * w.hidden * w.element
     return total
+
+
+def saved_bytes_per_token(level: Level, widths: LayerWidths) -> int:
+    """What of `kept_bytes_per_token` lies on the device."""
+    return 0 if parks(level) else kept_bytes_per_token(level, widths)
+
+
+def host_bytes_per_token(level: Level, widths: LayerWidths) -> int:
+    """What of `kept_bytes_per_token` lies in pinned host memory, and crosses the link twice a step."""
+    return kept_bytes_per_token(level, widths) if parks(level) else 0

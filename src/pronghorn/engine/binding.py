@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from pronghorn.blocks import LEVELS, Level, ModuleProjection, check_levels
+from pronghorn.blocks import LEVELS, Level, ModuleProjection, check_levels, parks
 from pronghorn.engine.altered import altered_part
 from pronghorn.engine.read import Reading, read_projection
 from pronghorn.families import ACTIVATIONS, DecoderFamily
 from pronghorn.kernels.attention import choose_backend
-from pronghorn.memory import HostStash
+from pronghorn.memory import HostPool, HostStash
 
 logger = logging.getLogger("pronghorn")
 
@@ -72,13 +72,12 @@ class Binding:
 
     def new_stash(self, device: torch.device) -> HostStash | None:
         """Host memory for one forward pass, where a layer's level asks for it and the device is a GPU."""
-        if device.type != "cuda" or "offload" not in self.save_levels:
+        if device.type != "cuda" or not any(map(parks, self.save_levels)):
             return None
-        return HostStash(copy_stream(device))
+        return HostStash(copy_stream(device), host_pool(device), self.tell_once)
 
     def set_save_levels(self, levels: str | Sequence[str]) -> None:
-        """Choose what layers keep for backward: one of offload, none, attention, matmuls, all; or a
-        list, one a layer.
+        """Choose what layers keep for backward: one of `blocks.LEVELS`, or a list of them, one a layer.
 
         Raises:
             UnknownSaveLevel: for another name or a list of the wrong length.
@@ -176,6 +175,12 @@ class Binding:
 def copy_stream(device: torch.device) -> torch.cuda.Stream:
     """The stream that moves parked activations of a device; not kept on the model, which must stay picklable."""
     return torch.cuda.Stream(device)
+
+
+@lru_cache(maxsize=16)
+def host_pool(device: torch.device) -> HostPool:
+    """The pinned memory that a device's activations are parked in, kept for the next pass."""
+    return HostPool()
 
 
 def base_causal_lm(model: Any) -> Any:

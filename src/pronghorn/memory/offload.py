@@ -1,108 +1,202 @@
-"""Layer inputs parked in pinned host memory between forward and backward.
+"""What layers keep, parked in pinned host memory between forward and backward.
 
 One forward pass of a decoder fills a stash layer by layer; backward empties it in the opposite order. Both copies run
 on a stream of their own: out while the next layers compute, back in while the layer above is differentiated. A
 layer's input is [T, H]: 64 MiB for 8,192 tokens of an 8B model, 1.2 ms over a 55 GB/s link against about 12 ms that
-such a layer computes forward and backward.
+such a layer computes forward and backward; with the attention block's tensors it is 293 MiB, 5.6 ms.
 
 Memory is given back in stream order, not by events: the host runs many layers ahead of the GPU, and blocks that wait
 for an event of the side stream would all be new ones meanwhile (8B: 21 of 32 inputs alive at once). Instead the
-computing stream waits for a copy that was started `LAG` layers ago, after which the block is its own again.
+computing stream waits for a copy that was started a layer or two ago, after which the block is its own again.
+
+A pass can be captured into a CUDA graph: the side stream forks from the computing one by events, nothing is queried or
+synchronised, host memory comes from a `HostPool` that an eager pass of the same shapes (or `reserve`) filled before,
+and after the last `fetch`, or `join`, the computing stream has waited for everything the side stream was given.
 """
 
 from __future__ import annotations
 
+import logging
 from collections import deque
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-#: Inputs still on the device while their copies run. With one, the next layer would wait for the link.
+from pronghorn.memory.pool import HostPool
+
+logger = logging.getLogger("pronghorn")
+
+#: Layers whose copies may still run when the next layer begins, where a layer parks its input alone. Of more tensors
+#: only the last layer's do: they take as long as a layer computes, and hold as much memory as several inputs.
 LAG = 2
 
 
-@dataclass
-class _Slot:
-    """One parked tensor: its host copy, and its device copy once it is on its way back."""
+def bytes_in_flight(size: int, tensors: int) -> int:
+    """Bytes that may still be on their way out when the next layer begins, for layers that park `size` bytes."""
+    return LAG * size if tensors == 1 else size
 
-    host: Tensor
-    device: Tensor | None = None
-    returned: torch.cuda.Event | None = None
+
+@dataclass
+class _Parked:
+    """One layer's tensors: their place on the host, and their device copies once they are on their way back."""
+
+    shapes: list[tuple[torch.Size, torch.dtype]]
+    start: int = -1
+    pieces: list[Tensor] = field(default_factory=list)
+    here: list[Tensor] | None = None
+    arrived: torch.cuda.Event | None = None
+
+
+@dataclass
+class _Leaving:
+    """Tensors whose copy to the host has been started."""
+
+    index: int
+    tensors: list[Tensor]
+    size: int
+    copied: torch.cuda.Event
 
 
 class HostStash:
-    """A stack of parked tensors. `park` in forward order; `fetch` by the index that `park` gave, last first.
+    """A stack of parked lists of tensors. `park` in forward order; `fetch` by the index that `park` gave, last first.
 
     Args:
         stream: the side stream for copies; one per device serves all passes.
+        pool: pinned memory, one per side stream, kept over passes.
+        tell: takes the reason why something stays on the device after all.
     """
 
-    def __init__(self, stream: torch.cuda.Stream) -> None:
+    def __init__(
+        self,
+        stream: torch.cuda.Stream,
+        pool: HostPool | None = None,
+        tell: Callable[[str], None] = logger.warning,
+    ) -> None:
         self._stream = stream
-        self._slots: list[_Slot | None] = []
-        self._leaving: deque[tuple[int, Tensor, torch.cuda.Event]] = deque()
+        self._pool = HostPool() if pool is None else pool
+        self._tell = tell
+        self._parked: list[_Parked | None] = []
+        self._leaving: deque[_Leaving] = deque()
+        self._in_flight = 0
         self._computing: torch.cuda.Stream | None = None
 
-    def park(self, x: Tensor) -> int:
-        """Start copying x to the host; its device memory is free for reuse `LAG` calls later."""
-        computing = self._computing = torch.cuda.current_stream(x.device)
-        # torch caches pinned blocks, so steady-state steps allocate nothing here.
-        host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+    def park(self, tensors: Sequence[Tensor]) -> int:
+        """Start copying one layer's tensors to the host; their device memory is free for reuse a layer or two later.
+
+        Where the host has no room for them they stay on the device.
+        """
+        tensors = [t.contiguous() for t in tensors]
+        computing = self._computing = torch.cuda.current_stream(tensors[0].device)
+        index, size = len(self._parked), sum(map(_stride, tensors))
+        item = _Parked([(t.shape, t.dtype) for t in tensors])
+        self._parked.append(item)
+        taken = self._pool.take(size)
+        if isinstance(taken, str):
+            self._tell(f"layers keep on the GPU what should wait in host memory: {taken}")
+            item.here = tensors
+            return index
+        item.start, item.pieces = taken
         self._stream.wait_stream(computing)
         with torch.cuda.stream(self._stream):
-            host.copy_(x, non_blocking=True)
+            for host, device in _matching(item.pieces, tensors):
+                host.copy_(device, non_blocking=True)
             copied = torch.cuda.Event()
             copied.record(self._stream)
-        index = len(self._slots)
-        self._slots.append(_Slot(host))
-        self._leaving.append((index, x, copied))
-        if len(self._leaving) > LAG:
-            computing.wait_event(self._leaving.popleft()[2])
+        self._leaving.append(_Leaving(index, tensors, size, copied))
+        self._in_flight = max(self._in_flight, bytes_in_flight(size, len(tensors)))
+        while sum(leaving.size for leaving in self._leaving) > self._in_flight:
+            computing.wait_event(self._leaving.popleft().copied)
         return index
 
-    def fetch(self, index: int, device: torch.device) -> Tensor:
-        """The parked tensor on its device again; starts bringing back the one parked before it."""
+    def fetch(self, index: int, device: torch.device) -> list[Tensor]:
+        """The parked tensors on their device again; starts bringing back those parked before them."""
         computing = torch.cuda.current_stream(device)
-        x = self._still_here(index, computing)
-        if x is None:
+        item = self._parked[index]
+        assert item is not None
+        tensors = self._not_left(index, computing)
+        if tensors is None:
             self._start_return(index, computing, device)
-            slot = self._slots[index]
-            assert slot is not None and slot.device is not None and slot.returned is not None
-            # From here on the block belongs to the computing stream alone.
-            computing.wait_event(slot.returned)
-            x = slot.device
-        self._slots[index] = None
+            tensors = item.here
+            if item.arrived is not None:
+                # From here on the blocks belong to the computing stream alone.
+                computing.wait_event(item.arrived)
+        assert tensors is not None
+        self._parked[index] = None
+        if item.start >= 0:
+            self._pool.give_back(item.start)
         if index > 0:
             self._start_return(index - 1, computing, device)
-        return x
+        return tensors
 
-    def _still_here(self, index: int, computing: torch.cuda.Stream) -> Tensor | None:
-        """The original, where it has not left the device yet."""
-        for item in self._leaving:
-            if item[0] == index:
-                self._leaving.remove(item)
-                computing.wait_event(item[2])
-                return item[1]
+    def join(self, device: torch.device) -> None:
+        """Make the computing stream wait for all copies that were started: where a capture ends before `fetch` has
+        brought everything back."""
+        computing = torch.cuda.current_stream(device)
+        for leaving in self._leaving:
+            computing.wait_event(leaving.copied)
+        for item in self._parked:
+            if item is not None and item.arrived is not None:
+                computing.wait_event(item.arrived)
+
+    def _not_left(self, index: int, computing: torch.cuda.Stream) -> list[Tensor] | None:
+        """The originals, where they have not left the device yet."""
+        for leaving in self._leaving:
+            if leaving.index == index:
+                self._leaving.remove(leaving)
+                computing.wait_event(leaving.copied)
+                return leaving.tensors
         return None
 
     def _start_return(self, index: int, computing: torch.cuda.Stream, device: torch.device) -> None:
-        slot = self._slots[index]
-        if slot is None or slot.device is not None or any(item[0] == index for item in self._leaving):
+        item = self._parked[index]
+        if item is None or item.here is not None or any(leaving.index == index for leaving in self._leaving):
             return
-        # Allocated on the computing stream, so that the block comes from and returns to that stream's pool; what that
-        # stream did with the block before comes first.
-        slot.device = torch.empty(slot.host.shape, dtype=slot.host.dtype, device=device)
+        # Allocated on the computing stream, so that the blocks come from and return to that stream's pool; what that
+        # stream did with them before comes first.
+        item.here = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in item.shapes]
         self._stream.wait_stream(computing)
         with torch.cuda.stream(self._stream):
-            slot.device.copy_(slot.host, non_blocking=True)
-            slot.returned = torch.cuda.Event()
-            slot.returned.record(self._stream)
+            for host, there in _matching(item.pieces, item.here):
+                there.copy_(host, non_blocking=True)
+            item.arrived = torch.cuda.Event()
+            item.arrived.record(self._stream)
 
     def __del__(self) -> None:
         """A pass without a full backward: copies may be under way into blocks that are about to be free."""
         if self._computing is None:
             return
-        if self._leaving or any(slot is not None and slot.device is not None for slot in self._slots):
+        if self._leaving or any(item is not None and item.arrived is not None for item in self._parked):
             # The blocks belong to the pool of the stream that computed, whichever thread collects this object.
             self._computing.wait_stream(self._stream)
+        for item in self._parked:
+            if item is not None and item.start >= 0:
+                self._pool.give_back(item.start)
+
+
+def _stride(tensor: Tensor) -> int:
+    """Bytes from a tensor's beginning to the next one's."""
+    return -(-tensor.numel() * tensor.element_size() // 512) * 512
+
+
+def _matching(pieces: list[Tensor], tensors: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Pairs of byte ranges (host, device) of equal length: tensors one after another, cut where host pieces end."""
+    pairs = []
+    remaining = deque(pieces)
+    for tensor in tensors:
+        flat = tensor.view(-1).view(torch.uint8)
+        skip = _stride(tensor) - flat.numel()
+        while flat.numel():
+            piece = remaining.popleft()
+            length = min(piece.numel(), flat.numel())
+            pairs.append((piece[:length], flat[:length]))
+            flat = flat[length:]
+            if length < piece.numel():
+                remaining.appendleft(piece[length:])
+        while skip and remaining:
+            piece = remaining.popleft()
+            if skip < piece.numel():
+                remaining.appendleft(piece[skip:])
+            skip -= min(skip, piece.numel())
+    return pairs

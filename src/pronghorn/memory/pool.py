@@ -1,0 +1,136 @@
+"""Pinned host memory that outlives the passes that use it.
+
+Passes park tensors and take them back in the opposite order, so the pool is a stack of bytes over a growing list of
+chunks: a pass of the same shapes gets the same addresses again (what a captured pass needs), and one of other shapes
+leaves no holes. Chunks are powers of two, which is what torch's pinned allocator rounds to anyway.
+
+Reuse needs no event: every copy out of and into the pool runs on one side stream, whose order puts the copy that
+brings a tensor back before the copy that overwrites its bytes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+#: Chunks grow with the pool between these sizes.
+SMALLEST_CHUNK, LARGEST_CHUNK = 16 * 2**20, 256 * 2**20
+#: Pieces begin at multiples of this, for full-speed copies.
+ALIGNMENT = 512
+#: Of the host memory that is available, pinned memory takes at most this share: it cannot be swapped out.
+HOST_SHARE = 0.6
+
+
+def available_host_bytes() -> int:
+    """Host memory that can be taken now: what the kernel calls available, within the control group's limit."""
+    available = [_meminfo_available()]
+    group = Path("/sys/fs/cgroup")
+    for limit, used in (
+        (group / "memory.max", group / "memory.current"),
+        (group / "memory/memory.limit_in_bytes", group / "memory/memory.usage_in_bytes"),
+    ):
+        try:
+            available.append(int(limit.read_text()) - int(used.read_text()))
+        except (OSError, ValueError):  # no such group, or "max": no limit of its own
+            continue
+    return max(min(available), 0)
+
+
+def _meminfo_available() -> int:
+    try:
+        with open("/proc/meminfo", encoding="ascii") as lines:
+            for line in lines:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES") if hasattr(os, "sysconf") else 0
+
+
+def _pinned(size: int) -> Tensor:
+    return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+
+
+class HostPool:
+    """A stack of pinned bytes. `take` in the order of parking; `give_back` in any order, freed from the top.
+
+    Args:
+        limit: most bytes it may pin; None means `HOST_SHARE` of what is available when it first grows.
+        allocate: makes a pinned uint8 tensor of a size; tests give another one.
+    """
+
+    def __init__(self, limit: int | None = None, allocate: Callable[[int], Tensor] = _pinned) -> None:
+        self.limit = limit
+        self._allocate = allocate
+        self._chunks: list[Tensor] = []
+        self._starts: list[int] = []
+        self._size = 0
+        self._top = 0
+        self._live: dict[int, int] = {}
+
+    @property
+    def pinned_bytes(self) -> int:
+        return self._size
+
+    @property
+    def used_bytes(self) -> int:
+        return self._top
+
+    def reserve(self, size: int) -> str | None:
+        """Make sure that `size` bytes fit from the bottom up; returns the reason where they may not."""
+        if self.limit is None:
+            self.limit = int(available_host_bytes() * HOST_SHARE)
+        while self._size < size:
+            chunk = min(max(_power_of_two(size - self._size), SMALLEST_CHUNK), LARGEST_CHUNK)
+            if self._size + chunk > self.limit:
+                return (
+                    f"{_gib(size)} of pinned host memory are needed and {_gib(self.limit)} may be taken "
+                    f"({HOST_SHARE:.0%} of what was available)"
+                )
+            if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+                return (
+                    "pinned host memory cannot be allocated during a capture; run the same shape once before"
+                )
+            try:
+                memory = self._allocate(chunk)
+            except RuntimeError as error:
+                return f"the system refuses to pin {_gib(chunk)} more of host memory: {str(error).splitlines()[0]}"
+            self._chunks.append(memory)
+            self._starts.append(self._size)
+            self._size += chunk
+        return None
+
+    def take(self, size: int) -> tuple[int, list[Tensor]] | str:
+        """(start, pieces): `size` bytes on top of the stack, cut where chunks end. A text says why there are none."""
+        start = -(-self._top // ALIGNMENT) * ALIGNMENT
+        refused = self.reserve(start + size)
+        if refused is not None:
+            return refused
+        self._top = start + size
+        self._live[start] = self._top
+        return start, self._pieces(start, size)
+
+    def give_back(self, start: int) -> None:
+        """The bytes from `start` are free for the next pass once the ones above them are."""
+        del self._live[start]
+        self._top = max(self._live.values(), default=0)
+
+    def _pieces(self, start: int, size: int) -> list[Tensor]:
+        pieces = []
+        for begin, chunk in zip(self._starts, self._chunks, strict=True):
+            low, high = max(start, begin), min(start + size, begin + chunk.numel())
+            if low < high:
+                pieces.append(chunk[low - begin : high - begin])
+        return pieces
+
+
+def _power_of_two(size: int) -> int:
+    return 1 << max(size - 1, 0).bit_length()
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.1f} GiB"
