@@ -20,6 +20,7 @@ from pronghorn.blocks.projection import (
     GradientSink,
     LinearProjection,
     ModuleProjection,
+    PackedAdapters,
     ProjectionGroup,
 )
 
@@ -36,6 +37,7 @@ __all__ = [
     "LinearProjection",
     "ModuleProjection",
     "Norm",
+    "PackedAdapters",
     "ProjectionGroup",
     "check_level",
     "check_levels",

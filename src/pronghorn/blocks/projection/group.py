@@ -1,0 +1,427 @@
+"""Projections of one input with all their adapters: the products of forward and backward, in the order that reads
+and writes the tall matrices least.
+
+The adapters' small product comes first and the frozen product is added to it inside the matrix multiplication
+(beta = 1), so that the large result is not read a second time. A storage that cannot add in place
+(`Weight.accumulates` false) takes the other order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+
+import torch
+from torch import Tensor
+
+from pronghorn.blocks.projection.parts import (
+    Adapter,
+    GradientSink,
+    LinearProjection,
+    ModuleProjection,
+    Projection,
+    product_for,
+)
+from pronghorn.kernels import lora
+from pronghorn.kernels.dispatch import Impl
+from pronghorn.kernels.dropout import seeded_dropout
+from pronghorn.weights import Weight
+from pronghorn.weights.operand import Operand, as_operand
+
+
+@dataclass(frozen=True)
+class PackedAdapters:
+    """A group's adapters stored side by side in the compute dtype, and where their gradients go."""
+
+    #: [ΣR, in], compute dtype: the A matrices of the group in order
+    a: Tensor
+    #: one [out_i, R_i] per adapter, compute dtype
+    b: tuple[Tensor, ...]
+    #: [ΣR, in] fp32, accumulated into (+=)
+    a_grad: Tensor | None = None
+    #: [out_i, R_i] fp32, accumulated into (+=)
+    b_grad: tuple[Tensor | None, ...] = ()
+
+
+@dataclass
+class AdapterGrads:
+    """What `input_grad` hands to `parameter_grads`: dxa = s · dY B [T, ΣR], and whether dB is done already."""
+
+    dxa: Tensor
+    b_done: bool = False
+
+
+class ProjectionGroup:
+    """Projections that read the same input (q, k, v; gate, up) or a single one (o; down).
+
+    Args:
+        packed: the group's adapters in the compute dtype, with buffers that gradients are accumulated into; those
+            gradients are then not given to the sink. None: adapters are cast and stacked here, in every call.
+        impl: which implementation of the adapter kernels runs; None chooses by device.
+    """
+
+    def __init__(
+        self,
+        projections: Sequence[Projection],
+        packed: PackedAdapters | None = None,
+        impl: Impl | None = None,
+    ) -> None:
+        self.projections = tuple(projections)
+        self.packed, self.impl = packed, impl
+        self._pairs = [
+            (i, adapter)
+            for i, projection in enumerate(self.projections)
+            if isinstance(projection, LinearProjection)
+            for adapter in projection.adapters
+        ]
+        self._ranks = [adapter.rank for _, adapter in self._pairs]
+        ends = list(accumulate(self._ranks, initial=0))
+        self._slices = [slice(start, end) for start, end in pairwise(ends)]
+        self.total_rank = ends[-1]
+        self._drops = any(adapter.dropout > 0 for _, adapter in self._pairs)
+        self._scalings = [adapter.scaling for _, adapter in self._pairs]
+        # One adapter a projection: what the kernels take, and what a consumer can add by itself.
+        self._single = len({i for i, _ in self._pairs}) == len(self._pairs)
+
+    def trainable(self) -> list[Tensor]:
+        return [tensor for projection in self.projections for tensor in projection.trainable()]
+
+    # --- forward -----------------------------------------------------------------------------------------------
+
+    def forward(
+        self, x: Tensor | Operand, defer_adapters: bool = False
+    ) -> tuple[list[Tensor], Tensor | None]:
+        """Outputs Y_i [T, out_i] and XA [T, ΣR] (None without adapters) for x [T, in].
+
+        With `defer_adapters` the outputs lack what `deferred` gives, which the caller adds on the fly.
+        """
+        operand = as_operand(x)
+        xa = self.down(operand.tensor)
+        deferring = defer_adapters and xa is not None and self.defers(xa)
+        outs: list[Tensor | None] = [None] * len(self.projections)
+        if xa is not None and not deferring:
+            self._start_with_adapters(outs, xa)
+        for i, projection in enumerate(self.projections):
+            outs[i] = self._finish(projection, operand, outs[i])
+        done = [out for out in outs if out is not None]
+        if xa is not None and not deferring:
+            self._add_late_adapters_(done, xa)
+        return done, xa
+
+    def forward_residual(self, residual: Tensor, x: Tensor | Operand) -> tuple[Tensor, Tensor | None]:
+        """residual [T, out] + Y as a new tensor in residual's dtype, and XA; for a group of one."""
+        (projection,) = self.projections
+        operand = as_operand(x)
+        if not isinstance(projection, LinearProjection) or projection.bias is not None:
+            (y,), xa = self.forward(operand)
+            return residual + y, xa
+        xa = self.down(operand.tensor)
+        same = residual.dtype == operand.tensor.dtype
+        if not self._single or self._b_biases() or xa is None:
+            out = residual.clone()
+            projection.weight.matmul_add_(out, operand)
+            if xa is not None:
+                self._add_adapters_([out], xa)
+            return out, xa
+        bs, scalings = self._bs(xa.dtype), self._scalings
+        if same and _accumulates(projection.weight):
+            (out,) = lora.up(xa, bs, scalings, [residual], impl=self.impl)
+            return projection.weight.matmul_add_(out, operand), xa
+        y = projection.weight.matmul(operand)
+        (out,) = lora.up(xa, bs, scalings, [y], addend=residual, impl=self.impl)
+        return out, xa
+
+    def forward_add_(self, out: Tensor, x: Tensor | Operand) -> Tensor | None:
+        """out [T, out] += Y for a group of one; returns XA. Saves a pass over the output."""
+        (projection,) = self.projections
+        operand = as_operand(x)
+        if isinstance(projection, ModuleProjection) or out.dtype != operand.tensor.dtype:
+            (y,), xa = self.forward(operand)
+            out.add_(y)
+            return xa
+        projection.weight.matmul_add_(out, operand)
+        if projection.bias is not None:
+            out.add_(projection.cast_bias(out.dtype))
+        xa = self.down(operand.tensor)
+        if xa is not None:
+            self._add_adapters_([out], xa)
+        return xa
+
+    def defers(self, xa: Tensor) -> bool:
+        """Whether consumers add the adapters on the fly; the same answer in forward and backward."""
+        return self._single and not self._b_biases() and lora.fits_kernels(xa, self._ranks, self.impl)
+
+    def deferred(self, i: int, xa: Tensor | None) -> lora.LowRank | None:
+        """What is missing from output i of `forward(..., defer_adapters=True)`; None when nothing is."""
+        if xa is None or not self.defers(xa):
+            return None
+        for k, (owner, adapter) in enumerate(self._pairs):
+            if owner == i:
+                return lora.LowRank(xa[:, self._slices[k]], self._b(k, xa.dtype), adapter.scaling)
+        return None
+
+    def _start_with_adapters(self, outs: list[Tensor | None], xa: Tensor) -> None:
+        """Fill the outputs whose weight adds in place with bias + adapter; several in one launch."""
+        ready = [
+            k for k, (i, _) in enumerate(self._pairs) if self._single and _accumulates(self._linear(i).weight)
+        ]
+        if not ready:
+            return
+        bases = [self._linear(self._pairs[k][0]).cast_bias(xa.dtype) for k in ready]
+        if len(ready) == len(self._pairs):
+            ys = lora.up(xa, self._bs(xa.dtype), self._scalings, bases, impl=self.impl)
+        else:
+            ys = [
+                lora.up(
+                    xa[:, self._slices[k]],
+                    [self._b(k, xa.dtype)],
+                    [self._scalings[k]],
+                    [base],
+                    impl=self.impl,
+                )[0]
+                for k, base in zip(ready, bases, strict=True)
+            ]
+        for k, y in zip(ready, ys, strict=True):
+            i, adapter = self._pairs[k]
+            if adapter.b_bias is not None:
+                y.add_(adapter.b_bias.detach().to(xa.dtype), alpha=adapter.scaling)
+            outs[i] = y
+
+    def _finish(self, projection: Projection, operand: Operand, started: Tensor | None) -> Tensor:
+        """X Wᵀ + b, added to what `_start_with_adapters` began."""
+        if isinstance(projection, ModuleProjection):
+            return projection.forward(operand.tensor)
+        if started is not None:
+            return projection.weight.matmul_add_(started, operand)
+        return projection.weight.matmul(operand, projection.cast_bias(operand.tensor.dtype))
+
+    def _add_late_adapters_(self, outs: list[Tensor], xa: Tensor) -> None:
+        """Adapters of outputs that `_start_with_adapters` left out."""
+        late = [
+            k
+            for k, (i, _) in enumerate(self._pairs)
+            if not (self._single and _accumulates(self._linear(i).weight))
+        ]
+        if not late:
+            return
+        if self._single and len(late) == len(self._pairs) and not self._b_biases():
+            bases = [outs[i] for i, _ in self._pairs]
+            lora.up(xa, self._bs(xa.dtype), self._scalings, bases, inplace=True, impl=self.impl)
+        else:
+            self._add_adapters_(outs, xa, late)
+
+    def _add_adapters_(self, outs: list[Tensor], xa: Tensor, which: Sequence[int] | None = None) -> None:
+        for k in range(len(self._pairs)) if which is None else which:
+            i, adapter = self._pairs[k]
+            out = outs[i]
+            part, b = xa[:, self._slices[k]], self._b(k, xa.dtype)
+            if out.dtype == xa.dtype:
+                out.addmm_(part, b.t(), alpha=adapter.scaling)
+            else:
+                out.add_(part @ b.t(), alpha=adapter.scaling)
+            if adapter.b_bias is not None:
+                out.add_(adapter.b_bias.detach().to(out.dtype), alpha=adapter.scaling)
+
+    def down(self, x: Tensor) -> Tensor | None:
+        """XA = drop(x) Aᵀ for all adapters of the group: [T, ΣR], or None without adapters."""
+        if not self._pairs:
+            return None
+        if not self._drops:
+            return lora.down(x, self._stacked_a(x.dtype), impl=self.impl)
+        xa = x.new_empty(x.shape[0], self.total_rank)
+        for k, (_, adapter) in enumerate(self._pairs):
+            xa[:, self._slices[k]] = _dropped(x, adapter) @ self._a(k, x.dtype).t()
+        return xa
+
+    # --- backward ----------------------------------------------------------------------------------------------
+
+    def input_grad(
+        self,
+        dys: Sequence[Tensor | Operand],
+        x: Tensor | Callable[[], Tensor],
+        sink: GradientSink,
+        need: bool = True,
+        xa: Tensor | None = None,
+    ) -> tuple[Tensor | None, AdapterGrads | None]:
+        """dX [T, in] (None unless `need`), and the adapters' output gradients for `parameter_grads`.
+
+        The input `x` is needed only by module projections, whose parameter gradients are collected here too; a
+        caller that would have to compute it passes a function. With `xa` (the group's XA, where it was kept) the
+        gradients of B are formed in the same reading of dY.
+        """
+        operands = [as_operand(dy) for dy in dys]
+        grads = self._output_grads([operand.tensor for operand in operands], xa, sink)
+        first = need and grads is not None and not self._drops and self._all_accumulate()
+        dx: Tensor | None = None
+        if first and grads is not None:
+            dx = grads.dxa @ self._stacked_a(grads.dxa.dtype)
+        for projection, operand in zip(self.projections, operands, strict=True):
+            if isinstance(projection, ModuleProjection):
+                part = projection.backward(operand.tensor, x() if callable(x) else x, sink, need)
+                dx = part if dx is None else (dx.add_(part) if part is not None else dx)
+            elif need:
+                weight = projection.weight
+                dx = weight.matmul_t(operand) if dx is None else weight.matmul_t_add_(dx, operand)
+        if need and grads is not None and not first:
+            assert dx is not None
+            self._add_adapter_input_grad_(dx, grads.dxa)
+        return dx, grads
+
+    def _output_grads(
+        self, dys: Sequence[Tensor], xa: Tensor | None, sink: GradientSink
+    ) -> AdapterGrads | None:
+        if not self._pairs:
+            return None
+        dtype = dys[0].dtype
+        of_pairs = [dys[i] for i, _ in self._pairs]
+        bs = self._bs(dtype)
+        if xa is None:
+            return AdapterGrads(lora.output_grads(of_pairs, bs, self._scalings, impl=self.impl))
+        buffers = [self._b_buffer(k, sink) for k in range(len(self._pairs))]
+        dxa = lora.output_grads(of_pairs, bs, self._scalings, xa, buffers, impl=self.impl)
+        self._give_b_buffers(buffers, sink)
+        return AdapterGrads(dxa, b_done=True)
+
+    def _add_adapter_input_grad_(self, dx: Tensor, dxa: Tensor) -> None:
+        if not self._drops:
+            dx.addmm_(dxa, self._stacked_a(dxa.dtype))
+            return
+        for k, (_, adapter) in enumerate(self._pairs):
+            through_a = dxa[:, self._slices[k]] @ self._a(k, dxa.dtype)
+            dx.add_(_dropped(through_a, adapter))
+
+    def parameter_grads(
+        self,
+        dys: Sequence[Tensor | Operand],
+        x: Tensor,
+        xa: Tensor | None,
+        grads: AdapterGrads | None,
+        sink: GradientSink,
+    ) -> None:
+        """Gradients of weights, biases, A and B; `xa` None means it was not kept and is rebuilt from x."""
+        tensors = [as_operand(dy).tensor for dy in dys]
+        for projection, dy in zip(self.projections, tensors, strict=True):
+            if isinstance(projection, ModuleProjection):
+                continue
+            parameter = projection.weight.parameter
+            if parameter is not None and sink.wants(parameter):
+                sink.add(parameter, product_for(parameter, dy.t(), x))
+            if sink.wants(projection.bias):
+                sink.add(projection.bias, _token_sum(dy))
+        if grads is None:
+            return
+        self._adapter_a_grads(x, grads.dxa, sink)
+        if not grads.b_done:
+            self._adapter_b_grads(tensors, x, xa, sink)
+        for i, adapter in self._pairs:
+            if sink.wants(adapter.b_bias):
+                sink.add(adapter.b_bias, _token_sum(tensors[i]).mul_(adapter.scaling))
+
+    def _adapter_b_grads(
+        self, dys: Sequence[Tensor], x: Tensor, xa: Tensor | None, sink: GradientSink
+    ) -> None:
+        buffers = [self._b_grad(k) for k in range(len(self._pairs))]
+        wanted = [sink.wants(adapter.b) for _, adapter in self._pairs]
+        if not any(wanted) and all(buffer is None for buffer in buffers):
+            return
+        xa = self.down(x) if xa is None else xa
+        assert xa is not None
+        for k, (i, adapter) in enumerate(self._pairs):
+            part, buffer = xa[:, self._slices[k]], buffers[k]
+            if buffer is not None:
+                lora.accumulate_product_(buffer, dys[i].t(), part, adapter.scaling)
+            elif self.packed is None and wanted[k]:
+                sink.add(adapter.b, product_for(adapter.b, dys[i].t(), part).mul_(adapter.scaling))
+
+    def _adapter_a_grads(self, x: Tensor, dxa: Tensor, sink: GradientSink) -> None:
+        if self.packed is not None:
+            self._packed_a_grads(x, dxa)
+            return
+        wanted = [sink.wants(adapter.a) for _, adapter in self._pairs]
+        if not any(wanted):
+            return
+        if not self._drops:
+            stacked = product_for(self._pairs[0][1].a, dxa.t(), x)
+            for (_, adapter), part in zip(self._pairs, self._slices, strict=True):
+                sink.add(adapter.a, stacked[part])
+            return
+        for (_, adapter), part in zip(self._pairs, self._slices, strict=True):
+            if sink.wants(adapter.a):
+                sink.add(adapter.a, product_for(adapter.a, dxa[:, part].t(), _dropped(x, adapter)))
+
+    def _packed_a_grads(self, x: Tensor, dxa: Tensor) -> None:
+        assert self.packed is not None
+        buffer = self.packed.a_grad
+        if buffer is None:
+            return
+        if not self._drops:
+            lora.accumulate_a_(buffer, dxa, x, impl=self.impl)
+            return
+        for (_, adapter), part in zip(self._pairs, self._slices, strict=True):
+            lora.accumulate_product_(buffer[part], dxa[:, part].t(), _dropped(x, adapter))
+
+    # --- parts -------------------------------------------------------------------------------------------------
+
+    def _linear(self, i: int) -> LinearProjection:
+        projection = self.projections[i]
+        assert isinstance(projection, LinearProjection)
+        return projection
+
+    def _all_accumulate(self) -> bool:
+        return all(isinstance(p, ModuleProjection) or _accumulates(p.weight) for p in self.projections)
+
+    def _b_biases(self) -> bool:
+        return any(adapter.b_bias is not None for _, adapter in self._pairs)
+
+    def _stacked_a(self, dtype: torch.dtype) -> Tensor:
+        """The A matrices as one [ΣR, in]."""
+        if self.packed is not None and self.packed.a.dtype == dtype:
+            return self.packed.a
+        if len(self._pairs) == 1:
+            return self._pairs[0][1].a.detach().to(dtype)
+        return torch.cat([adapter.a.detach() for _, adapter in self._pairs]).to(dtype)
+
+    def _a(self, k: int, dtype: torch.dtype) -> Tensor:
+        if self.packed is not None and self.packed.a.dtype == dtype:
+            return self.packed.a[self._slices[k]]
+        return self._pairs[k][1].a.detach().to(dtype)
+
+    def _b(self, k: int, dtype: torch.dtype) -> Tensor:
+        if self.packed is not None and self.packed.b[k].dtype == dtype:
+            return self.packed.b[k]
+        return self._pairs[k][1].b.detach().to(dtype)
+
+    def _bs(self, dtype: torch.dtype) -> list[Tensor]:
+        return [self._b(k, dtype) for k in range(len(self._pairs))]
+
+    def _b_grad(self, k: int) -> Tensor | None:
+        return self.packed.b_grad[k] if self.packed is not None and self.packed.b_grad else None
+
+    def _b_buffer(self, k: int, sink: GradientSink) -> Tensor | None:
+        """Where dB of adapter k is accumulated: the packed buffer, or a fresh one that goes to the sink."""
+        if self.packed is not None:
+            return self._b_grad(k)
+        b = self._pairs[k][1].b
+        wide = torch.promote_types(b.dtype, torch.float32)
+        return torch.zeros(b.shape, dtype=wide, device=b.device) if sink.wants(b) else None
+
+    def _give_b_buffers(self, buffers: Sequence[Tensor | None], sink: GradientSink) -> None:
+        if self.packed is not None:
+            return
+        for (_, adapter), buffer in zip(self._pairs, buffers, strict=True):
+            if buffer is not None:
+                sink.add(adapter.b, buffer)
+
+
+def _accumulates(weight: Weight) -> bool:
+    return bool(getattr(weight, "accumulates", True))
+
+
+def _token_sum(dy: Tensor) -> Tensor:
+    return dy.sum(0, dtype=torch.promote_types(dy.dtype, torch.float32))
+
+
+def _dropped(x: Tensor, adapter: Adapter) -> Tensor:
+    """x with the adapter's dropout mask; the mask depends on the seed alone, so backward draws the same one."""
+    return x if adapter.dropout == 0.0 else seeded_dropout(x, adapter.dropout, adapter.seed)

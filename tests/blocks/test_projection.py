@@ -1,0 +1,153 @@
+"""Projection groups against autograd: every gradient, packed and unpacked, storages that add in place and not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from pronghorn.blocks.projection import (
+    Adapter,
+    GradientSink,
+    LinearProjection,
+    PackedAdapters,
+    ProjectionGroup,
+)
+from pronghorn.weights import DenseWeight, Operand
+
+T, IN = 5, 24
+F64 = torch.float64
+
+
+class SeparateWeight(DenseWeight):
+    """A storage whose product cannot be added in place."""
+
+    accumulates = False
+
+    def matmul_add_(self, out, x):
+        raise AssertionError("this storage does not accumulate")
+
+
+def normal(*shape: int, seed: int = 0, dtype: torch.dtype = F64) -> Tensor:
+    generator = torch.Generator().manual_seed(seed + 7 * sum(shape))
+    return torch.randn(*shape, generator=generator, dtype=F64).to(dtype)
+
+
+def make_group(outs, ranks, *, weight=DenseWeight, bias=False, packed=True, dtype=F64):
+    """A group, its parameters by name, and the packed gradients' buffers."""
+    named, projections, a_parts, bs = {}, [], [], []
+    for i, (out, rank) in enumerate(zip(outs, ranks, strict=True)):
+        adapters = ()
+        if rank:
+            a, b = normal(rank, IN, seed=i, dtype=dtype), normal(out, rank, seed=i + 9, dtype=dtype)
+            named |= {f"a{i}": a.requires_grad_(), f"b{i}": b.requires_grad_()}
+            adapters = (Adapter(a, b, 0.5 + i),)
+            a_parts.append(a.detach())
+            bs.append(b.detach())
+        held = weight(normal(out, IN, seed=i + 20, dtype=dtype))
+        projections.append(
+            LinearProjection(held, normal(out, seed=i, dtype=dtype) if bias else None, adapters)
+        )
+    adapters_packed = None
+    if packed:
+        stacked = torch.cat(a_parts)
+        adapters_packed = PackedAdapters(
+            stacked, tuple(bs), torch.ones_like(stacked), tuple(torch.ones_like(b) for b in bs)
+        )
+    return ProjectionGroup(projections, adapters_packed), named
+
+
+def expected_outputs(group: ProjectionGroup, x: Tensor) -> list[Tensor]:
+    ys = []
+    for p in group.projections:
+        y = x @ p.weight.dense(x.dtype).t()
+        y = y if p.bias is None else y + p.bias
+        for adapter in p.adapters:
+            y = y + adapter.scaling * (x @ adapter.a.t()) @ adapter.b.t()
+        ys.append(y)
+    return ys
+
+
+def collected(group: ProjectionGroup, named: dict[str, Tensor], sink: GradientSink) -> dict[str, Tensor]:
+    """Gradients by name from wherever they went; a packed buffer began at one."""
+    if group.packed is None:
+        return dict(zip(named, sink.gradients, strict=True))
+    assert all(gradient is None for gradient in sink.gradients), "packed gradients do not go to the sink"
+    found, row = {}, 0
+    assert group.packed.a_grad is not None
+    names = [name for name in named if name.startswith("a")]
+    for name, grad in zip(names, group.packed.b_grad, strict=True):
+        rank = named[name].shape[0]
+        found[name] = group.packed.a_grad[row : row + rank] - 1
+        found["b" + name[1:]] = grad - 1
+        row += rank
+    return found
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("weight", [DenseWeight, SeparateWeight])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("with_xa", [False, True])
+@pytest.mark.parametrize("outs,ranks", [((8,), (4,)), ((8, 6, 6), (4, 2, 3)), ((10, 6), (0, 2))])
+def test_outputs_and_every_gradient(packed, weight, bias, with_xa, outs, ranks):
+    group, named = make_group(outs, ranks, weight=weight, bias=bias, packed=packed)
+    x = normal(T, IN).requires_grad_()
+    expected = expected_outputs(group, x)
+    dys = [normal(T, out, seed=50 + i) for i, out in enumerate(outs)]
+    truth = torch.autograd.grad(expected, [x, *named.values()], dys)
+    with torch.no_grad():
+        ys, xa = group.forward(x.detach())
+        sink = GradientSink(list(named.values()))
+        dx, grads = group.input_grad(dys, x.detach(), sink, xa=xa if with_xa else None)
+        group.parameter_grads(dys, x.detach(), xa, grads, sink)
+    for y, want in zip(ys, expected, strict=True):
+        torch.testing.assert_close(y, want)
+    torch.testing.assert_close(dx, truth[0])
+    found = collected(group, named, sink)
+    for name, want in zip(named, truth[1:], strict=True):
+        torch.testing.assert_close(found[name], want, msg=name)
+
+
+def test_gradients_without_a_kept_xa_and_without_input_gradient():
+    group, named = make_group((8, 6), (4, 2))
+    x = normal(T, IN)
+    dys = [normal(T, 8, seed=1), normal(T, 6, seed=2)]
+    truth = torch.autograd.grad(expected_outputs(group, x), list(named.values()), dys)
+    sink = GradientSink(list(named.values()))
+    with torch.no_grad():
+        dx, grads = group.input_grad(dys, x, sink, need=False)
+        group.parameter_grads(dys, x, None, grads, sink)
+    assert dx is None
+    for name, want in zip(named, truth, strict=True):
+        torch.testing.assert_close(collected(group, named, sink)[name], want)
+
+
+@pytest.mark.parametrize("weight", [DenseWeight, SeparateWeight])
+@pytest.mark.parametrize("dtypes", [(F64, F64), (F64, torch.float32)])
+def test_residual_sum_is_a_new_tensor(weight, dtypes):
+    residual_dtype, dtype = dtypes
+    group, _ = make_group((8,), (4,), weight=weight, dtype=dtype)
+    x, residual = normal(T, IN, dtype=dtype), normal(T, 8, seed=3, dtype=residual_dtype)
+    kept = residual.clone()
+    with torch.no_grad():
+        out, xa = group.forward_residual(residual, x)
+        want = residual + expected_outputs(group, x)[0]
+    assert out.dtype == residual_dtype and torch.equal(residual, kept)
+    torch.testing.assert_close(out, want)
+    torch.testing.assert_close(xa, (x @ group.packed.a.t()))
+
+
+def test_one_operand_for_a_group():
+    """A storage with its own format meets the same operand in every product of the group."""
+    met = []
+
+    class Watching(SeparateWeight):
+        def matmul(self, x, bias=None):
+            met.append(x)
+            return super().matmul(x, bias)
+
+    group, _ = make_group((8, 6), (4, 2), weight=Watching)
+    operand = Operand(normal(T, IN))
+    with torch.no_grad():
+        group.forward(operand)
+    assert len(met) == 2 and all(x is operand for x in met)
