@@ -1,0 +1,23 @@
+"""Causal attention over a packed token stream, one interface over several implementations.
+
+    out[t, n] = Σ_j softmax_j(scale · q[t, n]·k[j, n//G]) v[j, n//G],   j in t's document, j ≤ t, t - j < window
+
+with three optional changes: logits capped (`softcap`), a learned logit per head in the denominator (`sinks`), and
+first tokens of a document that see one another both ways (`Documents.prefix`: then j ≤ t or j < prefix).
+
+Shapes: q [T, N, D], k and v [T, K, D] with G = N / K, out [T, N, D]; the statistics `lse` are fp32. Forward and
+backward are explicit calls: the attention block decides what is kept between them.
+"""
+
+from pronghorn.kernels.attention.choose import choose_backend
+from pronghorn.kernels.attention.dispatch import attention_backward, attention_forward, attention_sink_grad
+from pronghorn.kernels.attention.documents import AttentionCall, Documents
+
+__all__ = [
+    "AttentionCall",
+    "Documents",
+    "attention_backward",
+    "attention_forward",
+    "attention_sink_grad",
+    "choose_backend",
+]
