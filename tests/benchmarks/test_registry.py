@@ -23,7 +23,7 @@ def test_pronghorn_sides_name_real_save_levels() -> None:
     from pronghorn.blocks import LEVELS
 
     levels = {side.checkpointing for side in SIDES.values() if side.library == "pronghorn"}
-    assert levels == set(LEVELS)
+    assert levels <= set(LEVELS)
 
 
 def test_pick() -> None:

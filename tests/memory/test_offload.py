@@ -1,10 +1,14 @@
-"""Parked layer inputs come back unchanged, and the GPU holds less meanwhile."""
+"""Parked tensors come back unchanged, and the GPU holds less meanwhile."""
 
 from __future__ import annotations
+
+import gc
+from contextlib import nullcontext
 
 import pytest
 import torch
 
+from pronghorn.memory import HostPool, HostStash
 from pronghorn.memory.offload import LAG
 from tests.families.parity import add_adapter, assert_same, bound_copy, rows_batch, run
 from tests.tiny import tiny_model
@@ -14,18 +18,20 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="parking ne
 
 @needs_gpu
 @pytest.mark.gpu
-def test_offloaded_gradients_are_bitwise_those_of_none() -> None:
+@pytest.mark.parametrize("depth", ["none", "attention", "matmuls"])
+def test_offloaded_gradients_are_bitwise_those_on_the_device(depth: str) -> None:
     model = add_adapter(tiny_model("llama", num_hidden_layers=4)).cuda()
     batch = {k: v.cuda() for k, v in rows_batch(model.config.vocab_size, (64, 64, 64)).items()}
-    for _ in range(3):  # pinned blocks are reused from the second pass on
-        assert_same(run(bound_copy(model, "offload"), batch), run(bound_copy(model, "none"), batch), 0.0)
+    parked = "offload" if depth == "none" else f"offload-{depth}"
+    expected = run(bound_copy(model, depth), batch)
+    for levels in (parked, [parked, depth, parked, "all"], [parked, "offload", parked, "offload"]):
+        for _ in range(2):  # pinned memory is reused from the second pass on
+            assert_same(run(bound_copy(model, levels), batch), expected, 0.0)
 
 
 @needs_gpu
 @pytest.mark.gpu
 def test_parked_inputs_leave_the_gpu() -> None:
-    from pronghorn.memory import HostStash
-
     stash = HostStash(torch.cuda.Stream())
     before, size = torch.cuda.memory_allocated(), 4 << 20
     copies, indices = [], []
@@ -34,13 +40,13 @@ def test_parked_inputs_leave_the_gpu() -> None:
         generator = torch.Generator("cuda").manual_seed(seed)
         tensor = torch.randn(1 << 20, device="cuda", generator=generator)
         copies.append(tensor.cpu())
-        indices.append(stash.park(tensor))
+        indices.append(stash.park([tensor]))
         del tensor
     # Stream order, not luck: without any synchronisation never more than the ones on their way out and a new one.
     assert torch.cuda.max_memory_allocated() <= before + (LAG + 1) * size
     assert torch.cuda.memory_allocated() == before + LAG * size
     for index, expected in reversed(list(zip(indices, copies, strict=True))):
-        assert torch.equal(stash.fetch(index, torch.device("cuda")).cpu(), expected)
+        assert torch.equal(stash.fetch(index, torch.device("cuda"))[0].cpu(), expected)
     assert torch.cuda.memory_allocated() == before
 
 
@@ -48,8 +54,6 @@ def test_parked_inputs_leave_the_gpu() -> None:
 @pytest.mark.gpu
 def test_host_ahead_of_the_gpu_holds_no_more() -> None:
     """A thousand layers are enqueued while the first copy has hardly begun."""
-    from pronghorn.memory import HostStash
-
     stash, size = HostStash(torch.cuda.Stream()), 4 << 20
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
@@ -57,26 +61,152 @@ def test_host_ahead_of_the_gpu_holds_no_more() -> None:
     tensor = torch.zeros(1 << 20, device="cuda")
     indices = []
     for _ in range(1000):
-        indices.append(stash.park(tensor))
+        indices.append(stash.park([tensor]))
         tensor = tensor + 1
     assert torch.cuda.max_memory_allocated() <= before + (LAG + 2) * size
     for index in reversed(indices):
-        assert (stash.fetch(index, torch.device("cuda")) == index).all()
+        assert (stash.fetch(index, torch.device("cuda"))[0] == index).all()
 
 
 @needs_gpu
 @pytest.mark.gpu
 def test_an_abandoned_pass_harms_nobody() -> None:
-    from pronghorn.memory import HostStash
-
     for _ in range(20):
         stash = HostStash(torch.cuda.Stream())
-        indices = [stash.park(torch.full((1 << 20,), 7.0, device="cuda")) for _ in range(4)]
+        indices = [stash.park([torch.full((1 << 20,), 7.0, device="cuda")]) for _ in range(4)]
         stash.fetch(indices[-1], torch.device("cuda"))
         stash.fetch(indices[-2], torch.device("cuda"))  # starts bringing back the next
         del stash
         fresh = torch.zeros(1 << 20, device="cuda")
         assert (fresh == 0).all()
+
+
+@needs_gpu
+@pytest.mark.gpu
+def test_a_captured_pass_replays_with_the_same_host_bytes() -> None:
+    stream, pool = torch.cuda.Stream(), HostPool()
+    source = torch.zeros(1 << 20, device="cuda")
+    total = torch.zeros(1 << 20, device="cuda")
+
+    def one_pass() -> None:
+        stash = HostStash(stream, pool)
+        indices = [stash.park([source + i, source * i]) for i in range(6)]
+        for i, index in reversed(list(enumerate(indices))):
+            plus, times = stash.fetch(index, torch.device("cuda"))
+            total.add_(plus).add_(times, alpha=10**i)
+        stash.join(source.device)
+
+    warm = torch.cuda.Stream()
+    with torch.cuda.stream(warm):
+        one_pass()
+    torch.cuda.current_stream().wait_stream(warm)
+    pinned, graph = pool.pinned_bytes, torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        one_pass()
+    assert pool.pinned_bytes == pinned and pool.used_bytes == 0
+    for value in (1.0, 2.0, 3.0):
+        source.fill_(value)
+        total.zero_()
+        graph.replay()
+        expected = sum(value + i + value * i * 10**i for i in range(6))
+        assert torch.allclose(total, torch.full_like(total, expected))
+
+
+@needs_gpu
+@pytest.mark.gpu
+def test_without_host_memory_tensors_stay_on_the_device() -> None:
+    told: list[str] = []
+    stash = HostStash(torch.cuda.Stream(), HostPool(limit=0), told.append)
+    tensor = torch.arange(10.0, device="cuda")
+    index = stash.park([tensor])
+    assert stash.fetch(index, tensor.device)[0] is tensor
+    assert len(told) == 1 and "pinned host memory" in told[0]
+
+
+class FakeStream:
+    """Work is done when it is given; what matters is who waits for whom."""
+
+    def __init__(self, name: str, log: list[str]) -> None:
+        self.name, self.log = name, log
+
+    def wait_stream(self, other: FakeStream) -> None:
+        self.log.append(f"{self.name} waits for {other.name}")
+
+    def wait_event(self, event: FakeEvent) -> None:
+        self.log.append(f"{self.name} waits for copy {event.number}")
+
+
+class FakeEvent:
+    count = 0
+
+    def record(self, stream: FakeStream) -> None:
+        self.number = FakeEvent.count
+        FakeEvent.count += 1
+
+
+@pytest.fixture
+def log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    lines: list[str] = []
+    computing = FakeStream("computing", lines)
+    FakeEvent.count = 0
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: computing)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    return lines
+
+
+def fake_stash(log: list[str], limit: int = 2**32) -> tuple[HostStash, HostPool]:
+    pool = HostPool(limit, lambda size: torch.empty(size, dtype=torch.uint8))
+    return HostStash(FakeStream("side", log), pool, log.append), pool  # type: ignore[arg-type]
+
+
+def test_lists_come_back_in_the_opposite_order(log: list[str]) -> None:
+    stash, pool = fake_stash(log)
+    lists = [[torch.randn(4, 3), torch.randn(5).bfloat16(), torch.arange(7)] for _ in range(5)]
+    indices = [stash.park(tensors) for tensors in lists]
+    for index, expected in reversed(list(zip(indices, lists, strict=True))):
+        back = stash.fetch(index, torch.device("cpu"))
+        assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(back, expected, strict=True))
+    assert pool.used_bytes == 0
+    copies = {line.split()[-1] for line in log if line.startswith("computing waits for copy")}
+    assert copies == {str(i) for i in range(FakeEvent.count)}, (
+        "every copy is waited for: a capture ends joined"
+    )
+
+
+def test_an_input_alone_lags_two_layers_and_a_list_one(log: list[str]) -> None:
+    stash, _ = fake_stash(log)
+    for _ in range(4):
+        stash.park([torch.zeros(1000)])
+    assert [line for line in log if "copy" in line] == [
+        f"computing waits for copy {i}" for i in range(4 - LAG)
+    ]
+    log.clear()
+    other, _ = fake_stash(log)
+    FakeEvent.count = 0
+    for _ in range(4):
+        other.park([torch.zeros(1000), torch.zeros(1000)])
+    assert [line for line in log if "copy" in line] == [f"computing waits for copy {i}" for i in range(3)]
+
+
+def test_no_room_on_the_host_is_told_and_harmless(log: list[str]) -> None:
+    stash, pool = fake_stash(log, limit=16 * 2**20)
+    small, large = torch.randn(10), torch.randn(8 * 2**20)
+    indices = [stash.park([tensor]) for tensor in (small, large, small)]
+    for index, expected in zip(reversed(indices), (small, large, small), strict=True):
+        assert torch.equal(stash.fetch(index, torch.device("cpu"))[0], expected)
+    assert any("stay" in line or "keep on the GPU" in line for line in log)
+    assert pool.used_bytes == 0
+
+
+def test_an_abandoned_pass_gives_its_host_memory_back(log: list[str]) -> None:
+    stash, pool = fake_stash(log)
+    for _ in range(3):
+        stash.park([torch.zeros(1000)])
+    assert pool.used_bytes > 0
+    del stash
+    gc.collect()
+    assert pool.used_bytes == 0 and log[-1] == "computing waits for side"
 
 
 def test_without_a_gpu_offload_is_none() -> None:
