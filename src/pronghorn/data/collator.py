@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from pronghorn.data.budgets import Budgets, row_budget
 from pronghorn.data.rows import IGNORED
 
 #: Keys of a batch that are for the trainer, not for the model.
-BOOKKEEPING = ("real_tokens",)
+BOOKKEEPING = ("real_tokens", "supervised")
 
 
 @dataclass(frozen=True)
@@ -53,12 +54,14 @@ class Collator:
 
     Args:
         pad_to_multiple_of: round T up with one unsupervised document (flat), or the row length up (padded).
+        budgets: round all sizes of a flat batch for the engine up to the few that a captured step is made for.
     """
 
     pad_token_id: int
     flat: bool = True
     for_engine: bool = True
     pad_to_multiple_of: int | None = None
+    budgets: Budgets | None = None
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         documents = [document for row in rows for document in documents_of(row)]
@@ -69,30 +72,46 @@ class Collator:
         return {**batch, "real_tokens": real}
 
     def _flat(self, documents: list[Document]) -> dict[str, Any]:
-        total = sum(len(document.ids) for document in documents)
-        missing = -total % self.pad_to_multiple_of if self.pad_to_multiple_of else 0
-        if missing:
-            padding = np.full(missing, self.pad_token_id, dtype=np.int64)
-            documents = [*documents, Document(padding, np.full(missing, IGNORED, dtype=np.int64))]
+        documents = documents + [self._filler(length) for length in self._missing(documents)]
         lengths = np.array([len(document.ids) for document in documents], dtype=np.int64)
-        bounds = torch.from_numpy(np.concatenate(([0], np.cumsum(lengths))).astype(np.int32))
-        starts = np.repeat(np.cumsum(lengths) - lengths, lengths)
-        positions = np.arange(total + missing, dtype=np.int64) - starts
+        total, longest = int(lengths.sum()), int(lengths.max())
         labels = np.concatenate([document.labels for document in documents])
-        longest = int(lengths.max())
+        starts = np.repeat(np.cumsum(lengths) - lengths, lengths)
+        loss_rows = np.flatnonzero(labels[1:] != IGNORED).astype(np.int64)
+        counted: dict[str, Any] = {"supervised": len(loss_rows)} if self.for_engine else {}
+        if self.for_engine and self.budgets is not None:
+            lengths = _fill(lengths, self.budgets.documents(len(lengths)), 0)
+            longest = self.budgets.longest(longest, total)
+            # The last position predicts nothing: a row of the loss without a label.
+            loss_rows = _fill(loss_rows, row_budget(len(loss_rows), total), total - 1)
+        bounds = torch.from_numpy(np.concatenate(([0], np.cumsum(lengths))).astype(np.int32))
         batch: dict[str, Any] = {
             "input_ids": torch.from_numpy(np.concatenate([document.ids for document in documents]))[None],
             "labels": torch.from_numpy(labels)[None],
-            "position_ids": torch.from_numpy(positions)[None],
+            "position_ids": torch.from_numpy(np.arange(total, dtype=np.int64) - starts)[None],
             "cu_seq_lens_q": bounds,
             "cu_seq_lens_k": bounds.clone(),
             "max_length_q": longest,
             "max_length_k": longest,
+            **counted,
         }
         if self.for_engine:
-            batch["loss_rows"] = torch.from_numpy(np.flatnonzero(labels[1:] != IGNORED).astype(np.int64))
+            batch["loss_rows"] = torch.from_numpy(loss_rows)
             batch["document_lengths"] = tuple(int(length) for length in lengths)
         return batch
+
+    def _missing(self, documents: list[Document]) -> list[int]:
+        """Lengths of the unsupervised documents that round a batch up."""
+        total = sum(len(document.ids) for document in documents)
+        missing = -total % self.pad_to_multiple_of if self.pad_to_multiple_of else 0
+        lengths = [missing] if missing else []
+        if self.for_engine and self.budgets is not None:
+            lengths += self.budgets.padding(total + missing, max(len(document.ids) for document in documents))
+        return lengths
+
+    def _filler(self, length: int) -> Document:
+        ids = np.full(length, self.pad_token_id, dtype=np.int64)
+        return Document(ids, np.full(length, IGNORED, dtype=np.int64))
 
     def _padded(self, documents: list[Document]) -> dict[str, Any]:
         longest = max(len(document.ids) for document in documents)
@@ -114,3 +133,8 @@ class Collator:
             "labels": torch.from_numpy(labels),
             "attention_mask": torch.from_numpy(mask),
         }
+
+
+def _fill(values: np.ndarray, count: int, value: int) -> np.ndarray:
+    """`values` with copies of `value` behind them, `count` in all."""
+    return np.concatenate([values, np.full(max(count - len(values), 0), value, dtype=values.dtype)])

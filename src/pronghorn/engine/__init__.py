@@ -2,5 +2,6 @@
 
 from pronghorn.engine.bind import bind, binding_of
 from pronghorn.engine.binding import Binding, base_causal_lm
+from pronghorn.engine.step import StepOutput, TrainingStep
 
-__all__ = ["Binding", "base_causal_lm", "bind", "binding_of"]
+__all__ = ["Binding", "StepOutput", "TrainingStep", "base_causal_lm", "bind", "binding_of"]

@@ -13,6 +13,7 @@ from torch import nn
 
 from pronghorn.blocks import LEVELS, Level, ModuleProjection, check_levels, parks
 from pronghorn.engine.altered import altered_part
+from pronghorn.engine.flat import FlatAdapters
 from pronghorn.engine.read import Reading, read_projection
 from pronghorn.families import ACTIVATIONS, DecoderFamily
 from pronghorn.kernels.attention import choose_backend
@@ -29,6 +30,10 @@ class Binding:
     family: DecoderFamily
     reasons: list[str]
     save_levels: tuple[Level, ...] = ()
+    #: most rows of the widest tensors that exist at a time where no level keeps them; None: the blocks' own choice
+    tile_rows: int | None = None
+    #: the adapters' flat storage while a `TrainingStep` runs; else None, and every call reads PEFT's own tensors
+    packed: FlatAdapters | None = None
     _told: set[str] = field(default_factory=set)
     _undo: list[tuple[nn.Module, str, Any]] = field(default_factory=list)
 

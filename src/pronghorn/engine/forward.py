@@ -16,11 +16,20 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.utils.generic import can_return_tuple
 
 from pronghorn.blocks import AttentionBlock, DecoderLayer, GluBlock, Level, LinearProjection, ProjectionGroup
+from pronghorn.blocks.glu import TILE_ROWS
 from pronghorn.engine.binding import Binding
-from pronghorn.engine.read import Reading, active_module, dropout_seed, read_norm, read_projection
+from pronghorn.engine.flat import FlatAdapters
+from pronghorn.engine.loss import shifted_loss, without_padding
+from pronghorn.engine.read import (
+    Reading,
+    active_module,
+    dropout_seed,
+    read_groups,
+    read_norm,
+    read_projection,
+)
 from pronghorn.engine.stream import Stream, flatten_rows, unflatten_rows
 from pronghorn.kernels.attention import AttentionCall
-from pronghorn.kernels.linear_cross_entropy import linear_cross_entropy
 from pronghorn.kernels.rms_norm import rms_norm
 from pronghorn.memory import HostStash
 
@@ -60,6 +69,7 @@ class LayerCall:
     dtype: torch.dtype
     seed: int
     stash: HostStash | None = None
+    packed: FlatAdapters | None = None
 
 
 def layer_forward(
@@ -75,20 +85,20 @@ def build_layer(layer: Any, call: LayerCall) -> DecoderLayer:
     """Read a layer's modules and make it ready to run."""
     binding, index = call.binding, call.binding.layer_index(layer)
     parts, family = binding.family.parts, binding.family
-    attention, mlp = getattr(layer, parts.attention), getattr(layer, parts.mlp)
+    attention = getattr(layer, parts.attention)
     reading = Reading(layer.training, call.seed + 64 * index)
 
-    def group(parent: Any, *names: str, slot: int) -> ProjectionGroup:
-        return ProjectionGroup(
-            [read_projection(getattr(parent, name), reading, slot + i) for i, name in enumerate(names)]
-        )
+    groups = {
+        slot: ProjectionGroup(found, None if call.packed is None else call.packed.group((index, slot), found))
+        for slot, found in read_groups(layer, parts, reading).items()
+    }
 
     head_dim = attention.head_dim
     backend = binding.attention_backend(call.cos.device, call.dtype, head_dim)
     attention_block = AttentionBlock(
         norm=read_norm(getattr(layer, parts.input_norm), family.norm_offset),
-        qkv=group(attention, parts.q, parts.k, parts.v, slot=0),
-        o=group(attention, parts.o, slot=3),
+        qkv=groups[0],
+        o=groups[3],
         heads=binding.config.num_attention_heads,
         kv_heads=binding.config.num_key_value_heads,
         head_dim=head_dim,
@@ -101,9 +111,10 @@ def build_layer(layer: Any, call: LayerCall) -> DecoderLayer:
     )
     glu_block = GluBlock(
         norm=read_norm(getattr(layer, parts.post_attention_norm), family.norm_offset),
-        gate_up=group(mlp, parts.gate, parts.up, slot=4),
-        down=group(mlp, parts.down, slot=6),
+        gate_up=groups[4],
+        down=groups[6],
         activation=binding.activation,
+        tile_rows=binding.tile_rows or TILE_ROWS,
     )
     asked_for_checkpointing = bool(getattr(layer, "gradient_checkpointing", False)) and layer.training
     level: Level = "none" if asked_for_checkpointing else binding.save_level(index)
@@ -158,6 +169,7 @@ def decoder_forward(
         compute_dtype(binding, hidden_states),
         dropout_seed(decoder.training),
         binding.new_stash(hidden_states.device) if torch.is_grad_enabled() else None,
+        binding.packed,
     )
     for layer in decoder.layers[: decoder.config.num_hidden_layers]:
         # Module.__call__, so that hooks run but Transformers' checkpoint wrapper does not: saves are ours to plan.
@@ -197,7 +209,7 @@ def causal_lm_forward(
     """
     binding: Binding = model.pronghorn_binding
     head = (
-        None if labels is None or _loss_of_its_own(model, binding, kwargs) else _readable_head(model, binding)
+        None if labels is None or _loss_of_its_own(model, binding, kwargs) else readable_head(model, binding)
     )
     if labels is None or head is None:
         if num_items_in_batch is not None:
@@ -227,8 +239,8 @@ def causal_lm_forward(
     )
     hidden_states = outputs.last_hidden_state
     if loss_rows is None and isinstance(attention_mask, Tensor) and attention_mask.shape == labels.shape:
-        labels = _without_padding(labels, attention_mask)
-    loss, num_correct = _loss(head, hidden_states, labels, loss_rows, num_items_in_batch)
+        labels = without_padding(labels, attention_mask)
+    loss, num_correct = shifted_loss(head, hidden_states, labels, loss_rows, num_items_in_batch)
     wants_logits = not model.training if return_logits is None else return_logits
     return LossOutput(
         loss=loss,
@@ -248,7 +260,7 @@ def _loss_of_its_own(model: Any, binding: Binding, kwargs: dict[str, Any]) -> bo
     return kwargs.get("shift_labels") is not None
 
 
-def _readable_head(model: Any, binding: Binding) -> LinearProjection | None:
+def readable_head(model: Any, binding: Binding) -> LinearProjection | None:
     """The lm_head as a projection, or None (said once) when only its own forward can run it."""
     module = active_module(model.lm_head)
     projection = read_projection(module, Reading(model.training), 7)
@@ -263,40 +275,3 @@ def _readable_head(model: Any, binding: Binding) -> LinearProjection | None:
         )
     binding.tell_once(f"lm_head runs through its own forward, with full logits: {reason}")
     return None
-
-
-def _without_padding(labels: Tensor, mask: Tensor) -> Tensor:
-    """Labels [B, S] less those that a padding position would predict: with padding on the left, each row's first."""
-    return labels.masked_fill(torch.nn.functional.pad(mask, (1, 0))[:, :-1] == 0, -100)
-
-
-def _loss(
-    head: LinearProjection,
-    hidden_states: Tensor,
-    labels: Tensor,
-    loss_rows: Tensor | None,
-    num_items_in_batch: Tensor | int | None,
-) -> tuple[Tensor, Tensor]:
-    """Cross-entropy over the rows that have a supervised successor; see `causal_lm_forward`."""
-    batch, length = labels.shape
-    # Row t predicts label t + 1; the last position of each row predicts nothing.
-    successors = torch.nn.functional.pad(labels, (0, 1), value=-100)[:, 1:].reshape(batch * length)
-    if loss_rows is None:
-        loss_rows = (successors != -100).nonzero().squeeze(1)
-    flat = hidden_states.reshape(batch * length, -1)
-    rows = flat.index_select(0, loss_rows)
-    weight = head.weight
-    dtype = rows.dtype
-    if torch.is_autocast_enabled(rows.device.type):
-        dtype = torch.get_autocast_dtype(rows.device.type)
-    stored = weight.dense(dtype) if weight.parameter is None else weight.parameter.to(dtype)
-    adapter = head.adapters[0] if head.adapters else None
-    with torch.autocast(rows.device.type, enabled=False):
-        return linear_cross_entropy(
-            rows.to(dtype),
-            stored,
-            successors.index_select(0, loss_rows),
-            bias=head.bias,
-            lora=None if adapter is None else (adapter.a, adapter.b, adapter.scaling),
-            normalizer=num_items_in_batch,
-        )

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from pronghorn.blocks import Adapter, LinearProjection, ModuleProjection, Norm
 from pronghorn.blocks.projection import Projection
+from pronghorn.families import LayerParts
 from pronghorn.weights import read_weight
 
 
@@ -41,6 +42,22 @@ def read_projection(module: nn.Module, reading: Reading, slot: int) -> Projectio
             )
         return LinearProjection(weight, _bias(module))
     return _read_peft(module, reading, slot)
+
+
+def read_groups(layer: Any, parts: LayerParts, reading: Reading) -> dict[int, list[Projection]]:
+    """A layer's projections, those that share their input together, by the slot of the first: q k v at 0, o at 3, gate
+    and up at 4, down at 6."""
+    attention, mlp = getattr(layer, parts.attention), getattr(layer, parts.mlp)
+    members = {
+        0: (attention, parts.q, parts.k, parts.v),
+        3: (attention, parts.o),
+        4: (mlp, parts.gate, parts.up),
+        6: (mlp, parts.down),
+    }
+    return {
+        slot: [read_projection(getattr(parent, name), reading, slot + i) for i, name in enumerate(names)]
+        for slot, (parent, *names) in members.items()
+    }
 
 
 def _bias(module: nn.Module) -> Tensor | None:

@@ -32,6 +32,8 @@ class SFTConfig(trl.SFTConfig):
     - `max_length="auto"` is the model's `max_seq_length`, or 1024 without one. `max_seq_length` is its older name.
     - `logging_nan_inf_filter` is off: a loss that is no number shows, with a warning.
     - `output_dir` is "outputs".
+    - `cuda_graphs` (on) launches a micro-batch, forward and backward, as one CUDA graph where the GPU and the model
+      allow it; batches are padded up to a few sizes with tokens nobody learns from.
     - `drop_unsupervised_rows` leaves out rows without a token to train on, instead of refusing them.
     """
 
@@ -55,6 +57,9 @@ class SFTConfig(trl.SFTConfig):
     drop_unsupervised_rows: bool = field(
         default=False,
         metadata={"help": "Leave out rows without a token to train on instead of refusing them."},
+    )
+    cuda_graphs: bool = field(
+        default=True, metadata={"help": "Launch each micro-batch as one CUDA graph where possible."}
     )
     max_seq_length: int | None = field(default=None, metadata={"help": "Older name of max_length."})
 

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from pronghorn.data.rows import IGNORED
+
 
 @dataclass
 class Tally:
@@ -69,3 +71,24 @@ class Stopwatch:
         """Leave seconds that were not spent training out of the lap."""
         if self._began is not None:
             self._began += seconds
+
+
+def supervised_tokens(batch: dict[str, Any]) -> Any:
+    """Supervised tokens of a batch: a plain number where the collator counted them, else a tensor."""
+    if "supervised" in batch:
+        return batch["supervised"]
+    if "loss_rows" in batch:
+        return batch["loss_rows"].numel()
+    return batch["labels"][..., 1:].ne(IGNORED).sum()
+
+
+def at_least_one(count: Any) -> Any:
+    """A number of tokens to divide by, a plain number or a tensor on the device."""
+    return count.clamp(min=1) if isinstance(count, torch.Tensor) else max(count, 1)
+
+
+def real_tokens(batch: dict[str, Any]) -> Any:
+    """Tokens of a batch without padding."""
+    if "real_tokens" in batch:
+        return batch["real_tokens"]
+    return batch["attention_mask"].sum() if "attention_mask" in batch else batch["input_ids"].numel()

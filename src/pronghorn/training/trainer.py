@@ -8,7 +8,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 
 from pronghorn.data.collator import BOOKKEEPING, Collator
 from pronghorn.data.prepare import Preparation, prepare_dataset
-from pronghorn.data.rows import IGNORED, RowFormat, RowRenderer, row_kind
+from pronghorn.data.rows import RowFormat, RowRenderer, row_kind
 from pronghorn.engine import base_causal_lm, bind, binding_of
 from pronghorn.training.arguments import take_older_arguments, usable_optimizer
 from pronghorn.training.checkpoints import (
@@ -35,7 +35,7 @@ from pronghorn.training.checkpoints import (
 from pronghorn.training.config import as_sft_config
 from pronghorn.training.given import as_dataset, training_rows, usable_collator
 from pronghorn.training.logits import loss_from_logits, right_predictions
-from pronghorn.training.meter import Stopwatch, Tally
+from pronghorn.training.meter import Stopwatch, Tally, at_least_one, real_tokens, supervised_tokens
 from pronghorn.training.progress import ProgressTable, peak_memory_gib
 from pronghorn.training.setup import (
     hidden,
@@ -48,6 +48,7 @@ from pronghorn.training.setup import (
     takes_flat_batches,
     vocabulary_of,
 )
+from pronghorn.training.steps import StaticSteps
 
 logger = logging.getLogger("pronghorn")
 
@@ -110,6 +111,8 @@ class SFTTrainer(trl.SFTTrainer):
         self._trained_tokens, self._told_not_finite = 0, False
         self._staging: Path | None = None
         self._progress: ProgressTable | None = None
+        self._steps: StaticSteps | None = None
+        self._parameter_count: int | None = None
         self._given_train = train_dataset = training_rows(train_dataset)
         checkpointing = args.gradient_checkpointing or getattr(args, "activation_checkpointing", False)
         custom_collator = usable_collator(data_collator, args.packing)
@@ -197,24 +200,29 @@ class SFTTrainer(trl.SFTTrainer):
         )
 
     @contextmanager
-    def _rows_for_metrics(self) -> Iterator[None]:
-        """Whoever looks at logits takes them of rows [B, S, V], not of one stream."""
+    def _collating(self, **changes: Any) -> Iterator[None]:
+        """Another way of making batches, for the data loader that is built inside."""
         collator = self.data_collator
         if isinstance(collator, Collator) and collator.flat:
-            self.data_collator = dataclasses.replace(collator, flat=False)
+            self.data_collator = dataclasses.replace(collator, **changes)
         try:
             yield
         finally:
             self.data_collator = collator
 
+    def get_train_dataloader(self) -> Any:
+        with self._collating(budgets=self._static_steps().budgets()):
+            return super().get_train_dataloader()
+
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        with self._rows_for_metrics() if self.compute_metrics is not None else nullcontext():
+        # Whoever looks at logits takes them of rows [B, S, V], not of one stream.
+        with self._collating(flat=self.compute_metrics is None):
             return super().get_eval_dataloader(eval_dataset)
 
     def get_test_dataloader(self, test_dataset: Any) -> Any:
         """For `predict`, which takes rows of every kind as `evaluate` does, and returns logits."""
         test_dataset = self._rows_to_predict(test_dataset)
-        with nullcontext() if self.args.prediction_loss_only else self._rows_for_metrics():
+        with self._collating(flat=bool(self.args.prediction_loss_only)):
             return super().get_test_dataloader(test_dataset)
 
     def _rows_to_predict(self, rows: Any) -> Any:
@@ -239,7 +247,7 @@ class SFTTrainer(trl.SFTTrainer):
         """Supervised tokens of one step: of all its micro-batches and, in distributed training, of all processes."""
         if not batch_samples or "labels" not in batch_samples[0]:
             return None
-        count = sum(_supervised(batch) for batch in batch_samples)
+        count = sum(supervised_tokens(batch) for batch in batch_samples)
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
             local = torch.as_tensor(count, device=device)
             return self.accelerator.gather(local).sum() / (
@@ -247,15 +255,48 @@ class SFTTrainer(trl.SFTTrainer):
             )
         return count
 
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def training_step(
+        self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None
+    ) -> torch.Tensor:
         self._watch.start()
-        return super().training_step(*args, **kwargs)
+        inputs = self._prepare_inputs(inputs)
+        normalizer = at_least_one(
+            supervised_tokens(inputs) if num_items_in_batch is None else num_items_in_batch
+        )
+        output = self._static_steps().run(inputs, normalizer)
+        if output is None:
+            return super().training_step(model, inputs, num_items_in_batch)
+        self._training.add(
+            supervised=supervised_tokens(inputs), correct=output.num_correct, tokens=real_tokens(inputs)
+        )
+        return output.loss
+
+    def _static_steps(self) -> StaticSteps:
+        if self._steps is None:
+            self._steps = StaticSteps(self, self._why_own_loss())
+        return self._steps
+
+    def _why_own_loss(self) -> str | None:
+        """Why the loss is not the engine's, or None."""
+        if type(self).compute_loss is not SFTTrainer.compute_loss or "compute_loss" in self.__dict__:
+            return f"{type(self).__name__} computes its loss itself"
+        if self._loss_function is not None or self.label_smoother is not None or self.args.loss_type == "dft":
+            return "the loss is not the plain cross-entropy"
+        return None
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Transformers' estimate; the parameters are counted once instead of with every micro-batch."""
+        if "input_ids" not in inputs or not hasattr(self.model, "num_parameters"):
+            return super().floating_point_ops(inputs)
+        if self._parameter_count is None:
+            self._parameter_count = self.model.num_parameters(exclude_embeddings=True)
+        return 6 * inputs["input_ids"].numel() * self._parameter_count
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Loss of one micro-batch, its share of the step's mean. Nothing here waits for the device."""
-        supervised, tokens = _supervised(inputs), _real_tokens(inputs)
+        supervised, tokens = supervised_tokens(inputs), real_tokens(inputs)
         normalizer = supervised if num_items_in_batch is None else num_items_in_batch
         loss, correct, outputs = self._forward(model, inputs, normalizer, want_logits=return_outputs)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
@@ -271,9 +312,9 @@ class SFTTrainer(trl.SFTTrainer):
         """(loss, number of right predictions, outputs); loss = Σ CE / max(normalizer, 1), plus a router's part."""
         inputs = {name: value for name, value in inputs.items() if name not in BOOKKEEPING}
         inputs["use_cache"] = False
-        normalizer = _at_least_one(normalizer)
-        special = self._loss_function or self.label_smoother is not None or self.args.loss_type == "dft"
-        if is_bound(self.model) and not special:
+        normalizer = at_least_one(normalizer)
+        special = self._loss_function is not None or self.label_smoother is not None
+        if is_bound(self.model) and not special and self.args.loss_type != "dft":
             if not self.model.training:
                 inputs["return_logits"] = want_logits
             outputs = model(**inputs, num_items_in_batch=normalizer)
@@ -306,11 +347,11 @@ class SFTTrainer(trl.SFTTrainer):
     ) -> tuple[Any, Any, Any]:
         """Loss of one batch, counted for the exact mean; logits and labels only where metrics need them."""
         inputs = self._prepare_inputs(inputs)
-        supervised = _supervised(inputs)
+        supervised = supervised_tokens(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             total, correct, outputs = self._forward(model, inputs, 1, want_logits=not prediction_loss_only)
         self._evaluation.add(loss=total, supervised=supervised, correct=correct)
-        loss = total / _at_least_one(supervised)
+        loss = total / at_least_one(supervised)
         if prediction_loss_only:
             return loss, None, None
         return loss, outputs.logits, inputs["labels"]
@@ -450,22 +491,3 @@ class SFTTrainer(trl.SFTTrainer):
         """
         with saving("the model", Path(output_dir or self.args.output_dir)):
             super().save_model(output_dir, _internal_call)
-
-
-def _supervised(batch: dict[str, Any]) -> Any:
-    """Supervised tokens of a batch: a plain number where the collator counted them, else a tensor."""
-    if "loss_rows" in batch:
-        return batch["loss_rows"].numel()
-    return batch["labels"][..., 1:].ne(IGNORED).sum()
-
-
-def _at_least_one(count: Any) -> Any:
-    """A number of tokens to divide by, a plain number or a tensor on the device."""
-    return count.clamp(min=1) if isinstance(count, torch.Tensor) else max(count, 1)
-
-
-def _real_tokens(batch: dict[str, Any]) -> Any:
-    """Tokens of a batch without padding."""
-    if "real_tokens" in batch:
-        return batch["real_tokens"]
-    return batch["attention_mask"].sum() if "attention_mask" in batch else batch["input_ids"].numel()

@@ -1,0 +1,92 @@
+"""The trainer's micro-batches as steps of static shape, captured as CUDA graphs on a GPU."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from accelerate.utils import DistributedType
+
+from pronghorn.data.budgets import Budgets
+from pronghorn.data.collator import BOOKKEEPING
+from pronghorn.engine import StepOutput, TrainingStep
+from pronghorn.training.setup import is_bound
+
+logger = logging.getLogger("pronghorn")
+
+
+class StaticSteps:
+    """Runs a trainer's micro-batches through `engine.TrainingStep`, where nothing asks for another way.
+
+    Args:
+        trainer: a `pronghorn.SFTTrainer`.
+        own_loss: why the loss is not the engine's, or None.
+    """
+
+    def __init__(self, trainer: Any, own_loss: str | None) -> None:
+        self._trainer = trainer
+        self._step: TrainingStep | None = None
+        self._why_not = own_loss or _why_ordinary(trainer)
+        self._told: set[str] = set()
+        if self._why_not is not None and is_bound(trainer.model):
+            self._tell(self._why_not)
+
+    @property
+    def captures(self) -> bool:
+        """Whether CUDA graphs are wanted and nothing is known to be against them."""
+        trainer = self._trainer
+        wanted = trainer.args.cuda_graphs and trainer.args.device.type == "cuda"
+        return bool(wanted and self._why_not is None)
+
+    def budgets(self) -> Budgets | None:
+        """The sizes batches are rounded up to; None where no graph needs them."""
+        args = self._trainer.args
+        if not self.captures:
+            return None
+        rows = args.per_device_train_batch_size
+        return Budgets(None if args.max_length is None else rows * int(args.max_length))
+
+    def run(self, inputs: Mapping[str, Any], normalizer: Any) -> StepOutput | None:
+        """One micro-batch forward and backward, or None where the trainer has to do it in its ordinary way."""
+        if self._why_not is not None:
+            return None
+        batch = {name: value for name, value in inputs.items() if name not in BOOKKEEPING}
+        if self._step is None:
+            context = self._trainer.compute_loss_context_manager
+            self._step = TrainingStep(self._trainer.model, capture=self.captures, around=context)
+        output = self._step.run(batch, normalizer)
+        if output is None and self._step.reason is not None:
+            self._tell(self._step.reason)
+        return output
+
+    def release(self) -> None:
+        """Give the graphs' memory back; a later run makes them anew."""
+        if self._step is not None:
+            self._step.release()
+
+    def _tell(self, reason: str) -> None:
+        if (
+            self._trainer.args.cuda_graphs
+            and self._trainer.args.device.type == "cuda"
+            and reason not in self._told
+        ):
+            self._told.add(reason)
+            logger.warning("pronghorn: steps are not captured as CUDA graphs: %s", reason)
+
+
+def _why_ordinary(trainer: Any) -> str | None:
+    """Why every micro-batch takes the trainer's ordinary way, or None."""
+    if not is_bound(trainer.model):
+        return "the model runs its stock forward"
+    if trainer.args.world_size > 1 or trainer.accelerator.distributed_type != DistributedType.NO:
+        return "gradients are exchanged between processes during backward"
+    if trainer.args.n_gpu > 1:
+        return "the model runs on several GPUs at once"
+    if getattr(trainer.accelerator, "scaler", None) is not None:
+        return "float16 gradients are scaled by a factor that changes"
+    if str(getattr(trainer.args.optim, "value", trainer.args.optim)) in ("lomo", "adalomo"):
+        return f"the optimizer {trainer.args.optim} works during backward"
+    if trainer.args.torch_empty_cache_steps is not None:
+        return "torch_empty_cache_steps is set"
+    return None

@@ -1,0 +1,263 @@
+"""Steps of static shape: equal to autograd's on the unpadded batch, and captured equal to eager to the bit."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from peft import get_peft_model_state_dict
+from safetensors.torch import load_file
+
+from pronghorn.data.budgets import Budgets
+from pronghorn.data.collator import BOOKKEEPING, Collator
+from pronghorn.engine import TrainingStep, bind
+from tests.families.parity import add_adapter, relative_error
+from tests.tiny import tiny_model
+
+ON_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if ON_GPU else "cpu"
+#: fp64 where attention takes it; a GPU's flash kernels want 16 bits.
+DTYPE = torch.bfloat16 if ON_GPU else torch.float64
+EXACT = 0.02 if ON_GPU else 1e-12
+LENGTHS = (9, 30, 5)
+
+gpu_only = [pytest.mark.gpu, pytest.mark.skipif(not ON_GPU, reason="needs a CUDA GPU")]
+
+
+def adapted(family: str = "llama", **options: Any) -> Any:
+    """A model with non-zero adapters stored wider than it computes, as PEFT stores them."""
+    model = add_adapter(tiny_model(family).to(DTYPE), **options)
+    for parameter in model.parameters():
+        if parameter.requires_grad and ON_GPU:
+            parameter.data = parameter.data.float()
+    model.to(DEVICE).train()
+    bind(model, strict=True)
+    return model
+
+
+def rows(lengths: tuple[int, ...] = LENGTHS, seed: int = 0) -> list[dict[str, Any]]:
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for length in lengths:
+        ids = torch.randint(3, 300, (length,), generator=generator)
+        dropped = torch.rand(length, generator=generator) < 0.33
+        found.append({"input_ids": ids.tolist(), "labels": ids.masked_fill(dropped, -100).tolist()})
+    return found
+
+
+def collated(data: list[dict[str, Any]], budgets: Budgets | None = None) -> tuple[dict[str, Any], int]:
+    """The model's part of a batch on the device, and its supervised tokens."""
+    batch = Collator(pad_token_id=0, budgets=budgets)(data)
+    moved = {k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+    return {k: v for k, v in moved.items() if k not in BOOKKEEPING}, batch["supervised"]
+
+
+def gradients(model: Any) -> dict[str, torch.Tensor]:
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def by_autograd(model: Any, data: list[dict[str, Any]]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    batch, supervised = collated(data)
+    model.zero_grad()
+    output = model(**batch, num_items_in_batch=supervised, use_cache=False)
+    output.loss.backward()
+    found = gradients(model)
+    model.zero_grad()
+    return output.loss.detach(), found
+
+
+def assert_same(
+    actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float = EXACT
+) -> None:
+    assert actual.keys() == expected.keys()
+    errors = {name: relative_error(actual[name], expected[name]) for name in expected}
+    failed = {name: error for name, error in errors.items() if not error <= tolerance}
+    assert not failed, failed
+
+
+@pytest.mark.parametrize("budgets", [None, Budgets(), Budgets(limit=2 * 64)])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_a_step_has_the_loss_and_gradients_of_autograd(family: str, budgets: Budgets | None) -> None:
+    model = adapted(family)
+    loss, expected = by_autograd(model, rows())
+    batch, supervised = collated(rows(), budgets)
+    output = TrainingStep(model).run(batch, supervised)
+    assert relative_error(output.loss, loss) <= EXACT
+    assert_same(gradients(model), expected)
+
+
+def test_gradients_add_up_until_they_are_cleared() -> None:
+    model = adapted()
+    _, first = by_autograd(model, rows(seed=1))
+    _, second = by_autograd(model, rows((7, 40), seed=2))
+    step, budgets = TrainingStep(model), Budgets()
+    for to_none in (True, False):
+        for data in (rows(seed=1), rows((7, 40), seed=2)):
+            step.run(*collated(data, budgets))
+        assert_same(gradients(model), {name: first[name] + second[name] for name in first})
+        model.zero_grad(set_to_none=to_none)
+    step.run(*collated(rows(seed=1), budgets))
+    assert_same(gradients(model), first)
+
+
+def test_a_gradient_from_elsewhere_is_added_to() -> None:
+    model = adapted()
+    _, expected = by_autograd(model, rows())
+    given = {n: torch.randn_like(p) for n, p in model.named_parameters() if p.requires_grad}
+    for name, parameter in model.named_parameters():
+        if name in given and "layers.0" in name:
+            parameter.grad = given[name].clone()
+    TrainingStep(model).run(*collated(rows()))
+    wanted = {n: g + given[n] if "layers.0" in n else g for n, g in expected.items()}
+    assert_same(gradients(model), wanted)
+
+
+@pytest.mark.parametrize("change", ["freeze", "switch off", "level", "hook", "move", "rate"])
+def test_a_change_to_the_model_is_noticed(change: str) -> None:
+    model = adapted()
+    step, budgets = TrainingStep(model), Budgets()
+    step.run(*collated(rows(), budgets))
+    model.zero_grad()
+    projection = model.get_base_model().model.layers[1].self_attn.q_proj
+    seen: list[int] = []
+    if change == "freeze":
+        projection.lora_A.default.weight.requires_grad_(False)
+    elif change == "switch off":
+        projection.scaling["default"] = 0.25
+    elif change == "level":
+        model.get_base_model().pronghorn_binding.set_save_levels("none")
+    elif change == "hook":
+        projection.lora_B.default.weight.register_hook(lambda grad: seen.append(1) or grad * 3)
+    elif change == "move":
+        projection.lora_B.default.weight.data = projection.lora_B.default.weight.data.clone() * 2
+    else:
+        model.get_base_model().model.layers[0].mlp.down_proj.lora_dropout["default"] = torch.nn.Dropout(0.5)
+        model.get_base_model().model.layers[0].mlp.down_proj.lora_dropout["default"].p = 0.0
+    _, expected = by_autograd(model, rows())
+    step.run(*collated(rows(), budgets))
+    assert_same(gradients(model), expected)
+    assert bool(seen) == (change == "hook")
+
+
+def test_an_optimizer_step_reaches_the_copy_that_the_products_read() -> None:
+    model, plain = adapted(), adapted()
+    step = TrainingStep(model)
+    optimizers = [
+        torch.optim.SGD([p for p in m.parameters() if p.requires_grad], lr=0.5) for m in (model, plain)
+    ]
+    for seed in range(3):
+        loss, expected = by_autograd(plain, rows(seed=seed))
+        output = step.run(*collated(rows(seed=seed), Budgets()))
+        assert relative_error(output.loss, loss) <= EXACT
+        for name, parameter in plain.named_parameters():
+            parameter.grad = expected.get(name)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def test_adapters_in_flat_storage_save_and_copy_as_ever(tmp_path) -> None:
+    model = adapted()
+    before = {k: v.clone() for k, v in get_peft_model_state_dict(model).items()}
+    TrainingStep(model).run(*collated(rows()))
+    model.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    assert saved.keys() == before.keys()
+    assert all(torch.equal(saved[name], before[name].cpu()) for name in before)
+    assert (tmp_path / "adapter_model.safetensors").stat().st_size < 2 * sum(
+        v.nbytes for v in before.values()
+    )
+    twin = copy.deepcopy(model)
+    loss, _ = by_autograd(twin, rows())
+    assert relative_error(loss, by_autograd(model, rows())[0]) <= EXACT
+
+
+def test_trained_weights_beside_adapters_get_their_gradients() -> None:
+    model = adapted()
+    for name, parameter in model.named_parameters():
+        if "norm" in name or "embed_tokens" in name or "lm_head" in name:
+            parameter.requires_grad_()
+    _, expected = by_autograd(model, rows())
+    assert any("embed_tokens" in name for name in expected)
+    step, budgets = TrainingStep(model), Budgets()
+    for _ in range(3):
+        model.zero_grad()
+        step.run(*collated(rows(), budgets))
+        assert_same(gradients(model), expected)
+
+
+def test_batches_of_another_kind_are_refused_with_a_reason() -> None:
+    model = adapted()
+    step = TrainingStep(model)
+    batch, supervised = collated(rows())
+    assert step.run({**batch, "attention_mask": torch.ones(1, 4)}, supervised) is None
+    assert "attention_mask" in str(step.reason)
+    del batch["loss_rows"]
+    assert step.run(batch, supervised) is None and "loss_rows" in str(step.reason)
+    model.get_base_model().lm_head.register_forward_hook(lambda *_: None)
+    assert step.run(collated(rows())[0], supervised) is None and "lm_head" in str(step.reason)
+    assert not gradients(model)
+
+
+@pytest.mark.skipif(ON_GPU, reason="says why a CPU cannot")
+def test_without_a_gpu_the_reason_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    step = TrainingStep(adapted(), capture=True)
+    for _ in range(2):
+        step.run(*collated(rows()))
+    assert caplog.text.count("CUDA graphs need a CUDA GPU") == 1 and not step.captured
+
+
+class TestCaptured:
+    pytestmark = gpu_only
+
+    @pytest.mark.parametrize("level", ["none", "matmuls", "all"])
+    @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+    def test_captured_equals_eager_to_the_bit(self, family: str, level: str) -> None:
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        model = adapted(family)
+        model.get_base_model().pronghorn_binding.set_save_levels(level)
+        eager, captured, budgets = TrainingStep(model, capture=False), TrainingStep(model), Budgets()
+        for seed, lengths in enumerate(((9, 30, 5), (40, 2), (9, 31, 5), (120, 70), (9, 30, 6))):
+            batch, supervised = collated(rows(lengths, seed), budgets)
+            model.zero_grad()
+            expected = eager.run(batch, supervised)
+            wanted = gradients(model)
+            model.zero_grad()
+            output = captured.run(batch, supervised)
+            assert torch.equal(output.loss, expected.loss)
+            assert torch.equal(output.num_correct, expected.num_correct)
+            assert_same(gradients(model), wanted, 0.0)
+        assert 0 < captured.captured < 5
+
+    def test_replays_ask_the_device_for_nothing(self) -> None:
+        model = adapted()
+        step, budgets = TrainingStep(model), Budgets()
+        batch, supervised = collated(rows(), budgets)
+        step.run(batch, supervised)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for _ in range(3):
+                model.zero_grad()
+                step.run(batch, supervised)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    def test_hooks_and_dropout_run_eagerly_with_a_reason(self, caplog: pytest.LogCaptureFixture) -> None:
+        model = adapted(lora_dropout=0.1)
+        step = TrainingStep(model)
+        step.run(*collated(rows(), Budgets()))
+        assert "dropout" in caplog.text and not step.captured
+
+    def test_release_gives_the_memory_back(self) -> None:
+        model = adapted()
+        step = TrainingStep(model)
+        step.run(*collated(rows((3000, 3000)), Budgets()))
+        torch.cuda.synchronize()
+        held = torch.cuda.memory_reserved()
+        step.release()
+        assert torch.cuda.memory_reserved() < held
+        step.run(*collated(rows((3000, 3000)), Budgets()))
+        assert step.captured == 2
