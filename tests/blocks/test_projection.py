@@ -151,3 +151,21 @@ def test_one_operand_for_a_group():
     with torch.no_grad():
         group.forward(operand)
     assert len(met) == 2 and all(x is operand for x in met)
+
+
+def test_adapters_left_to_the_consumer():
+    """Base outputs and what `deferred` gives make the whole; without kernels nothing is left over."""
+    group, _ = make_group((8, 6, 6), (4, 0, 3), dtype=torch.float32)
+    x = normal(T, IN, dtype=torch.float32)
+    want = expected_outputs(group, x)
+    with torch.no_grad():
+        ys, xa = group.forward(x, defer_adapters=True)
+        assert all(group.deferred(i, xa) is None for i in range(3))
+        group.impl = "triton"
+        bases, xa = group.forward(x, defer_adapters=True)
+        parts = [group.deferred(i, xa) for i in range(3)]
+    assert parts[1] is None
+    for i in range(3):
+        torch.testing.assert_close(ys[i], want[i])
+        whole = bases[i] if parts[i] is None else parts[i].add_to(bases[i])
+        torch.testing.assert_close(whole, want[i])
