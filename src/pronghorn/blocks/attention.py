@@ -61,14 +61,8 @@ class AttentionBlock:
         norms = [n for n in (self.norm, self.q_norm, self.k_norm) if n is not None]
         return [t for n in norms for t in n.trainable()] + self.qkv.trainable() + self.o.trainable()
 
-    def forward(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, AttentionSaves]:
-        """The block's output before the residual [T, H] in `dtype`, and everything it could save."""
-        saves = AttentionSaves()
-        self.rebuild(x, dtype, saves)
-        return self.output(saves), saves
-
     def output(self, saves: AttentionSaves) -> Tensor:
-        """o-projection of the kept attention output."""
+        """The block's output before the residual [T, H]: the o-projection of the kept attention output."""
         assert saves.out is not None
         (branch,), saves.xa_o = self.o.forward(saves.out.view(saves.out.shape[0], -1))
         return branch
@@ -118,7 +112,7 @@ class AttentionBlock:
         out, lse, v = saves.out, saves.lse, saves.v
         assert out is not None and lse is not None and v is not None
         flat = out.view(out.shape[0], -1)
-        dout, dxa_o = self.o.input_grad([dbranch], flat, sink)
+        dout, dxa_o = self.o.input_grad([dbranch], flat, sink, xa=saves.xa_o)
         self.o.parameter_grads([dbranch], flat, saves.xa_o, dxa_o, sink)
         assert dout is not None
         q, k = self._rotated(saves)
@@ -132,7 +126,7 @@ class AttentionBlock:
         normed = saves.normed
         dys = [g.reshape(g.shape[0], -1) for g in (dq, dk, dv)]
         need_normed = need or sink.wants(self.norm.weight)
-        dnormed, dxa = self.qkv.input_grad(dys, normed, sink, need_normed)
+        dnormed, dxa = self.qkv.input_grad(dys, normed, sink, need_normed, xa=saves.xa_qkv)
         self.qkv.parameter_grads(dys, normed, saves.xa_qkv, dxa, sink)
         if dnormed is None:
             return None

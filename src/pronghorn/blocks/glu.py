@@ -1,4 +1,9 @@
-"""The GLU block: residual sum, norm, gate/up, activation, down, residual. Explicit forward and backward."""
+"""The GLU block: residual sum, norm, gate/up, activation, down, residual. Explicit forward and backward.
+
+Gate, up and their gradients are the widest tensors of a layer (8B: 57 KB a token against 8 KB of a layer's input).
+Rows are independent, so for many tokens the block runs over tiles of rows, forward and backward, and the wide tensors
+exist for one tile at a time.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +14,15 @@ from torch import Tensor
 
 from pronghorn.blocks.levels import Level, keeps
 from pronghorn.blocks.norm import Norm
-from pronghorn.blocks.projection import GradientSink, ProjectionGroup
+from pronghorn.blocks.projection import GradientSink, LinearProjection, ProjectionGroup
 from pronghorn.kernels.glu import glu_backward, glu_forward
 from pronghorn.kernels.rms_norm import rms_norm_backward, rms_norm_forward
+
+#: Rows of a tile unless told otherwise: enough for products at full speed, and for a 4-bit weight that is dequantised
+#: for every tile.
+TILE_ROWS = 16384
+#: Tiles are cut at multiples of this, the matrix units' own tile.
+TILE_STEP = 128
 
 
 @dataclass
@@ -34,71 +45,122 @@ class GluSaves:
         if not keeps(level, "all"):
             self.normed = None
 
+    def rows(self, at: slice) -> GluSaves:
+        """Views of some rows."""
+        return GluSaves(**{name: None if t is None else t[at] for name, t in vars(self).items()})
+
 
 @dataclass(frozen=True)
 class GluBlock:
-    """out = y + down(act(gate(n)) · up(n)) with y = x + branch and n = norm(y); activation by name."""
+    """out = y + down(act(gate(n)) · up(n)) with y = x + branch and n = norm(y); activation by name.
+
+    `tile_rows`: most rows that gate and up exist for at a time where no level keeps them.
+    """
 
     norm: Norm
     gate_up: ProjectionGroup
     down: ProjectionGroup
     activation: str
+    tile_rows: int = TILE_ROWS
 
     def trainable(self) -> list[Tensor]:
         return self.norm.trainable() + self.gate_up.trainable() + self.down.trainable()
 
-    def forward(self, x: Tensor, branch: Tensor, dtype: torch.dtype, level: Level) -> tuple[Tensor, GluSaves]:
-        """The layer's output [T, H] in x's dtype, and what the level keeps."""
-        saves = GluSaves()
-        self.rebuild(x, branch, dtype, saves)
-        assert saves.summed is not None and saves.gate is not None and saves.up is not None
+    def tiles(self, tokens: int) -> list[slice]:
+        """The rows of [tokens] in tiles of about equal height; one where tiles would change what is computed."""
+        count = -(-tokens // max(self.tile_rows, TILE_STEP))
+        if count <= 1 or not self._rows_are_independent():
+            return [slice(0, tokens)]
+        height = -(-tokens // (count * TILE_STEP)) * TILE_STEP
+        return [slice(start, min(start + height, tokens)) for start in range(0, tokens, height)]
+
+    def _rows_are_independent(self) -> bool:
+        """Whether tiles give what all rows at once give: modules of their own and dropout masks may depend on the
+        number of rows, and gradients in 16 bits would be rounded at every tile."""
+        projections = (*self.gate_up.projections, *self.down.projections)
+        return all(
+            isinstance(projection, LinearProjection) and not any(a.dropout for a in projection.adapters)
+            for projection in projections
+        ) and all(t.dtype in (torch.float32, torch.float64) for t in self.trainable())
+
+    def add_residual(self, x: Tensor, branch: Tensor, dtype: torch.dtype, saves: GluSaves) -> None:
+        """The residual sum y [T, H] in x's dtype, and its norm."""
+        norm = self.norm
+        saves.normed, _, saves.summed = rms_norm_forward(
+            branch.to(x.dtype), norm.weight, norm.eps, residual=x, weight_offset=norm.offset, out_dtype=dtype
+        )
+
+    def forward(self, dtype: torch.dtype, level: Level, saves: GluSaves) -> Tensor:
+        """The layer's output [T, H] in the residual's dtype from `add_residual`'s saves, which are filled and
+        trimmed to what the level keeps."""
+        assert saves.summed is not None
+        summed, tokens = saves.summed, saves.summed.shape[0]
+        tiles = [slice(0, tokens)] if keeps(level, "matmuls") else self.tiles(tokens)
+        if len(tiles) > 1:
+            # The residual sum becomes the output in place where nothing keeps it.
+            out = summed.clone() if keeps(level, "attention") else summed
+            for at in tiles:
+                self.down.forward_add_(out[at], self._activated(dtype, level, saves.rows(at)))
+        elif keeps(level, "attention"):
+            out, saves.xa_down = self.down.forward_residual(summed, self._activated(dtype, level, saves))
+        else:
+            out = summed
+            saves.xa_down = self.down.forward_add_(out, self._activated(dtype, level, saves))
+        saves.trim(level)
+        return out
+
+    def _activated(self, dtype: torch.dtype, level: Level, saves: GluSaves) -> Tensor:
+        """act [rows, I]; what the level does not keep is let go of as early as possible."""
+        self._rebuild(dtype, saves)
+        if not keeps(level, "all"):
+            saves.normed = None
+        assert saves.gate is not None and saves.up is not None
         act = glu_forward(saves.gate, saves.up, self.activation)
         if not keeps(level, "matmuls"):
             saves.gate = saves.up = None
-        # The residual sum becomes the output in place where nothing keeps it: one pass over [T, H] less.
-        out = saves.summed.clone() if keeps(level, "attention") else saves.summed
-        saves.xa_down = self.down.forward_add_(out, act)
-        saves.trim(level)
-        return out, saves
+        return act
 
-    def rebuild(self, x: Tensor, branch: Tensor | None, dtype: torch.dtype, saves: GluSaves) -> None:
-        """Compute whatever is missing in `saves` up to gate and up; `branch` may be None when `summed` is kept."""
-        if saves.gate is not None:
-            return
-        norm = self.norm
-        if saves.summed is None:
-            assert branch is not None
-            saves.normed, _, saves.summed = rms_norm_forward(
-                branch.to(x.dtype),
-                norm.weight,
-                norm.eps,
-                residual=x,
-                weight_offset=norm.offset,
-                out_dtype=dtype,
+    def _rebuild(self, dtype: torch.dtype, saves: GluSaves) -> None:
+        """Compute whatever is missing in `saves` up to gate and up, from the residual sum."""
+        if saves.gate is None:
+            (saves.gate, saves.up), saves.xa_gate_up = self.gate_up.forward(self._normed(dtype, saves))
+
+    def _normed(self, dtype: torch.dtype, saves: GluSaves) -> Tensor:
+        if saves.normed is None:
+            norm, summed = self.norm, saves.summed
+            assert summed is not None
+            saves.normed, _, _ = rms_norm_forward(
+                summed, norm.weight, norm.eps, weight_offset=norm.offset, out_dtype=dtype
             )
-        else:
-            saves.normed = self._normed(saves.summed, dtype)
-        (saves.gate, saves.up), saves.xa_gate_up = self.gate_up.forward(saves.normed)
-
-    def _normed(self, summed: Tensor, dtype: torch.dtype) -> Tensor:
-        norm = self.norm
-        return rms_norm_forward(summed, norm.weight, norm.eps, weight_offset=norm.offset, out_dtype=dtype)[0]
+        return saves.normed
 
     def backward(self, dout: Tensor, dtype: torch.dtype, saves: GluSaves, sink: GradientSink) -> Tensor:
-        """Gradient of the residual sum y [T, H]; `saves` rebuilt before, consumed here."""
+        """Gradient of the residual sum y [T, H]; `saves` hold at least that sum and are consumed here."""
+        assert saves.summed is not None
+        tiles = self.tiles(dout.shape[0])
+        if len(tiles) == 1:
+            return self._backward_rows(dout, dtype, saves, sink)
+        dsummed = torch.empty_like(saves.summed)
+        for at in tiles:
+            dsummed[at] = self._backward_rows(dout[at], dtype, saves.rows(at), sink)
+        return dsummed
+
+    def _backward_rows(self, dout: Tensor, dtype: torch.dtype, saves: GluSaves, sink: GradientSink) -> Tensor:
+        self._rebuild(dtype, saves)
         dbranch = dout if dout.dtype == dtype else dout.to(dtype)
         gate, up, summed = saves.gate, saves.up, saves.summed
         assert gate is not None and up is not None and summed is not None
         saves.gate = saves.up = None
-        dact, dxa_down = self.down.input_grad([dbranch], lambda: glu_forward(gate, up, self.activation), sink)
+        dact, dxa_down = self.down.input_grad(
+            [dbranch], lambda: glu_forward(gate, up, self.activation), sink, xa=saves.xa_down
+        )
         assert dact is not None
-        # In place: the kept gate and up become their gradients, dact becomes the rebuilt activation.
+        # In place: gate and up become their gradients, dact becomes the rebuilt activation.
         act, dgate, dup = glu_backward(dact, gate, up, self.activation, inplace=True)
         self.down.parameter_grads([dbranch], act, saves.xa_down, dxa_down, sink)
         del act, dact
-        norm = self.norm
-        normed = self._normed(summed, dtype) if saves.normed is None else saves.normed
-        dnormed, dxa = self.gate_up.input_grad([dgate, dup], normed, sink)
+        normed, norm = self._normed(dtype, saves), self.norm
+        dnormed, dxa = self.gate_up.input_grad([dgate, dup], normed, sink, xa=saves.xa_gate_up)
         self.gate_up.parameter_grads([dgate, dup], normed, saves.xa_gate_up, dxa, sink)
         assert dnormed is not None
         dsummed, dweight = rms_norm_backward(

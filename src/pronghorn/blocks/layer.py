@@ -87,21 +87,24 @@ class DecoderLayer:
         return _DecoderLayerFunction.apply(self, x, *self.parameters)  # type: ignore[no-any-return]
 
     def forward(self, x: Tensor, level: Level) -> tuple[Tensor, LayerSaves]:
-        branch, attention_saves = self.attention.forward(x, self.dtype)
-        attention_saves.trim(level)
-        out, glu_saves = self.glu.forward(x, branch, self.dtype, level)
-        return out, LayerSaves(attention_saves, glu_saves)
+        saves = LayerSaves(AttentionSaves(), GluSaves())
+        self._attend(x, saves)
+        saves.attention.trim(level)
+        return self.glu.forward(self.dtype, level, saves.glu), saves
 
     def backward(
         self, dout: Tensor, x: Tensor, saves: LayerSaves, sink: GradientSink, need: bool
     ) -> Tensor | None:
-        self.attention.rebuild(x, self.dtype, saves.attention)
-        branch = self.attention.output(saves.attention) if saves.glu.summed is None else None
-        self.glu.rebuild(x, branch, self.dtype, saves.glu)
-        del branch
+        self._attend(x, saves)
         dsummed = self.glu.backward(dout, self.dtype, saves.glu, sink)
         saves.glu = GluSaves()
         return self.attention.backward(dsummed, x, self.dtype, saves.attention, sink, need)
+
+    def _attend(self, x: Tensor, saves: LayerSaves) -> None:
+        """Compute whatever is missing in `saves` up to the residual sum."""
+        self.attention.rebuild(x, self.dtype, saves.attention)
+        if saves.glu.summed is None:
+            self.glu.add_residual(x, self.attention.output(saves.attention), self.dtype, saves.glu)
 
 
 class _DecoderLayerFunction(torch.autograd.Function):
