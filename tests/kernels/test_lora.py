@@ -135,7 +135,7 @@ def test_sums_are_the_same_every_time(device):
 )
 @pytest.mark.parametrize("rank", [16, 32, 64, 128])
 def test_shares_cover_all_tokens(tokens, widths, rank):
-    from pronghorn.kernels.triton.lora import grads_config
+    from pronghorn.kernels.triton.lora_grads import grads_config
 
     config = grads_config(tokens, widths, rank, 132)
     shares, each = config["SHARES"], config["TOKENS_EACH"]

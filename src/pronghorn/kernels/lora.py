@@ -19,14 +19,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pronghorn.kernels.dispatch import Impl, math_dtype, use_triton
+from pronghorn.kernels.dispatch import Impl, use_triton
 
 #: most adapters one launch takes: q, k and v
 MOST_PARTS = 3
 #: highest rank of one adapter that the kernels hold in registers
 MOST_RANK = 128
-
-_HALVES = (torch.bfloat16, torch.float16)
 
 
 class LowRank(NamedTuple):
@@ -145,7 +143,9 @@ def up(
 
 def down(x: Tensor, a: Tensor, *, impl: Impl | None = None) -> Tensor:
     """XA = x [T, in] aᵀ with a [ΣR, in]: [T, ΣR] in x's dtype."""
-    if impl == "triton" or (impl is None and down_wins(*x.shape, a.shape[0]) and use_triton(x, impl)):
+    if impl == "triton" or (
+        impl is None and down_wins(x.shape[0], x.shape[1], a.shape[0]) and use_triton(x, impl)
+    ):
         from pronghorn.kernels.triton.lora import down as triton_down
 
         return triton_down(x, a)
@@ -169,7 +169,7 @@ def output_grads(
     if any(grad is not None for grad in b_grads) and xa is None:
         raise ValueError("gradients of B need XA")
     if fits_kernels(dys[0], [b.shape[1] for b in bs], impl):
-        from pronghorn.kernels.triton.lora import output_grads as triton_output_grads
+        from pronghorn.kernels.triton.lora_grads import output_grads as triton_output_grads
 
         return triton_output_grads(dys, bs, scalings, xa, b_grads)
     dxa = dys[0].new_empty(dys[0].shape[0], sum(b.shape[1] for b in bs))
@@ -184,8 +184,10 @@ def output_grads(
 
 def accumulate_a_(a_grad: Tensor, dxa: Tensor, x: Tensor, *, impl: Impl | None = None) -> Tensor:
     """a_grad [ΣR, in] fp32 += dxaᵀ x for dxa [T, ΣR] and x [T, in]."""
-    if impl == "triton" or (impl is None and a_grad_wins(*x.shape, dxa.shape[1]) and use_triton(x, impl)):
-        from pronghorn.kernels.triton.lora import accumulate_a
+    if impl == "triton" or (
+        impl is None and a_grad_wins(x.shape[0], x.shape[1], dxa.shape[1]) and use_triton(x, impl)
+    ):
+        from pronghorn.kernels.triton.lora_grads import accumulate_a
 
         return accumulate_a(a_grad, dxa, x)
     return accumulate_product_(a_grad, dxa.t(), x)
@@ -194,8 +196,3 @@ def accumulate_a_(a_grad: Tensor, dxa: Tensor, x: Tensor, *, impl: Impl | None =
 def _columns(xa: Tensor, bs: Sequence[Tensor]) -> list[Tensor]:
     """xa [T, ΣR] as one view [T, R_i] per adapter."""
     return list(xa.split([b.shape[1] for b in bs], dim=1))
-
-
-def wide(x: Tensor) -> Tensor:
-    """x in the dtype that arithmetic runs in."""
-    return x.to(math_dtype(x.dtype))

@@ -1,0 +1,318 @@
+"""Low-rank products of the backward pass in Triton: dXA = s dY B and dB += s dYᵀ XA in one reading of dY; dA += dXAᵀ X.
+
+Sums that several programs share go through fp32 partial buffers and are added up in a fixed order by a second, small
+launch, so results do not depend on timing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pronghorn.kernels.triton.launch import unit_rows
+from pronghorn.kernels.triton.lora import dot, is_wide, rank_block, sms_of, three
+
+
+@triton.jit
+def _grads_tile(
+    dy_ptr, b_ptr, xa_ptr, dxa_partial_ptr, db_partial_ptr, rank, width, dy_stride, tokens, xa_stride, tokens_each,
+    block, first_block, column_start, columns,
+    NEED_B: tl.constexpr, R: tl.constexpr, BT: tl.constexpr, BO: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    share = tl.program_id(1)
+    row, column, r = tl.arange(0, BT), block * BO + tl.arange(0, BO), tl.arange(0, R)
+    known_column, known_rank = column < width, r < rank
+    b = tl.load(
+        b_ptr + column[:, None] * rank + r[None, :],
+        mask=known_column[:, None] & known_rank[None, :],
+        other=0.0,
+    )
+    db = tl.zeros([BO, R], dtype=tl.float32)
+    begin = share * tokens_each
+    # Partial dXA: one slab [tokens, R] for every block of columns.
+    slab = dxa_partial_ptr + (first_block + block).to(tl.int64) * tokens * R
+    at = begin.to(tl.int64)
+    for start in range(begin, tl.minimum(begin + tokens_each, tokens), BT):
+        known_row = row < tokens - start
+        dy = tl.load(
+            dy_ptr + at * dy_stride + row[:, None] * dy_stride + column[None, :],
+            mask=known_row[:, None] & known_column[None, :], other=0.0,
+        )  # fmt: skip
+        tl.store(slab + at * R + row[:, None] * R + r[None, :], dot(dy, b, WIDE), mask=known_row[:, None])
+        if NEED_B:
+            xa = tl.load(
+                xa_ptr + at * xa_stride + row[:, None] * xa_stride + r[None, :],
+                mask=known_row[:, None] & known_rank[None, :], other=0.0,
+            )  # fmt: skip
+            db += dot(tl.trans(dy), xa, WIDE)
+        at += BT
+    if NEED_B:
+        # Partial dB: one slab [columns of all parts, R] for every share of the tokens.
+        slab_b = db_partial_ptr + (share.to(tl.int64) * columns + column_start) * R
+        tl.store(slab_b + column[:, None] * R + r[None, :], db, mask=known_column[:, None])
+
+
+@triton.jit
+def _grads(
+    dy0, dy1, dy2, b0, b1, b2, xa0, xa1, xa2, dxa_partial_ptr, db_partial_ptr, r0, r1, r2, w0, w1, w2,
+    dy_stride0, dy_stride1, dy_stride2, blocks0, blocks1, tokens, xa_stride, tokens_each, columns,
+    NEED_B: tl.constexpr, R: tl.constexpr, BT: tl.constexpr, BO: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    block = tl.program_id(0)
+    if block < blocks0:
+        _grads_tile(
+            dy0, b0, xa0, dxa_partial_ptr, db_partial_ptr, r0, w0, dy_stride0, tokens, xa_stride, tokens_each,
+            block, 0, 0, columns, NEED_B, R, BT, BO, WIDE,
+        )  # fmt: skip
+    elif block < blocks0 + blocks1:
+        _grads_tile(
+            dy1, b1, xa1, dxa_partial_ptr, db_partial_ptr, r1, w1, dy_stride1, tokens, xa_stride, tokens_each,
+            block - blocks0, blocks0, w0, columns, NEED_B, R, BT, BO, WIDE,
+        )  # fmt: skip
+    else:
+        _grads_tile(
+            dy2, b2, xa2, dxa_partial_ptr, db_partial_ptr, r2, w2, dy_stride2, tokens, xa_stride, tokens_each,
+            block - blocks0 - blocks1, blocks0 + blocks1, w0 + w1, columns, NEED_B, R, BT, BO, WIDE,
+        )  # fmt: skip
+
+
+@triton.jit
+def _sum_tile(
+    partial_ptr, out_ptr, slab, count, rows, columns, partial_stride, out_stride, scaling, row_block, column_block,
+    ADD: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """out [rows, columns] (+)= scaling · Σ of `count` slabs; DEPTH of them are in flight at once."""
+    row = row_block.to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column, depth = column_block * COLUMNS + tl.arange(0, COLUMNS), tl.arange(0, DEPTH)
+    inside = (row[:, None] < rows) & (column[None, :] < columns)
+    offset = row[:, None] * partial_stride + column[None, :]
+    total = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
+    for start in range(0, count, DEPTH):
+        which = start + depth
+        at = partial_ptr + which.to(tl.int64)[:, None, None] * slab + offset[None, :, :]
+        total += tl.sum(tl.load(at, mask=(which < count)[:, None, None] & inside[None, :, :], other=0.0), 0)
+    total *= scaling
+    to = out_ptr + row[:, None] * out_stride + column[None, :]
+    if ADD:
+        total += tl.load(to, mask=inside, other=0.0).to(tl.float32)
+    tl.store(to, total.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _sum_grads(
+    dxa_partial_ptr, db_partial_ptr, dxa0, dxa1, dxa2, db0, db1, db2, s0, s1, s2, r0, r1, r2, w0, w1,
+    db_stride0, db_stride1, db_stride2, blocks0, blocks1, blocks2, wanted0, wanted1, wanted2,
+    tokens, slab, slab_b, dxa_stride, shares, token_blocks, NEED_B: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """All sums of `_grads`: programs of axis 1 are the parts, those of axis 0 rows of dXA and then rows of dB."""
+    part, block = tl.program_id(1), tl.program_id(0)
+    if block < token_blocks:
+        if part == 0:
+            _sum_tile(
+                dxa_partial_ptr,
+                dxa0,
+                slab,
+                blocks0,
+                tokens,
+                r0,
+                R,
+                dxa_stride,
+                s0,
+                block,
+                0,
+                False,
+                ROWS,
+                R,
+                8,
+            )
+        elif part == 1:
+            at = dxa_partial_ptr + part.to(tl.int64) * blocks0 * slab
+            _sum_tile(at, dxa1, slab, blocks1, tokens, r1, R, dxa_stride, s1, block, 0, False, ROWS, R, 8)
+        else:
+            at = dxa_partial_ptr + (part - 1).to(tl.int64) * (blocks0 + blocks1) * slab
+            _sum_tile(at, dxa2, slab, blocks2, tokens, r2, R, dxa_stride, s2, block, 0, False, ROWS, R, 8)
+    elif NEED_B:
+        # Rows wanted of a part: all or none of them.
+        block -= token_blocks
+        if part == 0:
+            _sum_tile(
+                db_partial_ptr,
+                db0,
+                slab_b,
+                shares,
+                wanted0,
+                r0,
+                R,
+                db_stride0,
+                s0,
+                block,
+                0,
+                True,
+                ROWS,
+                R,
+                8,
+            )
+        elif part == 1:
+            at = db_partial_ptr + w0 * R
+            _sum_tile(at, db1, slab_b, shares, wanted1, r1, R, db_stride1, s1, block, 0, True, ROWS, R, 8)
+        else:
+            at = db_partial_ptr + (w0 + w1) * R
+            _sum_tile(at, db2, slab_b, shares, wanted2, r2, R, db_stride2, s2, block, 0, True, ROWS, R, 8)
+
+
+@cache
+def grads_config(tokens: int, widths: tuple[int, ...], rank: int, sms: int) -> dict[str, int]:
+    """Tiles and the number of shares of tokens ("SHARES") for `output_grads`.
+
+    A block of BO columns writes a partial dXA of 2·R/BO of its bytes and a share of tokens a partial dB of
+    2·R/tokens of them, so both are made long; the number of shares that costs least by this count and by whole waves
+    of programs is taken.
+    """
+    large = tokens * sum(widths) >= 2**25
+    columns = {16: 512 if large else 256, 32: 256, 64: 128}.get(rank, 64)
+    columns = min(columns, max(triton.next_power_of_2(max(widths)), 64))
+    block, resident = 64 if tokens > 32 else 16, 1 if columns == 512 else 2
+    blocks = sum(triton.cdiv(width, columns) for width in widths)
+    best, best_cost = (1, tokens), float("inf")
+    for shares in range(1, min(triton.cdiv(tokens, block), 128) + 1):
+        each = triton.cdiv(triton.cdiv(tokens, shares), block) * block
+        count = triton.cdiv(tokens, each)
+        waves = triton.cdiv(blocks * count, sms * resident)
+        cost = waves * sms * resident * each * columns * 2 + count * sum(widths) * rank * 8
+        if cost < best_cost:
+            best, best_cost = (count, each), cost
+    return {
+        "SHARES": best[0],
+        "TOKENS_EACH": best[1],
+        "BT": block,
+        "BO": columns,
+        "num_warps": 8 if columns == 512 else 4,
+        "num_stages": 3,
+    }
+
+
+def output_grads(
+    dys: Sequence[Tensor],
+    bs: Sequence[Tensor],
+    scalings: Sequence[float],
+    xa: Tensor | None,
+    b_grads: Sequence[Tensor | None],
+) -> Tensor:
+    dys, bs = [unit_rows(dy) for dy in dys], [b.contiguous() for b in bs]
+    ranks, widths = [b.shape[1] for b in bs], [b.shape[0] for b in bs]
+    tokens, device = dys[0].shape[0], dys[0].device
+    dxa = torch.empty(tokens, sum(ranks), dtype=dys[0].dtype, device=device)
+    if not tokens:
+        return dxa
+    need_b = xa is not None and any(grad is not None for grad in b_grads)
+    xa = unit_rows(xa) if xa is not None and need_b else dxa
+    padded, columns = rank_block(ranks), sum(widths)
+    config = dict(grads_config(tokens, tuple(widths), padded, sms_of(device)))
+    shares, each = config.pop("SHARES"), config.pop("TOKENS_EACH")
+    blocks = [triton.cdiv(width, config["BO"]) for width in widths]
+    dxa_partial = torch.empty(sum(blocks), tokens, padded, dtype=torch.float32, device=device)
+    db_partial = torch.empty(shares if need_b else 0, columns, padded, dtype=torch.float32, device=device)
+    _grads[(sum(blocks), shares)](
+        *three(dys), *three(bs), *three(list(xa.split(ranks, 1))), dxa_partial, db_partial, *three(ranks),
+        *three(widths), *three([dy.stride(0) for dy in dys]), *three(blocks)[:2],
+        tokens, xa.stride(0), each, columns, NEED_B=need_b, R=padded, WIDE=is_wide(dxa), **config,
+    )  # fmt: skip
+    given = list(b_grads) if need_b else [None] * len(bs)
+    grads = [dxa_partial if grad is None else unit_rows(grad) for grad in given]
+    rows = 1024 // padded
+    token_blocks = triton.cdiv(tokens, rows)
+    _sum_grads[(token_blocks + (triton.cdiv(max(widths), rows) if need_b else 0), len(bs))](
+        dxa_partial, db_partial, *three(list(dxa.split(ranks, 1))), *three(grads), *three(list(scalings)),
+        *three(ranks), *three(widths)[:2], *three([grad.stride(0) for grad in grads]), *three(blocks),
+        *three([0 if grad is None else width for grad, width in zip(given, widths, strict=True)]),
+        tokens, tokens * padded, columns * padded, dxa.stride(0), shares, token_blocks,
+        NEED_B=need_b, R=padded, ROWS=rows, num_warps=4,
+    )  # fmt: skip
+    return dxa
+
+
+# --- A's gradient: dA += dXAᵀ X ----------------------------------------------------------------------------------
+
+
+@triton.jit
+def _a_grads(
+    dxa_ptr, x_ptr, partial_ptr, tokens, width, rank, dxa_stride, x_stride, tokens_each,
+    R: tl.constexpr, BT: tl.constexpr, BO: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    block, share = tl.program_id(0), tl.program_id(1)
+    row, column, r = tl.arange(0, BT), block * BO + tl.arange(0, BO), tl.arange(0, R)
+    known_column, known_rank = column < width, r < rank
+    total = tl.zeros([R, BO], dtype=tl.float32)
+    begin = share * tokens_each
+    at = begin.to(tl.int64)
+    for start in range(begin, tl.minimum(begin + tokens_each, tokens), BT):
+        known_row = row < tokens - start
+        x = tl.load(
+            x_ptr + at * x_stride + row[:, None] * x_stride + column[None, :],
+            mask=known_row[:, None] & known_column[None, :], other=0.0,
+        )  # fmt: skip
+        dxa = tl.load(
+            dxa_ptr + at * dxa_stride + row[:, None] * dxa_stride + r[None, :],
+            mask=known_row[:, None] & known_rank[None, :], other=0.0,
+        )  # fmt: skip
+        total += dot(tl.trans(dxa), x, WIDE)
+        at += BT
+    to = partial_ptr + (share.to(tl.int64) * rank + r[:, None]) * width + column[None, :]
+    tl.store(to, total, mask=known_rank[:, None] & known_column[None, :])
+
+
+@triton.jit
+def _sum_a_grads(
+    partial_ptr, grad_ptr, slab, count, rank, width, grad_stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):  # fmt: skip
+    _sum_tile(
+        partial_ptr, grad_ptr, slab, count, rank, width, width, grad_stride, 1.0,
+        tl.program_id(1), tl.program_id(0), True, ROWS, COLUMNS, 8,
+    )  # fmt: skip
+
+
+@cache
+def a_grads_config(tokens: int, width: int, rank: int, sms: int) -> dict[str, int]:
+    """Two programs a processor; a share of tokens costs 2·R/tokens of the bytes of x, written and read again."""
+    columns = 256 if rank <= 32 else 128
+    blocks = triton.cdiv(width, columns)
+    shares = max(1, min(triton.cdiv(2 * sms, blocks), triton.cdiv(tokens, 128)))
+    each = triton.cdiv(triton.cdiv(tokens, shares), 64) * 64
+    return {"TOKENS_EACH": each, "BT": 64, "BO": columns, "num_warps": 4, "num_stages": 3}
+
+
+def accumulate_a(a_grad: Tensor, dxa: Tensor, x: Tensor) -> Tensor:
+    if a_grad.stride(1) != 1:
+        raise ValueError("the gradient of A needs rows of unit stride")
+    dxa, x = unit_rows(dxa), unit_rows(x)
+    (tokens, width), rank = x.shape, dxa.shape[1]
+    if not tokens:
+        return a_grad
+    padded = rank_block([rank])
+    config = dict(a_grads_config(tokens, width, padded, sms_of(x.device)))
+    each = config.pop("TOKENS_EACH")
+    shares = triton.cdiv(tokens, each)
+    partial = torch.empty(shares, rank, width, dtype=torch.float32, device=x.device)
+    _a_grads[(triton.cdiv(width, config["BO"]), shares)](
+        dxa,
+        x,
+        partial,
+        tokens,
+        width,
+        rank,
+        dxa.stride(0),
+        x.stride(0),
+        each,
+        R=padded,
+        WIDE=is_wide(x),
+        **config,
+    )
+    _sum_a_grads[(triton.cdiv(width, 256), triton.cdiv(rank, 4))](
+        partial, a_grad, rank * width, shares, rank, width, a_grad.stride(0), ROWS=4, COLUMNS=256, num_warps=4
+    )
+    return a_grad
