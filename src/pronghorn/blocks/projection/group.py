@@ -113,11 +113,11 @@ class ProjectionGroup:
         """residual [T, out] + Y as a new tensor in residual's dtype, and XA; for a group of one."""
         (projection,) = self.projections
         operand = as_operand(x)
-        if not isinstance(projection, LinearProjection) or projection.bias is not None:
-            (y,), xa = self.forward(operand)
+        same = residual.dtype == operand.tensor.dtype
+        if not isinstance(projection, LinearProjection) or projection.bias is not None or not same:
+            (y,), xa = self.forward(operand)  # as `forward_add_` does: the same numbers at every save level
             return residual + y, xa
         xa = self.down(operand.tensor)
-        same = residual.dtype == operand.tensor.dtype
         if not self._single or self._b_biases() or xa is None:
             out = residual.clone()
             projection.weight.matmul_add_(out, operand)
@@ -125,7 +125,7 @@ class ProjectionGroup:
                 self._add_adapters_([out], xa)
             return out, xa
         bs, scalings = self._bs(xa.dtype), self._scalings
-        if same and _accumulates(projection.weight):
+        if _accumulates(projection.weight):
             (out,) = lora.up(xa, bs, scalings, [residual], impl=self.impl)
             return projection.weight.matmul_add_(out, operand), xa
         y = projection.weight.matmul(operand)
