@@ -182,3 +182,9 @@ class OutOfMemory(PronghornError):
     """The GPU's memory did not suffice for a training step."""
 
     code = "PH501"
+
+
+class AttentionUnavailable(PronghornError):
+    """An attention implementation was asked for by name that does not exist, or cannot do this model on this device."""
+
+    code = "PH504"

@@ -2,31 +2,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import lru_cache
+
 from torch import Tensor
 
 from pronghorn.kernels.attention import flash, per_document
 from pronghorn.kernels.attention.documents import AttentionCall, Documents
 from pronghorn.kernels.attention.sinks import add_sinks, sink_grad
 
-_FORWARDS = {
-    "flash": flash.forward,
-    "cpu": per_document.cpu_forward,
-    "sdpa": per_document.sdpa_forward,
-    "eager": per_document.eager_forward,
-}
-_BACKWARDS = {
-    "flash": flash.backward,
-    "cpu": per_document.cpu_backward,
-    "sdpa": per_document.sdpa_backward,
-    "eager": per_document.eager_backward,
-}
+Forward = Callable[[Tensor, Tensor, Tensor, Documents, AttentionCall], tuple[Tensor, Tensor]]
+Backward = Callable[
+    [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Documents, AttentionCall], tuple[Tensor, Tensor, Tensor]
+]
+
+
+@lru_cache(maxsize=16)
+def _implementation(backend: str) -> tuple[Forward, Backward]:
+    if backend == "cudnn":
+        from pronghorn.kernels.attention import cudnn_ragged
+
+        return cudnn_ragged.forward, cudnn_ragged.backward
+    if backend == "flex":
+        from pronghorn.kernels.attention import flex
+
+        return flex.forward, flex.backward
+    return {
+        "flash": (flash.forward, flash.backward),
+        "cpu": (per_document.cpu_forward, per_document.cpu_backward),
+        "sdpa": (per_document.sdpa_forward, per_document.sdpa_backward),
+        "eager": (per_document.eager_forward, per_document.eager_backward),
+    }[backend]
 
 
 def attention_forward(
     q: Tensor, k: Tensor, v: Tensor, docs: Documents, call: AttentionCall
 ) -> tuple[Tensor, Tensor]:
     """out [T, N, D] and the statistics that `attention_backward` wants; their layout is the implementation's own."""
-    out, lse = _FORWARDS[call.backend](q, k, v, docs, call)
+    out, lse = _implementation(call.backend)[0](q, k, v, docs, call)
     if call.sinks is not None:
         add_sinks(out, _by_token(lse, call), call.sinks)
     return out, lse
@@ -43,7 +56,7 @@ def attention_backward(
     call: AttentionCall,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v for dout [T, N, D]; `out` and `lse` as `attention_forward` returned them."""
-    return _BACKWARDS[call.backend](dout, q, k, v, out, lse, docs, call)
+    return _implementation(call.backend)[1](dout, q, k, v, out, lse, docs, call)
 
 
 def attention_sink_grad(dout: Tensor, out: Tensor, lse: Tensor, call: AttentionCall) -> Tensor:
@@ -54,4 +67,4 @@ def attention_sink_grad(dout: Tensor, out: Tensor, lse: Tensor, call: AttentionC
 
 def _by_token(lse: Tensor, call: AttentionCall) -> Tensor:
     """Statistics as a [T, N] view."""
-    return lse.t() if call.backend == "flash" else lse
+    return lse.t() if call.backend in ("flash", "flex") else lse

@@ -1,0 +1,193 @@
+"""cuDNN's attention over ragged token streams, through the optional package nvidia-cudnn-frontend. Hopper and newer.
+
+Statistics: [T, N] fp32, natural logarithms like FlashAttention's, so that where cuDNN has no plan for a geometry
+FlashAttention-2 takes the same call's place (the reason is logged once).
+
+Backward adds dq in whatever order its blocks finish, unless `torch.use_deterministic_algorithms(True)` is on, as with
+FlashAttention-2; cuDNN then keeps a quadratic workspace.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from pronghorn.kernels.attention import flash, per_document
+from pronghorn.kernels.attention.cudnn_plans import (
+    PLANS,
+    Geometry,
+    bucket,
+    build_backward,
+    build_forward,
+    frontend,
+)
+from pronghorn.kernels.attention.documents import AttentionCall, Documents
+
+#: Versions of the frontend and of cuDNN that were measured and compared with the reference; others are probed.
+KNOWN_FRONTENDS = ((1, 18), (1, 22))
+KNOWN_CUDNN = (91900, 92000)
+INSTALL = "install nvidia-cudnn-frontend for faster attention on this GPU: pip install 'pronghorn[hopper]'"
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, docs: Documents, call: AttentionCall) -> tuple[Tensor, Tensor]:
+    q, k, v = (_token_rows(x) for x in (q, k, v))
+    geometry = _geometry(q, k, v, docs, call)
+    plan = PLANS.get("forward", geometry, build_forward)
+    if plan is None:
+        out, lse = flash.forward(q, k, v, docs, call)
+        return out, lse.t().contiguous()
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    stats = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
+    tensors = {"q": q, "k": k, "v": v, "o": out, "stats": stats, **_layout(geometry, docs)}
+    PLANS.run(plan, tensors, q.device)
+    return out, stats
+
+
+def backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    docs: Documents,
+    call: AttentionCall,
+) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = (_token_rows(x) for x in (q, k, v))
+    dout, out, lse = dout.contiguous(), out.contiguous(), lse.contiguous()
+    geometry = _geometry(q, k, v, docs, call, for_backward=True)
+    plan = PLANS.get("backward", geometry, build_backward)
+    if plan is None:
+        return flash.backward(dout, q, k, v, out, lse.t().contiguous(), docs, call)
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    tensors = {
+        "q": q, "k": k, "v": v, "o": out, "do": dout, "stats": lse, "dq": dq, "dk": dk, "dv": dv,
+        "dk_offset": docs.element_offsets(geometry.documents, geometry.kv_row), **_layout(geometry, docs),
+    }  # fmt: skip
+    PLANS.run(plan, tensors, q.device)
+    return dq, dk, dv
+
+
+def why_not(device: torch.device, dtype: torch.dtype, head_dim: int, *, windowed: bool) -> str | None:
+    """Why cuDNN's ragged attention does not run on a CUDA device; None when it does.
+
+    A version, GPU or head size outside those measured is tried on one small stream, forward and backward.
+    """
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"cuDNN's packed attention takes fp16 and bf16, not {dtype}"
+    if head_dim > 256 or head_dim % 16:
+        # In steps of 8 cuDNN works too, but with a workspace for every document at the longest one's length.
+        return f"cuDNN's packed attention takes head sizes up to 256 in steps of 16, not {head_dim}"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (9, 0):
+        return (
+            f"cuDNN's packed attention needs compute capability 9.0, this is {capability[0]}.{capability[1]}"
+        )
+    missing = _why_no_frontend()
+    if missing is not None:
+        return missing
+    if head_dim <= 128 and capability[0] == 9 and _known_versions():
+        return None
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return _probe(torch.device("cuda", index), dtype, head_dim, windowed)
+
+
+@lru_cache(maxsize=1)
+def _why_no_frontend() -> str | None:
+    try:
+        cudnn = frontend()
+        cudnn.backend_version()
+    except ImportError:
+        return INSTALL
+    # OSError, AssertionError: no libcudnn, or several; RuntimeError: one that the frontend cannot call.
+    except (OSError, AssertionError, RuntimeError) as error:
+        return f"nvidia-cudnn-frontend is installed but finds no cuDNN: {error}"
+    return None
+
+
+def _known_versions() -> bool:
+    found = re.match(r"(\d+)\.(\d+)", frontend().__version__)
+    version = (int(found[1]), int(found[2])) if found else (0, 0)
+    low, high = KNOWN_CUDNN
+    return KNOWN_FRONTENDS[0] <= version < KNOWN_FRONTENDS[1] and low <= frontend().backend_version() < high
+
+
+@lru_cache(maxsize=64)
+def _probe(device: torch.device, dtype: torch.dtype, head_dim: int, windowed: bool) -> str | None:
+    """Why a small stream does not go through, or does not give the written-out formula's numbers; None if it does."""
+    generator = torch.Generator(device).manual_seed(0)
+    lengths = (100, 0, 156)
+    cu = torch.tensor((0, 100, 100, 256), dtype=torch.int32, device=device)
+    docs = Documents(cu, 156, lengths)
+    q, dout = (torch.randn(256, 2, head_dim, generator=generator, device=device).to(dtype) for _ in range(2))
+    k, v = (torch.randn(256, 1, head_dim, generator=generator, device=device).to(dtype) for _ in range(2))
+    call = AttentionCall(head_dim**-0.5, 48 if windowed else None, "cudnn")
+    versions = f"nvidia-cudnn-frontend {frontend().__version__} with cuDNN {frontend().backend_version()}"
+    geometries = [_geometry(q, k, v, docs, call), _geometry(q, k, v, docs, call, for_backward=True)]
+    plans = [
+        PLANS.get(stage, geometry, build)
+        for stage, geometry, build in zip(
+            ("forward", "backward"), geometries, (build_forward, build_backward), strict=True
+        )
+    ]
+    if None in plans:
+        return f"{versions} has no plan for head size {head_dim} on this GPU"
+    out, lse = forward(q, k, v, docs, call)
+    actual = (out, *backward(dout, q, k, v, out, lse, docs, call))
+    q, k, v, dout = (x.float() for x in (q, k, v, dout))
+    truth, statistics = per_document.eager_forward(q, k, v, docs, call)
+    expected = (truth, *per_document.eager_backward(dout, q, k, v, truth, statistics, docs, call))
+    for name, ours, exact in zip(("out", "dq", "dk", "dv"), actual, expected, strict=True):
+        # Rounding inputs, weights and results to 8 bits leaves about half a per cent; a wrong formula tens of them.
+        if not (ours.float() - exact).norm() <= 0.02 * exact.norm():
+            return f"{versions} gives a wrong {name} for head size {head_dim} on this GPU"
+    return None
+
+
+def _token_rows(x: Tensor) -> Tensor:
+    """[T, heads, D] whose heads lie side by side, each row 16-byte aligned; a copy where they do not."""
+    heads, size = x.shape[1:]
+    adjacent = x.stride(2) == 1 and (heads == 1 or x.stride(1) == size)
+    return x if adjacent and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0 else x.contiguous()
+
+
+def _geometry(
+    q: Tensor, k: Tensor, v: Tensor, docs: Documents, call: AttentionCall, for_backward: bool = False
+) -> Geometry:
+    tokens, heads, size = q.shape
+    count, longest, most = bucket(docs.count, min(docs.max_seqlen, tokens), tokens)
+    return Geometry(
+        device=q.device,
+        dtype=q.dtype,
+        documents=count,
+        longest=longest,
+        tokens=most if for_backward else 0,
+        heads=heads,
+        kv_heads=k.shape[1],
+        head_dim=size,
+        q_row=q.stride(0),
+        k_row=k.stride(0),
+        v_row=v.stride(0),
+        scale=call.scale,
+        window=call.window if call.window is not None and call.window < docs.max_seqlen else None,
+        deterministic=for_backward
+        and torch.are_deterministic_algorithms_enabled()
+        and not torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+
+
+def _layout(geometry: Geometry, docs: Documents) -> dict[str, Tensor]:
+    """Lengths and offsets of the documents, made once per pass."""
+    count = geometry.documents
+    rows = {
+        "q_offset": geometry.q_row,
+        "k_offset": geometry.k_row,
+        "v_offset": geometry.v_row,
+        "o_offset": geometry.out_row,
+        "stats_offset": geometry.heads,
+    }
+    offsets = {name: docs.element_offsets(count, row) for name, row in rows.items()}
+    return {"lengths": docs.padded(count)[1].view(-1, 1, 1, 1), **offsets}
