@@ -16,7 +16,7 @@ from pronghorn.engine.altered import altered_part
 from pronghorn.engine.flat import FlatAdapters
 from pronghorn.engine.read import Reading, read_projection
 from pronghorn.families import ACTIVATIONS, DecoderFamily
-from pronghorn.kernels.attention import choose_backend
+from pronghorn.kernels.attention import INSTALL_CUDNN, choose_backend
 from pronghorn.memory import HostPool, HostStash
 
 logger = logging.getLogger("pronghorn")
@@ -30,6 +30,8 @@ class Binding:
     family: DecoderFamily
     reasons: list[str]
     save_levels: tuple[Level, ...] = ()
+    #: an attention implementation by name (`kernels.attention.BACKENDS`); None: the fastest
+    attention: str | None = None
     #: most rows of the widest tensors that exist at a time where no level keeps them; None: the blocks' own choice
     tile_rows: int | None = None
     #: the adapters' flat storage while a `TrainingStep` runs; else None, and every call reads PEFT's own tensors
@@ -68,11 +70,14 @@ class Binding:
     def layer_index(self, layer: Any) -> int:
         return int(getattr(layer, self.family.parts.attention).layer_idx)
 
-    def attention_backend(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
-        """The attention implementation in use; its reason is told once."""
-        backend, reason = choose_backend(device, dtype, head_dim)
-        if backend == "sdpa":
-            self.tell_once(f"attention runs document by document: {reason}")
+    def attention_backend(
+        self, device: torch.device, dtype: torch.dtype, head_dim: int, *, window: bool = False
+    ) -> str:
+        """The attention implementation in use: `attention`, or the fastest. Why it is a slow one is told once."""
+        backend, reason = choose_backend(device, dtype, head_dim, window=window, wanted=self.attention)
+        slow = backend in ("sdpa", "eager") or (backend == "flash" and INSTALL_CUDNN in reason)
+        if slow and self.attention is None:
+            self.tell_once(f"attention: {reason}")
         return backend
 
     def new_stash(self, device: torch.device) -> HostStash | None:
@@ -135,7 +140,7 @@ class Binding:
         parameter = next(self.model.parameters())
         dtype = self.weight_dtype or self.model.get_input_embeddings().weight.dtype
         attention = getattr(self.layers[0], self.family.parts.attention)
-        backend, why = choose_backend(parameter.device, dtype, attention.head_dim)
+        backend, why = choose_backend(parameter.device, dtype, attention.head_dim, wanted=self.attention)
         counts = ", ".join(
             f"{self.save_levels.count(level)}x {level}" for level in LEVELS if level in self.save_levels
         )

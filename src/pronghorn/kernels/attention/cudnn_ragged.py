@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from pronghorn.kernels.attention import flash, per_document
+from pronghorn.kernels.attention.choose import INSTALL_CUDNN
 from pronghorn.kernels.attention.cudnn_plans import (
     PLANS,
     Geometry,
@@ -29,7 +30,6 @@ from pronghorn.kernels.attention.documents import AttentionCall, Documents
 #: Versions of the frontend and of cuDNN that were measured and compared with the reference; others are probed.
 KNOWN_FRONTENDS = ((1, 18), (1, 22))
 KNOWN_CUDNN = (91900, 92000)
-INSTALL = "install nvidia-cudnn-frontend for faster attention on this GPU: pip install 'pronghorn[hopper]'"
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, docs: Documents, call: AttentionCall) -> tuple[Tensor, Tensor]:
@@ -101,7 +101,7 @@ def _why_no_frontend() -> str | None:
         cudnn = frontend()
         cudnn.backend_version()
     except ImportError:
-        return INSTALL
+        return INSTALL_CUDNN
     # OSError, AssertionError: no libcudnn, or several; RuntimeError: one that the frontend cannot call.
     except (OSError, AssertionError, RuntimeError) as error:
         return f"nvidia-cudnn-frontend is installed but finds no cuDNN: {error}"
