@@ -137,7 +137,7 @@ def test_sums_are_the_same_every_time(device):
 def test_shares_cover_all_tokens(tokens, widths, rank):
     from pronghorn.kernels.triton.lora_grads import grads_config
 
-    config = grads_config(tokens, widths, rank, 132)
+    config = grads_config(tokens, widths, rank, 2, 132, 232448)
     shares, each = config["SHARES"], config["TOKENS_EACH"]
     assert (shares - 1) * each < tokens <= shares * each and each % config["BT"] == 0
 

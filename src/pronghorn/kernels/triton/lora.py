@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pronghorn.kernels.triton.launch import processors, unit_rows
+from pronghorn.kernels.triton.launch import unit_rows
 
 #: tl.dot takes no side below this
 LEAST_RANK = 16
@@ -41,11 +41,24 @@ def rank_block(ranks: Sequence[int]) -> int:
 
 
 @triton.jit
-def _up_tile(
-    xa_ptr, b_ptr, base_ptr, addend_ptr, out_ptr, scaling, rank, width, base_stride, out_stride,
-    tokens, xa_stride, addend_stride, block,
+def _up(
+    xa0, xa1, xa2, b0, b1, b2, base0, base1, base2, out0, out1, out2, addend_ptr, s0, s1, s2, r0, r1, r2, w0, w1, w2,
+    base_stride0, base_stride1, base_stride2, out_stride0, out_stride1, out_stride2, blocks0, blocks1,
+    tokens, xa_stride, addend_stride,
     BASE: tl.constexpr, ADDEND: tl.constexpr, R: tl.constexpr, BT: tl.constexpr, BO: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
+    block = tl.program_id(0)
+    zero = block * 0  # makes tensors of numbers that may be constants, so that the branches agree
+    xa_ptr, b_ptr, base_ptr, out_ptr, scaling = xa0, b0, base0, out0, zero + s0
+    rank, width, base_stride, out_stride = zero + r0, zero + w0, zero + base_stride0, zero + out_stride0
+    if block >= blocks0 + blocks1:
+        xa_ptr, b_ptr, base_ptr, out_ptr, scaling = xa2, b2, base2, out2, zero + s2
+        rank, width, base_stride, out_stride = zero + r2, zero + w2, zero + base_stride2, zero + out_stride2
+        block = block - (blocks0 + blocks1)
+    elif block >= blocks0:
+        xa_ptr, b_ptr, base_ptr, out_ptr, scaling = xa1, b1, base1, out1, zero + s1
+        rank, width, base_stride, out_stride = zero + r1, zero + w1, zero + base_stride1, zero + out_stride1
+        block = block - blocks0
     start = tl.program_id(1).to(tl.int64) * BT
     row, column, r = tl.arange(0, BT), block * BO + tl.arange(0, BO), tl.arange(0, R)
     known_row, known_column, known_rank = row < tokens - start, column < width, r < rank
@@ -70,31 +83,6 @@ def _up_tile(
         y += tl.load(at, mask=inside, other=0.0).to(tl.float32)
     to = out_ptr + start * out_stride + row[:, None] * out_stride + column[None, :]
     tl.store(to, y.to(out_ptr.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _up(
-    xa0, xa1, xa2, b0, b1, b2, base0, base1, base2, out0, out1, out2, addend_ptr, s0, s1, s2, r0, r1, r2, w0, w1, w2,
-    base_stride0, base_stride1, base_stride2, out_stride0, out_stride1, out_stride2, blocks0, blocks1,
-    tokens, xa_stride, addend_stride,
-    BASE: tl.constexpr, ADDEND: tl.constexpr, R: tl.constexpr, BT: tl.constexpr, BO: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
-    block = tl.program_id(0)
-    if block < blocks0:
-        _up_tile(
-            xa0, b0, base0, addend_ptr, out0, s0, r0, w0, base_stride0, out_stride0,
-            tokens, xa_stride, addend_stride, block, BASE, ADDEND, R, BT, BO, WIDE,
-        )  # fmt: skip
-    elif block < blocks0 + blocks1:
-        _up_tile(
-            xa1, b1, base1, addend_ptr, out1, s1, r1, w1, base_stride1, out_stride1,
-            tokens, xa_stride, addend_stride, block - blocks0, BASE, ADDEND, R, BT, BO, WIDE,
-        )  # fmt: skip
-    else:
-        _up_tile(
-            xa2, b2, base2, addend_ptr, out2, s2, r2, w2, base_stride2, out_stride2,
-            tokens, xa_stride, addend_stride, block - blocks0 - blocks1, BASE, ADDEND, R, BT, BO, WIDE,
-        )  # fmt: skip
 
 
 def up_config(tokens: int, rank: int) -> dict[str, int]:
@@ -176,18 +164,14 @@ def _down(
 
 
 @cache
-def down_config(tokens: int, rank: int, sms: int) -> dict[str, int]:
-    """As many tokens a program as still leave a program for every processor."""
-    block = 16
+def down_config(tokens: int, rank: int, element: int, sms: int, shared: int) -> dict[str, int]:
+    """As many tokens a program as still leave a program for every processor, as long an inner block as fits."""
+    block, inner = 16, 256
     while block < 64 and triton.cdiv(tokens, 2 * block) * 10 >= sms * 9:
         block *= 2
-    # Bytes in flight: 3 stages of (tokens + ranks) · inner · 2.
-    return {
-        "BT": block,
-        "BK": 128 if rank > 64 else 256,
-        "num_warps": 4,
-        "num_stages": 3 if rank <= 64 else 2,
-    }
+    while inner > 32 and 3 * (block + rank) * inner * element > shared - 16 * 1024:
+        inner //= 2
+    return {"BT": block, "BK": inner, "num_warps": 4, "num_stages": 3}
 
 
 def down(x: Tensor, a: Tensor) -> Tensor:
@@ -195,7 +179,7 @@ def down(x: Tensor, a: Tensor) -> Tensor:
     (tokens, width), rank = x.shape, a.shape[0]
     out = torch.empty(tokens, rank, dtype=x.dtype, device=x.device)
     padded = rank_block([rank])
-    config = down_config(tokens, padded, sms_of(x.device))
+    config = down_config(tokens, padded, x.element_size(), *limits(x.device))
     if tokens:
         _down[(triton.cdiv(tokens, config["BT"]),)](
             x, a, out, tokens, width, rank, x.stride(0), a.stride(0), R=padded, WIDE=is_wide(x), **config
@@ -203,5 +187,12 @@ def down(x: Tensor, a: Tensor) -> Tensor:
     return out
 
 
-def sms_of(device: torch.device) -> int:
-    return processors((device.index or 0) if device.type == "cuda" else -1)
+@cache
+def _limits(index: int) -> tuple[int, int]:
+    properties = torch.cuda.get_device_properties(index)
+    return properties.multi_processor_count, properties.shared_memory_per_block_optin
+
+
+def limits(device: torch.device) -> tuple[int, int]:
+    """(processors, bytes of shared memory a program can have); small numbers for the interpreter."""
+    return _limits(device.index or 0) if device.type == "cuda" else (2, 64 * 1024)

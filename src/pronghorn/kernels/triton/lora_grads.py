@@ -15,17 +15,30 @@ import triton.language as tl
 from torch import Tensor
 
 from pronghorn.kernels.triton.launch import unit_rows
-from pronghorn.kernels.triton.lora import dot, is_wide, rank_block, sms_of, three
+from pronghorn.kernels.triton.lora import dot, is_wide, limits, rank_block, three
 
 
 @triton.jit
-def _grads_tile(
-    dy_ptr, b_ptr, xa_ptr, dxa_partial_ptr, db_partial_ptr, rank, width, dy_stride, tokens, xa_stride, tokens_each,
-    block, first_block, column_start, columns,
+def _grads(
+    dy0, dy1, dy2, b0, b1, b2, xa0, xa1, xa2, dxa_partial_ptr, db_partial_ptr, r0, r1, r2, w0, w1, w2,
+    dy_stride0, dy_stride1, dy_stride2, blocks0, blocks1, tokens, xa_stride, tokens_each, columns,
     NEED_B: tl.constexpr, R: tl.constexpr, BT: tl.constexpr, BO: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    share = tl.program_id(1)
-    row, column, r = tl.arange(0, BT), block * BO + tl.arange(0, BO), tl.arange(0, R)
+    """A program takes a block of columns of one dY and a share of the tokens."""
+    column_block, share = tl.program_id(0), tl.program_id(1)
+    zero = column_block * 0  # makes tensors of numbers that may be constants, so that the branches agree
+    dy_ptr, b_ptr, xa_ptr = dy0, b0, xa0
+    rank, width, dy_stride = zero + r0, zero + w0, zero + dy_stride0
+    first, column_start = zero, zero
+    if column_block >= blocks0 + blocks1:
+        dy_ptr, b_ptr, xa_ptr = dy2, b2, xa2
+        rank, width, dy_stride = zero + r2, zero + w2, zero + dy_stride2
+        first, column_start = zero + blocks0 + blocks1, zero + w0 + w1
+    elif column_block >= blocks0:
+        dy_ptr, b_ptr, xa_ptr = dy1, b1, xa1
+        rank, width, dy_stride = zero + r1, zero + w1, zero + dy_stride1
+        first, column_start = zero + blocks0, zero + w0
+    row, column, r = tl.arange(0, BT), (column_block - first) * BO + tl.arange(0, BO), tl.arange(0, R)
     known_column, known_rank = column < width, r < rank
     b = tl.load(
         b_ptr + column[:, None] * rank + r[None, :],
@@ -34,9 +47,9 @@ def _grads_tile(
     )
     db = tl.zeros([BO, R], dtype=tl.float32)
     begin = share * tokens_each
-    # Partial dXA: one slab [tokens, R] for every block of columns.
-    slab = dxa_partial_ptr + (first_block + block).to(tl.int64) * tokens * R
     at = begin.to(tl.int64)
+    # Partial dXA: one slab [tokens, R] for every block of columns.
+    slab = dxa_partial_ptr + column_block.to(tl.int64) * tokens * R
     for start in range(begin, tl.minimum(begin + tokens_each, tokens), BT):
         known_row = row < tokens - start
         dy = tl.load(
@@ -55,30 +68,6 @@ def _grads_tile(
         # Partial dB: one slab [columns of all parts, R] for every share of the tokens.
         slab_b = db_partial_ptr + (share.to(tl.int64) * columns + column_start) * R
         tl.store(slab_b + column[:, None] * R + r[None, :], db, mask=known_column[:, None])
-
-
-@triton.jit
-def _grads(
-    dy0, dy1, dy2, b0, b1, b2, xa0, xa1, xa2, dxa_partial_ptr, db_partial_ptr, r0, r1, r2, w0, w1, w2,
-    dy_stride0, dy_stride1, dy_stride2, blocks0, blocks1, tokens, xa_stride, tokens_each, columns,
-    NEED_B: tl.constexpr, R: tl.constexpr, BT: tl.constexpr, BO: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
-    block = tl.program_id(0)
-    if block < blocks0:
-        _grads_tile(
-            dy0, b0, xa0, dxa_partial_ptr, db_partial_ptr, r0, w0, dy_stride0, tokens, xa_stride, tokens_each,
-            block, 0, 0, columns, NEED_B, R, BT, BO, WIDE,
-        )  # fmt: skip
-    elif block < blocks0 + blocks1:
-        _grads_tile(
-            dy1, b1, xa1, dxa_partial_ptr, db_partial_ptr, r1, w1, dy_stride1, tokens, xa_stride, tokens_each,
-            block - blocks0, blocks0, w0, columns, NEED_B, R, BT, BO, WIDE,
-        )  # fmt: skip
-    else:
-        _grads_tile(
-            dy2, b2, xa2, dxa_partial_ptr, db_partial_ptr, r2, w2, dy_stride2, tokens, xa_stride, tokens_each,
-            block - blocks0 - blocks1, blocks0 + blocks1, w0 + w1, columns, NEED_B, R, BT, BO, WIDE,
-        )  # fmt: skip
 
 
 @triton.jit
@@ -165,8 +154,22 @@ def _sum_grads(
             _sum_tile(at, db2, slab_b, shares, wanted2, r2, R, db_stride2, s2, block, 0, True, ROWS, R, 8)
 
 
+def _columns(large: bool, widest: int, rank: int, element: int, shared: int) -> tuple[int, int, int]:
+    """(columns of a block, stages, programs a processor holds) that fit in shared memory."""
+    columns = {16: 512 if large else 256, 32: 256, 64: 128}.get(rank, 64)
+    columns = min(columns, max(triton.next_power_of_2(widest), 64))
+    while True:
+        stages = 2 if columns == 256 else 3
+        taken = (stages * 64 * (columns + rank) + columns * rank) * element + 12 * 1024
+        if taken <= shared or columns == 64:
+            return columns, stages, 2 if 2 * taken <= shared else 1
+        columns //= 2
+
+
 @cache
-def grads_config(tokens: int, widths: tuple[int, ...], rank: int, sms: int) -> dict[str, int]:
+def grads_config(
+    tokens: int, widths: tuple[int, ...], rank: int, element: int, sms: int, shared: int
+) -> dict[str, int]:
     """Tiles and the number of shares of tokens ("SHARES") for `output_grads`.
 
     A block of BO columns writes a partial dXA of 2·R/BO of its bytes and a share of tokens a partial dB of
@@ -174,16 +177,15 @@ def grads_config(tokens: int, widths: tuple[int, ...], rank: int, sms: int) -> d
     of programs is taken.
     """
     large = tokens * sum(widths) >= 2**25
-    columns = {16: 512 if large else 256, 32: 256, 64: 128}.get(rank, 64)
-    columns = min(columns, max(triton.next_power_of_2(max(widths)), 64))
-    block, resident = 64 if tokens > 32 else 16, 1 if columns == 512 else 2
+    columns, stages, resident = _columns(large, max(widths), rank, element, shared)
+    block = 64 if tokens > 32 else 16
     blocks = sum(triton.cdiv(width, columns) for width in widths)
     best, best_cost = (1, tokens), float("inf")
     for shares in range(1, min(triton.cdiv(tokens, block), 128) + 1):
         each = triton.cdiv(triton.cdiv(tokens, shares), block) * block
         count = triton.cdiv(tokens, each)
         waves = triton.cdiv(blocks * count, sms * resident)
-        cost = waves * sms * resident * each * columns * 2 + count * sum(widths) * rank * 8
+        cost = waves * sms * resident * each * columns * element + count * sum(widths) * rank * 8
         if cost < best_cost:
             best, best_cost = (count, each), cost
     return {
@@ -192,7 +194,7 @@ def grads_config(tokens: int, widths: tuple[int, ...], rank: int, sms: int) -> d
         "BT": block,
         "BO": columns,
         "num_warps": 8 if columns == 512 else 4,
-        "num_stages": 3,
+        "num_stages": stages,
     }
 
 
@@ -212,7 +214,7 @@ def output_grads(
     need_b = xa is not None and any(grad is not None for grad in b_grads)
     xa = unit_rows(xa) if xa is not None and need_b else dxa
     padded, columns = rank_block(ranks), sum(widths)
-    config = dict(grads_config(tokens, tuple(widths), padded, sms_of(device)))
+    config = dict(grads_config(tokens, tuple(widths), padded, dxa.element_size(), *limits(device)))
     shares, each = config.pop("SHARES"), config.pop("TOKENS_EACH")
     blocks = [triton.cdiv(width, config["BO"]) for width in widths]
     dxa_partial = torch.empty(sum(blocks), tokens, padded, dtype=torch.float32, device=device)
@@ -277,9 +279,11 @@ def _sum_a_grads(
 
 
 @cache
-def a_grads_config(tokens: int, width: int, rank: int, sms: int) -> dict[str, int]:
+def a_grads_config(tokens: int, width: int, rank: int, element: int, sms: int, shared: int) -> dict[str, int]:
     """Two programs a processor; a share of tokens costs 2·R/tokens of the bytes of x, written and read again."""
     columns = 256 if rank <= 32 else 128
+    while columns > 32 and 3 * 64 * (columns + rank) * element > shared - 16 * 1024:
+        columns //= 2
     blocks = triton.cdiv(width, columns)
     shares = max(1, min(triton.cdiv(2 * sms, blocks), triton.cdiv(tokens, 128)))
     each = triton.cdiv(triton.cdiv(tokens, shares), 64) * 64
@@ -294,7 +298,7 @@ def accumulate_a(a_grad: Tensor, dxa: Tensor, x: Tensor) -> Tensor:
     if not tokens:
         return a_grad
     padded = rank_block([rank])
-    config = dict(a_grads_config(tokens, width, padded, sms_of(x.device)))
+    config = dict(a_grads_config(tokens, width, padded, x.element_size(), *limits(x.device)))
     each = config.pop("TOKENS_EACH")
     shares = triton.cdiv(tokens, each)
     partial = torch.empty(shares, rank, width, dtype=torch.float32, device=x.device)
