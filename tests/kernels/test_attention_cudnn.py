@@ -1,4 +1,4 @@
-"""The layout that cuDNN is told: its plans are interpreted here, so offsets, lengths and strides are checked on a CPU."""
+"""The layout that cuDNN is told: plans are interpreted here, so offsets, lengths and strides are checked on a CPU."""
 
 from __future__ import annotations
 
