@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from pronghorn.kernels.glu import ACTIVATIONS, glu_backward, glu_forward
+from pronghorn.kernels.lora import LowRank
 from tests.kernels.compare import DTYPES, IMPLS, assert_near, random
 
 ORACLES = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}
@@ -32,6 +33,34 @@ def test_forward_and_backward(impl, dtype, activation, shape, inplace, device):
     assert_near(dup, grads[1])
     if inplace:
         assert [t.data_ptr() for t in (act, dgate, dup)] == [t.data_ptr() for t in (dact, gate, up)]
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 8), (70, 100)])
+@pytest.mark.parametrize("ranks", [(8, 8), (4, 32), (0, 16), (128, 0)])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_adapters_are_added_on_the_way_in(impl, dtype, shape, ranks, inplace, device):
+    """Gate and up without their adapters' share give what the whole ones give, with one rounding less."""
+    rows, width = shape
+    both = random(rows, 2 * width, dtype=dtype, device=device)
+    gate, up = both[:, :width], both[:, width:]
+    dact = random(rows, width, dtype=dtype, device=device, seed=2)
+    xa = random(rows, sum(ranks), dtype=dtype, device=device, seed=3, scale=0.3)
+    adapters, leaves = [], []
+    for i, (base, part, rank) in enumerate(zip((gate, up), xa.split(list(ranks), 1), ranks, strict=True)):
+        b = random(width, rank, dtype=dtype, device=device, seed=4 + i, scale=0.3)
+        adapters.append(LowRank(part, b, 0.5 + i) if rank else None)
+        leaves.append((base.double() + (0.5 + i) * part.double() @ b.double().t()).requires_grad_())
+    expected = F.silu(leaves[0]) * leaves[1]
+    grads = torch.autograd.grad(expected, leaves, dact.double())
+    given = {"gate_adapter": adapters[0], "up_adapter": adapters[1], "impl": impl}
+    assert_near(glu_forward(gate, up, "silu", **given), expected, slack=2.0)
+    found = glu_backward(dact, gate, up, "silu", inplace=inplace, **given)
+    for one, want in zip(found, (expected, *grads), strict=True):
+        assert_near(one, want, slack=2.0)
+    if inplace:
+        assert [t.data_ptr() for t in found] == [t.data_ptr() for t in (dact, gate, up)]
 
 
 @pytest.mark.parametrize("impl", IMPLS)

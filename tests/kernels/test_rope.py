@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pronghorn.kernels.rope import qk_rope_backward, qk_rope_forward
+from pronghorn.kernels.lora import LowRank
+from pronghorn.kernels.rope import adapted_rope_, qk_rope_backward, qk_rope_forward
 from tests.kernels.compare import DTYPES, IMPLS, assert_near, random
 
 # tokens, q heads, k heads, head size, rotated part
@@ -70,6 +71,37 @@ def test_in_place_on_slices_of_one_buffer(impl, device):
     assert_near(buffer[:, :32].reshape(4, 2, 16), expected_q)
     assert_near(buffer[:, 64:80].reshape(4, 1, 16), expected_k)
     assert torch.equal(buffer[:, 32:64], before[:, 32:64]) and torch.equal(buffer[:, 80:], before[:, 80:])
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [*SHAPES, (50, 4, 2, 64, 64), (33, 2, 1, 80, 32)])
+@pytest.mark.parametrize("ranks", [(8, 8, 8), (16, 0, 64), (0, 0, 0)])
+def test_adapters_are_added_on_the_way(impl, dtype, shape, ranks, device):
+    """q, k, v are column slices of one buffer; the adapters' shares are added before q and k are rotated."""
+    tokens, heads, kv_heads, head_dim, rotated = shape
+    counts = (heads, kv_heads, kv_heads)
+    buffer = random(tokens, sum(counts) * head_dim + 8, dtype=dtype, device=device)
+    cos, sin = (a.to(dtype) for a in angles(tokens, rotated, device))
+    xa = random(tokens, max(sum(ranks), 1), dtype=dtype, device=device, seed=3, scale=0.3)
+    parts, adapters, expected, at, column = [], [], [], 0, 0
+    for i, (count, rank) in enumerate(zip(counts, ranks, strict=True)):
+        part = buffer[:, at : at + count * head_dim].view(tokens, count, head_dim)
+        whole = part.double()
+        adapter = None
+        if rank:
+            b = random(count * head_dim, rank, dtype=dtype, device=device, seed=4 + i, scale=0.3)
+            adapter = LowRank(xa[:, column : column + rank], b, 0.5 + i)
+            whole = whole + ((0.5 + i) * adapter.xa.double() @ b.double().t()).view(part.shape)
+        parts.append(part)
+        adapters.append(adapter)
+        expected.append(oracle(whole, cos, sin) if i < 2 else whole)
+        at, column = at + count * head_dim, column + rank
+    beyond = buffer[:, at:].clone()
+    adapted_rope_(*parts, cos, sin, tuple(adapters), impl=impl)
+    for part, want in zip(parts, expected, strict=True):
+        assert_near(part, want, slack=2.0)
+    assert torch.equal(buffer[:, at:], beyond)
 
 
 @pytest.mark.parametrize("impl", IMPLS)

@@ -3,6 +3,9 @@
     dgate = dact · up · f'(gate),   dup = dact · f(gate)
 
 Backward rebuilds act in the same pass, since the down projection's gradients need it and nothing keeps it.
+
+gate and up may come without their adapters' share, which is then added in fp32 on the way in: gate + s · XA Bᵀ. The
+frozen products are so written and read once, and nobody adds to them in between.
 """
 
 from __future__ import annotations
@@ -13,22 +16,33 @@ import torch
 from torch import Tensor
 
 from pronghorn.kernels.dispatch import Impl, math_dtype, use_triton
+from pronghorn.kernels.lora import LowRank
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 GELU_TANH = math.sqrt(2.0 / math.pi)
 GELU_CUBIC = 0.044715
 
 
-def glu_forward(gate: Tensor, up: Tensor, activation: str, *, impl: Impl | None = None) -> Tensor:
-    """act [T, I] of gate and up [T, I], which may be column slices of a wider buffer (rows strided)."""
+def glu_forward(
+    gate: Tensor,
+    up: Tensor,
+    activation: str,
+    *,
+    gate_adapter: LowRank | None = None,
+    up_adapter: LowRank | None = None,
+    impl: Impl | None = None,
+) -> Tensor:
+    """act [T, I] of gate and up [T, I], which may be column slices of a wider buffer (rows strided).
+
+    With `gate_adapter` and `up_adapter` the shares that gate and up lack are added before anything else.
+    """
     _check(activation)
     if use_triton(gate, impl):
         from pronghorn.kernels.triton.glu import forward
 
-        return forward(gate, up, activation)
-    wide = gate.to(math_dtype(gate.dtype))
-    value, _ = _value_and_slope(wide, activation, slope=False)
-    return value.mul_(up).to(gate.dtype)
+        return forward(gate, up, activation, gate_adapter, up_adapter)
+    value, _ = _value_and_slope(_whole(gate, gate_adapter), activation, slope=False)
+    return value.mul_(_whole(up, up_adapter)).to(gate.dtype)
 
 
 def glu_backward(
@@ -37,6 +51,8 @@ def glu_backward(
     up: Tensor,
     activation: str,
     *,
+    gate_adapter: LowRank | None = None,
+    up_adapter: LowRank | None = None,
     inplace: bool = False,
     impl: Impl | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -45,16 +61,21 @@ def glu_backward(
     if use_triton(gate, impl):
         from pronghorn.kernels.triton.glu import backward
 
-        return backward(dact, gate, up, activation, inplace)
-    wide = gate.to(math_dtype(gate.dtype))
+        return backward(dact, gate, up, activation, gate_adapter, up_adapter, inplace)
+    wide, above = _whole(gate, gate_adapter), _whole(up, up_adapter)
     value, slope = _value_and_slope(wide, activation)
-    grad, above = dact.to(wide.dtype), up.to(wide.dtype)
+    grad = dact.to(wide.dtype)
     act = (value * above).to(gate.dtype)
     dgate = slope.mul_(above).mul_(grad).to(gate.dtype)
     dup = value.mul_(grad).to(gate.dtype)
     if inplace:
         return dact.copy_(act), gate.copy_(dgate), up.copy_(dup)
     return act, dgate, dup
+
+
+def _whole(base: Tensor, adapter: LowRank | None) -> Tensor:
+    """base with its adapter's share, in the dtype of arithmetic; never written to."""
+    return base.to(math_dtype(base.dtype)) if adapter is None else adapter.add_to(base)
 
 
 def _check(activation: str) -> None:

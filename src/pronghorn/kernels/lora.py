@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pronghorn.kernels.dispatch import Impl, use_triton
+from pronghorn.kernels.dispatch import Impl, math_dtype, use_triton
 
 #: most adapters one launch takes: q, k and v
 MOST_PARTS = 3
@@ -35,8 +35,9 @@ class LowRank(NamedTuple):
     scaling: float
 
     def add_to(self, base: Tensor) -> Tensor:
-        """base [T, out] + the share, as a new tensor; the reference of kernels that add it on the fly."""
-        return torch.addmm(base, self.xa, self.b.t(), alpha=self.scaling)
+        """base [T, out] + the share, unrounded in fp32 (fp64): the reference of kernels that add it on the fly."""
+        dtype = math_dtype(base.dtype)
+        return torch.addmm(base.to(dtype), self.xa.to(dtype), self.b.to(dtype).t(), alpha=self.scaling)
 
 
 # --- gradients that accumulate in fp32 -------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pronghorn.kernels.dispatch import Impl, math_dtype, use_triton
+from pronghorn.kernels.lora import LowRank
 
 
 def qk_rope_forward(
@@ -54,6 +55,35 @@ def qk_rope_forward(
         rotated = _rotate(wide, cos, sin)
         outputs.append(x.copy_(rotated) if inplace else rotated.to(x.dtype))
     return outputs[0], outputs[1]
+
+
+def adapted_rope_(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    adapters: tuple[LowRank | None, LowRank | None, LowRank | None],
+    *,
+    impl: Impl | None = None,
+) -> None:
+    """Add to q, k and v what their adapters lack and rotate q and k, in place and in one launch.
+
+    The sum and the rotation are fp32, so there is one rounding, where adding first and rotating then has two.
+
+    Args:
+        q: [T, N, D]. k, v: [T, K, D]. cos, sin: as for `qk_rope_forward`. adapters: of q, k and v, with b [N·D, R].
+    """
+    if use_triton(q, impl):
+        from pronghorn.kernels.triton.rope import adapted_rope_ as triton_adapted
+
+        triton_adapted(q, k, v, cos, sin, adapters)
+        return
+    for x, adapter, rotates in zip((q, k, v), adapters, (True, True, False), strict=True):
+        base = x.reshape(x.shape[0], -1)
+        wide = base.to(math_dtype(x.dtype)) if adapter is None else adapter.add_to(base)
+        wide = wide.view(x.shape)
+        x.copy_(_rotate(wide, cos, sin) if rotates else wide)
 
 
 def qk_rope_backward(

@@ -1,4 +1,5 @@
-"""Gated linear units in Triton: elementwise over a row and a block of columns, one pass each way."""
+"""Gated linear units in Triton, one pass each way: elementwise over a row and a block of columns; over tiles of tokens
+and columns where adapters' shares are added on the way in."""
 
 from __future__ import annotations
 
@@ -7,7 +8,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pronghorn.kernels.lora import LowRank
 from pronghorn.kernels.triton.launch import unit_rows
+from pronghorn.kernels.triton.lora import is_wide, rank_block, share
 
 BLOCK = 1024
 
@@ -66,11 +69,104 @@ def _backward(
     tl.store(dup_ptr + row * dup_stride + columns, (dact * value).to(dtype), mask=inside)
 
 
-def forward(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+@triton.jit
+def _forward_adapted(
+    gate_ptr, up_ptr, act_ptr, xa_gate_ptr, b_gate_ptr, xa_up_ptr, b_up_ptr, s_gate, s_up, rank_gate, rank_up,
+    gate_stride, up_stride, xa_gate_stride, xa_up_stride, tokens, width,
+    ACTIVATION: tl.constexpr, R: tl.constexpr, BT: tl.constexpr, BO: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    start = tl.program_id(1).to(tl.int64) * BT
+    row, column = tl.arange(0, BT), tl.program_id(0) * BO + tl.arange(0, BO)
+    known_row, known_column = row < tokens - start, column < width
+    inside = known_row[:, None] & known_column[None, :]
+    at = start * gate_stride + row[:, None] * gate_stride + column[None, :]
+    gate = tl.load(gate_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    at = start * up_stride + row[:, None] * up_stride + column[None, :]
+    up = tl.load(up_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    gate += share(
+        xa_gate_ptr,
+        b_gate_ptr,
+        s_gate,
+        rank_gate,
+        xa_gate_stride,
+        start,
+        row,
+        column,
+        known_row,
+        known_column,
+        R,
+        WIDE,
+    )
+    up += share(
+        xa_up_ptr, b_up_ptr, s_up, rank_up, xa_up_stride, start, row, column, known_row, known_column, R, WIDE
+    )
+    value, _ = _value_and_slope(gate, ACTIVATION)
+    to = act_ptr + start * width + row[:, None] * width + column[None, :]
+    tl.store(to, (value * up).to(act_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _backward_adapted(
+    dact_ptr, gate_ptr, up_ptr, act_ptr, dgate_ptr, dup_ptr,
+    xa_gate_ptr, b_gate_ptr, xa_up_ptr, b_up_ptr, s_gate, s_up, rank_gate, rank_up,
+    dact_stride, gate_stride, up_stride, act_stride, dgate_stride, dup_stride, xa_gate_stride, xa_up_stride,
+    tokens, width,
+    ACTIVATION: tl.constexpr, R: tl.constexpr, BT: tl.constexpr, BO: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    start = tl.program_id(1).to(tl.int64) * BT
+    row, column = tl.arange(0, BT), tl.program_id(0) * BO + tl.arange(0, BO)
+    known_row, known_column = row < tokens - start, column < width
+    inside = known_row[:, None] & known_column[None, :]
+    # All loads come before the stores, which may go to the same addresses.
+    at = start * gate_stride + row[:, None] * gate_stride + column[None, :]
+    gate = tl.load(gate_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    at = start * up_stride + row[:, None] * up_stride + column[None, :]
+    up = tl.load(up_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    at = start * dact_stride + row[:, None] * dact_stride + column[None, :]
+    dact = tl.load(dact_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    gate += share(
+        xa_gate_ptr,
+        b_gate_ptr,
+        s_gate,
+        rank_gate,
+        xa_gate_stride,
+        start,
+        row,
+        column,
+        known_row,
+        known_column,
+        R,
+        WIDE,
+    )
+    up += share(
+        xa_up_ptr, b_up_ptr, s_up, rank_up, xa_up_stride, start, row, column, known_row, known_column, R, WIDE
+    )
+    value, slope = _value_and_slope(gate, ACTIVATION)
+    dtype: tl.constexpr = act_ptr.dtype.element_ty
+    to = act_ptr + start * act_stride + row[:, None] * act_stride + column[None, :]
+    tl.store(to, (value * up).to(dtype), mask=inside)
+    to = dgate_ptr + start * dgate_stride + row[:, None] * dgate_stride + column[None, :]
+    tl.store(to, (dact * up * slope).to(dtype), mask=inside)
+    to = dup_ptr + start * dup_stride + row[:, None] * dup_stride + column[None, :]
+    tl.store(to, (dact * value).to(dtype), mask=inside)
+
+
+def forward(
+    gate: Tensor, up: Tensor, activation: str, gate_adapter: LowRank | None, up_adapter: LowRank | None
+) -> Tensor:
     gate, up = unit_rows(gate), unit_rows(up)
     rows, width = gate.shape
     act = torch.empty(rows, width, dtype=gate.dtype, device=gate.device)
-    if act.numel():
+    if not act.numel():
+        return act
+    adapters = _adapters(gate_adapter, up_adapter)
+    if adapters is not None:
+        tensors, numbers, strides, config = adapters
+        _forward_adapted[(triton.cdiv(width, config["BO"]), triton.cdiv(rows, config["BT"]))](
+            gate, up, act, *tensors, *numbers, gate.stride(0), up.stride(0), *strides, rows, width,
+            ACTIVATION=activation, WIDE=is_wide(gate), **config,
+        )  # fmt: skip
+    else:
         _forward[(rows, triton.cdiv(width, BLOCK))](
             gate,
             up,
@@ -86,7 +182,13 @@ def forward(gate: Tensor, up: Tensor, activation: str) -> Tensor:
 
 
 def backward(
-    dact: Tensor, gate: Tensor, up: Tensor, activation: str, inplace: bool
+    dact: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    activation: str,
+    gate_adapter: LowRank | None,
+    up_adapter: LowRank | None,
+    inplace: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     if inplace:
         if any(x.stride(-1) != 1 for x in (dact, gate, up)):
@@ -97,10 +199,51 @@ def backward(
         outputs = tuple(torch.empty(gate.shape, dtype=gate.dtype, device=gate.device) for _ in range(3))
     act, dgate, dup = outputs
     rows, width = gate.shape
-    if gate.numel():
-        _backward[(rows, triton.cdiv(width, BLOCK))](
-            dact, gate, up, act, dgate, dup,
-            *(x.stride(0) for x in (dact, gate, up, act, dgate, dup)), width,
-            ACTIVATION=activation, BLOCK=BLOCK, num_warps=4,
+    if not gate.numel():
+        return act, dgate, dup
+    row_strides = [x.stride(0) for x in (dact, gate, up, act, dgate, dup)]
+    adapters = _adapters(gate_adapter, up_adapter)
+    if adapters is not None:
+        tensors, numbers, strides, config = adapters
+        _backward_adapted[(triton.cdiv(width, config["BO"]), triton.cdiv(rows, config["BT"]))](
+            dact, gate, up, act, dgate, dup, *tensors, *numbers, *row_strides, *strides, rows, width,
+            ACTIVATION=activation, WIDE=is_wide(gate), **config,
         )  # fmt: skip
+    else:
+        _backward[(rows, triton.cdiv(width, BLOCK))](
+            dact,
+            gate,
+            up,
+            act,
+            dgate,
+            dup,
+            *row_strides,
+            width,
+            ACTIVATION=activation,
+            BLOCK=BLOCK,
+            num_warps=4,
+        )
     return act, dgate, dup
+
+
+def _adapters(
+    gate: LowRank | None, up: LowRank | None
+) -> tuple[list[Tensor], list[float | int], list[int], dict[str, int]] | None:
+    """Kernel arguments of both adapters: tensors, scalings and ranks, strides of XA, configuration; None without."""
+    given = [adapter for adapter in (gate, up) if adapter is not None]
+    if not given:
+        return None
+    tensors, scalings, ranks, strides = [], [], [], []
+    for adapter in (gate, up):
+        xa, b, scaling = given[0] if adapter is None else adapter
+        xa = unit_rows(xa)
+        tensors += [xa, b.contiguous()]
+        scalings.append(float(scaling))
+        ranks.append(0 if adapter is None else b.shape[1])
+        strides.append(xa.stride(0))
+    return tensors, [*scalings, *ranks], strides, {"R": rank_block(ranks), **tile_config()}
+
+
+def tile_config() -> dict[str, int]:
+    """64 × 64: 32 fp32 numbers a thread and operand, of which backward holds five."""
+    return {"BT": 64, "BO": 64, "num_warps": 4}

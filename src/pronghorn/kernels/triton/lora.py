@@ -29,6 +29,36 @@ def dot(a, b, WIDE: tl.constexpr):
     return tl.dot(a, b)
 
 
+@triton.jit
+def share(
+    xa_ptr,
+    b_ptr,
+    scaling,
+    rank,
+    xa_stride,
+    start,
+    row,
+    column,
+    known_row,
+    known_column,
+    R: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """scaling · xa bᵀ of a tile in fp32; rank 0: nothing."""
+    r = tl.arange(0, R)
+    known_rank = r < rank
+    xa = tl.load(
+        xa_ptr + start * xa_stride + row[:, None] * xa_stride + r[None, :],
+        mask=known_row[:, None] & known_rank[None, :], other=0.0,
+    )  # fmt: skip
+    b = tl.load(
+        b_ptr + column[:, None] * rank + r[None, :],
+        mask=known_column[:, None] & known_rank[None, :],
+        other=0.0,
+    )
+    return dot(xa, tl.trans(b), WIDE) * scaling
+
+
 def is_wide(x: Tensor) -> bool:
     return x.dtype == torch.float32 or not x.is_cuda
 

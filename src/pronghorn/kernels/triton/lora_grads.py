@@ -77,14 +77,18 @@ def _sum_tile(
 ):  # fmt: skip
     """out [rows, columns] (+)= scaling · Σ of `count` slabs; DEPTH of them are in flight at once."""
     row = row_block.to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    column, depth = column_block * COLUMNS + tl.arange(0, COLUMNS), tl.arange(0, DEPTH)
+    column = column_block * COLUMNS + tl.arange(0, COLUMNS)
     inside = (row[:, None] < rows) & (column[None, :] < columns)
-    offset = row[:, None] * partial_stride + column[None, :]
+    at = partial_ptr + row[:, None] * partial_stride + column[None, :]
     total = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
-    for start in range(0, count, DEPTH):
-        which = start + depth
-        at = partial_ptr + which.to(tl.int64)[:, None, None] * slab + offset[None, :, :]
-        total += tl.sum(tl.load(at, mask=(which < count)[:, None, None] & inside[None, :, :], other=0.0), 0)
+    whole = count // DEPTH * DEPTH
+    for _ in range(0, whole, DEPTH):
+        for _depth in tl.static_range(DEPTH):
+            total += tl.load(at, mask=inside, other=0.0)
+            at += slab
+    for _ in range(whole, count):
+        total += tl.load(at, mask=inside, other=0.0)
+        at += slab
     total *= scaling
     to = out_ptr + row[:, None] * out_stride + column[None, :]
     if ADD:

@@ -1,4 +1,5 @@
-"""RoPE with optional per-head RMSNorm in Triton: a program takes one token and a group of heads of q or of k."""
+"""RoPE with optional per-head RMSNorm in Triton: a program takes one token and a group of heads of q or of k; with
+adapters to add, a tile of tokens and one head of q, k or v."""
 
 from __future__ import annotations
 
@@ -6,6 +7,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from pronghorn.kernels.lora import LowRank
+from pronghorn.kernels.triton.launch import unit_rows
+from pronghorn.kernels.triton.lora import LEAST_RANK, is_wide, rank_block, share
 
 # Heads a program holds at once; more reuse of cos and sin against more registers (16 × 128 fp32 = 8 KiB).
 HEADS = 16
@@ -167,6 +172,73 @@ def _backward(
         )  # fmt: skip
 
 
+@triton.jit
+def _adapted(
+    q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, xa0, xa1, xa2, b0, b1, b2, s0, s1, s2, r0, r1, r2,
+    q_heads, k_heads, q_stride, k_stride, v_stride, xa_stride0, xa_stride1, xa_stride2, tokens,
+    D: tl.constexpr, ROTATED: tl.constexpr, HALF_BLOCK: tl.constexpr, REST_BLOCK: tl.constexpr,
+    R: tl.constexpr, BT: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """One head of q, k or v for BT tokens: x + s · XA Bᵀ, rotated unless it is v (angle 0)."""
+    head = tl.program_id(0)
+    zero = head * 0  # makes tensors of numbers that may be constants, so that the branches agree
+    half: tl.constexpr = ROTATED // 2
+    turned = zero + half  # columns of each half that turn: none of v's
+    x_ptr, xa_ptr, b_ptr, scaling = q_ptr, xa0, b0, zero + s0
+    rank, stride, xa_stride = zero + r0, zero + q_stride, zero + xa_stride0
+    if head >= q_heads + k_heads:
+        x_ptr, xa_ptr, b_ptr, scaling = v_ptr, xa2, b2, zero + s2
+        rank, stride, xa_stride = zero + r2, zero + v_stride, zero + xa_stride2
+        head, turned = head - (q_heads + k_heads), zero
+    elif head >= q_heads:
+        x_ptr, xa_ptr, b_ptr, scaling = k_ptr, xa1, b1, zero + s1
+        rank, stride, xa_stride = zero + r1, zero + k_stride, zero + xa_stride1
+        head = head - q_heads
+    start = tl.program_id(1).to(tl.int64) * BT
+    row, column = tl.arange(0, BT), tl.arange(0, HALF_BLOCK)
+    known_row, known = row < tokens - start, column < half
+    inside = known_row[:, None] & known[None, :]
+    at = x_ptr + start * stride + row[:, None] * stride + head * D + column[None, :]
+    first = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    second = tl.load(at + half, mask=inside, other=0.0).to(tl.float32)
+    first += share(
+        xa_ptr, b_ptr, scaling, rank, xa_stride, start, row, head * D + column, known_row, known, R, WIDE
+    )
+    second += share(
+        xa_ptr,
+        b_ptr,
+        scaling,
+        rank,
+        xa_stride,
+        start,
+        row,
+        head * D + half + column,
+        known_row,
+        known,
+        R,
+        WIDE,
+    )
+    angle = start * ROTATED + row[:, None] * ROTATED + column[None, :]
+    turns = known_row[:, None] & (column < turned)[None, :]
+    cos_first = tl.load(cos_ptr + angle, mask=turns, other=1.0).to(tl.float32)
+    cos_second = tl.load(cos_ptr + angle + half, mask=turns, other=1.0).to(tl.float32)
+    sin_first = tl.load(sin_ptr + angle, mask=turns, other=0.0).to(tl.float32)
+    sin_second = tl.load(sin_ptr + angle + half, mask=turns, other=0.0).to(tl.float32)
+    dtype: tl.constexpr = q_ptr.dtype.element_ty
+    tl.store(at, (first * cos_first - second * sin_first).to(dtype), mask=inside)
+    tl.store(at + half, (second * cos_second + first * sin_second).to(dtype), mask=inside)
+    if REST_BLOCK > 0:
+        column = ROTATED + tl.arange(0, REST_BLOCK)
+        known = column < D
+        inside = known_row[:, None] & known[None, :]
+        at = x_ptr + start * stride + row[:, None] * stride + head * D + column[None, :]
+        rest = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+        rest += share(
+            xa_ptr, b_ptr, scaling, rank, xa_stride, start, row, head * D + column, known_row, known, R, WIDE
+        )
+        tl.store(at, rest.to(dtype), mask=inside)
+
+
 def _heads_packed(x: Tensor) -> Tensor:
     """x [T, N, D] with heads and elements contiguous inside a token; tokens may be strided."""
     return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()
@@ -210,6 +282,35 @@ def forward(
             NORM=q_weight is not None, **_blocks(head_dim, cos.shape[-1]), num_warps=4,
         )  # fmt: skip
     return q_out, k_out
+
+
+def adapted_rope_(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    adapters: tuple[LowRank | None, LowRank | None, LowRank | None],
+) -> None:
+    if any(_heads_packed(x) is not x for x in (q, k, v)):
+        raise ValueError("in place needs heads and elements contiguous inside a token")
+    cos, sin = cos.contiguous(), sin.contiguous()
+    tokens, heads, head_dim = q.shape
+    rotated = cos.shape[-1]
+    given = next((adapter for adapter in adapters if adapter is not None), None)
+    xas = [unit_rows((adapter or given).xa) if given else q for adapter in adapters]
+    bs = [(adapter or given).b.contiguous() if given else q for adapter in adapters]
+    ranks = [adapter.b.shape[1] if adapter else 0 for adapter in adapters]
+    scalings = [float(adapter.scaling) if adapter else 0.0 for adapter in adapters]
+    block = 32 if tokens > 16 else 16
+    if tokens:
+        _adapted[(heads + 2 * k.shape[1], triton.cdiv(tokens, block))](
+            q, k, v, cos, sin, *xas, *bs, *scalings, *ranks, heads, k.shape[1],
+            q.stride(0), k.stride(0), v.stride(0), *[xa.stride(0) for xa in xas], tokens,
+            D=head_dim, ROTATED=rotated, HALF_BLOCK=max(triton.next_power_of_2(rotated // 2), LEAST_RANK),
+            REST_BLOCK=max(triton.next_power_of_2(head_dim - rotated), LEAST_RANK) if rotated < head_dim else 0,
+            R=rank_block(ranks), BT=block, WIDE=is_wide(q), num_warps=4,
+        )  # fmt: skip
 
 
 def backward(
