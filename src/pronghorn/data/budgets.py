@@ -2,7 +2,7 @@
 
 A batch is padded with documents that nobody learns from: their tokens carry no label and nothing attends to them.
 Budgets are coarse where padding is cheap (documents, the longest document, rows of the loss) and fine where it costs
-(tokens: eighths of a power of two, at most an eighth of padding, 6 % on average; none for rows packed to one length).
+(tokens: eight sizes from one power of two to the next, 6 % of padding on average; none for rows packed to one length).
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ def power_of_two(count: int) -> int:
 
 
 def token_budget(tokens: int) -> int:
-    """Tokens rounded up to an eighth of the power of two above, at least to a multiple of `GRAIN`."""
-    step = max(GRAIN, power_of_two(tokens) // 8)
+    """Tokens rounded up to a sixteenth of the power of two above, at least to a multiple of `GRAIN`."""
+    step = max(GRAIN, power_of_two(tokens) // 16)
     return -(-tokens // step) * step
 
 
@@ -49,8 +49,8 @@ class Budgets:
         return budget if self.limit is None or count > self.limit else min(budget, max(self.limit, count))
 
     def padding(self, count: int, longest: int) -> list[int]:
-        """Lengths of the documents that fill a batch of `count` tokens up, none longer than the longest real one."""
-        missing = self.tokens(count) - count
+        """Lengths of the documents that fill a batch of `count` tokens up, none longer than the longest so far."""
+        missing, longest = self.tokens(count) - count, max(longest, self._longest)
         lengths = [longest] * (missing // longest)
         return lengths + ([missing % longest] if missing % longest else [])
 

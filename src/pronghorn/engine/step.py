@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from pronghorn.blocks import ModuleProjection
 from pronghorn.engine.altered import altered_part
 from pronghorn.engine.bind import binding_of
+from pronghorn.engine.binding import host_pool
 from pronghorn.engine.flat import FlatAdapters, lay_out
 from pronghorn.engine.forward import readable_head
 from pronghorn.engine.read import Reading, read_groups
@@ -86,6 +87,7 @@ class TrainingStep:
         self._graphs: dict[tuple[int, ...], _Graph] = {}
         self._pool: Any = None
         self._stream: torch.cuda.Stream | None = None
+        self._host_bytes = 0.0
         self._model_reason: str | None = None
         self.reason: str | None = None
         self.captured, self.capture_seconds = 0, 0.0
@@ -215,8 +217,6 @@ class TrainingStep:
         backend = binding.attention_backend(device, self._compute_dtype(device), head_dim)
         if backend not in _CAPTURABLE:
             return f"attention runs as '{backend}', document by document"
-        if any(level.startswith("offload") for level in binding.save_levels):
-            return "layer inputs are parked in host memory"
         rope = getattr(binding.config, "rope_parameters", None) or {}
         if rope.get("rope_type") in ("dynamic", "longrope"):
             return f"rope type '{rope['rope_type']}' depends on each batch's longest row"
@@ -260,7 +260,16 @@ class TrainingStep:
         if self._stream is None:
             self._stream = torch.cuda.Stream(device)
             self._pool = torch.cuda.graph_pool_handle()
+            host_pool(device).most_used = 0
             self._rehearse(device)
+            self._host_bytes = host_pool(device).most_used / _REHEARSAL_TOKENS
+        if self._host_bytes:
+            # Nothing can be pinned while a graph is recorded. A quarter of a percent: tensors begin at whole 512 bytes.
+            refused = host_pool(device).reserve(
+                int(self._host_bytes * batch["input_ids"].numel() * 1.0025) + 2**20
+            )
+            if refused is not None:
+                self.binding.tell_once(f"layers keep on the GPU what should wait in host memory: {refused}")
         inputs = {name: batch[name].clone() for name in _TENSORS}
         static = {
             **inputs,
