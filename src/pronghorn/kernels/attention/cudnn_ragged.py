@@ -4,7 +4,7 @@ Statistics: [T, N] fp32, natural logarithms like FlashAttention's, so that where
 FlashAttention-2 takes the same call's place (the reason is logged once).
 
 Backward adds dq in whatever order its blocks finish, unless `torch.use_deterministic_algorithms(True)` is on, as with
-FlashAttention-2; cuDNN then keeps a quadratic workspace.
+FlashAttention-2.
 """
 
 from __future__ import annotations
