@@ -1,31 +1,72 @@
-"""4-bit dequantisation in Triton: a tile of quantisation blocks a program, both levels of scales in one launch."""
+"""4-bit dequantisation in Triton, both levels of scales in one launch.
+
+A program takes a run of 32-bit words of eight values each: a thread's eight results are one 16-byte store in 16 bits,
+and its codes come with vector loads. What does not divide into whole words goes through a kernel that reads bytes.
+"""
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-# Packed bytes a program reads: 2,048 (4,096 values) is 16 values a thread with 8 warps.
+#: Packed bytes a program of the byte kernel reads.
 TILE_BYTES = 2048
+#: 32-bit words a program takes: 8 a thread with 4 warps, 64 results each.
+WORDS = 1024
 
 
 @triton.jit
-def _dequantize(
+def _scales(
+    absmax_ptr, code2_ptr, absmax2_ptr, offset_ptr, block, known, blocksize2: tl.constexpr, NESTED: tl.constexpr
+):  # fmt: skip
+    if NESTED:
+        quantised = tl.load(absmax_ptr + block, mask=known, other=0).to(tl.int32)
+        coarse = tl.load(absmax2_ptr + block // blocksize2, mask=known, other=0.0)
+        return tl.load(code2_ptr + quantised) * coarse + tl.load(offset_ptr)
+    else:
+        return tl.load(absmax_ptr + block, mask=known, other=0.0)
+
+
+@triton.jit
+def _dequantize_words(
+    packed_ptr, absmax_ptr, code_ptr, code2_ptr, absmax2_ptr, offset_ptr, out_ptr, words, blocks,
+    blocksize2: tl.constexpr, NESTED: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_WORDS: tl.constexpr,
+    WHOLE: tl.constexpr,
+):  # fmt: skip
+    """BLOCKS blocks of BLOCK_WORDS words, a scale each. WHOLE: every program's words exist."""
+    WORDS: tl.constexpr = BLOCKS * BLOCK_WORDS
+    first = tl.program_id(0) * BLOCKS
+    block = first + tl.arange(0, BLOCKS)
+    scale = _scales(absmax_ptr, code2_ptr, absmax2_ptr, offset_ptr, block, block < blocks, blocksize2, NESTED)
+    scale = tl.reshape(tl.broadcast_to(scale[:, None], (BLOCKS, BLOCK_WORDS)), (WORDS,))
+    start, word = first.to(tl.int64) * BLOCK_WORDS, tl.arange(0, WORDS)
+    if WHOLE:
+        packed = tl.load(packed_ptr + start + word)
+    else:
+        packed = tl.load(packed_ptr + start + word, mask=word < words - start, other=0)
+    # Value j of a word lies in byte j // 2, the even ones in its high half: bits 4, 0, 12, 8, 20, ...
+    j = tl.arange(0, 8)
+    nibble = (packed[:, None] >> ((j ^ 1) * 4)[None, :]) & 15
+    # Sixteen fp32 numbers lie in one cache line, so that a warp's lookups are one transaction.
+    values = tl.load(code_ptr + nibble) * scale[:, None]
+    to = out_ptr + start * 8 + word[:, None] * 8 + j[None, :]
+    if WHOLE:
+        tl.store(to, values.to(out_ptr.dtype.element_ty))
+    else:
+        tl.store(to, values.to(out_ptr.dtype.element_ty), mask=(word < words - start)[:, None])
+
+
+@triton.jit
+def _dequantize_bytes(
     packed_ptr, absmax_ptr, code_ptr, code2_ptr, absmax2_ptr, offset_ptr, out_ptr, size, blocks,
     blocksize2: tl.constexpr, NESTED: tl.constexpr, ROWS: tl.constexpr, BYTES: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    known = row < blocks
-    if NESTED:
-        quantised = tl.load(absmax_ptr + row, mask=known, other=0).to(tl.int32)
-        coarse = tl.load(absmax2_ptr + row // blocksize2, mask=known, other=0.0)
-        scale = tl.load(code2_ptr + quantised) * coarse + tl.load(offset_ptr)
-    else:
-        scale = tl.load(absmax_ptr + row, mask=known, other=0.0)
+    scale = _scales(absmax_ptr, code2_ptr, absmax2_ptr, offset_ptr, row, row < blocks, blocksize2, NESTED)
     at = row[:, None] * BYTES + tl.arange(0, BYTES)[None, :]
     packed = tl.load(packed_ptr + at, mask=2 * at < size, other=0).to(tl.int32)
-    # Sixteen fp32 numbers lie in one cache line, so that a warp's lookups are one transaction.
     high = tl.load(code_ptr + (packed >> 4)) * scale[:, None]
     low = tl.load(code_ptr + (packed & 15)) * scale[:, None]
     values = tl.interleave(high, low)
@@ -44,12 +85,22 @@ def dequantize(
     if not out.is_contiguous():
         raise ValueError("`out` must be contiguous")
     size = out.numel()
-    blocks = triton.cdiv(size, blocksize)
+    if not size:
+        return out
     code2, absmax2, offset, blocksize2 = nested if nested is not None else (code, code, code, 1)
-    rows = max(TILE_BYTES // (blocksize // 2), 1)
-    if size:
-        _dequantize[(triton.cdiv(blocks, rows),)](
-            packed, absmax, code, code2, absmax2, offset, out, size, blocks,
-            blocksize2=blocksize2, NESTED=nested is not None, ROWS=rows, BYTES=blocksize // 2, num_warps=8,
+    pointers = (absmax, code, code2, absmax2, offset, out)
+    blocks = triton.cdiv(size, blocksize)
+    if size % 8 == 0 and blocksize >= 8 and packed.data_ptr() % 4 == 0 and packed.is_contiguous():
+        words, together = size // 8, max(WORDS * 8 // blocksize, 1)
+        _dequantize_words[(triton.cdiv(blocks, together),)](
+            packed.view(-1)[: 4 * words].view(torch.int32), *pointers, words, blocks, blocksize2=blocksize2,
+            NESTED=nested is not None, BLOCKS=together, BLOCK_WORDS=blocksize // 8,
+            WHOLE=words % (together * blocksize // 8) == 0, num_warps=4,
         )  # fmt: skip
+        return out
+    rows = max(TILE_BYTES // (blocksize // 2), 1)
+    _dequantize_bytes[(triton.cdiv(blocks, rows),)](
+        packed, *pointers, size, blocks,
+        blocksize2=blocksize2, NESTED=nested is not None, ROWS=rows, BYTES=blocksize // 2, num_warps=8,
+    )  # fmt: skip
     return out
