@@ -188,3 +188,15 @@ class AttentionUnavailable(PronghornError):
     """An attention implementation was asked for by name that does not exist, or cannot do this model on this device."""
 
     code = "PH504"
+
+
+class BudgetTooSmall(PronghornError):
+    """A training step does not fit into the memory budget, however little its layers keep."""
+
+    code = "PH502"
+
+
+class BudgetInvalid(PronghornError):
+    """A memory budget that is no size, or asks a GPU that is not there."""
+
+    code = "PH503"

@@ -12,7 +12,7 @@ from pronghorn.blocks.norm import Norm
 from pronghorn.blocks.projection import GradientSink, ProjectionGroup
 from pronghorn.kernels.attention import AttentionCall, Documents, attention_backward, attention_forward
 from pronghorn.kernels.rms_norm import rms_norm_backward, rms_norm_forward
-from pronghorn.kernels.rope import qk_rope_backward, qk_rope_forward
+from pronghorn.kernels.rope import adapted_rope_, qk_rope_backward, qk_rope_forward
 
 
 @dataclass
@@ -72,16 +72,25 @@ class AttentionBlock:
         if saves.q is None:
             if saves.normed is None:
                 saves.normed = self._normed(x, dtype)
-            (q, k, v), saves.xa_qkv = self.qkv.forward(saves.normed)
+            # A norm on q and k needs whole inputs in its backward; a rotation takes the adapters in on the way.
+            (q, k, v), saves.xa_qkv = self.qkv.forward(saves.normed, defer_adapters=self.q_norm is None)
             saves.q = q.view(-1, self.heads, self.head_dim)
             saves.k = k.view(-1, self.kv_heads, self.head_dim)
             saves.v = v.view(-1, self.kv_heads, self.head_dim)
             if self.q_norm is None:
-                qk_rope_forward(saves.q, saves.k, self.cos, self.sin, inplace=True)
+                self._rotate_(saves.q, saves.k, saves.v, saves.xa_qkv)
         if saves.out is None:
             assert saves.v is not None
             q, k = self._rotated(saves)
             saves.out, saves.lse = attention_forward(q, k, saves.v, self.docs, self.call)
+
+    def _rotate_(self, q: Tensor, k: Tensor, v: Tensor, xa: Tensor | None) -> None:
+        """Rotate q and k in place, after adding what the projections left to be added."""
+        adapters = (self.qkv.deferred(0, xa), self.qkv.deferred(1, xa), self.qkv.deferred(2, xa))
+        if adapters == (None, None, None):
+            qk_rope_forward(q, k, self.cos, self.sin, inplace=True)
+        else:
+            adapted_rope_(q, k, v, self.cos, self.sin, adapters)
 
     def _normed(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         norm = self.norm

@@ -25,6 +25,15 @@ TILE_ROWS = 16384
 TILE_STEP = 128
 
 
+def tile_slices(tokens: int, tile_rows: int) -> list[slice]:
+    """[tokens] in tiles of about equal height, at most `tile_rows`."""
+    count = -(-tokens // max(tile_rows, TILE_STEP))
+    if count <= 1:
+        return [slice(0, tokens)]
+    height = -(-tokens // (count * TILE_STEP)) * TILE_STEP
+    return [slice(start, min(start + height, tokens)) for start in range(0, tokens, height)]
+
+
 @dataclass
 class GluSaves:
     """Tensors between forward and backward; None means dropped by the save level and rebuilt when needed."""
@@ -68,11 +77,8 @@ class GluBlock:
 
     def tiles(self, tokens: int) -> list[slice]:
         """The rows of [tokens] in tiles of about equal height; one where tiles would change what is computed."""
-        count = -(-tokens // max(self.tile_rows, TILE_STEP))
-        if count <= 1 or not self._rows_are_independent():
-            return [slice(0, tokens)]
-        height = -(-tokens // (count * TILE_STEP)) * TILE_STEP
-        return [slice(start, min(start + height, tokens)) for start in range(0, tokens, height)]
+        tiles = tile_slices(tokens, self.tile_rows)
+        return tiles if len(tiles) == 1 or self._rows_are_independent() else [slice(0, tokens)]
 
     def _rows_are_independent(self) -> bool:
         """Whether tiles give what all rows at once give: modules of their own and dropout masks may depend on the

@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from pronghorn.blocks.attention import AttentionBlock, AttentionSaves
 from pronghorn.blocks.glu import GluBlock, GluSaves
-from pronghorn.blocks.levels import Level, parks
+from pronghorn.blocks.levels import Level, keeps, parks
 from pronghorn.blocks.projection import GradientSink
 from pronghorn.errors import BackwardTwice
 
@@ -103,6 +103,9 @@ class DecoderLayer:
     def _attend(self, x: Tensor, saves: LayerSaves) -> None:
         """Compute whatever is missing in `saves` up to the residual sum."""
         self.attention.rebuild(x, self.dtype, saves.attention)
+        if not keeps(self.level, "all"):
+            # Cheaper made again for the gradients of A than held through the GLU block.
+            saves.attention.normed = None
         if saves.glu.summed is None:
             self.glu.add_residual(x, self.attention.output(saves.attention), self.dtype, saves.glu)
 
@@ -138,6 +141,8 @@ class _DecoderLayerFunction(torch.autograd.Function):
         else:
             x, *kept = ctx.layer.stash.fetch(ctx.parked, ctx.device)
             saves = ctx.put(kept)
+            # The node outlives this call, with whatever it still refers to.
+            ctx.put = None
             del kept
         wanted = [p for p, need in zip(ctx.layer.parameters, ctx.needs_input_grad[2:], strict=True) if need]
         sink = GradientSink(wanted)

@@ -99,9 +99,12 @@ class _Gradients:
             for p, want in zip(parameters, wanted[1:], strict=True)
         )
 
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        return self.hidden, self.weight, self.bias, self.a, self.b
+
     @property
     def any(self) -> bool:
-        return any(t is not None for t in (self.hidden, self.weight, self.bias, self.a, self.b))
+        return any(t is not None for t in self.tensors())
 
     def add(
         self,
@@ -169,7 +172,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             gradients.add(dlogits, chunk, weight, adapter, at)
             # Else this chunk's logits would live on while the next chunk's are made: a second chunk at the peak.
             del logits, dlogits
-        ctx.gradients = gradients
+        # Saved, not kept on the node: it outlives backward for as long as somebody holds the loss.
+        ctx.save_for_backward(*gradients.tensors())
         ctx.dtypes = [None if p is None else p.dtype for p in (hidden, weight, bias, a, b)]
         num_correct = correct.sum()
         ctx.mark_non_differentiable(num_correct)
@@ -178,12 +182,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        held, scale = ctx.gradients, grads[0]
-        found = [held.hidden, held.weight, held.bias, held.a, held.b]
+        scale = grads[0]
         # Not in place: a second backward (retain_graph) must find them unscaled.
         scaled = [
             None if g is None else _scaled(g, scale, dtype)
-            for g, dtype in zip(found, ctx.dtypes, strict=True)
+            for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
         return (*scaled, None, None)
 

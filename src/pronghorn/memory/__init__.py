@@ -1,6 +1,28 @@
-"""Where kept activations live. (What is kept is decided by the save levels in `blocks`.)"""
+"""Where kept activations live, what a step takes, and the plan for a budget. (Save levels themselves are `blocks`'.)"""
 
+from pronghorn.memory.cost import RATES, Rates, rates_of
+from pronghorn.memory.estimate import Estimate, estimate
 from pronghorn.memory.offload import HostStash
-from pronghorn.memory.pool import HostPool, available_host_bytes
+from pronghorn.memory.plan import Plan, longest_that_fits, parse_budget, plan
+from pronghorn.memory.pool import HOST_SHARE, HostPool, available_host_bytes
+from pronghorn.memory.schedule import Batch
+from pronghorn.memory.shape import PROJECTIONS, ModelShape
 
-__all__ = ["HostPool", "HostStash", "available_host_bytes"]
+__all__ = [
+    "HOST_SHARE",
+    "PROJECTIONS",
+    "RATES",
+    "Batch",
+    "Estimate",
+    "HostPool",
+    "HostStash",
+    "ModelShape",
+    "Plan",
+    "Rates",
+    "available_host_bytes",
+    "estimate",
+    "longest_that_fits",
+    "parse_budget",
+    "plan",
+    "rates_of",
+]

@@ -1,0 +1,195 @@
+"""How long a training step takes, from operation and byte counts and a GPU's measured rates.
+
+Good enough to rank plans: what matters is the ratio of matrix rate, memory bandwidth and link.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+from pronghorn.blocks import Level, host_bytes_per_token, keeps, parks
+from pronghorn.memory.offload import bytes_in_flight
+from pronghorn.memory.schedule import DOWN, GATE_UP, OUT, QKV, Batch
+from pronghorn.memory.shape import PROJECTIONS, ModelShape
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a GPU sustains: FLOP/s of 16-bit and 8-bit products, attention forward and backward, bytes/s of its memory
+    and of the link to the host (one direction)."""
+
+    name: str
+    matmul: float
+    matmul_fp8: float
+    attention: tuple[float, float]
+    bandwidth: float
+    link: float
+    capability: tuple[int, int]
+
+
+_T, _G = 1e12, 1e9
+#: Only the H200's are measured (docs/lab-notes.md); the others are about 70 % of the data sheets' figures.
+RATES = (
+    Rates("H200", 680 * _T, 1250 * _T, (277 * _T, 231 * _T), 4.2 * _T, 55 * _G, (9, 0)),
+    Rates("H100", 620 * _T, 1150 * _T, (277 * _T, 231 * _T), 2.8 * _T, 55 * _G, (9, 0)),
+    Rates("B200", 1500 * _T, 3000 * _T, (400 * _T, 320 * _T), 6.5 * _T, 55 * _G, (10, 0)),
+    Rates("A100", 230 * _T, 230 * _T, (170 * _T, 130 * _T), 1.6 * _T, 24 * _G, (8, 0)),
+    Rates("L40S", 200 * _T, 350 * _T, (150 * _T, 110 * _T), 0.75 * _T, 24 * _G, (8, 9)),
+    Rates("L4", 65 * _T, 120 * _T, (55 * _T, 40 * _T), 0.25 * _T, 12 * _G, (8, 9)),
+    Rates("A10", 75 * _T, 75 * _T, (60 * _T, 45 * _T), 0.5 * _T, 24 * _G, (8, 6)),
+    Rates("5090", 200 * _T, 400 * _T, (160 * _T, 120 * _T), 1.5 * _T, 50 * _G, (12, 0)),
+    Rates("4090", 150 * _T, 280 * _T, (130 * _T, 95 * _T), 0.9 * _T, 24 * _G, (8, 9)),
+    Rates("3090", 65 * _T, 65 * _T, (55 * _T, 40 * _T), 0.8 * _T, 24 * _G, (8, 6)),
+    Rates("T4", 30 * _T, 30 * _T, (10 * _T, 6 * _T), 0.25 * _T, 11 * _G, (7, 5)),
+)
+#: FLOP/s of cuDNN's packed attention on Hopper, measured.
+CUDNN_ATTENTION = (457 * _T, 346 * _T)
+
+
+def rates_of(name: str) -> Rates:
+    """The rates of the GPU whose name contains a known one; a 4090's for one that is not listed."""
+    known = {rates.name: rates for rates in RATES}
+    found = max((key for key in known if key in name), key=len, default="4090")
+    return known[found]
+
+
+@dataclass(frozen=True)
+class LayerTimes:
+    """Seconds one layer computes: forward, backward without rebuilding, and what each depth has to rebuild."""
+
+    forward: float
+    backward: float
+    rebuild_attention: float
+    rebuild_glu: float
+    rebuild_norms: float
+    full_rebuild: float
+
+    def rebuild(self, level: Level) -> float:
+        """Seconds of recomputation in backward at a save level."""
+        total = 0.0
+        if not keeps(level, "attention"):
+            total += self.rebuild_attention
+        if not keeps(level, "matmuls"):
+            total += self.rebuild_glu
+        if not keeps(level, "all"):
+            total += self.rebuild_norms
+        return total
+
+
+def layer_times(shape: ModelShape, batch: Batch, rates: Rates) -> LayerTimes:
+    """Times of one layer of `shape` for a batch."""
+    t, e = batch.tokens, shape.element
+    matmul = rates.matmul_fp8 if shape.storage.startswith("fp8") else rates.matmul
+
+    def product(*names: str) -> float:
+        """Frozen products, adapters (they read and write the tall matrices once more), dequantisation."""
+        flop = 2.0 * shape.linear_parameters(*names) * t / matmul
+        adapted = (
+            sum(sum(shape.linear(name)) for name in names if shape.ranks.get(name)) * e * t / rates.bandwidth
+        )
+        unpack = shape.linear_parameters(*names) * 2.5 / rates.bandwidth * 1.7 if shape.dequantised else 0.0
+        return flop + adapted + unpack
+
+    def passes(elements: int) -> float:
+        return elements * t * e / rates.bandwidth
+
+    length = t / max(batch.documents, 1)
+    attention_flop = 2.0 * shape.q * t * length
+    on_attention = CUDNN_ATTENTION if shape.attention == "cudnn" else rates.attention
+    attend = attention_flop / on_attention[0]
+    h, i, heads = shape.hidden, shape.intermediate, shape.q + shape.kv
+    norms = passes(6 * h)
+    forward = product(*PROJECTIONS) + attend + norms + passes(2 * heads + 3 * i)
+    weight_grads = 2.0 * shape.linear_parameters(*PROJECTIONS) * t / matmul if shape.trained == "all" else 0.0
+    backward = product(*PROJECTIONS) + weight_grads + 2.5 * attention_flop / on_attention[1]
+    backward += passes(6 * i + 8 * h + 2 * heads)
+    return LayerTimes(
+        forward=forward,
+        backward=backward,
+        rebuild_attention=product(*QKV, *OUT) + attend + passes(2 * heads + 2 * h),
+        rebuild_glu=product(*GATE_UP),
+        rebuild_norms=passes(4 * h),
+        full_rebuild=product(*QKV, *OUT, *GATE_UP, *DOWN) + attend + norms + passes(2 * heads + 3 * i),
+    )
+
+
+def head_time(shape: ModelShape, batch: Batch, rates: Rates) -> float:
+    """Loss: logits and their product back."""
+    return 4.0 * shape.hidden * shape.vocabulary * batch.loss_rows / rates.matmul
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of a step: all of it, without recomputation and waiting, recomputing, waiting for the link; and what
+    recomputing every layer's whole forward would take."""
+
+    total: float
+    base: float
+    recompute: float
+    waiting: float
+    full_recompute: float
+
+    @property
+    def recompute_share(self) -> float:
+        """Recomputation against that of full checkpointing, which runs every layer's forward again."""
+        return self.recompute / self.full_recompute if self.full_recompute else 0.0
+
+
+def step_time(
+    shape: ModelShape, levels: Sequence[Level], batch: Batch, rates: Rates, times: LayerTimes | None = None
+) -> StepTime:
+    """Predict a step: layers compute one after another, copies run beside them, one layer ahead or behind."""
+    times = times or layer_times(shape, batch, rates)
+    sizes = [_host_size(shape, level) * batch.tokens for level in levels]
+    waited = _forward_wait(levels, sizes, times.forward, rates.link)
+    backward = [times.backward + times.rebuild(level) for level in levels]
+    waited += _backward_wait(sizes, backward, rates.link)
+    recompute = sum(times.rebuild(level) for level in levels)
+    base = len(levels) * (times.forward + times.backward) + head_time(shape, batch, rates)
+    return StepTime(base + recompute + waited, base, recompute, waited, len(levels) * times.full_rebuild)
+
+
+@lru_cache(maxsize=256)
+def _host_size_of(level: Level, widths: object) -> int:
+    return host_bytes_per_token(level, widths)  # type: ignore[arg-type]
+
+
+def _host_size(shape: ModelShape, level: Level) -> int:
+    return _host_size_of(level, shape.widths) if parks(level) else 0
+
+
+def _forward_wait(levels: Sequence[Level], sizes: Sequence[int], each: float, link: float) -> float:
+    """Waiting in forward under `HostStash.park`'s rule for bytes in flight."""
+    clock = free_at = waited = 0.0
+    allowed = 0
+    leaving: deque[tuple[int, float]] = deque()
+    flying = 0
+    for level, size in zip(levels, sizes, strict=True):
+        clock += each
+        if not size:
+            continue
+        free_at = max(free_at, clock) + size / link
+        leaving.append((size, free_at))
+        flying += size
+        allowed = max(allowed, bytes_in_flight(size, 1 if level == "offload" else 2))
+        while flying > allowed:
+            left, done = leaving.popleft()
+            flying -= left
+            waited += max(0.0, done - clock)
+            clock = max(clock, done)
+    return waited
+
+
+def _backward_wait(sizes: Sequence[int], each: Sequence[float], link: float) -> float:
+    """Waiting in backward, where the copy of the layer below begins when a layer does."""
+    clock = waited = 0.0
+    arrives = 0.0
+    for index in reversed(range(len(sizes))):
+        waited += max(0.0, arrives - clock)
+        clock = max(clock, arrives)
+        arrives = clock + sizes[index - 1] / link if index > 0 and sizes[index - 1] else clock
+        clock += each[index]
+    return waited

@@ -1,0 +1,291 @@
+"""What every layer keeps for a memory budget: the fastest choice that fits.
+
+Layers are alike, so a plan is how many of them take which level. Layers that keep much on the device stand last: their
+backward comes first, needs the least room besides, and by then copies to the host are done. Candidates are ranked by
+predicted time and the first whose predicted reserved memory fits is taken.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+
+from pronghorn.blocks import LEVELS, Level, host_bytes_per_token, saved_bytes_per_token
+from pronghorn.blocks.glu import TILE_ROWS
+from pronghorn.errors import BudgetInvalid, BudgetTooSmall
+from pronghorn.memory.cost import Rates, StepTime, layer_times, rates_of, step_time
+from pronghorn.memory.estimate import Estimate, estimate
+from pronghorn.memory.schedule import Batch
+from pronghorn.memory.shape import ModelShape
+
+GIB = 2**30
+#: Of a GPU's memory, what "auto" leaves to others: the CUDA context, kernels that load later, fragmentation.
+HEADROOM, HEADROOM_BYTES = 0.04, 700 * 2**20
+#: Tiles of the GLU block that are tried. Weights that are dequantised for every tile want tall ones.
+TILES, TALL_TILES = (TILE_ROWS, 4096, 2048), (TILE_ROWS, 8192)
+#: Of the layers that park, the shares that park more than their input.
+SHARES = (0.0, 0.25, 0.5, 0.65, 0.8, 0.9, 1.0)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Levels of all layers, and what a step of them is predicted to take.
+
+    Args:
+        tile_rows: rows of a tile of the GLU block, None for the block's own choice.
+        estimate, time: of the largest batch the plan was made for.
+    """
+
+    levels: tuple[Level, ...]
+    tile_rows: int | None
+    budget: int
+    batch: Batch
+    estimate: Estimate
+    time: StepTime
+    reasons: tuple[str, ...]
+
+    def counts(self) -> str:
+        """``20x offload, 12x matmuls``, in the order of the layers."""
+        return ", ".join(f"{len(list(group))}x {level}" for level, group in groupby(self.levels))
+
+    @property
+    def by_level(self) -> dict[str, int]:
+        return {level: self.levels.count(level) for level in LEVELS if level in self.levels}
+
+
+def parse_budget(text: str | int | float, free: int | None = None) -> int:
+    """A budget in bytes: a number of bytes, "17.5GiB", "24 GB", "800MiB", or "auto" for what is `free` less a headroom.
+
+    Raises:
+        BudgetInvalid: for anything else.
+    """
+    if isinstance(text, int | float) and not isinstance(text, bool) and text > 0:
+        return int(text)
+    if text == "auto":
+        if free is None:
+            raise BudgetInvalid("the budget 'auto' needs a GPU to ask", fix="give a size, such as 24GiB")
+        return max(int(free * (1 - HEADROOM)) - HEADROOM_BYTES, 0)
+    found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([KMGT])(i?)B?\s*", str(text), re.IGNORECASE)
+    if found is None or float(found[1]) <= 0:
+        raise BudgetInvalid(
+            f"'{text}' is no memory size", fix='give bytes or a text such as "17.5GiB" or "auto"'
+        )
+    power = "KMGT".index(found[2].upper()) + 1
+    return int(float(found[1]) * (1024 if found[3] else 1000) ** power)
+
+
+def plan(
+    shape: ModelShape,
+    budget: int,
+    batch: Batch,
+    *,
+    rates: Rates | None = None,
+    host_limit: int | None = None,
+    offload: bool = True,
+) -> Plan:
+    """The fastest levels whose predicted *reserved* memory stays within the budget.
+
+    Args:
+        budget: bytes that torch may reserve on the GPU.
+        batch: the largest batch that will come.
+        rates: the GPU's; an H200's when not given.
+        host_limit: most pinned host bytes; None means any.
+        offload: whether the host's memory may be used.
+
+    Raises:
+        BudgetTooSmall: not even the leanest plan fits; with the numbers and the smallest change that helps.
+    """
+    rates = rates or rates_of("H200")
+    search = _Search(shape, budget, batch, rates, host_limit, offload)
+    found = search.run()
+    if found is None:
+        raise _too_small(search)
+    return found
+
+
+def leanest(shape: ModelShape, batch: Batch, rates: Rates, offload: bool = True) -> Estimate:
+    """The estimate that takes least: nothing kept on the device, short tiles."""
+    level: Level = "offload" if offload else "none"
+    tries = [
+        estimate(shape, level, batch, tile_rows=rows, capability=rates.capability)
+        for rows in _tiles(shape, batch)
+    ]
+    return min(tries, key=lambda found: found.reserved)
+
+
+def longest_that_fits(
+    shape: ModelShape,
+    budget: int,
+    batch: Batch,
+    rates: Rates,
+    offload: bool = True,
+    host_limit: int | None = None,
+) -> int:
+    """Most tokens of one step within the budget, in steps of 256; 0 when the model itself does not fit.
+
+    Documents and supervised rows keep their share of the tokens.
+    """
+
+    def fits(tokens: int) -> bool:
+        sized = resized(batch, tokens)
+        host = shape.layers * host_bytes_per_token("offload", shape.widths) * tokens if offload else 0
+        if host_limit is not None and host > host_limit:
+            return leanest(shape, sized, rates, offload=False).reserved <= budget
+        return leanest(shape, sized, rates, offload).reserved <= budget
+
+    low, high = 0, 1
+    while high < 2**15 and fits(high * 256):
+        low, high = high, high * 2
+    while high - low > max(1, low // 64):
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle * 256) else (low, middle)
+    return low * 256
+
+
+def resized(batch: Batch, tokens: int) -> Batch:
+    """The batch with another number of tokens and as many documents."""
+    return replace(batch, tokens=tokens, loss_rows=max(1, round(batch.loss_rows * tokens / batch.tokens)))
+
+
+def _tiles(shape: ModelShape, batch: Batch) -> tuple[int, ...]:
+    if shape.trained == "all":
+        return TILES[:1]
+    tiles = TALL_TILES if shape.dequantised else TILES
+    return tuple(rows for rows in tiles if rows < batch.tokens) or tiles[:1]
+
+
+class _Search:
+    """Candidates in the order of their predicted time; the first that fits wins."""
+
+    def __init__(
+        self,
+        shape: ModelShape,
+        budget: int,
+        batch: Batch,
+        rates: Rates,
+        host_limit: int | None,
+        offload: bool,
+    ) -> None:
+        self.shape, self.budget, self.batch, self.rates = shape, budget, batch, rates
+        self.host_limit, self.offload = host_limit, offload
+        self.times = layer_times(shape, batch, rates)
+        self._fixed = estimate(shape, "none", Batch(256, 256), capability=rates.capability).fixed
+
+    def run(self) -> Plan | None:
+        everything = self._plan(_times("all", self.shape.layers), None)
+        if everything is not None:
+            return everything
+        if leanest(self.shape, self.batch, self.rates, self.offload).reserved > self.budget:
+            return None
+        ranked: list[tuple[float, int, tuple[Level, ...]]] = []
+        for levels in self._candidates():
+            if self._surely_too_large(levels):
+                continue
+            time = step_time(self.shape, levels, self.batch, self.rates, self.times)
+            ranked.append((time.total, len(ranked), levels))
+        ranked.sort()
+        for _, _, levels in ranked:
+            for rows in (None, *(rows for rows in _tiles(self.shape, self.batch) if rows < TILE_ROWS)):
+                found = self._plan(levels, rows)
+                if found is not None:
+                    return self._with_norms(found)
+        return None
+
+    def _candidates(self) -> Iterator[tuple[Level, ...]]:
+        """(parked or nothing kept …, attention …, matmuls …) for all counts; of the parked ones a share parks more."""
+        layers = self.shape.layers
+        stride = max(1, layers // 40)
+        for wide in range(0, layers + 1, stride):
+            for middle in range(0, layers - wide + 1, stride):
+                lean = layers - wide - middle
+                tail = _times("attention", middle) + _times("matmuls", wide)
+                yield _times("none", lean) + tail
+                if not self.offload or not lean:
+                    continue
+                counts = sorted({round(share * lean) for share in SHARES})
+                for count in counts:
+                    yield _spread("offload", "offload-attention", lean, count) + tail
+                for count in counts[1:]:
+                    yield _spread("offload", "offload-matmuls", lean, count) + tail
+
+    def _surely_too_large(self, levels: Sequence[Level]) -> bool:
+        shape, tokens = self.shape, self.batch.tokens
+        saved = sum(saved_bytes_per_token(level, shape.widths) for level in levels) * tokens
+        host = sum(host_bytes_per_token(level, shape.widths) for level in levels) * tokens
+        over_host = self.host_limit is not None and host > self.host_limit
+        return over_host or self._fixed + saved > self.budget
+
+    def _plan(self, levels: tuple[Level, ...], rows: int | None) -> Plan | None:
+        found = estimate(self.shape, levels, self.batch, tile_rows=rows, capability=self.rates.capability)
+        if found.reserved > self.budget:
+            return None
+        time = step_time(self.shape, levels, self.batch, self.rates, self.times)
+        return Plan(
+            levels, rows, self.budget, self.batch, found, time, tuple(_reasons(levels, rows, found, time))
+        )
+
+    def _with_norms(self, found: Plan) -> Plan:
+        """Norm outputs too, from the last layer down, as far as the rest of the budget goes."""
+        wide = found.levels.count("matmuls")
+        low, high = 0, wide + 1
+        best = found
+        while high - low > 1:
+            middle = (low + high) // 2
+            levels = found.levels[: len(found.levels) - middle] + _times("all", middle)
+            more = self._plan(levels, found.tile_rows)
+            low, high, best = (middle, high, more) if more is not None else (low, middle, best)
+        return best
+
+
+def _times(level: Level, count: int) -> tuple[Level, ...]:
+    return (level,) * count
+
+
+def _spread(little: Level, much: Level, layers: int, count: int) -> tuple[Level, ...]:
+    """`count` layers of `much` among `little`, evenly, so that the link works all the time."""
+    return tuple(much if (i + 1) * count // layers > i * count // layers else little for i in range(layers))
+
+
+def _reasons(levels: Sequence[Level], rows: int | None, found: Estimate, time: StepTime) -> Iterator[str]:
+    if set(levels) == {"all"}:
+        yield "everything fits: nothing but the activation product is rebuilt"
+        return
+    yield f"{time.recompute_share:.0%} of full checkpointing's recomputation is left"
+    if found.host:
+        wait = f"; the computation waits {time.waiting * 1e3:.0f} ms for it" if time.waiting > 1e-3 else ""
+        yield f"{found.host / GIB:.1f} GiB wait in host memory between forward and backward{wait}"
+    if rows is not None:
+        yield f"the GLU block runs over tiles of {rows} tokens, so that its widest tensors exist for one at a time"
+
+
+def _too_small(search: _Search) -> BudgetTooSmall:
+    shape, batch, budget, rates = search.shape, search.batch, search.budget, search.rates
+    least = leanest(shape, batch, rates, search.offload)
+    longest = longest_that_fits(shape, budget, batch, rates, search.offload, search.host_limit)
+    fixes = []
+    if longest:
+        per_document = batch.tokens // max(batch.documents, 1)
+        fix = f"give a step at most {longest:,} tokens"
+        if batch.documents > 1 and longest >= per_document:
+            fix += f" (a batch of {longest // per_document} rows of {per_document:,})"
+        fixes.append(fix)
+    elif not shape.quantised and shape.trained == "adapters":
+        packed = replace(shape, storage="nf4 double")
+        lean4 = leanest(packed, batch, rates, search.offload)
+        if lean4.reserved <= budget:
+            fixes.append(f"load in 4 bits, which takes {_gib(lean4.reserved)}")
+        elif longest_that_fits(packed, budget, batch, rates, search.offload, search.host_limit):
+            fixes.append("load in 4 bits and shorten the rows")
+    fixes.append(f"raise the budget to {_gib(least.reserved)}")
+    kind = "the model alone takes" if least.fixed > budget else "the leanest plan for it takes"
+    size = least.fixed if least.fixed > budget else least.reserved
+    return BudgetTooSmall(
+        f"a step of {batch.tokens:,} tokens does not fit into {_gib(budget)}: {kind} {_gib(size)}",
+        fix=", or ".join(fixes),
+    )
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:.1f} GiB"

@@ -1,0 +1,353 @@
+"""The allocations of one training step, in the order in which the engine makes them.
+
+This follows `engine.forward`, `blocks.layer`, `blocks.attention`, `blocks.glu`, `blocks.projection` and the loss line
+by line: what is made when, and how long something still refers to it. A change there is a change here; the GPU test in
+tests/memory compares the two. Sizes in comments are a token's, H hidden, e and r the bytes of an element of the compute
+dtype and of the residual stream.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pronghorn.blocks import Level, keeps, parks
+from pronghorn.blocks.glu import tile_slices
+from pronghorn.kernels.linear_cross_entropy import CHUNK_BYTES
+from pronghorn.memory.allocator import Allocator
+from pronghorn.memory.offload import bytes_in_flight
+from pronghorn.memory.shape import ModelShape
+
+QKV, OUT, GATE_UP, DOWN = ("q", "k", "v"), ("o",), ("gate", "up"), ("down",)
+_ATTENTION = ("q", "k", "v", "out", "lse", "xa_qkv", "xa_o")
+_GLU = ("gate", "up", "xa_gate_up", "xa_down")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a step computes on: tokens of the stream, rows of the loss, documents."""
+
+    tokens: int
+    loss_rows: int
+    documents: int = 1
+
+
+class Step:
+    """One forward and backward on an `Allocator`. `run` leaves nothing allocated; `moments` names the peaks."""
+
+    def __init__(
+        self, shape: ModelShape, levels: Sequence[Level], batch: Batch, memory: Allocator, tile_rows: int
+    ) -> None:
+        self.shape, self.levels, self.batch, self.memory = shape, levels, batch, memory
+        self.tile_rows = tile_rows
+        self.element, self.tokens = shape.element, batch.tokens
+        self.kept: list[dict[str, tuple[int, int]]] = [{} for _ in levels]
+        self.moments: dict[str, int] = {}
+        self._leaving: deque[tuple[int, int, list[int]]] = deque()
+        self._in_flight = 0
+        self._back: dict[int, dict[str, tuple[int, int]]] = {}
+        self._parked: dict[int, dict[str, int]] = {}
+
+    # --- the step ----------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Forward, loss, backward."""
+        shape, t = self.shape, self.tokens
+        inputs = [self._new(8 * t) for _ in range(4)]
+        embeddings = hidden = self._new(self._residual())
+        angles = [self._new(t * shape.head_dim * self.element) for _ in range(2)]
+        for index, level in enumerate(self.levels):
+            hidden = self._layer_forward(index, level, hidden, embeddings)
+        self._mark("forward")
+        if not self._holds(embeddings):
+            self._free(embeddings)
+        gradient, final = self._loss(hidden)
+        self._mark("loss")
+        dhidden = self._new(self.batch.loss_rows * shape.hidden * self.element)
+        self._free(gradient)
+        dout = self._new(t * shape.hidden * self.element)
+        self._free(dhidden)
+        dx = self._new(self._residual())
+        self._free(dout, *final)
+        for index in reversed(range(len(self.levels))):
+            dx = self._layer_backward(index, self.levels[index], dx)
+            self._mark("backward")
+        self._free(dx, *angles, *inputs)
+
+    def _loss(self, hidden: int) -> tuple[int, list[int]]:
+        """(the loss's gradient of its rows, what the final norm keeps)."""
+        shape, rows = self.shape, self.batch.loss_rows
+        e = self.element
+        normed, rstd = self._new(self.tokens * shape.hidden * e), self._new(4 * self.tokens)
+        taken = self._new(rows * shape.hidden * e)
+        gradient = self._new(rows * shape.hidden * e)
+        chunk = CHUNK_BYTES["cuda"] // (shape.vocabulary * e)
+        chunk = max(chunk // 128 * 128, 16) if chunk >= 128 else max(chunk, 16)
+        for start in range(0, rows, chunk):
+            self._free(self._new(min(chunk, rows - start) * shape.vocabulary * e))
+        self._free(taken, normed)
+        return gradient, [hidden, rstd]
+
+    # --- a layer, forward ---------------------------------------------------------------------------------------
+
+    def _layer_forward(self, index: int, level: Level, x: int, embeddings: int) -> int:
+        saves: dict[str, tuple[int, int]] = {}
+        self._attend(level, saves)
+        if not keeps(level, "attention"):
+            self._drop(saves, *_ATTENTION)
+        out = self._glu_forward(level, saves)
+        kept = {"x": (x, self._residual()), **saves}
+        if parks(level):
+            self._park(index, kept, embeddings)
+        else:
+            self.kept[index] = kept
+        return out
+
+    def _attend(self, level: Level, saves: dict[str, tuple[int, int]]) -> None:
+        """`DecoderLayer._attend`: up to the residual sum and its norm."""
+        shape, t, e = self.shape, self.tokens, self.element
+        if "q" not in saves:
+            self._keep(saves, "normed_attention", t * shape.hidden * e)
+            self._free(self._new(4 * t))
+            self._project(saves, QKV, "xa_qkv", t)
+        if "out" not in saves:
+            rotated = [self._new(t * width * e) for width in (shape.q, shape.kv)] if shape.qk_norm else []
+            self._keep(saves, "out", t * shape.q * e)
+            self._keep(saves, "lse", 4 * t * shape.heads)
+            self._free(*rotated)
+        if not keeps(level, "all"):
+            self._drop(saves, "normed_attention")
+        if "summed" not in saves:
+            self._project(saves, OUT, "xa_o", t)
+            self._keep(saves, "normed_glu", t * shape.hidden * e)
+            rstd = self._new(4 * t)
+            self._keep(saves, "summed", self._residual())
+            self._free(rstd)
+            self._drop(saves, "o")
+
+    def _glu_forward(self, level: Level, saves: dict[str, tuple[int, int]]) -> int:
+        """The layer's output."""
+        shape, e = self.shape, self.element
+        keeps_all, keeps_wide, keeps_sum = (keeps(level, d) for d in ("all", "matmuls", "attention"))  # type: ignore[arg-type]
+        tiles = self._tiles() if not keeps_wide else [slice(0, self.tokens)]
+        out = self._new(self._residual()) if keeps_sum and len(tiles) > 1 else -1
+        for at in tiles:
+            rows = at.stop - at.start
+            self._project(saves, GATE_UP, "xa_gate_up", rows)
+            if not keeps_all and len(tiles) == 1:
+                self._drop(saves, "normed_glu")
+            act = self._new(rows * shape.intermediate * e)
+            if not keeps_wide:
+                self._drop(saves, "gate", "up", "xa_gate_up")
+            self._keep(saves, "xa_down", rows * shape.rank("down") * e)
+            if keeps_sum and len(tiles) == 1:
+                out = self._new(self._residual())
+            self._product(DOWN, rows)
+            self._free(act)
+            if not keeps_wide:
+                self._drop(saves, "xa_down")
+        if not keeps_all:
+            self._drop(saves, "normed_glu")
+        if not keeps_sum:
+            out, _ = saves.pop("summed")
+        return out
+
+    # --- a layer, backward --------------------------------------------------------------------------------------
+
+    def _layer_backward(self, index: int, level: Level, dout: int) -> int:
+        shape, t, e = self.shape, self.tokens, self.element
+        saves = self._fetch(index) if parks(level) else self.kept[index]
+        self._attend(level, saves)
+        dsummed = self._glu_backward(saves)
+        self._drop(saves, "summed", "normed_glu", *_GLU)
+        dout_o = self._input_grad(OUT, t, "xa_o" in saves)
+        rotated = [self._new(t * width * e) for width in (shape.q, shape.kv)] if shape.qk_norm else []
+        gradients = [self._new(t * width * e) for width in (shape.q, shape.kv, shape.kv)]
+        self._free(*[self._new(size) for size in self._attention_workspace()][::-1])
+        self._free(*rotated, dout_o)
+        self._drop(saves, "out", "lse", "v")
+        if shape.qk_norm:
+            fresh = [self._new(t * width * e) for width in (shape.q, shape.kv)]
+            self._free(*gradients[:2])
+            gradients = [*fresh, gradients[2]]
+        self._drop(saves, "q", "k")
+        if "normed_attention" not in saves:
+            self._keep(saves, "normed_attention", t * shape.hidden * e)
+            self._free(self._new(4 * t))
+        need = index > 0 or shape.trained == "all"
+        dnormed = self._input_grad(QKV, t, "xa_qkv" in saves, need)
+        dx = self._new(self._residual()) if need else -1
+        self._free(dnormed, dsummed, dout, *gradients)
+        self._drop(saves, *list(saves))
+        return dx
+
+    def _glu_backward(self, saves: dict[str, tuple[int, int]]) -> int:
+        shape, e = self.shape, self.element
+        tiles = self._tiles()
+        dsummed = self._new(self._residual()) if len(tiles) > 1 else -1
+        kept = "gate" in saves
+        for at in tiles:
+            rows = at.stop - at.start
+            if not kept:
+                rebuilt = "normed_glu" not in saves
+                if rebuilt:
+                    self._keep(saves, "normed_glu", rows * shape.hidden * e)
+                self._project(saves, GATE_UP, "xa_gate_up", rows)
+            else:
+                rebuilt = False
+            dact = self._input_grad(DOWN, rows, kept)
+            self._free(dact)
+            if kept and "normed_glu" not in saves:
+                rebuilt = True
+                self._keep(saves, "normed_glu", rows * shape.hidden * e)
+            dnormed = self._input_grad(GATE_UP, rows, True)
+            part = self._new(rows * shape.hidden * shape.residual_element)
+            self._free(dnormed)
+            if not kept:
+                self._drop(saves, "gate", "up", "xa_gate_up")
+            if rebuilt:
+                self._drop(saves, "normed_glu")
+            if len(tiles) > 1:
+                self._free(part)
+            else:
+                dsummed = part
+        return dsummed
+
+    def _attention_workspace(self) -> list[int]:
+        shape, t = self.shape, self.tokens
+        full = t * shape.q
+        if shape.attention == "cudnn":
+            return [12 * full]
+        padded = t + 128 * self.batch.documents
+        head = -(-shape.head_dim // 32) * 32
+        sizes = [4 * padded * shape.heads, 4 * padded * shape.heads * head]
+        return sizes + ([full * self.element] * 2 if shape.heads != shape.kv_heads else [])
+
+    # --- products ------------------------------------------------------------------------------------------------
+
+    def _project(self, saves: dict[str, tuple[int, int]], names: tuple[str, ...], xa: str, rows: int) -> None:
+        """`ProjectionGroup.forward`; outputs and XA are kept under their names."""
+        e = self.element
+        if self.shape.rank(*names):
+            self._keep(saves, xa, rows * self.shape.rank(*names) * e)
+        for name in names:
+            self._keep(saves, name, rows * self.shape.linear(name)[0] * e)
+        self._product(names, rows)
+
+    def _product(self, names: tuple[str, ...], rows: int) -> None:
+        """What the stored weights need for X Wᵀ besides X and Y."""
+        shape = self.shape
+        operand = []
+        if shape.storage.startswith("fp8"):
+            operand = [self._new(rows * shape.linear(names[0])[1]), self._new(4 * rows)]
+        for name in names:
+            if shape.dequantised:
+                self._free(self._new(shape.linear_parameters(name) * self.element))
+        self._free(*operand)
+
+    def _input_grad(self, names: tuple[str, ...], rows: int, with_b: bool, need: bool = True) -> int:
+        """`ProjectionGroup.input_grad`: dX [rows, in]; dXA is counted while dX is made."""
+        shape, e = self.shape, self.element
+        rank = shape.rank(*names)
+        dxa = self._new(rows * rank * e)
+        if rank:
+            self._free(*[self._new(size) for size in self._partial_sums(names, rows, with_b)])
+        dx = self._new(rows * shape.linear(names[0])[1] * e) if need else -1
+        for name in names if need else ():
+            operand = []
+            if shape.storage.startswith("fp8"):
+                operand = [self._new(rows * shape.linear(name)[0]), self._new(4 * rows)]
+            if shape.dequantised:
+                self._free(self._new(shape.linear_parameters(name) * e))
+            self._free(*operand)
+        self._free(dxa)
+        return dx
+
+    def _partial_sums(self, names: tuple[str, ...], rows: int, with_b: bool) -> list[int]:
+        """Partial sums of the kernel that forms dXA and dB in one reading (kernels/triton/lora_grads)."""
+        shape = self.shape
+        ranks = [shape.ranks.get(name, 0) for name in names if shape.ranks.get(name, 0)]
+        if max(ranks) > 128:
+            return []
+        widths = [shape.linear(name)[0] for name in names if shape.ranks.get(name, 0)]
+        padded = max(16, 1 << (max(ranks) - 1).bit_length())
+        columns = {16: 512 if rows * sum(widths) >= 2**25 else 256, 32: 256, 64: 128}.get(padded, 64)
+        blocks = sum(-(-width // columns) for width in widths)
+        shares = max(1, min(-(-132 // blocks), rows // 64 or 1))
+        return [blocks * rows * padded * 4, shares * sum(widths) * padded * 4 if with_b else 0]
+
+    # --- parking -------------------------------------------------------------------------------------------------
+
+    def _park(self, index: int, kept: dict[str, tuple[int, int]], embeddings: int) -> None:
+        """`HostStash.park`: device memory stays until the copies of a later layer begin."""
+        self._parked[index] = {name: size for name, (_, size) in kept.items()}
+        size = sum(-(-size // 512) * 512 for _, size in kept.values())
+        handles = [handle for handle, _ in kept.values() if handle != embeddings]
+        self._leaving.append((index, size, handles))
+        self.kept[index] = kept
+        self._in_flight = max(self._in_flight, bytes_in_flight(size, len(kept)))
+        while sum(size for _, size, _ in self._leaving) > self._in_flight:
+            left, _, gone = self._leaving.popleft()
+            self._free(*gone)
+            self.kept[left] = {}
+
+    def _fetch(self, index: int) -> dict[str, tuple[int, int]]:
+        saves = self._not_left(index)
+        if saves is None:
+            self._start_return(index)
+            saves = self._back.pop(index)
+        if index > 0:
+            self._start_return(index - 1)
+        return saves
+
+    def _not_left(self, index: int) -> dict[str, tuple[int, int]] | None:
+        for item in self._leaving:
+            if item[0] == index:
+                self._leaving.remove(item)
+                return self.kept[index]
+        return None
+
+    def _start_return(self, index: int) -> None:
+        if (
+            index in self._back
+            or index not in self._parked
+            or any(item[0] == index for item in self._leaving)
+        ):
+            return
+        self._back[index] = {name: (self._new(size), size) for name, size in self._parked[index].items()}
+
+    # --- bookkeeping ---------------------------------------------------------------------------------------------
+
+    def _residual(self) -> int:
+        return self.tokens * self.shape.hidden * self.shape.residual_element
+
+    def _tiles(self) -> list[slice]:
+        return (
+            tile_slices(self.tokens, self.tile_rows)
+            if self.shape.trained == "adapters"
+            else [slice(0, self.tokens)]
+        )
+
+    def _holds(self, handle: int) -> bool:
+        return any(held == handle for saves in self.kept for held, _ in saves.values())
+
+    def _new(self, size: int) -> int:
+        return self.memory.new(size)
+
+    def _free(self, *handles: int) -> None:
+        self.memory.free(*handles)
+
+    def _keep(self, saves: dict[str, tuple[int, int]], name: str, size: int) -> None:
+        assert name not in saves, name
+        saves[name] = (self._new(size), size)
+
+    def _drop(self, saves: dict[str, tuple[int, int]], *names: str) -> None:
+        for name in names:
+            if name in saves:
+                self._free(saves.pop(name)[0])
+
+    def _mark(self, moment: str) -> None:
+        """The most that was allocated since the last mark."""
+        self.moments[moment] = max(self.moments.get(moment, 0), self.memory.peak_allocated)
+        self.memory.peak_allocated = self.memory.allocated

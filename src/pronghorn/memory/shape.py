@@ -1,0 +1,189 @@
+"""A model's sizes as far as memory and time depend on them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from pronghorn.blocks import LayerWidths
+
+#: The projections of a layer in the order of their use.
+PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
+#: Bytes of an element of a plain dtype.
+ELEMENT = {"float32": 4, "bfloat16": 2, "float16": 2}
+#: How linear weights can be stored. "fp8 two": also transposed, for the input gradient.
+STORAGES = (*ELEMENT, "nf4", "nf4 double", "int8", "fp8", "fp8 two")
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Sizes of a decoder model and of what is trained on it.
+
+    Args:
+        ranks: adapter rank by projection ("q" … "down"); absent or 0 means no adapter there.
+        storage: how the layers' linear weights are stored, one of `STORAGES`.
+        dtype: the compute dtype; embeddings, norms and head are stored in it.
+        residual_element: bytes of an element of the residual stream.
+        trained: "adapters", or "all" for full fine-tuning in the stored dtype.
+        attention: the attention implementation ("flash", "cudnn", …), which decides its workspace.
+        packed: adapters lie in flat storage, with a copy in the compute dtype.
+        state_element: bytes of each of the optimizer's two states per trained element.
+    """
+
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    vocabulary: int
+    ranks: Mapping[str, int] = field(default_factory=dict)
+    storage: str = "bfloat16"
+    dtype: str = "bfloat16"
+    residual_element: int = 2
+    tied: bool = False
+    qk_norm: bool = False
+    qkv_bias: bool = False
+    trained: Literal["adapters", "all"] = "adapters"
+    attention: str = "flash"
+    packed: bool = True
+    state_element: int = 4
+
+    @property
+    def element(self) -> int:
+        return ELEMENT[self.dtype]
+
+    @property
+    def q(self) -> int:
+        return self.heads * self.head_dim
+
+    @property
+    def kv(self) -> int:
+        return self.kv_heads * self.head_dim
+
+    def linear(self, name: str) -> tuple[int, int]:
+        """(out, in) of a projection."""
+        h, i, q, kv = self.hidden, self.intermediate, self.q, self.kv
+        return {
+            "q": (q, h),
+            "k": (kv, h),
+            "v": (kv, h),
+            "o": (h, q),
+            "gate": (i, h),
+            "up": (i, h),
+            "down": (h, i),
+        }[name]
+
+    def rank(self, *names: str) -> int:
+        """Summed adapter ranks of some projections."""
+        return sum(self.ranks.get(name, 0) for name in names)
+
+    def linear_parameters(self, *names: str) -> int:
+        """Weights of some projections of one layer."""
+        return sum(out * width for out, width in (self.linear(name) for name in names))
+
+    @property
+    def adapter_parameters(self) -> int:
+        """Trained adapter elements of the model."""
+        return self.layers * sum(self.ranks.get(name, 0) * sum(self.linear(name)) for name in PROJECTIONS)
+
+    @property
+    def parameters(self) -> int:
+        """Elements of the model without adapters."""
+        return sum(size for size, _ in self._dense_tensors()) + self.layers * self.linear_parameters(
+            *PROJECTIONS
+        )
+
+    @property
+    def widths(self) -> LayerWidths:
+        """What the save levels' declared bytes depend on."""
+        return LayerWidths(
+            hidden=self.hidden,
+            q=self.q,
+            kv=self.kv,
+            heads=self.heads,
+            intermediate=self.intermediate,
+            attention_ranks=self.rank("q", "k", "v", "o"),
+            glu_ranks=self.rank("gate", "up", "down"),
+            element=self.element,
+            residual_element=self.residual_element,
+        )
+
+    @property
+    def quantised(self) -> bool:
+        return self.storage not in ELEMENT
+
+    @property
+    def dequantised(self) -> bool:
+        """Whether products need the weight in the compute dtype first, in a buffer of its own."""
+        return self.storage in ("nf4", "nf4 double", "int8") or (
+            self.storage in ELEMENT and ELEMENT[self.storage] != self.element
+        )
+
+    def _dense_tensors(self) -> Iterator[tuple[int, int]]:
+        """(elements, bytes) of everything but the layers' linear weights."""
+        e = self.element
+        sizes = [
+            self.vocabulary * self.hidden,
+            *([] if self.tied else [self.vocabulary * self.hidden]),
+            self.hidden,
+        ]
+        for _ in range(self.layers):
+            sizes += [self.hidden] * 2 + ([self.head_dim] * 2 if self.qk_norm else [])
+            sizes += [self.q, self.kv, self.kv] if self.qkv_bias else []
+        yield from ((size, size * e) for size in sizes)
+
+    def weight_tensors(self) -> Iterator[int]:
+        """Bytes of every tensor that holds the model's weights."""
+        yield from (size for _, size in self._dense_tensors())
+        for _ in range(self.layers):
+            for name in PROJECTIONS:
+                out, width = self.linear(name)
+                yield from stored_tensors(out, width, self.storage)
+
+    def training_tensors(self) -> Iterator[int]:
+        """Bytes of the tensors of adapters, gradients and optimizer states that live from step to step."""
+        if self.trained == "all":
+            for size, _ in self._dense_tensors():
+                yield from (size * self.element,) * 3
+            for _ in range(self.layers):
+                for name in PROJECTIONS:
+                    out, width = self.linear(name)
+                    yield from (out * width * self.element,) * 3
+            return
+        total = self.adapter_parameters
+        if not total:
+            return
+        if self.packed:
+            yield from (total * 4, total * 4, total * self.element)
+        for _ in range(self.layers):
+            for name in PROJECTIONS:
+                rank = self.ranks.get(name, 0)
+                for width in self.linear(name) if rank else ():
+                    yield from (rank * width * self.state_element,) * 2
+                    if not self.packed:
+                        yield from (rank * width * 4,) * 2
+
+
+def stored_tensors(out: int, width: int, storage: str) -> Iterator[int]:
+    """Bytes of the tensors of one stored weight [out, width]."""
+    count = out * width
+    if storage in ELEMENT:
+        yield count * ELEMENT[storage]
+    elif storage.startswith("nf4"):
+        blocks = -(-count // 64)
+        yield count // 2
+        yield 16 * 4
+        if storage == "nf4":
+            yield blocks * 4
+        else:  # the blocks' scales in 8 bits, their own scales, the code of 256 values, the offset
+            yield from (blocks, -(-blocks // 256) * 4, 256 * 4, 4)
+    elif storage == "int8":
+        yield from (count, out * 4)
+    elif storage.startswith("fp8"):
+        for _ in range(2 if storage == "fp8 two" else 1):
+            yield count
+        yield out * 4
+    else:
+        raise ValueError(f"storage '{storage}' is not one of {', '.join(STORAGES)}")
