@@ -22,7 +22,7 @@ F64 = torch.float64
 class SeparateWeight(DenseWeight):
     """A storage whose product cannot be added in place."""
 
-    accumulates = False
+    quantises_rows = True
 
     def matmul_add_(self, out, x):
         raise AssertionError("this storage does not accumulate")
@@ -135,6 +135,24 @@ def test_residual_sum_is_a_new_tensor(weight, dtypes):
     assert out.dtype == residual_dtype and torch.equal(residual, kept)
     torch.testing.assert_close(out, want)
     torch.testing.assert_close(xa, (x @ group.packed.a.t()))
+
+
+@pytest.mark.parametrize("weight", [DenseWeight, SeparateWeight])
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_added_in_place_gives_the_same_bits_as_a_new_sum(weight, impl, dtype):
+    """Levels that keep the residual sum and levels that overwrite it must agree."""
+    group, _ = make_group((8,), (4,), weight=weight, dtype=dtype)
+    group.impl = impl
+    x, residual = normal(T, IN, dtype=dtype), normal(T, 8, seed=3, dtype=dtype)
+    with torch.no_grad():
+        new, _ = group.forward_residual(residual, x)
+        held = residual.clone()
+        group.forward_add_(held, x)
+        want = residual.double() + expected_outputs(group, x)[0].double()
+    assert torch.equal(new, held)
+    unit = 4e-6 if dtype == torch.float32 else 2**-6
+    assert (new.double() - want).abs().max() <= unit * want.abs().max()
 
 
 def test_one_operand_for_a_group():

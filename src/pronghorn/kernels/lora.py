@@ -122,7 +122,7 @@ def up(
     Args:
         xa: [T, ΣR]. bs: [out_i, R_i] each.
         bases: [T, out_i], a bias [out_i], or None for nothing, each.
-        addend: a second base [T, out] for a single adapter; the result then has its dtype, else xa's.
+        addend: a second base [T, out] for a single adapter; a new result has its dtype then, else xa's.
         inplace: write over the bases, which must be matrices.
     """
     if len(bs) <= MOST_PARTS and fits_kernels(xa, [b.shape[1] for b in bs], impl):
@@ -134,7 +134,9 @@ def up(
         if inplace:
             assert base is not None
             y = base.addmm_(part, b.t(), alpha=scaling)
-        elif base is None:
+            outs.append(y if addend is None else y.add_(addend))
+            continue
+        if base is None:
             y = torch.mm(part, b.t()).mul_(scaling) if scaling != 1.0 else torch.mm(part, b.t())
         else:
             y = torch.addmm(base.to(xa.dtype), part, b.t(), alpha=scaling)

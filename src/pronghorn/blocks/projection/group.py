@@ -3,7 +3,7 @@ and writes the tall matrices least.
 
 The adapters' small product comes first and the frozen product is added to it inside the matrix multiplication
 (beta = 1), so that the large result is not read a second time. A storage that cannot add in place
-(`Weight.accumulates` false) takes the other order.
+(`Weight.quantises_rows`) takes the other order.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ class ProjectionGroup:
             (out,) = lora.up(xa, bs, scalings, [residual], impl=self.impl)
             return projection.weight.matmul_add_(out, operand), xa
         y = projection.weight.matmul(operand)
-        (out,) = lora.up(xa, bs, scalings, [y], addend=residual, impl=self.impl)
+        (out,) = lora.up(xa, bs, scalings, [residual], addend=y, impl=self.impl)
         return out, xa
 
     def forward_add_(self, out: Tensor, x: Tensor | Operand) -> Tensor | None:
@@ -140,12 +140,22 @@ class ProjectionGroup:
             (y,), xa = self.forward(operand)
             out.add_(y)
             return xa
-        projection.weight.matmul_add_(out, operand)
+        xa = self.down(operand.tensor)
         if projection.bias is not None:
             out.add_(projection.cast_bias(out.dtype))
-        xa = self.down(operand.tensor)
-        if xa is not None:
-            self._add_adapters_([out], xa)
+        if xa is None or not self._single or self._b_biases():
+            projection.weight.matmul_add_(out, operand)
+            if xa is not None:
+                self._add_adapters_([out], xa)
+            return xa
+        # The sums and roundings of `forward_residual`.
+        bs, scalings = self._bs(xa.dtype), self._scalings
+        if _accumulates(projection.weight):
+            lora.up(xa, bs, scalings, [out], inplace=True, impl=self.impl)
+            projection.weight.matmul_add_(out, operand)
+        else:
+            y = projection.weight.matmul(operand)
+            lora.up(xa, bs, scalings, [out], addend=y, inplace=True, impl=self.impl)
         return xa
 
     def defers(self, xa: Tensor) -> bool:
@@ -415,7 +425,8 @@ class ProjectionGroup:
 
 
 def _accumulates(weight: Weight) -> bool:
-    return bool(getattr(weight, "accumulates", True))
+    """Whether the product is added inside the multiplication; one of quantised rows is not."""
+    return not getattr(weight, "quantises_rows", False)
 
 
 def _token_sum(dy: Tensor) -> Tensor:
