@@ -121,7 +121,7 @@ class GluBlock:
         if not keeps(level, "all"):
             saves.normed = None
         assert saves.gate is not None and saves.up is not None
-        act = glu_forward(saves.gate, saves.up, self.activation)
+        act = self._act(saves.gate, saves.up, saves.xa_gate_up)
         if not keeps(level, "matmuls"):
             saves.gate = saves.up = None
         return act
@@ -129,7 +129,14 @@ class GluBlock:
     def _rebuild(self, dtype: torch.dtype, saves: GluSaves) -> None:
         """Compute whatever is missing in `saves` up to gate and up, from the residual sum."""
         if saves.gate is None:
-            (saves.gate, saves.up), saves.xa_gate_up = self.gate_up.forward(self._normed(dtype, saves))
+            (saves.gate, saves.up), saves.xa_gate_up = self.gate_up.forward(
+                self._normed(dtype, saves), defer_adapters=True
+            )
+
+    def _act(self, gate: Tensor, up: Tensor, xa: Tensor | None) -> Tensor:
+        """act [rows, I]; gate and up may lack their adapters' share, which the activation takes in on the way."""
+        lacking = {"gate_adapter": self.gate_up.deferred(0, xa), "up_adapter": self.gate_up.deferred(1, xa)}
+        return glu_forward(gate, up, self.activation, **lacking)
 
     def _normed(self, dtype: torch.dtype, saves: GluSaves) -> Tensor:
         if saves.normed is None:
@@ -158,11 +165,19 @@ class GluBlock:
         assert gate is not None and up is not None and summed is not None
         saves.gate = saves.up = None
         dact, dxa_down = self.down.input_grad(
-            [dbranch], lambda: glu_forward(gate, up, self.activation), sink, xa=saves.xa_down
+            [dbranch], lambda: self._act(gate, up, saves.xa_gate_up), sink, xa=saves.xa_down
         )
         assert dact is not None
         # In place: gate and up become their gradients, dact becomes the rebuilt activation.
-        act, dgate, dup = glu_backward(dact, gate, up, self.activation, inplace=True)
+        act, dgate, dup = glu_backward(
+            dact,
+            gate,
+            up,
+            self.activation,
+            gate_adapter=self.gate_up.deferred(0, saves.xa_gate_up),
+            up_adapter=self.gate_up.deferred(1, saves.xa_gate_up),
+            inplace=True,
+        )
         self.down.parameter_grads([dbranch], act, saves.xa_down, dxa_down, sink)
         del act, dact
         normed, norm = self._normed(dtype, saves), self.norm

@@ -1,0 +1,80 @@
+"""Blocks whose adapters are added on the way into the next kernel, against the same blocks that add them at once."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from pronghorn.blocks import AttentionBlock, GluBlock, Norm
+from pronghorn.blocks.attention import AttentionSaves
+from pronghorn.blocks.glu import GluSaves
+from pronghorn.blocks.projection import Adapter, GradientSink, LinearProjection, ProjectionGroup
+from pronghorn.kernels.attention import AttentionCall, Documents
+from pronghorn.weights import DenseWeight
+
+T, HIDDEN, INNER, HEADS, KV, HEAD = 6, 32, 40, 4, 2, 8
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + 7 * sum(shape)))
+
+
+def group(impl: str | None, width: int, outs: tuple[int, ...], ranks: tuple[int, ...]) -> ProjectionGroup:
+    projections = []
+    for i, (out, rank) in enumerate(zip(outs, ranks, strict=True)):
+        pair = (normal(rank, width, seed=i).requires_grad_(), normal(out, rank, seed=i + 5).requires_grad_())
+        adapters = (Adapter(*pair, 0.3 + i),) if rank else ()
+        projections.append(
+            LinearProjection(DenseWeight(normal(out, width, seed=i + 9) * 0.2), None, adapters)
+        )
+    return ProjectionGroup(projections, impl=impl)  # type: ignore[arg-type]
+
+
+def norm() -> Norm:
+    return Norm((1 + 0.1 * normal(HIDDEN, seed=3)).requires_grad_(), 1e-6)
+
+
+@pytest.mark.parametrize("ranks", [(4, 4), (0, 8), (16, 0)])
+@pytest.mark.parametrize("level", ["none", "attention", "matmuls", "all"])
+def test_glu_block(ranks, level):
+    results = []
+    for impl in ("torch", "triton"):
+        gate_up, down = group(impl, HIDDEN, (INNER, INNER), ranks), group(impl, INNER, (HIDDEN,), (4,))
+        block = GluBlock(norm(), gate_up, down, "silu")
+        sink = GradientSink(block.trainable())
+        saves = GluSaves()
+        with torch.no_grad():
+            block.add_residual(normal(T, HIDDEN), normal(T, HIDDEN, seed=1), torch.float32, saves)
+            out = block.forward(torch.float32, level, saves).clone()
+            again = GluSaves()
+            block.add_residual(normal(T, HIDDEN), normal(T, HIDDEN, seed=1), torch.float32, again)
+            if saves.summed is None:
+                saves = again
+            dx = block.backward(normal(T, HIDDEN, seed=2), torch.float32, saves, sink)
+        results.append([out, dx, *sink.gradients])
+    for one, two in zip(*results, strict=True):
+        # fp32 sums of a few hundred terms in another order.
+        assert (one - two).abs().max() <= 1e-5 * two.abs().max()
+
+
+@pytest.mark.parametrize("ranks", [(4, 4, 4), (8, 0, 2)])
+def test_attention_block(ranks):
+    results = []
+    cos, sin = normal(T, HEAD, seed=4).cos(), normal(T, HEAD, seed=4).sin()
+    for impl in ("torch", "triton"):
+        qkv = group(impl, HIDDEN, (HEADS * HEAD, KV * HEAD, KV * HEAD), ranks)
+        block = AttentionBlock(
+            norm(), qkv, group(impl, HEADS * HEAD, (HIDDEN,), (4,)), HEADS, KV, HEAD, cos, sin,
+            Documents(torch.tensor([0, 4, T], dtype=torch.int32), 4), AttentionCall(0.3, None, "sdpa"),
+        )  # fmt: skip
+        sink, saves = GradientSink(block.trainable()), AttentionSaves()
+        x = normal(T, HIDDEN)
+        with torch.no_grad():
+            block.rebuild(x, torch.float32, saves)
+            out = block.output(saves).clone()
+            dx = block.backward(normal(T, HIDDEN, seed=2), x, torch.float32, saves, sink, True)
+        results.append([out, dx, *sink.gradients])
+    for one, two in zip(*results, strict=True):
+        # fp32 sums of a few hundred terms in another order.
+        assert (one - two).abs().max() <= 1e-5 * two.abs().max()
