@@ -135,8 +135,8 @@ class GluBlock:
 
     def _act(self, gate: Tensor, up: Tensor, xa: Tensor | None) -> Tensor:
         """act [rows, I]; gate and up may lack their adapters' share, which the activation takes in on the way."""
-        lacking = {"gate_adapter": self.gate_up.deferred(0, xa), "up_adapter": self.gate_up.deferred(1, xa)}
-        return glu_forward(gate, up, self.activation, **lacking)
+        gate_adapter, up_adapter = self.gate_up.deferred(0, xa), self.gate_up.deferred(1, xa)
+        return glu_forward(gate, up, self.activation, gate_adapter=gate_adapter, up_adapter=up_adapter)
 
     def _normed(self, dtype: torch.dtype, saves: GluSaves) -> Tensor:
         if saves.normed is None:
