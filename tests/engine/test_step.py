@@ -141,6 +141,14 @@ def test_a_change_to_the_model_is_noticed(change: str) -> None:
     assert bool(seen) == (change == "hook")
 
 
+def test_every_module_trains_whatever_the_outermost_says() -> None:
+    model = adapted()
+    model.get_base_model().eval()
+    assert model.training and not model.get_base_model().training
+    TrainingStep(model).run(*collated(rows()))
+    assert all(module.training for module in model.modules())
+
+
 def test_an_optimizer_step_reaches_the_copy_that_the_products_read() -> None:
     model, plain = adapted(), adapted()
     step = TrainingStep(model)

@@ -137,8 +137,8 @@ class TrainingStep:
         """Make or renew everything that depends on the model's state."""
         if self._state and self._state == state_of(self._tree) and self._levels == self.binding.save_levels:
             return
-        if not self.model.training:
-            self.model.train()
+        # Whatever the flag of the outermost module says: PEFT's is set while the model inside is as it was loaded.
+        self.model.train()
         if self._graphs:
             logger.warning("pronghorn: the model has changed: its captured steps are made anew")
         self.release()
