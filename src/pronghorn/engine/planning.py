@@ -1,0 +1,153 @@
+"""From a model, or its config alone, to the sizes that a memory plan needs; and the plan onto the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from pronghorn.blocks import LinearProjection, host_bytes_per_token
+from pronghorn.engine.binding import Binding, copy_stream, host_pool
+from pronghorn.engine.read import Reading, read_groups
+from pronghorn.errors import UnsupportedCheckpoint
+from pronghorn.families import family_of
+from pronghorn.memory import (
+    HOST_SHARE,
+    PROJECTIONS,
+    Batch,
+    ModelShape,
+    Plan,
+    available_host_bytes,
+    parse_budget,
+    plan,
+    rates_of,
+)
+
+
+def shape_of_config(
+    config: Any,
+    *,
+    rank: int = 16,
+    ranks: Mapping[str, int] | None = None,
+    storage: str = "bfloat16",
+    dtype: str = "bfloat16",
+    attention: str = "flash",
+    **more: Any,
+) -> ModelShape:
+    """Sizes from a Transformers config; adapters of one rank on all linear layers unless `ranks` says otherwise.
+
+    Raises:
+        UnsupportedCheckpoint: for an architecture that is not planned: its memory is not this engine's.
+    """
+    family = family_of(config.model_type)
+    if family is None:
+        raise UnsupportedCheckpoint(
+            f"memory is planned for model types that take the fast path, and '{config.model_type}' does not",
+            fix="train it without a budget: it runs Transformers' own forward",
+        )
+    heads = config.num_attention_heads
+    return ModelShape(
+        layers=config.num_hidden_layers,
+        hidden=config.hidden_size,
+        heads=heads,
+        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        intermediate=config.intermediate_size,
+        vocabulary=config.vocab_size,
+        ranks=dict.fromkeys(PROJECTIONS, rank) if ranks is None else ranks,
+        storage=storage,
+        dtype=dtype,
+        residual_element=2 if dtype != "float32" else 4,
+        tied=bool(getattr(config, "tie_word_embeddings", False)),
+        qk_norm=family.parts.q_norm is not None,
+        qkv_bias=bool(getattr(config, "attention_bias", False)) or config.model_type == "qwen2",
+        attention=attention,
+        **more,
+    )
+
+
+def shape_of(binding: Binding, **more: Any) -> ModelShape:
+    """Sizes of a bound model, read from its modules."""
+    embedding = binding.model.get_input_embeddings().weight
+    dtype = binding.weight_dtype or embedding.dtype
+    groups = read_groups(binding.layers[len(binding.layers) // 2], binding.family.parts, Reading(True))
+    projections = dict(zip(PROJECTIONS, (p for slot in sorted(groups) for p in groups[slot]), strict=True))
+    ranks = {
+        name: sum(adapter.rank for adapter in projection.adapters)
+        for name, projection in projections.items()
+        if isinstance(projection, LinearProjection)
+    }
+    first = projections["gate"]
+    stored = first.weight.storage if isinstance(first, LinearProjection) else _name(dtype)
+    head_dim = getattr(binding.layers[0], binding.family.parts.attention).head_dim
+    return shape_of_config(
+        binding.config,
+        ranks=ranks,
+        storage=_storage(stored, dtype),
+        dtype=_name(dtype),
+        attention=binding.attention_backend(embedding.device, dtype, head_dim),
+        trained="adapters" if any(ranks.values()) else "all",
+        **more,
+    )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _storage(described: str, dtype: torch.dtype) -> str:
+    """A weight's own description as one of `memory.shape.STORAGES`."""
+    if described.startswith(("nf4", "fp4")):
+        return "nf4 double" if "double" in described else "nf4"
+    if described.startswith("fp8"):
+        return "fp8 two" if "transposed" in described else "fp8"
+    return described if described in ("int8", "float32", "bfloat16", "float16") else _name(dtype)
+
+
+def plan_levels(binding: Binding, budget: str | int, batch: Batch, **more: Any) -> Plan:
+    """Choose the save levels of a bound model on a GPU for a budget, set them, and reserve the host memory they need.
+
+    Args:
+        budget: bytes that torch may reserve, a text such as "17.5GiB", or "auto".
+        batch: the largest batch that will come.
+
+    Raises:
+        BudgetTooSmall, BudgetInvalid: as `memory.plan` does.
+    """
+    device = next(binding.model.parameters()).device
+    free, name = None, "H200"
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+        name = torch.cuda.get_device_name(device)
+    host = int(available_host_bytes() * HOST_SHARE)
+    pool = host_pool(device) if device.type == "cuda" else None
+    if pool is not None:
+        host = pool.limit if pool.limit is not None else host
+    found = plan(
+        shape_of(binding, **more), parse_budget(budget, free), batch, rates=rates_of(name), host_limit=host
+    )
+    apply(binding, found)
+    return found
+
+
+def apply(binding: Binding, found: Plan) -> None:
+    """Set a plan's levels; on a GPU the pinned memory is taken now, so that a step can be captured."""
+    binding.set_save_levels(found.levels)
+    binding.tile_rows = found.tile_rows
+    device = next(binding.model.parameters()).device
+    if device.type != "cuda" or not found.estimate.host:
+        return
+    copy_stream(device)
+    refused = host_pool(device).reserve(host_bytes(binding, found.batch.tokens))
+    if refused is not None:
+        binding.tell_once(f"layers keep on the GPU what should wait in host memory: {refused}")
+
+
+def host_bytes(binding: Binding, tokens: int) -> int:
+    """Pinned bytes that a pass over `tokens` parks at the current save levels, each tensor's rounding included."""
+    widths = shape_of(binding).widths
+    return sum(
+        -(-host_bytes_per_token(level, widths) * tokens // 512) * 512 + 16 * 512
+        for level in binding.save_levels
+    )

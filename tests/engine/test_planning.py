@@ -1,0 +1,104 @@
+"""Sizes read from a bound model and from its config; a plan set on it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pronghorn.engine import bind, binding_of
+from pronghorn.engine.planning import apply, host_bytes, plan_levels, shape_of, shape_of_config
+from pronghorn.errors import BudgetInvalid, BudgetTooSmall, UnsupportedCheckpoint
+from pronghorn.memory import Batch, estimate
+from tests.families.parity import add_adapter, assert_same, bound_copy, quantise_4bit, rows_batch, run
+from tests.tiny import tiny_config, tiny_model
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_weights_are_counted_exactly(family: str) -> None:
+    model = tiny_model(family, tie_word_embeddings=family == "qwen2")
+    plain = sum(p.numel() for p in model.parameters())
+    adapted = add_adapter(model, r=8)
+    bind(adapted)
+    shape = shape_of(binding_of(adapted))
+    assert shape.parameters == plain
+    assert sum(shape.weight_tensors()) == 4 * plain
+    assert shape.adapter_parameters == sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+
+
+def test_a_config_alone_gives_the_same_sizes() -> None:
+    model = add_adapter(tiny_model("qwen3"), r=8)
+    bind(model)
+    read = shape_of(binding_of(model))
+    assert read == shape_of_config(
+        tiny_config("qwen3"), rank=8, storage="float32", dtype="float32", attention=read.attention
+    )
+
+
+@pytest.mark.parametrize("double", [False, True])
+def test_four_bit_weights_are_counted_by_their_tensors(double: bool) -> None:
+    pytest.importorskip("bitsandbytes")
+    model = add_adapter(quantise_4bit(tiny_model("llama"), double))
+    bind(model)
+    shape = shape_of(binding_of(model))
+    assert shape.storage == ("nf4 double" if double else "nf4")
+    gate = model.get_base_model().model.layers[0].mlp.gate_proj.base_layer
+    state = gate.weight.quant_state
+    tensors = [gate.weight.data, state.absmax, state.code]
+    if double:
+        tensors += [state.state2.absmax, state.state2.code, state.offset.reshape(1)]
+    from pronghorn.memory.shape import stored_tensors
+
+    assert sorted(stored_tensors(*shape.linear("gate"), shape.storage)) == sorted(
+        t.numel() * t.element_size() for t in tensors
+    )
+
+
+def test_full_fine_tuning_is_seen() -> None:
+    model = tiny_model("llama")
+    bind(model)
+    assert shape_of(binding_of(model)).trained == "all"
+
+
+def test_a_plan_is_set_and_changes_no_gradient() -> None:
+    model = add_adapter(tiny_model("llama", num_hidden_layers=4))
+    batch = rows_batch(model.config.vocab_size, (13, 7, 13))
+    fast = bound_copy(model, "all")
+    binding = binding_of(fast)
+    sized = Batch(4096, 4096, 4)
+    shape = shape_of(binding)
+    least, most = (estimate(shape, level, sized).reserved for level in ("offload", "all"))
+    found = plan_levels(binding, (least + most) // 2, sized)
+    assert binding.save_levels == found.levels and found.estimate.reserved <= (least + most) // 2
+    assert len(set(found.levels)) > 1
+    assert_same(run(fast, batch), run(bound_copy(model, "all"), batch), 1e-6)
+
+
+def test_host_bytes_hold_every_tensor() -> None:
+    model = add_adapter(tiny_model("llama"))
+    binding = bind(model)
+    binding.set_save_levels("offload-matmuls")
+    assert host_bytes(binding, 1000) >= 2 * 1000 * 4 * (64 * 4 + 2 * 32 + 2 * 128)
+    binding.set_save_levels("all")
+    assert host_bytes(binding, 1000) == 2 * 16 * 512
+
+
+def test_errors_name_numbers_and_a_way_out() -> None:
+    model = add_adapter(tiny_model("llama"))
+    binding = bind(model)
+    with pytest.raises(BudgetTooSmall, match=r"does not fit into 0\.0 GiB.*raise the budget to"):
+        plan_levels(binding, 2**20, Batch(4096, 4096, 4))
+    with pytest.raises(BudgetInvalid, match="'17 parsecs' is no memory size"):
+        plan_levels(binding, "17 parsecs", Batch(64, 64, 1))
+    config = tiny_config("llama")
+    config.model_type = "mamba"
+    with pytest.raises(UnsupportedCheckpoint, match="mamba"):
+        shape_of_config(config)
+
+
+def test_applying_twice_is_applying_once() -> None:
+    model = add_adapter(tiny_model("llama"))
+    binding = bind(model)
+    found = plan_levels(binding, 2**34, Batch(64, 64, 1))
+    apply(binding, found)
+    assert set(binding.save_levels) == {"all"} and binding.tile_rows is None
+    assert torch.is_tensor(next(model.parameters()))
