@@ -261,7 +261,11 @@ class TrainingStep:
             self._stream = torch.cuda.Stream(device)
             self._pool = torch.cuda.graph_pool_handle()
             host_pool(device).most_used = 0
-            self._rehearse(device)
+            # Compiles and loads kernels, creates library handles and workspaces.
+            small = _nonsense(device, _REHEARSAL_TOKENS, _REHEARSAL_TOKENS // 2, 2, _REHEARSAL_TOKENS // 2)
+            self._stream.wait_stream(torch.cuda.current_stream(device))
+            self._run_for_nothing(small, self._stream)
+            torch.cuda.current_stream(device).wait_stream(self._stream)
             self._host_bytes = host_pool(device).most_used / _REHEARSAL_TOKENS
         if self._host_bytes:
             # Nothing can be pinned while a graph is recorded. A quarter of a percent: tensors begin at whole 512 bytes.
@@ -288,31 +292,42 @@ class TrainingStep:
         self.capture_seconds += time.perf_counter() - began
         return captured
 
-    def _rehearse(self, device: torch.device) -> None:
-        """Run a small batch eagerly: compiles and loads kernels, creates library handles and workspaces."""
-        tokens, half = _REHEARSAL_TOKENS, _REHEARSAL_TOKENS // 2
-        zeros = torch.zeros(1, tokens, dtype=torch.int64, device=device)
-        bounds = torch.tensor([0, half, tokens], dtype=torch.int32, device=device)
-        batch = {
-            "input_ids": zeros,
-            "labels": zeros,
-            "position_ids": torch.arange(half, device=device).repeat(2)[None],
-            "cu_seq_lens_q": bounds,
-            "cu_seq_lens_k": bounds,
-            "loss_rows": torch.arange(half, device=device),
-            "max_length_q": half,
-            "max_length_k": half,
-        }
-        held = [(buffer, buffer.clone()) for _, buffer in self._gradients if buffer.any()]
-        assert self._stream is not None
-        self._stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.random.fork_rng(devices=[device]), torch.cuda.stream(self._stream):
-            self._execute(batch, torch.ones((), device=device))
-        torch.cuda.current_stream(device).wait_stream(self._stream)
-        for _, buffer in self._gradients:
-            buffer.zero_()
-        for buffer, before in held:
-            buffer.copy_(before)
+    def rehearse(self, tokens: int, loss_rows: int, documents: int, longest: int) -> None:
+        """Take the memory of the largest batch before the first one comes: its graph, or an eager pass over nothing.
+
+        Raises:
+            torch.OutOfMemoryError: it does not fit; everything taken is given back.
+        """
+        self._settle()
+        if self._model_reason is not None:
+            return
+        device = next(self.model.parameters()).device
+        batch = _nonsense(device, tokens, loss_rows, documents, longest)
+        try:
+            if not self.capture or self._graph_for(batch) is None:
+                self._run_for_nothing(
+                    batch, torch.cuda.current_stream(device) if device.type == "cuda" else None
+                )
+        except torch.OutOfMemoryError:
+            self.release()
+            raise
+
+    def _run_for_nothing(self, batch: dict[str, Any], stream: torch.cuda.Stream | None) -> None:
+        """Run a batch eagerly and forget its gradients and random numbers."""
+        device = batch["input_ids"].device
+        before = [(p, p.grad) for p, _ in self._gradients]
+        held = [(buffer, buffer.clone()) for p, buffer in self._gradients if p.grad is buffer]
+        for parameter, buffer in self._gradients:
+            parameter.grad = buffer
+        devices = [device] if device.type == "cuda" else []
+        try:
+            with torch.random.fork_rng(devices=devices), torch.cuda.stream(stream):
+                self._execute(batch, torch.ones((), device=device))
+        finally:
+            for parameter, gradient in before:
+                parameter.grad = gradient
+            for buffer, values in held:
+                buffer.copy_(values)
 
     def release(self) -> None:
         """Give back the graphs and their memory."""
@@ -321,6 +336,26 @@ class TrainingStep:
             self._pool = self._stream = None
             gc.collect()
             torch.cuda.empty_cache()
+
+
+def _nonsense(
+    device: torch.device, tokens: int, loss_rows: int, documents: int, longest: int
+) -> dict[str, Any]:
+    """A batch of a shape, of nothing but the first token."""
+    documents = max(documents, -(-tokens // longest))
+    zeros = torch.zeros(1, tokens, dtype=torch.int64, device=device)
+    bounds = torch.arange(documents + 1, device=device).mul_(longest).clamp_(max=tokens).to(torch.int32)
+    return {
+        "input_ids": zeros,
+        "labels": zeros,
+        "position_ids": torch.arange(tokens, device=device)[None] % longest,
+        "cu_seq_lens_q": bounds,
+        "cu_seq_lens_k": bounds,
+        "loss_rows": torch.arange(loss_rows, device=device),
+        "max_length_q": longest,
+        "max_length_k": longest,
+        "document_lengths": tuple(max(min(longest, tokens - longest * i), 0) for i in range(documents)),
+    }
 
 
 def _why_another_batch(batch: Mapping[str, Any]) -> str | None:

@@ -34,6 +34,8 @@ class SFTConfig(trl.SFTConfig):
     - `output_dir` is "outputs".
     - `cuda_graphs` (on) launches a micro-batch, forward and backward, as one CUDA graph where the GPU and the model
       allow it; batches are padded up to a few sizes with tokens nobody learns from.
+    - `memory_budget` ("17.5GiB", bytes, or "auto" for all that is free) chooses what every layer keeps for backward so
+      that the largest batch fits and steps are as fast as that allows, instead of the save levels set before.
     - `drop_unsupervised_rows` leaves out rows without a token to train on, instead of refusing them.
     """
 
@@ -60,6 +62,10 @@ class SFTConfig(trl.SFTConfig):
     )
     cuda_graphs: bool = field(
         default=True, metadata={"help": "Launch each micro-batch as one CUDA graph where possible."}
+    )
+    memory_budget: str | None = field(
+        default=None,
+        metadata={"help": "GPU memory a step may take, such as 17.5GiB, or 'auto': layers keep what fits."},
     )
     max_seq_length: int | None = field(default=None, metadata={"help": "Older name of max_length."})
 

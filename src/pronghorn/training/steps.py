@@ -11,6 +11,7 @@ from accelerate.utils import DistributedType
 from pronghorn.data.budgets import Budgets
 from pronghorn.data.collator import BOOKKEEPING
 from pronghorn.engine import StepOutput, TrainingStep
+from pronghorn.training.memory import largest_batch, take_memory
 from pronghorn.training.setup import is_bound
 
 logger = logging.getLogger("pronghorn")
@@ -41,11 +42,10 @@ class StaticSteps:
 
     def budgets(self) -> Budgets | None:
         """The sizes batches are rounded up to; None where no graph needs them."""
-        args = self._trainer.args
         if not self.captures:
             return None
-        rows = args.per_device_train_batch_size
-        return Budgets(None if args.max_length is None else rows * int(args.max_length))
+        largest = largest_batch(self._trainer)
+        return Budgets(None if largest is None else largest.tokens)
 
     def run(self, inputs: Mapping[str, Any], normalizer: Any) -> StepOutput | None:
         """One micro-batch forward and backward, or None where the trainer has to do it in its ordinary way."""
@@ -55,6 +55,7 @@ class StaticSteps:
         if self._step is None:
             context = self._trainer.compute_loss_context_manager
             self._step = TrainingStep(self._trainer.model, capture=self.captures, around=context)
+            take_memory(self._trainer, self._step)
         output = self._step.run(batch, normalizer)
         if output is None and self._step.reason is not None:
             self._tell(self._step.reason)
