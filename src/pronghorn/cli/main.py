@@ -1,4 +1,4 @@
-"""``pronghorn train | quickstart | chat | doctor``. Only the chosen subcommand's modules are imported."""
+"""``pronghorn train | quickstart | chat | plan | doctor``. Only the chosen subcommand's modules are imported."""
 
 from __future__ import annotations
 
@@ -72,6 +72,21 @@ def build_parser() -> argparse.ArgumentParser:
     )
     chat.add_argument("--load-in-4bit", action="store_true")
 
+    plan = commands.add_parser("plan", help="what a training step will take, from the model's config alone")
+    plan.add_argument("model", metavar="MODEL", help="a folder with a config.json, a .gguf file or a hub id")
+    plan.add_argument(
+        "--budget", metavar="SIZE", help="GPU memory, such as 24GiB (default: what is free on the GPU here)"
+    )
+    plan.add_argument("--max-seq-length", type=_positive, default=2048, metavar="N")
+    plan.add_argument("--batch", type=_positive, default=1, metavar="N", help="rows of a step (default 1)")
+    plan.add_argument(
+        "--rank", type=_whole, default=16, metavar="R", help="of the adapters (default 16); 0 trains all weights"
+    )
+    plan.add_argument("--load-in-4bit", action="store_true")
+    plan.add_argument("--no-offload", action="store_true", help="keep out of the host's memory")
+    plan.add_argument("--gpu", metavar="NAME", help="plan for this GPU, such as 4090 (default: the one here)")
+    plan.add_argument("--json", action="store_true", help="print the plan as JSON")
+
     doctor = commands.add_parser("doctor", help="versions, hardware, and which paths are on and why")
     doctor.add_argument("--json", action="store_true", help="print the same facts as JSON")
     return parser
@@ -93,18 +108,30 @@ def _commands() -> dict:
 
         return run(options)
 
+    def plan(options: argparse.Namespace) -> int:
+        from pronghorn.cli.plan import run
+
+        return run(options)
+
     def doctor(options: argparse.Namespace) -> int:
         from pronghorn.cli.doctor import run
 
         return run(as_json=options.json)
 
-    return {"train": train, "quickstart": quickstart, "chat": chat, "doctor": doctor}
+    return {"train": train, "quickstart": quickstart, "chat": chat, "plan": plan, "doctor": doctor}
 
 
 def _positive(text: str) -> int:
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError("must be at least 1")
+    return number
+
+
+def _whole(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError("must be at least 0")
     return number
 
 
