@@ -1,39 +1,199 @@
-"""8-bit floating point (e4m3: Micikevicius et al. 2022, arXiv 2209.05433): rows as codes with one scale each.
+"""8-bit floating point (e4m3: Micikevicius et al. 2022, arXiv 2209.05433): numbers as codes with a scale each row.
 
-    scale_t = max_i |x_ti · c_i| / 448,   code_ti = round_e4m3(x_ti · c_i / scale_t),   x · c ≈ code · scale
+    x_ti · c_i ≈ code_ti · scale_t,   scale_t = max_i |x_ti · c_i| / 448,   code = round_e4m3(x · c / scale)
 
-e4m3 keeps 3 bits after the point: a number at least 2⁻¹⁴·¹ of its row's largest is off by at most 1/16 of itself,
-a smaller one by at most 2⁻¹⁰ · scale. The column factors c (1 where none are given) carry the row scales of a weight
-into the input gradient: dy @ (s ⊙ codes) = (dy · s) @ codes, so that one set of codes serves both directions.
+e4m3 keeps 3 bits after the point: a number is off by at most 1/16 of itself, or, where it is smaller than 2⁻⁶ scales,
+by at most 2⁻¹⁰ scales. The column factors c (1 where none are given) carry the row scales s of a weight into its
+input gradient: dy @ (s ⊙ codes) = (dy · s) @ codes, so that one set of codes serves both directions.
+
+Scales of weights are powers of two. A float format loses nothing by that, and code · scale is a bf16 number: what a
+weight's products multiply, what `dequantise` gives and what a merged checkpoint holds are the same values.
 """
 
 from __future__ import annotations
+
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from pronghorn.kernels.dispatch import Impl, use_triton
+from pronghorn.kernels.glu import glu_forward
+from pronghorn.kernels.nf4 import Nested, dequantize_4bit
 
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = 448.0
-# A row of zeros, or of numbers that fp32 cannot divide, gets this scale: its codes are zeros.
+# The scale of a row of zeros; small enough for every bf16 row, large enough for its reciprocal to be finite.
 TINY = 2.0**-100
+# The matrix units take inner and outer sizes in whole groups of 16 bytes.
+MULTIPLE = 16
+
+#: codes e4m3 [T, W] and what they are multiplied with: fp32 [T, 1], or [1, 1] for all rows
+Fp8Rows = tuple[Tensor, Tensor]
 
 
-def quantise_rows(
-    x: Tensor, columns: Tensor | None = None, *, impl: Impl | None = None
-) -> tuple[Tensor, Tensor]:
+def quantise_rows(x: Tensor, columns: Tensor | None = None, *, impl: Impl | None = None) -> Fp8Rows:
     """Codes e4m3 [T, W] and scales fp32 [T, 1] of x · columns.
 
     Args:
-        x: [T, W], rows may be strided. columns: fp32 [W] or None.
+        x: [T, W], rows may be strided. columns: fp32, W elements, or None.
     """
     if use_triton(x, impl):
         from pronghorn.kernels.triton.fp8 import quantise_rows as run
 
         return run(x, columns)
-    wide = x.to(torch.float32)
-    if columns is not None:
-        wide = wide * columns
+    wide = _scaled(x, columns)
     scales = (wide.abs().amax(1, keepdim=True) / E4M3_MAX).clamp_(min=TINY)
     return (wide / scales).to(E4M3), scales
+
+
+def glu_forward_fp8(
+    gate: Tensor, up: Tensor, activation: str, *, impl: Impl | None = None
+) -> tuple[Tensor, Fp8Rows]:
+    """`kernels.glu.glu_forward`'s act [T, I], and its codes [T, I] with their scales [T, 1], in one pass.
+
+    The codes are those of the rounded act: the same as `quantise_rows(act)`.
+    """
+    if use_triton(gate, impl):
+        from pronghorn.kernels.triton.glu_fp8 import forward
+
+        return forward(gate, up, activation)
+    act = glu_forward(gate, up, activation, impl="torch")
+    return act, quantise_rows(act, impl="torch")
+
+
+def quantise_tensor(x: Tensor, columns: Tensor | None = None) -> Fp8Rows:
+    """Codes e4m3 [T, W] and one scale fp32 [1, 1] of x · columns, for matrix units without row scales."""
+    wide = _scaled(x, columns)
+    scale = (wide.abs().amax() / E4M3_MAX).clamp_(min=TINY).view(1, 1)
+    return (wide / scale).to(E4M3), scale
+
+
+def _scaled(x: Tensor, columns: Tensor | None) -> Tensor:
+    wide = x.to(torch.float32)
+    return wide if columns is None else wide * columns.view(-1)
+
+
+def quantise_weight(weight: Tensor, *, rowwise: bool = True) -> Fp8Rows:
+    """Codes e4m3 [out, in] and power-of-two scales fp32 [out, 1] (or one, [1, 1]) of a weight."""
+    largest = weight.abs().amax(1, keepdim=True).to(torch.float32)
+    scales = power_of_two_scales(largest if rowwise else largest.amax().view(1, 1))
+    return (weight.to(torch.float32) / scales).to(E4M3), scales
+
+
+def power_of_two_scales(largest: Tensor) -> Tensor:
+    """The least powers of two that bring numbers of these sizes within 448."""
+    # frexp: largest / 448 = m · 2^e with m in [½, 1), so 2^e is above it and 2^(e-1) enough where m is ½.
+    mantissa, exponent = torch.frexp((largest / E4M3_MAX).clamp(min=TINY))
+    return torch.ldexp(torch.ones_like(largest), exponent - (mantissa == 0.5).to(exponent.dtype))
+
+
+def dequantise(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """codes · scales [out, in] in `dtype`; exact in bf16 for a weight's scales."""
+    # fp16 has too small a range for the scales by themselves.
+    wide = torch.float32 if dtype == torch.float16 else dtype
+    return torch.mul(codes.to(wide), scales.to(wide)).to(dtype)
+
+
+def transpose_codes(codes: Tensor, *, impl: Impl | None = None) -> Tensor:
+    """e4m3 [out, in] -> contiguous [in, out]."""
+    if use_triton(codes, impl):
+        from pronghorn.kernels.triton.fp8 import transpose
+
+        return transpose(codes)
+    return codes.t().contiguous()
+
+
+def product(
+    rows: Fp8Rows,
+    codes: Tensor,
+    scales: Tensor | None,
+    dtype: torch.dtype,
+    *,
+    fast: bool = True,
+    emulate: bool = False,
+) -> Tensor:
+    """(rows' codes · scales) [T, K] @ (codes · scales)ᵀ [K, N] -> [T, N] in `dtype`.
+
+    Args:
+        codes: e4m3 [N, K], contiguous along K. scales: fp32 [N, 1], [1, 1], or None for ones.
+        fast: let the matrix unit add up in fewer than fp32's bits (Hopper keeps about 14 of them).
+        emulate: multiply the dequantised operands in fp32, as is always done on a CPU.
+    """
+    left, left_scales = rows
+    if emulate or not left.is_cuda:
+        right = codes.to(torch.float32)
+        right = right if scales is None else right * scales
+        return ((left.to(torch.float32) * left_scales) @ right.t()).to(dtype)
+    if left.shape[0] == 0:
+        return left.new_empty(0, codes.shape[0], dtype=dtype)
+    by_row = left_scales.numel() > 1 or left.shape[0] == 1
+    size = codes.shape[0] if by_row else 1
+    right_scales = _ones(size, left.device) if scales is None else scales
+    out = torch._scaled_mm(
+        left,
+        codes.t(),
+        scale_a=left_scales,
+        scale_b=right_scales.view(1, -1),
+        # Row scales come with bf16 results only.
+        out_dtype=dtype if dtype == torch.float16 and not by_row else torch.bfloat16,
+        use_fast_accum=fast,
+    )
+    return out if out.dtype == dtype else out.to(dtype)
+
+
+@lru_cache(maxsize=256)
+def _ones(size: int, device: torch.device) -> Tensor:
+    return torch.ones(1, size, dtype=torch.float32, device=device)
+
+
+def four_bit_row_scales(
+    absmax: Tensor, shape: tuple[int, int], blocksize: int, nested: Nested | None
+) -> Tensor | None:
+    """Power-of-two scales fp32 [out, 1] of a 4-bit weight's rows; None where rows do not begin with a block.
+
+    The largest number of a block is its scale (the code's ends are ±1), so the packed weight need not be read.
+    """
+    if shape[1] % blocksize:
+        return None
+    if nested is not None:
+        code2, absmax2, offset, blocksize2 = nested
+        coarse = absmax2.repeat_interleave(blocksize2)[: absmax.numel()]
+        absmax = code2.index_select(0, absmax.view(-1).int()) * coarse + offset
+    return power_of_two_scales(absmax.view(shape[0], -1).abs().amax(1, keepdim=True).to(torch.float32))
+
+
+def four_bit_to_fp8(
+    packed: Tensor,
+    absmax: Tensor,
+    code: Tensor,
+    scales: Tensor,
+    *,
+    blocksize: int,
+    shape: tuple[int, int],
+    nested: Nested | None = None,
+    transposed: bool = False,
+    impl: Impl | None = None,
+) -> Tensor:
+    """e4m3 codes of a 4-bit weight for given row scales fp32 [out, 1], in one kernel.
+
+    Args:
+        packed, absmax, code, nested: as in `kernels.nf4.dequantize_4bit`; whole blocks in a row.
+        transposed: give [in, out] instead of [out, in].
+    """
+    if use_triton(packed, impl):
+        from pronghorn.kernels.triton.fp8 import from_four_bit
+
+        return from_four_bit(packed, absmax, code, scales, blocksize, shape, nested, transposed)
+    dense = dequantize_4bit(
+        packed,
+        absmax,
+        code,
+        blocksize=blocksize,
+        shape=shape,
+        dtype=torch.float32,
+        nested=nested,
+        impl="torch",
+    )
+    codes = (dense / scales).to(E4M3)
+    return codes.t().contiguous() if transposed else codes

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pronghorn.kernels.dispatch import Impl, math_dtype, use_triton
+from pronghorn.kernels.fp8 import E4M3, Fp8Rows, quantise_rows
 
 
 def rms_norm_forward(
@@ -49,6 +50,34 @@ def rms_norm_forward(
     rstd = torch.rsqrt(wide.square().mean(-1) + eps)
     y = (wide * rstd[:, None]).mul_(weight.to(wide.dtype) + weight_offset)
     return y.to(out_dtype or x.dtype), rstd.to(math_dtype(x.dtype)), summed
+
+
+def rms_norm_forward_fp8(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    *,
+    residual: Tensor | None = None,
+    weight_offset: float = 0.0,
+    out_dtype: torch.dtype | None = None,
+    impl: Impl | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Fp8Rows]:
+    """`rms_norm_forward`, and y's e4m3 codes [T, H] with their scales [T, 1], made in the same pass.
+
+    The codes are those of the rounded y: the same as `kernels.fp8.quantise_rows(y)`.
+    """
+    dtype = out_dtype or x.dtype
+    if use_triton(x, impl):
+        from pronghorn.kernels.triton.rms_norm import forward
+
+        codes = torch.empty(x.shape, dtype=E4M3, device=x.device)
+        scales = torch.empty(x.shape[0], 1, dtype=torch.float32, device=x.device)
+        y, rstd, summed = forward(x, weight, eps, residual, weight_offset, dtype, (codes, scales))
+        return y, rstd, summed, (codes, scales)
+    y, rstd, summed = rms_norm_forward(
+        x, weight, eps, residual=residual, weight_offset=weight_offset, out_dtype=dtype, impl="torch"
+    )
+    return y, rstd, summed, quantise_rows(y, impl="torch")
 
 
 def rms_norm_backward(

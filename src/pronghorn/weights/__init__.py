@@ -1,6 +1,8 @@
-"""Storage of a linear layer's weight: plain, 4-bit or 8-bit, behind one interface."""
+"""Storage of a linear layer's weight: plain, fp8, 4-bit or 8-bit, behind one interface."""
 
 from pronghorn.weights.base import DenseWeight, Weight
+from pronghorn.weights.fp8 import Fp8FourBitWeight, Fp8GradWeight, Fp8Weight
+from pronghorn.weights.fp8_linear import Fp8Linear
 from pronghorn.weights.operand import Operand
 from pronghorn.weights.quantised import FourBitWeight, Int8Weight
 from pronghorn.weights.read import keep_four_bit_layout, read_weight
@@ -8,6 +10,10 @@ from pronghorn.weights.read import keep_four_bit_layout, read_weight
 __all__ = [
     "DenseWeight",
     "FourBitWeight",
+    "Fp8FourBitWeight",
+    "Fp8GradWeight",
+    "Fp8Linear",
+    "Fp8Weight",
     "Int8Weight",
     "Operand",
     "Weight",

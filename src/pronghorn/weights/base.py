@@ -22,6 +22,13 @@ class Weight:
     parameter: Tensor | None = None
     #: how the weight is stored, for `describe()`
     storage: str = "dense"
+    #: "exact" where products differ from the 16- or 32-bit ones by reordering alone, "quantised" otherwise
+    label: str = "exact"
+
+    @property
+    def quantises_rows(self) -> bool:
+        """Whether products take their operand's rows in fp8 (see `Operand`), which the kernel before may make."""
+        return False
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """W [out, in] in `dtype`. May alias the stored tensor: never write to it."""

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from pronghorn.kernels.fp8 import quantise_rows
-
-#: codes e4m3 [T, in] and the scales that belong to them: fp32 [T, 1]
-Fp8Rows = tuple[Tensor, Tensor]
+from pronghorn.kernels.fp8 import Fp8Rows, quantise_rows, quantise_tensor
 
 
 class Operand:
@@ -19,17 +16,31 @@ class Operand:
     Args:
         tensor: the rows in the computing dtype.
         fp8: what `fp8()` shall give, where the kernel that produced `tensor` has made it already.
+        columns: the column factors that `fp8` was made with, those of the one weight it is for.
     """
 
-    def __init__(self, tensor: Tensor, fp8: Fp8Rows | None = None) -> None:
+    def __init__(self, tensor: Tensor, fp8: Fp8Rows | None = None, columns: Tensor | None = None) -> None:
         self.tensor = tensor
         self._fp8 = fp8
+        self._made_for: tuple[int | None, bool] = (_identity(columns), True)
 
-    def fp8(self) -> Fp8Rows:
-        """The rows as e4m3 codes [T, in] with a scale fp32 [T, 1] each: tensor ≈ codes · scales."""
-        if self._fp8 is None:
-            self._fp8 = quantise_rows(self.tensor)
+    def fp8(self, columns: Tensor | None = None, *, rowwise: bool = True) -> Fp8Rows:
+        """The rows as e4m3 codes [T, in] and scales fp32 [T, 1]: tensor · columns ≈ codes · scales.
+
+        Args:
+            columns: factors fp32 [in, 1] of the columns, the row scales of the weight in an input gradient.
+            rowwise: False gives one scale [1, 1] for all rows.
+        """
+        wanted = (_identity(columns), rowwise)
+        if self._fp8 is None or self._made_for != wanted:
+            self._fp8 = (quantise_rows if rowwise else quantise_tensor)(self.tensor, columns)
+            self._made_for = wanted
         return self._fp8
+
+
+def _identity(columns: Tensor | None) -> int | None:
+    """Factors are the same when they lie at the same place: those of a weight live as long as it does."""
+    return None if columns is None else columns.data_ptr()
 
 
 def as_operand(x: Tensor | Operand) -> Operand:

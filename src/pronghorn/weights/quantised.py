@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pronghorn.kernels.nf4 import dequantize_4bit
+from pronghorn.kernels.nf4 import Nested, dequantize_4bit
 from pronghorn.weights.base import Weight
 
 
@@ -19,17 +19,24 @@ class FourBitWeight(Weight):
         state: bitsandbytes' `QuantState` of the weight.
     """
 
+    label = "quantised"
+
     def __init__(self, packed: Tensor, state: Any) -> None:
         self.packed = packed if packed.dtype == torch.uint8 else packed.view(torch.uint8)
         self.state = state
         self.shape = (state.shape[0], state.shape[1])
         self.storage = f"{state.quant_type}{' double' if state.nested else ''}"
 
+    @property
+    def nested(self) -> Nested | None:
+        """The second level of scales, as `kernels.nf4` takes it."""
+        state = self.state
+        if not state.nested:
+            return None
+        return state.state2.code, state.state2.absmax, state.offset, state.state2.blocksize
+
     def dense(self, dtype: torch.dtype) -> Tensor:
         state = self.state
-        nested = None
-        if state.nested:
-            nested = (state.state2.code, state.state2.absmax, state.offset, state.state2.blocksize)
         return dequantize_4bit(
             self.packed,
             state.absmax,
@@ -37,7 +44,7 @@ class FourBitWeight(Weight):
             blocksize=state.blocksize,
             shape=self.shape,
             dtype=dtype,
-            nested=nested,
+            nested=self.nested,
         )
 
 
@@ -49,6 +56,7 @@ class Int8Weight(Weight):
     """
 
     storage = "int8"
+    label = "quantised"
 
     def __init__(self, codes: Tensor, row_absmax: Tensor) -> None:
         self.codes, self.row_absmax = codes, row_absmax

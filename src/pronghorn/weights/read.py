@@ -6,12 +6,15 @@ from typing import Any
 
 from torch import nn
 
+from pronghorn.kernels.fp8 import E4M3
 from pronghorn.weights.base import DenseWeight, Weight
+from pronghorn.weights.fp8 import Fp8FourBitWeight, Fp8GradWeight
+from pronghorn.weights.fp8_linear import FP8_SCALES, FP8_TRANSPOSED, Fp8Linear
 from pronghorn.weights.quantised import FourBitWeight, Int8Weight
 
 
 def read_weight(module: nn.Module) -> Weight | None:
-    """The weight of a plain or bitsandbytes linear module, or None for a module of another kind.
+    """The weight of a plain, fp8 or bitsandbytes linear module, or None for a module of another kind.
 
     Classes are recognised by name so that bitsandbytes is imported only by those who load with it.
     """
@@ -20,8 +23,10 @@ def read_weight(module: nn.Module) -> Weight | None:
         return _read_four_bit(module)
     if kind == "Linear8bitLt":
         return _read_int8(module)
+    if isinstance(module, Fp8Linear):
+        return module.stored()
     if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
-        return DenseWeight(module.weight)
+        return _read_dense(module)
     return None
 
 
@@ -36,6 +41,14 @@ def keep_four_bit_layout(model: nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
+def _read_dense(module: nn.Linear) -> Weight:
+    buffers = module._buffers
+    codes, scales = buffers.get(FP8_TRANSPOSED), buffers.get(FP8_SCALES)
+    if codes is None or scales is None or module.weight.requires_grad:
+        return DenseWeight(module.weight)
+    return Fp8GradWeight(module.weight, codes.view(E4M3), scales)
+
+
 def _read_four_bit(module: Any) -> Weight | None:
     state = getattr(module.weight, "quant_state", None) or getattr(module, "quant_state", None)
     if state is None:  # not quantised yet: bitsandbytes quantises when the module moves to its device
@@ -43,6 +56,9 @@ def _read_four_bit(module: Any) -> Weight | None:
     if getattr(state, "packing_format_for_cpu", False):
         _restore_layout(module, state)
         state = module.weight.quant_state
+    scales = module._buffers.get(FP8_SCALES)
+    if scales is not None:
+        return Fp8FourBitWeight(module.weight.data, state, scales)
     return FourBitWeight(module.weight.data, state)
 
 

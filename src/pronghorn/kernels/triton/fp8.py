@@ -1,4 +1,4 @@
-"""Rows to e4m3 in Triton: a row in registers a program, one pass over memory."""
+"""e4m3 in Triton: rows to codes, codes transposed, 4-bit weights to codes. One pass over memory each."""
 
 from __future__ import annotations
 
@@ -14,6 +14,12 @@ TINY = tl.constexpr(2.0**-100)
 
 
 @triton.jit
+def row_scale(x):
+    """The scale of a row of fp32 numbers held by a program; see `kernels.fp8`."""
+    return tl.maximum(tl.max(tl.abs(x), 0) / E4M3_MAX, TINY)
+
+
+@triton.jit
 def _quantise_rows(
     x_ptr, columns_ptr, codes_ptr, scales_ptr, x_stride, width, HAS_COLUMNS: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -23,7 +29,7 @@ def _quantise_rows(
     x = tl.load(x_ptr + row * x_stride + columns, mask=inside, other=0.0).to(tl.float32)
     if HAS_COLUMNS:
         x = x * tl.load(columns_ptr + columns, mask=inside, other=0.0)
-    scale = tl.maximum(tl.max(tl.abs(x), 0) / E4M3_MAX, TINY)
+    scale = row_scale(x)
     tl.store(scales_ptr + row, scale)
     tl.store(codes_ptr + row * width + columns, (x / scale).to(tl.float8e4nv), mask=inside)
 
@@ -40,3 +46,86 @@ def quantise_rows(x: Tensor, columns: Tensor | None) -> tuple[Tensor, Tensor]:
             HAS_COLUMNS=columns is not None, BLOCK=block, num_warps=warps,
         )  # fmt: skip
     return codes, scales
+
+
+@triton.jit
+def _transpose(
+    in_ptr, out_ptr, in_stride, rows, width, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr
+):
+    row = (tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)).to(tl.int64)
+    column = (tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)).to(tl.int64)
+    inside = (row < rows)[:, None] & (column < width)[None, :]
+    tile = tl.load(in_ptr + row[:, None] * in_stride + column[None, :], mask=inside, other=0)
+    turned = (column < width)[:, None] & (row < rows)[None, :]
+    tl.store(out_ptr + column[:, None] * rows + row[None, :], tl.trans(tile), mask=turned)
+
+
+def transpose(codes: Tensor) -> Tensor:
+    rows, width = codes.shape
+    out = torch.empty(width, rows, dtype=codes.dtype, device=codes.device)
+    if codes.numel():
+        source, target = unit_rows(codes).view(torch.uint8), out.view(torch.uint8)
+        # 128 bytes each way is one cache line for every row of the tile, read and written.
+        _transpose[(triton.cdiv(rows, 128), triton.cdiv(width, 128))](
+            source, target, source.stride(0), rows, width, BLOCK_ROWS=128, BLOCK_COLUMNS=128, num_warps=8
+        )
+    return out
+
+
+@triton.jit
+def _from_four_bit(
+    packed_ptr, absmax_ptr, code_ptr, code2_ptr, absmax2_ptr, offset_ptr, scales_ptr, out_ptr, rows, width,
+    blocksize: tl.constexpr, blocksize2: tl.constexpr, NESTED: tl.constexpr, TRANSPOSED: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_BYTES: tl.constexpr,
+):  # fmt: skip
+    row = (tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)).to(tl.int64)
+    byte = tl.program_id(1) * BLOCK_BYTES + tl.arange(0, BLOCK_BYTES)
+    in_rows = (row < rows)[:, None]
+    inside = in_rows & (2 * byte < width)[None, :]
+    block = row[:, None] * (width // blocksize) + (2 * byte // blocksize)[None, :]
+    if NESTED:
+        quantised = tl.load(absmax_ptr + block, mask=inside, other=0).to(tl.int32)
+        coarse = tl.load(absmax2_ptr + block // blocksize2, mask=inside, other=0.0)
+        factor = tl.load(code2_ptr + quantised) * coarse + tl.load(offset_ptr)
+    else:
+        factor = tl.load(absmax_ptr + block, mask=inside, other=0.0)
+    factor = factor / tl.load(scales_ptr + row, mask=row < rows, other=1.0)[:, None]
+    packed = tl.load(packed_ptr + row[:, None] * (width // 2) + byte[None, :], mask=inside, other=0).to(
+        tl.int32
+    )
+    high = (tl.load(code_ptr + (packed >> 4)) * factor).to(tl.float8e4nv)
+    low = (tl.load(code_ptr + (packed & 15)) * factor).to(tl.float8e4nv)
+    values = tl.interleave(high, low)
+    column = (tl.program_id(1) * (2 * BLOCK_BYTES) + tl.arange(0, 2 * BLOCK_BYTES)).to(tl.int64)
+    in_columns = column < width
+    if TRANSPOSED:
+        to = out_ptr + column[:, None] * rows + row[None, :]
+        tl.store(to, tl.trans(values), mask=in_columns[:, None] & (row < rows)[None, :])
+    else:
+        to = out_ptr + row[:, None] * width + column[None, :]
+        tl.store(to, values, mask=in_rows & in_columns[None, :])
+
+
+def from_four_bit(
+    packed: Tensor,
+    absmax: Tensor,
+    code: Tensor,
+    scales: Tensor,
+    blocksize: int,
+    shape: tuple[int, int],
+    nested: tuple[Tensor, Tensor, Tensor, int] | None,
+    transposed: bool,
+) -> Tensor:
+    rows, width = shape
+    code2, absmax2, offset, blocksize2 = nested if nested is not None else (code, code, code, 1)
+    out_shape = (width, rows) if transposed else (rows, width)
+    out = torch.empty(out_shape, dtype=torch.float8_e4m3fn, device=packed.device)
+    # Transposed, a tile is a cache line wide both ways; else rows are short and long runs of bytes are better.
+    block_rows, block_bytes = (64, 32) if transposed else (4, 256)
+    if out.numel():
+        _from_four_bit[(triton.cdiv(rows, block_rows), triton.cdiv(width, 2 * block_bytes))](
+            packed, absmax, code, code2, absmax2, offset, scales, out, rows, width,
+            blocksize=blocksize, blocksize2=blocksize2, NESTED=nested is not None, TRANSPOSED=transposed,
+            BLOCK_ROWS=block_rows, BLOCK_BYTES=block_bytes, num_warps=4,
+        )  # fmt: skip
+    return out

@@ -7,14 +7,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pronghorn.kernels.triton.fp8 import row_scale
 from pronghorn.kernels.triton.launch import programs, row_block, unit_rows
 
 
 @triton.jit
 def _forward(
-    x_ptr, residual_ptr, weight_ptr, y_ptr, rstd_ptr, summed_ptr,
+    x_ptr, residual_ptr, weight_ptr, y_ptr, rstd_ptr, summed_ptr, codes_ptr, scales_ptr,
     x_stride, residual_stride, width, eps, weight_offset,
-    HAS_RESIDUAL: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr, QUANTISE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
@@ -29,8 +30,14 @@ def _forward(
     rstd = 1.0 / tl.sqrt(tl.sum(wide * wide, 0) / width + eps)
     tl.store(rstd_ptr + row, rstd)
     weight = tl.load(weight_ptr + columns, mask=inside, other=0.0).to(tl.float32) + weight_offset
-    y = wide * rstd * weight
-    tl.store(y_ptr + row * width + columns, y.to(y_ptr.dtype.element_ty), mask=inside)
+    y = (wide * rstd * weight).to(y_ptr.dtype.element_ty)
+    tl.store(y_ptr + row * width + columns, y, mask=inside)
+    if QUANTISE:
+        # Of the rounded output, so that it makes no difference whether this kernel quantises or a later one.
+        rounded = y.to(tl.float32)
+        scale = row_scale(rounded)
+        tl.store(scales_ptr + row, scale)
+        tl.store(codes_ptr + row * width + columns, (rounded / scale).to(tl.float8e4nv), mask=inside)
 
 
 @triton.jit
@@ -75,19 +82,22 @@ def forward(
     residual: Tensor | None,
     weight_offset: float,
     out_dtype: torch.dtype,
+    fp8: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """y, rstd, summed; `fp8` are buffers for y's codes [T, H] and row scales."""
     x = unit_rows(x)
     rows, width = x.shape
     y = torch.empty(rows, width, dtype=out_dtype, device=x.device)
     rstd = torch.empty(rows, dtype=torch.float32, device=x.device)
     summed = x if residual is None else torch.empty(rows, width, dtype=x.dtype, device=x.device)
     added = x if residual is None else unit_rows(residual)
+    codes, scales = (y, rstd) if fp8 is None else fp8
     if rows:
         block, warps = row_block(width)
         _forward[(rows,)](
-            x, added, weight, y, rstd, summed,
+            x, added, weight, y, rstd, summed, codes, scales,
             x.stride(0), added.stride(0), width, eps, weight_offset,
-            HAS_RESIDUAL=residual is not None, BLOCK=block, num_warps=warps,
+            HAS_RESIDUAL=residual is not None, QUANTISE=fp8 is not None, BLOCK=block, num_warps=warps,
         )  # fmt: skip
     return y, rstd, summed
 

@@ -1,0 +1,154 @@
+"""A linear module whose frozen weight is stored as e4m3 codes; what Transformers and PEFT hold in a loaded model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from pronghorn.kernels.fp8 import (
+    E4M3,
+    MULTIPLE,
+    dequantise,
+    four_bit_row_scales,
+    quantise_weight,
+    transpose_codes,
+)
+from pronghorn.weights.fp8 import Fp8Weight
+
+#: buffers on stock modules whose weight is multiplied in fp8: row scales, and the bytes of the transposed codes
+FP8_SCALES = "pronghorn_fp8_scales"
+FP8_TRANSPOSED = "pronghorn_fp8_transposed"
+
+
+class Fp8Linear(nn.Linear):
+    """y = x Wᵀ + b with W = codes · scales.
+
+    Its own forward multiplies the dequantised weight in x's dtype, so that a model answers, falls back and merges as
+    if it were loaded from 16 bits with these values; the blocks multiply the codes (`stored`).
+
+    `weight` holds the codes as bytes, which casts of a whole model (`model.half()`) leave alone; `compute_dtype` is
+    the dtype the weight had.
+    """
+
+    weight: nn.Parameter
+    weight_scale: Tensor
+    weight_transposed: Tensor | None
+
+    def __init__(self, codes: Tensor, scales: Tensor, bias: nn.Parameter | None, dtype: torch.dtype) -> None:
+        nn.Module.__init__(self)
+        self.out_features, self.in_features = codes.shape
+        self.compute_dtype = dtype
+        self.weight = nn.Parameter(codes.view(torch.uint8), requires_grad=False)
+        self.bias = bias
+        self.register_buffer("weight_scale", scales)
+        self.register_buffer("weight_transposed", None, persistent=False)
+
+    @staticmethod
+    def of(linear: nn.Linear, *, rowwise: bool = True, device: torch.device | None = None) -> Fp8Linear:
+        """A linear module quantised, its weight on `device` (None: where it is); the original is not changed."""
+        weight = linear.weight.detach()
+        codes, scales = quantise_weight(weight.to(device or weight.device), rowwise=rowwise)
+        module = Fp8Linear(codes, scales, linear.bias, weight.dtype)
+        return module.train(linear.training)
+
+    @property
+    def codes(self) -> Tensor:
+        """e4m3 [out, in]."""
+        return self.weight.detach().view(E4M3)
+
+    def stored(self) -> Fp8Weight:
+        return Fp8Weight(self.codes, self.weight_scale, self.weight_transposed)
+
+    def dense(self, dtype: torch.dtype | None = None) -> Tensor:
+        """W [out, in] in 16 or 32 bits."""
+        return dequantise(self.codes, self.weight_scale, dtype or self.compute_dtype)
+
+    def keep_transposed(self, keep: bool) -> None:
+        """Hold the codes a second time as [in, out] (a faster input gradient) or let the second copy go."""
+        self.weight_transposed = transpose_codes(self.codes) if keep else None
+
+    def forward(self, input: Tensor) -> Tensor:
+        if torch.is_autocast_enabled(input.device.type):
+            input = input.to(torch.get_autocast_dtype(input.device.type))
+        y = _DequantisedProduct.apply(input, self)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def to_linear(self) -> nn.Linear:
+        """The same module unquantised, in `compute_dtype`."""
+        with torch.device("meta"):
+            linear = nn.Linear(self.in_features, self.out_features, bias=False)
+        linear.weight = nn.Parameter(self.dense(), requires_grad=False)
+        linear.bias = self.bias
+        return linear.train(self.training)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, e4m3"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        result = super()._apply(fn, recurse)
+        # A cast of the model reaches the scales; they are powers of two, which bf16 holds exactly.
+        self.weight_scale = self.weight_scale.to(torch.float32)
+        return result
+
+
+def add_fp8_input_grad(linear: nn.Linear, *, rowwise: bool = True) -> None:
+    """Let a frozen plain module's input gradient run in fp8; again after its weight has changed (a merge)."""
+    codes, scales = quantise_weight(linear.weight.detach(), rowwise=rowwise)
+    linear.register_buffer(FP8_SCALES, scales, persistent=False)
+    # As bytes, which casts of the whole model leave alone.
+    linear.register_buffer(FP8_TRANSPOSED, transpose_codes(codes).view(torch.uint8), persistent=False)
+
+
+def renew_fp8_input_grads(model: nn.Module) -> None:
+    """Make the codes of `add_fp8_input_grad` again, for weights that something may have been merged into."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and FP8_TRANSPOSED in module._buffers:
+            scales = module._buffers[FP8_SCALES]
+            assert scales is not None
+            add_fp8_input_grad(module, rowwise=scales.shape[0] > 1)
+
+
+def add_four_bit_products(module: Any, *, rowwise: bool = True) -> bool:
+    """Let a bitsandbytes 4-bit module multiply in fp8; False where its blocks do not divide its rows."""
+    state = module.weight.quant_state
+    nested = None
+    if state.nested:
+        nested = (state.state2.code, state.state2.absmax, state.offset, state.state2.blocksize)
+    shape = (state.shape[0], state.shape[1])
+    if shape[0] % MULTIPLE or shape[1] % MULTIPLE:
+        return False
+    scales = four_bit_row_scales(state.absmax, shape, state.blocksize, nested)
+    if scales is None:
+        return False
+    module.register_buffer(FP8_SCALES, scales if rowwise else scales.amax().view(1, 1), persistent=False)
+    return True
+
+
+def fits_fp8(linear: nn.Module) -> bool:
+    """Whether a module is a plain linear one of a shape that fp8 matrix units take."""
+    return (
+        type(linear) is nn.Linear
+        and linear.in_features % MULTIPLE == 0
+        and linear.out_features % MULTIPLE == 0
+        and linear.weight.is_floating_point()
+    )
+
+
+class _DequantisedProduct(torch.autograd.Function):
+    """x @ Wᵀ that keeps nothing for backward: the weight is dequantised again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, module: Fp8Linear) -> Tensor:
+        ctx.module = module
+        return F.linear(x, module.dense(x.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (dy,) = grads
+        return dy @ ctx.module.dense(dy.dtype), None
