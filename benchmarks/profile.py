@@ -17,8 +17,9 @@ from typing import Any
 
 from benchmarks.libraries import Job, build_trainer, import_library
 from benchmarks.models import CONFIGS
-from benchmarks.registry import SIDES, WORKLOADS, Side, Workload
-from benchmarks.rows import token_rows
+from benchmarks.registry import Side, Workload, find_side, find_workload
+from benchmarks.rows import columns
+from benchmarks.side import documents_needed
 from benchmarks.table import plain_table
 
 
@@ -48,7 +49,12 @@ def profile_steps(
                 profiler.stop()
 
     total = warmup + steps
-    rows = token_rows(total * workload.rows, workload.length, CONFIGS[workload.model]["vocab_size"])
+    rows = columns(
+        documents_needed(workload, side, total),
+        workload.length,
+        CONFIGS[workload.model]["vocab_size"],
+        lengths=workload.lengths,
+    )
     optimizer = "adamw_torch_fused" if on_gpu else "adamw_torch"
     with tempfile.TemporaryDirectory(prefix="bench-out-") as output:
         trainer = build_trainer(Job(workload, side, checkpoint, Path(output), total, optimizer), rows)
@@ -102,8 +108,8 @@ def summary(profiler: Any, wall_s: float, steps: int, top: int = 25) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.profile", description=__doc__)
-    parser.add_argument("--workload", default="qwen1.5b-lora", choices=WORKLOADS)
-    parser.add_argument("--side", default="pronghorn-all", choices=SIDES)
+    parser.add_argument("--workload", default="qwen1.5b-lora", type=find_workload)
+    parser.add_argument("--side", default="pronghorn-all", type=find_side)
     parser.add_argument("--checkpoint", required=True, type=Path)
     parser.add_argument("--warmup", type=int, default=4)
     parser.add_argument("--steps", type=int, default=3)
@@ -111,7 +117,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--trace", type=Path, help="write a Chrome trace here")
     options = parser.parse_args(argv)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    workload, side = WORKLOADS[options.workload], SIDES[options.side]
+    workload, side = options.workload, options.side
     profiler, wall = profile_steps(workload, side, options.checkpoint, options.warmup, options.steps)
     print(f"{workload.name}, {side.name}\n{summary(profiler, wall, options.steps, options.top)}", flush=True)
     if options.trace:

@@ -2,8 +2,9 @@
 
     python -m benchmarks.run --workload llama8b-lora --sides hf,unsloth,pronghorn-none --out results.csv
 
-A side that fails or takes too long costs one line. Ratios are against Unsloth's default in the same run, and are
-withheld where the first loss differs from the stock model's.
+A side that fails or takes too long costs one line. Ratios are against Unsloth's default in the same run. They are
+withheld where the first loss differs from the stock model's, and from pronghorn where `benchmarks.verify` (or, in FP8,
+`benchmarks.gates`) was red or not run for the present sources on this hardware.
 """
 
 from __future__ import annotations
@@ -12,25 +13,40 @@ import argparse
 import contextlib
 import json
 import os
+import select
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from benchmarks import parity
 from benchmarks.models import INDEX
-from benchmarks.registry import DEFAULT_SIDES, SIDES, WORKLOADS, Side, Workload, pick
+from benchmarks.registry import (
+    DEFAULT_SIDES,
+    SIDES,
+    WORKLOADS,
+    Side,
+    Workload,
+    find_side,
+    find_workload,
+    split,
+)
 from benchmarks.side import RESULT_PREFIX
-from benchmarks.table import append_csv, rate, report
+from benchmarks.table import append_csv, rate, report, whole_report
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 #: what has to be importable for a library's sides
 PACKAGES = {"hf": "trl", "liger": "liger_kernel", "unsloth": "unsloth", "pronghorn": "trl"}
+#: how a line with the ceilings of `benchmarks.ceiling` begins
+CEILING_PREFIX = "BENCHMARK_CEILING "
 #: bytes of free space asked of shared memory: 8 billion weights of two bytes, and some room
 LARGEST_CHECKPOINT = 24 << 30
 
@@ -51,13 +67,13 @@ def environment(work: Path, library: str) -> dict[str, str]:
     }
 
 
-def run_module(
-    module: str, arguments: list[str], *, work: Path, library: str, timeout: float, log: Path | None = None
-) -> tuple[int, str]:
-    """Run `python -m module` in the work folder; its exit status (124: too long) and its output."""
+@contextlib.contextmanager
+def started_module(
+    module: str, arguments: list[str], *, work: Path, library: str, log: Path, pass_fds: tuple[int, ...] = ()
+) -> Iterator[subprocess.Popen]:
+    """`python -m module` running in the work folder; ended, with all it started, at the end."""
     folder = work / f"cwd-{library}"
     folder.mkdir(parents=True, exist_ok=True)
-    log = log or folder / f"{module}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w") as file:
         # Its own process group and a file instead of a pipe: compile workers it leaves behind cannot hold us up.
@@ -68,13 +84,24 @@ def run_module(
             stdout=file,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            pass_fds=pass_fds,
         )
+        try:
+            yield process
+        finally:
+            _end_group(process)
+
+
+def run_module(
+    module: str, arguments: list[str], *, work: Path, library: str, timeout: float, log: Path | None = None
+) -> tuple[int, str]:
+    """Run `python -m module` in the work folder; its exit status (124: too long) and its output."""
+    log = log or work / f"cwd-{library}" / f"{module}.log"
+    with started_module(module, arguments, work=work, library=library, log=log) as process:
         try:
             status = process.wait(timeout)
         except subprocess.TimeoutExpired:
             status = 124
-        finally:
-            _end_group(process)
     return status, log.read_text(errors="replace")
 
 
@@ -96,31 +123,124 @@ def failure_reason(status: int, output: str, timeout: float) -> str:
     return f"exit status {status}: {(raised[:1] or lines[-1:] or ['no output'])[0].strip()[:300]}"
 
 
-def run_side(
-    workload: Workload, side: Side, options: argparse.Namespace, work: Path, checkpoint: Path
-) -> dict[str, Any]:
-    """One side's result row, or a row with `error`."""
-    started = time.time()
+def side_arguments(
+    workload: Workload, side: Side, options: argparse.Namespace, checkpoint: Path, started: float
+) -> list[str]:
+    """The command line of a side's process."""
     arguments = ["--workload", workload.name, "--side", side.name, "--checkpoint", str(checkpoint)]
     arguments += ["--started", str(started)]
     for name in ("steps", "warmup"):
         if getattr(options, name):
             arguments += [f"--{name}", str(getattr(options, name))]
-    log = options.logs / f"{workload.name}-{side.name}.log" if options.logs else None
+    return arguments
+
+
+def log_file(workload: Workload, side: Side, options: argparse.Namespace, work: Path) -> Path:
+    return (options.logs or work / "logs") / f"{workload.name}-{side.name}.log".replace("@", "-")
+
+
+def run_side(
+    workload: Workload, side: Side, options: argparse.Namespace, work: Path, checkpoint: Path
+) -> dict[str, Any]:
+    """One side's result row, or a row with `error`."""
+    started = time.time()
     status, output = run_module(
-        "benchmarks.side", arguments, work=work, library=side.library, timeout=options.timeout, log=log
+        "benchmarks.side",
+        side_arguments(workload, side, options, checkpoint, started),
+        work=work,
+        library=side.library,
+        timeout=options.timeout,
+        log=log_file(workload, side, options, work),
     )
+    return result_row(workload, side, options, status, output, started)
+
+
+def result_row(
+    workload: Workload, side: Side, options: argparse.Namespace, status: int, output: str, started: float
+) -> dict[str, Any]:
+    """What a side's process printed, as a row; without a result, the error."""
     found = [line[len(RESULT_PREFIX) :] for line in output.splitlines() if line.startswith(RESULT_PREFIX)]
     if found:
         result = json.loads(found[-1])
     else:
-        result = {"workload": workload.name, "side": side.name, "label": workload.label}
+        result = {"workload": workload.name, "side": side.name, "label": side.label(workload)}
         result["error"] = failure_reason(status, output, options.timeout)
         if options.show_errors:
             print(f"--- {side.name}, end of its output\n{output[-options.show_errors :]}\n---", flush=True)
     result |= {"date": datetime.now(UTC).isoformat(timespec="seconds"), "commit": commit()}
-    result["took_s"] = time.time() - started
+    result |= {"source": parity.source_hash(), "took_s": time.time() - started}
     return result
+
+
+def run_in_turn(
+    workload: Workload, sides: list[Side], options: argparse.Namespace, work: Path, checkpoint: Path
+) -> list[dict[str, Any]]:
+    """All sides at once, one training step of one side at a time: what else the machine does hits them alike."""
+    with contextlib.ExitStack() as stack:
+        running = [_start_in_turn(stack, workload, side, options, work, checkpoint) for side in sides]
+        waiting = list(running)
+        while waiting and time.time() < options.deadline:
+            # A process whose pipe closes has ended, well or not.
+            waiting = [one for one in waiting if _one_turn(one, options)]
+        results = []
+        for one in running:
+            os.close(one.go)
+            status = one.process.wait(60) if one not in waiting else 124
+            output = one.log.read_text(errors="replace")
+            results.append(result_row(workload, one.side, options, status, output, one.started))
+    return results
+
+
+@dataclass
+class _Running:
+    """A side's process that waits for its turns: `ready` is read from, `go` written to."""
+
+    side: Side
+    process: subprocess.Popen
+    log: Path
+    ready: int
+    go: int
+    started: float
+    waits: bool = False
+
+
+def _start_in_turn(
+    stack: contextlib.ExitStack,
+    workload: Workload,
+    side: Side,
+    options: argparse.Namespace,
+    work: Path,
+    checkpoint: Path,
+) -> _Running:
+    """Start a side and let it load; return when it waits for its first step."""
+    (ready, theirs_out), (theirs_in, go), started = os.pipe(), os.pipe(), time.time()
+    arguments = side_arguments(workload, side, options, checkpoint, started)
+    arguments += ["--turns", f"{theirs_in},{theirs_out}"]
+    log = log_file(workload, side, options, work)
+    pipes = (theirs_in, theirs_out)
+    process = stack.enter_context(
+        started_module("benchmarks.side", arguments, work=work, library=side.library, log=log, pass_fds=pipes)
+    )
+    for end in pipes:
+        os.close(end)
+    running = _Running(side, process, log, ready, go, started)
+    running.waits = _answered(running, options)
+    return running
+
+
+def _answered(running: _Running, options: argparse.Namespace) -> bool:
+    """Whether a side said that it waits for its turn, before its time was over or it ended."""
+    found, _, _ = select.select([running.ready], [], [], max(1.0, options.timeout))
+    return bool(found) and os.read(running.ready, 1) == b"r"
+
+
+def _one_turn(running: _Running, options: argparse.Namespace) -> bool:
+    """Let a side take a step; False when it was the last."""
+    if not running.waits:
+        return False
+    os.write(running.go, b"g")
+    running.waits = _answered(running, options)
+    return running.waits
 
 
 def commit() -> str:
@@ -162,21 +282,59 @@ def run_workload(
 ) -> list[dict[str, Any]]:
     """All sides of one workload, `rounds` times one after the other."""
     checkpoint = checkpoint_folder(options, work, workload.model)
-    results = []
-    for _ in range(options.rounds):
-        for side in sides:
-            left = options.deadline - time.time()
-            if left < 20:
-                row: dict[str, Any] = {"workload": workload.name, "side": side.name, "label": workload.label}
-                results.append({**row, "error": "not run: the time budget is spent"})
-                continue
-            options.timeout = min(options.side_timeout, left)
-            result = run_side(workload, side, options, work, checkpoint)
-            speed = f"{result['tokens_per_s']:,.0f} tok/s" if "error" not in result else result["error"]
-            print(f"  {workload.name} {side.name}: {speed} ({result['took_s']:.0f} s)", flush=True)
-            results.append(result)
-    rate(results)
+    results: list[dict[str, Any]] = []
+    if options.ceiling:
+        results += ceiling_rows(workload, options, work)
+    if options.in_turn:
+        results += run_in_turn(workload, sides, options, work, checkpoint)
+    else:
+        for _ in range(options.rounds):
+            results += run_round(workload, sides, options, work, checkpoint)
+    rate(results, options.parity)
     return results
+
+
+def run_round(
+    workload: Workload, sides: list[Side], options: argparse.Namespace, work: Path, checkpoint: Path
+) -> list[dict[str, Any]]:
+    """All sides of one workload, one after the other."""
+    results = []
+    for side in sides:
+        left = options.deadline - time.time()
+        if left < 20:
+            row: dict[str, Any] = {
+                "workload": workload.name,
+                "side": side.name,
+                "label": side.label(workload),
+            }
+            results.append({**row, "error": "not run: the time budget is spent"})
+            continue
+        options.timeout = min(options.side_timeout, left)
+        result = run_side(workload, side, options, work, checkpoint)
+        speed = f"{result['tokens_per_s']:,.0f} tok/s" if "error" not in result else result["error"]
+        print(f"  {workload.name} {side.name}: {speed} ({result['took_s']:.0f} s)", flush=True)
+        results.append(result)
+    return results
+
+
+def ceiling_rows(workload: Workload, options: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
+    """What the matrix and attention rates of this machine, measured now, allow; see `benchmarks.ceiling`."""
+    status, output = run_module(
+        "benchmarks.ceiling",
+        ["--workload", workload.name],
+        work=work,
+        library="pronghorn",
+        timeout=min(options.side_timeout, max(1.0, options.deadline - time.time())),
+    )
+    print(output if status == 0 else failure_reason(status, output, options.side_timeout), flush=True)
+    lines = [line[len(CEILING_PREFIX) :] for line in output.splitlines() if line.startswith(CEILING_PREFIX)]
+    return [
+        {
+            "workload": workload.name, "side": f"ceiling, {name}", "label": label, "tokens_per_s": speed,
+            "ceiling": True, "date": datetime.now(UTC).isoformat(timespec="seconds"), "source": parity.source_hash(),
+        }
+        for line in lines for name, label, speed in json.loads(line)
+    ]  # fmt: skip
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -188,6 +346,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help="timed steps (default: the workload's)")
     parser.add_argument("--warmup", type=int, help="steps before (default: the workload's)")
     parser.add_argument("--rounds", type=int, default=1, help="repeat all sides this often, interleaved")
+    parser.add_argument(
+        "--in-turn",
+        action="store_true",
+        help="all sides loaded at once, a step of each in turn (for a CPU that others use, too)",
+    )
+    parser.add_argument("--ceiling", action="store_true", help="measure what the machine's rates allow, too")
+    parser.add_argument(
+        "--parity", type=Path, default=parity.DEFAULT_FILE, help="what the parity checks left (JSON)"
+    )
     parser.add_argument("--out", type=Path, help="CSV file to append to")
     parser.add_argument("--json", action="store_true", help="print results as JSON lines too")
     parser.add_argument("--logs", type=Path, help="folder for each side's whole output")
@@ -226,22 +393,24 @@ def installed(names: tuple[str, ...]) -> tuple[str, ...]:
 
 def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
-    workloads = [WORKLOADS[name] for name in pick(options.workload, WORKLOADS, ("llama8b-lora",))]
-    sides = [SIDES[name] for name in pick(options.sides, SIDES, installed(DEFAULT_SIDES))]
+    workloads = [find_workload(name) for name in split(options.workload, WORKLOADS, ("llama8b-lora",))]
+    sides = [find_side(name) for name in split(options.sides, SIDES, installed(DEFAULT_SIDES))]
     options.checkpoints = options.checkpoints.absolute()
     options.logs = options.logs.absolute() if options.logs else None
     failed = 0
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
-        reports = []
+        groups = []
         for workload in workloads:
             results = run_workload(workload, sides, options, Path(folder))
             failed += sum("error" in result for result in results)
-            reports.append(report(workload, results))
-            print("\n" + reports[-1] + "\n", flush=True)
+            groups.append((workload, results))
+            print(f"\n{report(workload, results)}\n", flush=True)
             if options.json:
                 print("\n".join(json.dumps(result) for result in results), flush=True)
             if options.out:
                 append_csv(options.out, results)
+        if len(groups) > 1:
+            print(f"everything\n{whole_report(groups)}", flush=True)
     return 1 if failed else 0
 
 

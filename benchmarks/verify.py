@@ -25,9 +25,10 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.libraries import TARGETS
+from benchmarks.parity import DEFAULT_FILE, record
+from benchmarks.registry import LEVELS
 from benchmarks.table import plain_table
 
-LEVELS = ("all", "matmuls", "attention", "none", "offload")
 ALLOWED_RATIO = 1.2
 #: fp32: sums of up to a few thousand terms in another order, through a handful of layers: some hundred ulp of 6e-8
 FP32_BOUND = 5e-5
@@ -308,6 +309,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--levels", default=",".join(LEVELS))
     parser.add_argument("--device", default="cuda" if on_gpu else "cpu")
     parser.add_argument("--out", type=Path, help="CSV file to write")
+    parser.add_argument(
+        "--record",
+        type=Path,
+        default=DEFAULT_FILE,
+        help="JSON file that `benchmarks.run` reads the outcome from",
+    )
     options = parser.parse_args(argv)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     split = {
@@ -315,19 +322,26 @@ def main(argv: list[str] | None = None) -> int:
         for name in ("families", "sizes", "precisions", "levels")
     }
     lines, failures = [], []
+    outcome: dict[str, bool] = {}
     for case in cases(split["families"], split["sizes"], split["precisions"]):
         try:
             verdicts = check(case, options.device, split["levels"])
         except Exception as error:  # the other cases still run, and this one counts as failed
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
             failures.append(f"{case.family} {case.size} {case.precision}: {reason}")
+            outcome |= {
+                f"{case.family} {case.size} {case.precision} {level}": False for level in split["levels"]
+            }
             continue
         lines += [row(verdict) for verdict in verdicts]
         for verdict in verdicts:
+            outcome[f"{row(verdict)[0]} {verdict.level}"] = not verdict.failures
             failures += [f"{row(verdict)[0]}, {verdict.level}: {text}" for text in verdict.failures[:3]]
     if lines:
         print(plain_table(HEADER, lines))
     print("\n".join(failures) or f"parity holds: {len(lines)} combinations", flush=True)
+    if outcome:
+        record("exact", outcome, options.record, "CPU" if options.device == "cpu" else None)
     if options.out:
         with options.out.open("w", newline="") as file:
             csv.writer(file).writerows([HEADER, *lines])

@@ -6,10 +6,22 @@ import json
 
 import pytest
 
-from benchmarks.libraries import MIXED_MEAN, rows_per_batch
+from benchmarks.libraries import _argument_names, _checked, batch_shape
 from benchmarks.models import CONFIGS, FIRST_TOKEN, benchmark_tokenizer, model_config, write_checkpoint
-from benchmarks.registry import BASELINE, DEFAULT_SIDES, SIDES, WORKLOADS, pick
-from benchmarks.rows import token_rows
+from benchmarks.registry import (
+    BASELINE,
+    DEFAULT_SIDES,
+    LEVELS,
+    SIDES,
+    WORKLOADS,
+    Side,
+    find_side,
+    find_workload,
+    parse_side,
+    split,
+)
+from benchmarks.rows import DISTRIBUTIONS, UNSUPERVISED, columns, token_rows
+from benchmarks.side import documents_needed
 
 
 def test_names_are_keys_and_models_exist() -> None:
@@ -20,18 +32,64 @@ def test_names_are_keys_and_models_exist() -> None:
 
 
 def test_pronghorn_sides_name_real_save_levels() -> None:
-    from pronghorn.blocks import LEVELS
+    from pronghorn import blocks
 
-    levels = {side.checkpointing for side in SIDES.values() if side.library == "pronghorn"}
-    assert levels <= set(LEVELS)
+    assert set(LEVELS) == set(blocks.LEVELS)
 
 
-def test_pick() -> None:
-    assert pick(None, SIDES, ("hf",)) == ["hf"]
-    assert pick(" unsloth, hf", SIDES, ()) == ["unsloth", "hf"]
-    assert pick("all", WORKLOADS, ()) == list(WORKLOADS)
+def test_a_name_is_a_side() -> None:
+    side = parse_side("pronghorn-fp8-17.5GiB-eager-packing")
+    assert side.load == {"load_in_fp8": True}
+    assert side.train == {"memory_budget": "17.5GiB", "cuda_graphs": False}
+    assert side.packing
+    assert side.checkpointing is None, "the default is the library's to choose"
+    assert parse_side("pronghorn-offload-attention-eager").checkpointing == "offload-attention"
+    assert parse_side("pronghorn-offload-cudnn").checkpointing == "offload"
+    assert parse_side("unsloth-tuned").checkpointing is False
+    assert parse_side("unsloth-16x1").batch == (16, 1)
+    assert parse_side("hf").checkpointing is True
+    for wrong in ("hf-all", "pronghorn-fast", "axolotl", "unsloth-fp8"):
+        with pytest.raises(ValueError, match=r"is no library|says nothing"):
+            parse_side(wrong)
+
+
+def test_find() -> None:
+    assert find_side("unsloth") is SIDES["unsloth"]
     with pytest.raises(SystemExit, match=r"nope.*known: hf"):
-        pick("hf,nope", SIDES, ())
+        find_side("nope")
+    assert find_workload("tiny") is WORKLOADS["tiny"]
+    longer = find_workload("llama8b-qlora@1x16384@24")
+    assert (longer.rows, longer.length, longer.cap_gib, longer.four_bit) == (1, 16384, 24.0, True)
+    with pytest.raises(SystemExit, match=r"nope; known: llama8b-lora"):
+        find_workload("nope")
+    assert split(None, SIDES, ("hf",)) == ["hf"]
+    assert split(" unsloth, hf", SIDES, ()) == ["unsloth", "hf"]
+    assert split("all", WORKLOADS, ()) == list(WORKLOADS)
+
+
+def test_arguments_that_do_not_exist_are_named() -> None:
+    def load(name: str, load_in_4bit: bool = False, **kwargs: object) -> None: ...
+
+    side = Side("pronghorn-fp8", "pronghorn", None, load={"load_in_fp8": True})
+    with pytest.raises(
+        TypeError, match=r"side pronghorn-fp8 needs .*load\(load_in_fp8=.*it has load_in_4bit"
+    ):
+        _checked(side, load, side.load)
+    assert _checked(side, load, {"load_in_4bit": True}) == {"load_in_4bit": True}
+
+
+def test_trainer_arguments_of_the_sides_exist() -> None:
+    from pronghorn import SFTConfig
+
+    assert "cuda_graphs" in _argument_names(SFTConfig)
+
+
+def test_labels() -> None:
+    lora, qlora = WORKLOADS["llama8b-lora"], WORKLOADS["llama8b-qlora"]
+    assert SIDES["pronghorn-all"].label(lora) == "exact"
+    assert SIDES["pronghorn-fp8"].label(lora) == "quantised (FP8)"
+    assert SIDES["pronghorn-fp8"].label(qlora) == "quantised (NF4, FP8)"
+    assert SIDES["unsloth"].label(qlora) == "quantised (NF4)"
 
 
 def test_public_sizes_count_the_published_parameters() -> None:
@@ -59,18 +117,41 @@ def test_rows_are_reproducible_and_of_the_asked_length() -> None:
     assert all(FIRST_TOKEN <= token < 512 for row in rows for token in row)
 
 
-def test_mixed_rows_have_instruction_lengths() -> None:
-    lengths = [len(row) for row in token_rows(3000, 1024, 512, mixed=True)]
-    assert 16 <= min(lengths) < max(lengths) <= 1024
-    # The standard error of the mean of 3000 log-normal lengths is about 2 tokens.
-    assert abs(sum(lengths) / len(lengths) - MIXED_MEAN) < 8
+@pytest.mark.parametrize(
+    ("name", "median", "mean", "p95"), [("mixed", 110, 146, 378), ("alpaca", 90, 130, 368)]
+)
+def test_lengths_of_instruction_data(name: str, median: int, mean: int, p95: int) -> None:
+    lengths = sorted(len(row) for row in token_rows(3000, 2048, 512, lengths=name))
+    assert lengths[0] >= DISTRIBUTIONS[name].shortest
+    assert lengths[-1] <= 2048
+    # The standard errors of 3000 log-normal lengths: 2 tokens for median and mean, 12 for the 95th percentile.
+    assert abs(lengths[1500] - median) < 8
+    assert abs(sum(lengths) / 3000 - mean) < 8
+    assert abs(DISTRIBUTIONS[name].mean - mean) < 2
+    assert abs(lengths[2850] - p95) < 45
 
 
-def test_a_packing_side_gets_as_many_tokens_a_step() -> None:
+def test_alpaca_prompts_are_not_supervised() -> None:
+    table = columns(500, 2048, 512, lengths="alpaca")
+    supervised = 0
+    for ids, labels in zip(table["input_ids"], table["labels"], strict=True):
+        prompt = labels.count(UNSUPERVISED)
+        assert labels == [UNSUPERVISED] * prompt + ids[prompt:]
+        assert prompt < len(ids)
+        supervised += len(ids) - prompt
+    assert 0.4 < supervised / sum(map(len, table["input_ids"])) < 0.8
+    assert set(columns(2, 8, 512)) == {"input_ids"}
+
+
+def test_batches_of_sides_that_pack() -> None:
     mixed = WORKLOADS["qwen1.5b-mixed"]
-    assert rows_per_batch(mixed, SIDES["unsloth"]) == mixed.rows
-    assert rows_per_batch(mixed, SIDES["unsloth-packing"]) == round(mixed.rows * MIXED_MEAN / mixed.length)
-    assert rows_per_batch(WORKLOADS["tiny"], SIDES["unsloth-packing"]) == WORKLOADS["tiny"].rows
+    assert batch_shape(mixed, SIDES["unsloth"]) == (mixed.rows, 1)
+    assert batch_shape(mixed, SIDES["unsloth-packing"]) == (2, 1)
+    assert batch_shape(WORKLOADS["tiny"], SIDES["unsloth-packing"]) == (2, 1)
+    assert batch_shape(WORKLOADS["alpaca"], SIDES["unsloth"]) == (2, 4)
+    assert batch_shape(WORKLOADS["alpaca"], parse_side("unsloth-8x1")) == (8, 1)
+    assert documents_needed(WORKLOADS["alpaca"], SIDES["unsloth"], 10) == 80
+    assert documents_needed(WORKLOADS["alpaca"], SIDES["unsloth-packing"], 10) > 10 * 2 * 2048 / 130
 
 
 def test_the_tokenizer_has_its_special_tokens_below_the_rows_ids() -> None:

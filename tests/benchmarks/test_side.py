@@ -27,7 +27,7 @@ def results(tmp_path_factory) -> dict[str, dict]:
         "--logs",
         str(folder / "logs"),
     ]
-    options = run.parse([*arguments, "--out", str(csv)])
+    options = run.parse([*arguments, "--out", str(csv), "--parity", str(folder / "parity.json")])
     rows = run.run_workload(run.WORKLOADS["tiny"], [run.SIDES[n] for n in sides.split(",")], options, folder)
     return {row["side"]: row for row in rows}
 
@@ -46,16 +46,53 @@ def test_sides_do_the_same_work(results) -> None:
     stock = results["hf-nockpt"]
     for row in results.values():
         assert row["tokens_per_step"] == 64
+        assert row["supervised_per_s"] == pytest.approx(row["tokens_per_s"] * 62 / 64)
         assert row["first_loss"] == pytest.approx(stock["first_loss"], rel=1e-4)
         assert row["mean_loss"] == pytest.approx(stock["mean_loss"], abs=0.02)
-        assert row["parity"] == "same loss"
+    assert stock["parity"] == "same loss"
+    assert results["pronghorn-none"]["parity"] == "parity not run"
 
 
 def test_rows_say_what_ran(results) -> None:
     assert "blocks" in results["pronghorn-none"]["kernels"]
     assert "2x none" in results["pronghorn-none"]["kernels"]
+    assert results["pronghorn-none"]["attention"] == "cpu"
+    assert results["pronghorn-none"]["steps_run"].startswith("eager")
+    assert results["hf-nockpt"]["attention"] == "sdpa"
     assert results["hf-nockpt"]["versions"]["torch"]
     json.dumps(results)
+
+
+def test_sides_in_turn_with_prompts_and_accumulation(tmp_path, capsys) -> None:
+    """Both sides wait for one another; four rows a step, of which only the responses are supervised."""
+    write_checkpoint("tiny", tmp_path / "tiny")
+    arguments = [
+        "--workload",
+        "tiny-alpaca",
+        "--sides",
+        "hf-nockpt,pronghorn-all",
+        "--checkpoints",
+        str(tmp_path),
+    ]
+    options = run.parse([*arguments, "--in-turn", "--parity", str(tmp_path / "parity.json")])
+    sides = [run.SIDES[name] for name in ("hf-nockpt", "pronghorn-all")]
+    rows = run.run_workload(run.WORKLOADS["tiny-alpaca"], sides, options, tmp_path)
+    assert [row.get("error") for row in rows] == [None, None]
+    assert rows[0]["tokens_per_step"] == rows[1]["tokens_per_step"] > 0
+    assert 0.3 < rows[1]["supervised_per_s"] / rows[1]["tokens_per_s"] < 0.9
+    assert rows[1]["first_loss"] == pytest.approx(rows[0]["first_loss"], rel=1e-3)
+    assert rows[1]["first_step_s"] > rows[1]["loaded_s"]
+
+
+def test_a_side_that_fails_in_turn_stops_nobody(tmp_path) -> None:
+    """The second side asks for an attention that a CPU has not."""
+    write_checkpoint("tiny", tmp_path / "tiny")
+    arguments = ["--workload", "tiny", "--sides", "x", "--checkpoints", str(tmp_path), "--in-turn"]
+    options = run.parse([*arguments, "--parity", str(tmp_path / "parity.json")])
+    sides = [run.SIDES["hf-nockpt"], run.find_side("pronghorn-cudnn")]
+    rows = run.run_workload(run.WORKLOADS["tiny"], sides, options, tmp_path)
+    assert "error" not in rows[0]
+    assert "[PH" in rows[1]["error"]
 
 
 def test_a_failing_side_is_one_line(tmp_path, capsys) -> None:

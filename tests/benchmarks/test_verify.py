@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from benchmarks import parity
 from benchmarks.verify import Case, Outcome, check, judge, kind_of, main
 
 LEVELS = ("all", "none")
@@ -63,6 +64,8 @@ def test_command(capsys, tmp_path) -> None:
         "--device",
         "cpu",
     ]
-    assert main([*arguments, "--out", str(tmp_path / "verify.csv")]) == 0
+    record = tmp_path / "parity.json"
+    assert main([*arguments, "--out", str(tmp_path / "verify.csv"), "--record", str(record)]) == 0
+    assert parity.state("exact", "CPU, 2 threads", record, wanted=(("llama", "fp32", "all"),)) == "green"
     assert "parity holds: 1 combinations" in capsys.readouterr().out
     assert (tmp_path / "verify.csv").read_text().splitlines()[1].startswith("llama tiny fp32,all")

@@ -1,0 +1,87 @@
+"""What the parity checks found, for the sources they found it with. A speed without a green check is no claim.
+
+`benchmarks.verify` (exact modes) and `benchmarks.gates` (FP8) write here, `benchmarks.run` reads. An entry holds for
+one state of src/pronghorn and one kind of hardware only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+DEFAULT_FILE = REPOSITORY / "benchmarks" / "results" / "parity.json"
+#: entries of other sources kept in the file, the newest
+KEPT = 12
+
+GREEN, RED, NOT_RUN = "green", "red", "not run"
+
+
+@cache
+def source_hash(folder: Path = REPOSITORY / "src" / "pronghorn") -> str:
+    """Twelve digits that stand for the content of every Python file of the library."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*.py")):
+        digest.update(str(path.relative_to(folder)).encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:12]
+
+
+def hardware_name() -> str:
+    """The GPU's name, or CPU."""
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+
+
+def record(
+    kind: str, cases: Mapping[str, bool], path: Path = DEFAULT_FILE, hardware: str | None = None
+) -> None:
+    """Add outcomes to the file: case name -> whether it passed. A case checked again is replaced.
+
+    Args:
+        kind: "exact" or "fp8".
+        cases: for "exact" named "FAMILY SIZE PRECISION LEVEL"; free for "fp8".
+    """
+    entries = _read(path)
+    key = {"source": source_hash(), "hardware": hardware or hardware_name(), "kind": kind}
+    found = next((entry for entry in entries if all(entry[name] == key[name] for name in key)), None)
+    if found is not None:
+        entries.remove(found)
+    merged = {**(found["cases"] if found else {}), **cases}
+    entries = [*entries, {**key, "cases": merged}][-KEPT:]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(entries, indent=1) + "\n")
+    os.replace(temporary, path)
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    return json.loads(path.read_text()) if path.exists() else []
+
+
+def state(
+    kind: str, hardware: str, path: Path = DEFAULT_FILE, *, wanted: tuple[tuple[str, ...], ...] = ()
+) -> str:
+    """ "green", "red" or "not run" for the present sources on this hardware.
+
+    Args:
+        wanted: words, all of which at least one checked case must have in its name, for each of them: what has to be
+            covered. Only cases with all the words of one of them are looked at; none given looks at all.
+    """
+    name = "CPU" if hardware.startswith("CPU") else hardware
+    key = {"source": source_hash(), "hardware": name, "kind": kind}
+    entry = next((e for e in _read(path) if all(e[field] == key[field] for field in key)), None)
+    if entry is None or not entry["cases"]:
+        return NOT_RUN
+    groups = [
+        [passed for case, passed in entry["cases"].items() if set(words) <= set(case.split())]
+        for words in (wanted or ((),))
+    ]
+    if any(not all(group) for group in groups):
+        return RED
+    return GREEN if all(groups) else NOT_RUN
