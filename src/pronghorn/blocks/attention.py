@@ -7,10 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pronghorn.blocks.head_groups import grouped_attention_backward
 from pronghorn.blocks.levels import Level, keeps
 from pronghorn.blocks.norm import Norm
 from pronghorn.blocks.projection import GradientSink, ProjectionGroup
-from pronghorn.kernels.attention import AttentionCall, Documents, attention_backward, attention_forward
+from pronghorn.kernels.attention import AttentionCall, Documents, attention_forward
 from pronghorn.kernels.rms_norm import rms_norm_backward, rms_norm_forward
 from pronghorn.kernels.rope import adapted_rope_, qk_rope_backward, qk_rope_forward
 
@@ -125,7 +126,7 @@ class AttentionBlock:
         self.o.parameter_grads([dbranch], flat, saves.xa_o, dxa_o, sink)
         assert dout is not None
         q, k = self._rotated(saves)
-        dq, dk, dv = attention_backward(dout.view_as(out), q, k, v, out, lse, self.docs, self.call)
+        dq, dk, dv = grouped_attention_backward(dout.view_as(out), q, k, v, out, lse, self.docs, self.call)
         saves.out = saves.lse = saves.v = None
         del out, flat, dout, v, q, k
         dq, dk = self._rope_backward(dq, dk, saves, sink)

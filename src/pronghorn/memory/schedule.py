@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from pronghorn.blocks import Level, keeps, parks
 from pronghorn.blocks.glu import tile_slices
+from pronghorn.blocks.head_groups import head_groups
 from pronghorn.kernels.linear_cross_entropy import CHUNK_BYTES
 from pronghorn.memory.allocator import Allocator
 from pronghorn.memory.offload import bytes_in_flight
@@ -215,14 +216,18 @@ class Step:
         return dsummed
 
     def _attention_workspace(self) -> list[int]:
-        shape, t = self.shape, self.tokens
-        full = t * shape.q
+        """What lives while the gradients of one group of heads are made, besides those of all heads."""
+        shape, t, e = self.shape, self.tokens, self.element
+        groups = head_groups(t, shape.kv_heads, shape.attention)
+        heads, q, kv = shape.heads // groups, shape.q // groups, shape.kv // groups
+        # Parts of dout and out are copied to lie contiguously; the group's own gradients are copied into place.
+        parts = [t * width * e for width in (q, q, q, kv, kv)] if groups > 1 else []
         if shape.attention == "cudnn":
-            return [12 * full]
+            return [*parts, 12 * t * q]
         padded = t + 128 * self.batch.documents
         head = -(-shape.head_dim // 32) * 32
-        sizes = [4 * padded * shape.heads, 4 * padded * shape.heads * head]
-        return sizes + ([full * self.element] * 2 if shape.heads != shape.kv_heads else [])
+        sums = [4 * padded * heads, 4 * padded * heads * head]
+        return parts + sums + ([t * q * e] * 2 if shape.heads != shape.kv_heads else [])
 
     # --- products ------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,54 @@
+"""Attention's backward over groups of heads, for streams so long that its workspace would be the largest thing there.
+
+Heads are independent: the gradients of a key/value head and its query heads need no others. FlashAttention-2 sums dq in
+fp32 and expands dk and dv to all query heads, cuDNN keeps three such sums: 32 to 48 KB a token at 8B, as much as six
+layer inputs, of which a group needs its share.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pronghorn.kernels.attention import AttentionCall, Documents, attention_backward
+
+#: Tokens from which on one group more is made. A group of one key/value head keeps a GPU busy at this length.
+GROUP_TOKENS = 16384
+#: Which dimension of an implementation's statistics runs over heads; one that is not listed takes all heads at once.
+_HEADS_OF_LSE = {"flash": 0, "cudnn": 1, "eager": 1}
+
+
+def head_groups(tokens: int, kv_heads: int, backend: str) -> int:
+    """In how many groups the heads go: a divisor of the number of key/value heads."""
+    if backend not in _HEADS_OF_LSE:
+        return 1
+    return max(n for n in range(1, kv_heads + 1) if kv_heads % n == 0 and n <= max(tokens // GROUP_TOKENS, 1))
+
+
+def grouped_attention_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    docs: Documents,
+    call: AttentionCall,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `attention_backward`: gradients of q [T, N, D], k and v [T, K, D]."""
+    heads, kv_heads = q.shape[1], k.shape[1]
+    groups = head_groups(q.shape[0], kv_heads, call.backend) if call.sinks is None else 1
+    if groups == 1:
+        return attention_backward(dout, q, k, v, out, lse, docs, call)
+    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    many, few = heads // groups, kv_heads // groups
+    for group in range(groups):
+        queries = slice(group * many, (group + 1) * many)
+        keys = slice(group * few, (group + 1) * few)
+        statistics = lse.narrow(_HEADS_OF_LSE[call.backend], queries.start, many)
+        parts = attention_backward(
+            dout[:, queries], q[:, queries], k[:, keys], v[:, keys], out[:, queries], statistics, docs, call
+        )
+        dq[:, queries], dk[:, keys], dv[:, keys] = parts
+        del parts
+    return dq, dk, dv
