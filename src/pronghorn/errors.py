@@ -200,3 +200,9 @@ class BudgetInvalid(PronghornError):
     """A memory budget that is no size, or asks a GPU that is not there."""
 
     code = "PH503"
+
+
+class Fp8Unavailable(PronghornError):
+    """fp8 products were asked for on a GPU whose matrix units do not multiply e4m3."""
+
+    code = "PH505"

@@ -25,6 +25,8 @@ class Hardware:
     """The machine as `probe` found it.
 
     `compute_dtype.value` is a torch dtype name. Memory is in bytes. `capability` is (0, 0) without a CUDA GPU.
+    `fp8.value` is how e4m3 matrices are multiplied: "rows" (a scale for each row), "tensors" (one for each matrix),
+    "emulated", or None for not at all.
     """
 
     device: str
@@ -34,6 +36,7 @@ class Hardware:
     compute_dtype: Fact
     triton: Fact
     cpu_cores: int
+    fp8: Fact = Fact(None, "nobody looked")
 
     @property
     def is_cuda(self) -> bool:
@@ -62,7 +65,20 @@ def probe() -> Hardware:
         compute_dtype=dtype,
         triton=_triton_fact(shown, capability),
         cpu_cores=os.cpu_count() or 1,
+        fp8=_fp8_fact(shown, capability),
     )
+
+
+def _fp8_fact(shown: str, capability: tuple[int, int]) -> Fact:
+    if capability < (8, 9):
+        return Fact(
+            None,
+            f"e4m3 matrices are multiplied from compute capability 8.9 on; this is {capability[0]}.{capability[1]}",
+        )
+    # Consumer Blackwell (12.x) refuses row scales as Ada does.
+    if capability[0] in (9, 10):
+        return Fact("rows", f"{shown} multiplies e4m3 matrices with a scale for each row")
+    return Fact("tensors", f"{shown} multiplies e4m3 matrices with one scale for each")
 
 
 def _triton_fact(shown: str, capability: tuple[int, int]) -> Fact:
@@ -87,6 +103,7 @@ def _cpu_hardware() -> Hardware:
         compute_dtype=_cpu_dtype(torch),
         triton=Fact(False, "no CUDA GPU: the torch path of every kernel is used"),
         cpu_cores=os.cpu_count() or 1,
+        fp8=Fact("emulated", "no GPU: values are rounded to e4m3 and multiplied in fp32, which is slow"),
     )
 
 

@@ -21,6 +21,7 @@ from pronghorn.loading.arguments import (
     refuse_other_than,
     refuse_unknown,
 )
+from pronghorn.loading.fp8 import choose_fp8
 from pronghorn.loading.hub import download
 from pronghorn.loading.model import Options, check_model, load_model
 from pronghorn.loading.precision import choose_bits, choose_dtype
@@ -76,6 +77,7 @@ class FastLanguageModel:
         dtype: str | torch.dtype | None = None,
         load_in_4bit: bool | None = None,
         load_in_8bit: bool = False,
+        load_in_fp8: bool | str = False,
         full_finetuning: bool = False,
         token: str | bool | None = None,
         revision: str | None = None,
@@ -89,6 +91,9 @@ class FastLanguageModel:
         attn_implementation: str | None = None,
         strict: bool = False,
         gguf_file: str | None = None,
+        fp8_skip_layers: int = 2,
+        fp8_modules: Iterable[str] | None = None,
+        fp8_copies: int = 1,
         **kwargs: Any,
     ) -> tuple[Any, Any]:
         """Load a model and its tokenizer, with the fast path bound.
@@ -99,11 +104,18 @@ class FastLanguageModel:
             max_seq_length: the longest row in training; None takes the model's own limit.
             dtype: of weights and matrix products; None lets the hardware decide.
             load_in_4bit: None is 4-bit on a CUDA GPU with bitsandbytes and unquantised elsewhere.
+            load_in_fp8: multiply frozen linear layers in 8-bit floating point, labelled quantised. True stores them so,
+                too, or in 4 bits together with load_in_4bit=True; "backward" keeps 16-bit weights and an exact forward,
+                and runs the input gradients in fp8.
             full_finetuning: train the weights themselves; they are not quantised then.
             rope_scaling: such as {"type": "linear", "factor": 2.0}.
             fix_tokenizer: give the tokenizer a padding token other than EOS where one is to spare.
             use_gradient_checkpointing: True, False, "unsloth" (layer inputs in host memory) or a save level.
             strict: refuse a model that cannot take the fast path, instead of training it on its stock forward.
+            fp8_skip_layers: decoder layers at either end that stay in 16 bits.
+            fp8_modules: names of the linear layers to multiply in fp8, such as ["gate_proj", "up_proj", "down_proj"];
+                None for all in the decoder layers (never the head).
+            fp8_copies: 2 also stores the codes transposed, for a faster backward in twice the memory.
             kwargs: arguments of older scripts without effect here.
 
         Returns:
@@ -118,7 +130,18 @@ class FastLanguageModel:
         save_level(use_gradient_checkpointing)
         hardware = probe()
         chosen = choose_dtype(dtype, hardware)
+        if load_in_fp8 and load_in_4bit is None:
+            load_in_4bit = False
         bits, why = choose_bits(load_in_4bit, load_in_8bit, full_finetuning, hardware)
+        fp8 = choose_fp8(
+            load_in_fp8,
+            hardware,
+            bits=bits,
+            full_finetuning=full_finetuning,
+            skip_layers=fp8_skip_layers,
+            modules=fp8_modules,
+            copies=fp8_copies,
+        )
         options = Options(
             dtype=chosen.value,
             bits=bits,
@@ -129,6 +152,7 @@ class FastLanguageModel:
             rope_scaling=rope_scaling,
             trust_remote_code=trust_remote_code,
             attn_implementation=attn_implementation,
+            fp8=fp8,
         )
         named = locate(model_name, gguf_file=gguf_file, revision=revision)
         here = _on_disk(named, token, trust_remote_code)

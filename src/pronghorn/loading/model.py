@@ -12,6 +12,7 @@ import torch
 from pronghorn.errors import CheckpointCorrupt, PackageMissing, UnknownArgument, UnsupportedCheckpoint
 from pronghorn.hardware import Hardware
 from pronghorn.loading.checkpoint import check_folder
+from pronghorn.loading.fp8 import Fp8Options, quantise_layers
 from pronghorn.loading.precision import quantisation
 from pronghorn.loading.source import Source
 from pronghorn.weights import keep_four_bit_layout
@@ -32,6 +33,7 @@ class Options:
     rope_scaling: dict[str, Any] | None = None
     trust_remote_code: bool = False
     attn_implementation: str | None = None
+    fp8: Fp8Options | None = None
 
 
 def check_model(source: Source, trust_remote_code: bool) -> Any:
@@ -71,6 +73,9 @@ def load_model(source: Source, config: Any, options: Options, hardware: Hardware
     if options.attn_implementation:
         extra["attn_implementation"] = options.attn_implementation
     device_map = options.device_map or default_device_map(hardware, bits)
+    stream_to = None
+    if options.fp8 is not None and not options.fp8.backward_only and not _is_four_bit(config, bits):
+        device_map, stream_to = _by_way_of_cpu(device_map)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             source.location,
@@ -87,7 +92,28 @@ def load_model(source: Source, config: Any, options: Options, hardware: Hardware
     if source.gguf_file is not None:
         _forget_gguf(model)
     keep_four_bit_layout(model)
+    if options.fp8 is not None:
+        quantise_layers(model, options.fp8, stream_to)
     return model
+
+
+def _is_four_bit(config: Any, bits: int) -> bool:
+    stored = getattr(config, "quantization_config", None)
+    return bits == 4 or bool(stored and stored.get("load_in_4bit"))
+
+
+def _by_way_of_cpu(device_map: Any) -> tuple[Any, torch.device | None]:
+    """For a model that is to lie on one GPU: load it on the CPU, and the GPU to stream it to. Files are mapped into
+    memory, so this costs the host little, and the GPU never holds the 16-bit model."""
+    place = device_map.get("") if isinstance(device_map, dict) and len(device_map) == 1 else device_map
+    if (
+        place is None
+        or isinstance(place, dict)
+        or place in ("auto", "balanced", "balanced_low_0", "sequential")
+    ):
+        return device_map, None
+    device = torch.device("cuda", place) if isinstance(place, int) else torch.device(place)
+    return {"": "cpu"}, device
 
 
 def _quantisation(source: Source, options: Options, bits: int) -> Any:

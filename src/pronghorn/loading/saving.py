@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from functools import partial
 from typing import Any
 
 from pronghorn.export import save_adapter, save_merged
+from pronghorn.loading.fp8 import is_fp8
+
+logger = logging.getLogger("pronghorn")
 
 
 def save_pretrained_merged(
@@ -17,6 +21,11 @@ def save_pretrained_merged(
     max_shard_size: int | str = "5GB",
 ) -> None:
     """Write a stock checkpoint with the adapter merged in; see `pronghorn.export.save_merged`."""
+    if save_method != "lora" and is_fp8(model):
+        logger.warning(
+            "pronghorn: the adapter is merged into the fp8 values that it was trained on, not into the 16-bit weights "
+            "they were made of; for those, load the base without load_in_fp8, put the adapter on it and save"
+        )
     if save_method == "lora":
         save_adapter(model, tokenizer, save_directory)
     else:

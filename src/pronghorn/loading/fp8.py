@@ -1,0 +1,198 @@
+"""Linear layers of a loaded model to fp8: which of them, in which form, and one after the other."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from pronghorn.errors import Fp8Unavailable, UnknownArgument
+from pronghorn.export import save_merged
+from pronghorn.hardware import Hardware
+from pronghorn.weights.fp8_linear import (
+    Fp8Linear,
+    add_four_bit_products,
+    add_fp8_input_grad,
+    fits_fp8,
+    renew_fp8_input_grads,
+)
+
+logger = logging.getLogger("pronghorn")
+
+
+@dataclass(frozen=True)
+class Fp8Options:
+    """Which layers are multiplied in fp8, and how.
+
+    Attributes:
+        backward_only: weights stay in 16 bits and forward is exact; the input gradient runs in fp8.
+        rowwise: scales by row, or by whole matrix.
+        skip_layers: decoder layers at either end that stay as they are.
+        modules: last parts of names of the linear modules to quantise; None for all in the decoder layers.
+        copies: how often e4m3 codes are stored; 2 spares a transpose in every input gradient.
+    """
+
+    backward_only: bool = False
+    rowwise: bool = True
+    skip_layers: int = 2
+    modules: tuple[str, ...] | None = None
+    copies: int = 1
+
+
+def choose_fp8(
+    load_in_fp8: bool | str,
+    hardware: Hardware,
+    *,
+    bits: int,
+    full_finetuning: bool,
+    skip_layers: int,
+    modules: Iterable[str] | None,
+    copies: int,
+) -> Fp8Options | None:
+    """The options that the arguments of `from_pretrained` stand for; None without fp8.
+
+    Raises:
+        UnknownArgument: for values that do not exist or do not go together.
+        Fp8Unavailable: on a GPU that cannot multiply e4m3.
+    """
+    if load_in_fp8 is False or load_in_fp8 is None:
+        return None
+    if load_in_fp8 is not True and load_in_fp8 != "backward":
+        raise UnknownArgument(
+            f"load_in_fp8={load_in_fp8!r} does not exist",
+            fix='use True, or "backward" for weights in 16 bits and input gradients in fp8',
+        )
+    if full_finetuning:
+        raise UnknownArgument("fp8 weights cannot be trained", fix="leave out load_in_fp8 or full_finetuning")
+    if bits == 8 or (bits == 4 and load_in_fp8 == "backward"):
+        raise UnknownArgument(
+            f"load_in_fp8={load_in_fp8!r} and {bits}-bit weights exclude each other",
+            fix="leave out one of them; load_in_4bit=True with load_in_fp8=True stores 4 bits and multiplies fp8",
+        )
+    if copies not in (1, 2):
+        raise UnknownArgument(f"fp8_copies={copies!r} does not exist", fix="use 1 or 2")
+    if not isinstance(skip_layers, int) or skip_layers < 0:
+        raise UnknownArgument(f"fp8_skip_layers={skip_layers!r} is no number of layers", fix="use such as 2")
+    fact = hardware.fp8
+    if fact.value is None:
+        raise Fp8Unavailable(
+            f"{hardware.name} cannot multiply fp8: {fact.reason}",
+            fix="load with load_in_4bit=True for less memory, or without load_in_fp8",
+        )
+    logger.info("pronghorn: fp8 products, quantised: %s", fact.reason)
+    return Fp8Options(
+        backward_only=load_in_fp8 == "backward",
+        rowwise=fact.value != "tensors",
+        skip_layers=skip_layers,
+        modules=None if modules is None else tuple(modules),
+        copies=copies,
+    )
+
+
+def quantise_layers(model: Any, options: Fp8Options, device: torch.device | None = None) -> None:
+    """Bring the linear modules of the decoder layers into fp8, each on its own, and everything to `device`.
+
+    A model that lies on the CPU arrives on a GPU without ever being there in 16 bits.
+
+    Args:
+        device: None leaves everything where it is.
+
+    Raises:
+        UnknownArgument: when the options leave no module.
+    """
+    done, kept = 0, []
+    for path, parent, name, module in _chosen(model, options):
+        if not _quantise(parent, name, module, options, device):
+            kept.append(path)
+        else:
+            done += 1
+    if not done:
+        raise UnknownArgument(
+            f"no linear layer is left to quantise (fp8_skip_layers={options.skip_layers}, "
+            f"fp8_modules={options.modules})",
+            fix="skip fewer layers, or leave out load_in_fp8",
+        )
+    if kept:
+        logger.warning(
+            "pronghorn: %d linear layers stay as they are, first %s: fp8 takes sizes that are multiples of 16",
+            len(kept),
+            kept[0],
+        )
+    if device is not None:
+        model.to(device)
+    if any(isinstance(module, Fp8Linear) for module in model.modules()):
+        model.__dict__["save_pretrained"] = partial(save_dequantised, model)
+
+
+def _chosen(model: Any, options: Fp8Options) -> Iterator[tuple[str, nn.Module, str, nn.Module]]:
+    """(path, parent, name, module) of the linear modules that the options mean."""
+    layers = decoder_layers(model)
+    last = len(layers) - options.skip_layers
+    for index, layer in enumerate(layers):
+        if not options.skip_layers <= index < last:
+            continue
+        for path, module in list(layer.named_modules()):
+            parent, _, name = path.rpartition(".")
+            wanted = options.modules is None or name in options.modules
+            if wanted and isinstance(module, nn.Linear):
+                yield f"layers.{index}.{path}", layer.get_submodule(parent), name, module
+
+
+def decoder_layers(model: Any) -> nn.ModuleList:
+    """The list of a causal LM's decoder layers.
+
+    Raises:
+        UnknownArgument: when it has none of the expected length.
+    """
+    count = getattr(model.config, "num_hidden_layers", None)
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return module
+    raise UnknownArgument(
+        f"{type(model).__name__} has no list of decoder layers to quantise", fix="leave out load_in_fp8"
+    )
+
+
+def _quantise(
+    parent: nn.Module, name: str, module: Any, options: Fp8Options, device: torch.device | None
+) -> bool:
+    """One module; False when its shape does not fit."""
+    if getattr(module.weight, "quant_state", None) is not None:
+        return not options.backward_only and add_four_bit_products(module, rowwise=options.rowwise)
+    if not fits_fp8(module):
+        return False
+    module.weight.requires_grad_(False)
+    if options.backward_only:
+        add_fp8_input_grad(module, rowwise=options.rowwise)
+        return True
+    quantised = Fp8Linear.of(module, rowwise=options.rowwise, device=device)
+    if device is not None:
+        quantised = quantised.to(device)
+    quantised.keep_transposed(options.copies == 2)
+    setattr(parent, name, quantised)
+    return True
+
+
+def is_fp8(model: nn.Module) -> bool:
+    """Whether a model stores weights as e4m3."""
+    return any(isinstance(module, Fp8Linear) for module in model.modules())
+
+
+def save_dequantised(model: Any, save_directory: str, max_shard_size: int | str = "5GB", **_: Any) -> None:
+    """In the place of `save_pretrained`: a stock checkpoint of the model as it computes, its weights in 16 bits."""
+    save_merged(model, None, save_directory, max_shard_size=max_shard_size)
+
+
+def know_fp8(config: Any, model: nn.Module) -> None:
+    """Let a LoRA config wrap fp8 modules so that PEFT can merge into them, and renew codes of weights that an earlier
+    adapter was merged into."""
+    renew_fp8_input_grads(model)
+    if is_fp8(model) and hasattr(config, "_register_custom_module"):
+        from pronghorn.loading.fp8_adapter import Fp8LoraLinear
+
+        config._register_custom_module({Fp8Linear: Fp8LoraLinear})
