@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pronghorn.engine import binding_of
+from pronghorn.engine import TrainingStep, binding_of
+from pronghorn.errors import OutOfMemory
 from pronghorn.training import SFTTrainer
 from tests.tiny import tiny_tokenizer
 from tests.training.runs import adapter_model, chats, losses, settings, trainer
@@ -88,3 +89,41 @@ class TestCaptured:
             assert run._steps._step.captured
             found.append(losses(run))
         assert found[0] == pytest.approx(found[1], rel=1e-3)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_batch_that_does_not_fit_is_trained_in_parts(tmp_path, monkeypatch, caplog, accumulation) -> None:
+    """Memory "runs out" for more than 100 tokens; what is trained is the same to rounding."""
+    options = {"max_steps": 3, "gradient_accumulation_steps": accumulation, "per_device_train_batch_size": 6}
+    whole = trainer(tmp_path / "whole", adapter_model(), rows=chats(24), **options)
+    whole.train()
+    run_whole = TrainingStep._execute
+    sizes = []
+
+    def execute(self, batch, normalizer):
+        output = run_whole(self, batch, normalizer)
+        if batch["input_ids"].numel() > 100:
+            raise torch.OutOfMemoryError("as the test wants it")
+        sizes.append(batch["input_ids"].numel())
+        return output
+
+    monkeypatch.setattr(TrainingStep, "_execute", execute)
+    # A CPU has no such error of its own, so gradients are guarded on a GPU alone.
+    monkeypatch.setattr("pronghorn.engine.step._guards", lambda device: True)
+    run = trainer(tmp_path / "parts", adapter_model(), rows=chats(24), **options)
+    run.train()
+    assert len(sizes) > 3 * accumulation and max(sizes) <= 100
+    assert losses(run) == pytest.approx(losses(whole), rel=1e-5)
+    assert "run in parts" in caplog.text
+    for (name, a), (_, b) in zip(*(r.model.named_parameters() for r in (run, whole)), strict=True):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-6), name
+
+
+def test_one_document_that_does_not_fit_is_an_error_with_a_fix(tmp_path, monkeypatch) -> None:
+    def execute(self, batch, normalizer):
+        raise torch.OutOfMemoryError("as the test wants it")
+
+    monkeypatch.setattr(TrainingStep, "_execute", execute)
+    run = trainer(tmp_path, adapter_model())
+    with pytest.raises(OutOfMemory, match="memory_budget='auto'"):
+        run.train()

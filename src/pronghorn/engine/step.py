@@ -39,6 +39,8 @@ _HOST = ("max_length_q", "max_length_k", "document_lengths")
 _CAPTURABLE = ("flash", "cudnn", "flex")
 #: Graphs kept at most. One costs its kernels' parameters (some 10 MiB), all share one memory pool.
 MAX_GRAPHS = 32
+#: Gradients of this size are copied before an eager micro-batch adds to them, so that it can be tried again in parts.
+_GUARDED_BYTES = 512 * 2**20
 #: Tokens of the batch that compiles and loads every kernel before the first capture.
 _REHEARSAL_TOKENS = 256
 
@@ -91,6 +93,8 @@ class TrainingStep:
         self._model_reason: str | None = None
         self.reason: str | None = None
         self.captured, self.capture_seconds = 0, 0.0
+        #: False once memory has run out in the middle of adding to gradients that could not be put back
+        self.gradients_intact = True
 
     # --- what runs --------------------------------------------------------------------------------------------
 
@@ -99,20 +103,37 @@ class TrainingStep:
 
         None where the batch or the model asks for something else, which `reason` names; nothing has happened then, and
         the model's ordinary call is the way to go.
+
+        Raises:
+            torch.OutOfMemoryError: gradients are as they were before, unless `gradients_intact` is False.
         """
         self._settle()
         self.reason = self._model_reason or _why_another_batch(batch)
         if self.reason is not None:
             return None
-        self._attach()
+        accumulating = self._attach()
         graph = self._graph_for(batch) if self.capture else None
         if graph is None:
-            return self._execute(batch, _set(torch.ones((), device=batch["input_ids"].device), normalizer))
+            return self._run_eagerly(batch, normalizer, accumulating)
         for name, held in graph.inputs.items():
             held.copy_(batch[name], non_blocking=True)
         _set(graph.normalizer, normalizer)
         graph.graph.replay()
         return StepOutput(graph.output.loss.clone(), graph.output.num_correct.clone())
+
+    def _run_eagerly(self, batch: Mapping[str, Any], normalizer: Any, accumulating: bool) -> StepOutput:
+        """Without a graph; when memory runs out on the way, gradients are put back as they were where that is cheap."""
+        device = batch["input_ids"].device
+        size = sum(buffer.nbytes for _, buffer in self._gradients)
+        guard = accumulating and _guards(device) and size <= _GUARDED_BYTES
+        before = [buffer.clone() for _, buffer in self._gradients] if guard else []
+        try:
+            return self._execute(batch, _set(torch.ones((), device=device), normalizer))
+        except torch.OutOfMemoryError:
+            self.gradients_intact = guard or not accumulating
+            for index, (_, buffer) in enumerate(self._gradients):
+                _set(buffer, before[index] if guard else 0.0)
+            raise
 
     def _execute(self, batch: Mapping[str, Any], normalizer: Tensor) -> StepOutput:
         with self._packed():
@@ -183,8 +204,8 @@ class TrainingStep:
                 return torch.get_autocast_dtype(device.type)
         return self.binding.weight_dtype or self.binding.model.get_input_embeddings().weight.dtype
 
-    def _attach(self) -> None:
-        """Every `.grad` is our buffer, holding what it held before."""
+    def _attach(self) -> bool:
+        """Every `.grad` is our buffer, holding what it held before; returns whether any held something."""
         if all(p.grad is None for p, _ in self._gradients):
             if self._flat is not None:
                 self._flat.gradients.zero_()
@@ -195,13 +216,14 @@ class TrainingStep:
                 if id(parameter) not in mine:
                     buffer.zero_()
                 parameter.grad = buffer
-            return
+            return False
         for parameter, buffer in self._gradients:
             if parameter.grad is None:
                 buffer.zero_()
             elif parameter.grad is not buffer:
                 buffer.copy_(parameter.grad)
             parameter.grad = buffer
+        return True
 
     # --- capture ----------------------------------------------------------------------------------------------
 
@@ -366,6 +388,11 @@ def _why_another_batch(batch: Mapping[str, Any]) -> str | None:
         return None
     named = "has " + ", ".join(unknown) if unknown else "lacks " + ", ".join(missing)
     return f"the batch {named}: a step of static shape takes one packed stream of tokens"
+
+
+def _guards(device: torch.device) -> bool:
+    """Whether memory can run out in a way that Python sees."""
+    return device.type == "cuda"
 
 
 def _set(held: Tensor, value: Any) -> Tensor:

@@ -6,11 +6,14 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from accelerate.utils import DistributedType
 
 from pronghorn.data.budgets import Budgets
 from pronghorn.data.collator import BOOKKEEPING
+from pronghorn.data.split import split_batch
 from pronghorn.engine import StepOutput, TrainingStep
+from pronghorn.errors import OutOfMemory
 from pronghorn.training.memory import largest_batch, take_memory
 from pronghorn.training.setup import is_bound
 
@@ -30,6 +33,7 @@ class StaticSteps:
         self._step: TrainingStep | None = None
         self._why_not = own_loss or _why_ordinary(trainer)
         self._told: set[str] = set()
+        self._too_large: float = float("inf")
         if self._why_not is not None and is_bound(trainer.model):
             self._tell(self._why_not)
 
@@ -56,10 +60,42 @@ class StaticSteps:
             context = self._trainer.compute_loss_context_manager
             self._step = TrainingStep(self._trainer.model, capture=self.captures, around=context)
             take_memory(self._trainer, self._step)
-        output = self._step.run(batch, normalizer)
+        output = self._run(self._step, batch, normalizer)
         if output is None and self._step.reason is not None:
             self._tell(self._step.reason)
         return output
+
+    def _run(self, step: TrainingStep, batch: Mapping[str, Any], normalizer: Any) -> StepOutput | None:
+        """A micro-batch, in parts where it does not fit; their losses and gradients add up to the whole's."""
+        tokens = batch["input_ids"].numel() if "input_ids" in batch else 0
+        if tokens < self._too_large:
+            try:
+                return step.run(batch, normalizer)
+            except torch.OutOfMemoryError as error:
+                # Outside of this block the error would keep the tensors of the failed pass alive.
+                failure = str(error).splitlines()[0]
+            self._after_running_out(step, tokens, failure)
+        parts = split_batch(batch)
+        if parts is None:
+            raise _does_not_fit(tokens)
+        done = [self._run(step, part, normalizer) for part in parts]
+        outputs = [output for output in done if output is not None]
+        assert len(outputs) == 2, "a part of a batch is a batch of the same kind"
+        losses, correct = zip(*((output.loss, output.num_correct) for output in outputs), strict=True)
+        return StepOutput(losses[0] + losses[1], correct[0] + correct[1])
+
+    def _after_running_out(self, step: TrainingStep, tokens: int, failure: str) -> None:
+        if not step.gradients_intact:
+            raise _does_not_fit(tokens)
+        step.release()
+        torch.cuda.empty_cache()
+        self._too_large = tokens
+        # Parts have sizes of their own, too many for graphs.
+        step.capture = False
+        logger.warning(
+            "pronghorn: a micro-batch of %d tokens does not fit (%s): such batches run in parts from here on, with the "
+            "same loss and gradients; memory_budget='auto' makes layers keep less instead", tokens, failure,
+        )  # fmt: skip
 
     def release(self) -> None:
         """Give the graphs' memory back; a later run makes them anew."""
@@ -74,6 +110,13 @@ class StaticSteps:
         ):
             self._told.add(reason)
             logger.warning("pronghorn: steps are not captured as CUDA graphs: %s", reason)
+
+
+def _does_not_fit(tokens: int) -> OutOfMemory:
+    return OutOfMemory(
+        f"a micro-batch of {tokens:,} tokens does not fit into the GPU's memory and cannot be split further",
+        fix="set memory_budget='auto' (layers keep less), or lower max_length or per_device_train_batch_size",
+    )
 
 
 def _why_ordinary(trainer: Any) -> str | None:
