@@ -122,8 +122,8 @@ def test_codes_follow_a_merged_adapter(llama):
     after = read_weight(wrapped.get_base_model().get_submodule(name).base_layer)
     assert not torch.equal(after.transposed.float(), before)
 
-
-XX
+    values = (after.transposed.float() * after.scales.view(1, -1)).t()
+    assert torch.allclose(values, after.weight, rtol=1 / 15, atol=1e-4)
 
 
 def test_four_bits_stored_and_fp8_multiplied(llama):
