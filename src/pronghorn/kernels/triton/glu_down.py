@@ -1,0 +1,217 @@
+"""A gated linear unit together with the down projection's adapter: the activation is multiplied where it is made.
+
+Forward also gives XA = act · Aᵀ, backward adds dXAᵀ · act to A's gradient and then has no use for act itself, which is
+neither written nor read. Partial sums go through fp32 buffers and are added in a fixed order.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pronghorn.kernels.lora import LowRank
+from pronghorn.kernels.triton.glu import Adapters, adapter_arguments, value_and_slope
+from pronghorn.kernels.triton.launch import unit_rows
+from pronghorn.kernels.triton.lora import dot, is_wide, limits, rank_block, share
+from pronghorn.kernels.triton.lora_grads import sum_a_grads, sum_rows
+
+
+@triton.jit
+def _forward(
+    gate_ptr, up_ptr, act_ptr, a_ptr, partial_ptr, xa_gate_ptr, b_gate_ptr, xa_up_ptr, b_up_ptr,
+    s_gate, s_up, rank_gate, rank_up, rank_down, gate_stride, up_stride, xa_gate_stride, xa_up_stride,
+    tokens, width, columns_each,
+    ADAPTERS: tl.constexpr, ACTIVATION: tl.constexpr, R: tl.constexpr, BT: tl.constexpr, BO: tl.constexpr,
+    WIDE: tl.constexpr,
+):  # fmt: skip
+    """A program keeps BT tokens and walks through a share of the columns."""
+    start, piece = tl.program_id(0).to(tl.int64) * BT, tl.program_id(1)
+    row, r = tl.arange(0, BT), tl.arange(0, R)
+    known_row = row < tokens - start
+    xa = tl.zeros([BT, R], dtype=tl.float32)
+    begin = piece * columns_each
+    for first in range(begin, tl.minimum(begin + columns_each, width), BO):
+        column = first + tl.arange(0, BO)
+        known_column = column < width
+        inside = known_row[:, None] & known_column[None, :]
+        at = start * gate_stride + row[:, None] * gate_stride + column[None, :]
+        gate = tl.load(gate_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        at = start * up_stride + row[:, None] * up_stride + column[None, :]
+        up = tl.load(up_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        if ADAPTERS:
+            gate += share(
+                xa_gate_ptr, b_gate_ptr, s_gate, rank_gate, xa_gate_stride, start, row, column,
+                known_row, known_column, R, WIDE,
+            )  # fmt: skip
+            up += share(
+                xa_up_ptr, b_up_ptr, s_up, rank_up, xa_up_stride, start, row, column,
+                known_row, known_column, R, WIDE,
+            )  # fmt: skip
+        value, _ = value_and_slope(gate, ACTIVATION)
+        act = (value * up).to(act_ptr.dtype.element_ty)
+        tl.store(act_ptr + start * width + row[:, None] * width + column[None, :], act, mask=inside)
+        a = tl.load(
+            a_ptr + r[:, None] * width + column[None, :],
+            mask=(r < rank_down)[:, None] & known_column[None, :],
+            other=0.0,
+        )
+        xa += dot(act, tl.trans(a), WIDE)
+    to = partial_ptr + (piece.to(tl.int64) * tokens + start) * R + row[:, None] * R + r[None, :]
+    tl.store(to, xa, mask=known_row[:, None])
+
+
+@triton.jit
+def _backward(
+    dact_ptr, gate_ptr, up_ptr, dxa_ptr, partial_ptr, xa_gate_ptr, b_gate_ptr, xa_up_ptr, b_up_ptr,
+    s_gate, s_up, rank_gate, rank_up, rank_down, dact_stride, gate_stride, up_stride, dxa_stride,
+    xa_gate_stride, xa_up_stride, tokens, width, tokens_each,
+    ADAPTERS: tl.constexpr, ACTIVATION: tl.constexpr, R: tl.constexpr, BT: tl.constexpr, BO: tl.constexpr,
+    WIDE: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """gate and up become their gradients. A program keeps BO columns and walks through a share of the tokens."""
+    piece = tl.program_id(1)
+    row, column, r = tl.arange(0, BT), tl.program_id(0) * BO + tl.arange(0, BO), tl.arange(0, R)
+    known_column = column < width
+    if ADAPTERS:
+        b_gate = tl.load(
+            b_gate_ptr + column[:, None] * rank_gate + r[None, :],
+            mask=known_column[:, None] & (r < rank_gate)[None, :], other=0.0,
+        )  # fmt: skip
+        b_up = tl.load(
+            b_up_ptr + column[:, None] * rank_up + r[None, :],
+            mask=known_column[:, None] & (r < rank_up)[None, :], other=0.0,
+        )  # fmt: skip
+    da = tl.zeros([BO, R], dtype=tl.float32)
+    dtype: tl.constexpr = gate_ptr.dtype.element_ty
+    begin = piece * tokens_each
+    at = begin.to(tl.int64)
+    # The loop's own number of stages brings dact in ahead too, which no product takes.
+    for start in tl.range(begin, tl.minimum(begin + tokens_each, tokens), BT, num_stages=STAGES):
+        known_row = row < tokens - start
+        inside = known_row[:, None] & known_column[None, :]
+        gate_at = gate_ptr + at * gate_stride + row[:, None] * gate_stride + column[None, :]
+        up_at = up_ptr + at * up_stride + row[:, None] * up_stride + column[None, :]
+        gate = tl.load(gate_at, mask=inside, other=0.0).to(tl.float32)
+        up = tl.load(up_at, mask=inside, other=0.0).to(tl.float32)
+        dact = tl.load(
+            dact_ptr + at * dact_stride + row[:, None] * dact_stride + column[None, :], mask=inside, other=0.0
+        ).to(tl.float32)
+        dxa = tl.load(
+            dxa_ptr + at * dxa_stride + row[:, None] * dxa_stride + r[None, :],
+            mask=known_row[:, None] & (r < rank_down)[None, :], other=0.0,
+        )  # fmt: skip
+        if ADAPTERS:
+            xa_gate = tl.load(
+                xa_gate_ptr + at * xa_gate_stride + row[:, None] * xa_gate_stride + r[None, :],
+                mask=known_row[:, None] & (r < rank_gate)[None, :], other=0.0,
+            )  # fmt: skip
+            xa_up = tl.load(
+                xa_up_ptr + at * xa_up_stride + row[:, None] * xa_up_stride + r[None, :],
+                mask=known_row[:, None] & (r < rank_up)[None, :], other=0.0,
+            )  # fmt: skip
+            gate += dot(xa_gate, tl.trans(b_gate), WIDE) * s_gate
+            up += dot(xa_up, tl.trans(b_up), WIDE) * s_up
+        value, slope = value_and_slope(gate, ACTIVATION)
+        tl.store(gate_at, (dact * up * slope).to(dtype), mask=inside)
+        tl.store(up_at, (dact * value).to(dtype), mask=inside)
+        da += dot(tl.trans((value * up).to(dtype)), dxa, WIDE)
+        at += BT
+    slab = partial_ptr + piece.to(tl.int64) * rank_down * width
+    tl.store(
+        slab + r[:, None] * width + column[None, :],
+        tl.trans(da),
+        mask=(r < rank_down)[:, None] & known_column[None, :],
+    )
+
+
+@cache
+def forward_config(tokens: int, width: int, sms: int) -> dict[str, int]:
+    """Four programs a processor: shares of the columns ("COLUMNS_EACH") where the tokens alone give fewer."""
+    rows = triton.cdiv(tokens, 64)
+    pieces = max(1, min(triton.cdiv(4 * sms, rows), triton.cdiv(width, 256)))
+    each = triton.cdiv(triton.cdiv(width, pieces), 64) * 64
+    return {"COLUMNS_EACH": each, "BT": 64, "BO": 64, "num_warps": 4, "num_stages": 3}
+
+
+@cache
+def backward_config(tokens: int, width: int, rank: int, sms: int) -> dict[str, int]:
+    """Two programs a processor and whole waves of them; a share of tokens ("TOKENS_EACH") costs a partial dA."""
+    block, columns = 32, 128 if rank <= 32 else 64
+    blocks = triton.cdiv(width, columns)
+    best, best_cost = tokens, float("inf")
+    for pieces in range(1, min(triton.cdiv(tokens, block), 64) + 1):
+        each = triton.cdiv(triton.cdiv(tokens, pieces), block) * block
+        count = triton.cdiv(tokens, each)
+        waves = triton.cdiv(blocks * count, 2 * sms)
+        cost = waves * 2 * sms * each * columns * 10 + count * width * rank * 8
+        if cost < best_cost:
+            best, best_cost = each, cost
+    return {"TOKENS_EACH": best, "BT": block, "BO": columns, "num_warps": 8, "STAGES": 2}
+
+
+def forward(
+    gate: Tensor,
+    up: Tensor,
+    activation: str,
+    a: Tensor,
+    gate_adapter: LowRank | None,
+    up_adapter: LowRank | None,
+) -> tuple[Tensor, Tensor]:
+    gate, up, a = unit_rows(gate), unit_rows(up), a.contiguous()
+    (tokens, width), rank = gate.shape, a.shape[0]
+    act = torch.empty(tokens, width, dtype=gate.dtype, device=gate.device)
+    xa = torch.empty(tokens, rank, dtype=gate.dtype, device=gate.device)
+    if not act.numel():
+        return act, xa.zero_()
+    adapters = _adapters(gate_adapter, up_adapter, gate)
+    padded = rank_block([rank, *adapters.ranks])
+    config = dict(forward_config(tokens, width, limits(gate.device)[0]))
+    each = config.pop("COLUMNS_EACH")
+    pieces = triton.cdiv(width, each)
+    partial = torch.empty(pieces, tokens, padded, dtype=torch.float32, device=gate.device)
+    _forward[(triton.cdiv(tokens, config["BT"]), pieces)](
+        gate, up, act, a, partial, *adapters.tensors, *adapters.scalings, *adapters.ranks, rank,
+        gate.stride(0), up.stride(0), *adapters.strides, tokens, width, each, ADAPTERS=max(adapters.ranks) > 0,
+        ACTIVATION=activation, R=padded, WIDE=is_wide(gate), **config,
+    )  # fmt: skip
+    sum_rows(partial, xa)
+    return act, xa
+
+
+def backward(
+    dact: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    activation: str,
+    dxa: Tensor,
+    a_grad: Tensor,
+    gate_adapter: LowRank | None,
+    up_adapter: LowRank | None,
+) -> None:
+    if any(x.stride(-1) != 1 for x in (gate, up, a_grad)):
+        raise ValueError("in place needs rows of unit stride")
+    dact, dxa = unit_rows(dact), unit_rows(dxa)
+    (tokens, width), rank = gate.shape, dxa.shape[1]
+    if not gate.numel():
+        return
+    adapters = _adapters(gate_adapter, up_adapter, gate)
+    padded = rank_block([rank, *adapters.ranks])
+    config = dict(backward_config(tokens, width, padded, limits(gate.device)[0]))
+    each = config.pop("TOKENS_EACH")
+    pieces = triton.cdiv(tokens, each)
+    partial = torch.empty(pieces, rank, width, dtype=torch.float32, device=gate.device)
+    _backward[(triton.cdiv(width, config["BO"]), pieces)](
+        dact, gate, up, dxa, partial, *adapters.tensors, *adapters.scalings, *adapters.ranks, rank,
+        dact.stride(0), gate.stride(0), up.stride(0), dxa.stride(0), *adapters.strides, tokens, width, each,
+        ADAPTERS=max(adapters.ranks) > 0, ACTIVATION=activation, R=padded, WIDE=is_wide(gate), **config,
+    )  # fmt: skip
+    sum_a_grads(partial, a_grad)
+
+
+def _adapters(gate: LowRank | None, up: LowRank | None, like: Tensor) -> Adapters:
+    """Kernel arguments of both; without any, of rank 0."""
+    return adapter_arguments(gate, up) or Adapters([like] * 4, [0.0, 0.0], [0, 0], [0, 0])
