@@ -23,6 +23,7 @@ from pronghorn.memory import (
     plan,
     rates_of,
 )
+from pronghorn.memory.shape import STORAGES
 
 
 def shape_of_config(
@@ -78,13 +79,17 @@ def shape_of(binding: Binding, **more: Any) -> ModelShape:
         for name, projection in projections.items()
         if isinstance(projection, LinearProjection)
     }
-    first = projections["gate"]
-    stored = first.weight.storage if isinstance(first, LinearProjection) else _name(dtype)
+    stored = _storage(_described(projections["gate"]), dtype)
+    names = [
+        _described(read_groups(layer, binding.family.parts, Reading(True))[4][0]) for layer in binding.layers
+    ]
+    plain = 0 if stored == _name(dtype) else names.count(_name(dtype))
     head_dim = getattr(binding.layers[0], binding.family.parts.attention).head_dim
     return shape_of_config(
         binding.config,
         ranks=ranks,
-        storage=_storage(stored, dtype),
+        storage=stored,
+        plain_layers=plain,
         dtype=_name(dtype),
         attention=binding.attention_backend(embedding.device, dtype, head_dim),
         trained="adapters" if any(ranks.values()) else "all",
@@ -92,17 +97,18 @@ def shape_of(binding: Binding, **more: Any) -> ModelShape:
     )
 
 
+def _described(projection: Any) -> str:
+    return projection.weight.storage if isinstance(projection, LinearProjection) else ""
+
+
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
 def _storage(described: str, dtype: torch.dtype) -> str:
-    """A weight's own description as one of `memory.shape.STORAGES`."""
-    if described.startswith(("nf4", "fp4")):
-        return "nf4 double" if "double" in described else "nf4"
-    if described.startswith("fp8"):
-        return "fp8 two" if "transposed" in described else "fp8"
-    return described if described in ("int8", "float32", "bfloat16", "float16") else _name(dtype)
+    """A weight's own description as one of `memory.shape.STORAGES`; in the compute dtype where it is none."""
+    described = described.replace("fp4", "nf4")
+    return described if described in STORAGES else _name(dtype)
 
 
 def plan_levels(binding: Binding, budget: str | int, batch: Batch, **more: Any) -> Plan:

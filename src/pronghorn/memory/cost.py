@@ -82,15 +82,17 @@ class LayerTimes:
 def layer_times(shape: ModelShape, batch: Batch, rates: Rates) -> LayerTimes:
     """Times of one layer of `shape` for a batch."""
     t, e = batch.tokens, shape.element
-    matmul = rates.matmul_fp8 if shape.storage.startswith("fp8") else rates.matmul
 
-    def product(*names: str) -> float:
+    def product(*names: str, fp8: bool = shape.fp8_forward, unpacked: int = shape.unpacked_forward) -> float:
         """Frozen products, adapters (they read and write the tall matrices once more), dequantisation."""
-        flop = 2.0 * shape.linear_parameters(*names) * t / matmul
+        flop = 2.0 * shape.linear_parameters(*names) * t / (rates.matmul_fp8 if fp8 else rates.matmul)
         adapted = (
             sum(sum(shape.linear(name)) for name in names if shape.ranks.get(name)) * e * t / rates.bandwidth
         )
-        unpack = shape.linear_parameters(*names) * 2.5 / rates.bandwidth * 1.7 if shape.dequantised else 0.0
+        # NF4 is read and unpacked at 59 % of the bandwidth (docs/lab-notes.md).
+        unpack = (
+            shape.linear_parameters(*names) * (unpacked + 0.5) / (0.59 * rates.bandwidth) if unpacked else 0.0
+        )
         return flop + adapted + unpack
 
     def passes(elements: int) -> float:
@@ -103,8 +105,11 @@ def layer_times(shape: ModelShape, batch: Batch, rates: Rates) -> LayerTimes:
     h, i, heads = shape.hidden, shape.intermediate, shape.q + shape.kv
     norms = passes(6 * h)
     forward = product(*PROJECTIONS) + attend + norms + passes(2 * heads + 3 * i)
-    weight_grads = 2.0 * shape.linear_parameters(*PROJECTIONS) * t / matmul if shape.trained == "all" else 0.0
-    backward = product(*PROJECTIONS) + weight_grads + 2.5 * attention_flop / on_attention[1]
+    weight_grads = (
+        2.0 * shape.linear_parameters(*PROJECTIONS) * t / rates.matmul if shape.trained == "all" else 0.0
+    )
+    input_grads = product(*PROJECTIONS, fp8=shape.fp8_backward, unpacked=shape.unpacked_backward)
+    backward = input_grads + weight_grads + 2.5 * attention_flop / on_attention[1]
     backward += passes(6 * i + 8 * h + 2 * heads)
     return LayerTimes(
         forward=forward,

@@ -152,7 +152,7 @@ def resized(batch: Batch, tokens: int) -> Batch:
 def _tiles(shape: ModelShape, batch: Batch) -> tuple[int, ...]:
     if shape.trained == "all":
         return TILES[:1]
-    tiles = TALL_TILES if shape.dequantised else TILES
+    tiles = TALL_TILES if shape.unpacked_forward else TILES
     return tuple(rows for rows in tiles if rows < batch.tokens) or tiles[:1]
 
 

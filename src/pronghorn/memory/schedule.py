@@ -244,29 +244,35 @@ class Step:
         """What the stored weights need for X Wᵀ besides X and Y."""
         shape = self.shape
         operand = []
-        if shape.storage.startswith("fp8"):
+        if shape.fp8_forward:
             operand = [self._new(rows * shape.linear(names[0])[1]), self._new(4 * rows)]
         for name in names:
-            if shape.dequantised:
-                self._free(self._new(shape.linear_parameters(name) * self.element))
+            unpacked = self._new(shape.linear_parameters(name) * shape.unpacked_forward)
+            # An fp8 product cannot add to the residual sum in place.
+            apart = shape.fp8_forward and name == "down"
+            result = self._new(rows * shape.hidden * self.element) if apart else -1
+            self._free(unpacked, result)
         self._free(*operand)
 
     def _input_grad(self, names: tuple[str, ...], rows: int, with_b: bool, need: bool = True) -> int:
         """`ProjectionGroup.input_grad`: dX [rows, in]; dXA is counted while dX is made."""
         shape, e = self.shape, self.element
-        rank = shape.rank(*names)
+        width, rank = shape.linear(names[0])[1], shape.rank(*names)
         dxa = self._new(rows * rank * e)
         if rank:
             self._free(*[self._new(size) for size in self._partial_sums(names, rows, with_b)])
-        dx = self._new(rows * shape.linear(names[0])[1] * e) if need else -1
+        dx = self._new(rows * width * e) if need and not shape.fp8_backward else -1
+        operands = []
         for name in names if need else ():
-            operand = []
-            if shape.storage.startswith("fp8"):
-                operand = [self._new(rows * shape.linear(name)[0]), self._new(4 * rows)]
-            if shape.dequantised:
-                self._free(self._new(shape.linear_parameters(name) * e))
-            self._free(*operand)
-        self._free(dxa)
+            if shape.fp8_backward:
+                operands += [self._new(rows * shape.linear(name)[0]), self._new(4 * rows)]
+            unpacked = self._new(shape.linear_parameters(name) * shape.unpacked_backward)
+            if shape.fp8_backward:
+                part = self._new(rows * width * e)
+                dx, part = (part, -1) if dx < 0 else (dx, part)
+                self._free(part)
+            self._free(unpacked)
+        self._free(*operands, dxa)
         return dx
 
     def _partial_sums(self, names: tuple[str, ...], rows: int, with_b: bool) -> list[int]:

@@ -12,8 +12,21 @@ from pronghorn.blocks import LayerWidths
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 #: Bytes of an element of a plain dtype.
 ELEMENT = {"float32": 4, "bfloat16": 2, "float16": 2}
-#: How linear weights can be stored. "fp8 two": also transposed, for the input gradient.
-STORAGES = (*ELEMENT, "nf4", "nf4 double", "int8", "fp8", "fp8 two")
+_IN_FP8, _GRAD_IN_FP8 = " in fp8 products", ", input gradient in fp8"
+#: How linear weights can be stored, as `weights.Weight.storage` says it. "fp8 two": also transposed, for the input
+#: gradient.
+STORAGES = (
+    *ELEMENT,
+    "bfloat16" + _GRAD_IN_FP8,
+    "float16" + _GRAD_IN_FP8,
+    "nf4",
+    "nf4 double",
+    "nf4" + _IN_FP8,
+    "nf4 double" + _IN_FP8,
+    "int8",
+    "fp8",
+    "fp8 two",
+)
 
 
 @dataclass(frozen=True)
@@ -23,6 +36,7 @@ class ModelShape:
     Args:
         ranks: adapter rank by projection ("q" … "down"); absent or 0 means no adapter there.
         storage: how the layers' linear weights are stored, one of `STORAGES`.
+        plain_layers: layers whose linear weights stay in the compute dtype all the same.
         dtype: the compute dtype; embeddings, norms and head are stored in it.
         residual_element: bytes of an element of the residual stream.
         trained: "adapters", or "all" for full fine-tuning in the stored dtype.
@@ -40,6 +54,7 @@ class ModelShape:
     vocabulary: int
     ranks: Mapping[str, int] = field(default_factory=dict)
     storage: str = "bfloat16"
+    plain_layers: int = 0
     dtype: str = "bfloat16"
     residual_element: int = 2
     tied: bool = False
@@ -112,14 +127,34 @@ class ModelShape:
 
     @property
     def quantised(self) -> bool:
-        return self.storage not in ELEMENT
+        """Whether the weights are stored in fewer bits than they are computed in."""
+        return self.storage.startswith(("nf4", "int8", "fp8"))
 
     @property
-    def dequantised(self) -> bool:
-        """Whether products need the weight in the compute dtype first, in a buffer of its own."""
-        return self.storage in ("nf4", "nf4 double", "int8") or (
-            self.storage in ELEMENT and ELEMENT[self.storage] != self.element
-        )
+    def fp8_forward(self) -> bool:
+        """Whether X Wᵀ multiplies 8-bit codes of both."""
+        return self.storage.startswith("fp8") or self.storage.endswith(_IN_FP8)
+
+    @property
+    def fp8_backward(self) -> bool:
+        return self.fp8_forward or self.storage.endswith(_GRAD_IN_FP8)
+
+    @property
+    def unpacked_forward(self) -> int:
+        """Bytes per weight of a buffer that the stored weight is unpacked into for X Wᵀ."""
+        if self.storage.endswith(_IN_FP8):
+            return 1
+        dense = ELEMENT.get(self.storage.removesuffix(_GRAD_IN_FP8))
+        if self.storage in ("nf4", "nf4 double", "int8") or (dense is not None and dense != self.element):
+            return self.element
+        return 0
+
+    @property
+    def unpacked_backward(self) -> int:
+        """The same for dY W; a single set of fp8 codes is transposed for it."""
+        if self.storage == "fp8":
+            return 1
+        return 0 if self.storage.endswith(_GRAD_IN_FP8) else self.unpacked_forward
 
     def _dense_tensors(self) -> Iterator[tuple[int, int]]:
         """(elements, bytes) of everything but the layers' linear weights."""
@@ -137,10 +172,12 @@ class ModelShape:
     def weight_tensors(self) -> Iterator[int]:
         """Bytes of every tensor that holds the model's weights."""
         yield from (size for _, size in self._dense_tensors())
-        for _ in range(self.layers):
+        for index in range(self.layers):
             for name in PROJECTIONS:
                 out, width = self.linear(name)
-                yield from stored_tensors(out, width, self.storage)
+                yield from stored_tensors(
+                    out, width, self.dtype if index < self.plain_layers else self.storage
+                )
 
     def training_tensors(self) -> Iterator[int]:
         """Bytes of the tensors of adapters, gradients and optimizer states that live from step to step."""
@@ -169,7 +206,13 @@ class ModelShape:
 def stored_tensors(out: int, width: int, storage: str) -> Iterator[int]:
     """Bytes of the tensors of one stored weight [out, width]."""
     count = out * width
-    if storage in ELEMENT:
+    if storage.endswith(_GRAD_IN_FP8):
+        yield from stored_tensors(out, width, storage.removesuffix(_GRAD_IN_FP8))
+        yield from (count, out * 4)
+    elif storage.endswith(_IN_FP8):
+        yield from stored_tensors(out, width, storage.removesuffix(_IN_FP8))
+        yield out * 4
+    elif storage in ELEMENT:
         yield count * ELEMENT[storage]
     elif storage.startswith("nf4"):
         blocks = -(-count // 64)
