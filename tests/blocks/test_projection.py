@@ -13,19 +13,28 @@ from pronghorn.blocks.projection import (
     PackedAdapters,
     ProjectionGroup,
 )
-from pronghorn.weights import DenseWeight, Operand
+from pronghorn.weights import DenseWeight, Operand, Weight
 
 T, IN = 5, 24
 F64 = torch.float64
 
 
-class SeparateWeight(DenseWeight):
+class SeparateWeight(Weight):
     """A storage whose product cannot be added in place."""
 
-    quantises_rows = True
+    label = "quantised"
+
+    def __init__(self, weight):
+        self.weight, self.shape = weight, tuple(weight.shape)
+
+    def dense(self, dtype):
+        return self.weight.to(dtype)
 
     def matmul_add_(self, out, x):
-        raise AssertionError("this storage does not accumulate")
+        return out.add_(self.matmul(x))
+
+    def matmul_t_add_(self, out, dy):
+        return out.add_(self.matmul_t(dy))
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = F64) -> Tensor:

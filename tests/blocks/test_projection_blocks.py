@@ -9,7 +9,13 @@ from torch import Tensor
 from pronghorn.blocks import AttentionBlock, GluBlock, Norm
 from pronghorn.blocks.attention import AttentionSaves
 from pronghorn.blocks.glu import GluSaves
-from pronghorn.blocks.projection import Adapter, GradientSink, LinearProjection, ProjectionGroup
+from pronghorn.blocks.projection import (
+    Adapter,
+    GradientSink,
+    LinearProjection,
+    PackedAdapters,
+    ProjectionGroup,
+)
 from pronghorn.kernels.attention import AttentionCall, Documents
 from pronghorn.weights import DenseWeight
 
@@ -20,15 +26,26 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + 7 * sum(shape)))
 
 
-def group(impl: str | None, width: int, outs: tuple[int, ...], ranks: tuple[int, ...]) -> ProjectionGroup:
-    projections = []
+def group(impl: str, width: int, outs: tuple[int, ...], ranks: tuple[int, ...], packed: bool = False):
+    projections, pairs = [], []
     for i, (out, rank) in enumerate(zip(outs, ranks, strict=True)):
         pair = (normal(rank, width, seed=i).requires_grad_(), normal(out, rank, seed=i + 5).requires_grad_())
         adapters = (Adapter(*pair, 0.3 + i),) if rank else ()
+        pairs += [pair] if rank else []
         projections.append(
             LinearProjection(DenseWeight(normal(out, width, seed=i + 9) * 0.2), None, adapters)
         )
-    return ProjectionGroup(projections, impl=impl)  # type: ignore[arg-type]
+    together = None
+    if packed:
+        a, bs = torch.cat([a.detach() for a, _ in pairs]), tuple(b.detach() for _, b in pairs)
+        together = PackedAdapters(a, bs, torch.ones_like(a), tuple(torch.ones_like(b) for b in bs))
+    return ProjectionGroup(projections, together, impl=impl)  # type: ignore[arg-type]
+
+
+def gradients(*groups: ProjectionGroup) -> list[Tensor]:
+    """What went into the packed buffers."""
+    held = [g.packed for g in groups if g.packed is not None]
+    return [t for packed in held for t in (packed.a_grad, *packed.b_grad) if t is not None]
 
 
 def norm() -> Norm:
@@ -37,10 +54,12 @@ def norm() -> Norm:
 
 @pytest.mark.parametrize("ranks", [(4, 4), (0, 8), (16, 0)])
 @pytest.mark.parametrize("level", ["none", "attention", "matmuls", "all"])
-def test_glu_block(ranks, level):
+@pytest.mark.parametrize("packed", [False, True])
+def test_glu_block(ranks, level, packed):
     results = []
     for impl in ("torch", "triton"):
-        gate_up, down = group(impl, HIDDEN, (INNER, INNER), ranks), group(impl, INNER, (HIDDEN,), (4,))
+        gate_up = group(impl, HIDDEN, (INNER, INNER), ranks, packed)
+        down = group(impl, INNER, (HIDDEN,), (4,), packed)
         block = GluBlock(norm(), gate_up, down, "silu")
         sink = GradientSink(block.trainable())
         saves = GluSaves()
@@ -52,7 +71,7 @@ def test_glu_block(ranks, level):
             if saves.summed is None:
                 saves = again
             dx = block.backward(normal(T, HIDDEN, seed=2), torch.float32, saves, sink)
-        results.append([out, dx, *sink.gradients])
+        results.append([out, dx, *(g for g in sink.gradients if g is not None), *gradients(gate_up, down)])
     for one, two in zip(*results, strict=True):
         # fp32 sums of a few hundred terms in another order.
         assert (one - two).abs().max() <= 1e-5 * two.abs().max()

@@ -6,7 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pronghorn.kernels.glu import ACTIVATIONS, glu_backward, glu_forward
+from pronghorn.kernels.glu import (
+    ACTIVATIONS,
+    glu_backward,
+    glu_backward_down_,
+    glu_forward,
+    glu_forward_down,
+)
 from pronghorn.kernels.lora import LowRank
 from tests.kernels.compare import DTYPES, IMPLS, assert_near, random
 
@@ -61,6 +67,44 @@ def test_adapters_are_added_on_the_way_in(impl, dtype, shape, ranks, inplace, de
         assert_near(one, want, slack=2.0)
     if inplace:
         assert [t.data_ptr() for t in found] == [t.data_ptr() for t in (dact, gate, up)]
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 8), (70, 300), (130, 100)])
+@pytest.mark.parametrize("ranks", [(0, 0, 4), (8, 8, 16), (0, 16, 64)])
+def test_with_the_down_projections_adapter(impl, dtype, shape, ranks, device):
+    """The activation is multiplied where it is made: XA in forward, the gradient of A in backward."""
+    rows, width = shape
+    both = random(rows, 2 * width, dtype=dtype, device=device)
+    gate, up = both[:, :width], both[:, width:]
+    dact = random(rows, width, dtype=dtype, device=device, seed=2)
+    a = random(ranks[2], width, dtype=dtype, device=device, seed=6)
+    dxa = random(rows, ranks[2], dtype=dtype, device=device, seed=7)
+    adapters = []
+    for i, rank in enumerate(ranks[:2]):
+        xa = random(rows, max(rank, 1), dtype=dtype, device=device, seed=8 + i, scale=0.3)
+        b = random(width, max(rank, 1), dtype=dtype, device=device, seed=10 + i, scale=0.3)
+        adapters.append(LowRank(xa, b, 0.5 + i) if rank else None)
+    given = {"gate_adapter": adapters[0], "up_adapter": adapters[1], "impl": impl}
+    act, xa = glu_forward_down(gate, up, "silu", a, **given)
+    want_act, want_dgate, want_dup = (
+        t.clone() for t in glu_backward(dact, gate, up, "silu", **{**given, "impl": "torch"})
+    )
+    whole = [
+        g.double() if d is None else d.add_to(g.double()) for g, d in zip((gate, up), adapters, strict=True)
+    ]
+    expected = F.silu(whole[0]) * whole[1]
+    assert_near(act, expected, slack=2.0)
+    # The product takes act as it was rounded.
+    assert_near(xa, act.double() @ a.double().t(), slack=2.0)
+    grad = torch.full(a.shape, 3.0, dtype=torch.float32, device=device)
+    glu_backward_down_(dact, gate, up, "silu", dxa, grad, **given)
+    assert_near(gate, want_dgate.double(), slack=2.0)
+    assert_near(up, want_dup.double(), slack=2.0)
+    want = 3 + dxa.double().t() @ want_act.double()
+    unit = 2.0**-6 if dtype == torch.bfloat16 else 2.0**-9 if dtype == torch.float16 else 1e-5
+    assert (grad.double() - want).abs().max() <= unit * want.abs().max()
 
 
 @pytest.mark.parametrize("impl", IMPLS)

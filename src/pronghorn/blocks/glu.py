@@ -14,8 +14,9 @@ from torch import Tensor
 
 from pronghorn.blocks.levels import Level, keeps
 from pronghorn.blocks.norm import Norm
-from pronghorn.blocks.projection import GradientSink, LinearProjection, ProjectionGroup
-from pronghorn.kernels.glu import glu_backward, glu_forward
+from pronghorn.blocks.projection import AdapterGrads, GradientSink, LinearProjection, ProjectionGroup
+from pronghorn.kernels.glu import glu_backward, glu_backward_down_, glu_forward, glu_forward_down
+from pronghorn.kernels.lora import LowRank
 from pronghorn.kernels.rms_norm import rms_norm_backward, rms_norm_forward
 
 #: Rows of a tile unless told otherwise: enough for products at full speed, and for a 4-bit weight that is dequantised
@@ -106,25 +107,33 @@ class GluBlock:
             # The residual sum becomes the output in place where nothing keeps it.
             out = summed.clone() if keeps(level, "attention") else summed
             for at in tiles:
-                self.down.forward_add_(out[at], self._activated(dtype, level, saves.rows(at)))
+                self.down.forward_add_(out[at], *self._activated(dtype, level, saves.rows(at)))
         elif keeps(level, "attention"):
-            out, saves.xa_down = self.down.forward_residual(summed, self._activated(dtype, level, saves))
+            out, saves.xa_down = self.down.forward_residual(summed, *self._activated(dtype, level, saves))
         else:
             out = summed
-            saves.xa_down = self.down.forward_add_(out, self._activated(dtype, level, saves))
+            saves.xa_down = self.down.forward_add_(out, *self._activated(dtype, level, saves))
         saves.trim(level)
         return out
 
-    def _activated(self, dtype: torch.dtype, level: Level, saves: GluSaves) -> Tensor:
-        """act [rows, I]; what the level does not keep is let go of as early as possible."""
+    def _activated(self, dtype: torch.dtype, level: Level, saves: GluSaves) -> tuple[Tensor, Tensor | None]:
+        """act [rows, I], and the down projection's XA where it was formed along the way; what the level does not keep
+        is let go of as early as possible."""
         self._rebuild(dtype, saves)
         if not keeps(level, "all"):
             saves.normed = None
         assert saves.gate is not None and saves.up is not None
-        act = self._act(saves.gate, saves.up, saves.xa_gate_up)
+        a, xa_down = self.down.a_for_producer(saves.gate), None
+        if a is None:
+            act = self._act(saves.gate, saves.up, saves.xa_gate_up)
+        else:
+            gate_adapter, up_adapter = self._lacking(saves.xa_gate_up)
+            act, xa_down = glu_forward_down(
+                saves.gate, saves.up, self.activation, a, gate_adapter=gate_adapter, up_adapter=up_adapter
+            )
         if not keeps(level, "matmuls"):
             saves.gate = saves.up = None
-        return act
+        return act, xa_down
 
     def _rebuild(self, dtype: torch.dtype, saves: GluSaves) -> None:
         """Compute whatever is missing in `saves` up to gate and up, from the residual sum."""
@@ -135,8 +144,12 @@ class GluBlock:
 
     def _act(self, gate: Tensor, up: Tensor, xa: Tensor | None) -> Tensor:
         """act [rows, I]; gate and up may lack their adapters' share, which the activation takes in on the way."""
-        gate_adapter, up_adapter = self.gate_up.deferred(0, xa), self.gate_up.deferred(1, xa)
+        gate_adapter, up_adapter = self._lacking(xa)
         return glu_forward(gate, up, self.activation, gate_adapter=gate_adapter, up_adapter=up_adapter)
+
+    def _lacking(self, xa: Tensor | None) -> tuple[LowRank | None, LowRank | None]:
+        """The adapters' shares that gate and up were left without."""
+        return self.gate_up.deferred(0, xa), self.gate_up.deferred(1, xa)
 
     def _normed(self, dtype: torch.dtype, saves: GluSaves) -> Tensor:
         if saves.normed is None:
@@ -168,18 +181,8 @@ class GluBlock:
             [dbranch], lambda: self._act(gate, up, saves.xa_gate_up), sink, xa=saves.xa_down
         )
         assert dact is not None
-        # In place: gate and up become their gradients, dact becomes the rebuilt activation.
-        act, dgate, dup = glu_backward(
-            dact,
-            gate,
-            up,
-            self.activation,
-            gate_adapter=self.gate_up.deferred(0, saves.xa_gate_up),
-            up_adapter=self.gate_up.deferred(1, saves.xa_gate_up),
-            inplace=True,
-        )
-        self.down.parameter_grads([dbranch], act, saves.xa_down, dxa_down, sink)
-        del act, dact
+        dgate, dup = self._through_activation(dact, gate, up, dbranch, saves, dxa_down, sink)
+        del dact
         normed, norm = self._normed(dtype, saves), self.norm
         dnormed, dxa = self.gate_up.input_grad([dgate, dup], normed, sink, xa=saves.xa_gate_up)
         self.gate_up.parameter_grads([dgate, dup], normed, saves.xa_gate_up, dxa, sink)
@@ -197,3 +200,35 @@ class GluBlock:
         if dweight is not None:
             sink.add(norm.weight, dweight)
         return dsummed
+
+    def _through_activation(
+        self,
+        dact: Tensor,
+        gate: Tensor,
+        up: Tensor,
+        dbranch: Tensor,
+        saves: GluSaves,
+        grads: AdapterGrads | None,
+        sink: GradientSink,
+    ) -> tuple[Tensor, Tensor]:
+        """Gradients of gate and up in their own storage, and the down projection's parameter gradients."""
+        gate_adapter, up_adapter = self._lacking(saves.xa_gate_up)
+        a_grad = self.down.a_grad_for_producer(grads, sink)
+        if a_grad is not None and grads is not None:
+            glu_backward_down_(
+                dact,
+                gate,
+                up,
+                self.activation,
+                grads.dxa,
+                a_grad,
+                gate_adapter=gate_adapter,
+                up_adapter=up_adapter,
+            )
+            return gate, up
+        # dact becomes the rebuilt activation.
+        act, dgate, dup = glu_backward(
+            dact, gate, up, self.activation, gate_adapter=gate_adapter, up_adapter=up_adapter, inplace=True
+        )
+        self.down.parameter_grads([dbranch], act, saves.xa_down, grads, sink)
+        return dgate, dup

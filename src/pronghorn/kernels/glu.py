@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pronghorn.kernels.dispatch import Impl, math_dtype, use_triton
-from pronghorn.kernels.lora import LowRank
+from pronghorn.kernels.lora import LowRank, accumulate_product_
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 GELU_TANH = math.sqrt(2.0 / math.pi)
@@ -71,6 +71,56 @@ def glu_backward(
     if inplace:
         return dact.copy_(act), gate.copy_(dgate), up.copy_(dup)
     return act, dgate, dup
+
+
+def glu_forward_down(
+    gate: Tensor,
+    up: Tensor,
+    activation: str,
+    a: Tensor,
+    *,
+    gate_adapter: LowRank | None = None,
+    up_adapter: LowRank | None = None,
+    impl: Impl | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`glu_forward` and the down projection's XA = act · aᵀ [T, R] for a [R, I], where act is at hand."""
+    _check(activation)
+    if use_triton(gate, impl):
+        from pronghorn.kernels.triton.glu_down import forward
+
+        return forward(gate, up, activation, a, gate_adapter, up_adapter)
+    act = glu_forward(gate, up, activation, gate_adapter=gate_adapter, up_adapter=up_adapter, impl=impl)
+    return act, act @ a.t()
+
+
+def glu_backward_down_(
+    dact: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    activation: str,
+    dxa: Tensor,
+    a_grad: Tensor,
+    *,
+    gate_adapter: LowRank | None = None,
+    up_adapter: LowRank | None = None,
+    impl: Impl | None = None,
+) -> None:
+    """gate and up [T, I] become their gradients; a_grad [R, I] fp32 += dxaᵀ · act for dxa [T, R].
+
+    For a down projection whose only use of act in backward is its adapter's gradient of A: act is not written at all.
+    """
+    _check(activation)
+    if use_triton(gate, impl):
+        from pronghorn.kernels.triton.glu_down import backward
+
+        backward(dact, gate, up, activation, dxa, a_grad, gate_adapter, up_adapter)
+        return
+    act, dgate, dup = glu_backward(
+        dact, gate, up, activation, gate_adapter=gate_adapter, up_adapter=up_adapter, impl=impl
+    )
+    accumulate_product_(a_grad, dxa.t(), act)
+    gate.copy_(dgate)
+    up.copy_(dup)
 
 
 def _whole(base: Tensor, adapter: LowRank | None) -> Tensor:

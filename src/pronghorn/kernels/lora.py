@@ -104,6 +104,11 @@ def a_grad_wins(tokens: int, width: int, total_rank: int) -> bool:
     return False
 
 
+def producer_wins(tokens: int, width: int, total_rank: int) -> bool:
+    """Whether the kernel that makes x [tokens, width] should form XA, and in backward dXAᵀ x, along the way."""
+    return total_rank <= 32
+
+
 # --- products --------------------------------------------------------------------------------------------------
 
 

@@ -3,7 +3,7 @@ and writes the tall matrices least.
 
 The adapters' small product comes first and the frozen product is added to it inside the matrix multiplication
 (beta = 1), so that the large result is not read a second time. A storage that cannot add in place
-(`Weight.quantises_rows`) takes the other order.
+(`Weight.label` "quantised") takes the other order.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pronghorn.blocks.projection.parts import (
 from pronghorn.kernels import lora
 from pronghorn.kernels.dispatch import Impl
 from pronghorn.kernels.dropout import seeded_dropout
-from pronghorn.weights import Weight
+from pronghorn.weights import DenseWeight, Weight
 from pronghorn.weights.operand import Operand, as_operand
 
 
@@ -90,14 +90,14 @@ class ProjectionGroup:
     # --- forward -----------------------------------------------------------------------------------------------
 
     def forward(
-        self, x: Tensor | Operand, defer_adapters: bool = False
+        self, x: Tensor | Operand, defer_adapters: bool = False, xa: Tensor | None = None
     ) -> tuple[list[Tensor], Tensor | None]:
         """Outputs Y_i [T, out_i] and XA [T, ΣR] (None without adapters) for x [T, in].
 
         With `defer_adapters` the outputs lack what `deferred` gives, which the caller adds on the fly.
         """
         operand = as_operand(x)
-        xa = self.down(operand.tensor)
+        xa = self.down(operand.tensor) if xa is None else xa
         deferring = defer_adapters and xa is not None and self.defers(xa)
         outs: list[Tensor | None] = [None] * len(self.projections)
         if xa is not None and not deferring:
@@ -109,15 +109,22 @@ class ProjectionGroup:
             self._add_late_adapters_(done, xa)
         return done, xa
 
-    def forward_residual(self, residual: Tensor, x: Tensor | Operand) -> tuple[Tensor, Tensor | None]:
-        """residual [T, out] + Y as a new tensor in residual's dtype, and XA; for a group of one."""
+    def forward_residual(
+        self, residual: Tensor, x: Tensor | Operand, xa: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """residual [T, out] + Y as a new tensor in residual's dtype, and XA; for a group of one.
+
+        `xa` is given where the kernel that made x has formed it (`a_for_producer`).
+        """
         (projection,) = self.projections
         operand = as_operand(x)
         same = residual.dtype == operand.tensor.dtype
         if not isinstance(projection, LinearProjection) or projection.bias is not None or not same:
-            (y,), xa = self.forward(operand)  # as `forward_add_` does: the same numbers at every save level
+            (y,), xa = self.forward(
+                operand, xa=xa
+            )  # as `forward_add_` does: the same numbers at every save level
             return residual + y, xa
-        xa = self.down(operand.tensor)
+        xa = self.down(operand.tensor) if xa is None else xa
         if not self._single or self._b_biases() or xa is None:
             out = residual.clone()
             projection.weight.matmul_add_(out, operand)
@@ -132,15 +139,15 @@ class ProjectionGroup:
         (out,) = lora.up(xa, bs, scalings, [residual], addend=y, impl=self.impl)
         return out, xa
 
-    def forward_add_(self, out: Tensor, x: Tensor | Operand) -> Tensor | None:
+    def forward_add_(self, out: Tensor, x: Tensor | Operand, xa: Tensor | None = None) -> Tensor | None:
         """out [T, out] += Y for a group of one; returns XA. Saves a pass over the output."""
         (projection,) = self.projections
         operand = as_operand(x)
         if isinstance(projection, ModuleProjection) or out.dtype != operand.tensor.dtype:
-            (y,), xa = self.forward(operand)
+            (y,), xa = self.forward(operand, xa=xa)
             out.add_(y)
             return xa
-        xa = self.down(operand.tensor)
+        xa = self.down(operand.tensor) if xa is None else xa
         if projection.bias is not None:
             out.add_(projection.cast_bias(out.dtype))
         if xa is None or not self._single or self._b_biases():
@@ -157,6 +164,31 @@ class ProjectionGroup:
             y = projection.weight.matmul(operand)
             lora.up(xa, bs, scalings, [out], addend=y, inplace=True, impl=self.impl)
         return xa
+
+    def a_for_producer(self, rows: Tensor) -> Tensor | None:
+        """A [ΣR, in] for a kernel that makes x of as many rows as `rows` and can form XA along the way, or None."""
+        if not self._kernels_take(rows) or not isinstance(self.projections[0], LinearProjection):
+            return None
+        return self._stacked_a(rows.dtype)
+
+    def a_grad_for_producer(self, grads: AdapterGrads | None, sink: GradientSink) -> Tensor | None:
+        """The buffer that takes dA += dXAᵀ x, where that is all that `parameter_grads` would still do with x."""
+        if grads is None or not grads.b_done or self.packed is None or not self._kernels_take(grads.dxa):
+            return None
+        projection = self.projections[0]
+        if not isinstance(projection, LinearProjection) or self._b_biases():
+            return None
+        others = sink.wants(projection.weight.parameter) or sink.wants(projection.bias)
+        return None if others else self.packed.a_grad
+
+    def _kernels_take(self, rows: Tensor) -> bool:
+        lone = len(self.projections) == 1 and len(self._pairs) == 1 and not self._drops
+        width = self._pairs[0][1].a.shape[1] if lone else 0
+        return (
+            lone
+            and lora.fits_kernels(rows, self._ranks, self.impl)
+            and lora.producer_wins(rows.shape[0], width, self.total_rank)
+        )
 
     def defers(self, xa: Tensor) -> bool:
         """Whether consumers add the adapters on the fly; the same answer in forward and backward."""
@@ -379,7 +411,7 @@ class ProjectionGroup:
         return projection
 
     def _all_accumulate(self) -> bool:
-        return all(isinstance(p, ModuleProjection) or _accumulates(p.weight) for p in self.projections)
+        return all(isinstance(p, ModuleProjection) or _accumulates_grad(p.weight) for p in self.projections)
 
     def _b_biases(self) -> bool:
         return any(adapter.b_bias is not None for _, adapter in self._pairs)
@@ -425,8 +457,13 @@ class ProjectionGroup:
 
 
 def _accumulates(weight: Weight) -> bool:
-    """Whether the product is added inside the multiplication; one of quantised rows is not."""
-    return not getattr(weight, "quantises_rows", False)
+    """Whether the forward product is added inside the multiplication; quantised products are not."""
+    return weight.label == "exact" or isinstance(weight, DenseWeight)
+
+
+def _accumulates_grad(weight: Weight) -> bool:
+    """The same for the input gradient, which may be quantised where the forward product is not."""
+    return weight.label == "exact"
 
 
 def _token_sum(dy: Tensor) -> Tensor:

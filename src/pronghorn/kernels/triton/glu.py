@@ -3,6 +3,8 @@ and columns where adapters' shares are added on the way in."""
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -16,7 +18,7 @@ BLOCK = 1024
 
 
 @triton.jit
-def _value_and_slope(x, ACTIVATION: tl.constexpr):
+def value_and_slope(x, ACTIVATION: tl.constexpr):
     """f(x) and f'(x) in fp32; see `kernels.glu` for the formulas."""
     if ACTIVATION == "silu":
         s = tl.sigmoid(x)
@@ -45,7 +47,7 @@ def _forward(
     inside = columns < width
     gate = tl.load(gate_ptr + row * gate_stride + columns, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + row * up_stride + columns, mask=inside, other=0.0).to(tl.float32)
-    value, _ = _value_and_slope(gate, ACTIVATION)
+    value, _ = value_and_slope(gate, ACTIVATION)
     tl.store(act_ptr + row * width + columns, (value * up).to(act_ptr.dtype.element_ty), mask=inside)
 
 
@@ -62,7 +64,7 @@ def _backward(
     dact = tl.load(dact_ptr + row * dact_stride + columns, mask=inside, other=0.0).to(tl.float32)
     gate = tl.load(gate_ptr + row * gate_stride + columns, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + row * up_stride + columns, mask=inside, other=0.0).to(tl.float32)
-    value, slope = _value_and_slope(gate, ACTIVATION)
+    value, slope = value_and_slope(gate, ACTIVATION)
     dtype: tl.constexpr = act_ptr.dtype.element_ty
     tl.store(act_ptr + row * act_stride + columns, (value * up).to(dtype), mask=inside)
     tl.store(dgate_ptr + row * dgate_stride + columns, (dact * up * slope).to(dtype), mask=inside)
@@ -100,7 +102,7 @@ def _forward_adapted(
     up += share(
         xa_up_ptr, b_up_ptr, s_up, rank_up, xa_up_stride, start, row, column, known_row, known_column, R, WIDE
     )
-    value, _ = _value_and_slope(gate, ACTIVATION)
+    value, _ = value_and_slope(gate, ACTIVATION)
     to = act_ptr + start * width + row[:, None] * width + column[None, :]
     tl.store(to, (value * up).to(act_ptr.dtype.element_ty), mask=inside)
 
@@ -141,7 +143,7 @@ def _backward_adapted(
     up += share(
         xa_up_ptr, b_up_ptr, s_up, rank_up, xa_up_stride, start, row, column, known_row, known_column, R, WIDE
     )
-    value, slope = _value_and_slope(gate, ACTIVATION)
+    value, slope = value_and_slope(gate, ACTIVATION)
     dtype: tl.constexpr = act_ptr.dtype.element_ty
     to = act_ptr + start * act_stride + row[:, None] * act_stride + column[None, :]
     tl.store(to, (value * up).to(dtype), mask=inside)
@@ -159,12 +161,13 @@ def forward(
     act = torch.empty(rows, width, dtype=gate.dtype, device=gate.device)
     if not act.numel():
         return act
-    adapters = _adapters(gate_adapter, up_adapter)
+    adapters = adapter_arguments(gate_adapter, up_adapter)
     if adapters is not None:
-        tensors, numbers, strides, config = adapters
+        config = tile_config()
         _forward_adapted[(triton.cdiv(width, config["BO"]), triton.cdiv(rows, config["BT"]))](
-            gate, up, act, *tensors, *numbers, gate.stride(0), up.stride(0), *strides, rows, width,
-            ACTIVATION=activation, WIDE=is_wide(gate), **config,
+            gate, up, act, *adapters.tensors, *adapters.scalings, *adapters.ranks,
+            gate.stride(0), up.stride(0), *adapters.strides, rows, width,
+            ACTIVATION=activation, R=rank_block(adapters.ranks), WIDE=is_wide(gate), **config,
         )  # fmt: skip
     else:
         _forward[(rows, triton.cdiv(width, BLOCK))](
@@ -202,12 +205,13 @@ def backward(
     if not gate.numel():
         return act, dgate, dup
     row_strides = [x.stride(0) for x in (dact, gate, up, act, dgate, dup)]
-    adapters = _adapters(gate_adapter, up_adapter)
+    adapters = adapter_arguments(gate_adapter, up_adapter)
     if adapters is not None:
-        tensors, numbers, strides, config = adapters
+        config = tile_config()
         _backward_adapted[(triton.cdiv(width, config["BO"]), triton.cdiv(rows, config["BT"]))](
-            dact, gate, up, act, dgate, dup, *tensors, *numbers, *row_strides, *strides, rows, width,
-            ACTIVATION=activation, WIDE=is_wide(gate), **config,
+            dact, gate, up, act, dgate, dup, *adapters.tensors, *adapters.scalings, *adapters.ranks,
+            *row_strides, *adapters.strides, rows, width,
+            ACTIVATION=activation, R=rank_block(adapters.ranks), WIDE=is_wide(gate), **config,
         )  # fmt: skip
     else:
         _backward[(rows, triton.cdiv(width, BLOCK))](
@@ -226,22 +230,29 @@ def backward(
     return act, dgate, dup
 
 
-def _adapters(
-    gate: LowRank | None, up: LowRank | None
-) -> tuple[list[Tensor], list[float | int], list[int], dict[str, int]] | None:
-    """Kernel arguments of both adapters: tensors, scalings and ranks, strides of XA, configuration; None without."""
+class Adapters(NamedTuple):
+    """Kernel arguments of the adapters of gate and up; one that is missing has rank 0."""
+
+    tensors: list[Tensor]
+    scalings: list[float]
+    ranks: list[int]
+    strides: list[int]
+
+
+def adapter_arguments(gate: LowRank | None, up: LowRank | None) -> Adapters | None:
+    """xa and b of both, their scalings, ranks and strides of xa; None without adapters."""
     given = [adapter for adapter in (gate, up) if adapter is not None]
     if not given:
         return None
-    tensors, scalings, ranks, strides = [], [], [], []
+    found = Adapters([], [], [], [])
     for adapter in (gate, up):
         xa, b, scaling = given[0] if adapter is None else adapter
         xa = unit_rows(xa)
-        tensors += [xa, b.contiguous()]
-        scalings.append(float(scaling))
-        ranks.append(0 if adapter is None else b.shape[1])
-        strides.append(xa.stride(0))
-    return tensors, [*scalings, *ranks], strides, {"R": rank_block(ranks), **tile_config()}
+        found.tensors.extend((xa, b.contiguous()))
+        found.scalings.append(float(scaling))
+        found.ranks.append(0 if adapter is None else b.shape[1])
+        found.strides.append(xa.stride(0))
+    return found
 
 
 def tile_config() -> dict[str, int]:

@@ -157,7 +157,7 @@ def up(
     other = xa if addend is None else unit_rows(addend)
     _up[(sum(blocks), triton.cdiv(tokens, config["BT"]))](
         *three(list(xa.split(ranks, 1))), *three([b.contiguous() for b in bs]), *three(held), *three(outs), other,
-        *three(list(scalings)), *three(ranks), *three(widths), *three([base.stride(0) for base in held]),
+        *three([float(s) for s in scalings]), *three(ranks), *three(widths), *three([base.stride(0) for base in held]),
         *three([out.stride(0) for out in outs]), *three(blocks)[:2], tokens, xa.stride(0), other.stride(0),
         BASE=kind, ADDEND=addend is not None, R=rank_block(ranks), WIDE=is_wide(xa), **config,
     )  # fmt: skip

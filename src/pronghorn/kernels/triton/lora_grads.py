@@ -228,21 +228,34 @@ def output_grads(
         *three(widths), *three([dy.stride(0) for dy in dys]), *three(blocks)[:2],
         tokens, xa.stride(0), each, columns, NEED_B=need_b, R=padded, WIDE=is_wide(dxa), **config,
     )  # fmt: skip
-    given = list(b_grads) if need_b else [None] * len(bs)
-    grads = [dxa_partial if grad is None else unit_rows(grad) for grad in given]
-    rows = 1024 // padded
-    token_blocks = triton.cdiv(tokens, rows)
-    _sum_grads[(token_blocks + (triton.cdiv(max(widths), rows) if need_b else 0), len(bs))](
-        dxa_partial, db_partial, *three(list(dxa.split(ranks, 1))), *three(grads), *three(list(scalings)),
-        *three(ranks), *three(widths)[:2], *three([grad.stride(0) for grad in grads]), *three(blocks),
-        *three([0 if grad is None else width for grad, width in zip(given, widths, strict=True)]),
-        tokens, tokens * padded, columns * padded, dxa.stride(0), shares, token_blocks,
-        NEED_B=need_b, R=padded, ROWS=rows, num_warps=4,
-    )  # fmt: skip
+    sum_output_grads(dxa_partial, db_partial, dxa, b_grads if need_b else (), scalings, ranks, widths, blocks)
     return dxa
 
 
-# --- A's gradient: dA += dXAᵀ X ----------------------------------------------------------------------------------
+def sum_output_grads(
+    dxa_partial: Tensor,
+    db_partial: Tensor,
+    dxa: Tensor,
+    b_grads: Sequence[Tensor | None],
+    scalings: Sequence[float],
+    ranks: Sequence[int],
+    widths: Sequence[int],
+    blocks: Sequence[int],
+) -> None:
+    """dxa [T, ΣR] from its partial sums [Σ blocks, T, R], b_grads += theirs [shares, Σ widths, R]; parts in order."""
+    tokens, padded, shares = dxa.shape[0], dxa_partial.shape[2], db_partial.shape[0]
+    given = list(b_grads) or [None] * len(ranks)
+    grads = [dxa_partial if grad is None else unit_rows(grad) for grad in given]
+    wanted = [0 if grad is None else width for grad, width in zip(given, widths, strict=True)]
+    rows = 1024 // padded
+    token_blocks = triton.cdiv(tokens, rows)
+    _sum_grads[(token_blocks + triton.cdiv(max(wanted), rows), len(ranks))](
+        dxa_partial, db_partial, *three(list(dxa.split(list(ranks), 1))), *three(grads),
+        *three([float(s) for s in scalings]), *three(list(ranks)), *three(list(widths))[:2],
+        *three([grad.stride(0) for grad in grads]), *three(list(blocks)), *three(wanted),
+        tokens, tokens * padded, sum(widths) * padded, dxa.stride(0), shares, token_blocks,
+        NEED_B=max(wanted) > 0, R=padded, ROWS=rows, num_warps=4,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -320,7 +333,43 @@ def accumulate_a(a_grad: Tensor, dxa: Tensor, x: Tensor) -> Tensor:
         WIDE=is_wide(x),
         **config,
     )
+    sum_a_grads(partial, a_grad)
+    return a_grad
+
+
+def sum_a_grads(partial: Tensor, a_grad: Tensor) -> None:
+    """a_grad [ΣR, in] += Σ of partial [shares, ΣR, in]."""
+    shares, rank, width = partial.shape
     _sum_a_grads[(triton.cdiv(width, 256), triton.cdiv(rank, 4))](
         partial, a_grad, rank * width, shares, rank, width, a_grad.stride(0), ROWS=4, COLUMNS=256, num_warps=4
     )
-    return a_grad
+
+
+@triton.jit
+def _sum_rows(partial_ptr, out_ptr, slab, count, rows, columns, R: tl.constexpr, ROWS: tl.constexpr):
+    _sum_tile(
+        partial_ptr,
+        out_ptr,
+        slab,
+        count,
+        rows,
+        columns,
+        R,
+        columns,
+        1.0,
+        tl.program_id(0),
+        0,
+        False,
+        ROWS,
+        R,
+        8,
+    )
+
+
+def sum_rows(partial: Tensor, out: Tensor) -> None:
+    """out [T, R], contiguous, from its partial sums [pieces, T, R or more]."""
+    pieces, tokens, padded = partial.shape
+    rows = 1024 // padded
+    _sum_rows[(triton.cdiv(tokens, rows),)](
+        partial, out, tokens * padded, pieces, tokens, out.shape[1], R=padded, ROWS=rows, num_warps=4
+    )
