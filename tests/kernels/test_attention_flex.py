@@ -1,11 +1,15 @@
-"""FlexAttention's masks: which blocks hold anything, and the forward pass, which runs on a CPU too."""
+"""FlexAttention: which blocks of a mask hold anything, the forward pass, what is compiled and what happens if not."""
 
 from __future__ import annotations
+
+import logging
+from typing import Any
 
 import pytest
 import torch
 
-from pronghorn.kernels.attention.flex import BLOCK, block_mask
+from pronghorn.kernels.attention import AttentionCall, attention_backward, attention_forward, flex
+from pronghorn.kernels.attention.flex import BLOCK, Programs, block_mask
 from tests.kernels.attention_reference import Case
 
 CASES = {
@@ -49,8 +53,6 @@ def test_blocks_cover_the_mask(case: Case) -> None:
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_forward_as_written_out(case: Case) -> None:
-    from pronghorn.kernels.attention import AttentionCall, attention_forward
-
     inputs = [x.detach().float() for x in case.inputs(torch.float32, torch.device("cpu"))]
     docs = case.documents(torch.device("cpu"))
     sinks = inputs[3] if case.sinks else None
@@ -62,3 +64,102 @@ def test_forward_as_written_out(case: Case) -> None:
     }
     torch.testing.assert_close(found["flex"][0], found["eager"][0])
     torch.testing.assert_close(found["flex"][1].t(), found["eager"][1])
+
+
+class Counting:
+    """A compiler that compiles nothing and counts what it is asked for."""
+
+    def __init__(self) -> None:
+        self.graphs = 0
+
+    def __call__(self, graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        self.graphs += 1
+        return graph.forward
+
+
+def test_one_compilation_serves_every_number_of_tokens() -> None:
+    """Kinds that differ in numbers alone stay apart, none makes another's numbers variables, none breaks in parts."""
+    torch._dynamo.reset()
+    counting = Counting()
+    programs = Programs(counting)
+    kinds = [
+        {"softcap": 30.0},
+        {"softcap": 5.0, "window": 70},
+        {"softcap": 5.0, "window": 20},
+        {"prefix": True},
+        {"head_dim": 16, "softcap": 30.0},
+    ]
+    for lengths in ((300, 0, 156), (64, 200, 37, 83), (128,) * 3, (290,)):
+        for change in kinds:
+            prefix = tuple(n // 2 for n in lengths) if change.get("prefix") else None
+            case = Case(lengths, 4, 2, **{"head_dim": 32, **change, "prefix": prefix})  # type: ignore[arg-type]
+            q, k, v = (x.detach().float() for x in case.inputs(torch.float32, torch.device("cpu")))
+            docs = case.documents(torch.device("cpu"))
+            call = AttentionCall(case.scale, case.window, "flex", case.softcap)
+            kind = flex._kind(q, k, docs, call)
+            inputs = [flex._heads_first(x, False) for x in (q, k, v)]
+            out, lse = programs.get(kind)(*flex._arguments(kind, inputs, docs))
+            truth, statistics = attention_forward(
+                q, k, v, docs, AttentionCall(case.scale, case.window, "eager", case.softcap)
+            )
+            torch.testing.assert_close(out.squeeze(0).transpose(0, 1), truth)
+            torch.testing.assert_close(lse.squeeze(0).t(), statistics)
+    assert counting.graphs == len(kinds)
+
+
+@pytest.mark.parametrize("case", [CASES["softcap-sinks"], CASES["prefix-window"]], ids=["sinks", "prefix"])
+def test_what_cannot_be_compiled_runs_written_out(
+    case: Case, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    tried = []
+
+    def broken(*arguments: object) -> None:
+        tried.append(arguments)
+        raise RuntimeError("no kernel for this\nand much more")
+
+    monkeypatch.setattr(flex, "PROGRAMS", Programs())
+    monkeypatch.setattr(flex, "_attend", broken)
+    inputs = case.inputs(torch.float32, torch.device("cpu"))
+    inputs = [x.detach().float() for x in inputs]
+    dout = torch.randn_like(inputs[0])
+    docs = case.documents(torch.device("cpu"))
+    with caplog.at_level(logging.WARNING, logger="pronghorn"):
+        ours = case.ours("flex", inputs, dout, docs)
+        case.ours("flex", inputs, dout, docs)
+    plain = case.ours("eager", inputs, dout, docs)
+    assert len(tried) == 1
+    assert caplog.records[0].message.endswith("RuntimeError: no kernel for this")
+    assert len(caplog.records) == 1
+    assert ours.keys() == plain.keys()
+    for name, value in plain.items():
+        torch.testing.assert_close(ours[name], value)
+
+
+def test_backward_alone_may_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU FlexAttention has no backward: its forward's statistics serve the written-out one."""
+    monkeypatch.setattr(flex, "PROGRAMS", Programs())
+    case = CASES["softcap-sinks"]
+    inputs = [x.detach().float() for x in case.inputs(torch.float32, torch.device("cpu"))]
+    dout = torch.randn_like(inputs[0])
+    docs = case.documents(torch.device("cpu"))
+    ours, plain = (case.ours(name, inputs, dout, docs) for name in ("flex", "eager"))
+    assert len(flex.PROGRAMS.refused) == 1
+    for name, value in plain.items():
+        torch.testing.assert_close(ours[name], value)
+
+
+def test_memory_that_ran_out_is_no_reason_to_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: object) -> None:
+        raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr(flex, "PROGRAMS", Programs())
+    monkeypatch.setattr(flex, "_attend", full)
+    case = CASES["causal"]
+    q, k, v = (x.detach().float() for x in case.inputs(torch.float32, torch.device("cpu")))
+    docs = case.documents(torch.device("cpu"))
+    call = AttentionCall(case.scale, None, "flex")
+    with pytest.raises(torch.OutOfMemoryError):
+        attention_forward(q, k, v, docs, call)
+    with pytest.raises(torch.OutOfMemoryError):
+        attention_backward(q, q, k, v, q, q[:, :, 0].t().contiguous(), docs, call)
+    assert not flex.PROGRAMS.refused
