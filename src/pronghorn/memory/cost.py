@@ -8,9 +8,8 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
-from pronghorn.blocks import Level, host_bytes_per_token, keeps, parks
+from pronghorn.blocks import Level, host_bytes_per_token, keeps
 from pronghorn.memory.offload import bytes_in_flight
 from pronghorn.memory.schedule import DOWN, GATE_UP, OUT, QKV, Batch
 from pronghorn.memory.shape import PROJECTIONS, ModelShape
@@ -45,6 +44,8 @@ RATES = (
     Rates("3090", 65 * _T, 65 * _T, (55 * _T, 40 * _T), 0.8 * _T, 24 * _G, (8, 6)),
     Rates("T4", 30 * _T, 30 * _T, (10 * _T, 6 * _T), 0.25 * _T, 11 * _G, (7, 5)),
 )
+#: Launches and shorter products of a further tile, forward and backward together; a guess.
+TILE_SECONDS = 100e-6
 #: FLOP/s of cuDNN's packed attention on Hopper, measured.
 CUDNN_ATTENTION = (457 * _T, 346 * _T)
 
@@ -58,7 +59,8 @@ def rates_of(name: str) -> Rates:
 
 @dataclass(frozen=True)
 class LayerTimes:
-    """Seconds one layer computes: forward, backward without rebuilding, and what each depth has to rebuild."""
+    """Seconds one layer computes: forward, backward without rebuilding, what each depth has to rebuild, a whole forward
+    once more, and what each tile of the GLU block beyond the first adds."""
 
     forward: float
     backward: float
@@ -66,6 +68,7 @@ class LayerTimes:
     rebuild_glu: float
     rebuild_norms: float
     full_rebuild: float
+    per_tile: float
 
     def rebuild(self, level: Level) -> float:
         """Seconds of recomputation in backward at a save level."""
@@ -89,11 +92,11 @@ def layer_times(shape: ModelShape, batch: Batch, rates: Rates) -> LayerTimes:
         adapted = (
             sum(sum(shape.linear(name)) for name in names if shape.ranks.get(name)) * e * t / rates.bandwidth
         )
+        return flop + adapted + unpack(*names, size=unpacked)
+
+    def unpack(*names: str, size: int = shape.unpacked_forward) -> float:
         # NF4 is read and unpacked at 59 % of the bandwidth (docs/lab-notes.md).
-        unpack = (
-            shape.linear_parameters(*names) * (unpacked + 0.5) / (0.59 * rates.bandwidth) if unpacked else 0.0
-        )
-        return flop + adapted + unpack
+        return shape.linear_parameters(*names) * (size + 0.5) / (0.59 * rates.bandwidth) if size else 0.0
 
     def passes(elements: int) -> float:
         return elements * t * e / rates.bandwidth
@@ -117,6 +120,7 @@ def layer_times(shape: ModelShape, batch: Batch, rates: Rates) -> LayerTimes:
         rebuild_attention=product(*QKV, *OUT) + attend + passes(2 * heads + 2 * h),
         rebuild_glu=product(*GATE_UP),
         rebuild_norms=passes(4 * h),
+        per_tile=3 * unpack(*GATE_UP, *DOWN) + TILE_SECONDS,
         full_rebuild=product(*QKV, *OUT, *GATE_UP, *DOWN) + attend + norms + passes(2 * heads + 3 * i),
     )
 
@@ -144,26 +148,25 @@ class StepTime:
 
 
 def step_time(
-    shape: ModelShape, levels: Sequence[Level], batch: Batch, rates: Rates, times: LayerTimes | None = None
+    shape: ModelShape,
+    levels: Sequence[Level],
+    batch: Batch,
+    rates: Rates,
+    times: LayerTimes | None = None,
+    tiles: int = 1,
 ) -> StepTime:
     """Predict a step: layers compute one after another, copies run beside them, one layer ahead or behind."""
     times = times or layer_times(shape, batch, rates)
-    sizes = [_host_size(shape, level) * batch.tokens for level in levels]
+    host = {level: host_bytes_per_token(level, shape.widths) * batch.tokens for level in set(levels)}
+    sizes = [host[level] for level in levels]
     waited = _forward_wait(levels, sizes, times.forward, rates.link)
     backward = [times.backward + times.rebuild(level) for level in levels]
     waited += _backward_wait(sizes, backward, rates.link)
     recompute = sum(times.rebuild(level) for level in levels)
-    base = len(levels) * (times.forward + times.backward) + head_time(shape, batch, rates)
+    base = len(levels) * (times.forward + times.backward + (tiles - 1) * times.per_tile) + head_time(
+        shape, batch, rates
+    )
     return StepTime(base + recompute + waited, base, recompute, waited, len(levels) * times.full_rebuild)
-
-
-@lru_cache(maxsize=256)
-def _host_size_of(level: Level, widths: object) -> int:
-    return host_bytes_per_token(level, widths)  # type: ignore[arg-type]
-
-
-def _host_size(shape: ModelShape, level: Level) -> int:
-    return _host_size_of(level, shape.widths) if parks(level) else 0
 
 
 def _forward_wait(levels: Sequence[Level], sizes: Sequence[int], each: float, link: float) -> float:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 
 from pronghorn.blocks import LEVELS, Level, host_bytes_per_token, saved_bytes_per_token
-from pronghorn.blocks.glu import TILE_ROWS
+from pronghorn.blocks.glu import TILE_ROWS, tile_slices
 from pronghorn.errors import BudgetInvalid, BudgetTooSmall
 from pronghorn.memory.cost import Rates, StepTime, layer_times, rates_of, step_time
 from pronghorn.memory.estimate import Estimate, estimate
@@ -24,7 +24,7 @@ GIB = 2**30
 #: Of a GPU's memory, what "auto" leaves to others: the CUDA context, kernels that load later, fragmentation.
 HEADROOM, HEADROOM_BYTES = 0.04, 700 * 2**20
 #: Tiles of the GLU block that are tried. Weights that are dequantised for every tile want tall ones.
-TILES, TALL_TILES = (TILE_ROWS, 4096, 2048), (TILE_ROWS, 8192)
+TILES, TALL_TILES = (TILE_ROWS, 4096, 2048), (TILE_ROWS, 8192, 2048)
 #: Of the layers that park, the shares that park more than their input.
 SHARES = (0.0, 0.25, 0.5, 0.65, 0.8, 0.9, 1.0)
 
@@ -171,26 +171,30 @@ class _Search:
         self.shape, self.budget, self.batch, self.rates = shape, budget, batch, rates
         self.host_limit, self.offload = host_limit, offload
         self.times = layer_times(shape, batch, rates)
-        self._fixed = estimate(shape, "none", Batch(256, 256), capability=rates.capability).fixed
+        self._least = 0
+        self._saved = {level: saved_bytes_per_token(level, shape.widths) * batch.tokens for level in LEVELS}
+        self._host = {level: host_bytes_per_token(level, shape.widths) * batch.tokens for level in LEVELS}
 
     def run(self) -> Plan | None:
         everything = self._plan(_times("all", self.shape.layers), None)
         if everything is not None:
             return everything
-        if leanest(self.shape, self.batch, self.rates, self.offload).reserved > self.budget:
+        lean = leanest(self.shape, self.batch, self.rates, self.offload)
+        if lean.reserved > self.budget:
             return None
-        ranked: list[tuple[float, int, tuple[Level, ...]]] = []
+        # No level works with less than half of what the leanest needs besides what is kept.
+        self._least = lean.fixed + (lean.allocated - lean.fixed) // 2
+        ranked: list[tuple[float, int, tuple[Level, ...], int | None]] = []
+        heights = (None, *(rows for rows in _tiles(self.shape, self.batch) if rows < TILE_ROWS))
         for levels in self._candidates():
-            if self._surely_too_large(levels):
-                continue
-            time = step_time(self.shape, levels, self.batch, self.rates, self.times)
-            ranked.append((time.total, len(ranked), levels))
+            if not self._surely_too_large(levels):
+                for rows in heights:
+                    ranked.append((self._time(levels, rows).total, len(ranked), levels, rows))
         ranked.sort()
-        for _, _, levels in ranked:
-            for rows in (None, *(rows for rows in _tiles(self.shape, self.batch) if rows < TILE_ROWS)):
-                found = self._plan(levels, rows)
-                if found is not None:
-                    return self._with_norms(found)
+        for _, _, levels, rows in ranked:
+            found = self._plan(levels, rows)
+            if found is not None:
+                return self._with_norms(found)
         return None
 
     def _candidates(self) -> Iterator[tuple[Level, ...]]:
@@ -211,20 +215,23 @@ class _Search:
                     yield _spread("offload", "offload-matmuls", lean, count) + tail
 
     def _surely_too_large(self, levels: Sequence[Level]) -> bool:
-        shape, tokens = self.shape, self.batch.tokens
-        saved = sum(saved_bytes_per_token(level, shape.widths) for level in levels) * tokens
-        host = sum(host_bytes_per_token(level, shape.widths) for level in levels) * tokens
+        saved = sum(self._saved[level] for level in levels)
+        host = sum(self._host[level] for level in levels)
         over_host = self.host_limit is not None and host > self.host_limit
-        return over_host or self._fixed + saved > self.budget
+        return over_host or self._least + saved > self.budget
 
     def _plan(self, levels: tuple[Level, ...], rows: int | None) -> Plan | None:
         found = estimate(self.shape, levels, self.batch, tile_rows=rows, capability=self.rates.capability)
         if found.reserved > self.budget:
             return None
-        time = step_time(self.shape, levels, self.batch, self.rates, self.times)
+        time = self._time(levels, rows)
         return Plan(
             levels, rows, self.budget, self.batch, found, time, tuple(_reasons(levels, rows, found, time))
         )
+
+    def _time(self, levels: Sequence[Level], rows: int | None) -> StepTime:
+        tiles = len(tile_slices(self.batch.tokens, rows or TILE_ROWS))
+        return step_time(self.shape, levels, self.batch, self.rates, self.times, tiles)
 
     def _with_norms(self, found: Plan) -> Plan:
         """Norm outputs too, from the last layer down, as far as the rest of the budget goes."""
@@ -269,7 +276,8 @@ def _too_small(search: _Search) -> BudgetTooSmall:
         per_document = batch.tokens // max(batch.documents, 1)
         fix = f"give a step at most {longest:,} tokens"
         if batch.documents > 1 and longest >= per_document:
-            fix += f" (a batch of {longest // per_document} rows of {per_document:,})"
+            rows = longest // per_document
+            fix += f" (a batch of {rows} row{'s' if rows > 1 else ''} of {per_document:,})"
         fixes.append(fix)
     elif not shape.quantised and shape.trained == "adapters":
         packed = replace(shape, storage="nf4 double")
@@ -288,4 +296,5 @@ def _too_small(search: _Search) -> BudgetTooSmall:
 
 
 def _gib(size: int) -> str:
-    return f"{size / GIB:.1f} GiB"
+    """Rounded up: what is called enough is enough."""
+    return f"{-(-size * 100 // GIB) / 100:.2f} GiB"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 from pronghorn.blocks import LayerWidths
@@ -110,7 +111,7 @@ class ModelShape:
             *PROJECTIONS
         )
 
-    @property
+    @cached_property
     def widths(self) -> LayerWidths:
         """What the save levels' declared bytes depend on."""
         return LayerWidths(
