@@ -67,13 +67,15 @@ def test_forward_as_written_out(case: Case) -> None:
 
 
 class Counting:
-    """A compiler that compiles nothing and counts what it is asked for."""
+    """A compiler that compiles nothing and counts what it is asked for, and fractions among the inputs."""
 
     def __init__(self) -> None:
-        self.graphs = 0
+        self.graphs = self.fractions = 0
 
     def __call__(self, graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
         self.graphs += 1
+        # torch passes a number that it takes for a variable as a tensor of this dtype.
+        self.fractions += sum(isinstance(x, torch.Tensor) and x.dtype == torch.float64 for x in inputs)
         return graph.forward
 
 
@@ -105,6 +107,7 @@ def test_one_compilation_serves_every_number_of_tokens() -> None:
             torch.testing.assert_close(out.squeeze(0).transpose(0, 1), truth)
             torch.testing.assert_close(lse.squeeze(0).t(), statistics)
     assert counting.graphs == len(kinds)
+    assert not counting.fractions
 
 
 @pytest.mark.parametrize("case", [CASES["softcap-sinks"], CASES["prefix-window"]], ids=["sinks", "prefix"])
