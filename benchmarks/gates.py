@@ -48,6 +48,7 @@ SHAPES_SMALL = ((96, 256, 128), (96, 512, 256))
 MODES: dict[str, dict[str, Any]] = {
     "exact": {},
     "fp8": {"load_in_fp8": True},
+    "fp8-mixed": {"load_in_fp8": "mixed"},
     "fp8-backward": {"load_in_fp8": "backward"},
     "nf4": {"load_in_4bit": True},
     "nf4-fp8": {"load_in_4bit": True, "load_in_fp8": True},

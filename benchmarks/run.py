@@ -383,18 +383,20 @@ def roomy_folder() -> Path:
     return Path(tempfile.gettempdir())
 
 
-def installed(names: tuple[str, ...]) -> tuple[str, ...]:
+def installed(sides: list[Side]) -> list[Side]:
     """The sides whose library is on this machine; the others are named."""
-    missing = {name for name in names if find_spec(PACKAGES[SIDES[name].library]) is None}
+    missing = [side.name for side in sides if find_spec(PACKAGES[side.library]) is None]
     if missing:
         print(f"left out, not installed: {', '.join(sorted(missing))}", flush=True)
-    return tuple(name for name in names if name not in missing)
+    return [side for side in sides if side.name not in missing]
 
 
 def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
     workloads = [find_workload(name) for name in split(options.workload, WORKLOADS, ("llama8b-lora",))]
-    sides = [find_side(name) for name in split(options.sides, SIDES, installed(DEFAULT_SIDES))]
+    sides = [find_side(name) for name in split(options.sides, SIDES, DEFAULT_SIDES)]
+    if options.sides is None:
+        sides = installed(sides)
     options.checkpoints = options.checkpoints.absolute()
     options.logs = options.logs.absolute() if options.logs else None
     failed = 0
