@@ -99,7 +99,8 @@ def test_adapter_gradients_stay_close_to_the_unquantised_models(llama):
         return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
     reference = gradients(adapted(FastLanguageModel.from_pretrained(str(llama), dtype="float32")[0]))
-    for arguments in ({}, {"load_in_fp8": "backward"}, {"fp8_copies": 2}):
+    mixed = {"load_in_fp8": "mixed", "fp8_modules": ["up_proj"]}
+    for arguments in ({}, {"load_in_fp8": "backward"}, {"fp8_copies": 2}, mixed):
         found = gradients(adapted(load(llama, **arguments)[0]))
         assert found.keys() == reference.keys() and len(found) == LAYERS * 7 * 2
         for name, gradient in found.items():
@@ -112,6 +113,18 @@ def test_backward_only_is_exact_forward(llama):
     assert Fp8GradWeight in kinds(model) and not any(isinstance(m, Fp8Linear) for m in model.modules())
     assert torch.equal(logits(model), logits(plain))
     assert model.state_dict().keys() == plain.state_dict().keys()
+
+
+def test_mixed_quantises_the_chosen_and_only_the_gradient_of_others(llama):
+    model, _ = load(llama, load_in_fp8="mixed", fp8_modules=["up_proj", "gate_proj"])
+    full = {n for n, m in model.named_modules() if isinstance(m, Fp8Linear)}
+    half = {
+        n
+        for n, m in model.named_modules()
+        if isinstance(m, nn.Linear) and isinstance(read_weight(m), Fp8GradWeight)
+    }
+    assert full == {f"model.layers.{i}.mlp.{kind}_proj" for i in (1, 2) for kind in ("up", "gate")}
+    assert len(half) == LAYERS * 7 - len(full) and "lm_head" not in half
 
 
 def test_codes_follow_a_merged_adapter(llama):

@@ -106,7 +106,8 @@ class FastLanguageModel:
             load_in_4bit: None is 4-bit on a CUDA GPU with bitsandbytes and unquantised elsewhere.
             load_in_fp8: multiply frozen linear layers in 8-bit floating point, labelled quantised. True stores them so,
                 too, or in 4 bits together with load_in_4bit=True; "backward" keeps 16-bit weights and an exact forward,
-                and runs the input gradients in fp8.
+                and runs the input gradients in fp8; "mixed" is True for the layers that `fp8_skip_layers` and
+                `fp8_modules` choose and "backward" for the others.
             full_finetuning: train the weights themselves; they are not quantised then.
             rope_scaling: such as {"type": "linear", "factor": 2.0}.
             fix_tokenizer: give the tokenizer a padding token other than EOS where one is to spare.

@@ -30,18 +30,24 @@ class Fp8Options:
     """Which layers are multiplied in fp8, and how.
 
     Attributes:
-        backward_only: weights stay in 16 bits and forward is exact; the input gradient runs in fp8.
+        both: quantise the chosen modules for both products; False leaves their weights in 16 bits and their forward
+            exact, and runs the input gradient in fp8.
+        others: run the input gradients of the modules that were not chosen in fp8.
         rowwise: scales by row, or by whole matrix.
-        skip_layers: decoder layers at either end that stay as they are.
-        modules: last parts of names of the linear modules to quantise; None for all in the decoder layers.
+        skip_layers: decoder layers at either end whose modules are not chosen.
+        modules: last parts of names of the modules to choose; None for all linear ones of the decoder layers.
         copies: how often e4m3 codes are stored; 2 spares a transpose in every input gradient.
     """
 
-    backward_only: bool = False
+    both: bool = True
+    others: bool = False
     rowwise: bool = True
     skip_layers: int = 2
     modules: tuple[str, ...] | None = None
     copies: int = 1
+
+
+KINDS = (True, "mixed", "backward")
 
 
 def choose_fp8(
@@ -62,14 +68,14 @@ def choose_fp8(
     """
     if load_in_fp8 is False or load_in_fp8 is None:
         return None
-    if load_in_fp8 is not True and load_in_fp8 != "backward":
+    if load_in_fp8 not in KINDS:
         raise UnknownArgument(
             f"load_in_fp8={load_in_fp8!r} does not exist",
-            fix='use True, or "backward" for weights in 16 bits and input gradients in fp8',
+            fix='use True, "mixed" or "backward" (weights in 16 bits, input gradients in fp8)',
         )
     if full_finetuning:
         raise UnknownArgument("fp8 weights cannot be trained", fix="leave out load_in_fp8 or full_finetuning")
-    if bits == 8 or (bits == 4 and load_in_fp8 == "backward"):
+    if bits == 8 or (bits == 4 and load_in_fp8 is not True):
         raise UnknownArgument(
             f"load_in_fp8={load_in_fp8!r} and {bits}-bit weights exclude each other",
             fix="leave out one of them; load_in_4bit=True with load_in_fp8=True stores 4 bits and multiplies fp8",
@@ -86,7 +92,8 @@ def choose_fp8(
         )
     logger.info("pronghorn: fp8 products, quantised: %s", fact.reason)
     return Fp8Options(
-        backward_only=load_in_fp8 == "backward",
+        both=load_in_fp8 != "backward",
+        others=load_in_fp8 == "mixed",
         rowwise=fact.value != "tensors",
         skip_layers=skip_layers,
         modules=None if modules is None else tuple(modules),
@@ -106,11 +113,15 @@ def quantise_layers(model: Any, options: Fp8Options, device: torch.device | None
         UnknownArgument: when the options leave no module.
     """
     done, kept = 0, []
-    for path, parent, name, module in _chosen(model, options):
-        if not _quantise(parent, name, module, options, device):
-            kept.append(path)
-        else:
+    for path, parent, name, module, chosen in _linears(model, options):
+        if not chosen:
+            if options.others and fits_fp8(module):
+                _to(module.requires_grad_(False), device)
+                add_fp8_input_grad(module, rowwise=options.rowwise)
+        elif _quantise(parent, name, module, options, device):
             done += 1
+        else:
+            kept.append(path)
     if not done:
         raise UnknownArgument(
             f"no linear layer is left to quantise (fp8_skip_layers={options.skip_layers}, "
@@ -123,24 +134,27 @@ def quantise_layers(model: Any, options: Fp8Options, device: torch.device | None
             len(kept),
             kept[0],
         )
-    if device is not None:
-        model.to(device)
-    if any(isinstance(module, Fp8Linear) for module in model.modules()):
+    _to(model, device)
+    if is_fp8(model):
         model.__dict__["save_pretrained"] = partial(save_dequantised, model)
 
 
-def _chosen(model: Any, options: Fp8Options) -> Iterator[tuple[str, nn.Module, str, nn.Module]]:
-    """(path, parent, name, module) of the linear modules that the options mean."""
+def _linears(model: Any, options: Fp8Options) -> Iterator[tuple[str, nn.Module, str, Any, bool]]:
+    """(path, parent, name, module, chosen) of the linear modules of the decoder layers."""
     layers = decoder_layers(model)
     last = len(layers) - options.skip_layers
     for index, layer in enumerate(layers):
-        if not options.skip_layers <= index < last:
-            continue
         for path, module in list(layer.named_modules()):
-            parent, _, name = path.rpartition(".")
-            wanted = options.modules is None or name in options.modules
-            if wanted and isinstance(module, nn.Linear):
-                yield f"layers.{index}.{path}", layer.get_submodule(parent), name, module
+            if isinstance(module, nn.Linear):
+                parent, _, name = path.rpartition(".")
+                chosen = options.modules is None or name in options.modules
+                chosen = chosen and options.skip_layers <= index < last
+                yield f"layers.{index}.{path}", layer.get_submodule(parent), name, module, chosen
+
+
+def _to(module: nn.Module, device: torch.device | None) -> None:
+    if device is not None:
+        module.to(device)
 
 
 def decoder_layers(model: Any) -> nn.ModuleList:
@@ -163,16 +177,16 @@ def _quantise(
 ) -> bool:
     """One module; False when its shape does not fit."""
     if getattr(module.weight, "quant_state", None) is not None:
-        return not options.backward_only and add_four_bit_products(module, rowwise=options.rowwise)
+        return options.both and add_four_bit_products(module, rowwise=options.rowwise)
     if not fits_fp8(module):
         return False
     module.weight.requires_grad_(False)
-    if options.backward_only:
+    if not options.both:
+        _to(module, device)
         add_fp8_input_grad(module, rowwise=options.rowwise)
         return True
     quantised = Fp8Linear.of(module, rowwise=options.rowwise, device=device)
-    if device is not None:
-        quantised = quantised.to(device)
+    _to(quantised, device)
     quantised.keep_transposed(options.copies == 2)
     setattr(parent, name, quantised)
     return True

@@ -74,7 +74,7 @@ def load_model(source: Source, config: Any, options: Options, hardware: Hardware
         extra["attn_implementation"] = options.attn_implementation
     device_map = options.device_map or default_device_map(hardware, bits)
     stream_to = None
-    if options.fp8 is not None and not options.fp8.backward_only and not _is_four_bit(config, bits):
+    if options.fp8 is not None and options.fp8.both and not _is_four_bit(config, bits):
         device_map, stream_to = _by_way_of_cpu(device_map)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
