@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pronghorn.kernels import lora
-from tests.kernels.compare import DTYPES, IMPLS, assert_near, random
+from tests.kernels.compare import DTYPES, IMPLS, RELATIVE, assert_near, random
 
 # tokens, output widths, ranks
 GROUPS = [(5, (40,), (4,)), (70, (300, 24, 24), (16, 8, 16)), (129, (130, 70), (32, 32)), (3, (17,), (128,))]
@@ -59,12 +59,32 @@ def test_up_with_a_residual(impl, dtype, device):
     base = random(9, 20, dtype=dtype, device=device, seed=2)
     residual = random(9, 20, dtype=torch.float32, device=device, seed=3)
     kept = residual.clone()
-    (found,) = lora.up(xa, [b], [0.5], [base], addend=residual, impl=impl)
+    (found,) = lora.up(xa, [b], [0.5], [base], addends=[residual], impl=impl)
     assert found.dtype == torch.float32 and torch.equal(residual, kept)
     want = residual.double() + base.double() + 0.5 * xa.double() @ b.double().t()
     error = (found.double() - want).abs().max()
     # The reference rounds the branch to its own dtype first.
     assert error <= (2**-7 if dtype == torch.bfloat16 and impl == "torch" else 2e-5) * want.abs().max()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_up_by_a_transposed_matrix_and_several_bases(impl, dtype, count, device):
+    """The input gradient of a group: dXA times A, which lies as [R, in], and the products of its weights."""
+    dxa, a = (
+        random(70, 48, dtype=dtype, device=device, scale=0.2),
+        random(48, 130, dtype=dtype, device=device),
+    )
+    parts = [random(70, 130, dtype=dtype, device=device, seed=i) for i in range(count + 1)]
+    (found,) = lora.up(dxa, [a.t()], [1.0], parts[:1], addends=parts[1:], impl=impl)
+    product = dxa.double() @ a.double()
+    want = sum((part.double() for part in parts), product)
+    if impl == "triton":
+        assert_near(found, want, slack=2.0)
+    else:  # rounds once for every part
+        largest = sum((part.double().abs() for part in parts), product.abs())
+        assert ((found.double() - want).abs() <= (count + 2) * (RELATIVE[dtype] * largest + 1e-5)).all()
 
 
 @pytest.mark.parametrize("impl", IMPLS)

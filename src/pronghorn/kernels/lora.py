@@ -118,7 +118,7 @@ def up(
     scalings: Sequence[float],
     bases: Sequence[Tensor | None],
     *,
-    addend: Tensor | None = None,
+    addends: Sequence[Tensor] = (),
     inplace: bool = False,
     impl: Impl | None = None,
 ) -> list[Tensor]:
@@ -127,25 +127,29 @@ def up(
     Args:
         xa: [T, ΣR]. bs: [out_i, R_i] each.
         bases: [T, out_i], a bias [out_i], or None for nothing, each.
-        addend: a second base [T, out] for a single adapter; a new result has its dtype then, else xa's.
+        addends: up to two more bases [T, out] for a single adapter; a new result has their dtype then, else xa's.
         inplace: write over the bases, which must be matrices.
     """
     if len(bs) <= MOST_PARTS and fits_kernels(xa, [b.shape[1] for b in bs], impl):
         from pronghorn.kernels.triton.lora import up as triton_up
 
-        return triton_up(xa, bs, scalings, bases, addend, inplace)
+        return triton_up(xa, bs, scalings, bases, addends, inplace)
     outs = []
     for part, b, scaling, base in zip(_columns(xa, bs), bs, scalings, bases, strict=True):
         if inplace:
             assert base is not None
             y = base.addmm_(part, b.t(), alpha=scaling)
-            outs.append(y if addend is None else y.add_(addend))
+            for addend in addends:
+                y.add_(addend)
+            outs.append(y)
             continue
         if base is None:
             y = torch.mm(part, b.t()).mul_(scaling) if scaling != 1.0 else torch.mm(part, b.t())
         else:
             y = torch.addmm(base.to(xa.dtype), part, b.t(), alpha=scaling)
-        outs.append(y if addend is None else addend + y)
+        for addend in addends:
+            y = addend + y
+        outs.append(y)
     return outs
 
 

@@ -136,7 +136,7 @@ class ProjectionGroup:
             (out,) = lora.up(xa, bs, scalings, [residual], impl=self.impl)
             return projection.weight.matmul_add_(out, operand), xa
         y = projection.weight.matmul(operand)
-        (out,) = lora.up(xa, bs, scalings, [residual], addend=y, impl=self.impl)
+        (out,) = lora.up(xa, bs, scalings, [residual], addends=[y], impl=self.impl)
         return out, xa
 
     def forward_add_(self, out: Tensor, x: Tensor | Operand, xa: Tensor | None = None) -> Tensor | None:
@@ -162,7 +162,7 @@ class ProjectionGroup:
             projection.weight.matmul_add_(out, operand)
         else:
             y = projection.weight.matmul(operand)
-            lora.up(xa, bs, scalings, [out], addend=y, inplace=True, impl=self.impl)
+            lora.up(xa, bs, scalings, [out], addends=[y], inplace=True, impl=self.impl)
         return xa
 
     def a_for_producer(self, rows: Tensor) -> Tensor | None:
@@ -294,6 +294,10 @@ class ProjectionGroup:
         """
         operands = [as_operand(dy) for dy in dys]
         grads = self._output_grads([operand.tensor for operand in operands], xa, sink)
+        if need and grads is not None and self._sums_late(grads.dxa):
+            parts = [p.weight.matmul_t(o) for p, o in zip(self._all_linear(), operands, strict=True)]
+            a = self._stacked_a(grads.dxa.dtype)
+            return lora.up(grads.dxa, [a.t()], [1.0], parts[:1], addends=parts[1:], impl=self.impl)[0], grads
         first = need and grads is not None and not self._drops and self._all_accumulate()
         dx: Tensor | None = None
         if first and grads is not None:
@@ -309,6 +313,18 @@ class ProjectionGroup:
             assert dx is not None
             self._add_adapter_input_grad_(dx, grads.dxa)
         return dx, grads
+
+    def _sums_late(self, dxa: Tensor) -> bool:
+        """Whether dX is best summed by one kernel at the end: where no product adds to what is there."""
+        return (
+            not self._drops
+            and len(self._all_linear()) == len(self.projections)
+            and not any(_accumulates_grad(p.weight) for p in self._all_linear())
+            and lora.fits_kernels(dxa, [self.total_rank], self.impl)
+        )
+
+    def _all_linear(self) -> list[LinearProjection]:
+        return [p for p in self.projections if isinstance(p, LinearProjection)]
 
     def _output_grads(
         self, dys: Sequence[Tensor], xa: Tensor | None, sink: GradientSink

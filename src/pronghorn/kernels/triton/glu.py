@@ -86,22 +86,13 @@ def _forward_adapted(
     at = start * up_stride + row[:, None] * up_stride + column[None, :]
     up = tl.load(up_ptr + at, mask=inside, other=0.0).to(tl.float32)
     gate += share(
-        xa_gate_ptr,
-        b_gate_ptr,
-        s_gate,
-        rank_gate,
-        xa_gate_stride,
-        start,
-        row,
-        column,
-        known_row,
-        known_column,
-        R,
-        WIDE,
-    )
+        xa_gate_ptr, b_gate_ptr, s_gate, rank_gate, xa_gate_stride, rank_gate, 1, start, row, column,
+        known_row, known_column, R, WIDE,
+    )  # fmt: skip
     up += share(
-        xa_up_ptr, b_up_ptr, s_up, rank_up, xa_up_stride, start, row, column, known_row, known_column, R, WIDE
-    )
+        xa_up_ptr, b_up_ptr, s_up, rank_up, xa_up_stride, rank_up, 1, start, row, column,
+        known_row, known_column, R, WIDE,
+    )  # fmt: skip
     value, _ = value_and_slope(gate, ACTIVATION)
     to = act_ptr + start * width + row[:, None] * width + column[None, :]
     tl.store(to, (value * up).to(act_ptr.dtype.element_ty), mask=inside)
@@ -127,22 +118,13 @@ def _backward_adapted(
     at = start * dact_stride + row[:, None] * dact_stride + column[None, :]
     dact = tl.load(dact_ptr + at, mask=inside, other=0.0).to(tl.float32)
     gate += share(
-        xa_gate_ptr,
-        b_gate_ptr,
-        s_gate,
-        rank_gate,
-        xa_gate_stride,
-        start,
-        row,
-        column,
-        known_row,
-        known_column,
-        R,
-        WIDE,
-    )
+        xa_gate_ptr, b_gate_ptr, s_gate, rank_gate, xa_gate_stride, rank_gate, 1, start, row, column,
+        known_row, known_column, R, WIDE,
+    )  # fmt: skip
     up += share(
-        xa_up_ptr, b_up_ptr, s_up, rank_up, xa_up_stride, start, row, column, known_row, known_column, R, WIDE
-    )
+        xa_up_ptr, b_up_ptr, s_up, rank_up, xa_up_stride, rank_up, 1, start, row, column,
+        known_row, known_column, R, WIDE,
+    )  # fmt: skip
     value, slope = value_and_slope(gate, ACTIVATION)
     dtype: tl.constexpr = act_ptr.dtype.element_ty
     to = act_ptr + start * act_stride + row[:, None] * act_stride + column[None, :]

@@ -44,11 +44,11 @@ def _forward(
         up = tl.load(up_ptr + at, mask=inside, other=0.0).to(tl.float32)
         if ADAPTERS:
             gate += share(
-                xa_gate_ptr, b_gate_ptr, s_gate, rank_gate, xa_gate_stride, start, row, column,
+                xa_gate_ptr, b_gate_ptr, s_gate, rank_gate, xa_gate_stride, rank_gate, 1, start, row, column,
                 known_row, known_column, R, WIDE,
             )  # fmt: skip
             up += share(
-                xa_up_ptr, b_up_ptr, s_up, rank_up, xa_up_stride, start, row, column,
+                xa_up_ptr, b_up_ptr, s_up, rank_up, xa_up_stride, rank_up, 1, start, row, column,
                 known_row, known_column, R, WIDE,
             )  # fmt: skip
         value, _ = value_and_slope(gate, ACTIVATION)

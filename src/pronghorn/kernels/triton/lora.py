@@ -31,20 +31,10 @@ def dot(a, b, WIDE: tl.constexpr):
 
 @triton.jit
 def share(
-    xa_ptr,
-    b_ptr,
-    scaling,
-    rank,
-    xa_stride,
-    start,
-    row,
-    column,
-    known_row,
-    known_column,
-    R: tl.constexpr,
-    WIDE: tl.constexpr,
-):
-    """scaling · xa bᵀ of a tile in fp32; rank 0: nothing."""
+    xa_ptr, b_ptr, scaling, rank, xa_stride, b_stride, rank_stride, start, row, column, known_row, known_column,
+    R: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """scaling · xa bᵀ of a tile in fp32; rank 0: nothing. b_stride is between outputs, rank_stride between ranks."""
     r = tl.arange(0, R)
     known_rank = r < rank
     xa = tl.load(
@@ -52,10 +42,9 @@ def share(
         mask=known_row[:, None] & known_rank[None, :], other=0.0,
     )  # fmt: skip
     b = tl.load(
-        b_ptr + column[:, None] * rank + r[None, :],
-        mask=known_column[:, None] & known_rank[None, :],
-        other=0.0,
-    )
+        b_ptr + column[:, None] * b_stride + r[None, :] * rank_stride,
+        mask=known_column[:, None] & known_rank[None, :], other=0.0,
+    )  # fmt: skip
     return dot(xa, tl.trans(b), WIDE) * scaling
 
 
@@ -72,44 +61,45 @@ def rank_block(ranks: Sequence[int]) -> int:
 
 @triton.jit
 def _up(
-    xa0, xa1, xa2, b0, b1, b2, base0, base1, base2, out0, out1, out2, addend_ptr, s0, s1, s2, r0, r1, r2, w0, w1, w2,
-    base_stride0, base_stride1, base_stride2, out_stride0, out_stride1, out_stride2, blocks0, blocks1,
-    tokens, xa_stride, addend_stride,
-    BASE: tl.constexpr, ADDEND: tl.constexpr, R: tl.constexpr, BT: tl.constexpr, BO: tl.constexpr, WIDE: tl.constexpr,
+    xa0, xa1, xa2, b0, b1, b2, base0, base1, base2, out0, out1, out2, addend_ptr, addend2_ptr,
+    s0, s1, s2, r0, r1, r2, w0, w1, w2,
+    base_stride0, base_stride1, base_stride2, out_stride0, out_stride1, out_stride2,
+    b_stride0, b_stride1, b_stride2, blocks0, blocks1, tokens, xa_stride, rank_stride, addend_stride, addend2_stride,
+    BASE: tl.constexpr, ADDENDS: tl.constexpr, R: tl.constexpr, BT: tl.constexpr, BO: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0)
     zero = block * 0  # makes tensors of numbers that may be constants, so that the branches agree
     xa_ptr, b_ptr, base_ptr, out_ptr, scaling = xa0, b0, base0, out0, zero + s0
     rank, width, base_stride, out_stride = zero + r0, zero + w0, zero + base_stride0, zero + out_stride0
+    b_stride = zero + b_stride0
     if block >= blocks0 + blocks1:
         xa_ptr, b_ptr, base_ptr, out_ptr, scaling = xa2, b2, base2, out2, zero + s2
         rank, width, base_stride, out_stride = zero + r2, zero + w2, zero + base_stride2, zero + out_stride2
+        b_stride = zero + b_stride2
         block = block - (blocks0 + blocks1)
     elif block >= blocks0:
         xa_ptr, b_ptr, base_ptr, out_ptr, scaling = xa1, b1, base1, out1, zero + s1
         rank, width, base_stride, out_stride = zero + r1, zero + w1, zero + base_stride1, zero + out_stride1
+        b_stride = zero + b_stride1
         block = block - blocks0
     start = tl.program_id(1).to(tl.int64) * BT
-    row, column, r = tl.arange(0, BT), block * BO + tl.arange(0, BO), tl.arange(0, R)
-    known_row, known_column, known_rank = row < tokens - start, column < width, r < rank
-    xa = tl.load(
-        xa_ptr + start * xa_stride + row[:, None] * xa_stride + r[None, :],
-        mask=known_row[:, None] & known_rank[None, :], other=0.0,
+    row, column = tl.arange(0, BT), block * BO + tl.arange(0, BO)
+    known_row, known_column = row < tokens - start, column < width
+    y = share(
+        xa_ptr, b_ptr, scaling, rank, xa_stride, b_stride, rank_stride, start, row, column, known_row, known_column,
+        R, WIDE,
     )  # fmt: skip
-    b = tl.load(
-        b_ptr + column[:, None] * rank + r[None, :],
-        mask=known_column[:, None] & known_rank[None, :],
-        other=0.0,
-    )
-    y = dot(xa, tl.trans(b), WIDE) * scaling
     inside = known_row[:, None] & known_column[None, :]
     if BASE == 1:
         y += tl.load(base_ptr + column, mask=known_column, other=0.0).to(tl.float32)[None, :]
     if BASE == 2:
         at = base_ptr + start * base_stride + row[:, None] * base_stride + column[None, :]
         y += tl.load(at, mask=inside, other=0.0).to(tl.float32)
-    if ADDEND:
+    if ADDENDS > 0:
         at = addend_ptr + start * addend_stride + row[:, None] * addend_stride + column[None, :]
+        y += tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    if ADDENDS > 1:
+        at = addend2_ptr + start * addend2_stride + row[:, None] * addend2_stride + column[None, :]
         y += tl.load(at, mask=inside, other=0.0).to(tl.float32)
     to = out_ptr + start * out_stride + row[:, None] * out_stride + column[None, :]
     tl.store(to, y.to(out_ptr.dtype.element_ty), mask=inside)
@@ -125,7 +115,7 @@ def up(
     bs: Sequence[Tensor],
     scalings: Sequence[float],
     bases: Sequence[Tensor | None],
-    addend: Tensor | None,
+    addends: Sequence[Tensor],
     inplace: bool,
 ) -> list[Tensor]:
     if inplace and any(base is None or base.dim() != 2 or base.stride(1) != 1 for base in bases):
@@ -141,7 +131,7 @@ def up(
     (kind,) = kinds
     xa, tokens = unit_rows(xa), xa.shape[0]
     bases = [base if base is None else unit_rows(base) for base in bases]
-    dtype = xa.dtype if addend is None else addend.dtype
+    dtype = addends[0].dtype if addends else xa.dtype
     outs = [
         base
         if inplace and base is not None
@@ -154,12 +144,15 @@ def up(
     config = up_config(tokens, rank_block(ranks))
     blocks = [triton.cdiv(width, config["BO"]) for width in widths]
     held = [out if base is None else base for base, out in zip(bases, outs, strict=True)]
-    other = xa if addend is None else unit_rows(addend)
+    others = [unit_rows(addend) for addend in addends] + [xa, xa]
+    if len({b.stride(1) for b in bs}) > 1 or any(1 not in b.stride() for b in bs):
+        bs = [b.contiguous() for b in bs]
     _up[(sum(blocks), triton.cdiv(tokens, config["BT"]))](
-        *three(list(xa.split(ranks, 1))), *three([b.contiguous() for b in bs]), *three(held), *three(outs), other,
+        *three(list(xa.split(ranks, 1))), *three(list(bs)), *three(held), *three(outs), *others[:2],
         *three([float(s) for s in scalings]), *three(ranks), *three(widths), *three([base.stride(0) for base in held]),
-        *three([out.stride(0) for out in outs]), *three(blocks)[:2], tokens, xa.stride(0), other.stride(0),
-        BASE=kind, ADDEND=addend is not None, R=rank_block(ranks), WIDE=is_wide(xa), **config,
+        *three([out.stride(0) for out in outs]), *three([b.stride(0) for b in bs]), *three(blocks)[:2],
+        tokens, xa.stride(0), bs[0].stride(1), others[0].stride(0), others[1].stride(0),
+        BASE=kind, ADDENDS=len(addends), R=rank_block(ranks), WIDE=is_wide(xa), **config,
     )  # fmt: skip
     return outs
 

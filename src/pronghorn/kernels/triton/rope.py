@@ -202,22 +202,12 @@ def _adapted(
     first = tl.load(at, mask=inside, other=0.0).to(tl.float32)
     second = tl.load(at + half, mask=inside, other=0.0).to(tl.float32)
     first += share(
-        xa_ptr, b_ptr, scaling, rank, xa_stride, start, row, head * D + column, known_row, known, R, WIDE
-    )
+        xa_ptr, b_ptr, scaling, rank, xa_stride, rank, 1, start, row, head * D + column, known_row, known, R, WIDE
+    )  # fmt: skip
     second += share(
-        xa_ptr,
-        b_ptr,
-        scaling,
-        rank,
-        xa_stride,
-        start,
-        row,
-        head * D + half + column,
-        known_row,
-        known,
-        R,
-        WIDE,
-    )
+        xa_ptr, b_ptr, scaling, rank, xa_stride, rank, 1, start, row, head * D + half + column,
+        known_row, known, R, WIDE,
+    )  # fmt: skip
     angle = start * ROTATED + row[:, None] * ROTATED + column[None, :]
     turns = known_row[:, None] & (column < turned)[None, :]
     cos_first = tl.load(cos_ptr + angle, mask=turns, other=1.0).to(tl.float32)
@@ -234,8 +224,8 @@ def _adapted(
         at = x_ptr + start * stride + row[:, None] * stride + head * D + column[None, :]
         rest = tl.load(at, mask=inside, other=0.0).to(tl.float32)
         rest += share(
-            xa_ptr, b_ptr, scaling, rank, xa_stride, start, row, head * D + column, known_row, known, R, WIDE
-        )
+            xa_ptr, b_ptr, scaling, rank, xa_stride, rank, 1, start, row, head * D + column, known_row, known, R, WIDE
+        )  # fmt: skip
         tl.store(at, rest.to(dtype), mask=inside)
 
 
