@@ -82,6 +82,18 @@ def test_modules_and_copies_are_chosen(llama):
     assert all(module.weight_transposed is not None for module in found.values())
 
 
+def test_streamed_by_way_of_the_cpu(llama, monkeypatch):
+    """What a GPU's device map does, with the CPU in the GPU's place."""
+    seen = []
+    of = Fp8Linear.of
+    monkeypatch.setattr(
+        Fp8Linear, "of", staticmethod(lambda m, **given: seen.append(given["device"]) or of(m, **given))
+    )
+    streamed, _ = load(llama, device_map={"": "cpu"})
+    assert seen == [torch.device("cpu")] * 14
+    assert torch.equal(logits(streamed), logits(load(llama)[0]))
+
+
 def test_blocks_and_stock_modules_hold_the_same_values(llama):
     """The stock forward multiplies dequantised weights; the blocks also round activations, by 1/16 at most."""
     model, _ = load(llama)

@@ -12,6 +12,7 @@ import torch
 from pronghorn.blocks.levels import LEVELS, Level, check_level
 from pronghorn.engine import base_causal_lm, bind
 from pronghorn.hardware import probe
+from pronghorn.kernels.attention import check_name
 from pronghorn.loading.adapters import DEFAULT_TARGETS, add_adapter, load_adapter, lora_config_fields
 from pronghorn.loading.arguments import (
     NO_EFFECT_ON_ADAPTERS,
@@ -50,10 +51,12 @@ def save_level(use_gradient_checkpointing: bool | str) -> Level:
     return "none" if use_gradient_checkpointing else "all"
 
 
-def bind_with(model: Any, use_gradient_checkpointing: bool | str, strict: bool = False) -> None:
+def bind_with(
+    model: Any, use_gradient_checkpointing: bool | str, strict: bool = False, attention: str | None = None
+) -> None:
     """Bind the fast path and set its save level; a model that stays stock gets Transformers' own checkpointing."""
     level = save_level(use_gradient_checkpointing)
-    binding = bind(model, strict=strict, save_levels=level)
+    binding = bind(model, strict=strict, save_levels=level, attention=attention)
     if binding.bound:
         binding.set_save_levels(level)
         logger.info("%s", binding.describe())
@@ -89,6 +92,7 @@ class FastLanguageModel:
         bnb_4bit_use_double_quant: bool = True,
         bnb_4bit_quant_type: str = "nf4",
         attn_implementation: str | None = None,
+        attention: str | None = None,
         strict: bool = False,
         gguf_file: str | None = None,
         fp8_skip_layers: int = 2,
@@ -112,6 +116,9 @@ class FastLanguageModel:
             rope_scaling: such as {"type": "linear", "factor": 2.0}.
             fix_tokenizer: give the tokenizer a padding token other than EOS where one is to spare.
             use_gradient_checkpointing: True, False, "unsloth" (layer inputs in host memory) or a save level.
+            attn_implementation: of Transformers' own forward, which generation and stock models run.
+            attention: of the fast path, by name: "cudnn", "flash", "flex", "cpu", "sdpa" or "eager"; None takes the
+                fastest one that does what the model asks for.
             strict: refuse a model that cannot take the fast path, instead of training it on its stock forward.
             fp8_skip_layers: decoder layers at either end that stay in 16 bits.
             fp8_modules: names of the linear layers to multiply in fp8, such as ["gate_proj", "up_proj", "down_proj"];
@@ -129,6 +136,7 @@ class FastLanguageModel:
         note_without_effect(kwargs, "from_pretrained")
         refuse_no_length(max_seq_length, "max_seq_length")
         save_level(use_gradient_checkpointing)
+        check_name(attention)
         hardware = probe()
         chosen = choose_dtype(dtype, hardware)
         if load_in_fp8 and load_in_4bit is None:
@@ -172,7 +180,7 @@ class FastLanguageModel:
             model.requires_grad_(True)
         if here.kind == "adapter":
             model = load_adapter(model, here)
-        bind_with(model, use_gradient_checkpointing, strict)
+        bind_with(model, use_gradient_checkpointing, strict, attention)
         add_save_methods(model)
         return model, tokenizer
 

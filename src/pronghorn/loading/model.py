@@ -113,7 +113,7 @@ def _by_way_of_cpu(device_map: Any) -> tuple[Any, torch.device | None]:
     ):
         return device_map, None
     device = torch.device("cuda", place) if isinstance(place, int) else torch.device(place)
-    return {"": "cpu"}, device
+    return None, device
 
 
 def _quantisation(source: Source, options: Options, bits: int) -> Any:
