@@ -1,0 +1,245 @@
+"""The longest single row that a side trains within a memory cap, and the time of a step at each length tried.
+
+    python -m benchmarks.longest --caps 24,80 --sides unsloth,pronghorn-offload --checkpoints DIR
+
+One process a side and cap: the model is loaded once, then rows of growing length are trained for two steps each, until
+one runs out of memory; between the last that fitted and the first that did not, the search halves the interval. The
+cap is torch's allocator limit, less 0.8 GiB for the CUDA context.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import gc
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.libraries import Job, Loaded, import_library, load_model, make_trainer
+from benchmarks.models import CONFIGS
+from benchmarks.registry import Side, Workload, find_side, find_workload
+from benchmarks.rows import columns
+from benchmarks.side import RESULT_PREFIX, Stopwatch, cap_memory, peak_memory, versions, watch
+
+#: lengths are multiples of it
+GRAIN = 1024
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One length: seconds of the second step and peak reserved GiB, or why it failed."""
+
+    length: int
+    step_s: float = 0.0
+    reserved_gib: float = 0.0
+    error: str = ""
+
+
+def search(
+    attempt: Callable[[int], Attempt], first: int, most: int, resolution: float, deadline: float
+) -> Iterator[Attempt]:
+    """Attempts at doubling lengths from `first` up to `most`, then between the longest that fitted and the shortest
+    that did not, until they are within `resolution` of one another or the time is up."""
+    fits, fails, length = 0, most + GRAIN, first
+    while time.time() < deadline:
+        found = attempt(length)
+        yield found
+        if found.error:
+            fails = length
+        else:
+            fits = length
+        if fits == 0:
+            length = length // 2
+            if length < GRAIN:
+                return
+        elif fails > most:
+            if fits == most:
+                return
+            length = min(most, 2 * length)
+        else:
+            if fails - fits <= max(GRAIN, resolution * fits):
+                return
+            length = (fits + fails) // 2 // GRAIN * GRAIN
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception, or one that caused it, is about memory."""
+    seen: BaseException | None = error
+    while seen is not None:
+        text = f"{type(seen).__name__}: {seen}".lower()
+        if "out of memory" in text or "outofmemory" in text:
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False
+
+
+def train_row(job: Job, loaded: Loaded, length: int) -> Attempt:
+    """Two steps of one row; what it held is given back."""
+    import torch
+
+    workload = dataclasses.replace(job.workload, rows=1, length=length)
+    job = dataclasses.replace(job, workload=workload)
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    rows = columns(job.steps, length, CONFIGS[workload.model]["vocab_size"])
+    stopwatch = Stopwatch(1, job.steps - 1, time.time())
+    error = ""
+    try:
+        trainer = make_trainer(job, loaded, rows)
+        watch(trainer, stopwatch)
+        trainer.train()
+        if int(stopwatch.timed(stopwatch.real_tokens)) != length * (job.steps - 1):
+            error = "the row was cut"
+    except Exception as failure:  # the search goes on with a shorter row
+        kind = "out of memory" if is_out_of_memory(failure) else type(failure).__name__
+        error = f"{kind}: {' '.join(str(failure).split())[:200]}"
+    trainer = None
+    reserved = peak_memory()[1]
+    loaded.model.zero_grad(set_to_none=True)
+    gc.collect()
+    if on_gpu:
+        torch.cuda.empty_cache()
+    return Attempt(length, stopwatch.region_s / max(1, job.steps - 1), reserved, error)
+
+
+def find_longest(
+    workload: Workload, side: Side, checkpoint: Path, options: argparse.Namespace
+) -> dict[str, Any]:
+    """Load, search, and return a row for the table; each attempt is printed as it ends."""
+    import_library(side.library)
+    import torch
+
+    cap_memory(workload.cap_gib)
+    optimizer = "adamw_torch_fused" if torch.cuda.is_available() else "adamw_torch"
+    # A library may size its position tables by the longest row it is told of.
+    job = Job(dataclasses.replace(workload, length=options.most), side, checkpoint, Path(), 2, optimizer)
+    attempts: list[Attempt] = []
+    with tempfile.TemporaryDirectory(prefix="bench-out-") as output:
+        job = dataclasses.replace(job, output=Path(output))
+        loaded = load_model(job)
+        deadline = time.time() + options.seconds
+        for found in search(
+            lambda length: train_row(job, loaded, length),
+            options.first,
+            options.most,
+            options.resolution,
+            deadline,
+        ):
+            attempts.append(found)
+            print(f"{side.name} {describe(found)}", flush=True)
+    fitted = max((a for a in attempts if not a.error), key=lambda a: a.length, default=None)
+    return {
+        "workload": workload.name,
+        "side": side.name,
+        "label": side.label(workload),
+        "cap_gib": workload.cap_gib,
+        "longest": fitted.length if fitted else 0,
+        "attempts": [dataclasses.asdict(a) for a in attempts],
+        "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+        "versions": versions(),
+    }
+
+
+def describe(found: Attempt) -> str:
+    outcome = found.error or f"{found.step_s:.2f} s a step, {found.reserved_gib:.1f} GiB reserved"
+    return f"{found.length:,} tokens: {outcome}"
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """One line a side and cap: the longest row, the ratio to the baseline, its step time, and all attempts."""
+    from benchmarks.registry import BASELINE
+    from benchmarks.table import plain_table
+
+    lines = []
+    for row in rows:
+        if "error" in row:
+            lines.append([row["side"], f"{row['cap_gib']:g}", "failed", "", "", row["error"][:80]])
+            continue
+        base = next((r for r in rows if r["side"] == BASELINE and r["cap_gib"] == row["cap_gib"]), {})
+        ratio = f"{row['longest'] / base['longest']:.2f}x" if base.get("longest") else ""
+        good = {a["length"]: a for a in row["attempts"] if not a["error"]}
+        top = good.get(row["longest"], {"step_s": 0.0})
+        steps = ", ".join(f"{length // 1024}k {good[length]['step_s']:.1f}" for length in sorted(good))
+        lines.append(
+            [row["side"], f"{row['cap_gib']:g}", f"{row['longest']:,}", ratio, f"{top['step_s']:.1f}", steps]
+        )
+    header = ("side", "cap GiB", "longest row", f"vs {BASELINE}", "s/step", "seconds a step by length")
+    return plain_table(header, lines)
+
+
+def run_all(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Every side within every cap, each in its own process."""
+    from benchmarks.run import checkpoint_folder, failure_reason, parse, run_module
+
+    base = find_workload(options.workload)
+    common = parse(["--checkpoints", str(options.checkpoints)] if options.checkpoints else [])
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory(prefix="bench-") as folder:
+        work = Path(folder)
+        checkpoint = checkpoint_folder(common, work, base.model)
+        for cap in (float(text) for text in options.caps.split(",")):
+            for side in (find_side(name) for name in options.sides.split(",")):
+                name = f"{base.name}@{cap:g}"
+                arguments = ["--workload", name, "--side", side.name, "--checkpoint", str(checkpoint)]
+                for setting in ("first", "most", "resolution", "seconds"):
+                    arguments += [f"--{setting}", str(getattr(options, setting))]
+                # Loading and a last attempt begun just in time.
+                timeout = options.seconds + 240
+                status, output = run_module(
+                    "benchmarks.longest", arguments, work=work, library=side.library, timeout=timeout
+                )
+                found = [
+                    line[len(RESULT_PREFIX) :]
+                    for line in output.splitlines()
+                    if line.startswith(RESULT_PREFIX)
+                ]
+                row = (
+                    json.loads(found[-1])
+                    if found
+                    else {"side": side.name, "cap_gib": cap, "error": failure_reason(status, output, timeout)}
+                )
+                said = [line for line in output.splitlines() if line.startswith(f"{side.name} ")]
+                print(
+                    "\n".join([f"cap {cap:g} GiB", *said, *([row["error"]] if "error" in row else [])]),
+                    flush=True,
+                )
+                rows.append(row)
+    return rows
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.longest", description=__doc__)
+    parser.add_argument("--workload", default="llama8b-qlora")
+    parser.add_argument("--sides", default="unsloth,pronghorn-offload")
+    parser.add_argument("--caps", default="24", help="GiB, comma-separated")
+    parser.add_argument("--first", type=int, default=16384, help="tokens of the first row tried")
+    parser.add_argument("--most", type=int, default=1 << 20, help="tokens of the longest row tried")
+    parser.add_argument("--resolution", type=float, default=0.1, help="as a share of the length")
+    parser.add_argument("--seconds", type=float, default=200.0, help="time for one side's search")
+    parser.add_argument("--checkpoints", type=Path)
+    parser.add_argument("--out", type=Path, help="JSON file to write")
+    parser.add_argument("--side", type=find_side, help=argparse.SUPPRESS)
+    parser.add_argument("--checkpoint", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args(argv)
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    if options.side is not None:
+        row = find_longest(find_workload(options.workload), options.side, options.checkpoint, options)
+        print(RESULT_PREFIX + json.dumps(row), flush=True)
+        return 0
+    rows = run_all(options)
+    print(table(rows), flush=True)
+    if options.out:
+        options.out.write_text(json.dumps(rows, indent=1) + "\n")
+    return 1 if any("error" in row for row in rows) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,64 @@
+"""The search for the longest row."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from benchmarks import longest
+from benchmarks.longest import Attempt, is_out_of_memory, search, table
+from benchmarks.models import write_checkpoint
+
+
+def lengths_tried(limit: int, first: int = 16384, most: int = 1 << 20, resolution: float = 0.05) -> list[int]:
+    def attempt(length: int) -> Attempt:
+        return Attempt(length, error="" if length <= limit else "out of memory")
+
+    return [a.length for a in search(attempt, first, most, resolution, time.time() + 60)]
+
+
+@pytest.mark.parametrize("limit", [3000, 16384, 70_000, 333_333, 1 << 20, 1 << 22])
+def test_search_ends_near_the_limit(limit: int) -> None:
+    tried = lengths_tried(limit)
+    best = max(length for length in tried if length <= limit)
+    assert best <= limit
+    assert best == 1 << 20 or limit - best <= max(1024, 0.05 * best) + 1024
+    assert len(tried) < 14
+    assert len(set(tried)) == len(tried)
+
+
+def test_search_gives_up_where_nothing_fits_and_in_time() -> None:
+    assert lengths_tried(0) == [16384, 8192, 4096, 2048, 1024]
+    assert list(search(lambda length: Attempt(length), 1024, 2048, 0.1, time.time() - 1)) == []
+
+
+def test_out_of_memory_is_told_from_mistakes() -> None:
+    wrapped = ValueError("the step failed")
+    wrapped.__cause__ = RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")
+    assert is_out_of_memory(wrapped)
+    assert not is_out_of_memory(ValueError("no such file"))
+
+
+def test_table_compares_within_a_cap() -> None:
+    def row(side: str, cap: float, length: int) -> dict:
+        attempts = [{"length": length, "step_s": 2.5, "reserved_gib": 20.0, "error": ""}]
+        return {"side": side, "cap_gib": cap, "longest": length, "attempts": attempts}
+
+    text = table(
+        [row("unsloth", 24, 65536), row("pronghorn-offload", 24, 262144), row("pronghorn-offload", 80, 1)]
+    )
+    lines = text.splitlines()
+    assert "4.00x" in lines[3]
+    assert "x" not in lines[4].replace("offload", "")
+    assert "256k 2.5" in lines[3]
+
+
+def test_two_lengths_train_in_one_process(tmp_path, capsys) -> None:
+    """The real path on the CPU, where nothing runs out: up to the longest row asked for."""
+    checkpoint = write_checkpoint("tiny", tmp_path / "tiny")
+    arguments = ["--workload", "tiny", "--side", "pronghorn-none", "--checkpoint", str(checkpoint)]
+    assert longest.main([*arguments, "--first", "64", "--most", "128", "--seconds", "60"]) == 0
+    out = capsys.readouterr().out
+    assert '"longest": 128' in out
+    assert "pronghorn-none 64 tokens" in out
