@@ -85,7 +85,7 @@ def test_host_bytes_hold_every_tensor() -> None:
 def test_errors_name_numbers_and_a_way_out() -> None:
     model = add_adapter(tiny_model("llama"))
     binding = bind(model)
-    with pytest.raises(BudgetTooSmall, match=r"does not fit into 0\.0 GiB.*raise the budget to"):
+    with pytest.raises(BudgetTooSmall, match=r"does not fit into 0\.01 GiB.*raise the budget to"):
         plan_levels(binding, 2**20, Batch(4096, 4096, 4))
     with pytest.raises(BudgetInvalid, match="'17 parsecs' is no memory size"):
         plan_levels(binding, "17 parsecs", Batch(64, 64, 1))

@@ -185,8 +185,15 @@ def test_an_input_alone_lags_two_layers_and_a_list_one(log: list[str]) -> None:
     other, _ = fake_stash(log)
     FakeEvent.count = 0
     for _ in range(4):
-        other.park([torch.zeros(1000), torch.zeros(1000)])
+        other.park([torch.zeros(1000), torch.zeros(2000)])
     assert [line for line in log if "copy" in line] == [f"computing waits for copy {i}" for i in range(3)]
+    log.clear()
+    mixed, _ = fake_stash(log)
+    FakeEvent.count = 0
+    for i in range(3):  # a list has the time of two layers where the next parks its input alone
+        mixed.park([torch.zeros(1000), torch.zeros(2000)])
+        mixed.park([torch.zeros(1000)])
+        assert f"computing waits for copy {2 * i}" not in log
 
 
 def test_no_room_on_the_host_is_told_and_harmless(log: list[str]) -> None:

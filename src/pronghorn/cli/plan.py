@@ -123,7 +123,7 @@ def _print(found: Plan, shape: ModelShape, rates: Rates, options: argparse.Names
         _rows(found, shape, rates),
     )
     say()
-    for reason in (f"save levels, first layer first: {found.counts()}", *found.reasons):
+    for reason in (f"save levels, from the first layer to the last: {found.counts()}", *found.reasons):
         say(f"- {reason}")
     say(f"- about {batch.tokens / time.total:,.0f} tokens a second on one {rates.name}, by its rates alone")
 

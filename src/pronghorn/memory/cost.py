@@ -159,7 +159,8 @@ def step_time(
     times = times or layer_times(shape, batch, rates)
     host = {level: host_bytes_per_token(level, shape.widths) * batch.tokens for level in set(levels)}
     sizes = [host[level] for level in levels]
-    waited = _forward_wait(levels, sizes, times.forward, rates.link)
+    first = batch.tokens * shape.hidden * shape.residual_element
+    waited = _forward_wait(sizes, first, times.forward, rates.link)
     backward = [times.backward + times.rebuild(level) for level in levels]
     waited += _backward_wait(sizes, backward, rates.link)
     recompute = sum(times.rebuild(level) for level in levels)
@@ -169,20 +170,20 @@ def step_time(
     return StepTime(base + recompute + waited, base, recompute, waited, len(levels) * times.full_rebuild)
 
 
-def _forward_wait(levels: Sequence[Level], sizes: Sequence[int], each: float, link: float) -> float:
-    """Waiting in forward under `HostStash.park`'s rule for bytes in flight."""
+def _forward_wait(sizes: Sequence[int], first: int, each: float, link: float) -> float:
+    """Waiting in forward under `HostStash.park`'s rule for bytes in flight; `first` are those of a layer's input."""
     clock = free_at = waited = 0.0
     allowed = 0
     leaving: deque[tuple[int, float]] = deque()
     flying = 0
-    for level, size in zip(levels, sizes, strict=True):
+    for size in sizes:
         clock += each
         if not size:
             continue
         free_at = max(free_at, clock) + size / link
         leaving.append((size, free_at))
         flying += size
-        allowed = max(allowed, bytes_in_flight(size, 1 if level == "offload" else 2))
+        allowed = max(allowed, bytes_in_flight(size, first))
         while flying > allowed:
             left, done = leaving.popleft()
             flying -= left

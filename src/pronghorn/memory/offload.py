@@ -28,14 +28,15 @@ from pronghorn.memory.pool import HostPool
 
 logger = logging.getLogger("pronghorn")
 
-#: Layers whose copies may still run when the next layer begins, where a layer parks its input alone. Of more tensors
-#: only the last layer's do: they take as long as a layer computes, and hold as much memory as several inputs.
+#: Layers that park their input alone and whose copies may still run when the next layer begins. With one, that layer
+#: would wait for the link.
 LAG = 2
 
 
-def bytes_in_flight(size: int, tensors: int) -> int:
-    """Bytes that may still be on their way out when the next layer begins, for layers that park `size` bytes."""
-    return LAG * size if tensors == 1 else size
+def bytes_in_flight(size: int, first: int) -> int:
+    """Bytes that may still be on their way out when the next layer begins, for layers that park `size` bytes of which
+    `first` are the layer's input: one list and one input. Longer lists hold as much memory as several inputs."""
+    return size + (LAG - 1) * first
 
 
 @dataclass
@@ -105,7 +106,7 @@ class HostStash:
             copied = torch.cuda.Event()
             copied.record(self._stream)
         self._leaving.append(_Leaving(index, tensors, size, copied))
-        self._in_flight = max(self._in_flight, bytes_in_flight(size, len(tensors)))
+        self._in_flight = max(self._in_flight, bytes_in_flight(size, _stride(tensors[0])))
         while sum(leaving.size for leaving in self._leaving) > self._in_flight:
             computing.wait_event(self._leaving.popleft().copied)
         return index

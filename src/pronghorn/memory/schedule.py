@@ -297,7 +297,7 @@ class Step:
         handles = [handle for handle, _ in kept.values() if handle != embeddings]
         self._leaving.append((index, size, handles))
         self.kept[index] = kept
-        self._in_flight = max(self._in_flight, bytes_in_flight(size, len(kept)))
+        self._in_flight = max(self._in_flight, bytes_in_flight(size, self._residual()))
         while sum(size for _, size, _ in self._leaving) > self._in_flight:
             left, _, gone = self._leaving.popleft()
             self._free(*gone)
