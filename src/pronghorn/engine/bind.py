@@ -12,6 +12,7 @@ from pronghorn.engine.binding import Binding, base_causal_lm
 from pronghorn.engine.forward import causal_lm_forward, decoder_forward, layer_forward
 from pronghorn.errors import BindingRefused
 from pronghorn.families import ACTIVATIONS, DecoderFamily, family_of
+from pronghorn.kernels.attention import check_name
 from pronghorn.weights import keep_four_bit_layout
 
 
@@ -20,18 +21,35 @@ def binding_of(model: Any) -> Binding | None:
     return getattr(base_causal_lm(model), "pronghorn_binding", None)
 
 
-def bind(model: Any, *, strict: bool = False, save_levels: str | Sequence[str] = "all") -> Binding:
-    """Bind the fast path on a Transformers causal LM or a PEFT model of one. Binding twice changes nothing.
+def bind(
+    model: Any,
+    *,
+    strict: bool = False,
+    save_levels: str | Sequence[str] = "all",
+    attention: str | None = None,
+) -> Binding:
+    """Bind the fast path on a Transformers causal LM or a PEFT model of one.
 
-    A model of an unknown family stays stock, which is logged once.
+    Binding twice changes nothing but the attention, where one is named. A model of an unknown family stays stock,
+    which is logged once.
+
+    Args:
+        strict: refuse a model that would stay stock.
+        save_levels: what layers keep for backward, one of `blocks.LEVELS` or a list of them.
+        attention: the attention implementation by name: "cudnn", "flash", "flex", "cpu", "sdpa" or "eager"
+            (`kernels.attention.BACKENDS`); None takes the fastest one that does what the layers ask for.
 
     Raises:
+        AttentionUnavailable: there is no attention of that name, or it cannot do this model's layers here.
         BindingRefused: with `strict=True`, when the model stays stock.
         UnknownSaveLevel: for a save level that does not exist.
     """
+    check_name(attention)
     base = base_causal_lm(model)
     existing = binding_of(base)
     if existing is not None and (existing.bound or not strict):
+        if attention is not None:
+            existing.choose_attention(attention)
         return existing
     family = family_of(base.config.model_type) or DecoderFamily("unknown", (), "")
     reasons = _reasons_against(base, family)
@@ -46,6 +64,7 @@ def bind(model: Any, *, strict: bool = False, save_levels: str | Sequence[str] =
         base.__dict__["pronghorn_binding"] = binding
         return binding
     binding.set_save_levels(save_levels)
+    binding.choose_attention(attention)
     keep_four_bit_layout(base)
     for module, function in _sites(base):
         _bind_forward(module, function, binding)

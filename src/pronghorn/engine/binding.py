@@ -6,6 +6,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import product
 from typing import Any
 
 import torch
@@ -15,8 +16,9 @@ from pronghorn.blocks import LEVELS, Level, ModuleProjection, check_levels, park
 from pronghorn.engine.altered import altered_part
 from pronghorn.engine.flat import FlatAdapters
 from pronghorn.engine.read import Reading, read_projection
+from pronghorn.errors import AttentionUnavailable
 from pronghorn.families import ACTIVATIONS, DecoderFamily
-from pronghorn.kernels.attention import INSTALL_CUDNN, choose_backend
+from pronghorn.kernels.attention import INSTALL_CUDNN, check_name, choose_backend
 from pronghorn.memory import HostPool, HostStash
 
 logger = logging.getLogger("pronghorn")
@@ -30,7 +32,7 @@ class Binding:
     family: DecoderFamily
     reasons: list[str]
     save_levels: tuple[Level, ...] = ()
-    #: an attention implementation by name (`kernels.attention.BACKENDS`); None: the fastest
+    #: an attention implementation by name (`choose_attention` sets it); None: the fastest
     attention: str | None = None
     #: most rows of the widest tensors that exist at a time where no level keeps them; None: the blocks' own choice
     tile_rows: int | None = None
@@ -79,6 +81,65 @@ class Binding:
         if slow and self.attention is None:
             self.tell_once(f"attention: {reason}")
         return backend
+
+    def windowed(self) -> list[bool]:
+        """The kinds of layers there are: without a window, with one, or both."""
+        kinds = {
+            self.family.window(self.config, self.layer_index(layer)) is not None for layer in self.layers
+        }
+        return sorted(kinds)
+
+    def choose_attention(self, name: str | None) -> None:
+        """Use the attention implementation of a name (`kernels.attention.BACKENDS`) from now on; None: the fastest.
+
+        A model on the CPU may move to a GPU and one in fp32 be trained under autocast, so what suits either is taken.
+
+        Raises:
+            AttentionUnavailable: there is none of that name, or it cannot do this model's layers here.
+        """
+        check_name(name)
+        if name is not None and self.bound:
+            here = next(self.model.parameters()).device
+            devices = [
+                here,
+                *([torch.device("cuda")] if here.type == "cpu" and torch.cuda.is_available() else []),
+            ]
+            dtypes = [self._attention_dtype()]
+            if dtypes == [torch.float32]:
+                dtypes += [torch.bfloat16, torch.float16]
+            refusals = []
+            for device, dtype in product(devices, dtypes):
+                try:
+                    for window in self.windowed():
+                        choose_backend(device, dtype, self._head_dim(), window=window, wanted=name)
+                except AttentionUnavailable as refusal:
+                    refusals.append(refusal)
+                else:
+                    break
+            else:
+                raise refusals[0]
+        self.attention = name
+
+    def _head_dim(self) -> int:
+        return int(getattr(self.layers[0], self.family.parts.attention).head_dim)
+
+    def _attention_dtype(self) -> torch.dtype:
+        dtype: torch.dtype = self.weight_dtype or self.model.get_input_embeddings().weight.dtype
+        return dtype
+
+    def _describe_attention(self) -> list[str]:
+        device = next(self.model.parameters()).device
+        lines = []
+        for window in self.windowed():
+            which = "attention in a window" if window and len(self.windowed()) > 1 else "attention"
+            try:
+                backend, why = choose_backend(
+                    device, self._attention_dtype(), self._head_dim(), window=window, wanted=self.attention
+                )
+                lines.append(f"  {which}: {backend} ({why})")
+            except AttentionUnavailable as refusal:
+                lines.append(f"  {which}: {refusal}")
+        return lines
 
     def new_stash(self, device: torch.device) -> HostStash | None:
         """Host memory for one forward pass, where a layer's level asks for it and the device is a GPU."""
@@ -137,16 +198,12 @@ class Binding:
         name = type(self.model).__name__
         if not self.bound:
             return f"{name}: stock forward. " + "; ".join(self.reasons)
-        parameter = next(self.model.parameters())
-        dtype = self.weight_dtype or self.model.get_input_embeddings().weight.dtype
-        attention = getattr(self.layers[0], self.family.parts.attention)
-        backend, why = choose_backend(parameter.device, dtype, attention.head_dim, wanted=self.attention)
         counts = ", ".join(
             f"{self.save_levels.count(level)}x {level}" for level in LEVELS if level in self.save_levels
         )
         lines = [
             f"{name} ({self.family.name} family): {len(self.layers)} layers in attention and GLU blocks, exact",
-            f"  attention: {backend} ({why})",
+            *self._describe_attention(),
             f"  save levels: {counts}",
             f"  weights: {', '.join(sorted(self._storages()))}",
         ]

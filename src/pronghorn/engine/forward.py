@@ -94,7 +94,8 @@ def build_layer(layer: Any, call: LayerCall) -> DecoderLayer:
     }
 
     head_dim = attention.head_dim
-    backend = binding.attention_backend(call.cos.device, call.dtype, head_dim)
+    window = family.window(binding.config, index)
+    backend = binding.attention_backend(call.cos.device, call.dtype, head_dim, window=window is not None)
     attention_block = AttentionBlock(
         norm=read_norm(getattr(layer, parts.input_norm), family.norm_offset),
         qkv=groups[0],
@@ -105,7 +106,7 @@ def build_layer(layer: Any, call: LayerCall) -> DecoderLayer:
         cos=call.cos,
         sin=call.sin,
         docs=call.stream.docs,
-        call=AttentionCall(float(attention.scaling), family.window(binding.config, index), backend),
+        call=AttentionCall(float(attention.scaling), window, backend),
         q_norm=read_norm(getattr(attention, parts.q_norm), family.norm_offset) if parts.q_norm else None,
         k_norm=read_norm(getattr(attention, parts.k_norm), family.norm_offset) if parts.k_norm else None,
     )

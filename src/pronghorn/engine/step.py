@@ -236,9 +236,11 @@ class TrainingStep:
         if hooked is not None:
             return f"{hooked} has hooks, which a graph would run only once"
         head_dim = getattr(binding.layers[0], binding.family.parts.attention).head_dim
-        backend = binding.attention_backend(device, self._compute_dtype(device), head_dim)
-        if backend not in _CAPTURABLE:
-            return f"attention runs as '{backend}', document by document"
+        dtype = self._compute_dtype(device)
+        for window in binding.windowed():
+            backend = binding.attention_backend(device, dtype, head_dim, window=window)
+            if backend not in _CAPTURABLE:
+                return f"attention runs as '{backend}', document by document"
         rope = getattr(binding.config, "rope_parameters", None) or {}
         if rope.get("rope_type") in ("dynamic", "longrope"):
             return f"rope type '{rope['rope_type']}' depends on each batch's longest row"

@@ -9,7 +9,7 @@ Shapes: q [T, N, D], k and v [T, K, D] with G = N / K, out [T, N, D]; the statis
 backward are explicit calls: the attention block decides what is kept between them.
 """
 
-from pronghorn.kernels.attention.choose import BACKENDS, INSTALL_CUDNN, choose_backend
+from pronghorn.kernels.attention.choose import BACKENDS, INSTALL_CUDNN, check_name, choose_backend
 from pronghorn.kernels.attention.dispatch import attention_backward, attention_forward, attention_sink_grad
 from pronghorn.kernels.attention.documents import AttentionCall, Documents
 
@@ -21,5 +21,6 @@ __all__ = [
     "attention_backward",
     "attention_forward",
     "attention_sink_grad",
+    "check_name",
     "choose_backend",
 ]

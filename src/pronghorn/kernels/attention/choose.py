@@ -72,14 +72,23 @@ def choose_backend(
     raise AssertionError("the written-out formula takes everything")
 
 
+def check_name(wanted: str | None) -> None:
+    """Refuse a name that is none of `BACKENDS`; None is no wish.
+
+    Raises:
+        AttentionUnavailable: for such a name.
+    """
+    if wanted is not None and wanted not in BACKENDS:
+        raise AttentionUnavailable(
+            f"there is no attention named {wanted!r}",
+            fix=nearest(str(wanted), BACKENDS) or f"one of {', '.join(BACKENDS)}",
+        )
+
+
 def _checked(
     wanted: str, device: torch.device, dtype: torch.dtype, head_dim: int, wishes: Wishes
 ) -> tuple[str, str]:
-    if wanted not in BACKENDS:
-        raise AttentionUnavailable(
-            f"there is no attention named {wanted!r}",
-            fix=nearest(wanted, BACKENDS) or f"one of {', '.join(BACKENDS)}",
-        )
+    check_name(wanted)
     refusal = _refusal(wanted, device, dtype, head_dim, wishes)
     if refusal is not None:
         raise AttentionUnavailable(
