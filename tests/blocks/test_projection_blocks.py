@@ -16,6 +16,8 @@ from pronghorn.blocks.projection import (
     PackedAdapters,
     ProjectionGroup,
 )
+from pronghorn.kernels import glu as glu_kernels
+from pronghorn.kernels import rope as rope_kernels
 from pronghorn.kernels.attention import AttentionCall, Documents
 from pronghorn.weights import DenseWeight
 
@@ -55,9 +57,12 @@ def norm() -> Norm:
 @pytest.mark.parametrize("ranks", [(4, 4), (0, 8), (16, 0)])
 @pytest.mark.parametrize("level", ["none", "attention", "matmuls", "all"])
 @pytest.mark.parametrize("packed", [False, True])
-def test_glu_block(ranks, level, packed):
+@pytest.mark.parametrize("kernels", [False, True])
+def test_glu_block(ranks, level, packed, kernels, monkeypatch):
     results = []
     for impl in ("torch", "triton"):
+        if kernels and impl == "triton":
+            monkeypatch.setattr(glu_kernels, "use_triton", lambda tensor, impl: impl != "torch")
         gate_up = group(impl, HIDDEN, (INNER, INNER), ranks, packed)
         down = group(impl, INNER, (HIDDEN,), (4,), packed)
         block = GluBlock(norm(), gate_up, down, "silu")
@@ -78,10 +83,13 @@ def test_glu_block(ranks, level, packed):
 
 
 @pytest.mark.parametrize("ranks", [(4, 4, 4), (8, 0, 2)])
-def test_attention_block(ranks):
+@pytest.mark.parametrize("kernels", [False, True])
+def test_attention_block(ranks, kernels, monkeypatch):
     results = []
     cos, sin = normal(T, HEAD, seed=4).cos(), normal(T, HEAD, seed=4).sin()
     for impl in ("torch", "triton"):
+        if kernels and impl == "triton":
+            monkeypatch.setattr(rope_kernels, "use_triton", lambda tensor, impl: impl != "torch")
         qkv = group(impl, HIDDEN, (HEADS * HEAD, KV * HEAD, KV * HEAD), ranks)
         block = AttentionBlock(
             norm(), qkv, group(impl, HEADS * HEAD, (HIDDEN,), (4,)), HEADS, KV, HEAD, cos, sin,

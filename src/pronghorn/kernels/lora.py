@@ -143,8 +143,8 @@ def up(
                 y.add_(addend)
             outs.append(y)
             continue
-        if base is None:
-            y = torch.mm(part, b.t()).mul_(scaling) if scaling != 1.0 else torch.mm(part, b.t())
+        if base is None:  # beta = 0: what is added is not read
+            y = torch.addmm(part.new_empty(()), part, b.t(), beta=0, alpha=scaling)
         else:
             y = torch.addmm(base.to(xa.dtype), part, b.t(), alpha=scaling)
         for addend in addends:
