@@ -116,7 +116,8 @@ def product(
     """(rows' codes · scales) [T, K] @ (codes · scales)ᵀ [K, N] -> [T, N] in `dtype`.
 
     Args:
-        codes: e4m3 [N, K], contiguous along K. scales: fp32 [N, 1], [1, 1], or None for ones.
+        codes: e4m3 [N, K], contiguous along K. scales: fp32 [N, 1], or None for ones; [1, 1] together with one scale
+            for all rows.
         fast: let the matrix unit add up in fewer than fp32's bits (Hopper keeps about 14 of them).
         emulate: multiply the dequantised operands in fp32, as is always done on a CPU.
     """
@@ -127,9 +128,8 @@ def product(
         return ((left.to(torch.float32) * left_scales) @ right.t()).to(dtype)
     if left.shape[0] == 0:
         return left.new_empty(0, codes.shape[0], dtype=dtype)
-    by_row = left_scales.numel() > 1 or left.shape[0] == 1
-    size = codes.shape[0] if by_row else 1
-    right_scales = _ones(size, left.device) if scales is None else scales
+    by_row = scales is None or scales.numel() > 1
+    right_scales = _ones(codes.shape[0], left.device) if scales is None else scales
     out = torch._scaled_mm(
         left,
         codes.t(),
