@@ -102,3 +102,15 @@ def test_applying_twice_is_applying_once() -> None:
     apply(binding, found)
     assert set(binding.save_levels) == {"all"} and binding.tile_rows is None
     assert torch.is_tensor(next(model.parameters()))
+
+
+def test_layers_may_differ_in_storage() -> None:
+    pytest.importorskip("bitsandbytes")
+    model = tiny_model("llama", num_hidden_layers=3)
+    last = model.model.layers[2].mlp.gate_proj, model.model.layers[2].self_attn
+    quantise_4bit(model, double_quant=True)
+    model.model.layers[2].mlp.gate_proj = last[0]
+    bind(model)
+    shape = shape_of(binding_of(model))
+    assert shape.storage == "nf4 double"
+    assert shape.layer_storages == ("nf4 double", "nf4 double", "float32")

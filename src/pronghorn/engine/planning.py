@@ -79,17 +79,15 @@ def shape_of(binding: Binding, **more: Any) -> ModelShape:
         for name, projection in projections.items()
         if isinstance(projection, LinearProjection)
     }
-    stored = _storage(_described(projections["gate"]), dtype)
-    names = [
-        _described(read_groups(layer, binding.family.parts, Reading(True))[4][0]) for layer in binding.layers
-    ]
-    plain = 0 if stored == _name(dtype) else names.count(_name(dtype))
+    gates = [read_groups(layer, binding.family.parts, Reading(True))[4][0] for layer in binding.layers]
+    storages = tuple(_storage(gate, dtype) for gate in gates)
+    stored = max(set(storages), key=storages.count)
     head_dim = getattr(binding.layers[0], binding.family.parts.attention).head_dim
     return shape_of_config(
         binding.config,
         ranks=ranks,
         storage=stored,
-        plain_layers=plain,
+        layer_storages=storages if len(set(storages)) > 1 else (),
         dtype=_name(dtype),
         attention=binding.attention_backend(embedding.device, dtype, head_dim),
         trained="adapters" if any(ranks.values()) else "all",
@@ -97,16 +95,13 @@ def shape_of(binding: Binding, **more: Any) -> ModelShape:
     )
 
 
-def _described(projection: Any) -> str:
-    return projection.weight.storage if isinstance(projection, LinearProjection) else ""
-
-
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _storage(described: str, dtype: torch.dtype) -> str:
+def _storage(projection: Any, dtype: torch.dtype) -> str:
     """A weight's own description as one of `memory.shape.STORAGES`; in the compute dtype where it is none."""
+    described = projection.weight.storage if isinstance(projection, LinearProjection) else ""
     described = described.replace("fp4", "nf4")
     return described if described in STORAGES else _name(dtype)
 

@@ -289,7 +289,7 @@ def _too_small(search: _Search) -> BudgetTooSmall:
             fix += f" (a batch of {rows} row{'s' if rows > 1 else ''} of {per_document:,})"
         fixes.append(fix)
     elif not shape.quantised and shape.trained == "adapters":
-        packed = replace(shape, storage="nf4 double")
+        packed = replace(shape, storage="nf4 double", layer_storages=())
         lean4 = leanest(packed, batch, rates, search.offload)
         if lean4.reserved <= budget:
             fixes.append(f"load in 4 bits, which takes {_gib(lean4.reserved)}")

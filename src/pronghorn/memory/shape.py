@@ -37,7 +37,7 @@ class ModelShape:
     Args:
         ranks: adapter rank by projection ("q" … "down"); absent or 0 means no adapter there.
         storage: how the layers' linear weights are stored, one of `STORAGES`.
-        plain_layers: layers whose linear weights stay in the compute dtype all the same.
+        layer_storages: each layer's own, where they differ; `storage` is then the one that most have.
         dtype: the compute dtype; embeddings, norms and head are stored in it.
         residual_element: bytes of an element of the residual stream.
         trained: "adapters", or "all" for full fine-tuning in the stored dtype.
@@ -55,7 +55,7 @@ class ModelShape:
     vocabulary: int
     ranks: Mapping[str, int] = field(default_factory=dict)
     storage: str = "bfloat16"
-    plain_layers: int = 0
+    layer_storages: tuple[str, ...] = ()
     dtype: str = "bfloat16"
     residual_element: int = 2
     tied: bool = False
@@ -173,12 +173,9 @@ class ModelShape:
     def weight_tensors(self) -> Iterator[int]:
         """Bytes of every tensor that holds the model's weights."""
         yield from (size for _, size in self._dense_tensors())
-        for index in range(self.layers):
+        for storage in self.layer_storages or (self.storage,) * self.layers:
             for name in PROJECTIONS:
-                out, width = self.linear(name)
-                yield from stored_tensors(
-                    out, width, self.dtype if index < self.plain_layers else self.storage
-                )
+                yield from stored_tensors(*self.linear(name), storage)
 
     def training_tensors(self) -> Iterator[int]:
         """Bytes of the tensors of adapters, gradients and optimizer states that live from step to step."""
