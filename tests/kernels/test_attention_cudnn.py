@@ -94,7 +94,9 @@ def test_layout(case: Case, wide: bool, plans: Interpreted) -> None:
     ours = case.ours("cudnn", inputs, dout, case.documents(torch.device("cpu")))
     assert_as_good(ours, case.truth(low, dout), case.truth(exact, dout))
     assert plans.geometries[0].window == case.window
-    assert wide == (plans.geometries[0].q_row > case.heads * case.head_dim)
+    forward, backward = plans.geometries
+    assert wide == (forward.q_row > case.heads * case.head_dim)
+    assert (backward.q_row, backward.k_row, backward.v_row) == (backward.out_row, *[backward.kv_row] * 2)
 
 
 def test_a_window_of_a_whole_document_is_none(plans: Interpreted) -> None:

@@ -56,7 +56,8 @@ def backward(
     docs: Documents,
     call: AttentionCall,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v = (_token_rows(x) for x in (q, k, v))
+    # dq and dk come out wrong where q, k and v are columns of one buffer (cuDNN 9.19); our blocks keep them apart.
+    q, k, v = (_token_rows(x.contiguous()) for x in (q, k, v))
     dout, out, lse = dout.contiguous(), out.contiguous(), lse.contiguous()
     geometry = _geometry(q, k, v, docs, call, for_backward=True)
     plan = PLANS.get("backward", geometry, build_backward)
