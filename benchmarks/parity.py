@@ -65,22 +65,28 @@ def _read(path: Path) -> list[dict[str, Any]]:
 
 
 def state(
-    kind: str, hardware: str, path: Path = DEFAULT_FILE, *, wanted: tuple[tuple[str, ...], ...] = ()
+    kind: str,
+    hardware: str,
+    path: Path = DEFAULT_FILE,
+    *,
+    prefix: str = "",
+    wanted: tuple[tuple[str, ...], ...] = (),
 ) -> str:
     """ "green", "red" or "not run" for the present sources on this hardware.
 
     Args:
-        wanted: words, all of which at least one checked case must have in its name, for each of them: what has to be
-            covered. Only cases with all the words of one of them are looked at; none given looks at all.
+        prefix: only cases whose name begins so are looked at.
+        wanted: what has to be covered: for each group of texts at least one case must have all of them in its name
+            (with a space before and after it). Only cases of some group are looked at; none given looks at all.
     """
     name = "CPU" if hardware.startswith("CPU") else hardware
     key = {"source": source_hash(), "hardware": name, "kind": kind}
     entry = next((e for e in _read(path) if all(e[field] == key[field] for field in key)), None)
-    if entry is None or not entry["cases"]:
-        return NOT_RUN
+    cases = {} if entry is None else entry["cases"]
+    found = {case: passed for case, passed in cases.items() if case.startswith(prefix)}
     groups = [
-        [passed for case, passed in entry["cases"].items() if set(words) <= set(case.split())]
-        for words in (wanted or ((),))
+        [passed for case, passed in found.items() if all(text in f" {case} " for text in texts)]
+        for texts in (wanted or (("",),))
     ]
     if any(not all(group) for group in groups):
         return RED

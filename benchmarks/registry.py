@@ -91,6 +91,13 @@ class Side:
     def fp8(self) -> bool:
         return bool(self.load.get("load_in_fp8"))
 
+    def fp8_gates(self, workload: Workload) -> str:
+        """How `benchmarks.gates` calls the mode of a side that multiplies in FP8."""
+        kind = self.load["load_in_fp8"]
+        name = "nf4-fp8" if workload.four_bit else "fp8" if kind is True else f"fp8-{kind}"
+        others = {key: value for key, value in self.load.items() if key in ("fp8_skip_layers", "fp8_modules")}
+        return " ".join([name, *(f"{key}={value}" for key, value in others.items())])
+
     def label(self, workload: Workload) -> str:
         """What is rounded beyond the stock model's computing: nothing (exact), or storage and products (quantised)."""
         if not self.fp8:
@@ -129,6 +136,8 @@ WORKLOADS = _by_name(
 LEVELS = ("offload", "none", "offload-attention", "attention", "offload-matmuls", "matmuls", "all")
 ATTENTION = ("cudnn", "flash", "flex", "sdpa")
 BUDGET = re.compile(r"\d+(\.\d+)?GiB")
+FP8_ARGUMENTS = {"skip": "fp8_skip_layers", "copies": "fp8_copies"}
+FP8_NUMBER = re.compile(r"(skip|copies)(\d+)")
 BATCH = re.compile(r"(\d+)x(\d+)")
 
 
@@ -139,7 +148,8 @@ def parse_side(name: str) -> Side:
     |--------------------------------------|-----------|--------------------------------------------------------|
     | a save level (all, offload, …)       | pronghorn | what every layer keeps; without one, the default       |
     | 17.5GiB                              | pronghorn | `memory_budget`: the trainer plans within it           |
-    | fp8                                  | pronghorn | frozen weights in FP8                                  |
+    | fp8, fp8-mixed, fp8-backward         | pronghorn | `load_in_fp8`: which products run in FP8               |
+    | skip0, copies2                       | pronghorn | `fp8_skip_layers`, `fp8_copies`                        |
     | eager                                | pronghorn | no CUDA graphs                                         |
     | cudnn, flash, flex, sdpa             | pronghorn | attention by name                                      |
     | tuned                                | unsloth   | no checkpointing                                       |
@@ -183,6 +193,11 @@ def _with(side: Side, part: str) -> Side:
         return replace(side, train={**side.train, "memory_budget": part})
     if ours and part == "fp8":
         return replace(side, load={**side.load, "load_in_fp8": True})
+    if ours and part in ("mixed", "backward") and side.fp8:
+        return replace(side, load={**side.load, "load_in_fp8": part})
+    numbered = FP8_NUMBER.fullmatch(part)
+    if ours and numbered is not None and side.fp8:
+        return replace(side, load={**side.load, FP8_ARGUMENTS[numbered[1]]: int(numbered[2])})
     if ours and part == "eager":
         return replace(side, train={**side.train, "cuda_graphs": False})
     raise ValueError(f"'{part}' says nothing about a side of {side.library}")
@@ -217,6 +232,8 @@ NOTES = {
     "pronghorn-fp8-all-eager": "frozen weights in FP8, nothing rebuilt, no CUDA graphs",
     "pronghorn-fp8-17.5GiB": "frozen weights in FP8, planned within Unsloth's memory at 8B LoRA",
     "pronghorn-fp8-6.8GiB": "FP8 products, planned within Unsloth's memory at 8B QLoRA",
+    "pronghorn-fp8-mixed": "in FP8 where it costs little, and every input gradient",
+    "pronghorn-fp8-backward": "weights in 16 bits, input gradients in FP8",
     "pronghorn-fp8-packing": "frozen weights in FP8, with packing",
 }
 

@@ -45,6 +45,9 @@ FP8_LOSS_TOLERANCE = 0.05
 #: A side with other batches sees other documents first: about 2,000 tokens whose losses have a spread of about 1.3.
 PACKED_LOSS_TOLERANCE = 0.15
 
+#: what of `benchmarks.gates` has to be green; a run without training does not do
+FP8_GATES = ("gradient cosine", "KL(", "held-out loss, paired difference", "product")
+
 SAME, DIFFERENT, UNKNOWN = "same loss", "DIFFERENT LOSS", "unknown"
 
 
@@ -84,13 +87,15 @@ def parity_of(result: dict[str, Any], reference: float | None, path: Path) -> st
 def checked_state(side: Side, workload: Workload, hardware: str, path: Path) -> str:
     """The parity check's state for a side: of its model's family, its weights' precision and its save levels."""
     if side.fp8:
-        return parity.state("fp8", hardware, path)
+        wanted = tuple((gate,) for gate in FP8_GATES)
+        return parity.state("fp8", hardware, path, prefix=f"{side.fp8_gates(workload)}: ", wanted=wanted)
     family = CONFIGS[workload.model]["model_type"]
     precision = "nf4" if workload.four_bit else "fp32" if workload.dtype == "float32" else "bf16"
     levels = [side.checkpointing] if isinstance(side.checkpointing, str) else list(LEVELS)
     if "memory_budget" in side.train:
         levels = list(LEVELS)
-    return parity.state("exact", hardware, path, wanted=tuple((family, precision, level) for level in levels))
+    wanted = tuple((f" {family} ", f" {precision} {level} ") for level in levels)
+    return parity.state("exact", hardware, path, wanted=wanted)
 
 
 def rate(results: list[dict[str, Any]], path: Path = parity.DEFAULT_FILE) -> None:

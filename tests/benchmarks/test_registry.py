@@ -53,6 +53,15 @@ def test_a_name_is_a_side() -> None:
             parse_side(wrong)
 
 
+def test_fp8_sides() -> None:
+    side = parse_side("pronghorn-fp8-mixed-skip0-copies2")
+    assert side.load == {"load_in_fp8": "mixed", "fp8_skip_layers": 0, "fp8_copies": 2}
+    assert side.fp8_gates(WORKLOADS["llama8b-lora"]) == "fp8-mixed fp8_skip_layers=0"
+    assert SIDES["pronghorn-fp8"].fp8_gates(WORKLOADS["llama8b-qlora"]) == "nf4-fp8"
+    with pytest.raises(ValueError, match="says nothing"):
+        parse_side("pronghorn-mixed")
+
+
 def test_find() -> None:
     assert find_side("unsloth") is SIDES["unsloth"]
     with pytest.raises(SystemExit, match=r"nope.*known: hf"):
@@ -79,9 +88,12 @@ def test_arguments_that_do_not_exist_are_named() -> None:
 
 
 def test_trainer_arguments_of_the_sides_exist() -> None:
-    from pronghorn import SFTConfig
+    from pronghorn import FastLanguageModel, SFTConfig
 
-    assert "cuda_graphs" in _argument_names(SFTConfig)
+    ours = [side for side in SIDES.values() if side.library == "pronghorn"]
+    assert {name for side in ours for name in side.train} <= _argument_names(SFTConfig)
+    for side in [*ours, parse_side("pronghorn-fp8-skip0-copies2")]:
+        _checked(side, FastLanguageModel.from_pretrained, side.load)
 
 
 def test_labels() -> None:

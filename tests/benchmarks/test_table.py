@@ -64,10 +64,23 @@ def test_what_a_side_needs_checked(green: Path, tmp_path: Path) -> None:
     assert checked_state(find_side("pronghorn-fp8-all"), llama, "a GPU", green) == "not run", (
         "gates of its own"
     )
-    parity.record("fp8", {"gradients": True, "loss curve": True}, green, "a GPU")
-    assert checked_state(find_side("pronghorn-fp8-all"), llama, "a GPU", green) == "green"
+    lora = WORKLOADS["llama8b-lora"]
+    gates = ("gradient cosine, fp8 to fp32", "KL(fp32 || fp8) before", "product 8192 x 4096")
+    parity.record("fp8", {f"fp8: {gate}": True for gate in gates}, green, "a GPU")
+    assert checked_state(find_side("pronghorn-fp8-all"), lora, "a GPU", green) == "not run", "no training"
+    parity.record("fp8", {"fp8: held-out loss, paired difference": True}, green, "a GPU")
+    assert checked_state(find_side("pronghorn-fp8-all"), lora, "a GPU", green) == "green"
+    assert checked_state(find_side("pronghorn-fp8-17.5GiB"), lora, "a GPU", green) == "green"
+    assert checked_state(find_side("pronghorn-fp8-all"), llama, "a GPU", green) == "not run", "4-bit storage"
+    assert checked_state(find_side("pronghorn-fp8-skip0"), lora, "a GPU", green) == "not run"
+    assert checked_state(find_side("pronghorn-fp8-mixed"), lora, "a GPU", green) == "not run"
+    parity.record("fp8", {"fp8: product 8192 x 4096": False}, green, "a GPU")
+    assert checked_state(find_side("pronghorn-fp8-all"), lora, "a GPU", green) == "red"
     one = tmp_path / "one.json"
-    parity.record("exact", {"llama tiny nf4 all": True}, one, "a GPU")
+    parity.record(
+        "exact", {"llama tiny nf4 all": True, "llama tiny nf4 offload-attention": True}, one, "a GPU"
+    )
+    assert checked_state(find_side("pronghorn-offload"), llama, "a GPU", one) == "not run", "another level"
     assert checked_state(find_side("pronghorn-6.8GiB"), llama, "a GPU", one) == "not run", (
         "a plan mixes levels"
     )
