@@ -19,12 +19,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pronghorn.hardware import probe
 from pronghorn.kernels.dispatch import Impl, math_dtype, use_triton
 
 #: most adapters one launch takes: q, k and v
 MOST_PARTS = 3
 #: highest rank of one adapter that the kernels hold in registers
 MOST_RANK = 128
+#: up to which rank the partial sums of `output_grads` cost less than a second reading of dY: written and read, they are
+#: an eighth of it at rank 16 (512 columns a block), half of it at 32 (256 columns), twice it at 64
+ONE_PASS_RANK = 32
+#: up to which rank a consumer adds an adapter's share on the way in
+DEFERRED_RANK = 64
 
 
 class LowRank(NamedTuple):
@@ -89,9 +95,20 @@ def _try_direct(device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
 # --- which implementation -------------------------------------------------------------------------------------
 
 
-def fits_kernels(tensor: Tensor, ranks: Sequence[int], impl: Impl | None = None) -> bool:
-    """Whether the Triton kernels take a group of adapters of these ranks on tensors like this one."""
-    return 0 < len(ranks) <= MOST_PARTS and max(ranks) <= MOST_RANK and use_triton(tensor, impl)
+def fits_kernels(
+    tensor: Tensor, ranks: Sequence[int], impl: Impl | None = None, most_rank: int = MOST_RANK
+) -> bool:
+    """Whether the Triton kernels take a group of adapters of these ranks on tensors like this one.
+
+    Without being asked for they run in 16 bits on GPUs whose matrix units they use (Ampere and newer); products in fp32
+    are the matrix library's.
+    """
+    if not 0 < len(ranks) <= MOST_PARTS or max(ranks) > MOST_RANK:
+        return False
+    if impl is not None:
+        return impl == "triton"
+    suits = tensor.dtype in (torch.bfloat16, torch.float16) and max(ranks) <= most_rank
+    return suits and use_triton(tensor, impl) and probe().capability >= (8, 0)
 
 
 def down_wins(tokens: int, width: int, total_rank: int) -> bool:
@@ -155,9 +172,8 @@ def up(
 
 def down(x: Tensor, a: Tensor, *, impl: Impl | None = None) -> Tensor:
     """XA = x [T, in] aᵀ with a [ΣR, in]: [T, ΣR] in x's dtype."""
-    if impl == "triton" or (
-        impl is None and down_wins(x.shape[0], x.shape[1], a.shape[0]) and use_triton(x, impl)
-    ):
+    wins = impl is not None or down_wins(x.shape[0], x.shape[1], a.shape[0])
+    if wins and fits_kernels(x, [a.shape[0]], impl):
         from pronghorn.kernels.triton.lora import down as triton_down
 
         return triton_down(x, a)
@@ -180,7 +196,7 @@ def output_grads(
     """
     if any(grad is not None for grad in b_grads) and xa is None:
         raise ValueError("gradients of B need XA")
-    if fits_kernels(dys[0], [b.shape[1] for b in bs], impl):
+    if fits_kernels(dys[0], [b.shape[1] for b in bs], impl, ONE_PASS_RANK):
         from pronghorn.kernels.triton.lora_grads import output_grads as triton_output_grads
 
         return triton_output_grads(dys, bs, scalings, xa, b_grads)
@@ -196,9 +212,8 @@ def output_grads(
 
 def accumulate_a_(a_grad: Tensor, dxa: Tensor, x: Tensor, *, impl: Impl | None = None) -> Tensor:
     """a_grad [ΣR, in] fp32 += dxaᵀ x for dxa [T, ΣR] and x [T, in]."""
-    if impl == "triton" or (
-        impl is None and a_grad_wins(x.shape[0], x.shape[1], dxa.shape[1]) and use_triton(x, impl)
-    ):
+    wins = impl is not None or a_grad_wins(x.shape[0], x.shape[1], dxa.shape[1])
+    if wins and fits_kernels(x, [dxa.shape[1]], impl):
         from pronghorn.kernels.triton.lora_grads import accumulate_a
 
         return accumulate_a(a_grad, dxa, x)

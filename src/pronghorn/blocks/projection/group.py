@@ -192,7 +192,11 @@ class ProjectionGroup:
 
     def defers(self, xa: Tensor) -> bool:
         """Whether consumers add the adapters on the fly; the same answer in forward and backward."""
-        return self._single and not self._b_biases() and lora.fits_kernels(xa, self._ranks, self.impl)
+        return (
+            self._single
+            and not self._b_biases()
+            and lora.fits_kernels(xa, self._ranks, self.impl, lora.DEFERRED_RANK)
+        )
 
     def deferred(self, i: int, xa: Tensor | None) -> lora.LowRank | None:
         """What is missing from output i of `forward(..., defer_adapters=True)`; None when nothing is."""
