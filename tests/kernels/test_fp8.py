@@ -15,6 +15,7 @@ from pronghorn.kernels.fp8 import (
     product,
     quantise_rows,
     quantise_tensor,
+    quantise_transposed,
     quantise_weight,
     transpose_codes,
 )
@@ -112,6 +113,21 @@ def test_transpose(impl, shape, device):
     turned = transpose_codes(codes, impl=impl)
     assert turned.shape == shape[::-1] and turned.is_contiguous()
     assert torch.equal(turned.view(torch.uint8), codes.view(torch.uint8).t())
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rowwise", [True, False])
+@pytest.mark.parametrize("shape", [(16, 32), (130, 257)])
+def test_transposed_codes_of_a_dense_weight(impl, dtype, rowwise, shape, device):
+    weight = random(*shape, dtype=dtype, device=device)
+    codes, scales = quantise_weight(weight, rowwise=rowwise)
+    turned = quantise_transposed(weight, scales, impl=impl)
+    assert turned.is_contiguous() and turned.shape == shape[::-1]
+    assert_codes_hold(turned.t(), scales, weight, impl)
+    assert impl == "triton" or torch.equal(turned.float().t(), codes.float())
+    grown = quantise_transposed(weight * 8, scales, impl=impl).float()
+    assert not grown.isnan().any() and grown.abs().max() == 448
 
 
 @pytest.mark.parametrize("impl", IMPLS)

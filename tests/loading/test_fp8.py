@@ -140,7 +140,7 @@ def test_mixed_quantises_the_chosen_and_only_the_gradient_of_others(llama):
 
 
 def test_codes_follow_a_merged_adapter(llama):
-    model = adapted(load(llama, load_in_fp8="backward")[0]).merge_and_unload()
+    model = adapted(load(llama, load_in_fp8="backward", fp8_copies=2)[0]).merge_and_unload()
     name = "model.layers.1.self_attn.q_proj"
     before = read_weight(model.get_submodule(name)).transposed.float()
     wrapped = FastLanguageModel.get_peft_model(model, r=4)

@@ -128,20 +128,24 @@ def test_what_does_not_fit():
     assert not fits_fp8(Fp8Linear.of(nn.Linear(32, 16))) and not fits_fp8(nn.Embedding(32, 16))
 
 
-def test_input_gradient_alone():
+@pytest.mark.parametrize("rowwise", [True, False])
+@pytest.mark.parametrize("keep_codes", [True, False])
+def test_input_gradient_alone(keep_codes, rowwise):
     module = linear()
     plain = read_weight(module)
-    add_fp8_input_grad(module)
+    add_fp8_input_grad(module, rowwise=rowwise, keep_codes=keep_codes)
     weight = read_weight(module)
     assert isinstance(weight, Fp8GradWeight) and weight.label == "quantised" and not weight.quantises_rows
     x, dy = drawn(ROWS, IN), drawn(ROWS, OUT, seed=2)
     assert torch.equal(weight.matmul(x, module.bias), plain.matmul(x, module.bias))
-    assert torch.equal(weight.matmul_t(dy), read_weight(Fp8Linear.of(module)).matmul_t(dy))
+    full = read_weight(Fp8Linear.of(module, rowwise=rowwise))
+    assert torch.equal(weight.matmul_t(dy), full.matmul_t(dy))
+    before = weight.matmul_t(dy)
     assert [*module.state_dict()] == ["weight", "bias"]
 
     module.weight.data *= 2
     renew_fp8_input_grads(module)
-    assert torch.equal(read_weight(module).matmul_t(dy), 2 * weight.matmul_t(dy))
+    assert torch.equal(read_weight(module).matmul_t(dy), 2 * before)
     module.weight.requires_grad_(True)
     assert type(read_weight(module)) is type(plain)
 

@@ -104,6 +104,20 @@ def transpose_codes(codes: Tensor, *, impl: Impl | None = None) -> Tensor:
     return codes.t().contiguous()
 
 
+def quantise_transposed(weight: Tensor, scales: Tensor, *, impl: Impl | None = None) -> Tensor:
+    """e4m3 codes [in, out] of a 16-bit weight [out, in] for given scales fp32 [out, 1] or [1, 1], in one kernel.
+
+    Numbers beyond 448 scales (a weight that has grown since they were made) become 448.
+    """
+    scales = scales.expand(weight.shape[0], 1).contiguous()
+    if use_triton(weight, impl):
+        from pronghorn.kernels.triton.fp8 import quantise_transposed as run
+
+        return run(weight, scales)
+    codes = (weight.to(torch.float32) / scales).clamp_(-E4M3_MAX, E4M3_MAX).to(E4M3)
+    return codes.t().contiguous()
+
+
 def product(
     rows: Fp8Rows,
     codes: Tensor,

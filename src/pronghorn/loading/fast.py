@@ -123,7 +123,7 @@ class FastLanguageModel:
             fp8_skip_layers: decoder layers at either end that stay in 16 bits.
             fp8_modules: names of the linear layers to multiply in fp8, such as ["gate_proj", "up_proj", "down_proj"];
                 None for all in the decoder layers (never the head).
-            fp8_copies: 2 also stores the codes transposed, for a faster backward in twice the memory.
+            fp8_copies: 2 also stores the codes transposed, a byte more a weight for a backward a few per cent faster.
             kwargs: arguments of older scripts without effect here.
 
         Returns:

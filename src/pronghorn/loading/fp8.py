@@ -36,7 +36,7 @@ class Fp8Options:
         rowwise: scales by row, or by whole matrix.
         skip_layers: decoder layers at either end whose modules are not chosen.
         modules: last parts of names of the modules to choose; None for all linear ones of the decoder layers.
-        copies: how often e4m3 codes are stored; 2 spares a transpose in every input gradient.
+        copies: how often weights are stored; 2 spares every input gradient the making of transposed codes.
     """
 
     both: bool = True
@@ -117,7 +117,7 @@ def quantise_layers(model: Any, options: Fp8Options, device: torch.device | None
         if not chosen:
             if options.others and fits_fp8(module):
                 _to(module.requires_grad_(False), device)
-                add_fp8_input_grad(module, rowwise=options.rowwise)
+                add_fp8_input_grad(module, rowwise=options.rowwise, keep_codes=options.copies == 2)
         elif _quantise(parent, name, module, options, device):
             done += 1
         else:
@@ -183,7 +183,7 @@ def _quantise(
     module.weight.requires_grad_(False)
     if not options.both:
         _to(module, device)
-        add_fp8_input_grad(module, rowwise=options.rowwise)
+        add_fp8_input_grad(module, rowwise=options.rowwise, keep_codes=options.copies == 2)
         return True
     quantised = Fp8Linear.of(module, rowwise=options.rowwise, device=device)
     _to(quantised, device)

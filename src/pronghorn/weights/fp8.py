@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pronghorn.kernels.fp8 import dequantise, four_bit_to_fp8, product, transpose_codes
+from pronghorn.kernels.fp8 import dequantise, four_bit_to_fp8, product, quantise_transposed, transpose_codes
 from pronghorn.weights.base import DenseWeight, Weight
 from pronghorn.weights.operand import Operand, as_operand, rows_of
 from pronghorn.weights.quantised import FourBitWeight
@@ -95,19 +95,26 @@ class Fp8GradWeight(DenseWeight):
     gradients bear far better than its activations do.
 
     Args:
-        weight: [out, in], frozen. transposed: its codes as [in, out]. scales: fp32 [out, 1] or [1, 1].
+        weight: [out, in], frozen. scales: fp32 [out, 1] or [1, 1].
+        transposed: its codes as [in, out], or None to make them in every input gradient.
     """
 
     label = "quantised"
     fast_input_grad = True
 
-    def __init__(self, weight: Tensor, transposed: Tensor, scales: Tensor) -> None:
+    def __init__(self, weight: Tensor, scales: Tensor, transposed: Tensor | None) -> None:
         super().__init__(weight)
-        self.transposed, self.scales = transposed, scales
+        self.scales, self.transposed = scales, transposed
         self.storage = f"{self.storage}, input gradient in fp8"
 
     def matmul_t(self, dy: Tensor | Operand) -> Tensor:
-        return _input_grad(dy, self.transposed, self.scales, self.fast_input_grad)
+        return _input_grad(dy, self.codes_input_grad(), self.scales, self.fast_input_grad)
+
+    def codes_input_grad(self) -> Tensor:
+        """The weight's codes as [in, out]."""
+        if self.transposed is not None:
+            return self.transposed
+        return quantise_transposed(self.weight.detach(), self.scales)
 
     def matmul_t_add_(self, out: Tensor, dy: Tensor | Operand) -> Tensor:
         return out.add_(self.matmul_t(dy))

@@ -96,21 +96,27 @@ class Fp8Linear(nn.Linear):
         return result
 
 
-def add_fp8_input_grad(linear: nn.Linear, *, rowwise: bool = True) -> None:
-    """Let a frozen plain module's input gradient run in fp8; again after its weight has changed (a merge)."""
+def add_fp8_input_grad(linear: nn.Linear, *, rowwise: bool = True, keep_codes: bool = False) -> None:
+    """Let a frozen plain module's input gradient run in fp8; again after its weight has changed (a merge).
+
+    Args:
+        keep_codes: hold the codes, a byte a weight; else each input gradient makes them from the 16-bit weight.
+    """
     codes, scales = quantise_weight(linear.weight.detach(), rowwise=rowwise)
     linear.register_buffer(FP8_SCALES, scales, persistent=False)
     # As bytes, which casts of the whole model leave alone.
-    linear.register_buffer(FP8_TRANSPOSED, transpose_codes(codes).view(torch.uint8), persistent=False)
+    kept = transpose_codes(codes).view(torch.uint8) if keep_codes else None
+    linear.register_buffer(FP8_TRANSPOSED, kept, persistent=False)
 
 
 def renew_fp8_input_grads(model: nn.Module) -> None:
-    """Make the codes of `add_fp8_input_grad` again, for weights that something may have been merged into."""
+    """Make the scales and codes of `add_fp8_input_grad` again, for weights that something was merged into."""
     for module in model.modules():
         if isinstance(module, nn.Linear) and FP8_TRANSPOSED in module._buffers:
             scales = module._buffers[FP8_SCALES]
             assert scales is not None
-            add_fp8_input_grad(module, rowwise=scales.shape[0] > 1)
+            keep = module._buffers[FP8_TRANSPOSED] is not None
+            add_fp8_input_grad(module, rowwise=scales.shape[0] > 1, keep_codes=keep)
 
 
 def add_four_bit_products(module: Any, *, rowwise: bool = True) -> bool:

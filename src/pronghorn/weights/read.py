@@ -44,9 +44,9 @@ def keep_four_bit_layout(model: nn.Module) -> None:
 def _read_dense(module: nn.Linear) -> Weight:
     buffers = module._buffers
     codes, scales = buffers.get(FP8_TRANSPOSED), buffers.get(FP8_SCALES)
-    if codes is None or scales is None or module.weight.requires_grad:
+    if scales is None or module.weight.requires_grad:
         return DenseWeight(module.weight)
-    return Fp8GradWeight(module.weight, codes.view(E4M3), scales)
+    return Fp8GradWeight(module.weight, scales, None if codes is None else codes.view(E4M3))
 
 
 def _read_four_bit(module: Any) -> Weight | None:

@@ -50,12 +50,17 @@ def quantise_rows(x: Tensor, columns: Tensor | None) -> tuple[Tensor, Tensor]:
 
 @triton.jit
 def _transpose(
-    in_ptr, out_ptr, in_stride, rows, width, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr
-):
+    in_ptr, scales_ptr, out_ptr, in_stride, rows, width,
+    QUANTISE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+):  # fmt: skip
     row = (tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)).to(tl.int64)
     column = (tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)).to(tl.int64)
     inside = (row < rows)[:, None] & (column < width)[None, :]
     tile = tl.load(in_ptr + row[:, None] * in_stride + column[None, :], mask=inside, other=0)
+    if QUANTISE:
+        scale = tl.load(scales_ptr + row, mask=row < rows, other=1.0)[:, None]
+        scaled = tl.minimum(tl.maximum(tile.to(tl.float32) / scale, -E4M3_MAX), E4M3_MAX)
+        tile = scaled.to(tl.float8e4nv)
     turned = (column < width)[:, None] & (row < rows)[None, :]
     tl.store(out_ptr + column[:, None] * rows + row[None, :], tl.trans(tile), mask=turned)
 
@@ -67,8 +72,21 @@ def transpose(codes: Tensor) -> Tensor:
         source, target = unit_rows(codes).view(torch.uint8), out.view(torch.uint8)
         # 128 bytes each way is one cache line for every row of the tile, read and written.
         _transpose[(triton.cdiv(rows, 128), triton.cdiv(width, 128))](
-            source, target, source.stride(0), rows, width, BLOCK_ROWS=128, BLOCK_COLUMNS=128, num_warps=8
-        )
+            source, source, target, source.stride(0), rows, width,
+            QUANTISE=False, BLOCK_ROWS=128, BLOCK_COLUMNS=128, num_warps=8,
+        )  # fmt: skip
+    return out
+
+
+def quantise_transposed(weight: Tensor, scales: Tensor) -> Tensor:
+    weight = unit_rows(weight)
+    rows, width = weight.shape
+    out = torch.empty(width, rows, dtype=torch.float8_e4m3fn, device=weight.device)
+    if weight.numel():
+        _transpose[(triton.cdiv(rows, 128), triton.cdiv(width, 64))](
+            weight, scales, out, weight.stride(0), rows, width,
+            QUANTISE=True, BLOCK_ROWS=128, BLOCK_COLUMNS=64, num_warps=8,
+        )  # fmt: skip
     return out
 
 
