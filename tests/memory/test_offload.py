@@ -220,3 +220,55 @@ def test_without_a_gpu_offload_is_none() -> None:
     model = add_adapter(tiny_model("llama"))
     batch = rows_batch(model.config.vocab_size, (9, 4))
     assert_same(run(bound_copy(model, "offload"), batch), run(bound_copy(model, "none"), batch), 0.0)
+
+
+PARKED = ["offload", "offload-attention", "offload-matmuls"]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize(
+    "levels", [*PARKED, ["offload", "offload-attention", "attention"], ["none", "offload-matmuls", "offload"]]
+)
+def test_layers_find_again_what_they_parked(
+    family: str, levels: str | list[str], log: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The whole way through a model, with streams that do their work at once; parked bytes are overwritten after."""
+    from pronghorn.engine.binding import Binding
+
+    model = add_adapter(tiny_model(family, num_hidden_layers=3))
+    batch = rows_batch(model.config.vocab_size, (9, 14, 3))
+    expected = run(bound_copy(model, "all"), batch, logits=False)
+    pools: list[HostPool] = []
+
+    def new_stash(binding: Binding, device: torch.device) -> HostStash:
+        stash, pool = fake_stash(log)
+        pools.append(pool)
+        return stash
+
+    monkeypatch.setattr(Binding, "new_stash", new_stash)
+    fast = bound_copy(model, levels)
+    assert_same(run(fast, batch, logits=False), expected, 1e-6)
+    assert pools[0].pinned_bytes > 0 and pools[0].used_bytes == 0
+
+
+def test_an_evaluation_parks_nothing(log: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from pronghorn.engine.binding import Binding
+
+    monkeypatch.setattr(Binding, "new_stash", lambda binding, device: fake_stash(log)[0])
+    fast = bound_copy(add_adapter(tiny_model("llama")), "offload-attention")
+    batch = rows_batch(fast.config.vocab_size, (9, 4))
+    with torch.no_grad():
+        fast(**batch, use_cache=False)
+    assert log == []
+
+
+def test_a_second_backward_is_refused_after_parking(log: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from pronghorn.engine.binding import Binding
+    from pronghorn.errors import BackwardTwice
+
+    monkeypatch.setattr(Binding, "new_stash", lambda binding, device: fake_stash(log)[0])
+    fast = bound_copy(add_adapter(tiny_model("llama")), "offload-attention").train()
+    loss = fast(**rows_batch(fast.config.vocab_size, (9, 4)), use_cache=False).loss
+    loss.backward(retain_graph=True)
+    with pytest.raises(BackwardTwice):
+        loss.backward()
