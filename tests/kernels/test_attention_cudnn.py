@@ -135,6 +135,37 @@ def test_flash_takes_the_place_of_a_missing_plan(
     assert_as_good(ours, case.truth(low, dout), case.truth(exact, dout))
 
 
+@pytest.mark.parametrize("room", [2 * 4 * 4 * 128**2, 2 * 4 * 4 * 128**2 - 1], ids=["fits", "does not fit"])
+def test_determinism_that_costs_too_much_is_flash_attentions(
+    room: int, plans: Interpreted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three documents count as four, 30 tokens as 128."""
+    ran = []
+
+    def backward(
+        dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *rest: object
+    ) -> object:
+        ran.append(lse.shape)
+        return per_document.cpu_backward(dout, q, k, v, out, lse.t(), *rest)
+
+    monkeypatch.setattr(flash, "backward", backward)
+    monkeypatch.setattr(cudnn_ragged, "MOST_PAIR_BYTES", room)
+    case = Case((7, 0, 30), 4, 2, 16)
+    inputs = [x.detach().float() for x in case.inputs(torch.float32, torch.device("cpu"))]
+    dout = torch.randn_like(inputs[0])
+    docs = case.documents(torch.device("cpu"))
+    plain = case.ours("cudnn", inputs, dout, docs)
+    assert not ran
+    torch.use_deterministic_algorithms(True)
+    try:
+        ours = case.ours("cudnn", inputs, dout, docs)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert bool(ran) == (room < 2 * 4 * 4 * 128**2)
+    for name, value in plain.items():
+        torch.testing.assert_close(ours[name], value)
+
+
 def test_buckets_hold_what_they_are_for_and_are_few() -> None:
     for number in (1, 2, 3, 63, 64, 65, 1000, 1023, 1025, 8192, 8193, 100_000):
         documents, longest, tokens = bucket(number, number, number)

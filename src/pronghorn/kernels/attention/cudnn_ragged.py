@@ -4,11 +4,15 @@ Statistics: [T, N] fp32, natural logarithms like FlashAttention's, so that where
 FlashAttention-2 takes the same call's place (the reason is logged once).
 
 Backward adds dq in whatever order its blocks finish, unless `torch.use_deterministic_algorithms(True)` is on, as with
-FlashAttention-2.
+FlashAttention-2. Its workspace in bytes, besides 4 · tokens · N of row sums:
+    12 · tokens · N · D,  4 · tokens · N · D where N = K,
+    and in deterministic order 2 · documents · N · longest² in place of 4 · tokens · N · D,
+all numbers as `bucket` rounds them.
 """
 
 from __future__ import annotations
 
+import logging
 import re
 from functools import lru_cache
 
@@ -27,6 +31,10 @@ from pronghorn.kernels.attention.cudnn_plans import (
 )
 from pronghorn.kernels.attention.documents import AttentionCall, Documents
 
+logger = logging.getLogger("pronghorn")
+
+#: Bytes of token pairs that a deterministic backward may keep; beyond, FlashAttention-2's is taken.
+MOST_PAIR_BYTES = 2**30
 #: Versions of the frontend and of cuDNN that were measured and compared with the reference; others are probed.
 KNOWN_FRONTENDS = ((1, 18), (1, 22))
 KNOWN_CUDNN = (91900, 92000)
@@ -60,7 +68,10 @@ def backward(
     q, k, v = (_token_rows(x.contiguous()) for x in (q, k, v))
     dout, out, lse = dout.contiguous(), out.contiguous(), lse.contiguous()
     geometry = _geometry(q, k, v, docs, call, for_backward=True)
-    plan = PLANS.get("backward", geometry, build_backward)
+    dear = geometry.deterministic and _pair_bytes(geometry) > MOST_PAIR_BYTES
+    if dear:
+        _tell_dear()
+    plan = None if dear else PLANS.get("backward", geometry, build_backward)
     if plan is None:
         return flash.backward(dout, q, k, v, out, lse.t().contiguous(), docs, call)
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
@@ -70,6 +81,20 @@ def backward(
     }  # fmt: skip
     PLANS.run(plan, tensors, q.device)
     return dq, dk, dv
+
+
+def _pair_bytes(g: Geometry) -> int:
+    """What a deterministic backward keeps: dP in 16 bits, every document as long as the longest."""
+    return 2 * g.documents * g.heads * (-(-g.longest // 64) * 64) ** 2
+
+
+@lru_cache(maxsize=1)
+def _tell_dear() -> None:
+    logger.warning(
+        "pronghorn: FlashAttention-2 runs backward for batches whose deterministic order would cost cuDNN more "
+        "than %d MiB",
+        MOST_PAIR_BYTES >> 20,
+    )
 
 
 def why_not(device: torch.device, dtype: torch.dtype, head_dim: int, *, windowed: bool) -> str | None:
