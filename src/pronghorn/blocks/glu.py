@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pronghorn.blocks.levels import Level, keeps
 from pronghorn.blocks.norm import Norm
-from pronghorn.blocks.projection import AdapterGrads, GradientSink, LinearProjection, ProjectionGroup
+from pronghorn.blocks.projection import GradientSink, LinearProjection, ProjectionGroup
 from pronghorn.kernels.glu import glu_backward, glu_backward_down_, glu_forward, glu_forward_down
 from pronghorn.kernels.lora import LowRank
 from pronghorn.kernels.rms_norm import rms_norm_backward, rms_norm_forward
@@ -177,12 +177,7 @@ class GluBlock:
         gate, up, summed = saves.gate, saves.up, saves.summed
         assert gate is not None and up is not None and summed is not None
         saves.gate = saves.up = None
-        dact, dxa_down = self.down.input_grad(
-            [dbranch], lambda: self._act(gate, up, saves.xa_gate_up), sink, xa=saves.xa_down
-        )
-        assert dact is not None
-        dgate, dup = self._through_activation(dact, gate, up, dbranch, saves, dxa_down, sink)
-        del dact
+        dgate, dup = self._through_activation(gate, up, dbranch, saves, sink)
         normed, norm = self._normed(dtype, saves), self.norm
         dnormed, dxa = self.gate_up.input_grad([dgate, dup], normed, sink, xa=saves.xa_gate_up)
         self.gate_up.parameter_grads([dgate, dup], normed, saves.xa_gate_up, dxa, sink)
@@ -202,26 +197,29 @@ class GluBlock:
         return dsummed
 
     def _through_activation(
-        self,
-        dact: Tensor,
-        gate: Tensor,
-        up: Tensor,
-        dbranch: Tensor,
-        saves: GluSaves,
-        grads: AdapterGrads | None,
-        sink: GradientSink,
+        self, gate: Tensor, up: Tensor, dbranch: Tensor, saves: GluSaves, sink: GradientSink
     ) -> tuple[Tensor, Tensor]:
         """Gradients of gate and up in their own storage, and the down projection's parameter gradients."""
+        down, xa_down = self.down, saves.xa_down
         gate_adapter, up_adapter = self._lacking(saves.xa_gate_up)
-        a_grad = self.down.a_grad_for_producer(grads, sink)
-        if a_grad is not None and grads is not None:
+        packed = down.left_to_producer(dbranch, xa_down, sink)
+        dact, grads = down.input_grad(
+            [dbranch],
+            lambda: self._act(gate, up, saves.xa_gate_up),
+            sink,
+            xa=xa_down,
+            defer_adapters=packed is not None,
+        )
+        assert dact is not None
+        if packed is not None and packed.a_grad is not None and grads is not None:
             glu_backward_down_(
                 dact,
                 gate,
                 up,
                 self.activation,
                 grads.dxa,
-                a_grad,
+                packed.a,
+                packed.a_grad,
                 gate_adapter=gate_adapter,
                 up_adapter=up_adapter,
             )
@@ -230,5 +228,5 @@ class GluBlock:
         act, dgate, dup = glu_backward(
             dact, gate, up, self.activation, gate_adapter=gate_adapter, up_adapter=up_adapter, inplace=True
         )
-        self.down.parameter_grads([dbranch], act, saves.xa_down, grads, sink)
+        down.parameter_grads([dbranch], act, xa_down, grads, sink)
         return dgate, dup

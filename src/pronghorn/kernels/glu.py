@@ -99,24 +99,27 @@ def glu_backward_down_(
     up: Tensor,
     activation: str,
     dxa: Tensor,
+    a: Tensor,
     a_grad: Tensor,
     *,
     gate_adapter: LowRank | None = None,
     up_adapter: LowRank | None = None,
     impl: Impl | None = None,
 ) -> None:
-    """gate and up [T, I] become their gradients; a_grad [R, I] fp32 += dxaᵀ · act for dxa [T, R].
+    """gate and up [T, I] become their gradients for dact + dxa · a; a_grad [R, I] fp32 += dxaᵀ · act.
 
-    For a down projection whose only use of act in backward is its adapter's gradient of A: act is not written at all.
+    dact [T, I] is the frozen product's input gradient, dxa [T, R] and a [R, I] give the adapter's share of it. For a
+    down projection whose only use of act in backward is its adapter's gradient of A: act is not written at all.
     """
     _check(activation)
     if use_triton(gate, impl):
         from pronghorn.kernels.triton.glu_down import backward
 
-        backward(dact, gate, up, activation, dxa, a_grad, gate_adapter, up_adapter)
+        backward(dact, gate, up, activation, dxa, a, a_grad, gate_adapter, up_adapter)
         return
+    whole = torch.addmm(dact, dxa, a)
     act, dgate, dup = glu_backward(
-        dact, gate, up, activation, gate_adapter=gate_adapter, up_adapter=up_adapter, impl=impl
+        whole, gate, up, activation, gate_adapter=gate_adapter, up_adapter=up_adapter, impl=impl
     )
     accumulate_product_(a_grad, dxa.t(), act)
     gate.copy_(dgate)

@@ -171,15 +171,16 @@ class ProjectionGroup:
             return None
         return self._stacked_a(rows.dtype)
 
-    def a_grad_for_producer(self, grads: AdapterGrads | None, sink: GradientSink) -> Tensor | None:
-        """The buffer that takes dA += dXAᵀ x, where that is all that `parameter_grads` would still do with x."""
-        if grads is None or not grads.b_done or self.packed is None or not self._kernels_take(grads.dxa):
+    def left_to_producer(self, dy: Tensor, xa: Tensor | None, sink: GradientSink) -> PackedAdapters | None:
+        """The adapter whose share of dX and gradient of A the kernel that goes on with dX can form along the way, or
+        None; `parameter_grads` has nothing left to do then. `input_grad` is to be called with `xa` and deferring."""
+        if self.packed is None or self.packed.a_grad is None or xa is None or not self._kernels_take(dy):
             return None
         projection = self.projections[0]
         if not isinstance(projection, LinearProjection) or self._b_biases():
             return None
         others = sink.wants(projection.weight.parameter) or sink.wants(projection.bias)
-        return None if others else self.packed.a_grad
+        return None if others else self.packed
 
     def _kernels_take(self, rows: Tensor) -> bool:
         lone = len(self.projections) == 1 and len(self._pairs) == 1 and not self._drops
@@ -289,15 +290,19 @@ class ProjectionGroup:
         sink: GradientSink,
         need: bool = True,
         xa: Tensor | None = None,
+        defer_adapters: bool = False,
     ) -> tuple[Tensor | None, AdapterGrads | None]:
         """dX [T, in] (None unless `need`), and the adapters' output gradients for `parameter_grads`.
 
         The input `x` is needed only by module projections, whose parameter gradients are collected here too; a
         caller that would have to compute it passes a function. With `xa` (the group's XA, where it was kept) the
-        gradients of B are formed in the same reading of dY.
+        gradients of B are formed in the same reading of dY. With `defer_adapters` (see `left_to_producer`) dX lacks the
+        adapters' share.
         """
         operands = [as_operand(dy) for dy in dys]
         grads = self._output_grads([operand.tensor for operand in operands], xa, sink)
+        if defer_adapters:
+            return self._linear(0).weight.matmul_t(operands[0]), grads
         if need and grads is not None and self._sums_late(grads.dxa):
             parts = [p.weight.matmul_t(o) for p, o in zip(self._all_linear(), operands, strict=True)]
             a = self._stacked_a(grads.dxa.dtype)

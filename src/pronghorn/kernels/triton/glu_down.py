@@ -1,7 +1,8 @@
 """A gated linear unit together with the down projection's adapter: the activation is multiplied where it is made.
 
-Forward also gives XA = act · Aᵀ, backward adds dXAᵀ · act to A's gradient and then has no use for act itself, which is
-neither written nor read. Partial sums go through fp32 buffers and are added in a fixed order.
+Forward also gives XA = act · Aᵀ. Backward completes dact by dXA · A on the way in and adds dXAᵀ · act to A's gradient;
+it then has no use for act itself, which is neither written nor read. Partial sums go through fp32 buffers and are added
+in a fixed order.
 """
 
 from __future__ import annotations
@@ -66,16 +67,21 @@ def _forward(
 
 @triton.jit
 def _backward(
-    dact_ptr, gate_ptr, up_ptr, dxa_ptr, partial_ptr, xa_gate_ptr, b_gate_ptr, xa_up_ptr, b_up_ptr,
+    dact_ptr, gate_ptr, up_ptr, dxa_ptr, a_ptr, partial_ptr, xa_gate_ptr, b_gate_ptr, xa_up_ptr, b_up_ptr,
     s_gate, s_up, rank_gate, rank_up, rank_down, dact_stride, gate_stride, up_stride, dxa_stride,
     xa_gate_stride, xa_up_stride, tokens, width, tokens_each,
     ADAPTERS: tl.constexpr, ACTIVATION: tl.constexpr, R: tl.constexpr, BT: tl.constexpr, BO: tl.constexpr,
     WIDE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """gate and up become their gradients. A program keeps BO columns and walks through a share of the tokens."""
+    """gate and up become their gradients for dact + dXA · A. A program keeps BO columns for a share of the tokens."""
     piece = tl.program_id(1)
     row, column, r = tl.arange(0, BT), tl.program_id(0) * BO + tl.arange(0, BO), tl.arange(0, R)
     known_column = column < width
+    a = tl.load(
+        a_ptr + r[:, None] * width + column[None, :],
+        mask=(r < rank_down)[:, None] & known_column[None, :],
+        other=0.0,
+    )
     if ADAPTERS:
         b_gate = tl.load(
             b_gate_ptr + column[:, None] * rank_gate + r[None, :],
@@ -115,6 +121,7 @@ def _backward(
             )  # fmt: skip
             gate += dot(xa_gate, tl.trans(b_gate), WIDE) * s_gate
             up += dot(xa_up, tl.trans(b_up), WIDE) * s_up
+        dact += dot(dxa, a, WIDE)
         value, slope = value_and_slope(gate, ACTIVATION)
         tl.store(gate_at, (dact * up * slope).to(dtype), mask=inside)
         tl.store(up_at, (dact * value).to(dtype), mask=inside)
@@ -139,18 +146,18 @@ def forward_config(tokens: int, width: int, sms: int) -> dict[str, int]:
 
 @cache
 def backward_config(tokens: int, width: int, rank: int, sms: int) -> dict[str, int]:
-    """Two programs a processor and whole waves of them; a share of tokens ("TOKENS_EACH") costs a partial dA."""
-    block, columns = 32, 128 if rank <= 32 else 64
-    blocks = triton.cdiv(width, columns)
+    """Whole waves of three programs a processor; a share of tokens ("TOKENS_EACH") costs a partial dA."""
+    block, columns = 32, 64
+    blocks, resident = triton.cdiv(width, columns), 3 * sms
     best, best_cost = tokens, float("inf")
     for pieces in range(1, min(triton.cdiv(tokens, block), 64) + 1):
         each = triton.cdiv(triton.cdiv(tokens, pieces), block) * block
         count = triton.cdiv(tokens, each)
-        waves = triton.cdiv(blocks * count, 2 * sms)
-        cost = waves * 2 * sms * each * columns * 10 + count * width * rank * 8
+        waves = triton.cdiv(blocks * count, resident)
+        cost = waves * resident * each * columns * 10 + count * width * rank * 8
         if cost < best_cost:
             best, best_cost = each, cost
-    return {"TOKENS_EACH": best, "BT": block, "BO": columns, "num_warps": 8, "STAGES": 2}
+    return {"TOKENS_EACH": best, "BT": block, "BO": columns, "num_warps": 4, "STAGES": 3}
 
 
 def forward(
@@ -188,6 +195,7 @@ def backward(
     up: Tensor,
     activation: str,
     dxa: Tensor,
+    a: Tensor,
     a_grad: Tensor,
     gate_adapter: LowRank | None,
     up_adapter: LowRank | None,
@@ -205,7 +213,7 @@ def backward(
     pieces = triton.cdiv(tokens, each)
     partial = torch.empty(pieces, rank, width, dtype=torch.float32, device=gate.device)
     _backward[(triton.cdiv(width, config["BO"]), pieces)](
-        dact, gate, up, dxa, partial, *adapters.tensors, *adapters.scalings, *adapters.ranks, rank,
+        dact, gate, up, dxa, a.contiguous(), partial, *adapters.tensors, *adapters.scalings, *adapters.ranks, rank,
         dact.stride(0), gate.stride(0), up.stride(0), dxa.stride(0), *adapters.strides, tokens, width, each,
         ADAPTERS=max(adapters.ranks) > 0, ACTIVATION=activation, R=padded, WIDE=is_wide(gate), **config,
     )  # fmt: skip
