@@ -10,7 +10,15 @@ import torch
 from torch import nn
 
 from pronghorn.kernels import fp8
-from pronghorn.weights import Fp8GradWeight, Fp8Linear, Fp8Weight, Operand, operand, read_weight
+from pronghorn.weights import (
+    Fp8GradWeight,
+    Fp8Linear,
+    Fp8Weight,
+    Operand,
+    keep_expanded,
+    operand,
+    read_weight,
+)
 from pronghorn.weights.fp8_linear import (
     add_four_bit_products,
     add_fp8_input_grad,
@@ -172,3 +180,26 @@ def test_four_bits_multiplied_in_fp8(double):
     # NF4's values are rounded once more, by 2.5 % rms, in both products.
     for got, exact in ((weight.matmul(x), plain.matmul(x)), (weight.matmul_t(dy), plain.matmul_t(dy))):
         assert ((got - exact).norm() / exact.norm()).item() < 0.045
+
+
+@pytest.mark.parametrize("in_fp8", [False, True])
+def test_expanded_weights_are_kept_and_let_go(in_fp8):
+    bnb = pytest.importorskip("bitsandbytes")
+    module = bnb.nn.Linear4bit(128, 48, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4").to("cpu")
+    if in_fp8:
+        add_four_bit_products(module)
+    x, dy = drawn(ROWS, 128).bfloat16(), drawn(ROWS, 48, seed=2).bfloat16()
+    weight = read_weight(module)
+    before = weight.matmul(x), weight.matmul_t(dy), weight.dense(torch.bfloat16)
+    names = [*module.state_dict()]
+    assert keep_expanded(module, True) == 2 * 128 * 48
+    kept = read_weight(module)
+    for one, other in zip(
+        before, (kept.matmul(x), kept.matmul_t(dy), kept.dense(torch.bfloat16)), strict=True
+    ):
+        assert torch.equal(one, other)
+    assert kept.storage == weight.storage and [*module.state_dict()] == names
+    if not in_fp8:
+        assert kept.dense(torch.bfloat16).data_ptr() == kept.dense(torch.bfloat16).data_ptr()
+    assert keep_expanded(module, False) == 0
+    assert torch.equal(read_weight(module).matmul(x), before[0])

@@ -2,7 +2,7 @@
 
 from pronghorn.weights.base import DenseWeight, Weight
 from pronghorn.weights.fp8 import Fp8FourBitWeight, Fp8GradWeight, Fp8Weight
-from pronghorn.weights.fp8_linear import Fp8Linear
+from pronghorn.weights.fp8_linear import Fp8Linear, keep_expanded
 from pronghorn.weights.operand import Operand
 from pronghorn.weights.quantised import FourBitWeight, Int8Weight
 from pronghorn.weights.read import keep_four_bit_layout, read_weight
@@ -17,6 +17,7 @@ __all__ = [
     "Int8Weight",
     "Operand",
     "Weight",
+    "keep_expanded",
     "keep_four_bit_layout",
     "read_weight",
 ]

@@ -125,18 +125,26 @@ class Fp8FourBitWeight(_Fp8Products, FourBitWeight):
 
     Args:
         scales: fp32 [out, 1], `kernels.fp8.four_bit_row_scales` of the weight; or [1, 1].
+        codes, transposed: e4m3 [out, in] and [in, out] where they are kept.
     """
 
-    def __init__(self, packed: Tensor, state: Any, scales: Tensor) -> None:
+    def __init__(
+        self,
+        packed: Tensor,
+        state: Any,
+        scales: Tensor,
+        codes: Tensor | None = None,
+        transposed: Tensor | None = None,
+    ) -> None:
         super().__init__(packed, state)
-        self.scales = scales
+        self.scales, self.codes, self.transposed = scales, codes, transposed
         self.storage = f"{self.storage} in fp8 products"
 
     def codes_forward(self) -> Tensor:
-        return self._codes(transposed=False)
+        return self._codes(transposed=False) if self.codes is None else self.codes
 
     def codes_input_grad(self) -> Tensor:
-        return self._codes(transposed=True)
+        return self._codes(transposed=True) if self.transposed is None else self.transposed
 
     def _codes(self, transposed: bool) -> Tensor:
         state = self.state

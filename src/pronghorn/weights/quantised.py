@@ -17,11 +17,13 @@ class FourBitWeight(Weight):
     Args:
         packed: uint8 codes, bitsandbytes' order (first value in the high nibble).
         state: bitsandbytes' `QuantState` of the weight.
+        kept: the dequantised weight [out, in], where there is room for it.
     """
 
     label = "quantised"
 
-    def __init__(self, packed: Tensor, state: Any) -> None:
+    def __init__(self, packed: Tensor, state: Any, kept: Tensor | None = None) -> None:
+        self.kept = kept
         self.packed = packed if packed.dtype == torch.uint8 else packed.view(torch.uint8)
         self.state = state
         self.shape = (state.shape[0], state.shape[1])
@@ -36,6 +38,8 @@ class FourBitWeight(Weight):
         return state.state2.code, state.state2.absmax, state.offset, state.state2.blocksize
 
     def dense(self, dtype: torch.dtype) -> Tensor:
+        if self.kept is not None:
+            return self.kept.to(dtype)
         state = self.state
         return dequantize_4bit(
             self.packed,

@@ -8,9 +8,9 @@ from torch import nn
 
 from pronghorn.kernels.fp8 import E4M3
 from pronghorn.weights.base import DenseWeight, Weight
-from pronghorn.weights.fp8 import Fp8FourBitWeight, Fp8GradWeight
-from pronghorn.weights.fp8_linear import FP8_SCALES, FP8_TRANSPOSED, Fp8Linear
-from pronghorn.weights.quantised import FourBitWeight, Int8Weight
+from pronghorn.weights.fp8 import Fp8GradWeight
+from pronghorn.weights.fp8_linear import FP8_SCALES, FP8_TRANSPOSED, Fp8Linear, four_bit_weight
+from pronghorn.weights.quantised import Int8Weight
 
 
 def read_weight(module: nn.Module) -> Weight | None:
@@ -55,11 +55,7 @@ def _read_four_bit(module: Any) -> Weight | None:
         return None
     if getattr(state, "packing_format_for_cpu", False):
         _restore_layout(module, state)
-        state = module.weight.quant_state
-    scales = module._buffers.get(FP8_SCALES)
-    if scales is not None:
-        return Fp8FourBitWeight(module.weight.data, state, scales)
-    return FourBitWeight(module.weight.data, state)
+    return four_bit_weight(module)
 
 
 def _restore_layout(module: Any, state: Any) -> None:
