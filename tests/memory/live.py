@@ -10,15 +10,22 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from pronghorn.memory.allocator import Allocator
+
 
 class LiveBytes(TorchDispatchMode):
     """Counts storages that operations make while it is entered: `live` now, `peak` at most, neither with what was
-    there before. Temporary storages inside an operation are not seen."""
+    there before. Temporary storages inside an operation are not seen.
 
-    def __init__(self) -> None:
+    Args:
+        memory: gets every allocation in its order, too.
+    """
+
+    def __init__(self, memory: Allocator | None = None) -> None:
         super().__init__()
         self.live = self.peak = 0
-        self._known: dict[int, int] = {}
+        self.memory = memory
+        self._known: dict[int, tuple[int, int]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = {self._key(t) for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
@@ -38,13 +45,16 @@ class LiveBytes(TorchDispatchMode):
         if key in self._known:
             return
         size = storage.nbytes()
-        self._known[key] = size
+        self._known[key] = (size, -1 if self.memory is None else self.memory.new(size))
         self.live += size
         self.peak = max(self.peak, self.live)
         weakref.finalize(storage, self._forget, key)
 
     def _forget(self, key: int) -> None:
-        self.live -= self._known.pop(key, 0)
+        size, handle = self._known.pop(key, (0, -1))
+        self.live -= size
+        if self.memory is not None:
+            self.memory.free(handle)
 
 
 def peak_of(step: Callable[[], Any]) -> int:

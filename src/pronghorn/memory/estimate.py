@@ -42,7 +42,7 @@ def estimate(
 ) -> Estimate:
     """Predict a step at the given save levels; see `Estimate`."""
     checked = check_levels(levels, shape.layers)
-    memory, fixed, weights = _with_model(shape, capability)
+    memory, fixed, weights = with_model(shape, capability)
     step = Step(shape, checked, batch, memory, tile_rows or TILE_ROWS)
     step.run()
     # The second step meets the blocks that the first one left, in another order than they were made in.
@@ -52,7 +52,7 @@ def estimate(
     return Estimate(fixed, weights, max(step.moments.values()), memory.peak_reserved, host, step.moments)
 
 
-def _with_model(shape: ModelShape, capability: tuple[int, int]) -> tuple[Allocator, int, int]:
+def with_model(shape: ModelShape, capability: tuple[int, int]) -> tuple[Allocator, int, int]:
     """An allocator that holds what lives from step to step; the bytes of all of it and of the weights."""
     memory = Allocator()
     for size in shape.weight_tensors():

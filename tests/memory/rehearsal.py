@@ -1,0 +1,167 @@
+"""A training step on the meta device: real sizes, the engine's and the launchers' own allocations, no arithmetic."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from pronghorn.blocks import head_groups
+from pronghorn.engine import bind
+from pronghorn.engine.binding import Binding
+from pronghorn.memory import offload
+from pronghorn.memory.allocator import Allocator
+from tests.families.parity import TARGETS
+from tests.memory.live import LiveBytes
+
+#: Modules that ask `use_triton` by a name of their own.
+_KERNELS = ("rms_norm", "rope", "glu", "lora", "linear_cross_entropy", "nf4", "fp8")
+
+
+class _NoLaunch:
+    """In place of a Triton kernel: `kernel[grid](...)` does nothing."""
+
+    def __getitem__(self, grid: Any) -> Any:
+        return lambda *args, **kwargs: None
+
+
+class _NoPool:
+    """Host memory that is not there: what is parked leaves the device all the same."""
+
+    def take(self, size: int) -> tuple[int, list[Tensor]]:
+        return 0, []
+
+    def give_back(self, start: int) -> None:
+        pass
+
+
+def _flash_forward(q: Tensor, k: Tensor, v: Tensor, docs: Any, call: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(q), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
+
+
+def _flash_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
+    """FlashAttention-2's own allocations (torch's flash_api.cpp, mha_varlen_bwd)."""
+    copies = [x.contiguous() for x in (dout, out)]
+    grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)]
+    padded = q.shape[0] + 128 * (rest[1].cu_seqlens.numel() - 1)
+    wide = -(-q.shape[2] // 32) * 32
+    sums = [q.new_empty(q.shape[1] * padded, dtype=torch.float32)]
+    sums.append(q.new_empty(padded, q.shape[1], wide, dtype=torch.float32))
+    if q.shape[1] != k.shape[1]:
+        sums += [torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(2)]
+    del copies, sums
+    return tuple(grads)
+
+
+def prepare(monkeypatch: pytest.MonkeyPatch, *, parking: bool) -> None:
+    """Make the engine run on the meta device as it does on a GPU."""
+    import importlib
+
+    monkeypatch.setattr("pronghorn.kernels.dispatch.use_triton", lambda tensor, impl: True)
+    for name in _KERNELS:
+        module = importlib.import_module(f"pronghorn.kernels.{name}")
+        if hasattr(module, "use_triton"):
+            monkeypatch.setattr(module, "use_triton", lambda tensor, impl: True)
+    for name in ("rms_norm", "rope", "glu", "lora", "lora_grads", "cross_entropy", "nf4"):
+        module = importlib.import_module(f"pronghorn.kernels.triton.{name}")
+        for attribute, value in list(vars(module).items()):
+            if type(value).__name__ in ("InterpretedFunction", "JITFunction", "Heuristics"):
+                monkeypatch.setattr(module, attribute, _NoLaunch())
+    monkeypatch.setattr("pronghorn.kernels.triton.launch.processors", lambda index: 132)
+    monkeypatch.setattr("pronghorn.blocks.attention.attention_forward", _flash_forward)
+    monkeypatch.setattr(head_groups, "attention_backward", _flash_backward)
+    monkeypatch.setattr(Binding, "attention_backend", lambda self, *args, **kwargs: "flash")
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *args: False)
+    monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: nullcontext())
+    if parking:
+        stream = type("Stream", (), {"wait_stream": lambda *a: None, "wait_event": lambda *a: None})()
+        event = type("Event", (), {"record": lambda *a: None})
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: stream)
+        monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+        monkeypatch.setattr(torch.cuda, "Event", event)
+        monkeypatch.setattr(offload, "_matching", lambda pieces, tensors: [])
+        monkeypatch.setattr(Binding, "new_stash", lambda self, device: offload.HostStash(stream, _NoPool()))  # type: ignore[arg-type]
+    assert "pronghorn.kernels.triton.launch" in sys.modules
+
+
+def meta_model(config: Any, rank: int = 16) -> Any:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        adapted = get_peft_model(model, LoraConfig(r=rank, target_modules=TARGETS, task_type="CAUSAL_LM"))
+    bind(adapted, strict=True)
+    return adapted.train()
+
+
+def batch_of(tokens: int, documents: int) -> dict[str, Any]:
+    length = tokens // documents
+    ids = torch.zeros(1, tokens, dtype=torch.int64, device="meta")
+    bounds = torch.zeros(documents + 1, dtype=torch.int32, device="meta")
+    return {
+        "input_ids": ids,
+        "labels": ids.clone(),
+        "position_ids": ids.clone(),
+        "cu_seq_lens_q": bounds,
+        "cu_seq_lens_k": bounds,
+        "max_length_q": length,
+        "max_length_k": length,
+        "loss_rows": torch.zeros(tokens - documents, dtype=torch.int64, device="meta"),
+        "num_items_in_batch": tokens - documents,
+        "use_cache": False,
+    }
+
+
+def measure(model: Any, tokens: int, documents: int, memory: Allocator | None = None) -> int:
+    """The most bytes alive in forward and backward, beyond the model; `memory` lives through two steps."""
+    peak = 0
+    for _ in range(1 if memory is None else 2):
+        batch = batch_of(tokens, documents)
+        with LiveBytes(memory) as counter:
+            model(**batch).loss.backward()
+        peak = max(peak, counter.peak)
+        model.zero_grad(set_to_none=True)
+    return peak
+
+
+class Linear4bit(torch.nn.Module):
+    """Sizes of bitsandbytes' module of this name, double quantised."""
+
+    bias = None
+    compute_dtype = torch.bfloat16
+
+    def __init__(self, linear: torch.nn.Linear) -> None:
+        super().__init__()
+        out, width = self.out_features, self.in_features = linear.out_features, linear.in_features
+        blocks = out * width // 64
+        empty = lambda n, dtype: torch.empty(n, dtype=dtype, device="meta")  # noqa: E731
+        second = SimpleNamespace(
+            absmax=empty(-(-blocks // 256), torch.float32), code=empty(256, torch.float32), blocksize=256
+        )
+        state = SimpleNamespace(
+            shape=(out, width),
+            absmax=empty(blocks, torch.uint8),
+            code=empty(16, torch.float32),
+            offset=empty(1, torch.float32),
+            blocksize=64,
+            nested=True,
+            state2=second,
+            quant_type="nf4",
+        )
+        self.weight = torch.nn.Parameter(empty((out * width // 2, 1), torch.uint8), requires_grad=False)
+        self.weight.quant_state = state
+
+
+def in_four_bits(model: Any) -> Any:
+    """The linear weights under a PEFT model's adapters, replaced."""
+    for module in model.modules():
+        if hasattr(module, "base_layer") and hasattr(module, "lora_A"):
+            module.base_layer = Linear4bit(module.base_layer)
+    return model
