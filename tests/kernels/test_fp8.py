@@ -13,6 +13,7 @@ from pronghorn.kernels.fp8 import (
     glu_forward_fp8,
     power_of_two_scales,
     product,
+    quantise_joined,
     quantise_rows,
     quantise_tensor,
     quantise_transposed,
@@ -67,6 +68,19 @@ def test_rows_of_zeros_and_tiny_numbers_and_no_rows(impl, device):
     assert (codes[:2].float() == 0).all() and scales.isfinite().all()
     assert codes[2, 3].float() * scales[2] == -5.0
     assert quantise_rows(x[:0], impl=impl)[0].shape == (0, 32)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("widths", [(48,), (130, 16), (96, 33, 5), (8, 8, 8, 8)])
+@pytest.mark.parametrize("with_columns", [False, True])
+def test_parts_side_by_side(impl, widths, with_columns, device):
+    parts = [
+        random(5, w + 3, dtype=torch.bfloat16, device=device, seed=i)[:, :w] for i, w in enumerate(widths)
+    ]
+    columns = torch.rand(sum(widths), 1, device=device) if with_columns else None
+    codes, scales = quantise_joined(parts, columns, impl=impl)
+    expected, expected_scales = quantise_rows(torch.cat(parts, 1), columns, impl=impl)
+    assert torch.equal(scales, expected_scales) and torch.equal(codes.float(), expected.float())
 
 
 def test_a_number_that_is_none_stays_visible(device):

@@ -13,7 +13,7 @@ from pronghorn.errors import Fp8Unavailable, UnknownArgument
 from pronghorn.hardware import Fact, Hardware, probe
 from pronghorn.loading import FastLanguageModel, fast
 from pronghorn.loading.fp8 import choose_fp8
-from pronghorn.weights import Fp8FourBitWeight, Fp8GradWeight, Fp8Linear, read_weight
+from pronghorn.weights import Fp8FourBitWeight, Fp8GradWeight, Fp8Linear, read_weight, stacked
 from tests.tiny import save_tiny
 
 IDS = torch.tensor([[1, 17, 90, 33, 250, 7, 300, 12]])
@@ -80,6 +80,16 @@ def test_modules_and_copies_are_chosen(llama):
     found = {name: module for name, module in model.named_modules() if isinstance(module, Fp8Linear)}
     assert [name.rpartition(".")[2] for name in found] == ["down_proj"] * 2
     assert all(module.weight_transposed is not None for module in found.values())
+
+
+@pytest.mark.parametrize("copies", [1, 2])
+def test_projections_of_one_input_lie_side_by_side(llama, copies):
+    model, _ = load(llama, fp8_copies=copies)
+    attention, mlp = model.model.layers[1].self_attn, model.model.layers[1].mlp
+    qkv = stacked([read_weight(m) for m in (attention.q_proj, attention.k_proj, attention.v_proj)])
+    assert qkv is not None and qkv.shape == (128, 64) and (qkv.transposed is not None) == (copies == 2)
+    assert stacked([read_weight(mlp.gate_proj), read_weight(mlp.up_proj)]) is not None
+    assert stacked([read_weight(attention.v_proj), read_weight(attention.o_proj)]) is None
 
 
 def test_streamed_by_way_of_the_cpu(llama, monkeypatch):

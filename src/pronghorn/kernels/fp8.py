@@ -12,6 +12,7 @@ weight's products multiply, what `dequantise` gives and what a merged checkpoint
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -45,6 +46,17 @@ def quantise_rows(x: Tensor, columns: Tensor | None = None, *, impl: Impl | None
     wide = _scaled(x, columns)
     scales = (wide.abs().amax(1, keepdim=True) / E4M3_MAX).clamp_(min=TINY)
     return (wide / scales).to(E4M3), scales
+
+
+def quantise_joined(
+    parts: Sequence[Tensor], columns: Tensor | None = None, *, impl: Impl | None = None
+) -> Fp8Rows:
+    """`quantise_rows` of tensors [T, W_i] side by side, which are nowhere written so: codes [T, ΣW], scales [T, 1]."""
+    if len(parts) <= 3 and use_triton(parts[0], impl):
+        from pronghorn.kernels.triton.fp8 import quantise_joined as run
+
+        return run(parts, columns)
+    return quantise_rows(torch.cat([*parts], 1), columns, impl=impl)
 
 
 def glu_forward_fp8(

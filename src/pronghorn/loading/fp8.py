@@ -13,7 +13,9 @@ from torch import nn
 
 from pronghorn.errors import Fp8Unavailable, UnknownArgument
 from pronghorn.export import save_merged
+from pronghorn.families import family_of
 from pronghorn.hardware import Hardware
+from pronghorn.weights import lay_side_by_side
 from pronghorn.weights.fp8_linear import (
     Fp8Linear,
     add_four_bit_products,
@@ -135,6 +137,7 @@ def quantise_layers(model: Any, options: Fp8Options, device: torch.device | None
             kept[0],
         )
     _to(model, device)
+    _stack_groups(model)
     if is_fp8(model):
         model.__dict__["save_pretrained"] = partial(save_dequantised, model)
 
@@ -150,6 +153,23 @@ def _linears(model: Any, options: Fp8Options) -> Iterator[tuple[str, nn.Module, 
                 chosen = options.modules is None or name in options.modules
                 chosen = chosen and options.skip_layers <= index < last
                 yield f"layers.{index}.{path}", layer.get_submodule(parent), name, module, chosen
+
+
+def _stack_groups(model: Any) -> None:
+    """Lay the codes of projections with the same input side by side, where the family says which those are."""
+    family = family_of(model.config.model_type)
+    if family is None:
+        return
+    parts = family.parts
+    for layer in decoder_layers(model):
+        for parent, names in (
+            (parts.attention, (parts.q, parts.k, parts.v)),
+            (parts.mlp, (parts.gate, parts.up)),
+        ):
+            modules = [getattr(getattr(layer, parent, None), name, None) for name in names]
+            quantised = [module for module in modules if isinstance(module, Fp8Linear)]
+            if len(quantised) == len(modules):
+                lay_side_by_side(quantised)
 
 
 def _to(module: nn.Module, device: torch.device | None) -> None:

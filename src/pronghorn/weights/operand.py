@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
-from pronghorn.kernels.fp8 import Fp8Rows, quantise_rows, quantise_tensor
+from pronghorn.kernels.fp8 import Fp8Rows, quantise_joined, quantise_rows, quantise_tensor
 
 
 class Operand:
@@ -23,6 +25,11 @@ class Operand:
         self.tensor = tensor
         self._fp8 = fp8
         self._made_for: tuple[int | None, bool] = (_identity(columns), True)
+
+    @staticmethod
+    def joined(parts: Sequence[Tensor], columns: Tensor) -> Operand:
+        """The operand of a stack's input gradient (`fp8_stack.stacked`): dY_i [T, out_i] side by side, in fp8 only."""
+        return Operand(parts[0], quantise_joined(parts, columns), columns)
 
     def fp8(self, columns: Tensor | None = None, *, rowwise: bool = True) -> Fp8Rows:
         """The rows as e4m3 codes [T, in] and scales fp32 [T, 1]: tensor · columns ≈ codes · scales.

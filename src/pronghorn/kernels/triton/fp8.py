@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -44,6 +46,62 @@ def quantise_rows(x: Tensor, columns: Tensor | None) -> tuple[Tensor, Tensor]:
         _quantise_rows[(rows,)](
             x, x if columns is None else columns, codes, scales, x.stride(0), width,
             HAS_COLUMNS=columns is not None, BLOCK=block, num_warps=warps,
+        )  # fmt: skip
+    return codes, scales
+
+
+@triton.jit
+def _load_part(x_ptr, columns_ptr, row, stride, width, start, HAS_COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
+    columns = tl.arange(0, BLOCK)
+    inside = columns < width
+    x = tl.load(x_ptr + row * stride + columns, mask=inside, other=0.0).to(tl.float32)
+    if HAS_COLUMNS:
+        x = x * tl.load(columns_ptr + start + columns, mask=inside, other=0.0)
+    return x
+
+
+@triton.jit
+def _store_part(codes_ptr, x, scale, width, BLOCK: tl.constexpr):
+    columns = tl.arange(0, BLOCK)
+    tl.store(codes_ptr + columns, (x / scale).to(tl.float8e4nv), mask=columns < width)
+
+
+@triton.jit
+def _quantise_joined(
+    a_ptr, b_ptr, c_ptr, columns_ptr, codes_ptr, scales_ptr,
+    a_stride, b_stride, c_stride, a_width, b_width, c_width,
+    HAS_COLUMNS: tl.constexpr, THREE: tl.constexpr,
+    BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    to = codes_ptr + row * (a_width + b_width + c_width)
+    a = _load_part(a_ptr, columns_ptr, row, a_stride, a_width, 0, HAS_COLUMNS, BLOCK_A)
+    b = _load_part(b_ptr, columns_ptr, row, b_stride, b_width, a_width, HAS_COLUMNS, BLOCK_B)
+    scale = tl.maximum(row_scale(a), row_scale(b))
+    if THREE:
+        c = _load_part(c_ptr, columns_ptr, row, c_stride, c_width, a_width + b_width, HAS_COLUMNS, BLOCK_C)
+        scale = tl.maximum(scale, row_scale(c))
+        _store_part(to + a_width + b_width, c, scale, c_width, BLOCK_C)
+    _store_part(to, a, scale, a_width, BLOCK_A)
+    _store_part(to + a_width, b, scale, b_width, BLOCK_B)
+    tl.store(scales_ptr + row, scale)
+
+
+def quantise_joined(parts: Sequence[Tensor], columns: Tensor | None) -> tuple[Tensor, Tensor]:
+    if len(parts) == 1:
+        return quantise_rows(parts[0], columns)
+    a, b, *rest = (unit_rows(part) for part in parts)
+    c = rest[0] if rest else b
+    rows, total = a.shape[0], sum(part.shape[1] for part in parts)
+    codes = torch.empty(rows, total, dtype=torch.float8_e4m3fn, device=a.device)
+    scales = torch.empty(rows, 1, dtype=torch.float32, device=a.device)
+    if rows:
+        blocks = [triton.next_power_of_2(part.shape[1]) for part in (a, b, c)]
+        _quantise_joined[(rows,)](
+            a, b, c, a if columns is None else columns, codes, scales,
+            a.stride(0), b.stride(0), c.stride(0), a.shape[1], b.shape[1], c.shape[1] if rest else 0,
+            HAS_COLUMNS=columns is not None, THREE=bool(rest),
+            BLOCK_A=blocks[0], BLOCK_B=blocks[1], BLOCK_C=blocks[2], num_warps=row_block(total)[1],
         )  # fmt: skip
     return codes, scales
 
