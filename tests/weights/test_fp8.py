@@ -66,6 +66,7 @@ def test_products_are_those_of_the_quantised_factors(rowwise, copies):
     assert ((y - expected).abs() <= rounding(expected)).all()
     assert torch.equal(weight.matmul(x, module.bias), y + module.bias)
     assert torch.equal(weight.matmul_add_(torch.ones(ROWS, OUT), x), 1 + y)
+    assert not weight.adds_forward and not weight.adds_input_grad
 
     codes, scales = quantise(dy * module.weight_scale.view(-1) if rowwise else dy)
     values = module.codes.double() * (1 if rowwise else module.weight_scale.double())
@@ -172,6 +173,7 @@ def test_input_gradient_alone(keep_codes, rowwise):
     add_fp8_input_grad(module, rowwise=rowwise, keep_codes=keep_codes)
     weight = read_weight(module)
     assert isinstance(weight, Fp8GradWeight) and weight.label == "quantised" and not weight.quantises_rows
+    assert weight.adds_forward and not weight.adds_input_grad
     x, dy = drawn(ROWS, IN), drawn(ROWS, OUT, seed=2)
     assert torch.equal(weight.matmul(x, module.bias), plain.matmul(x, module.bias))
     full = read_weight(Fp8Linear.of(module, rowwise=rowwise))

@@ -24,6 +24,9 @@ class Weight:
     storage: str = "dense"
     #: "exact" where products differ from the 16- or 32-bit ones by reordering alone, "quantised" otherwise
     label: str = "exact"
+    #: whether `matmul_add_` and `matmul_t_add_` add inside the product, without a second pass over the result
+    adds_forward: bool = True
+    adds_input_grad: bool = True
 
     @property
     def quantises_rows(self) -> bool:

@@ -32,6 +32,7 @@ class _Fp8Products(Weight):
     """The products of weights that give their codes; see the module's docstring."""
 
     label = "quantised"
+    adds_forward = adds_input_grad = False
     #: fp32 [out, 1], or [1, 1] where the matrix units scale whole tensors only
     scales: Tensor
     #: add up in fewer bits, forward and in the input gradient
@@ -100,6 +101,7 @@ class Fp8GradWeight(DenseWeight):
     """
 
     label = "quantised"
+    adds_input_grad = False
     fast_input_grad = True
 
     def __init__(self, weight: Tensor, scales: Tensor, transposed: Tensor | None) -> None:
