@@ -137,7 +137,7 @@ def _backward(
 
 @cache
 def forward_config(tokens: int, width: int, sms: int) -> dict[str, int]:
-    """One wave of two programs a processor: shares of the columns ("COLUMNS_EACH") where the tokens alone give fewer."""
+    """One wave, two programs a processor: shares of the columns ("COLUMNS_EACH") where the tokens alone give fewer."""
     pieces = max(1, min(2 * sms // triton.cdiv(tokens, 64), triton.cdiv(width, 256)))
     each = triton.cdiv(triton.cdiv(width, pieces), 64) * 64
     return {"COLUMNS_EACH": each, "BT": 64, "BO": 64, "num_warps": 4, "num_stages": 3}
