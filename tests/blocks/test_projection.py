@@ -17,6 +17,8 @@ from pronghorn.weights import DenseWeight, Operand, Weight
 
 T, IN = 5, 24
 F64 = torch.float64
+#: Triton's interpreter takes CPU tensors, a GPU's kernels do not.
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 class SeparateWeight(Weight):
@@ -39,7 +41,7 @@ class SeparateWeight(Weight):
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = F64) -> Tensor:
     generator = torch.Generator().manual_seed(seed + 7 * sum(shape))
-    return torch.randn(*shape, generator=generator, dtype=F64).to(dtype)
+    return torch.randn(*shape, generator=generator, dtype=F64).to(DEVICE, dtype)
 
 
 def make_group(outs, ranks, *, weight=DenseWeight, bias=False, packed=True, dtype=F64):

@@ -22,10 +22,12 @@ from pronghorn.kernels.attention import AttentionCall, Documents
 from pronghorn.weights import DenseWeight
 
 T, HIDDEN, INNER, HEADS, KV, HEAD = 6, 32, 40, 4, 2, 8
+#: Triton's interpreter takes CPU tensors, a GPU's kernels do not.
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + 7 * sum(shape)))
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + 7 * sum(shape))).to(DEVICE)
 
 
 def group(impl: str, width: int, outs: tuple[int, ...], ranks: tuple[int, ...], packed: bool = False):
@@ -93,7 +95,7 @@ def test_attention_block(ranks, kernels, monkeypatch):
         qkv = group(impl, HIDDEN, (HEADS * HEAD, KV * HEAD, KV * HEAD), ranks)
         block = AttentionBlock(
             norm(), qkv, group(impl, HEADS * HEAD, (HIDDEN,), (4,)), HEADS, KV, HEAD, cos, sin,
-            Documents(torch.tensor([0, 4, T], dtype=torch.int32), 4), AttentionCall(0.3, None, "sdpa"),
+            Documents(torch.tensor([0, 4, T], dtype=torch.int32, device=DEVICE), 4), AttentionCall(0.3, None, "sdpa"),
         )  # fmt: skip
         sink, saves = GradientSink(block.trainable()), AttentionSaves()
         x = normal(T, HIDDEN)

@@ -10,12 +10,14 @@ For projections i that share their input X [T, in]:
 nothing share one product with X: their A matrices lie stacked as [ΣR, in].
 """
 
-from pronghorn.blocks.projection.group import AdapterGrads, PackedAdapters, ProjectionGroup
+from pronghorn.blocks.projection.group import ProjectionGroup
 from pronghorn.blocks.projection.parts import (
     Adapter,
+    AdapterGrads,
     GradientSink,
     LinearProjection,
     ModuleProjection,
+    PackedAdapters,
     Projection,
     product_for,
 )

@@ -9,7 +9,6 @@ The adapters' small product comes first and the frozen product is added to it in
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
 import torch
@@ -17,39 +16,19 @@ from torch import Tensor
 
 from pronghorn.blocks.projection.parts import (
     Adapter,
+    AdapterGrads,
     GradientSink,
     LinearProjection,
     ModuleProjection,
+    PackedAdapters,
     Projection,
     product_for,
 )
 from pronghorn.kernels import lora
 from pronghorn.kernels.dispatch import Impl
 from pronghorn.kernels.dropout import seeded_dropout
-from pronghorn.weights import DenseWeight, Weight
+from pronghorn.weights import Weight
 from pronghorn.weights.operand import Operand, as_operand
-
-
-@dataclass(frozen=True)
-class PackedAdapters:
-    """A group's adapters stored side by side in the compute dtype, and where their gradients go."""
-
-    #: [ΣR, in], compute dtype: the A matrices of the group in order
-    a: Tensor
-    #: one [out_i, R_i] per adapter, compute dtype
-    b: tuple[Tensor, ...]
-    #: [ΣR, in] fp32, accumulated into (+=)
-    a_grad: Tensor | None = None
-    #: [out_i, R_i] fp32, accumulated into (+=)
-    b_grad: tuple[Tensor | None, ...] = ()
-
-
-@dataclass
-class AdapterGrads:
-    """What `input_grad` hands to `parameter_grads`: dxa = s · dY B [T, ΣR], and whether dB is done already."""
-
-    dxa: Tensor
-    b_done: bool = False
 
 
 class ProjectionGroup:
@@ -482,13 +461,13 @@ class ProjectionGroup:
 
 
 def _accumulates(weight: Weight) -> bool:
-    """Whether the forward product is added inside the multiplication; quantised products are not."""
-    return weight.label == "exact" or isinstance(weight, DenseWeight)
+    """Whether the forward product is added inside the multiplication; those in fp8 are not."""
+    return type(weight).matmul_add_ is Weight.matmul_add_
 
 
 def _accumulates_grad(weight: Weight) -> bool:
-    """The same for the input gradient, which may be quantised where the forward product is not."""
-    return weight.label == "exact"
+    """The same for the input gradient, which may be in fp8 where the forward product is not."""
+    return type(weight).matmul_t_add_ is Weight.matmul_t_add_
 
 
 def _token_sum(dy: Tensor) -> Tensor:

@@ -62,6 +62,28 @@ class Adapter:
 
 
 @dataclass(frozen=True)
+class PackedAdapters:
+    """A group's adapters stored side by side in the compute dtype, and where their gradients go."""
+
+    #: [ΣR, in], compute dtype: the A matrices of the group in order
+    a: Tensor
+    #: one [out_i, R_i] per adapter, compute dtype
+    b: tuple[Tensor, ...]
+    #: [ΣR, in] fp32, accumulated into (+=)
+    a_grad: Tensor | None = None
+    #: [out_i, R_i] fp32, accumulated into (+=)
+    b_grad: tuple[Tensor | None, ...] = ()
+
+
+@dataclass
+class AdapterGrads:
+    """What `input_grad` hands to `parameter_grads`: dxa = s · dY B [T, ΣR], and whether dB is done already."""
+
+    dxa: Tensor
+    b_done: bool = False
+
+
+@dataclass(frozen=True)
 class LinearProjection:
     """A stored weight, its bias and its active adapters."""
 
