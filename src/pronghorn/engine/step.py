@@ -85,7 +85,7 @@ class TrainingStep:
         self._gradients: list[tuple[nn.Parameter, Tensor]] = []
         self._tree: list[nn.Module] = []
         self._state: list[Any] = []
-        self._levels: tuple[str, ...] = ()
+        self._chosen: tuple[Any, ...] = ()
         self._graphs: dict[tuple[int, ...], _Graph] = {}
         self._pool: Any = None
         self._stream: torch.cuda.Stream | None = None
@@ -156,7 +156,9 @@ class TrainingStep:
 
     def _settle(self) -> None:
         """Make or renew everything that depends on the model's state."""
-        if self._state and self._state == state_of(self._tree) and self._levels == self.binding.save_levels:
+        binding = self.binding
+        chosen = (binding.save_levels, binding.tile_rows, binding.attention)
+        if self._state and self._state == state_of(self._tree) and self._chosen == chosen:
             return
         # Whatever the flag of the outermost module says: PEFT's is set while the model inside is as it was loaded.
         self.model.train()
@@ -167,7 +169,7 @@ class TrainingStep:
         if self._model_reason is None:
             self._lay_out()
         self._tree = module_tree(self.model)
-        self._state, self._levels = state_of(self._tree), self.binding.save_levels
+        self._state, self._chosen = state_of(self._tree), chosen
 
     def _why_another_call(self) -> str | None:
         """Why the model's loss is not the blocks' and the fused head's, or None."""
