@@ -74,11 +74,17 @@ def glu_forward_fp8(
     return act, quantise_rows(act, impl="torch")
 
 
-def quantise_tensor(x: Tensor, columns: Tensor | None = None) -> Fp8Rows:
-    """Codes e4m3 [T, W] and one scale fp32 [1, 1] of x · columns, for matrix units without row scales."""
-    wide = _scaled(x, columns)
-    scale = (wide.abs().amax() / E4M3_MAX).clamp_(min=TINY).view(1, 1)
-    return (wide / scale).to(E4M3), scale
+def quantise_tensor(x: Tensor, *, impl: Impl | None = None) -> Fp8Rows:
+    """Codes e4m3 [T, W] and one scale fp32 [1, 1] of x, for matrix units without row scales; rows may be strided."""
+    if x.numel() == 0:
+        return x.to(E4M3), torch.ones(1, 1, dtype=torch.float32, device=x.device)
+    least, largest = torch.aminmax(x)
+    scale = (torch.maximum(-least, largest).to(torch.float32) / E4M3_MAX).clamp_(min=TINY).view(1, 1)
+    if use_triton(x, impl):
+        from pronghorn.kernels.triton.fp8 import quantise_with
+
+        return quantise_with(x, scale), scale
+    return (x.to(torch.float32) / scale).to(E4M3), scale
 
 
 def _scaled(x: Tensor, columns: Tensor | None) -> Tensor:

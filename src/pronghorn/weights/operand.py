@@ -36,11 +36,11 @@ class Operand:
 
         Args:
             columns: factors fp32 [in, 1] of the columns, the row scales of the weight in an input gradient.
-            rowwise: False gives one scale [1, 1] for all rows.
+            rowwise: False gives one scale [1, 1] for all rows, and knows no column factors.
         """
         wanted = (_identity(columns), rowwise)
         if self._fp8 is None or self._made_for != wanted:
-            self._fp8 = (quantise_rows if rowwise else quantise_tensor)(self.tensor, columns)
+            self._fp8 = quantise_rows(self.tensor, columns) if rowwise else quantise_tensor(self.tensor)
             self._made_for = wanted
         return self._fp8
 

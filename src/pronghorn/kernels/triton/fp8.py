@@ -23,31 +23,44 @@ def row_scale(x):
 
 @triton.jit
 def _quantise_rows(
-    x_ptr, columns_ptr, codes_ptr, scales_ptr, x_stride, width, HAS_COLUMNS: tl.constexpr, BLOCK: tl.constexpr
-):
+    x_ptr, columns_ptr, codes_ptr, scales_ptr, x_stride, width,
+    HAS_COLUMNS: tl.constexpr, GIVEN: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < width
     x = tl.load(x_ptr + row * x_stride + columns, mask=inside, other=0.0).to(tl.float32)
     if HAS_COLUMNS:
         x = x * tl.load(columns_ptr + columns, mask=inside, other=0.0)
-    scale = row_scale(x)
-    tl.store(scales_ptr + row, scale)
+    if GIVEN:
+        scale = tl.load(scales_ptr)
+    else:
+        scale = row_scale(x)
+        tl.store(scales_ptr + row, scale)
     tl.store(codes_ptr + row * width + columns, (x / scale).to(tl.float8e4nv), mask=inside)
 
 
 def quantise_rows(x: Tensor, columns: Tensor | None) -> tuple[Tensor, Tensor]:
+    scales = torch.empty(x.shape[0], 1, dtype=torch.float32, device=x.device)
+    return _quantise(x, columns, scales, given=False), scales
+
+
+def quantise_with(x: Tensor, scale: Tensor) -> Tensor:
+    """Codes for one scale [1, 1]."""
+    return _quantise(x, None, scale, given=True)
+
+
+def _quantise(x: Tensor, columns: Tensor | None, scales: Tensor, given: bool) -> Tensor:
     x = unit_rows(x)
     rows, width = x.shape
     codes = torch.empty(rows, width, dtype=torch.float8_e4m3fn, device=x.device)
-    scales = torch.empty(rows, 1, dtype=torch.float32, device=x.device)
     if rows:
         block, warps = row_block(width)
         _quantise_rows[(rows,)](
             x, x if columns is None else columns, codes, scales, x.stride(0), width,
-            HAS_COLUMNS=columns is not None, BLOCK=block, num_warps=warps,
+            HAS_COLUMNS=columns is not None, GIVEN=given, BLOCK=block, num_warps=warps,
         )  # fmt: skip
-    return codes, scales
+    return codes
 
 
 @triton.jit
