@@ -114,3 +114,19 @@ def test_layers_may_differ_in_storage() -> None:
     shape = shape_of(binding_of(model))
     assert shape.storage == "nf4 double"
     assert shape.layer_storages == ("nf4 double", "nf4 double", "float32")
+
+
+def test_four_bit_weights_are_kept_expanded_where_there_is_room() -> None:
+    model = add_adapter(quantise_4bit(tiny_model("llama"), True))
+    binding = bind(model, strict=True)
+    batch = Batch(4096, 4096, 4)
+    modules = [m for m in model.modules() if hasattr(m._parameters.get("weight"), "quant_state")]
+    found = plan_levels(binding, 2**34, batch)
+    assert all("pronghorn_expanded" in module._buffers for module in modules) and len(modules) == 14
+    assert "kept as their products multiply them" in " ".join(found.reasons)
+    without = estimate(shape_of(binding), found.levels, batch)
+    more = found.estimate.weights - without.weights
+    held = sum(module._buffers["pronghorn_expanded"].nbytes for module in modules)
+    assert held == more and not any("pronghorn_expanded" in name for name in model.state_dict())
+    plan_levels(binding, without.reserved - 2**20, batch)
+    assert not any("pronghorn_expanded" in module._buffers for module in modules)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ import torch
 from pronghorn.blocks import LinearProjection, host_bytes_per_token
 from pronghorn.engine.binding import Binding, copy_stream, host_pool
 from pronghorn.engine.read import Reading, read_groups
-from pronghorn.errors import UnsupportedCheckpoint
+from pronghorn.errors import BudgetTooSmall, UnsupportedCheckpoint
 from pronghorn.families import family_of
 from pronghorn.memory import (
     HOST_SHARE,
@@ -23,7 +24,9 @@ from pronghorn.memory import (
     plan,
     rates_of,
 )
-from pronghorn.memory.shape import STORAGES
+from pronghorn.memory.cost import Rates
+from pronghorn.memory.shape import STORAGES, stored_tensors
+from pronghorn.weights import keep_expanded
 
 
 def shape_of_config(
@@ -125,11 +128,55 @@ def plan_levels(binding: Binding, budget: str | int, batch: Batch, **more: Any) 
     pool = host_pool(device) if device.type == "cuda" else None
     if pool is not None:
         host = pool.limit if pool.limit is not None else host
-    found = plan(
-        shape_of(binding, **more), parse_budget(budget, free), batch, rates=rates_of(name), host_limit=host
-    )
+    shape, limit, rates = shape_of(binding, **more), parse_budget(budget, free), rates_of(name)
+    keep_expanded_weights(binding, False)
+    found = plan(shape, limit, batch, rates=rates, host_limit=host)
+    kept = _with_expanded(shape, limit, batch, rates, host)
+    if kept is not None and kept.time.total < found.time.total:
+        found = kept
+        keep_expanded_weights(binding, True)
     apply(binding, found)
     return found
+
+
+def _with_expanded(shape: ModelShape, limit: int, batch: Batch, rates: Rates, host: int) -> Plan | None:
+    """The plan with 4-bit weights also kept as their products multiply them; None where that is not possible."""
+    if not shape.storage.startswith("nf4") or shape.layer_storages:
+        return None
+    multiplied = "fp8 two" if shape.fp8_forward else shape.dtype
+    four_bit = shape.layers * sum(
+        sum(stored_tensors(*shape.linear(name), shape.storage)) for name in PROJECTIONS
+    )
+    if limit <= four_bit:
+        return None
+    try:
+        found = plan(
+            replace(shape, storage=multiplied), limit - four_bit, batch, rates=rates, host_limit=host
+        )
+    except BudgetTooSmall:
+        return None
+    more = found.estimate
+    estimate = replace(
+        more,
+        fixed=more.fixed + four_bit,
+        weights=more.weights + four_bit,
+        allocated=more.allocated + four_bit,
+        reserved=more.reserved + four_bit,
+        moments={name: size + four_bit for name, size in more.moments.items()},
+    )
+    reason = "4-bit weights are also kept as their products multiply them: there is room"
+    return replace(found, budget=limit, estimate=estimate, reasons=(*found.reasons, reason))
+
+
+def keep_expanded_weights(binding: Binding, keep: bool) -> int:
+    """Hold or let go what the products of 4-bit weights are made of; returns the bytes that are held."""
+    return sum(
+        keep_expanded(module, keep)
+        for layer in binding.layers
+        for module in layer.modules()
+        # PEFT's wrapper of such a module hands its weight on.
+        if getattr(module._parameters.get("weight"), "quant_state", None) is not None
+    )
 
 
 def apply(binding: Binding, found: Plan) -> None:
