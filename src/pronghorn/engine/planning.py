@@ -144,8 +144,11 @@ def _with_expanded(shape: ModelShape, limit: int, batch: Batch, rates: Rates, ho
     if not shape.storage.startswith("nf4") or shape.layer_storages:
         return None
     multiplied = "fp8 two" if shape.fp8_forward else shape.dtype
+    # As torch's allocator counts them, in whole 512 bytes.
     four_bit = shape.layers * sum(
-        sum(stored_tensors(*shape.linear(name), shape.storage)) for name in PROJECTIONS
+        -(-size // 512) * 512
+        for name in PROJECTIONS
+        for size in stored_tensors(*shape.linear(name), shape.storage)
     )
     if limit <= four_bit:
         return None
