@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from pronghorn.engine import bind, binding_of
-from pronghorn.engine.planning import apply, host_bytes, plan_levels, shape_of, shape_of_config
+from pronghorn.engine.planning import (
+    apply,
+    host_bytes,
+    keep_expanded_weights,
+    plan_levels,
+    shape_of,
+    shape_of_config,
+)
 from pronghorn.errors import BudgetInvalid, BudgetTooSmall, UnsupportedCheckpoint
 from pronghorn.memory import Batch, estimate
 from tests.families.parity import add_adapter, assert_same, bound_copy, quantise_4bit, rows_batch, run
@@ -127,6 +134,8 @@ def test_four_bit_weights_are_kept_expanded_where_there_is_room() -> None:
     without = estimate(shape_of(binding), found.levels, batch)
     more = found.estimate.weights - without.weights
     held = sum(module._buffers["pronghorn_expanded"].nbytes for module in modules)
-    assert held == pytest.approx(more, rel=0.05) and not any("pronghorn_expanded" in name for name in model.state_dict())
-    plan_levels(binding, without.reserved - 2**20, batch)
+    assert held == pytest.approx(more, rel=0.05) and not any(
+        "pronghorn_expanded" in name for name in model.state_dict()
+    )
+    assert keep_expanded_weights(binding, False) == 0
     assert not any("pronghorn_expanded" in module._buffers for module in modules)
