@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 import sys
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -16,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from pronghorn.blocks import head_groups
 from pronghorn.engine import bind
 from pronghorn.engine.binding import Binding
+from pronghorn.kernels import triton as triton_kernels
 from pronghorn.memory import offload
 from pronghorn.memory.allocator import Allocator
 from tests.families.parity import TARGETS
@@ -64,19 +67,21 @@ def _flash_backward(
 
 def prepare(monkeypatch: pytest.MonkeyPatch, *, parking: bool) -> None:
     """Make the engine run on the meta device as it does on a GPU."""
-    import importlib
-
     monkeypatch.setattr("pronghorn.kernels.dispatch.use_triton", lambda tensor, impl: True)
     for name in _KERNELS:
         module = importlib.import_module(f"pronghorn.kernels.{name}")
         if hasattr(module, "use_triton"):
             monkeypatch.setattr(module, "use_triton", lambda tensor, impl: True)
-    for name in ("rms_norm", "rope", "glu", "lora", "lora_grads", "cross_entropy", "nf4"):
-        module = importlib.import_module(f"pronghorn.kernels.triton.{name}")
+    # All are imported before one is changed: some import others' kernels by name.
+    names = [found.name for found in pkgutil.iter_modules(triton_kernels.__path__)]
+    for module in [importlib.import_module(f"{triton_kernels.__name__}.{name}") for name in names]:
         for attribute, value in list(vars(module).items()):
             if type(value).__name__ in ("InterpretedFunction", "JITFunction", "Heuristics"):
                 monkeypatch.setattr(module, attribute, _NoLaunch())
+    monkeypatch.setattr("pronghorn.kernels.lora.probe", lambda: SimpleNamespace(capability=(9, 0)))
     monkeypatch.setattr("pronghorn.kernels.triton.launch.processors", lambda index: 132)
+    for name in ("lora", "lora_grads", "glu_down"):
+        monkeypatch.setattr(f"pronghorn.kernels.triton.{name}.limits", lambda device: (132, 227 * 1024))
     monkeypatch.setattr("pronghorn.blocks.attention.attention_forward", _flash_forward)
     monkeypatch.setattr(head_groups, "attention_backward", _flash_backward)
     monkeypatch.setattr(Binding, "attention_backend", lambda self, *args, **kwargs: "flash")

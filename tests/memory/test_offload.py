@@ -174,6 +174,22 @@ def test_lists_come_back_in_the_opposite_order(log: list[str]) -> None:
     )
 
 
+def test_views_of_one_storage_travel_together(log: list[str]) -> None:
+    stash, pool = fake_stash(log)
+    wide = torch.randn(50, 96)
+    q, k = wide[:, :64].view(50, 4, 16), wide[:, 64:]
+    corner = torch.randn(1000, 100)[:3, :5]
+    index = stash.park([torch.randn(7), q, k, corner, torch.empty(0, 3)])
+    assert pool.used_bytes < 50 * 96 * 4 + 4 * 512
+    # More passes, so that the first has left.
+    for _ in range(4):
+        stash.park([torch.randn(7)])
+    _, q_back, k_back, corner_back, empty = stash.fetch(index, torch.device("cpu"))
+    assert torch.equal(q_back, q) and torch.equal(k_back, k) and q_back.stride() == q.stride()
+    assert q_back.untyped_storage().data_ptr() == k_back.untyped_storage().data_ptr()
+    assert torch.equal(corner_back, corner) and empty.shape == (0, 3)
+
+
 def test_an_input_alone_lags_two_layers_and_a_list_one(log: list[str]) -> None:
     stash, _ = fake_stash(log)
     for _ in range(4):

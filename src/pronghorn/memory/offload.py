@@ -39,13 +39,31 @@ def bytes_in_flight(size: int, first: int) -> int:
     return size + (LAG - 1) * first
 
 
+@dataclass(frozen=True)
+class _View:
+    """A tensor as a part of the bytes that are parked: which of them, and where in there."""
+
+    unit: int
+    dtype: torch.dtype
+    offset: int
+    size: torch.Size
+    stride: tuple[int, ...]
+
+    def of(self, units: Sequence[Tensor]) -> Tensor:
+        unit = units[self.unit]
+        tensor = torch.empty(0, dtype=self.dtype, device=unit.device)
+        return tensor.set_(unit.untyped_storage(), self.offset, self.size, self.stride)
+
+
 @dataclass
 class _Parked:
-    """One layer's tensors: their place on the host, and their device copies once they are on their way back."""
+    """One layer's tensors: their place on the host, and their bytes on the device once they are on their way back."""
 
-    shapes: list[tuple[torch.Size, torch.dtype]]
+    sizes: list[int]
+    views: list[_View]
     start: int = -1
     pieces: list[Tensor] = field(default_factory=list)
+    stayed: list[Tensor] | None = None
     here: list[Tensor] | None = None
     arrived: torch.cuda.Event | None = None
 
@@ -88,25 +106,25 @@ class HostStash:
 
         Where the host has no room for them they stay on the device.
         """
-        tensors = [t.contiguous() for t in tensors]
         computing = self._computing = torch.cuda.current_stream(tensors[0].device)
-        index, size = len(self._parked), sum(map(_stride, tensors))
-        item = _Parked([(t.shape, t.dtype) for t in tensors])
+        units, views = _units(tensors)
+        index, size = len(self._parked), sum(map(_stride, units))
+        item = _Parked([unit.numel() for unit in units], views)
         self._parked.append(item)
         taken = self._pool.take(size)
         if isinstance(taken, str):
             self._tell(f"layers keep on the GPU what should wait in host memory: {taken}")
-            item.here = tensors
+            item.stayed = list(tensors)
             return index
         item.start, item.pieces = taken
         self._stream.wait_stream(computing)
         with torch.cuda.stream(self._stream):
-            for host, device in _matching(item.pieces, tensors):
+            for host, device in _matching(item.pieces, units):
                 host.copy_(device, non_blocking=True)
             copied = torch.cuda.Event()
             copied.record(self._stream)
-        self._leaving.append(_Leaving(index, tensors, size, copied))
-        self._in_flight = max(self._in_flight, bytes_in_flight(size, _stride(tensors[0])))
+        self._leaving.append(_Leaving(index, [*tensors, *units], size, copied))
+        self._in_flight = max(self._in_flight, bytes_in_flight(size, _stride(units[0])))
         while sum(leaving.size for leaving in self._leaving) > self._in_flight:
             computing.wait_event(self._leaving.popleft().copied)
         return index
@@ -116,14 +134,13 @@ class HostStash:
         computing = torch.cuda.current_stream(device)
         item = self._parked[index]
         assert item is not None
-        tensors = self._not_left(index, computing)
+        tensors = item.stayed if item.stayed is not None else self._not_left(index, computing)
         if tensors is None:
             self._start_return(index, computing, device)
-            tensors = item.here
-            if item.arrived is not None:
-                # From here on the blocks belong to the computing stream alone.
-                computing.wait_event(item.arrived)
-        assert tensors is not None
+            assert item.here is not None and item.arrived is not None
+            # From here on the blocks belong to the computing stream alone.
+            computing.wait_event(item.arrived)
+            tensors = [view.of(item.here) for view in item.views]
         self._parked[index] = None
         if item.start >= 0:
             self._pool.give_back(item.start)
@@ -147,16 +164,21 @@ class HostStash:
             if leaving.index == index:
                 self._leaving.remove(leaving)
                 computing.wait_event(leaving.copied)
-                return leaving.tensors
+                return leaving.tensors[: len(self._parked[index].views)]  # type: ignore[union-attr]
         return None
 
     def _start_return(self, index: int, computing: torch.cuda.Stream, device: torch.device) -> None:
         item = self._parked[index]
-        if item is None or item.here is not None or any(leaving.index == index for leaving in self._leaving):
+        if (
+            item is None
+            or item.here is not None
+            or item.stayed is not None
+            or any(leaving.index == index for leaving in self._leaving)
+        ):
             return
         # Allocated on the computing stream, so that the blocks come from and return to that stream's pool; what that
         # stream did with them before comes first.
-        item.here = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in item.shapes]
+        item.here = [torch.empty(size, dtype=torch.uint8, device=device) for size in item.sizes]
         self._stream.wait_stream(computing)
         with torch.cuda.stream(self._stream):
             for host, there in _matching(item.pieces, item.here):
@@ -176,9 +198,35 @@ class HostStash:
                 self._pool.give_back(item.start)
 
 
-def _stride(tensor: Tensor) -> int:
-    """Bytes from a tensor's beginning to the next one's."""
-    return -(-tensor.numel() * tensor.element_size() // 512) * 512
+def _units(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[_View]]:
+    """The bytes to park (one uint8 vector a storage) and where each tensor lies in them.
+
+    Tensors that share a storage (q, k and v of one product) travel together as they lie; one that is a small part of
+    its storage is copied out first.
+    """
+    used: dict[int, int] = {}
+    for tensor in tensors:
+        key = tensor.untyped_storage()._cdata
+        used[key] = used.get(key, 0) + tensor.numel() * tensor.element_size()
+    units: list[Tensor] = []
+    places: dict[int, int] = {}
+    views = []
+    for tensor in tensors:
+        storage = tensor.untyped_storage()
+        if 4 * used[storage._cdata] < 3 * storage.nbytes():
+            tensor = tensor.contiguous() if not tensor.is_contiguous() else tensor.clone()
+            storage = tensor.untyped_storage()
+        if storage._cdata not in places:
+            places[storage._cdata] = len(units)
+            units.append(torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage))
+        place = places[storage._cdata]
+        views.append(_View(place, tensor.dtype, tensor.storage_offset(), tensor.shape, tensor.stride()))
+    return units, views
+
+
+def _stride(unit: Tensor) -> int:
+    """Bytes from a unit's beginning to the next one's."""
+    return -(-unit.numel() * unit.element_size() // 512) * 512
 
 
 def _matching(pieces: list[Tensor], tensors: list[Tensor]) -> list[tuple[Tensor, Tensor]]:

@@ -16,6 +16,7 @@ from pronghorn.blocks import Level, keeps, parks
 from pronghorn.blocks.glu import tile_slices
 from pronghorn.blocks.head_groups import head_groups
 from pronghorn.kernels.linear_cross_entropy import CHUNK_BYTES
+from pronghorn.kernels.lora import DEFERRED_RANK
 from pronghorn.memory.allocator import Allocator
 from pronghorn.memory.offload import bytes_in_flight
 from pronghorn.memory.shape import ModelShape
@@ -144,7 +145,7 @@ class Step:
             self._keep(saves, "xa_down", rows * shape.rank("down") * e)
             if keeps_sum and len(tiles) == 1:
                 out = self._new(self._residual())
-            self._product(DOWN, rows)
+            self._add_down(rows)
             self._free(act)
             if not keeps_wide:
                 self._drop(saves, "xa_down")
@@ -233,26 +234,41 @@ class Step:
 
     def _project(self, saves: dict[str, tuple[int, int]], names: tuple[str, ...], xa: str, rows: int) -> None:
         """`ProjectionGroup.forward`; outputs and XA are kept under their names."""
-        e = self.element
-        if self.shape.rank(*names):
-            self._keep(saves, xa, rows * self.shape.rank(*names) * e)
-        for name in names:
-            self._keep(saves, name, rows * self.shape.linear(name)[0] * e)
-        self._product(names, rows)
-
-    def _product(self, names: tuple[str, ...], rows: int) -> None:
-        """What the stored weights need for X Wᵀ besides X and Y."""
-        shape = self.shape
-        operand = []
-        if shape.fp8_forward:
-            operand = [self._new(rows * shape.linear(names[0])[1]), self._new(4 * rows)]
+        shape, e = self.shape, self.element
+        if shape.rank(*names):
+            self._keep(saves, xa, rows * shape.rank(*names) * e)
+        # The adapters' share is there first, where the product adds to it and nobody else takes it in on the way.
+        begun = bool(shape.rank(*names)) and not shape.fp8_forward and not self._defers(names)
+        for name in names if begun else ():
+            self._keep(saves, name, rows * shape.linear(name)[0] * e)
+        operand = self._operand(names[0], rows)
         for name in names:
             unpacked = self._new(shape.linear_parameters(name) * shape.unpacked_forward)
-            # An fp8 product cannot add to the residual sum in place.
-            apart = shape.fp8_forward and name == "down"
-            result = self._new(rows * shape.hidden * self.element) if apart else -1
-            self._free(unpacked, result)
+            if not begun:
+                self._keep(saves, name, rows * shape.linear(name)[0] * e)
+            self._free(unpacked)
         self._free(*operand)
+
+    def _defers(self, names: tuple[str, ...]) -> bool:
+        """Whether the group's consumer adds the adapters' share: the activation, or a rotation without norms."""
+        if names == QKV and self.shape.qk_norm:
+            return False
+        ranks = [self.shape.ranks.get(name, 0) for name in names]
+        return names in (QKV, GATE_UP) and 0 < max(ranks) <= DEFERRED_RANK
+
+    def _operand(self, name: str, rows: int) -> list[int]:
+        """Rows of a product's input in fp8."""
+        width = self.shape.linear(name)[1]
+        return [self._new(rows * width), self._new(4 * rows)] if self.shape.fp8_forward else []
+
+    def _add_down(self, rows: int) -> None:
+        """The down projection onto what is there: a residual sum, or one with the adapter's share."""
+        shape = self.shape
+        operand = self._operand("down", rows)
+        unpacked = self._new(shape.linear_parameters("down") * shape.unpacked_forward)
+        # An fp8 product cannot add in place.
+        apart = self._new(rows * shape.hidden * self.element) if shape.fp8_forward else -1
+        self._free(unpacked, apart, *operand)
 
     def _input_grad(self, names: tuple[str, ...], rows: int, with_b: bool, need: bool = True) -> int:
         """`ProjectionGroup.input_grad`: dX [rows, in]; dXA is counted while dX is made."""
