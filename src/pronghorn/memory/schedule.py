@@ -58,30 +58,42 @@ class Step:
         shape, t = self.shape, self.tokens
         inputs = [self._new(8 * t) for _ in range(4)]
         embeddings = hidden = self._new(self._residual())
-        angles = [self._new(t * shape.head_dim * self.element) for _ in range(2)]
+        angles = self._angles()
         for index, level in enumerate(self.levels):
             hidden = self._layer_forward(index, level, hidden, embeddings)
         self._mark("forward")
+        normed, rstd = self._new(t * shape.hidden * self.element), self._new(4 * t)
         if not self._holds(embeddings):
             self._free(embeddings)
-        gradient, final = self._loss(hidden)
+        gradient = self._loss(normed)
         self._mark("loss")
         dhidden = self._new(self.batch.loss_rows * shape.hidden * self.element)
         self._free(gradient)
         dout = self._new(t * shape.hidden * self.element)
         self._free(dhidden)
         dx = self._new(self._residual())
-        self._free(dout, *final)
+        self._free(dout, hidden, rstd)
         for index in reversed(range(len(self.levels))):
             dx = self._layer_backward(index, self.levels[index], dx)
             self._mark("backward")
         self._free(dx, *angles, *inputs)
 
-    def _loss(self, hidden: int) -> tuple[int, list[int]]:
-        """(the loss's gradient of its rows, what the final norm keeps)."""
+    def _angles(self) -> list[int]:
+        """cos and sin as Transformers makes them, through fp32."""
+        width = self.tokens * self.shape.head_dim
+        wide = [self._new(2 * width), self._new(4 * width)]
+        for _ in range(2):
+            unscaled = self._new(4 * width)
+            wide.append(self._new(4 * width))
+            self._free(unscaled)
+        angles = [self._new(width * self.element) for _ in range(2)]
+        self._free(*wide)
+        return angles
+
+    def _loss(self, normed: int) -> int:
+        """The gradient of the loss's rows; the final norm's output is let go of."""
         shape, rows = self.shape, self.batch.loss_rows
         e = self.element
-        normed, rstd = self._new(self.tokens * shape.hidden * e), self._new(4 * self.tokens)
         taken = self._new(rows * shape.hidden * e)
         gradient = self._new(rows * shape.hidden * e)
         chunk = CHUNK_BYTES["cuda"] // (shape.vocabulary * e)
@@ -89,7 +101,7 @@ class Step:
         for start in range(0, rows, chunk):
             self._free(self._new(min(chunk, rows - start) * shape.vocabulary * e))
         self._free(taken, normed)
-        return gradient, [hidden, rstd]
+        return gradient
 
     # --- a layer, forward ---------------------------------------------------------------------------------------
 
@@ -166,7 +178,8 @@ class Step:
         dout_o = self._input_grad(OUT, t, "xa_o" in saves)
         rotated = [self._new(t * width * e) for width in (shape.q, shape.kv)] if shape.qk_norm else []
         gradients = [self._new(t * width * e) for width in (shape.q, shape.kv, shape.kv)]
-        self._free(*[self._new(size) for size in self._attention_workspace()][::-1])
+        for _ in range(head_groups(t, shape.kv_heads, shape.attention)):
+            self._free(*[self._new(size) for size in self._attention_workspace()][::-1])
         self._free(*rotated, dout_o)
         self._drop(saves, "out", "lse", "v")
         if shape.qk_norm:
@@ -205,9 +218,9 @@ class Step:
                 self._keep(saves, "normed_glu", rows * shape.hidden * e)
             dnormed = self._input_grad(GATE_UP, rows, True)
             part = self._new(rows * shape.hidden * shape.residual_element)
-            self._free(dnormed)
             if not kept:
                 self._drop(saves, "gate", "up", "xa_gate_up")
+            self._free(dnormed)
             if rebuilt:
                 self._drop(saves, "normed_glu")
             if len(tiles) > 1:
