@@ -13,7 +13,7 @@ from pronghorn.errors import Fp8Unavailable, UnknownArgument
 from pronghorn.hardware import Fact, Hardware, probe
 from pronghorn.loading import FastLanguageModel, fast
 from pronghorn.loading.fp8 import choose_fp8
-from pronghorn.weights import Fp8FourBitWeight, Fp8GradWeight, Fp8Linear, read_weight, stacked
+from pronghorn.weights import Fp8FourBitWeight, Fp8GradWeight, Fp8Linear, Fp8Weight, read_weight, stacked
 from tests.tiny import save_tiny
 
 IDS = torch.tensor([[1, 17, 90, 33, 250, 7, 300, 12]])
@@ -147,6 +147,18 @@ def test_mixed_quantises_the_chosen_and_only_the_gradient_of_others(llama):
     }
     assert full == {f"model.layers.{i}.mlp.{kind}_proj" for i in (1, 2) for kind in ("up", "gate")}
     assert len(half) == LAYERS * 7 - len(full) and "lm_head" not in half
+
+
+def test_each_kind_has_its_own_defaults(llama):
+    def chosen(kind):
+        model, _ = load(llama, load_in_fp8=kind, fp8_skip_layers=None)
+        linears = [m for m in model.modules() if isinstance(m, nn.Linear)]
+        return [sum(isinstance(read_weight(m), k) for m in linears) for k in (Fp8Weight, Fp8GradWeight)]
+
+    assert chosen("mixed") == [2 * 3, LAYERS * 7 - 2 * 3]  # a quarter of four layers at either end is one
+    assert chosen("backward") == [0, LAYERS * 7]
+    with pytest.raises(UnknownArgument, match="fp8_skip_layers=2"):
+        chosen(True)
 
 
 def test_codes_follow_a_merged_adapter(llama):

@@ -95,7 +95,7 @@ class FastLanguageModel:
         attention: str | None = None,
         strict: bool = False,
         gguf_file: str | None = None,
-        fp8_skip_layers: int = 2,
+        fp8_skip_layers: int | None = None,
         fp8_modules: Iterable[str] | None = None,
         fp8_copies: int = 1,
         **kwargs: Any,
@@ -120,9 +120,10 @@ class FastLanguageModel:
             attention: of the fast path, by name: "cudnn", "flash", "flex", "cpu", "sdpa" or "eager"; None takes the
                 fastest one that does what the model asks for.
             strict: refuse a model that cannot take the fast path, instead of training it on its stock forward.
-            fp8_skip_layers: decoder layers at either end that stay in 16 bits.
-            fp8_modules: names of the linear layers to multiply in fp8, such as ["gate_proj", "up_proj", "down_proj"];
-                None for all in the decoder layers (never the head).
+            fp8_skip_layers: decoder layers at either end that are not chosen; None is 2, for "mixed" a quarter of all,
+                for "backward" 0.
+            fp8_modules: names of the linear layers to choose, such as ["gate_proj", "up_proj", "down_proj"], which are
+                those of "mixed"; None otherwise is all in the decoder layers (never the head).
             fp8_copies: 2 also stores the codes transposed, a byte more a weight for a backward a few per cent faster.
             kwargs: arguments of older scripts without effect here.
 
