@@ -49,10 +49,10 @@ class Fp8Options:
     copies: int = 1
 
 
-#: Values of `load_in_fp8`, with the layers and modules they choose unless told otherwise. On SmolLM2-135M (2,048 tokens,
-#: cosine of adapter gradients to fp32 on the original weights, median and worst): True 0.980, 0.925; "mixed" 0.994,
-#: 0.979; "backward" 0.997, 0.986; NF4 for comparison below 0.72. Rounding the weights is most of it: against fp32 on
-#: the stored weights True has 0.994, 0.978. Measure with benchmarks.gates.
+#: Values of `load_in_fp8`, with the layers and modules they choose unless told otherwise. On SmolLM2-135M the cosine of
+#: adapter gradients to fp32 on the original weights is (median, worst; 2,048 tokens) True 0.980, 0.925; "mixed" 0.994,
+#: 0.979; and (512 tokens) "backward" 0.997, 0.986; NF4 0.62, -0.24. Rounding the weights is most of it: to fp32 on the
+#: stored weights True has 0.994, 0.978. Measure with benchmarks.gates.
 KINDS: dict[bool | str, tuple[int | None, tuple[str, ...] | None]] = {
     True: (2, None),
     "mixed": (None, ("gate_proj", "up_proj", "down_proj")),
