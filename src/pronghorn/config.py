@@ -37,6 +37,10 @@ class ModelSection:
     load_in_4bit: bool | None = None
     """Left out: 4 bits on a CUDA GPU with bitsandbytes, unquantised elsewhere and for GGUF files."""
     load_in_8bit: bool = False
+    load_in_fp8: bool | Literal["mixed", "backward"] | None = None
+    fp8_skip_layers: int | None = field(default=None, metadata={"at_least": 0})
+    fp8_modules: list[str] | None = None
+    fp8_copies: int | None = field(default=None, metadata={"at_least": 1})
     bnb_4bit_quant_type: Literal["nf4", "fp4"] | None = None
     bnb_4bit_use_double_quant: bool | None = None
     full_finetuning: bool = False
@@ -47,6 +51,7 @@ class ModelSection:
     device_map: str | dict[str, Any] | None = None
     rope_scaling: dict[str, Any] | None = None
     attn_implementation: str | None = None
+    attention: str | None = None
     use_gradient_checkpointing: bool | SaveLevel | None = None
     strict: bool | None = None
 
@@ -106,6 +111,8 @@ class TrainingSection:
     optim: str | None = None
     max_length: int | Literal["auto"] | None = field(default=None, metadata={"at_least": 1})
     packing: bool | None = None
+    memory_budget: str | int | None = None
+    cuda_graphs: bool | None = None
     gradient_checkpointing: bool | None = None
     logging_steps: int | float | None = field(default=None, metadata={"at_least": 0})
     eval_strategy: Literal["no", "steps", "epoch"] | None = None

@@ -63,7 +63,7 @@ class SFTConfig(trl.SFTConfig):
     cuda_graphs: bool = field(
         default=True, metadata={"help": "Launch each micro-batch as one CUDA graph where possible."}
     )
-    memory_budget: str | None = field(
+    memory_budget: str | int | None = field(
         default=None,
         metadata={"help": "GPU memory a step may take, such as 17.5GiB, or 'auto': layers keep what fits."},
     )
