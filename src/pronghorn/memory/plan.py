@@ -15,7 +15,7 @@ from pronghorn.blocks import LEVELS, Level, host_bytes_per_token, saved_bytes_pe
 from pronghorn.blocks.glu import TILE_ROWS, tile_slices
 from pronghorn.errors import BudgetInvalid, BudgetTooSmall
 from pronghorn.memory.cost import Rates, StepTime, layer_times, rates_of, step_time
-from pronghorn.memory.estimate import Estimate, estimate
+from pronghorn.memory.estimate import Estimate, estimate, with_model
 from pronghorn.memory.schedule import Batch
 from pronghorn.memory.shape import ModelShape
 
@@ -127,19 +127,28 @@ def longest_that_fits(
     Documents and supervised rows keep their share of the tokens.
     """
 
-    def fits(tokens: int) -> bool:
-        sized = resized(batch, tokens)
-        host = shape.layers * host_bytes_per_token("offload", shape.widths) * tokens if offload else 0
-        if host_limit is not None and host > host_limit:
-            return leanest(shape, sized, rates, offload=False).reserved <= budget
-        return leanest(shape, sized, rates, offload).reserved <= budget
+    per_token = shape.layers * host_bytes_per_token("offload", shape.widths)
+    # Layers are alike: most of the search looks at a few of them, and adds what the others keep.
+    few = replace(shape, layers=min(shape.layers, 6), layer_storages=())
+    others = shape.layers - few.layers
+    more = with_model(shape, rates.capability)[0].reserved - with_model(few, rates.capability)[0].reserved
+
+    def parked(tokens: int) -> bool:
+        return offload and (host_limit is None or per_token * tokens <= host_limit)
+
+    def nearly_fits(tokens: int) -> bool:
+        there = 0 if parked(tokens) else others * saved_bytes_per_token("none", shape.widths) * tokens
+        found = leanest(few, resized(batch, tokens), rates, parked(tokens))
+        return found.reserved + more + there <= budget
 
     low, high = 0, 1
-    while high < 2**15 and fits(high * 256):
+    while high < 2**15 and nearly_fits(high * 256):
         low, high = high, high * 2
     while high - low > max(1, low // 64):
         middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle * 256) else (low, middle)
+        low, high = (middle, high) if nearly_fits(middle * 256) else (low, middle)
+    while low and leanest(shape, resized(batch, low * 256), rates, parked(low * 256)).reserved > budget:
+        low -= max(1, low // 64)
     return low * 256
 
 
@@ -170,15 +179,17 @@ class _Search:
         self.shape, self.budget, self.batch, self.rates = shape, budget, batch, rates
         self.host_limit, self.offload = host_limit, offload
         self.times = layer_times(shape, batch, rates)
+        self.lean: Estimate | None = None
         self._least = 0
         self._saved = {level: saved_bytes_per_token(level, shape.widths) * batch.tokens for level in LEVELS}
         self._host = {level: host_bytes_per_token(level, shape.widths) * batch.tokens for level in LEVELS}
 
     def run(self) -> Plan | None:
-        everything = self._plan(_times("all", self.shape.layers), None)
-        if everything is not None:
-            return everything
-        lean = leanest(self.shape, self.batch, self.rates, self.offload)
+        if not self._surely_too_large(_times("all", self.shape.layers)):
+            everything = self._plan(_times("all", self.shape.layers), None)
+            if everything is not None:
+                return everything
+        lean = self.lean = leanest(self.shape, self.batch, self.rates, self.offload)
         if lean.reserved > self.budget:
             return None
         # No level works with less than half of what the leanest needs besides what is kept.
@@ -278,7 +289,7 @@ def _reasons(levels: Sequence[Level], rows: int | None, found: Estimate, time: S
 
 def _too_small(search: _Search) -> BudgetTooSmall:
     shape, batch, budget, rates = search.shape, search.batch, search.budget, search.rates
-    least = leanest(shape, batch, rates, search.offload)
+    least = search.lean or leanest(shape, batch, rates, search.offload)
     longest = longest_that_fits(shape, budget, batch, rates, search.offload, search.host_limit)
     fixes = []
     if longest:
