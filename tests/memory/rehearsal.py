@@ -170,3 +170,21 @@ def in_four_bits(model: Any) -> Any:
         if hasattr(module, "base_layer") and hasattr(module, "lora_A"):
             module.base_layer = Linear4bit(module.base_layer)
     return model
+
+
+def in_fp8(model: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The linear weights under a PEFT model's adapters as fp8 codes, stored both ways round."""
+    from pronghorn.weights.fp8_linear import Fp8Linear
+
+    def product(rows: Any, codes: Tensor, scales: Any, dtype: torch.dtype, **options: Any) -> Tensor:
+        return torch.empty(rows[0].shape[0], codes.shape[0], dtype=dtype, device="meta")
+
+    monkeypatch.setattr("pronghorn.weights.fp8.product", product)
+    for module in model.modules():
+        if hasattr(module, "base_layer") and hasattr(module, "lora_A"):
+            out, width = module.base_layer.weight.shape
+            codes = torch.empty(out, width, dtype=torch.float8_e4m3fn, device="meta")
+            linear = Fp8Linear(codes, torch.empty(out, 1, device="meta"), None, torch.bfloat16)
+            linear.weight_transposed = torch.empty(width, out, dtype=codes.dtype, device="meta")
+            module.base_layer = linear
+    return model

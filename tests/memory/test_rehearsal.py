@@ -13,7 +13,7 @@ from pronghorn.engine.planning import shape_of
 from pronghorn.memory import Batch, estimate
 from pronghorn.memory.allocator import Allocator
 from pronghorn.memory.estimate import with_model
-from tests.memory.rehearsal import in_four_bits, measure, meta_model, prepare
+from tests.memory.rehearsal import in_four_bits, in_fp8, measure, meta_model, prepare
 
 pytest.importorskip("triton")
 
@@ -55,6 +55,12 @@ def test_every_level(level: str, tile_rows: int | None, monkeypatch: pytest.Monk
 def test_four_bit_weights(level: str, monkeypatch: pytest.MonkeyPatch) -> None:
     prepare(monkeypatch, parking=True)
     compare(in_four_bits(meta_model(LlamaConfig(**SIZES))), level, 4096)
+
+
+@pytest.mark.parametrize("level", ["offload", "none", "attention", "all"])
+def test_fp8_weights(level: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepare(monkeypatch, parking=True)
+    compare(in_fp8(meta_model(LlamaConfig(**SIZES)), monkeypatch), level, 8192)
 
 
 @pytest.mark.parametrize("level", ["none", "attention", "all"])

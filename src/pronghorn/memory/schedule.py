@@ -290,18 +290,29 @@ class Step:
         dxa = self._new(rows * rank * e)
         if rank:
             self._free(*[self._new(size) for size in self._partial_sums(names, rows, with_b)])
-        dx = self._new(rows * width * e) if need and not shape.fp8_backward else -1
-        operands = []
-        for name in names if need else ():
-            if shape.fp8_backward:
-                operands += [self._new(rows * shape.linear(name)[0]), self._new(4 * rows)]
+        if need and shape.fp8_backward:
+            dx = self._quantised_input_grad(names, rows, summed=rank > 0)
+        else:
+            dx = self._new(rows * width * e) if need else -1
+            for name in names if need else ():
+                self._free(self._new(shape.linear_parameters(name) * shape.unpacked_backward))
+        self._free(dxa)
+        return dx
+
+    def _quantised_input_grad(self, names: tuple[str, ...], rows: int, summed: bool) -> int:
+        """dX of products that cannot add in place: a part a weight, then (with adapters) their sum by one kernel."""
+        shape = self.shape
+        size = rows * shape.linear(names[0])[1] * self.element
+        operands, parts = [], []
+        for name in names:
+            operands += [self._new(rows * shape.linear(name)[0]), self._new(4 * rows)]
             unpacked = self._new(shape.linear_parameters(name) * shape.unpacked_backward)
-            if shape.fp8_backward:
-                part = self._new(rows * width * e)
-                dx, part = (part, -1) if dx < 0 else (dx, part)
-                self._free(part)
+            parts.append(self._new(size))
             self._free(unpacked)
-        self._free(*operands, dxa)
+            if not summed and len(parts) > 1:
+                self._free(parts.pop())
+        dx = self._new(size) if summed else parts.pop()
+        self._free(*operands, *parts)
         return dx
 
     def _partial_sums(self, names: tuple[str, ...], rows: int, with_b: bool) -> list[int]:
