@@ -15,7 +15,7 @@ from benchmarks.registry import BASELINE, LEVELS, Side, Workload, find_side, fin
 COLUMNS = (
     "side",
     "tok/s",
-    "vs unsloth",
+    "ratio",
     "of ceiling",
     "label",
     "parity",
@@ -32,7 +32,7 @@ COLUMNS = (
 
 CSV_FIELDS = (
     "date", "commit", "source", "hardware", "workload", "side", "label", "parity", "tokens_per_s",
-    "supervised_per_s", "ratio", "of_ceiling", "ms_per_step", "ms_median", "ms_p10", "ms_p90", "steps",
+    "supervised_per_s", "ratio", "baseline", "of_ceiling", "ms_per_step", "ms_median", "ms_p10", "ms_p90", "steps",
     "tokens_per_step", "peak_allocated_gib", "peak_reserved_gib", "whole_allocated_gib", "whole_reserved_gib",
     "loaded_s", "first_step_s", "first_loss", "mean_loss", "steps_run", "attention", "kernels", "versions", "error",
 )  # fmt: skip
@@ -51,9 +51,20 @@ FP8_GATES = ("gradient cosine", "KL(", "held-out loss, paired difference", "prod
 SAME, DIFFERENT, UNKNOWN = "same loss", "DIFFERENT LOSS", "unknown"
 
 
-def baseline_speed(results: Iterable[dict[str, Any]]) -> float | None:
+def baseline_of(results: list[dict[str, Any]]) -> str:
+    """The side that ratios are against: Unsloth's default; without a GPU, where it does not run, the faster of stock
+    Transformers with and without checkpointing."""
+    ran = [r for r in results if "error" not in r and not r.get("ceiling")]
+    if any(r["side"] == BASELINE for r in ran) or not all(r["hardware"].startswith("CPU") for r in ran):
+        return BASELINE
+    stock = [r for r in ran if r["side"] in ("hf", "hf-nockpt")]
+    return max(stock, key=lambda r: r["tokens_per_s"])["side"] if stock else BASELINE
+
+
+def baseline_speed(results: list[dict[str, Any]]) -> float | None:
     """Tokens/s of the baseline side, median of its rounds; None when it did not run."""
-    speeds = sorted(r["tokens_per_s"] for r in results if r["side"] == BASELINE and "error" not in r)
+    side = baseline_of(results)
+    speeds = sorted(r["tokens_per_s"] for r in results if r["side"] == side and "error" not in r)
     return speeds[len(speeds) // 2] if speeds else None
 
 
@@ -101,9 +112,10 @@ def checked_state(side: Side, workload: Workload, hardware: str, path: Path) -> 
 def rate(results: list[dict[str, Any]], path: Path = parity.DEFAULT_FILE) -> None:
     """Add `ratio`, `parity` and the share of the ceiling to the rows of one workload. No ratio where the loss differs
     or the parity check was red or not run for the present sources."""
-    speed, reference = baseline_speed(results), reference_loss(results)
+    base, speed, reference = baseline_of(results), baseline_speed(results), reference_loss(results)
     ceilings = {r["label"]: r["tokens_per_s"] for r in results if r.get("ceiling")}
     for result in results:
+        result["baseline"] = base if speed else ""
         if result.get("ceiling"):
             result |= {"parity": "", "ratio": result["tokens_per_s"] / speed if speed else None}
             continue
@@ -119,7 +131,7 @@ def cells(result: dict[str, Any]) -> list[str]:
     if "error" in result:
         return [result["side"], "failed", *[""] * (len(COLUMNS) - 2)]
     ratio = "" if result["ratio"] is None else f"{result['ratio']:.2f}x"
-    refused = result["parity"] == DIFFERENT or (result["parity"].startswith("parity") and not ratio)
+    refused = result["parity"] == DIFFERENT or _unchecked(result)
     spread = f"{result['ms_p10']:.0f}..{result['ms_p90']:.0f}" if "ms_p10" in result else ""
     return [
         result["side"],
@@ -138,6 +150,11 @@ def cells(result: dict[str, Any]) -> list[str]:
         result.get("steps_run", "").split(":")[0],
         result.get("attention", ""),
     ]
+
+
+def _unchecked(result: dict[str, Any]) -> bool:
+    """Whether a speed is refused since the parity check was red or not run."""
+    return result["parity"].startswith("parity") and not result["parity"].endswith(parity.GREEN)
 
 
 def _number(value: float | None, form: str, unit: str = "") -> str:
@@ -163,8 +180,10 @@ def plain_table(header: Iterable[str], rows: Iterable[list[str]]) -> str:
 def title(workload: Workload, results: list[dict[str, Any]]) -> str:
     """What the workload is, in a line."""
     hardware = next((r["hardware"] for r in results if "hardware" in r), "unknown hardware")
+    base = next((r["baseline"] for r in results if r.get("baseline")), "")
+    against = f"; ratios are to {base}" if base else f"; no ratios: {BASELINE} did not run"
     cap = f", at most {workload.cap_gib:g} GiB" if workload.cap_gib else ""
-    return f"{workload.name}: {workload.model}, {workload.shape} tokens, {workload.label}, {hardware}{cap}"
+    return f"{workload.name}: {workload.model}, {workload.shape} tokens, {workload.label}, {hardware}{cap}{against}"
 
 
 def notes(results: list[dict[str, Any]]) -> list[str]:
@@ -173,7 +192,7 @@ def notes(results: list[dict[str, Any]]) -> list[str]:
     for r in results:
         if r.get("parity") == DIFFERENT:
             lines.append(f"{r['side']}: its first loss differs from the stock model's; no speed is claimed")
-        elif str(r.get("parity")).startswith("parity") and r["ratio"] is None and "error" not in r:
+        elif "error" not in r and _unchecked(r):
             lines.append(
                 f"{r['side']}: {r['parity']} for these sources on this hardware: no speed is claimed"
             )

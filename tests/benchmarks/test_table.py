@@ -136,6 +136,17 @@ def test_no_ratio_without_a_baseline_or_on_another_loss(green: Path) -> None:
     assert "pronghorn-all: its first loss differs" in text
 
 
+def test_without_a_gpu_ratios_are_to_the_faster_stock_side(tmp_path: Path) -> None:
+    path = tmp_path / "parity.json"
+    parity.record("exact", {f"llama tiny bf16 {level}": True for level in LEVELS}, path, "CPU")
+    rows = [result("hf", 50.0), result("hf-nockpt", 100.0), result("pronghorn-all", 150.0)]
+    for row in rows:
+        row["hardware"] = "CPU, 2 threads"
+    rate(rows, path)
+    assert [row["ratio"] for row in rows] == [0.5, 1.0, 1.5]
+    assert "ratios are to hf-nockpt" in report(WORKLOADS["tiny"], rows)
+
+
 def test_a_nan_loss_is_a_different_loss() -> None:
     rows = [result("hf", 50.0), result("unsloth", 100.0), result("pronghorn-all", 150.0, loss=float("nan"))]
     rate(rows)
