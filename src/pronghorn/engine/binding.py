@@ -201,11 +201,13 @@ class Binding:
         counts = ", ".join(
             f"{self.save_levels.count(level)}x {level}" for level in LEVELS if level in self.save_levels
         )
+        linear = [p.weight for _, p in self._projections() if not isinstance(p, ModuleProjection)]
+        label = "quantised" if any(weight.label == "quantised" for weight in linear) else "exact"
         lines = [
-            f"{name} ({self.family.name} family): {len(self.layers)} layers in attention and GLU blocks, exact",
+            f"{name} ({self.family.name} family): {len(self.layers)} layers in attention and GLU blocks, {label}",
             *self._describe_attention(),
             f"  save levels: {counts}",
-            f"  weights: {', '.join(sorted(self._storages()))}",
+            f"  weights: {', '.join(sorted({weight.storage for weight in linear}))}",
         ]
         altered = altered_part(self.model.model, self.family.parts)
         if altered is not None:
@@ -223,9 +225,6 @@ class Binding:
                 projection = read_projection(getattr(parent, part), Reading(layer.training), slot)
                 found.append((f"layers.{index}.{part}", projection))
         return found
-
-    def _storages(self) -> set[str]:
-        return {p.weight.storage for _, p in self._projections() if not isinstance(p, ModuleProjection)}
 
     def _module_projections(self) -> list[str]:
         """Projections outside the formulas, grouped by reason."""

@@ -291,7 +291,6 @@ class TrainingStep:
             small = _nonsense(device, _REHEARSAL_TOKENS, _REHEARSAL_TOKENS // 2, 2, _REHEARSAL_TOKENS // 2)
             self._stream.wait_stream(torch.cuda.current_stream(device))
             self._run_for_nothing(small, self._stream)
-            torch.cuda.current_stream(device).wait_stream(self._stream)
             self._host_bytes = host_pool(device).most_used / _REHEARSAL_TOKENS
         if self._host_bytes:
             # Nothing can be pinned while a graph is recorded. A quarter of a percent: tensors begin at whole 512 bytes.
@@ -350,6 +349,9 @@ class TrainingStep:
             with torch.random.fork_rng(devices=devices), torch.cuda.stream(stream):
                 self._execute(batch, torch.ones((), device=device))
         finally:
+            if stream is not None:
+                # What is put back below must come after the last gradient that was added over there.
+                torch.cuda.current_stream(device).wait_stream(stream)
             for parameter, gradient in before:
                 parameter.grad = gradient
             for buffer, values in held:

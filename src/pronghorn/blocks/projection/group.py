@@ -27,7 +27,7 @@ from pronghorn.blocks.projection.parts import (
 from pronghorn.kernels import lora
 from pronghorn.kernels.dispatch import Impl
 from pronghorn.kernels.dropout import seeded_dropout
-from pronghorn.weights import Weight
+from pronghorn.weights import Weight, stacked
 from pronghorn.weights.operand import Operand, as_operand
 
 
@@ -283,7 +283,7 @@ class ProjectionGroup:
         if defer_adapters:
             return self._linear(0).weight.matmul_t(operands[0]), grads
         if need and grads is not None and self._sums_late(grads.dxa):
-            parts = [p.weight.matmul_t(o) for p, o in zip(self._all_linear(), operands, strict=True)]
+            parts = self._frozen_input_grads(operands)
             a = self._stacked_a(grads.dxa.dtype)
             return lora.up(grads.dxa, [a.t()], [1.0], parts[:1], addends=parts[1:], impl=self.impl)[0], grads
         first = need and grads is not None and not self._drops and self._all_accumulate()
@@ -301,6 +301,14 @@ class ProjectionGroup:
             assert dx is not None
             self._add_adapter_input_grad_(dx, grads.dxa)
         return dx, grads
+
+    def _frozen_input_grads(self, operands: Sequence[Operand]) -> list[Tensor]:
+        """dY_i W_i of all projections, their sum where the weights lie side by side as one."""
+        weights = [projection.weight for projection in self._all_linear()]
+        stack = stacked(weights)
+        if stack is not None:
+            return [stack.matmul_t(Operand.joined([o.tensor for o in operands], stack.scales))]
+        return [weight.matmul_t(operand) for weight, operand in zip(weights, operands, strict=True)]
 
     def _sums_late(self, dxa: Tensor) -> bool:
         """Whether dX is best summed by one kernel at the end: where no product adds to what is there."""
@@ -462,12 +470,12 @@ class ProjectionGroup:
 
 def _accumulates(weight: Weight) -> bool:
     """Whether the forward product is added inside the multiplication; those in fp8 are not."""
-    return type(weight).matmul_add_ is Weight.matmul_add_
+    return weight.adds_forward
 
 
 def _accumulates_grad(weight: Weight) -> bool:
     """The same for the input gradient, which may be in fp8 where the forward product is not."""
-    return type(weight).matmul_t_add_ is Weight.matmul_t_add_
+    return weight.adds_input_grad
 
 
 def _token_sum(dy: Tensor) -> Tensor:
