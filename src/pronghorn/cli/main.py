@@ -80,7 +80,11 @@ def build_parser() -> argparse.ArgumentParser:
     plan.add_argument("--max-seq-length", type=_positive, default=2048, metavar="N")
     plan.add_argument("--batch", type=_positive, default=1, metavar="N", help="rows of a step (default 1)")
     plan.add_argument(
-        "--rank", type=_whole, default=16, metavar="R", help="of the adapters (default 16); 0 trains all weights"
+        "--rank",
+        type=_whole,
+        default=16,
+        metavar="R",
+        help="of the adapters (default 16); 0 trains all weights",
     )
     plan.add_argument("--load-in-4bit", action="store_true")
     plan.add_argument("--no-offload", action="store_true", help="keep out of the host's memory")

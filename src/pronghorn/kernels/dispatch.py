@@ -36,3 +36,17 @@ def use_triton(tensor: Tensor, impl: Impl | None) -> bool:
 def math_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype arithmetic runs in: fp32, or fp64 for fp64 inputs."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+#: Elements of a block of rows whose wide temporaries stay in a CPU's caches: 512 KiB of fp32.
+BLOCK_ELEMENTS = 1 << 17
+
+
+def row_block(x: Tensor) -> int:
+    """How many rows of x [T, width] the torch path of an elementwise kernel takes at a time.
+
+    On a CPU temporaries as large as x leave the caches, and the allocator returns them to the system after each use:
+    the page faults cost several times the arithmetic. Elsewhere all rows are taken at once.
+    """
+    rows = max(1, x.shape[0])
+    return min(rows, max(1, BLOCK_ELEMENTS // max(1, x.shape[-1]))) if x.device.type == "cpu" else rows

@@ -10,17 +10,17 @@ frozen products are so written and read once, and nobody adds to them in between
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
-from pronghorn.kernels.dispatch import Impl, math_dtype, use_triton
+from pronghorn.kernels.dispatch import Impl, math_dtype, row_block, use_triton
 from pronghorn.kernels.lora import LowRank, accumulate_product_
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
-GELU_TANH = math.sqrt(2.0 / math.pi)
-GELU_CUBIC = 0.044715
+#: torch's names of the two GELUs
+APPROXIMATE = {"gelu": "none", "gelu_tanh": "tanh"}
+
+aten = torch.ops.aten
 
 
 def glu_forward(
@@ -41,8 +41,12 @@ def glu_forward(
         from pronghorn.kernels.triton.glu import forward
 
         return forward(gate, up, activation, gate_adapter, up_adapter)
-    value, _ = _value_and_slope(_whole(gate, gate_adapter), activation, slope=False)
-    return value.mul_(_whole(up, up_adapter)).to(gate.dtype)
+    out, rows = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device), row_block(gate)
+    work = gate.new_empty(2, rows, gate.shape[1], dtype=math_dtype(gate.dtype))
+    for at in (slice(start, start + rows) for start in range(0, gate.shape[0], rows)):
+        value = _value_(_whole_(work[0], gate, gate_adapter, at), activation)
+        out[at] = value.mul_(_whole_(work[1], up, up_adapter, at))
+    return out
 
 
 def glu_backward(
@@ -62,15 +66,19 @@ def glu_backward(
         from pronghorn.kernels.triton.glu import backward
 
         return backward(dact, gate, up, activation, gate_adapter, up_adapter, inplace)
-    wide, above = _whole(gate, gate_adapter), _whole(up, up_adapter)
-    value, slope = _value_and_slope(wide, activation)
-    grad = dact.to(wide.dtype)
-    act = (value * above).to(gate.dtype)
-    dgate = slope.mul_(above).mul_(grad).to(gate.dtype)
-    dup = value.mul_(grad).to(gate.dtype)
-    if inplace:
-        return dact.copy_(act), gate.copy_(dgate), up.copy_(dup)
-    return act, dgate, dup
+    outs = (dact, gate, up) if inplace else tuple(torch.empty_like(x) for x in (dact, gate, up))
+    rows = row_block(gate)
+    work = gate.new_empty(4, rows, gate.shape[1], dtype=math_dtype(gate.dtype))
+    for at in (slice(start, start + rows) for start in range(0, gate.shape[0], rows)):
+        act, dgate, dup = (out[at] for out in outs)
+        wide, above = _whole_(work[0], gate, gate_adapter, at), _whole_(work[1], up, up_adapter, at)
+        grad = work[2][: act.shape[0]].copy_(dact[at])
+        slope = torch.mul(grad, above, out=work[3][: act.shape[0]])
+        dgate.copy_(_times_slope_(slope, wide, activation))
+        value = _value_(wide, activation)
+        act.copy_(above.mul_(value))
+        dup.copy_(grad.mul_(value))
+    return outs[0], outs[1], outs[2]
 
 
 def glu_forward_down(
@@ -126,9 +134,11 @@ def glu_backward_down_(
     up.copy_(dup)
 
 
-def _whole(base: Tensor, adapter: LowRank | None) -> Tensor:
-    """base with its adapter's share, in the dtype of arithmetic; never written to."""
-    return base.to(math_dtype(base.dtype)) if adapter is None else adapter.add_to(base)
+def _whole_(work: Tensor, base: Tensor, adapter: LowRank | None, at: slice) -> Tensor:
+    """Rows `at` of base with their adapter's share, in the dtype of arithmetic, written into `work`."""
+    rows = base[at]
+    out = work[: rows.shape[0]]
+    return out.copy_(rows if adapter is None else adapter.rows(at).add_to(rows))
 
 
 def _check(activation: str) -> None:
@@ -136,20 +146,15 @@ def _check(activation: str) -> None:
         raise ValueError(f"activation '{activation}' is not one of {', '.join(ACTIVATIONS)}")
 
 
-def _value_and_slope(x: Tensor, activation: str, slope: bool = True) -> tuple[Tensor, Tensor]:
-    """f(x) and f'(x) as new tensors; without `slope` the second is x."""
+def _value_(x: Tensor, activation: str) -> Tensor:
+    """f(x), written over x."""
     if activation == "silu":
-        s = torch.sigmoid(x)
-        value = x * s
-        # f' = s + x s (1 - s) = s + f (1 - s)
-        return value, (torch.addcmul(s, value, 1 - s) if slope else x)
-    if activation == "gelu":
-        cdf = torch.special.ndtr(x)
-        density = torch.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
-        return x * cdf, (torch.addcmul(cdf, x, density) if slope else x)
-    t = torch.tanh(GELU_TANH * (x + GELU_CUBIC * x**3))
-    half = 0.5 * (1 + t)
-    if not slope:
-        return x * half, x
-    inner = GELU_TANH * (1 + 3 * GELU_CUBIC * x * x)
-    return x * half, half + 0.5 * x * (1 - t * t) * inner
+        return torch.nn.functional.silu(x, inplace=True)
+    return aten.gelu_(x, approximate=APPROXIMATE[activation])
+
+
+def _times_slope_(grad: Tensor, x: Tensor, activation: str) -> Tensor:
+    """grad · f'(x), written over grad."""
+    if activation == "silu":
+        return aten.silu_backward.grad_input(grad, x, grad_input=grad)
+    return aten.gelu_backward.grad_input(grad, x, approximate=APPROXIMATE[activation], grad_input=grad)

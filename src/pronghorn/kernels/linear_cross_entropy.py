@@ -18,8 +18,10 @@ from torch.autograd.function import once_differentiable
 from pronghorn.kernels.dispatch import Impl, math_dtype, use_triton
 
 # Bytes of one chunk of logits. On a GPU a chunk must be tall enough to fill the matrix units: at V = 128k and bf16
-# 128 MiB are 512 rows. A CPU gains nothing from tall chunks.
-CHUNK_BYTES = {"cuda": 128 * 2**20, "cpu": 32 * 2**20}
+# 128 MiB are 512 rows. A CPU, too, multiplies 512 rows in the time of 256.
+CHUNK_BYTES = {"cuda": 128 * 2**20, "cpu": 128 * 2**20}
+#: Elements of logits that a CPU turns into probabilities at a time: 4 MiB in fp32, which stay in its caches.
+BLOCK_ELEMENTS = 1 << 20
 
 Lora = tuple[Tensor, Tensor, float]
 
@@ -160,18 +162,22 @@ class _LinearCrossEntropy(torch.autograd.Function):
         losses = torch.zeros(count, dtype=math_dtype(dtype), device=hidden.device)
         correct = torch.zeros(count, dtype=torch.bool, device=hidden.device)
         low_rank = None if a is None or b is None else (a.to(dtype), b.to(dtype))
+        # One buffer for all chunks: on a CPU memory fresh from the system costs more than a product's share of it.
+        space = hidden.new_empty(min(count, settings.chunk_rows), weight.shape[0])
         for start in range(0, count, settings.chunk_rows):
             at = slice(start, min(start + settings.chunk_rows, count))
             chunk = hidden[at]
-            logits = chunk @ weight.t() if bias is None else torch.addmm(bias.to(dtype), chunk, weight.t())
+            logits = space[: chunk.shape[0]]
+            if bias is None:
+                torch.mm(chunk, weight.t(), out=logits)
+            else:
+                torch.addmm(bias.to(dtype), chunk, weight.t(), out=logits)
             adapter = None
             if low_rank is not None:
                 adapter = (*low_rank, chunk @ low_rank[0].t())
                 logits.addmm_(adapter[2], adapter[1].t(), alpha=settings.scaling)
-            dlogits = _cross_entropy_(logits, labels[at], losses[at], correct[at], settings, gradients.any)
-            gradients.add(dlogits, chunk, weight, adapter, at)
-            # Else this chunk's logits would live on while the next chunk's are made: a second chunk at the peak.
-            del logits, dlogits
+            _cross_entropy_(logits, labels[at], losses[at], correct[at], settings, gradients.any)
+            gradients.add(logits, chunk, weight, adapter, at)
         # Saved, not kept on the node: it outlives backward for as long as somebody holds the loss.
         ctx.save_for_backward(*gradients.tensors())
         ctx.dtypes = [None if p is None else p.dtype for p in (hidden, weight, bias, a, b)]
@@ -199,8 +205,8 @@ def _scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _cross_entropy_(
     logits: Tensor, labels: Tensor, losses: Tensor, correct: Tensor, settings: _Settings, need_grad: bool
-) -> Tensor:
-    """Losses and hits of a chunk into `losses` and `correct`; returns d(sum of losses)/d(logits) over `logits`."""
+) -> None:
+    """Losses and hits of a chunk into `losses` and `correct`; d(sum of losses)/d(logits) over `logits`."""
     if settings.triton:
         from pronghorn.kernels.triton.cross_entropy import cross_entropy_
 
@@ -214,26 +220,43 @@ def _cross_entropy_(
             settings.softcap,
             need_grad,
         )
-        return logits
-    wide = logits.to(losses.dtype)
+        return
+    count, vocabulary = logits.shape
+    on_cpu = logits.device.type == "cpu"
+    rows = min(count, max(1, BLOCK_ELEMENTS // vocabulary)) if on_cpu else count
+    work = logits.new_empty(rows, vocabulary, dtype=losses.dtype)
+    for start in range(0, count, rows):
+        at = slice(start, start + rows)
+        _cross_entropy_rows_(logits[at], labels[at], losses[at], correct[at], work, settings, need_grad)
+
+
+def _cross_entropy_rows_(
+    logits: Tensor,
+    labels: Tensor,
+    losses: Tensor,
+    correct: Tensor,
+    work: Tensor,
+    settings: _Settings,
+    need_grad: bool,
+) -> None:
+    """`_cross_entropy_` for no more rows than `work` has, whose dtype the arithmetic is done in."""
+    wide = work[: logits.shape[0]].copy_(logits)
     if settings.logit_scale != 1.0:
-        wide = wide * settings.logit_scale
+        wide.mul_(settings.logit_scale)
+    slope = None
     if settings.softcap is not None:
-        wide = torch.tanh(wide / settings.softcap) * settings.softcap
+        bent = wide.div_(settings.softcap).tanh_()
+        slope = 1 - bent.square()
+        wide.mul_(settings.softcap)
     supervised = labels != settings.ignore_index
     picked = labels.clamp(min=0)[:, None]
-    target = wide.gather(1, picked).squeeze(1)
-    lse = torch.logsumexp(wide, 1)
-    losses.copy_((lse - target).masked_fill_(~supervised, 0.0))
-    correct.copy_((target >= wide.amax(1)) & supervised)
+    target, largest = wide.gather(1, picked), wide.amax(1, keepdim=True)
+    correct.copy_((target >= largest).squeeze(1) & supervised)
+    total = wide.sub_(largest).exp_().sum(1, keepdim=True)
+    losses.copy_((total.log() + largest - target).squeeze(1).masked_fill_(~supervised, 0.0))
     if not need_grad:
-        return logits
-    capped = wide if settings.softcap is not None else None
-    grad = torch.exp(wide - lse[:, None])
-    grad.scatter_add_(1, picked, grad.new_full(picked.shape, -1.0))
-    if capped is not None:
-        grad *= 1 - (capped / settings.softcap).square()
-    if settings.logit_scale != 1.0:
-        grad *= settings.logit_scale
-    grad *= supervised[:, None]
-    return grad.to(logits.dtype)
+        return
+    wide.div_(total).scatter_add_(1, picked, wide.new_full(picked.shape, -1.0))
+    if slope is not None:
+        wide.mul_(slope)
+    logits.copy_(wide.mul_(supervised[:, None] * settings.logit_scale))

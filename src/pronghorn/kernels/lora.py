@@ -45,6 +45,10 @@ class LowRank(NamedTuple):
         dtype = math_dtype(base.dtype)
         return torch.addmm(base.to(dtype), self.xa.to(dtype), self.b.to(dtype).t(), alpha=self.scaling)
 
+    def rows(self, at: slice) -> LowRank:
+        """The share of some rows."""
+        return self._replace(xa=self.xa[at])
+
 
 # --- gradients that accumulate in fp32 -------------------------------------------------------------------------
 

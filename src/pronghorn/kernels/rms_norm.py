@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pronghorn.kernels.dispatch import Impl, math_dtype, use_triton
+from pronghorn.kernels.dispatch import Impl, math_dtype, row_block, use_triton
 from pronghorn.kernels.fp8 import E4M3, Fp8Rows, quantise_rows
 
 
@@ -46,10 +46,21 @@ def rms_norm_forward(
 
         return forward(x, weight, eps, residual, weight_offset, out_dtype or x.dtype)
     summed = x if residual is None else x + residual
-    wide = summed.to(math_dtype(x.dtype))
-    rstd = torch.rsqrt(wide.square().mean(-1) + eps)
-    y = (wide * rstd[:, None]).mul_(weight.to(wide.dtype) + weight_offset)
-    return y.to(out_dtype or x.dtype), rstd.to(math_dtype(x.dtype)), summed
+    dtype, rows = math_dtype(x.dtype), row_block(x)
+    scale = weight.to(dtype) + weight_offset
+    y = torch.empty_like(summed, dtype=out_dtype or x.dtype)
+    rstd = summed.new_empty(summed.shape[0], 1, dtype=dtype)
+    work = summed.new_empty(2, rows, x.shape[1], dtype=dtype)
+    for source, target, row_rstd in zip(summed.split(rows), y.split(rows), rstd.split(rows), strict=True):
+        wide, squares = (buffer[: source.shape[0]] for buffer in work)
+        row_rstd.copy_(_rstd(wide.copy_(source), eps, squares))
+        target.copy_(wide.mul_(row_rstd).mul_(scale))
+    return y, rstd.squeeze(1), summed
+
+
+def _rstd(wide: Tensor, eps: float, work: Tensor) -> Tensor:
+    """(mean_h x² + eps)^-½ of rows [T, H], as [T, 1]; `work` is overwritten."""
+    return torch.square(wide, out=work).mean(1, keepdim=True).add_(eps).rsqrt_()
 
 
 def rms_norm_forward_fp8(
@@ -101,18 +112,24 @@ def rms_norm_backward(
         from pronghorn.kernels.triton.rms_norm import backward
 
         return backward(dy, x, weight, rstd, eps, weight_offset, residual_grad, need_weight_grad)
-    wide = x.to(math_dtype(x.dtype))
-    if rstd is None:
-        rstd = torch.rsqrt(wide.square().mean(-1) + eps)
-    normed = wide * rstd[:, None]
-    grad = dy.to(wide.dtype)
-    dweight = (grad * normed).sum(0) if need_weight_grad else None
-    scaled = grad * (weight.to(wide.dtype) + weight_offset)
-    along = (scaled * normed).mean(-1, keepdim=True)
-    dx = scaled.addcmul_(normed, along, value=-1).mul_(rstd[:, None])
-    if residual_grad is not None:
-        dx += residual_grad
-    return dx.to(x.dtype), dweight
+    dtype, rows = math_dtype(x.dtype), row_block(x)
+    scale = weight.to(dtype) + weight_offset
+    dx = torch.empty_like(x)
+    dweight = x.new_zeros(x.shape[1], dtype=dtype) if need_weight_grad else None
+    work = x.new_empty(3, rows, x.shape[1], dtype=dtype)
+    for at in (slice(start, start + rows) for start in range(0, x.shape[0], rows)):
+        normed, grad, product = (buffer[: x[at].shape[0]] for buffer in work)
+        normed.copy_(x[at])
+        row_rstd = _rstd(normed, eps, product) if rstd is None else rstd[at, None]
+        normed.mul_(row_rstd)
+        grad.copy_(dy[at])
+        if dweight is not None:
+            dweight += torch.mul(grad, normed, out=product).sum(0)
+        grad.mul_(scale)
+        along = torch.mul(grad, normed, out=product).mean(1, keepdim=True)
+        grad.addcmul_(normed, along, value=-1).mul_(row_rstd)
+        dx[at] = grad if residual_grad is None else grad.add_(residual_grad[at])
+    return dx, dweight
 
 
 class _RMSNorm(torch.autograd.Function):

@@ -14,7 +14,7 @@ BACKENDS = {
     "cudnn": "cuDNN over the ragged stream",
     "flash": "torch's FlashAttention-2 over the packed stream",
     "flex": "torch's FlexAttention, compiled for this mask",
-    "cpu": "torch's CPU flash kernel, one call for each run of equally long documents",
+    "cpu": "tiles of queries, equally long neighbouring documents together",
     "sdpa": "torch's scaled_dot_product_attention, document by document",
     "eager": "the formula written out, document by document",
 }
