@@ -52,8 +52,8 @@ format: $(READY_DEV)
 
 gpu: $(READY_TEST)
 	@$(BIN)/python -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "make gpu needs a CUDA GPU, and torch sees none")'
-	@$(BIN)/python -m pytest tests/kernels tests/memory
-	@$(BIN)/python -m benchmarks.verify
+	@$(BIN)/python -m pytest tests/kernels tests/memory tests/engine tests/training
+	@$(BIN)/python -m benchmarks.verify --record benchmarks/results/parity.json
 	@$(BIN)/python -m benchmarks.run --workload llama8b-lora,llama8b-qlora,qwen1.5b-lora --out benchmarks/results/mine.csv
 
 clean:

@@ -180,7 +180,9 @@ def main(argv: list[str] | None = None) -> int:
         "--title", default="LoRA and QLoRA fine-tuning, one NVIDIA H200, all sides in one job"
     )
     parser.add_argument(
-        "--footnote", default="Longer is faster on the left; shorter is smaller on the right."
+        "--footnote",
+        default="Longer is faster on the left; shorter is smaller on the right. Hollow: the comparison with "
+        "Transformers was not recorded for exactly these sources.",
     )
     options = parser.parse_args(argv)
     chosen = [names.split(",") if names else None for names in (options.workloads, options.sides)]
