@@ -149,6 +149,20 @@ def test_every_module_trains_whatever_the_outermost_says() -> None:
     assert all(module.training for module in model.modules())
 
 
+def test_an_evaluation_in_between_is_no_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = adapted()
+    step, made = TrainingStep(model), []
+    lay_out = TrainingStep._lay_out
+    monkeypatch.setattr(TrainingStep, "_lay_out", lambda self: made.append(1) or lay_out(self))
+    for _ in range(3):
+        step.run(*collated(rows()))
+        model.eval()
+    assert len(made) == 1
+    model.get_base_model().pronghorn_binding.set_save_levels("none")
+    step.run(*collated(rows()))
+    assert len(made) == 2
+
+
 def test_an_optimizer_step_reaches_the_copy_that_the_products_read() -> None:
     model, plain = adapted(), adapted()
     step = TrainingStep(model)

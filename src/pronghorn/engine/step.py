@@ -156,12 +156,13 @@ class TrainingStep:
 
     def _settle(self) -> None:
         """Make or renew everything that depends on the model's state."""
-        binding = self.binding
-        chosen = (binding.save_levels, binding.tile_rows, binding.attention)
-        if self._state and self._state == state_of(self._tree) and self._chosen == chosen:
+        if self._unchanged():
             return
-        # Whatever the flag of the outermost module says: PEFT's is set while the model inside is as it was loaded.
+        # An evaluation in between is no change. Every module is set, whatever the flag of the outermost one says: PEFT's
+        # is on while the model inside is as it was loaded.
         self.model.train()
+        if self._unchanged():
+            return
         if self._graphs:
             logger.warning("pronghorn: the model has changed: its captured steps are made anew")
         self.release()
@@ -169,7 +170,13 @@ class TrainingStep:
         if self._model_reason is None:
             self._lay_out()
         self._tree = module_tree(self.model)
-        self._state, self._chosen = state_of(self._tree), chosen
+        self._state, self._chosen = state_of(self._tree), self._choices()
+
+    def _unchanged(self) -> bool:
+        return bool(self._state) and self._state == state_of(self._tree) and self._chosen == self._choices()
+
+    def _choices(self) -> tuple[Any, ...]:
+        return self.binding.save_levels, self.binding.tile_rows, self.binding.attention
 
     def _why_another_call(self) -> str | None:
         """Why the model's loss is not the blocks' and the fused head's, or None."""

@@ -436,6 +436,8 @@ class SFTTrainer(trl.SFTTrainer):
         finally:
             if self._progress is not None:
                 self._progress.close()
+            if self._steps is not None:
+                self._steps.release()
 
     def _already_trained(self, checkpoint: str) -> TrainOutput:
         """The state at a run's end, loaded. Transformers would train one more step, as it looks only after a step."""

@@ -9,7 +9,8 @@ Shapes: q [T, N, D], k and v [T, K, D] with G = N / K, out [T, N, D]; the statis
 backward are explicit calls: the attention block decides what is kept between them.
 """
 
-from pronghorn.kernels.attention.choose import BACKENDS, INSTALL_CUDNN, check_name, choose_backend
+from pronghorn.kernels.attention.choose import BACKENDS, check_name, choose_backend
+from pronghorn.kernels.attention.cudnn_ragged import INSTALL_CUDNN
 from pronghorn.kernels.attention.dispatch import attention_backward, attention_forward, attention_sink_grad
 from pronghorn.kernels.attention.documents import AttentionCall, Documents
 

@@ -18,10 +18,6 @@ BACKENDS = {
     "sdpa": "torch's scaled_dot_product_attention, document by document",
     "eager": "the formula written out, document by document",
 }
-#: The reason where only a package is missing.
-INSTALL_CUDNN = (
-    "install nvidia-cudnn-frontend for faster attention on this GPU: pip install 'pronghorn[hopper]'"
-)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from pronghorn.kernels.attention import flash, per_document
-from pronghorn.kernels.attention.choose import INSTALL_CUDNN
 from pronghorn.kernels.attention.cudnn_plans import (
     PLANS,
     Geometry,
@@ -33,6 +32,10 @@ from pronghorn.kernels.attention.documents import AttentionCall, Documents
 
 logger = logging.getLogger("pronghorn")
 
+#: The reason where only a package is missing.
+INSTALL_CUDNN = (
+    "install nvidia-cudnn-frontend for faster attention on this GPU: pip install 'pronghorn[hopper]'"
+)
 #: Bytes of token pairs that a deterministic backward may keep; beyond, FlashAttention-2's is taken.
 MOST_PAIR_BYTES = 2**30
 #: Versions of the frontend and of cuDNN that were measured and compared with the reference; others are probed.
