@@ -158,8 +158,8 @@ class TrainingStep:
         """Make or renew everything that depends on the model's state."""
         if self._unchanged():
             return
-        # An evaluation in between is no change. Every module is set, whatever the flag of the outermost one says: PEFT's
-        # is on while the model inside is as it was loaded.
+        # An evaluation in between is no change. Every module is set, whatever the flag of the outermost one says:
+        # PEFT's is on while the model inside is as it was loaded.
         self.model.train()
         if self._unchanged():
             return
