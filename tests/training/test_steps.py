@@ -127,3 +127,11 @@ def test_one_document_that_does_not_fit_is_an_error_with_a_fix(tmp_path, monkeyp
     run = trainer(tmp_path, adapter_model())
     with pytest.raises(OutOfMemory, match="memory_budget='auto'"):
         run.train()
+
+
+def test_a_memory_budget_has_no_effect_on_a_cpu(tmp_path, caplog) -> None:
+    model = adapter_model()
+    run = trainer(tmp_path, model, memory_budget="auto")
+    run.train()
+    assert "memory_budget=auto is for a GPU's memory" in caplog.text
+    assert set(binding_of(model).save_levels) == {"all"} and losses(run)

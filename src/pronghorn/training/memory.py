@@ -59,7 +59,7 @@ def take_memory(trainer: Any, step: TrainingStep) -> None:
         )
     if budget is not None and batch is not None:
         _plan(trainer, budget, batch)
-    if batch is None or not on_gpu:
+    if batch is None:
         return
     try:
         _rehearse(trainer, step, batch)
