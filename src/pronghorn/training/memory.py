@@ -47,11 +47,11 @@ def take_memory(trainer: Any, step: TrainingStep) -> None:
         BudgetTooSmall: the batch fits at no levels; with numbers and the smallest change that helps.
         BudgetInvalid: a budget that is no size, or one for a run whose largest batch is not known.
     """
-    batch, budget, on_gpu = (
-        largest_batch(trainer),
-        trainer.args.memory_budget,
-        trainer.args.device.type == "cuda",
-    )
+    batch, budget = largest_batch(trainer), trainer.args.memory_budget
+    if trainer.args.device.type != "cuda":
+        if budget is not None:
+            logger.warning("pronghorn: memory_budget=%s is for a GPU's memory and has no effect here", budget)
+        return
     if budget is not None and batch is None:
         raise BudgetInvalid(
             "memory_budget needs to know the longest row, and the data is a stream without max_length",
