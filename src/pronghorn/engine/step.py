@@ -281,7 +281,8 @@ class TrainingStep:
                 self.release()
                 raise
             except Exception as error:
-                reason = f"the capture failed ({type(error).__name__}: {str(error).splitlines()[0]})"
+                first_line = str(error).partition("\n")[0]
+                reason = f"the capture failed ({type(error).__name__}: {first_line})"
                 self.release()
         self.capture = False
         self.binding.tell_once(f"steps are launched kernel by kernel instead of as one CUDA graph: {reason}")

@@ -73,7 +73,7 @@ class StaticSteps:
                 return step.run(batch, normalizer)
             except torch.OutOfMemoryError as error:
                 # Outside of this block the error would keep the tensors of the failed pass alive.
-                failure = str(error).splitlines()[0]
+                failure = str(error).partition("\n")[0]
             self._after_running_out(step, tokens, failure)
         parts = split_batch(batch)
         if parts is None:
