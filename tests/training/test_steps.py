@@ -135,3 +135,26 @@ def test_a_memory_budget_has_no_effect_on_a_cpu(tmp_path, caplog) -> None:
     run.train()
     assert "memory_budget=auto is for a GPU's memory" in caplog.text
     assert set(binding_of(model).save_levels) == {"all"} and losses(run)
+
+
+def test_an_evaluation_that_does_not_fit_beside_graphs_is_done_without_them(
+    tmp_path, monkeypatch, caplog
+) -> None:
+    run = trainer(tmp_path, adapter_model(), eval_dataset=chats(4))
+    run.train()
+    released, failures = [], [torch.OutOfMemoryError("as the test wants it")]
+    whole = run.prediction_step
+
+    def predict(*args, **kwargs):
+        if failures:
+            raise failures.pop()
+        return whole(*args, **kwargs)
+
+    monkeypatch.setattr(run, "prediction_step", predict)
+    monkeypatch.setattr(run._steps, "release", lambda: released.append(1))
+    with pytest.raises(torch.OutOfMemoryError):
+        run.evaluate()
+    failures.append(torch.OutOfMemoryError("again"))
+    run._steps._step.captured = 1
+    assert run.evaluate()["eval_loss"] > 0
+    assert released == [1] and "no room beside the captured steps" in caplog.text

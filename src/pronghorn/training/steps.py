@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import torch
 from accelerate.utils import DistributedType
@@ -18,6 +18,8 @@ from pronghorn.training.memory import largest_batch, take_memory
 from pronghorn.training.setup import is_bound
 
 logger = logging.getLogger("pronghorn")
+
+T = TypeVar("T")
 
 
 class StaticSteps:
@@ -101,6 +103,19 @@ class StaticSteps:
         """Give the graphs' memory back; a later run makes them anew."""
         if self._step is not None:
             self._step.release()
+
+    def beside(self, work: Callable[[], T]) -> T:
+        """Do other work on the GPU (an evaluation); where memory runs out, once more without the graphs."""
+        try:
+            return work()
+        except torch.OutOfMemoryError:
+            if self._step is None or not self._step.captured:
+                raise
+        logger.warning(
+            "pronghorn: no room beside the captured steps: they are let go and made anew afterwards"
+        )
+        self.release()
+        return work()
 
     def _tell(self, reason: str) -> None:
         if (

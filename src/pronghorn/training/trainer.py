@@ -9,6 +9,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -368,8 +369,9 @@ class SFTTrainer(trl.SFTTrainer):
         return output
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        work = partial(super().evaluate, *args, **kwargs)
         with self._not_training():
-            return super().evaluate(*args, **kwargs)
+            return work() if self._steps is None else self._steps.beside(work)
 
     # --- logs -------------------------------------------------------------------------------------------------
 
