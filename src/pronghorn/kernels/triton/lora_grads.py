@@ -107,22 +107,9 @@ def _sum_grads(
     if block < token_blocks:
         if part == 0:
             _sum_tile(
-                dxa_partial_ptr,
-                dxa0,
-                slab,
-                blocks0,
-                tokens,
-                r0,
-                R,
-                dxa_stride,
-                s0,
-                block,
-                0,
-                False,
-                ROWS,
-                R,
+                dxa_partial_ptr, dxa0, slab, blocks0, tokens, r0, R, dxa_stride, s0, block, 0, False, ROWS, R,
                 8,
-            )
+            )  # fmt: skip
         elif part == 1:
             at = dxa_partial_ptr + part.to(tl.int64) * blocks0 * slab
             _sum_tile(at, dxa1, slab, blocks1, tokens, r1, R, dxa_stride, s1, block, 0, False, ROWS, R, 8)
@@ -134,22 +121,9 @@ def _sum_grads(
         block -= token_blocks
         if part == 0:
             _sum_tile(
-                db_partial_ptr,
-                db0,
-                slab_b,
-                shares,
-                wanted0,
-                r0,
-                R,
-                db_stride0,
-                s0,
-                block,
-                0,
-                True,
-                ROWS,
-                R,
+                db_partial_ptr, db0, slab_b, shares, wanted0, r0, R, db_stride0, s0, block, 0, True, ROWS, R,
                 8,
-            )
+            )  # fmt: skip
         elif part == 1:
             at = db_partial_ptr + w0 * R
             _sum_tile(at, db1, slab_b, shares, wanted1, r1, R, db_stride1, s1, block, 0, True, ROWS, R, 8)
@@ -320,19 +294,9 @@ def accumulate_a(a_grad: Tensor, dxa: Tensor, x: Tensor) -> Tensor:
     shares = triton.cdiv(tokens, each)
     partial = torch.empty(shares, rank, width, dtype=torch.float32, device=x.device)
     _a_grads[(triton.cdiv(width, config["BO"]), shares)](
-        dxa,
-        x,
-        partial,
-        tokens,
-        width,
-        rank,
-        dxa.stride(0),
-        x.stride(0),
-        each,
-        R=padded,
-        WIDE=is_wide(x),
+        dxa, x, partial, tokens, width, rank, dxa.stride(0), x.stride(0), each, R=padded, WIDE=is_wide(x),
         **config,
-    )
+    )  # fmt: skip
     sum_a_grads(partial, a_grad)
     return a_grad
 
@@ -348,22 +312,9 @@ def sum_a_grads(partial: Tensor, a_grad: Tensor) -> None:
 @triton.jit
 def _sum_rows(partial_ptr, out_ptr, slab, count, rows, columns, R: tl.constexpr, ROWS: tl.constexpr):
     _sum_tile(
-        partial_ptr,
-        out_ptr,
-        slab,
-        count,
-        rows,
-        columns,
-        R,
-        columns,
-        1.0,
-        tl.program_id(0),
-        0,
-        False,
-        ROWS,
-        R,
+        partial_ptr, out_ptr, slab, count, rows, columns, R, columns, 1.0, tl.program_id(0), 0, False, ROWS, R,
         8,
-    )
+    )  # fmt: skip
 
 
 def sum_rows(partial: Tensor, out: Tensor) -> None:
