@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from pronghorn.data.budgets import Budgets
 from pronghorn.data.collator import BOOKKEEPING, Collator
 from pronghorn.engine import TrainingStep, bind
+from pronghorn.engine.signature import state_of
 from tests.families.parity import add_adapter, relative_error
 from tests.tiny import tiny_model
 
@@ -147,6 +148,16 @@ def test_every_module_trains_whatever_the_outermost_says() -> None:
     assert model.training and not model.get_base_model().training
     TrainingStep(model).run(*collated(rows()))
     assert all(module.training for module in model.modules())
+
+
+def test_codes_made_anew_are_a_change() -> None:
+    """A graph would go on reading the memory of the ones before."""
+    module = torch.nn.Linear(4, 4)
+    module.register_buffer("codes", torch.zeros(4))
+    before, held = state_of([module]), module.codes
+    assert state_of([module]) == before
+    module.codes = torch.zeros(4)
+    assert held is not module.codes and state_of([module]) != before
 
 
 def test_an_evaluation_in_between_is_no_change(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ def module_tree(model: nn.Module) -> list[nn.Module]:
 def state_of(modules: list[nn.Module]) -> list[Any]:
     """Everything of the modules that decides which kernels run on which memory.
 
-    Training flags, hooks, replaced forwards, children, parameters with their memory and whether they are trained, and
+    Training flags, hooks, replaced forwards, children, parameters and buffers with their memory, which are trained, and
     PEFT's switches. Compared with `==`; about a microsecond a module.
     """
     state: list[Any] = []
@@ -33,6 +33,8 @@ def state_of(modules: list[nn.Module]) -> list[Any]:
             if parameter is not None:
                 hooked = bool(parameter._backward_hooks or parameter._post_accumulate_grad_hooks)
                 state.append((parameter.data_ptr(), parameter.requires_grad, hooked))
+        # Codes and scales of stored weights, which merging an adapter makes anew.
+        state.extend(buffer.data_ptr() for buffer in own["_buffers"].values() if buffer is not None)
         if "scaling" in own:
             state.append([_copied(own.get(name)) for name in _ADAPTER_STATE])
     return state
