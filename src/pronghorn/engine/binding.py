@@ -15,7 +15,7 @@ from torch import nn
 from pronghorn.blocks import LEVELS, Level, ModuleProjection, check_levels, parks
 from pronghorn.engine.altered import altered_part
 from pronghorn.engine.flat import FlatAdapters
-from pronghorn.engine.read import Reading, read_projection
+from pronghorn.engine.read import Reading, read_groups
 from pronghorn.errors import AttentionUnavailable
 from pronghorn.families import ACTIVATIONS, DecoderFamily
 from pronghorn.kernels.attention import INSTALL_CUDNN, check_name, choose_backend
@@ -201,7 +201,7 @@ class Binding:
         counts = ", ".join(
             f"{self.save_levels.count(level)}x {level}" for level in LEVELS if level in self.save_levels
         )
-        linear = [p.weight for _, p in self._projections() if not isinstance(p, ModuleProjection)]
+        linear = [p.weight for _, p in self.projections() if not isinstance(p, ModuleProjection)]
         label = "quantised" if any(weight.label == "quantised" for weight in linear) else "exact"
         lines = [
             f"{name} ({self.family.name} family): {len(self.layers)} layers in attention and GLU blocks, {label}",
@@ -214,22 +214,21 @@ class Binding:
             lines.append(f"  the stock decoder runs for now: {altered}")
         return "\n".join(lines + [f"  through its own module: {text}" for text in self._module_projections()])
 
-    def _projections(self) -> list[tuple[str, Any]]:
+    def projections(self) -> list[tuple[str, Any]]:
+        """Every projection of the layers as a forward would read it now, with its path."""
         parts = self.family.parts
+        names = (parts.q, parts.k, parts.v, parts.o, parts.gate, parts.up, parts.down)
         found = []
         for index, layer in enumerate(self.layers):
-            attention, mlp = getattr(layer, parts.attention), getattr(layer, parts.mlp)
-            named = [(attention, n) for n in (parts.q, parts.k, parts.v, parts.o)]
-            named += [(mlp, n) for n in (parts.gate, parts.up, parts.down)]
-            for slot, (parent, part) in enumerate(named):
-                projection = read_projection(getattr(parent, part), Reading(layer.training), slot)
-                found.append((f"layers.{index}.{part}", projection))
+            groups = read_groups(layer, parts, Reading(layer.training))
+            read = [projection for group in groups.values() for projection in group]
+            found += [(f"layers.{index}.{name}", p) for name, p in zip(names, read, strict=True)]
         return found
 
     def _module_projections(self) -> list[str]:
         """Projections outside the formulas, grouped by reason."""
         by_reason: dict[str, list[str]] = {}
-        for path, projection in self._projections():
+        for path, projection in self.projections():
             if isinstance(projection, ModuleProjection):
                 by_reason.setdefault(projection.reason, []).append(path)
         return [

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pronghorn.blocks import LinearProjection
+from pronghorn.blocks import Adapter, LinearProjection
 from pronghorn.blocks.projection import PackedAdapters, Projection
 
 #: Elements every B starts a multiple of, so that matrix products load whole 16-byte words.
@@ -65,7 +65,7 @@ class FlatAdapters:
         self._packed = {key: self._pack(group) for key, group in self._groups.items()}
 
     def _place(self, key: Key, projections: Sequence[Projection], size: int) -> int:
-        pairs = [a for p in projections if isinstance(p, LinearProjection) for a in p.adapters]
+        pairs = _pairs(projections)
         a_offset, rank = size, sum(pair.rank for pair in pairs)
         for pair in pairs:
             self._places.append((pair.a, size))  # type: ignore[arg-type]
@@ -76,9 +76,8 @@ class FlatAdapters:
             self._places.append((pair.b, size))  # type: ignore[arg-type]
             b_places.append((size, (pair.b.shape[0], pair.b.shape[1])))
             size += pair.b.numel()
-        owners = tuple(t for pair in pairs for t in (pair.a, pair.b))
         shape = (rank, pairs[0].a.shape[1])
-        self._groups[key] = _Group(owners, a_offset, shape, tuple(b_places))  # type: ignore[arg-type]
+        self._groups[key] = _Group(tuple(_tensors(projections)), a_offset, shape, tuple(b_places))  # type: ignore[arg-type]
         return -(-size // ALIGN) * ALIGN
 
     @staticmethod
@@ -112,9 +111,7 @@ class FlatAdapters:
         group = self._groups.get(key)
         if group is None:
             return None
-        found = [
-            t for p in projections if isinstance(p, LinearProjection) for a in p.adapters for t in (a.a, a.b)
-        ]
+        found = _tensors(projections)
         same = len(found) == len(group.owners) and all(
             x is y for x, y in zip(found, group.owners, strict=True)
         )
@@ -123,17 +120,14 @@ class FlatAdapters:
 
 def packable(projections: Sequence[Projection]) -> bool:
     """Whether a group's adapters can be packed: plain trained fp32 LoRA pairs, without dropout, bias or hooks."""
-    pairs = [a for p in projections if isinstance(p, LinearProjection) for a in p.adapters]
+    pairs, tensors = _pairs(projections), _tensors(projections)
     if not pairs or not all(isinstance(p, LinearProjection) for p in projections):
         return False
-    tensors = [t for pair in pairs for t in (pair.a, pair.b)]
     plain = all(pair.dropout == 0.0 and pair.b_bias is None for pair in pairs)
     trained = all(isinstance(t, nn.Parameter) and t.requires_grad for t in tensors)
     # A gradient has its parameter's dtype, and sums of products over a step are kept in fp32 at least. Hooks on a
     # parameter are autograd's to run, which does not see what is added to a buffer.
-    wide = {t.dtype for t in tensors} <= {torch.float32, torch.float64} and len(
-        {t.dtype for t in tensors}
-    ) == 1
+    wide = {t.dtype for t in tensors} in ({torch.float32}, {torch.float64})
     hooked = any(t._backward_hooks or t._post_accumulate_grad_hooks for t in tensors)
     return plain and trained and wide and not hooked
 
@@ -159,5 +153,9 @@ def lay_out(groups: Mapping[Key, Sequence[Projection]], dtype: torch.dtype) -> F
     return FlatAdapters(kept, dtype) if kept else None
 
 
-def _tensors(projections: Sequence[Any]) -> list[Tensor]:
-    return [t for p in projections for pair in p.adapters for t in (pair.a, pair.b)]
+def _pairs(projections: Sequence[Projection]) -> list[Adapter]:
+    return [adapter for p in projections if isinstance(p, LinearProjection) for adapter in p.adapters]
+
+
+def _tensors(projections: Sequence[Projection]) -> list[Any]:
+    return [t for pair in _pairs(projections) for t in (pair.a, pair.b)]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from pronghorn.blocks import LinearProjection, host_bytes_per_token
-from pronghorn.engine.binding import Binding, copy_stream, host_pool
+from pronghorn.engine.binding import Binding, host_pool
 from pronghorn.engine.read import Reading, read_groups
 from pronghorn.errors import BudgetTooSmall, UnsupportedCheckpoint
 from pronghorn.families import family_of
@@ -189,7 +189,6 @@ def apply(binding: Binding, found: Plan) -> None:
     device = next(binding.model.parameters()).device
     if device.type != "cuda" or not found.estimate.host:
         return
-    copy_stream(device)
     refused = host_pool(device).reserve(host_bytes(binding, found.batch.tokens))
     if refused is not None:
         binding.tell_once(f"layers keep on the GPU what should wait in host memory: {refused}")

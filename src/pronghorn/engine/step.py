@@ -253,13 +253,11 @@ class TrainingStep:
         rope = getattr(binding.config, "rope_parameters", None) or {}
         if rope.get("rope_type") in ("dynamic", "longrope"):
             return f"rope type '{rope['rope_type']}' depends on each batch's longest row"
-        for layer in binding.layers:
-            for found in read_groups(layer, binding.family.parts, Reading(True)).values():
-                for projection in found:
-                    if isinstance(projection, ModuleProjection):
-                        return f"a projection runs through its own module: {projection.reason}"
-                    if any(adapter.dropout for adapter in projection.adapters):
-                        return "adapter dropout draws its masks from the host's random numbers"
+        for _, projection in binding.projections():
+            if isinstance(projection, ModuleProjection):
+                return f"a projection runs through its own module: {projection.reason}"
+            if any(adapter.dropout for adapter in projection.adapters):
+                return "adapter dropout draws its masks from the host's random numbers"
         return None
 
     def _graph_for(self, batch: Mapping[str, Any]) -> _Graph | None:

@@ -126,13 +126,10 @@ def renew_fp8_input_grads(model: nn.Module) -> None:
 def add_four_bit_products(module: Any, *, rowwise: bool = True) -> bool:
     """Let a bitsandbytes 4-bit module multiply in fp8; False where its blocks do not divide its rows."""
     state = module.weight.quant_state
-    nested = None
-    if state.nested:
-        nested = (state.state2.code, state.state2.absmax, state.offset, state.state2.blocksize)
-    shape = (state.shape[0], state.shape[1])
-    if shape[0] % MULTIPLE or shape[1] % MULTIPLE:
+    weight = FourBitWeight(module.weight.data, state)
+    if weight.shape[0] % MULTIPLE or weight.shape[1] % MULTIPLE:
         return False
-    scales = four_bit_row_scales(state.absmax, shape, state.blocksize, nested)
+    scales = four_bit_row_scales(state.absmax, weight.shape, state.blocksize, weight.nested)
     if scales is None:
         return False
     module.register_buffer(FP8_SCALES, scales if rowwise else scales.amax().view(1, 1), persistent=False)

@@ -3,7 +3,7 @@ and writes the tall matrices least.
 
 The adapters' small product comes first and the frozen product is added to it inside the matrix multiplication
 (beta = 1), so that the large result is not read a second time. A storage that cannot add in place
-(`Weight.label` "quantised") takes the other order.
+(`Weight.adds_forward`, `Weight.adds_input_grad`) takes the other order.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from pronghorn.blocks.projection.parts import (
 from pronghorn.kernels import lora
 from pronghorn.kernels.dispatch import Impl
 from pronghorn.kernels.dropout import seeded_dropout
-from pronghorn.weights import Weight, stacked
+from pronghorn.weights import stacked
 from pronghorn.weights.operand import Operand, as_operand
 
 
@@ -111,7 +111,7 @@ class ProjectionGroup:
                 self._add_adapters_([out], xa)
             return out, xa
         bs, scalings = self._bs(xa.dtype), self._scalings
-        if _accumulates(projection.weight):
+        if projection.weight.adds_forward:
             (out,) = lora.up(xa, bs, scalings, [residual], impl=self.impl)
             return projection.weight.matmul_add_(out, operand), xa
         y = projection.weight.matmul(operand)
@@ -136,7 +136,7 @@ class ProjectionGroup:
             return xa
         # The sums and roundings of `forward_residual`.
         bs, scalings = self._bs(xa.dtype), self._scalings
-        if _accumulates(projection.weight):
+        if projection.weight.adds_forward:
             lora.up(xa, bs, scalings, [out], inplace=True, impl=self.impl)
             projection.weight.matmul_add_(out, operand)
         else:
@@ -190,7 +190,7 @@ class ProjectionGroup:
     def _start_with_adapters(self, outs: list[Tensor | None], xa: Tensor) -> None:
         """Fill the outputs whose weight adds in place with bias + adapter; several in one launch."""
         ready = [
-            k for k, (i, _) in enumerate(self._pairs) if self._single and _accumulates(self._linear(i).weight)
+            k for k, (i, _) in enumerate(self._pairs) if self._single and self._linear(i).weight.adds_forward
         ]
         if not ready:
             return
@@ -227,7 +227,7 @@ class ProjectionGroup:
         late = [
             k
             for k, (i, _) in enumerate(self._pairs)
-            if not (self._single and _accumulates(self._linear(i).weight))
+            if not (self._single and self._linear(i).weight.adds_forward)
         ]
         if not late:
             return
@@ -315,7 +315,7 @@ class ProjectionGroup:
         return (
             not self._drops
             and len(self._all_linear()) == len(self.projections)
-            and not any(_accumulates_grad(p.weight) for p in self._all_linear())
+            and not any(p.weight.adds_input_grad for p in self._all_linear())
             and lora.fits_kernels(dxa, [self.total_rank], self.impl)
         )
 
@@ -423,7 +423,7 @@ class ProjectionGroup:
         return projection
 
     def _all_accumulate(self) -> bool:
-        return all(isinstance(p, ModuleProjection) or _accumulates_grad(p.weight) for p in self.projections)
+        return all(isinstance(p, ModuleProjection) or p.weight.adds_input_grad for p in self.projections)
 
     def _b_biases(self) -> bool:
         return any(adapter.b_bias is not None for _, adapter in self._pairs)
@@ -466,16 +466,6 @@ class ProjectionGroup:
         for (_, adapter), buffer in zip(self._pairs, buffers, strict=True):
             if buffer is not None:
                 sink.add(adapter.b, buffer)
-
-
-def _accumulates(weight: Weight) -> bool:
-    """Whether the forward product is added inside the multiplication; those in fp8 are not."""
-    return weight.adds_forward
-
-
-def _accumulates_grad(weight: Weight) -> bool:
-    """The same for the input gradient, which may be in fp8 where the forward product is not."""
-    return weight.adds_input_grad
 
 
 def _token_sum(dy: Tensor) -> Tensor:
