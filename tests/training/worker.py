@@ -27,6 +27,10 @@ def main(folder: Path) -> None:
             },
             folder / "result.pt",
         )  # fmt: skip
+    # Left to the interpreter's end, a thread of the group may still run when its owner is destroyed, which aborts the
+    # process ("terminate called without an active exception").
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
