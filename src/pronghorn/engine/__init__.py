@@ -1,7 +1,7 @@
 """The fast path on stock Transformers models: instance binding, nothing global."""
 
 from pronghorn.engine.bind import bind, binding_of
-from pronghorn.engine.binding import Binding, base_causal_lm
+from pronghorn.engine.binding import AUTO, Binding, base_causal_lm
 from pronghorn.engine.step import StepOutput, TrainingStep
 
-__all__ = ["Binding", "StepOutput", "TrainingStep", "base_causal_lm", "bind", "binding_of"]
+__all__ = ["AUTO", "Binding", "StepOutput", "TrainingStep", "base_causal_lm", "bind", "binding_of"]

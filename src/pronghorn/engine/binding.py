@@ -23,6 +23,9 @@ from pronghorn.memory import HostPool, HostStash
 
 logger = logging.getLogger("pronghorn")
 
+#: instead of a save level: a trainer that knows its largest batch chooses them for the memory that is free
+AUTO = "auto"
+
 
 @dataclass
 class Binding:
@@ -32,6 +35,8 @@ class Binding:
     family: DecoderFamily
     reasons: list[str]
     save_levels: tuple[Level, ...] = ()
+    #: nobody has chosen save levels: `save_levels` are the leanest, until a trainer plans them
+    automatic: bool = False
     #: an attention implementation by name (`choose_attention` sets it); None: the fastest
     attention: str | None = None
     #: most rows of the widest tensors that exist at a time where no level keeps them; None: the blocks' own choice
@@ -148,12 +153,20 @@ class Binding:
         return HostStash(copy_stream(device), host_pool(device), self.tell_once)
 
     def set_save_levels(self, levels: str | Sequence[str]) -> None:
-        """Choose what layers keep for backward: one of `blocks.LEVELS`, or a list of them, one a layer.
+        """Choose what layers keep for backward: one of `blocks.LEVELS`, or a list of them, one a layer; "auto" leaves
+        it to the trainer, and takes the leanest until then.
 
         Raises:
             UnknownSaveLevel: for another name or a list of the wrong length.
         """
+        automatic = levels == AUTO
+        self.save_levels = check_levels("offload" if automatic else levels, self.config.num_hidden_layers)
+        self.automatic = automatic
+
+    def use_plan(self, levels: Sequence[str], tile_rows: int | None) -> None:
+        """Take the levels that a plan chose; another trainer may plan anew."""
         self.save_levels = check_levels(levels, self.config.num_hidden_layers)
+        self.tile_rows = tile_rows
 
     def save_level(self, index: int) -> Level:
         """What layer `index` keeps; layers that came later (PEFT's layer_replication) do as the last one."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from pronghorn.blocks import LinearProjection, host_bytes_per_token
+from pronghorn.blocks import Level, LinearProjection, host_bytes_per_token, kept_bytes_per_token
 from pronghorn.engine.binding import Binding, host_pool
 from pronghorn.engine.read import Reading, read_groups
 from pronghorn.errors import BudgetTooSmall, UnsupportedCheckpoint
@@ -184,14 +184,24 @@ def keep_expanded_weights(binding: Binding, keep: bool) -> int:
 
 def apply(binding: Binding, found: Plan) -> None:
     """Set a plan's levels; on a GPU the pinned memory is taken now, so that a step can be captured."""
-    binding.set_save_levels(found.levels)
-    binding.tile_rows = found.tile_rows
+    binding.use_plan(found.levels, found.tile_rows)
     device = next(binding.model.parameters()).device
     if device.type != "cuda" or not found.estimate.host:
         return
     refused = host_pool(device).reserve(host_bytes(binding, found.batch.tokens))
     if refused is not None:
         binding.tell_once(f"layers keep on the GPU what should wait in host memory: {refused}")
+
+
+def levels_without_gpu(binding: Binding, batch: Batch, available: int) -> Level:
+    """The level that rebuilds least while what the layers keep of `batch` takes no more than half of the `available`
+    bytes; the engine's other tensors and the system have the rest."""
+    widths = shape_of(binding).widths
+    levels: tuple[Level, ...] = ("all", "matmuls", "attention")
+    for level in levels:
+        if kept_bytes_per_token(level, widths) * batch.tokens * len(binding.layers) <= available // 2:
+            return level
+    return "none"
 
 
 def host_bytes(binding: Binding, tokens: int) -> int:

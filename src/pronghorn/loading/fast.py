@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from pronghorn.blocks.levels import LEVELS, Level, check_level
-from pronghorn.engine import base_causal_lm, bind
+from pronghorn.blocks.levels import check_level
+from pronghorn.engine import AUTO, base_causal_lm, bind
 from pronghorn.hardware import probe
 from pronghorn.kernels.attention import check_name
 from pronghorn.loading.adapters import DEFAULT_TARGETS, add_adapter, load_adapter, lora_config_fields
@@ -43,9 +43,11 @@ def is_bfloat16_supported() -> bool:
     return bool(hardware.is_cuda and hardware.compute_dtype.value == "bfloat16")
 
 
-def save_level(use_gradient_checkpointing: bool | str) -> Level:
+def save_level(use_gradient_checkpointing: bool | str) -> str:
     """The save level that a checkpointing request stands for: False keeps all, True keeps each layer's input,
-    "unsloth" parks it in host memory; level names stand for themselves."""
+    "unsloth" parks it in host memory; "auto" and level names stand for themselves."""
+    if use_gradient_checkpointing == AUTO:
+        return AUTO
     if isinstance(use_gradient_checkpointing, str):
         return check_level(use_gradient_checkpointing)
     return "none" if use_gradient_checkpointing else "all"
@@ -64,7 +66,7 @@ def bind_with(
     base = base_causal_lm(model)
     if not getattr(base, "supports_gradient_checkpointing", False):
         return
-    if LEVELS.index(level) <= LEVELS.index("none"):
+    if level in (AUTO, "offload", "none"):
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     elif any(getattr(module, "gradient_checkpointing", False) for module in base.modules()):
         base.gradient_checkpointing_disable()
@@ -88,7 +90,7 @@ class FastLanguageModel:
         rope_scaling: dict[str, Any] | None = None,
         fix_tokenizer: bool = True,
         trust_remote_code: bool = False,
-        use_gradient_checkpointing: bool | str = "unsloth",
+        use_gradient_checkpointing: bool | str = AUTO,
         bnb_4bit_use_double_quant: bool = True,
         bnb_4bit_quant_type: str = "nf4",
         attn_implementation: str | None = None,
@@ -115,7 +117,8 @@ class FastLanguageModel:
             full_finetuning: train the weights themselves; they are not quantised then.
             rope_scaling: such as {"type": "linear", "factor": 2.0}.
             fix_tokenizer: give the tokenizer a padding token other than EOS where one is to spare.
-            use_gradient_checkpointing: True, False, "unsloth" (layer inputs in host memory) or a save level.
+            use_gradient_checkpointing: "auto" (the trainer chooses by its largest batch and the memory that is free),
+                True, False, "unsloth" (layer inputs in host memory) or a save level.
             attn_implementation: of Transformers' own forward, which generation and stock models run.
             attention: of the fast path, by name: "cudnn", "flash", "flex", "cpu", "sdpa" or "eager"; None takes the
                 fastest one that does what the model asks for.
@@ -195,7 +198,7 @@ class FastLanguageModel:
         bias: str = "none",
         layers_to_transform: int | list[int] | None = None,
         layers_pattern: str | list[str] | None = None,
-        use_gradient_checkpointing: bool | str = "unsloth",
+        use_gradient_checkpointing: bool | str = AUTO,
         random_state: int = 3407,
         max_seq_length: int | None = None,
         use_rslora: bool = False,

@@ -24,9 +24,9 @@ DEFAULT_MAX_LENGTH = 1024
 class SFTConfig(trl.SFTConfig):
     """TRL's SFTConfig. What differs:
 
-    - `gradient_checkpointing` is off by default: the save levels chosen in `get_peft_model` stay as they are. True
-      makes every layer of a bound model keep nothing but its input. A model that comes unbound is bound by the
-      trainer at that level too, unless the argument is False.
+    - `gradient_checkpointing` is off by default: the save levels chosen in `get_peft_model` stay as they are, and where
+      none were chosen they are planned for the largest batch and the memory that is free. True makes every layer of a
+      bound model keep nothing but its input; False makes one that comes unbound keep everything.
     - `bf16`/`fp16` are off by default: the model computes in its own dtype. True adds mixed precision for a float32
       model, as ever.
     - `max_length="auto"` is the model's `max_seq_length`, or 1024 without one. `max_seq_length` is its older name.
@@ -34,8 +34,8 @@ class SFTConfig(trl.SFTConfig):
     - `output_dir` is "outputs".
     - `cuda_graphs` (on) launches a micro-batch, forward and backward, as one CUDA graph where the GPU and the model
       allow it; batches are padded up to a few sizes with tokens nobody learns from.
-    - `memory_budget` ("17.5GiB", bytes, or "auto" for all that is free) chooses what every layer keeps for backward so
-      that the largest batch fits and steps are as fast as that allows, instead of the save levels set before.
+    - `memory_budget` ("17.5GiB", bytes, or "auto" for all that is free) plans within that memory, also where save levels
+      were chosen before.
     - `drop_unsupervised_rows` leaves out rows without a token to train on, instead of refusing them.
     """
 

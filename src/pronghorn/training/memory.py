@@ -8,12 +8,15 @@ from typing import Any
 import torch
 
 from pronghorn.data.budgets import power_of_two
-from pronghorn.engine import TrainingStep, binding_of
-from pronghorn.engine.planning import plan_levels
-from pronghorn.errors import BudgetInvalid
-from pronghorn.memory import Batch
+from pronghorn.engine import AUTO, Binding, TrainingStep, binding_of
+from pronghorn.engine.planning import levels_without_gpu, plan_levels
+from pronghorn.errors import BudgetInvalid, OutOfMemory
+from pronghorn.memory import Batch, Plan, available_host_bytes
 
 logger = logging.getLogger("pronghorn")
+
+#: of a plan whose rehearsal ran out of memory, the shares that are planned for next; the last failure is the user's
+SHARES_OF_WHAT_WAS_FREE = (0.9, 0.75, 0.5)
 
 
 def largest_batch(trainer: Any) -> Batch | None:
@@ -38,54 +41,102 @@ def _longest_row(dataset: Any) -> int | None:
     return pc.max(lengths).as_py()  # type: ignore[no-any-return, attr-defined]
 
 
-def take_memory(trainer: Any, step: TrainingStep) -> None:
-    """Plan the save levels for `memory_budget`, and rehearse the largest batch on a GPU before anything is trained.
+def take_memory(trainer: Any, step: TrainingStep | None) -> None:
+    """Plan the save levels where the run has a `memory_budget` or nobody chose any, and on a GPU rehearse the largest
+    batch before anything is trained.
 
-    Without a budget, a batch that does not fit at the levels set before is planned for with all that is free.
+    Args:
+        step: what rehearses; None where the run's steps are the trainer's ordinary ones.
 
     Raises:
         BudgetTooSmall: the batch fits at no levels; with numbers and the smallest change that helps.
         BudgetInvalid: a budget that is no size, or one for a run whose largest batch is not known.
+        OutOfMemory: the GPU has less than the budget says, because others use it.
     """
-    batch, budget = largest_batch(trainer), trainer.args.memory_budget
+    binding, batch, budget = binding_of(trainer.model), largest_batch(trainer), trainer.args.memory_budget
+    if binding is None or not binding.bound:
+        return
     if trainer.args.device.type != "cuda":
         if budget is not None:
             logger.warning("pronghorn: memory_budget=%s is for a GPU's memory and has no effect here", budget)
+        if binding.automatic and batch is not None:
+            binding.use_plan(
+                [levels_without_gpu(binding, batch, available_host_bytes())] * len(binding.layers), None
+            )
         return
-    if budget is not None and batch is None:
-        raise BudgetInvalid(
-            "memory_budget needs to know the longest row, and the data is a stream without max_length",
-            fix="set max_length",
-        )
-    if budget is not None and batch is not None:
-        _plan(trainer, budget, batch)
     if batch is None:
+        if budget is not None:
+            raise BudgetInvalid(
+                "memory_budget needs to know the longest row, and the data is a stream without max_length",
+                fix="set max_length",
+            )
         return
-    try:
-        _rehearse(trainer, step, batch)
-    except torch.OutOfMemoryError:
+    if budget is not None and budget != AUTO:
+        expected = _plan(binding, budget, batch)
+        try:
+            _rehearse(trainer, step, batch)
+        except torch.OutOfMemoryError as error:
+            raise _less_than_planned(trainer, budget, expected, error) from None
+    elif budget is None and not binding.automatic:
+        try:
+            _rehearse(trainer, step, batch)
+        except torch.OutOfMemoryError:
+            logger.warning("pronghorn: the largest batch (%d tokens) does not fit as set", batch.tokens)
+            _plan_what_is_free(trainer, binding, step, batch)
+    else:
+        _plan_what_is_free(trainer, binding, step, batch)
+
+
+def _plan_what_is_free(trainer: Any, binding: Binding, step: TrainingStep | None, batch: Batch) -> None:
+    """Levels for all the memory there is; where a rehearsal shows that it was less, for a share of it.
+
+    Raises:
+        BudgetTooSmall, torch.OutOfMemoryError: the batch fits at no levels.
+    """
+    torch.cuda.empty_cache()
+    budget: str | int = AUTO
+    for share in SHARES_OF_WHAT_WAS_FREE:
+        found = _plan(binding, budget, batch)
+        try:
+            _rehearse(trainer, step, batch)
+        except torch.OutOfMemoryError:
+            if share == SHARES_OF_WHAT_WAS_FREE[-1]:
+                raise
+        else:
+            return
         torch.cuda.empty_cache()
-        if budget is not None and budget != "auto":
-            raise
-        logger.warning("pronghorn: the largest batch (%d tokens) does not fit as set", batch.tokens)
-        _plan(trainer, "auto", batch)
-        _rehearse(trainer, step, batch)
+        logger.warning("pronghorn: memory ran out in the rehearsal of this plan: once more with less")
+        budget = int(found.estimate.reserved * share)
 
 
-def _plan(trainer: Any, budget: str | int, batch: Batch) -> None:
-    binding = binding_of(trainer.model)
-    assert binding is not None
+def _plan(binding: Binding, budget: str | int, batch: Batch) -> Plan:
     found = plan_levels(binding, budget, batch)
     logger.warning(
-        "pronghorn: memory plan for %.2f GiB: %s; %.2f GiB expected for %d tokens",
+        "pronghorn: memory plan for %.2f GiB: %s (%s); %.2f GiB expected for %d tokens",
         found.budget / 2**30,
         found.counts(),
+        "; ".join(found.reasons),
         found.estimate.reserved / 2**30,
         batch.tokens,
     )
+    return found
 
 
-def _rehearse(trainer: Any, step: TrainingStep, batch: Batch) -> None:
+def _less_than_planned(
+    trainer: Any, budget: str | int, found: Plan, error: torch.OutOfMemoryError
+) -> OutOfMemory:
+    free, total = torch.cuda.mem_get_info(trainer.args.device)
+    ours = torch.cuda.memory_reserved(trainer.args.device)
+    return OutOfMemory(
+        f"memory_budget={budget}: the plan needs {found.estimate.reserved / 2**30:.2f} GiB, but this process can have "
+        f"{(free + ours) / 2**30:.2f} of the GPU's {total / 2**30:.2f} GiB ({str(error).partition(chr(10))[0]})",
+        fix='set memory_budget="auto", or end what else uses the GPU',
+    )
+
+
+def _rehearse(trainer: Any, step: TrainingStep | None, batch: Batch) -> None:
+    if step is None:
+        return
     longest = batch.tokens // trainer.args.per_device_train_batch_size
     documents = power_of_two(batch.documents)
     step.rehearse(batch.tokens, batch.loss_rows, documents, min(power_of_two(longest), batch.tokens))

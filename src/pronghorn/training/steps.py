@@ -34,6 +34,7 @@ class StaticSteps:
         self._trainer = trainer
         self._step: TrainingStep | None = None
         self._why_not = own_loss or _why_ordinary(trainer)
+        self._planned = False
         self._told: set[str] = set()
         self._too_large: float = float("inf")
         if self._why_not is not None and is_bound(trainer.model):
@@ -56,6 +57,7 @@ class StaticSteps:
     def run(self, inputs: Mapping[str, Any], normalizer: Any) -> StepOutput | None:
         """One micro-batch forward and backward, or None where the trainer has to do it in its ordinary way."""
         if self._why_not is not None:
+            self._plan_once()
             return None
         batch = {name: value for name, value in inputs.items() if name not in BOOKKEEPING}
         if self._step is None:
@@ -66,6 +68,13 @@ class StaticSteps:
         if output is None and self._step.reason is not None:
             self._tell(self._step.reason)
         return output
+
+    def _plan_once(self) -> None:
+        """Save levels for steps that the trainer runs in its ordinary way; without a rehearsal."""
+        if not self._planned:
+            self._planned = True
+            if self._trainer.args.n_gpu <= 1:
+                take_memory(self._trainer, None)
 
     def _run(self, step: TrainingStep, batch: Mapping[str, Any], normalizer: Any) -> StepOutput | None:
         """A micro-batch, in parts where it does not fit; their losses and gradients add up to the whole's."""

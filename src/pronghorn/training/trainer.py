@@ -22,7 +22,7 @@ from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 from pronghorn.data.collator import BOOKKEEPING, Collator
 from pronghorn.data.prepare import Preparation, prepare_dataset
 from pronghorn.data.rows import RowFormat, RowRenderer, row_kind
-from pronghorn.engine import base_causal_lm, bind, binding_of
+from pronghorn.engine import AUTO, base_causal_lm, bind, binding_of
 from pronghorn.training.arguments import take_older_arguments, usable_optimizer
 from pronghorn.training.checkpoints import (
     STAGING,
@@ -140,8 +140,8 @@ class SFTTrainer(trl.SFTTrainer):
         if loaded_here:
             restore_forward(base_causal_lm(self.model))
         if binding_of(self.model) is None:
-            # As in TRL, whoever says nothing about checkpointing gets the small footprint.
-            bind(self.model, save_levels="all" if args.checkpointing_refused else "none")
+            # Who says nothing about checkpointing gets what suits the memory there is.
+            bind(self.model, save_levels="all" if args.checkpointing_refused else AUTO)
         take_over_checkpointing(args, self.model, bool(checkpointing))
         if custom_collator is None and not self._is_vision_dataset:
             self.data_collator = self._collator()
