@@ -206,3 +206,21 @@ class Fp8Unavailable(PronghornError):
     """fp8 products were asked for on a GPU whose matrix units do not multiply e4m3."""
 
     code = "PH505"
+
+
+class ChatTemplateMismatch(PronghornError):
+    """A chat template writes tokens that the tokenizer does not have, or ends answers with something but its EOS."""
+
+    code = "PH306"
+
+
+class DocumentUnreadable(PronghornError):
+    """A document to make rows of is of no known kind, damaged, or holds no text."""
+
+    code = "PH311"
+
+
+class SynthesisChanged(PronghornError):
+    """Rows made so far stem from other documents or settings than those asked for now; they would be mixed."""
+
+    code = "PH312"
