@@ -122,3 +122,68 @@ def test_unknown_activation(device):
     x = torch.zeros(1, 4, device=device)
     with pytest.raises(ValueError, match="relu"):
         glu_forward(x, x, "relu")
+
+
+def _row_max_inputs(dtype, device, adapted):
+    rows, width = 70, 300
+    both = random(rows, 2 * width, dtype=dtype, device=device)
+    gate, up = both[:, :width], both[:, width:]
+    dact = random(rows, width, dtype=dtype, device=device, seed=2)
+    adapters = {}
+    for i, name in enumerate(("gate_adapter", "up_adapter") if adapted else ()):
+        xa = random(rows, 8, dtype=dtype, device=device, seed=3 + i)
+        adapters[name] = LowRank(xa, random(width, 8, dtype=dtype, device=device, seed=5 + i), 0.5)
+    generator = torch.Generator().manual_seed(0)
+    exponents = torch.randint(-20, 20, (2, width), generator=generator).to(device, torch.int8)
+    return gate, up, dact, adapters, (exponents[0], exponents[1])
+
+
+def _at_least(row_max, *parts):
+    """The rows' largest magnitudes in fp32, and what the caller had put there."""
+    sizes = [part.float().abs() if e is None else part.float().abs() * 2.0 ** e.float() for part, e in parts]
+    return torch.stack([row_max, *(size.amax(1) for size in sizes)]).amax(0)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize("with_down", [False, True])
+def test_row_maxima_forward(impl, dtype, adapted, with_down, device):
+    gate, up, _, adapters, _ = _row_max_inputs(dtype, device, adapted)
+    before = torch.linspace(0, 4, gate.shape[0], device=device)
+    row_max, given = before.clone(), {**adapters, "impl": impl}
+    if with_down:
+        a = random(16, gate.shape[1], dtype=dtype, device=device, seed=9)
+        act, xa = glu_forward_down(gate, up, "silu", a, row_max=row_max, **given)
+        for found, want in zip((act, xa), glu_forward_down(gate, up, "silu", a, **given), strict=True):
+            assert torch.equal(found, want)
+    else:
+        act = glu_forward(gate, up, "silu", row_max=row_max, **given)
+        assert torch.equal(act, glu_forward(gate, up, "silu", **given))
+    assert torch.equal(row_max, _at_least(before, (act, None)))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize("with_down", [False, True])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_row_maxima_backward(impl, dtype, adapted, with_down, scaled, device):
+    gate, up, dact, adapters, exponents = _row_max_inputs(dtype, device, adapted)
+    before = torch.linspace(0, 4, gate.shape[0], device=device)
+    row_max, given = before.clone(), {**adapters, "impl": impl}
+    wanted = {"row_max": row_max, "exponents": exponents if scaled else None}
+    if with_down:
+        dxa = random(gate.shape[0], 16, dtype=dtype, device=device, seed=8)
+        a = random(16, gate.shape[1], dtype=dtype, device=device, seed=9)
+        outs = []
+        for more in ({}, wanted):
+            dgate, dup, da = gate.clone(), up.clone(), torch.zeros(a.shape, device=device)
+            glu_backward_down_(dact, dgate, dup, "silu", dxa, a, da, **more, **given)
+            outs.append((dgate, dup, da))
+    else:
+        outs = [glu_backward(dact, gate, up, "silu", **more, **given)[1:] for more in ({}, wanted)]
+    for found, want in zip(outs[1], outs[0], strict=True):
+        assert torch.equal(found, want)
+    parts = zip(outs[0][:2], exponents if scaled else (None, None), strict=True)
+    assert torch.equal(row_max, _at_least(before, *parts))

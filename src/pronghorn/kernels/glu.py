@@ -6,6 +6,11 @@ Backward rebuilds act in the same pass, since the down projection's gradients ne
 
 gate and up may come without their adapters' share, which is then added in fp32 on the way in: gate + s · XA Bᵀ. The
 frozen products are so written and read once, and nobody adds to them in between.
+
+For a consumer that turns its input into 8-bit codes with a scale a row, `row_max` [T] fp32 takes in the rows' largest
+magnitudes, of the numbers as they are rounded here: row_max = max(row_max, ·), so the caller fills it with zeros.
+`exponents` (int8, -126 to 127, [I] of gate's columns and of up's) are such a consumer's scales of the columns:
+|dgate · 2^e| and |dup · 2^e| are then what is compared.
 """
 
 from __future__ import annotations
@@ -30,6 +35,7 @@ def glu_forward(
     *,
     gate_adapter: LowRank | None = None,
     up_adapter: LowRank | None = None,
+    row_max: Tensor | None = None,
     impl: Impl | None = None,
 ) -> Tensor:
     """act [T, I] of gate and up [T, I], which may be column slices of a wider buffer (rows strided).
@@ -40,12 +46,14 @@ def glu_forward(
     if use_triton(gate, impl):
         from pronghorn.kernels.triton.glu import forward
 
-        return forward(gate, up, activation, gate_adapter, up_adapter)
+        return forward(gate, up, activation, gate_adapter, up_adapter, row_max)
     out, rows = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device), row_block(gate)
     work = gate.new_empty(2, rows, gate.shape[1], dtype=math_dtype(gate.dtype))
     for at in (slice(start, start + rows) for start in range(0, gate.shape[0], rows)):
         value = _value_(_whole_(work[0], gate, gate_adapter, at), activation)
         out[at] = value.mul_(_whole_(work[1], up, up_adapter, at))
+        if row_max is not None:
+            _keep_max_(row_max[at], out[at], None)
     return out
 
 
@@ -58,6 +66,8 @@ def glu_backward(
     gate_adapter: LowRank | None = None,
     up_adapter: LowRank | None = None,
     inplace: bool = False,
+    row_max: Tensor | None = None,
+    exponents: tuple[Tensor, Tensor] | None = None,
     impl: Impl | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(act, dgate, dup), each [T, I]; with `inplace` written over dact, gate and up, in this order."""
@@ -65,7 +75,7 @@ def glu_backward(
     if use_triton(gate, impl):
         from pronghorn.kernels.triton.glu import backward
 
-        return backward(dact, gate, up, activation, gate_adapter, up_adapter, inplace)
+        return backward(dact, gate, up, activation, gate_adapter, up_adapter, inplace, row_max, exponents)
     outs = (dact, gate, up) if inplace else tuple(torch.empty_like(x) for x in (dact, gate, up))
     rows = row_block(gate)
     work = gate.new_empty(4, rows, gate.shape[1], dtype=math_dtype(gate.dtype))
@@ -78,6 +88,9 @@ def glu_backward(
         value = _value_(wide, activation)
         act.copy_(above.mul_(value))
         dup.copy_(grad.mul_(value))
+        if row_max is not None:
+            for out, exponent in zip((dgate, dup), exponents or (None, None), strict=True):
+                _keep_max_(row_max[at], out, exponent)
     return outs[0], outs[1], outs[2]
 
 
@@ -89,6 +102,7 @@ def glu_forward_down(
     *,
     gate_adapter: LowRank | None = None,
     up_adapter: LowRank | None = None,
+    row_max: Tensor | None = None,
     impl: Impl | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`glu_forward` and the down projection's XA = act · aᵀ [T, R] for a [R, I], where act is at hand."""
@@ -96,8 +110,10 @@ def glu_forward_down(
     if use_triton(gate, impl):
         from pronghorn.kernels.triton.glu_down import forward
 
-        return forward(gate, up, activation, a, gate_adapter, up_adapter)
-    act = glu_forward(gate, up, activation, gate_adapter=gate_adapter, up_adapter=up_adapter, impl=impl)
+        return forward(gate, up, activation, a, gate_adapter, up_adapter, row_max)
+    act = glu_forward(
+        gate, up, activation, gate_adapter=gate_adapter, up_adapter=up_adapter, row_max=row_max, impl=impl
+    )
     return act, act @ a.t()
 
 
@@ -112,6 +128,8 @@ def glu_backward_down_(
     *,
     gate_adapter: LowRank | None = None,
     up_adapter: LowRank | None = None,
+    row_max: Tensor | None = None,
+    exponents: tuple[Tensor, Tensor] | None = None,
     impl: Impl | None = None,
 ) -> None:
     """gate and up [T, I] become their gradients for dact + dxa · a; a_grad [R, I] fp32 += dxaᵀ · act.
@@ -123,11 +141,19 @@ def glu_backward_down_(
     if use_triton(gate, impl):
         from pronghorn.kernels.triton.glu_down import backward
 
-        backward(dact, gate, up, activation, dxa, a, a_grad, gate_adapter, up_adapter)
+        backward(dact, gate, up, activation, dxa, a, a_grad, gate_adapter, up_adapter, row_max, exponents)
         return
     whole = torch.addmm(dact, dxa, a)
     act, dgate, dup = glu_backward(
-        whole, gate, up, activation, gate_adapter=gate_adapter, up_adapter=up_adapter, impl=impl
+        whole,
+        gate,
+        up,
+        activation,
+        gate_adapter=gate_adapter,
+        up_adapter=up_adapter,
+        row_max=row_max,
+        exponents=exponents,
+        impl=impl,
     )
     accumulate_product_(a_grad, dxa.t(), act)
     gate.copy_(dgate)
@@ -139,6 +165,15 @@ def _whole_(work: Tensor, base: Tensor, adapter: LowRank | None, at: slice) -> T
     rows = base[at]
     out = work[: rows.shape[0]]
     return out.copy_(rows if adapter is None else adapter.rows(at).add_to(rows))
+
+
+def _keep_max_(row_max: Tensor, out: Tensor, exponent: Tensor | None) -> None:
+    """row_max [rows] = max(row_max, |out · 2^exponent| over the columns)."""
+    if out.numel():
+        size = out.abs().float()
+        if exponent is not None:
+            size = torch.ldexp(size, exponent)
+        torch.maximum(row_max, size.amax(1), out=row_max)
 
 
 def _check(activation: str) -> None:

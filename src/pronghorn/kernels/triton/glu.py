@@ -39,23 +39,44 @@ def value_and_slope(x, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
+def largest(x, EXPONENTS: tl.constexpr, exponents_ptr, column, known_column):
+    """|x| as it was rounded for storing, times 2^exponent of its column, in fp32: what row maxima are taken of."""
+    size = tl.abs(x.to(tl.float32))
+    if EXPONENTS:
+        exponent = tl.load(exponents_ptr + column, mask=known_column, other=0).to(tl.int32)
+        power = ((exponent + 127) << 23).to(tl.float32, bitcast=True)
+        size = size * (power[None, :] if len(size.shape) == 2 else power)
+    return size
+
+
+@triton.jit
+def keep_max(row_max_ptr, row, size, known_row):
+    """row_max [row] = max(row_max, size), as integers: numbers that are not negative order as their bits do."""
+    tl.atomic_max(row_max_ptr + row, size.to(tl.int32, bitcast=True), mask=known_row, sem="relaxed")
+
+
+@triton.jit
 def _forward(
-    gate_ptr, up_ptr, act_ptr, gate_stride, up_stride, width, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr
-):
+    gate_ptr, up_ptr, act_ptr, row_max_ptr, gate_stride, up_stride, width,
+    ROW_MAX: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < width
     gate = tl.load(gate_ptr + row * gate_stride + columns, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + row * up_stride + columns, mask=inside, other=0.0).to(tl.float32)
     value, _ = value_and_slope(gate, ACTIVATION)
-    tl.store(act_ptr + row * width + columns, (value * up).to(act_ptr.dtype.element_ty), mask=inside)
+    act = (value * up).to(act_ptr.dtype.element_ty)
+    tl.store(act_ptr + row * width + columns, act, mask=inside)
+    if ROW_MAX:
+        keep_max(row_max_ptr, row, tl.max(largest(act, False, act_ptr, columns, inside), 0), row >= 0)
 
 
 @triton.jit
 def _backward(
-    dact_ptr, gate_ptr, up_ptr, act_ptr, dgate_ptr, dup_ptr,
+    dact_ptr, gate_ptr, up_ptr, act_ptr, dgate_ptr, dup_ptr, row_max_ptr, gate_exponents_ptr, up_exponents_ptr,
     dact_stride, gate_stride, up_stride, act_stride, dgate_stride, dup_stride, width,
-    ACTIVATION: tl.constexpr, BLOCK: tl.constexpr,
+    ROW_MAX: tl.constexpr, EXPONENTS: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -67,15 +88,22 @@ def _backward(
     value, slope = value_and_slope(gate, ACTIVATION)
     dtype: tl.constexpr = act_ptr.dtype.element_ty
     tl.store(act_ptr + row * act_stride + columns, (value * up).to(dtype), mask=inside)
-    tl.store(dgate_ptr + row * dgate_stride + columns, (dact * up * slope).to(dtype), mask=inside)
-    tl.store(dup_ptr + row * dup_stride + columns, (dact * value).to(dtype), mask=inside)
+    dgate, dup = (dact * up * slope).to(dtype), (dact * value).to(dtype)
+    tl.store(dgate_ptr + row * dgate_stride + columns, dgate, mask=inside)
+    tl.store(dup_ptr + row * dup_stride + columns, dup, mask=inside)
+    if ROW_MAX:
+        size = largest(dgate, EXPONENTS, gate_exponents_ptr, columns, inside)
+        size = tl.maximum(size, largest(dup, EXPONENTS, up_exponents_ptr, columns, inside))
+        keep_max(row_max_ptr, row, tl.max(size, 0), row >= 0)
 
 
 @triton.jit
 def _forward_adapted(
-    gate_ptr, up_ptr, act_ptr, xa_gate_ptr, b_gate_ptr, xa_up_ptr, b_up_ptr, s_gate, s_up, rank_gate, rank_up,
+    gate_ptr, up_ptr, act_ptr, row_max_ptr,
+    xa_gate_ptr, b_gate_ptr, xa_up_ptr, b_up_ptr, s_gate, s_up, rank_gate, rank_up,
     gate_stride, up_stride, xa_gate_stride, xa_up_stride, tokens, width,
-    ACTIVATION: tl.constexpr, R: tl.constexpr, BT: tl.constexpr, BO: tl.constexpr, WIDE: tl.constexpr,
+    ROW_MAX: tl.constexpr, ACTIVATION: tl.constexpr, R: tl.constexpr, BT: tl.constexpr, BO: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
     start = tl.program_id(1).to(tl.int64) * BT
     row, column = tl.arange(0, BT), tl.program_id(0) * BO + tl.arange(0, BO)
@@ -94,16 +122,19 @@ def _forward_adapted(
         known_row, known_column, R, WIDE,
     )  # fmt: skip
     value, _ = value_and_slope(gate, ACTIVATION)
-    to = act_ptr + start * width + row[:, None] * width + column[None, :]
-    tl.store(to, (value * up).to(act_ptr.dtype.element_ty), mask=inside)
+    act = (value * up).to(act_ptr.dtype.element_ty)
+    tl.store(act_ptr + start * width + row[:, None] * width + column[None, :], act, mask=inside)
+    if ROW_MAX:
+        size = tl.max(largest(act, False, act_ptr, column, known_column), 1)
+        keep_max(row_max_ptr, start + row, size, known_row)
 
 
 @triton.jit
 def _backward_adapted(
-    dact_ptr, gate_ptr, up_ptr, act_ptr, dgate_ptr, dup_ptr,
+    dact_ptr, gate_ptr, up_ptr, act_ptr, dgate_ptr, dup_ptr, row_max_ptr, gate_exponents_ptr, up_exponents_ptr,
     xa_gate_ptr, b_gate_ptr, xa_up_ptr, b_up_ptr, s_gate, s_up, rank_gate, rank_up,
     dact_stride, gate_stride, up_stride, act_stride, dgate_stride, dup_stride, xa_gate_stride, xa_up_stride,
-    tokens, width,
+    tokens, width, ROW_MAX: tl.constexpr, EXPONENTS: tl.constexpr,
     ACTIVATION: tl.constexpr, R: tl.constexpr, BT: tl.constexpr, BO: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     start = tl.program_id(1).to(tl.int64) * BT
@@ -129,14 +160,24 @@ def _backward_adapted(
     dtype: tl.constexpr = act_ptr.dtype.element_ty
     to = act_ptr + start * act_stride + row[:, None] * act_stride + column[None, :]
     tl.store(to, (value * up).to(dtype), mask=inside)
-    to = dgate_ptr + start * dgate_stride + row[:, None] * dgate_stride + column[None, :]
-    tl.store(to, (dact * up * slope).to(dtype), mask=inside)
-    to = dup_ptr + start * dup_stride + row[:, None] * dup_stride + column[None, :]
-    tl.store(to, (dact * value).to(dtype), mask=inside)
+    dgate, dup = (dact * up * slope).to(dtype), (dact * value).to(dtype)
+    tl.store(
+        dgate_ptr + start * dgate_stride + row[:, None] * dgate_stride + column[None, :], dgate, mask=inside
+    )
+    tl.store(dup_ptr + start * dup_stride + row[:, None] * dup_stride + column[None, :], dup, mask=inside)
+    if ROW_MAX:
+        size = largest(dgate, EXPONENTS, gate_exponents_ptr, column, known_column)
+        size = tl.maximum(size, largest(dup, EXPONENTS, up_exponents_ptr, column, known_column))
+        keep_max(row_max_ptr, start + row, tl.max(size, 1), known_row)
 
 
 def forward(
-    gate: Tensor, up: Tensor, activation: str, gate_adapter: LowRank | None, up_adapter: LowRank | None
+    gate: Tensor,
+    up: Tensor,
+    activation: str,
+    gate_adapter: LowRank | None,
+    up_adapter: LowRank | None,
+    row_max: Tensor | None,
 ) -> Tensor:
     gate, up = unit_rows(gate), unit_rows(up)
     rows, width = gate.shape
@@ -147,22 +188,15 @@ def forward(
     if adapters is not None:
         config = tile_config()
         _forward_adapted[(triton.cdiv(width, config["BO"]), triton.cdiv(rows, config["BT"]))](
-            gate, up, act, *adapters.tensors, *adapters.scalings, *adapters.ranks,
-            gate.stride(0), up.stride(0), *adapters.strides, rows, width,
+            gate, up, act, bits(row_max, gate), *adapters.tensors, *adapters.scalings, *adapters.ranks,
+            gate.stride(0), up.stride(0), *adapters.strides, rows, width, ROW_MAX=row_max is not None,
             ACTIVATION=activation, R=rank_block(adapters.ranks), WIDE=is_wide(gate), **config,
         )  # fmt: skip
     else:
         _forward[(rows, triton.cdiv(width, BLOCK))](
-            gate,
-            up,
-            act,
-            gate.stride(0),
-            up.stride(0),
-            width,
-            ACTIVATION=activation,
-            BLOCK=BLOCK,
-            num_warps=4,
-        )
+            gate, up, act, bits(row_max, gate), gate.stride(0), up.stride(0), width,
+            ROW_MAX=row_max is not None, ACTIVATION=activation, BLOCK=BLOCK, num_warps=4,
+        )  # fmt: skip
     return act
 
 
@@ -174,6 +208,8 @@ def backward(
     gate_adapter: LowRank | None,
     up_adapter: LowRank | None,
     inplace: bool,
+    row_max: Tensor | None,
+    exponents: tuple[Tensor, Tensor] | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     if inplace:
         if any(x.stride(-1) != 1 for x in (dact, gate, up)):
@@ -186,30 +222,38 @@ def backward(
     rows, width = gate.shape
     if not gate.numel():
         return act, dgate, dup
+    maxima, wanted = maxima_arguments(row_max, exponents, gate)
     row_strides = [x.stride(0) for x in (dact, gate, up, act, dgate, dup)]
     adapters = adapter_arguments(gate_adapter, up_adapter)
     if adapters is not None:
         config = tile_config()
         _backward_adapted[(triton.cdiv(width, config["BO"]), triton.cdiv(rows, config["BT"]))](
-            dact, gate, up, act, dgate, dup, *adapters.tensors, *adapters.scalings, *adapters.ranks,
-            *row_strides, *adapters.strides, rows, width,
+            dact, gate, up, act, dgate, dup, *maxima, *adapters.tensors, *adapters.scalings, *adapters.ranks,
+            *row_strides, *adapters.strides, rows, width, **wanted,
             ACTIVATION=activation, R=rank_block(adapters.ranks), WIDE=is_wide(gate), **config,
         )  # fmt: skip
     else:
         _backward[(rows, triton.cdiv(width, BLOCK))](
-            dact,
-            gate,
-            up,
-            act,
-            dgate,
-            dup,
-            *row_strides,
-            width,
-            ACTIVATION=activation,
-            BLOCK=BLOCK,
-            num_warps=4,
-        )
+            dact, gate, up, act, dgate, dup, *maxima, *row_strides, width,
+            **wanted, ACTIVATION=activation, BLOCK=BLOCK, num_warps=4,
+        )  # fmt: skip
     return act, dgate, dup
+
+
+def bits(row_max: Tensor | None, like: Tensor) -> Tensor:
+    """The integers that row maxima are compared as; anything where none are wanted."""
+    return like if row_max is None else row_max.view(torch.int32)
+
+
+def maxima_arguments(
+    row_max: Tensor | None, exponents: tuple[Tensor, Tensor] | None, like: Tensor
+) -> tuple[tuple[Tensor, Tensor, Tensor], dict[str, bool]]:
+    """Backward's kernel arguments for row maxima: row_max and the exponents of gate and up; which of them are there."""
+    gate, up = exponents or (like, like)
+    return (bits(row_max, like), gate, up), {
+        "ROW_MAX": row_max is not None,
+        "EXPONENTS": exponents is not None,
+    }
 
 
 class Adapters(NamedTuple):

@@ -15,7 +15,15 @@ import triton.language as tl
 from torch import Tensor
 
 from pronghorn.kernels.lora import LowRank
-from pronghorn.kernels.triton.glu import Adapters, adapter_arguments, value_and_slope
+from pronghorn.kernels.triton.glu import (
+    Adapters,
+    adapter_arguments,
+    bits,
+    keep_max,
+    largest,
+    maxima_arguments,
+    value_and_slope,
+)
 from pronghorn.kernels.triton.launch import unit_rows
 from pronghorn.kernels.triton.lora import dot, is_wide, limits, rank_block, share
 from pronghorn.kernels.triton.lora_grads import sum_a_grads, sum_rows
@@ -23,17 +31,19 @@ from pronghorn.kernels.triton.lora_grads import sum_a_grads, sum_rows
 
 @triton.jit
 def _forward(
-    gate_ptr, up_ptr, act_ptr, a_ptr, partial_ptr, xa_gate_ptr, b_gate_ptr, xa_up_ptr, b_up_ptr,
+    gate_ptr, up_ptr, act_ptr, row_max_ptr, a_ptr, partial_ptr, xa_gate_ptr, b_gate_ptr, xa_up_ptr, b_up_ptr,
     s_gate, s_up, rank_gate, rank_up, rank_down, gate_stride, up_stride, xa_gate_stride, xa_up_stride,
     tokens, width, columns_each,
-    ADAPTERS: tl.constexpr, ACTIVATION: tl.constexpr, R: tl.constexpr, BT: tl.constexpr, BO: tl.constexpr,
-    WIDE: tl.constexpr,
+    ROW_MAX: tl.constexpr, ADAPTERS: tl.constexpr, ACTIVATION: tl.constexpr, R: tl.constexpr, BT: tl.constexpr,
+    BO: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """A program keeps BT tokens and walks through a share of the columns."""
     start, piece = tl.program_id(0).to(tl.int64) * BT, tl.program_id(1)
     row, r = tl.arange(0, BT), tl.arange(0, R)
     known_row = row < tokens - start
     xa = tl.zeros([BT, R], dtype=tl.float32)
+    if ROW_MAX:
+        size = tl.zeros([BT], dtype=tl.float32)
     begin = piece * columns_each
     for first in range(begin, tl.minimum(begin + columns_each, width), BO):
         column = first + tl.arange(0, BO)
@@ -61,17 +71,22 @@ def _forward(
             other=0.0,
         )
         xa += dot(act, tl.trans(a), WIDE)
+        if ROW_MAX:
+            size = tl.maximum(size, tl.max(largest(act, False, act_ptr, column, known_column), 1))
     to = partial_ptr + (piece.to(tl.int64) * tokens + start) * R + row[:, None] * R + r[None, :]
     tl.store(to, xa, mask=known_row[:, None])
+    if ROW_MAX:
+        keep_max(row_max_ptr, start + row, size, known_row)
 
 
 @triton.jit
 def _backward(
-    dact_ptr, gate_ptr, up_ptr, dxa_ptr, a_ptr, partial_ptr, xa_gate_ptr, b_gate_ptr, xa_up_ptr, b_up_ptr,
+    dact_ptr, gate_ptr, up_ptr, row_max_ptr, gate_exponents_ptr, up_exponents_ptr, dxa_ptr, a_ptr, partial_ptr,
+    xa_gate_ptr, b_gate_ptr, xa_up_ptr, b_up_ptr,
     s_gate, s_up, rank_gate, rank_up, rank_down, dact_stride, gate_stride, up_stride, dxa_stride,
     xa_gate_stride, xa_up_stride, tokens, width, tokens_each,
-    ADAPTERS: tl.constexpr, ACTIVATION: tl.constexpr, R: tl.constexpr, BT: tl.constexpr, BO: tl.constexpr,
-    WIDE: tl.constexpr, STAGES: tl.constexpr,
+    ROW_MAX: tl.constexpr, EXPONENTS: tl.constexpr, ADAPTERS: tl.constexpr, ACTIVATION: tl.constexpr, R: tl.constexpr,
+    BT: tl.constexpr, BO: tl.constexpr, WIDE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """gate and up become their gradients for dact + dXA · A. A program keeps BO columns for a share of the tokens."""
     piece = tl.program_id(1)
@@ -123,8 +138,13 @@ def _backward(
             up += dot(xa_up, tl.trans(b_up), WIDE) * s_up
         dact += dot(dxa, a, WIDE)
         value, slope = value_and_slope(gate, ACTIVATION)
-        tl.store(gate_at, (dact * up * slope).to(dtype), mask=inside)
-        tl.store(up_at, (dact * value).to(dtype), mask=inside)
+        dgate, dup = (dact * up * slope).to(dtype), (dact * value).to(dtype)
+        tl.store(gate_at, dgate, mask=inside)
+        tl.store(up_at, dup, mask=inside)
+        if ROW_MAX:
+            size = largest(dgate, EXPONENTS, gate_exponents_ptr, column, known_column)
+            size = tl.maximum(size, largest(dup, EXPONENTS, up_exponents_ptr, column, known_column))
+            keep_max(row_max_ptr, at + row, tl.max(size, 1), known_row)
         da += dot(tl.trans((value * up).to(dtype)), dxa, WIDE)
         at += BT
     slab = partial_ptr + piece.to(tl.int64) * rank_down * width
@@ -166,6 +186,7 @@ def forward(
     a: Tensor,
     gate_adapter: LowRank | None,
     up_adapter: LowRank | None,
+    row_max: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     gate, up, a = unit_rows(gate), unit_rows(up), a.contiguous()
     (tokens, width), rank = gate.shape, a.shape[0]
@@ -180,9 +201,10 @@ def forward(
     pieces = triton.cdiv(width, each)
     partial = torch.empty(pieces, tokens, padded, dtype=torch.float32, device=gate.device)
     _forward[(triton.cdiv(tokens, config["BT"]), pieces)](
-        gate, up, act, a, partial, *adapters.tensors, *adapters.scalings, *adapters.ranks, rank,
-        gate.stride(0), up.stride(0), *adapters.strides, tokens, width, each, ADAPTERS=max(adapters.ranks) > 0,
-        ACTIVATION=activation, R=padded, WIDE=is_wide(gate), **config,
+        gate, up, act, bits(row_max, gate), a, partial, *adapters.tensors, *adapters.scalings, *adapters.ranks, rank,
+        gate.stride(0), up.stride(0), *adapters.strides, tokens, width, each,
+        ROW_MAX=row_max is not None, ADAPTERS=max(adapters.ranks) > 0, ACTIVATION=activation, R=padded,
+        WIDE=is_wide(gate), **config,
     )  # fmt: skip
     sum_rows(partial, xa)
     return act, xa
@@ -198,6 +220,8 @@ def backward(
     a_grad: Tensor,
     gate_adapter: LowRank | None,
     up_adapter: LowRank | None,
+    row_max: Tensor | None,
+    exponents: tuple[Tensor, Tensor] | None,
 ) -> None:
     if any(x.stride(-1) != 1 for x in (gate, up, a_grad)):
         raise ValueError("in place needs rows of unit stride")
@@ -210,11 +234,13 @@ def backward(
     config = dict(backward_config(tokens, width, padded, limits(gate.device)[0]))
     each = config.pop("TOKENS_EACH")
     pieces = triton.cdiv(tokens, each)
+    maxima, wanted = maxima_arguments(row_max, exponents, gate)
     partial = torch.empty(pieces, rank, width, dtype=torch.float32, device=gate.device)
     _backward[(triton.cdiv(width, config["BO"]), pieces)](
-        dact, gate, up, dxa, a.contiguous(), partial, *adapters.tensors, *adapters.scalings, *adapters.ranks, rank,
+        dact, gate, up, *maxima, dxa, a.contiguous(), partial,
+        *adapters.tensors, *adapters.scalings, *adapters.ranks, rank,
         dact.stride(0), gate.stride(0), up.stride(0), dxa.stride(0), *adapters.strides, tokens, width, each,
-        ADAPTERS=max(adapters.ranks) > 0, ACTIVATION=activation, R=padded, WIDE=is_wide(gate), **config,
+        **wanted, ADAPTERS=max(adapters.ranks) > 0, ACTIVATION=activation, R=padded, WIDE=is_wide(gate), **config,
     )  # fmt: skip
     sum_a_grads(partial, a_grad)
 
