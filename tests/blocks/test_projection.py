@@ -13,7 +13,7 @@ from pronghorn.blocks.projection import (
     PackedAdapters,
     ProjectionGroup,
 )
-from pronghorn.weights import DenseWeight, Operand, Weight
+from pronghorn.weights import DenseWeight, Operand, Weight, join
 
 T, IN = 5, 24
 F64 = torch.float64
@@ -207,3 +207,44 @@ def test_adapters_left_to_the_consumer():
         torch.testing.assert_close(ys[i], want[i])
         whole = bases[i] if parts[i] is None else parts[i].add_to(bases[i])
         torch.testing.assert_close(whole, want[i])
+
+
+@pytest.mark.parametrize("ranks", [(0, 0), (4, 2)])
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_weights_side_by_side_are_one_product(ranks, impl, bias, monkeypatch):
+    dtype, outs = (F64 if impl == "torch" else torch.float32), (10, 6)
+    group, named = make_group(outs, ranks, packed=False, bias=bias, dtype=dtype)
+    group.impl = impl
+    with torch.no_grad():
+        assert join([p.weight for p in group.projections])
+    x = normal(T, IN, dtype=dtype).requires_grad_()
+    expected = expected_outputs(group, x)
+    dys = [normal(T, out, seed=50 + i, dtype=dtype) for i, out in enumerate(outs)]
+    truth = torch.autograd.grad(expected, [x, *named.values()], dys)
+    shapes = []
+    products = {
+        name: getattr(DenseWeight, name) for name in ("matmul", "matmul_add_", "matmul_t", "matmul_t_add_")
+    }
+    for name, plain in products.items():
+        spied = lambda self, *args, name=name, plain=plain: (
+            shapes.append((name, self.shape)) or plain(self, *args)
+        )  # noqa: E731
+        monkeypatch.setattr(DenseWeight, name, spied)
+    with torch.no_grad():
+        ys, xa = group.forward(x.detach(), defer_adapters=True, joined=True)
+        deferring = xa is not None and group.defers(xa)
+        sink = GradientSink(list(named.values()))
+        dy_columns = list(torch.cat(dys, 1).split(outs, 1))
+        dx, grads = group.input_grad(dy_columns, x.detach(), sink, xa=xa)
+        group.parameter_grads(dy_columns, x.detach(), xa, grads, sink)
+    one = not bias and (xa is None or deferring)
+    assert [shape for _, shape in shapes] == [(16, IN)] * (1 if one else 0) + [(10, IN), (6, IN)] * (
+        not one
+    ) + [(16, IN)]
+    for i, (y, want) in enumerate(zip(ys, expected, strict=True)):
+        lacking = group.deferred(i, xa) if deferring else None
+        close(y if lacking is None else lacking.add_to(y), want.detach(), f"y{i}")
+    close(dx, truth[0], "dx")
+    for name, found, want in zip(named, sink.gradients, truth[1:], strict=True):
+        close(found, want, name)

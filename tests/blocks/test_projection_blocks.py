@@ -19,7 +19,7 @@ from pronghorn.blocks.projection import (
 from pronghorn.kernels import glu as glu_kernels
 from pronghorn.kernels import rope as rope_kernels
 from pronghorn.kernels.attention import AttentionCall, Documents
-from pronghorn.weights import DenseWeight
+from pronghorn.weights import DenseWeight, join
 
 T, HIDDEN, INNER, HEADS, KV, HEAD = 6, 32, 40, 4, 2, 8
 #: Triton's interpreter takes CPU tensors, a GPU's kernels do not.
@@ -46,6 +46,14 @@ def group(impl: str, width: int, outs: tuple[int, ...], ranks: tuple[int, ...], 
     return ProjectionGroup(projections, together, impl=impl)  # type: ignore[arg-type]
 
 
+def joined(found: ProjectionGroup) -> ProjectionGroup:
+    """The same group with its weights side by side."""
+    with torch.no_grad():
+        assert join([projection.weight for projection in found.projections])
+    assert found.stack is not None
+    return found
+
+
 def gradients(*groups: ProjectionGroup) -> list[Tensor]:
     """What went into the packed buffers."""
     held = [g.packed for g in groups if g.packed is not None]
@@ -60,12 +68,14 @@ def norm() -> Norm:
 @pytest.mark.parametrize("level", ["none", "attention", "matmuls", "all"])
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("kernels", [False, True])
-def test_glu_block(ranks, level, packed, kernels, monkeypatch):
+@pytest.mark.parametrize("stacks", [False, True])
+def test_glu_block(ranks, level, packed, kernels, stacks, monkeypatch):
     results = []
     for impl in ("torch", "triton"):
         if kernels and impl == "triton":
             monkeypatch.setattr(glu_kernels, "use_triton", lambda tensor, impl: impl != "torch")
         gate_up = group(impl, HIDDEN, (INNER, INNER), ranks, packed)
+        gate_up = joined(gate_up) if stacks and impl == "triton" else gate_up
         down = group(impl, INNER, (HIDDEN,), (4,), packed)
         block = GluBlock(norm(), gate_up, down, "silu")
         sink = GradientSink(block.trainable())
@@ -86,13 +96,15 @@ def test_glu_block(ranks, level, packed, kernels, monkeypatch):
 
 @pytest.mark.parametrize("ranks", [(4, 4, 4), (8, 0, 2)])
 @pytest.mark.parametrize("kernels", [False, True])
-def test_attention_block(ranks, kernels, monkeypatch):
+@pytest.mark.parametrize("stacks", [False, True])
+def test_attention_block(ranks, kernels, stacks, monkeypatch):
     results = []
     cos, sin = normal(T, HEAD, seed=4).cos(), normal(T, HEAD, seed=4).sin()
     for impl in ("torch", "triton"):
         if kernels and impl == "triton":
             monkeypatch.setattr(rope_kernels, "use_triton", lambda tensor, impl: impl != "torch")
         qkv = group(impl, HIDDEN, (HEADS * HEAD, KV * HEAD, KV * HEAD), ranks)
+        qkv = joined(qkv) if stacks and impl == "triton" else qkv
         block = AttentionBlock(
             norm(), qkv, group(impl, HEADS * HEAD, (HIDDEN,), (4,)), HEADS, KV, HEAD, cos, sin,
             Documents(torch.tensor([0, 4, T], dtype=torch.int32, device=DEVICE), 4), AttentionCall(0.3, None, "sdpa"),

@@ -14,6 +14,7 @@ from pronghorn.data.budgets import Budgets
 from pronghorn.data.collator import BOOKKEEPING, Collator
 from pronghorn.engine import TrainingStep, bind
 from pronghorn.engine.signature import state_of
+from pronghorn.weights import side_by_side
 from tests.families.parity import add_adapter, relative_error
 from tests.tiny import tiny_model
 
@@ -87,6 +88,45 @@ def test_a_step_has_the_loss_and_gradients_of_autograd(family: str, budgets: Bud
     output = TrainingStep(model).run(batch, supervised)
     assert relative_error(output.loss, loss) <= EXACT
     assert_same(gradients(model), expected)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_joined_weights_change_nothing_but_their_place(
+    family: str, monkeypatch: pytest.MonkeyPatch, tmp_path
+) -> None:
+    data = rows()
+    expected, grads = by_autograd(adapted(family), data)
+    model = adapted(family)
+    before = {name: tensor.clone() for name, tensor in model.get_base_model().state_dict().items()}
+    monkeypatch.setattr("pronghorn.engine.joined.joins", lambda device: True)
+    step = TrainingStep(model)
+    batch, supervised = collated(data)
+    output = step.run(batch, supervised)
+    assert output is not None
+    assert torch.allclose(output.loss.double(), expected.double())
+    assert_same(gradients(model), grads)
+    layer = model.get_base_model().model.layers[0]
+    weights = [getattr(layer.self_attn, name).base_layer.weight for name in ("q_proj", "k_proj", "v_proj")]
+    assert side_by_side(weights, 0) is not None
+    assert (
+        side_by_side([layer.mlp.gate_proj.base_layer.weight, layer.mlp.up_proj.base_layer.weight], 0)
+        is not None
+    )
+    # A second look moves nothing; saved, merged and copied they are as ever.
+    where = [weight.data_ptr() for weight in weights]
+    step._state = []
+    step.run(batch, supervised)
+    assert [weight.data_ptr() for weight in weights] == where
+    after = model.get_base_model().state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    merged = copy.deepcopy(model).merge_and_unload()
+    merged.save_pretrained(tmp_path)
+    assert torch.equal(
+        load_file(tmp_path / "model.safetensors")["model.layers.0.self_attn.k_proj.weight"].to(DEVICE),
+        merged.model.layers[0].self_attn.k_proj.weight,
+    )
+    model.get_base_model().save_pretrained(tmp_path / "base")
+    assert (tmp_path / "base" / "model.safetensors").exists()
 
 
 def test_gradients_add_up_until_they_are_cleared() -> None:

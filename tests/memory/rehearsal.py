@@ -16,11 +16,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from pronghorn.blocks import head_groups
-from pronghorn.engine import bind
+from pronghorn.engine import bind, binding_of
 from pronghorn.engine.binding import Binding
+from pronghorn.engine.read import Reading, read_groups
 from pronghorn.kernels import triton as triton_kernels
 from pronghorn.memory import offload
 from pronghorn.memory.allocator import Allocator
+from pronghorn.weights import join
 from tests.families.parity import TARGETS
 from tests.memory.live import LiveBytes
 
@@ -134,6 +136,15 @@ def measure(model: Any, tokens: int, documents: int, memory: Allocator | None = 
         peak = max(peak, counter.peak)
         model.zero_grad(set_to_none=True)
     return peak
+
+
+def joined(model: Any) -> Any:
+    """A model's plain weights side by side, as a training step lays them on a GPU."""
+    binding = binding_of(model)
+    for layer in binding.layers:
+        groups = read_groups(layer, binding.family.parts, Reading(True))
+        assert all(join([projection.weight for projection in groups[slot]]) for slot in (0, 4))
+    return model
 
 
 class Linear4bit(torch.nn.Module):

@@ -13,7 +13,7 @@ from pronghorn.engine.planning import shape_of
 from pronghorn.memory import Batch, estimate
 from pronghorn.memory.allocator import Allocator
 from pronghorn.memory.estimate import with_model
-from tests.memory.rehearsal import in_four_bits, in_fp8, measure, meta_model, prepare
+from tests.memory.rehearsal import in_four_bits, in_fp8, joined, measure, meta_model, prepare
 
 pytest.importorskip("triton")
 
@@ -49,6 +49,13 @@ def compare(model: Any, levels: str | list[str], tokens: int, tile_rows: int | N
 def test_every_level(level: str, tile_rows: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     prepare(monkeypatch, parking=True)
     compare(meta_model(LlamaConfig(**SIZES)), level, 8192, tile_rows)
+
+
+@pytest.mark.parametrize("tile_rows", [None, 2048])
+@pytest.mark.parametrize("level", LEVELS)
+def test_weights_side_by_side(level: str, tile_rows: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepare(monkeypatch, parking=True)
+    compare(joined(meta_model(LlamaConfig(**SIZES))), level, 8192, tile_rows)
 
 
 @pytest.mark.parametrize("level", ["offload", "none", "attention", "all"])

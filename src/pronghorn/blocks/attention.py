@@ -7,13 +7,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pronghorn.blocks import joining
 from pronghorn.blocks.head_groups import grouped_attention_backward
 from pronghorn.blocks.levels import Level, keeps
 from pronghorn.blocks.norm import Norm
 from pronghorn.blocks.projection import GradientSink, ProjectionGroup
 from pronghorn.kernels.attention import AttentionCall, Documents, attention_forward
+from pronghorn.kernels.qkv_grads import unrotate_joined
 from pronghorn.kernels.rms_norm import rms_norm_backward, rms_norm_forward
 from pronghorn.kernels.rope import adapted_rope_, qk_rope_backward, qk_rope_forward
+from pronghorn.weights import DenseWeight
 
 
 @dataclass
@@ -129,13 +132,13 @@ class AttentionBlock:
         dq, dk, dv = grouped_attention_backward(dout.view_as(out), q, k, v, out, lse, self.docs, self.call)
         saves.out = saves.lse = saves.v = None
         del out, flat, dout, v, q, k
-        dq, dk = self._rope_backward(dq, dk, saves, sink)
+        need_normed = need or sink.wants(self.norm.weight)
+        dys = self._projection_grads(dq, dk, dv, saves, sink, need_normed)
+        del dq, dk, dv
         saves.q = saves.k = None
         if saves.normed is None:
             saves.normed = self._normed(x, dtype)
         normed = saves.normed
-        dys = [g.reshape(g.shape[0], -1) for g in (dq, dk, dv)]
-        need_normed = need or sink.wants(self.norm.weight)
         dnormed, dxa = self.qkv.input_grad(dys, normed, sink, need_normed, xa=saves.xa_qkv)
         self.qkv.parameter_grads(dys, normed, saves.xa_qkv, dxa, sink)
         if dnormed is None:
@@ -153,6 +156,17 @@ class AttentionBlock:
         if dweight is not None:
             sink.add(self.norm.weight, dweight)
         return dx if need else None
+
+    def _projection_grads(
+        self, dq: Tensor, dk: Tensor, dv: Tensor, saves: AttentionSaves, sink: GradientSink, need_input: bool
+    ) -> list[Tensor]:
+        """Gradients of the projections' outputs [T, out] from those of what the attention saw, side by side where their
+        weights are multiplied as one."""
+        joins = joining.QKV_INPUT_GRAD and need_input and isinstance(self.qkv.stack, DenseWeight)
+        if joins and self.q_norm is None:
+            return unrotate_joined(dq, dk, dv, self.cos, self.sin)
+        dq, dk = self._rope_backward(dq, dk, saves, sink)
+        return [g.reshape(g.shape[0], -1) for g in (dq, dk, dv)]
 
     def _rope_backward(
         self, dq: Tensor, dk: Tensor, saves: AttentionSaves, sink: GradientSink

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pronghorn.blocks import joining
 from pronghorn.blocks.levels import Level, keeps
 from pronghorn.blocks.norm import Norm
 from pronghorn.blocks.projection import GradientSink, LinearProjection, ProjectionGroup
@@ -139,7 +140,7 @@ class GluBlock:
         """Compute whatever is missing in `saves` up to gate and up, from the residual sum."""
         if saves.gate is None:
             (saves.gate, saves.up), saves.xa_gate_up = self.gate_up.forward(
-                self._normed(dtype, saves), defer_adapters=True
+                self._normed(dtype, saves), defer_adapters=True, joined=joining.GATE_UP_FORWARD
             )
 
     def _act(self, gate: Tensor, up: Tensor, xa: Tensor | None) -> Tensor:
@@ -179,7 +180,9 @@ class GluBlock:
         saves.gate = saves.up = None
         dgate, dup = self._through_activation(gate, up, dbranch, saves, sink)
         normed, norm = self._normed(dtype, saves), self.norm
-        dnormed, dxa = self.gate_up.input_grad([dgate, dup], normed, sink, xa=saves.xa_gate_up)
+        dnormed, dxa = self.gate_up.input_grad(
+            [dgate, dup], normed, sink, xa=saves.xa_gate_up, joined=joining.GATE_UP_INPUT_GRAD
+        )
         self.gate_up.parameter_grads([dgate, dup], normed, saves.xa_gate_up, dxa, sink)
         assert dnormed is not None
         dsummed, dweight = rms_norm_backward(

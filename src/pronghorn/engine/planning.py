@@ -10,6 +10,7 @@ import torch
 
 from pronghorn.blocks import Level, LinearProjection, host_bytes_per_token, kept_bytes_per_token
 from pronghorn.engine.binding import Binding, host_pool
+from pronghorn.engine.joined import joins, weights_to_join
 from pronghorn.engine.read import Reading, read_groups
 from pronghorn.errors import BudgetTooSmall, UnsupportedCheckpoint
 from pronghorn.families import family_of
@@ -26,7 +27,7 @@ from pronghorn.memory import (
 )
 from pronghorn.memory.cost import Rates
 from pronghorn.memory.shape import STORAGES, stored_tensors
-from pronghorn.weights import keep_expanded
+from pronghorn.weights import keep_expanded, stacked
 
 
 def shape_of_config(
@@ -94,8 +95,15 @@ def shape_of(binding: Binding, **more: Any) -> ModelShape:
         dtype=_name(dtype),
         attention=binding.attention_backend(embedding.device, dtype, head_dim),
         trained="adapters" if any(ranks.values()) else "all",
+        joined=_joined(groups, embedding.device),
         **more,
     )
+
+
+def _joined(groups: dict[int, list[Any]], device: torch.device) -> bool:
+    """Whether the weights of a layer's groups lie side by side, or will in a training step."""
+    found = [weights_to_join(slot, projections) for slot, projections in groups.items() if slot in (0, 4)]
+    return all(weights and (joins(device) or stacked(weights) is not None) for weights in found)
 
 
 def _name(dtype: torch.dtype) -> str:

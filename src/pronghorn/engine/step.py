@@ -21,12 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pronghorn.blocks import ModuleProjection
+from pronghorn.blocks import ModuleProjection, keeps
 from pronghorn.engine.altered import altered_part
 from pronghorn.engine.bind import binding_of
 from pronghorn.engine.binding import host_pool
 from pronghorn.engine.flat import FlatAdapters, lay_out
 from pronghorn.engine.forward import readable_head
+from pronghorn.engine.joined import join_weights
 from pronghorn.engine.read import Reading, read_groups
 from pronghorn.engine.signature import has_hooks, module_tree, state_of
 
@@ -195,6 +196,7 @@ class TrainingStep:
             for layer in self.binding.layers
             for slot, found in read_groups(layer, self.binding.family.parts, Reading(True)).items()
         }
+        join_weights(groups, roomy=all(keeps(level, "matmuls") for level in self.binding.save_levels))
         self._flat = lay_out(groups, self._compute_dtype(device))
         buffers = (
             {}

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pronghorn.blocks import Level, keeps, parks
+from pronghorn.blocks import Level, joining, keeps, parks
 from pronghorn.blocks.glu import tile_slices
 from pronghorn.blocks.head_groups import head_groups
 from pronghorn.kernels.linear_cross_entropy import CHUNK_BYTES
@@ -186,11 +186,15 @@ class Step:
             fresh = [self._new(t * width * e) for width in (shape.q, shape.kv)]
             self._free(*gradients[:2])
             gradients = [*fresh, gradients[2]]
+        need = index > 0 or shape.trained == "all"
+        if shape.joined and joining.QKV_INPUT_GRAD and need and not shape.qk_norm:
+            wide = self._new(t * (shape.q + 2 * shape.kv) * e)
+            self._free(*gradients)
+            gradients = [wide]
         self._drop(saves, "q", "k")
         if "normed_attention" not in saves:
             self._keep(saves, "normed_attention", t * shape.hidden * e)
             self._free(self._new(4 * t))
-        need = index > 0 or shape.trained == "all"
         dnormed = self._input_grad(QKV, t, "xa_qkv" in saves, need)
         dx = self._new(self._residual()) if need else -1
         self._free(dnormed, dsummed, dout, *gradients)
@@ -255,10 +259,11 @@ class Step:
         for name in names if begun else ():
             self._keep(saves, name, rows * shape.linear(name)[0] * e)
         operand = self._operand(names[0], rows)
-        for name in names:
-            unpacked = self._new(shape.linear_parameters(name) * shape.unpacked_forward)
-            if not begun:
-                self._keep(saves, name, rows * shape.linear(name)[0] * e)
+        joined = names == GATE_UP and shape.joined and joining.GATE_UP_FORWARD and not begun
+        for part in (names,) if joined else ((name,) for name in names):
+            unpacked = self._new(shape.linear_parameters(*part) * shape.unpacked_forward)
+            if not begun:  # one matrix that all of its parts are columns of goes by the first one's name
+                self._keep(saves, part[0], rows * sum(shape.linear(name)[0] for name in part) * e)
             self._free(unpacked)
         self._free(*operand)
 

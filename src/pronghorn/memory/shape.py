@@ -43,6 +43,7 @@ class ModelShape:
         trained: "adapters", or "all" for full fine-tuning in the stored dtype.
         attention: the attention implementation ("flash", "cudnn", …), which decides its workspace.
         packed: adapters lie in flat storage, with a copy in the compute dtype.
+        joined: the plain weights of q, k, v and of gate, up lie side by side (`weights.stack`).
         state_element: bytes of each of the optimizer's two states per trained element.
     """
 
@@ -64,6 +65,7 @@ class ModelShape:
     trained: Literal["adapters", "all"] = "adapters"
     attention: str = "flash"
     packed: bool = True
+    joined: bool = False
     state_element: int = 4
 
     @property

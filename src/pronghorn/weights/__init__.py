@@ -3,10 +3,10 @@
 from pronghorn.weights.base import DenseWeight, Weight
 from pronghorn.weights.fp8 import Fp8FourBitWeight, Fp8GradWeight, Fp8Weight
 from pronghorn.weights.fp8_linear import Fp8Linear, keep_expanded
-from pronghorn.weights.fp8_stack import lay_side_by_side, stacked
 from pronghorn.weights.operand import Operand
 from pronghorn.weights.quantised import FourBitWeight, Int8Weight
 from pronghorn.weights.read import keep_four_bit_layout, read_weight
+from pronghorn.weights.stack import join, lay_side_by_side, side_by_side, stacked
 
 __all__ = [
     "DenseWeight",
@@ -18,9 +18,11 @@ __all__ = [
     "Int8Weight",
     "Operand",
     "Weight",
+    "join",
     "keep_expanded",
     "keep_four_bit_layout",
     "lay_side_by_side",
     "read_weight",
+    "side_by_side",
     "stacked",
 ]

@@ -28,7 +28,7 @@ class Operand:
 
     @staticmethod
     def joined(parts: Sequence[Tensor], columns: Tensor) -> Operand:
-        """The operand of a stack's input gradient (`fp8_stack.stacked`): dY_i [T, out_i] side by side, in fp8 only."""
+        """The operand of a stack's input gradient (`stack.stacked`): dY_i [T, out_i] side by side, in fp8 only."""
         return Operand(parts[0], quantise_joined(parts, columns), columns)
 
     def fp8(self, columns: Tensor | None = None, *, rowwise: bool = True) -> Fp8Rows:

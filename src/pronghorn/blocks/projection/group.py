@@ -9,6 +9,7 @@ The adapters' small product comes first and the frozen product is added to it in
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from itertools import accumulate, pairwise
 
 import torch
@@ -27,7 +28,7 @@ from pronghorn.blocks.projection.parts import (
 from pronghorn.kernels import lora
 from pronghorn.kernels.dispatch import Impl
 from pronghorn.kernels.dropout import seeded_dropout
-from pronghorn.weights import stacked
+from pronghorn.weights import DenseWeight, Fp8Weight, Weight, side_by_side, stacked
 from pronghorn.weights.operand import Operand, as_operand
 
 
@@ -68,16 +69,31 @@ class ProjectionGroup:
 
     # --- forward -----------------------------------------------------------------------------------------------
 
+    @cached_property
+    def stack(self) -> Weight | None:
+        """The frozen weights as one, where they lie side by side."""
+        linear = self._all_linear()
+        return stacked([p.weight for p in linear]) if len(linear) == len(self.projections) else None
+
     def forward(
-        self, x: Tensor | Operand, defer_adapters: bool = False, xa: Tensor | None = None
+        self,
+        x: Tensor | Operand,
+        defer_adapters: bool = False,
+        xa: Tensor | None = None,
+        joined: bool = False,
     ) -> tuple[list[Tensor], Tensor | None]:
         """Outputs Y_i [T, out_i] and XA [T, ΣR] (None without adapters) for x [T, in].
 
-        With `defer_adapters` the outputs lack what `deferred` gives, which the caller adds on the fly.
+        With `defer_adapters` the outputs lack what `deferred` gives, which the caller adds on the fly. With `joined`
+        they may be columns of one matrix.
         """
         operand = as_operand(x)
         xa = self.down(operand.tensor) if xa is None else xa
         deferring = defer_adapters and xa is not None and self.defers(xa)
+        plain = (xa is None or deferring) and all(p.bias is None for p in self._all_linear())
+        if joined and plain and self.stack is not None:
+            wide = self.stack.matmul(operand)
+            return list(wide.split([p.weight.shape[0] for p in self._all_linear()], 1)), xa
         outs: list[Tensor | None] = [None] * len(self.projections)
         if xa is not None and not deferring:
             self._start_with_adapters(outs, xa)
@@ -270,13 +286,14 @@ class ProjectionGroup:
         need: bool = True,
         xa: Tensor | None = None,
         defer_adapters: bool = False,
+        joined: bool = True,
     ) -> tuple[Tensor | None, AdapterGrads | None]:
         """dX [T, in] (None unless `need`), and the adapters' output gradients for `parameter_grads`.
 
         The input `x` is needed only by module projections, whose parameter gradients are collected here too; a
         caller that would have to compute it passes a function. With `xa` (the group's XA, where it was kept) the
         gradients of B are formed in the same reading of dY. With `defer_adapters` (see `left_to_producer`) dX lacks the
-        adapters' share.
+        adapters' share. With `joined` dY that are columns of one matrix are multiplied by the weights as one.
         """
         operands = [as_operand(dy) for dy in dys]
         grads = self._output_grads([operand.tensor for operand in operands], xa, sink)
@@ -290,7 +307,7 @@ class ProjectionGroup:
         dx: Tensor | None = None
         if first and grads is not None:
             dx = grads.dxa @ self._stacked_a(grads.dxa.dtype)
-        for projection, operand in zip(self.projections, operands, strict=True):
+        for projection, operand in self._terms(operands, joined):
             if isinstance(projection, ModuleProjection):
                 part = projection.backward(operand.tensor, x() if callable(x) else x, sink, need)
                 dx = part if dx is None else (dx.add_(part) if part is not None else dx)
@@ -302,11 +319,20 @@ class ProjectionGroup:
             self._add_adapter_input_grad_(dx, grads.dxa)
         return dx, grads
 
+    def _terms(self, operands: Sequence[Operand], joined: bool) -> list[tuple[Projection, Operand]]:
+        """The products that dX is the sum of: one where both weights and dY lie side by side."""
+        stack = self.stack if joined else None
+        if isinstance(stack, DenseWeight):
+            wide = side_by_side([operand.tensor for operand in operands], 1)
+            if wide is not None:
+                return [(LinearProjection(stack), Operand(wide))]
+        return list(zip(self.projections, operands, strict=True))
+
     def _frozen_input_grads(self, operands: Sequence[Operand]) -> list[Tensor]:
         """dY_i W_i of all projections, their sum where the weights lie side by side as one."""
         weights = [projection.weight for projection in self._all_linear()]
-        stack = stacked(weights)
-        if stack is not None:
+        stack = self.stack
+        if isinstance(stack, Fp8Weight):
             return [stack.matmul_t(Operand.joined([o.tensor for o in operands], stack.scales))]
         return [weight.matmul_t(operand) for weight, operand in zip(weights, operands, strict=True)]
 

@@ -1,0 +1,32 @@
+"""Gradients of rotated q and k, and of v, as the gradients of the projections' outputs side by side.
+
+    [dQ | dK | dV] = [Rᵀ dq | Rᵀ dk | dv]        [T, (N + 2 K) D]
+
+The rotation's backward reads and writes dq and dk anyway. From columns of one matrix, one product with the stacked
+weights [W_q; W_k; W_v] makes the input gradient.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pronghorn.kernels.dispatch import Impl, use_triton
+from pronghorn.kernels.rope import qk_rope_backward
+
+
+def unrotate_joined(
+    dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor, *, impl: Impl | None = None
+) -> list[Tensor]:
+    """dQ [T, N·D], dK and dV [T, K·D] as columns of one new matrix, in this order.
+
+    Args:
+        dq: [T, N, D]. dk, dv: [T, K, D]. cos, sin: [T, Drot], as for `qk_rope_forward`.
+    """
+    widths = [x.shape[1] * x.shape[2] for x in (dq, dk, dv)]
+    if use_triton(dq, impl):
+        from pronghorn.kernels.triton.qkv_grads import unrotate_joined as run
+
+        return list(run(dq, dk, dv, cos, sin).split(widths, 1))
+    dq, dk, _, _ = qk_rope_backward(dq, dk, cos, sin, impl="torch")
+    return list(torch.cat([x.flatten(1) for x in (dq, dk, dv)], 1).split(widths, 1))

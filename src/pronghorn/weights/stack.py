@@ -1,0 +1,106 @@
+"""Weights that share their input, as one weight [Σout, in]: one product instead of several.
+
+    [Y_1 | Y_2 | …] = X @ [W_1; W_2; …]ᵀ,   Σ_i dY_i @ W_i = [dY_1 | dY_2 | …] @ [W_1; W_2; …]
+
+Fewer launches, whole waves of the matrix units, and no sum of the input gradients over [T, in]. In fp8 the row scales
+of the weights are in dY before it is quantised, so their products differ in nothing that would keep them apart.
+
+Weights of a group are laid side by side once (`lay_side_by_side`, `join`), and every module holds its part of them.
+Whatever moves the modules apart (a copy, another device, a weight put in its place) only makes `stacked` answer None.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from pronghorn.weights.base import DenseWeight, Weight
+from pronghorn.weights.fp8 import Fp8Weight
+from pronghorn.weights.fp8_linear import Fp8Linear
+
+
+def lay_side_by_side(modules: Sequence[Fp8Linear]) -> None:
+    """Move the codes and scales of modules with the same input into common storage; rowwise scales only."""
+    if len(modules) < 2 or any(module.weight_scale.shape[0] == 1 for module in modules):
+        return
+    codes = torch.cat([module.weight.data for module in modules])
+    scales = torch.cat([module.weight_scale for module in modules])
+    kept = [module.weight_transposed for module in modules if module.weight_transposed is not None]
+    turned = torch.cat([t.view(torch.uint8) for t in kept], 1) if len(kept) == len(modules) else None
+    start = 0
+    for module in modules:
+        part = slice(start, start + module.out_features)
+        module.weight.data, module.weight_scale = codes[part], scales[part]
+        if turned is not None:
+            module.weight_transposed = turned[:, part].view(torch.float8_e4m3fn)
+        start = part.stop
+
+
+def join(weights: Sequence[Weight]) -> bool:
+    """Move frozen plain weights with the same input into common storage; True where they lie so now.
+
+    Parameters stay the objects they are and read the same; in between, the group's weights exist twice. A weight that
+    is itself a part of something, or trained, stays where it is, and the others with it.
+    """
+    if stacked(weights) is not None:
+        return True
+    if not _may_join(weights):
+        return False
+    parameters = [cast(DenseWeight, weight).weight for weight in weights]
+    with torch.no_grad():
+        wide = torch.cat([parameter.data for parameter in parameters])
+        for parameter, part in zip(parameters, wide.split([p.shape[0] for p in parameters]), strict=True):
+            parameter.data = part
+    return True
+
+
+def _may_join(weights: Sequence[Weight]) -> bool:
+    if len(weights) < 2 or any(
+        type(weight) is not DenseWeight or weight.parameter is not None for weight in weights
+    ):
+        return False
+    tensors = [cast(DenseWeight, weight).weight for weight in weights]
+    first = tensors[0]
+    alike = all(t.dtype == first.dtype and t.device == first.device for t in tensors)
+    whole = all(t.is_contiguous() and t.untyped_storage().nbytes() == t.nbytes for t in tensors)
+    return alike and whole and len({t.untyped_storage()._cdata for t in tensors}) == len(tensors)
+
+
+def stacked(weights: Sequence[Weight]) -> DenseWeight | Fp8Weight | None:
+    """The weights as one [Σout, in], where they lie side by side; else None."""
+    if len(weights) < 2:
+        return None
+    if all(type(weight) is DenseWeight and weight.parameter is None for weight in weights):
+        wide = side_by_side([cast(DenseWeight, weight).weight.detach() for weight in weights], 0)
+        return None if wide is None else DenseWeight(wide)
+    parts = [weight for weight in weights if type(weight) is Fp8Weight and weight.quantises_rows]
+    return _stacked_fp8(parts) if len(parts) == len(weights) else None
+
+
+def _stacked_fp8(parts: Sequence[Fp8Weight]) -> Fp8Weight | None:
+    codes = side_by_side([part.codes for part in parts], 0)
+    scales = side_by_side([part.scales for part in parts], 0)
+    if codes is None or scales is None:
+        return None
+    turned = [part.transposed for part in parts if part.transposed is not None]
+    return Fp8Weight(codes, scales, side_by_side(turned, 1) if len(turned) == len(parts) else None)
+
+
+def side_by_side(tensors: Sequence[Tensor], dim: int) -> Tensor | None:
+    """Views that follow each other in one storage along a dimension, as one view; else None."""
+    first = tensors[0]
+    storage, end = first.untyped_storage()._cdata, first.storage_offset()
+    for tensor in tensors:
+        apart = tensor.untyped_storage()._cdata != storage or tensor.storage_offset() != end
+        if apart or tensor.stride() != first.stride() or tensor.dtype != first.dtype:
+            return None
+        end += tensor.shape[dim] * tensor.stride(dim)
+    shape = list(first.shape)
+    shape[dim] = sum(tensor.shape[dim] for tensor in tensors)
+    # Parts of another matrix that follow by chance: columns may not run on into the next row.
+    if dim == 1 and shape[1] * first.stride(1) > first.stride(0) and shape[0] > 1:
+        return None
+    return first.as_strided(shape, first.stride(), first.storage_offset())

@@ -1,0 +1,34 @@
+"""Gradients of q, k and v as columns of one matrix: the rotation's transpose and a copy, to the bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pronghorn.kernels.qkv_grads import unrotate_joined
+from pronghorn.kernels.rope import qk_rope_backward
+from pronghorn.weights import side_by_side
+from tests.kernels.compare import DTYPES, IMPLS, assert_near, random
+from tests.kernels.test_rope import SHAPES, angles
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [*SHAPES, (0, 4, 2, 16, 16)])
+def test_columns_of_one_matrix(impl, dtype, shape, device):
+    tokens, heads, kv_heads, head_dim, rotated = shape
+    dq, dk, dv = (
+        random(tokens, n, head_dim, dtype=dtype, device=device, seed=n)
+        for n in (heads, kv_heads, kv_heads + 20)
+    )
+    dv = dv[:, :kv_heads]  # rows of a wider buffer
+    cos, sin = angles(tokens, rotated, device)
+    before = dq.clone()
+    found = unrotate_joined(dq, dk, dv, cos, sin, impl=impl)
+    assert torch.equal(dq, before) and side_by_side(found, 1).is_contiguous()
+    if not tokens:
+        return
+    expected = qk_rope_backward(dq.double(), dk.double(), cos.double(), sin.double(), impl="torch")[:2]
+    for got, want in zip(found, expected, strict=False):
+        assert_near(got, want.flatten(1))
+    assert torch.equal(found[2], dv.flatten(1))
