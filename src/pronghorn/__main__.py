@@ -1,7 +1,8 @@
-"""``python -m pronghorn``: versions, hardware, and which paths are on and why."""
+"""``python -m pronghorn``: the doctor; with a command's name, that command."""
 
 import sys
 
 from pronghorn.cli.main import main
 
-sys.exit(main(["doctor", *sys.argv[1:]]))
+arguments = sys.argv[1:]
+sys.exit(main(arguments if arguments and not arguments[0].startswith("-") else ["doctor", *arguments]))

@@ -1,9 +1,20 @@
-"""The doctor reports what is there, and prints it both ways."""
+"""The facts that the doctor tells, and that each check can fail."""
 
-import json
+from __future__ import annotations
 
-from pronghorn.cli.main import main
-from pronghorn.diagnostics import doctor
+import pytest
+import torch
+
+from pronghorn.diagnostics import (
+    attention_checks,
+    doctor,
+    kernel_checks,
+    machine_checks,
+    training_checks,
+)
+from pronghorn.diagnostics.checks import Check, NotHere, Unsound, perform
+from pronghorn.diagnostics.compare import excess
+from pronghorn.diagnostics.live import peak_bytes
 
 
 def test_facts():
@@ -29,15 +40,158 @@ def test_a_missing_package_is_reported(monkeypatch):
     assert [item.name for item in report.missing] == ["trl"]
 
 
-def test_table(capsys):
-    assert main(["doctor"]) == 0
-    text = capsys.readouterr().out
-    assert "transformers" in text
-    assert "compute dtype" in text
+def spoil(function, which: int | None):
+    """The same function with one output (one of several, or the only one) wrong in one element."""
+
+    def spoiled(*args, **kwargs):
+        found = function(*args, **kwargs)
+        tensor = found if which is None else found[which]
+        wide = tensor.view(torch.uint8) if tensor.dtype.itemsize == 1 else tensor
+        wide.view(-1)[wide.numel() // 2] = (
+            97 if wide.dtype == torch.uint8 else float(tensor.view(-1)[0]) + 3.0
+        )
+        return found
+
+    return spoiled
 
 
-def test_json(capsys):
-    assert main(["doctor", "--json"]) == 0
-    facts = json.loads(capsys.readouterr().out)
-    assert facts["hardware"]["device"] in ("cpu", "cuda")
-    assert {item["name"] for item in facts["packages"]} >= {"torch", "trl"}
+#: check, module with the kernel, the kernel, which output is spoiled, what the reason names
+BROKEN = [
+    ("rms_norm", "norm_kernels", "rms_norm_forward", 0, "y in"),
+    ("rms_norm", "norm_kernels", "rms_norm_backward", 0, "dx in"),
+    ("rms_norm", "norm_kernels", "rms_norm_backward", 1, "dweight in"),
+    ("rope", "rope_kernels", "qk_rope_forward", 1, "k in"),
+    ("rope", "rope_kernels", "qk_rope_backward", 0, "dq in"),
+    ("rope_with_norms", "rope_kernels", "qk_rope_backward", 3, "dk_norm in"),
+    ("glu", "glu_kernels", "glu_forward", None, "silu in"),
+    ("glu", "glu_kernels", "glu_backward", 2, "dsilu in"),
+    ("glu_with_adapters", "glu_kernels", "glu_forward_down", 1, "act Aᵀ in"),
+    ("lora_products", "lora_kernels", "up", 1, "Y in"),
+    ("lora_products", "lora_kernels", "output_grads", None, "dXA in"),
+    ("lora_products", "lora_kernels", "accumulate_a_", None, "dA in"),
+    ("four_bit", "nf4_kernels", "dequantize_4bit", None, "weight in"),
+    ("fp8_weights", "fp8_kernels", "transpose_codes", None, "turned codes"),
+    ("fp8_rows", "norm_kernels", "rms_norm_forward_fp8", 0, "the norm"),
+]
+
+
+@pytest.mark.parametrize("check,module,kernel,which,named", BROKEN)
+def test_a_wrong_element_is_found(monkeypatch, check, module, kernel, which, named):
+    kernels = getattr(kernel_checks, module)
+    function = getattr(kernel_checks, check)
+    function()
+    monkeypatch.setattr(kernels, kernel, spoil(getattr(kernels, kernel), which))
+    with pytest.raises(Unsound) as failed:
+        function()
+    assert named in str(failed.value)
+
+
+def test_a_wrong_gradient_of_the_head_is_found(monkeypatch):
+    right = kernel_checks.head_kernels.linear_cross_entropy
+
+    def wrong(hidden, weight, labels, **kwargs):
+        loss, correct = right(hidden * 1.0, weight, labels, **kwargs)
+        return loss + 0.01 * (hidden.sum() - hidden.detach().sum()), correct
+
+    monkeypatch.setattr(kernel_checks.head_kernels, "linear_cross_entropy", wrong)
+    with pytest.raises(Unsound, match="dhidden"):
+        kernel_checks.cross_entropy()
+
+
+def test_a_wrong_attention_is_found(monkeypatch):
+    attention_checks.eager()
+    kernels = attention_checks.kernels
+    right = kernels.attention_backward
+
+    def wrong(*args):
+        dq, dk, dv = right(*args)
+        return dq, dk * 1.01, dv
+
+    monkeypatch.setattr(kernels, "attention_backward", wrong)
+    with pytest.raises(Unsound, match="dk is off"):
+        attention_checks.eager()
+
+
+def test_a_wrong_gradient_of_the_step_is_named(monkeypatch):
+    from pronghorn.blocks import glu
+
+    right = glu.glu_backward
+
+    def wrong(*args, **kwargs):
+        act, dgate, dup = right(*args, **kwargs)
+        return act, dgate.mul_(0.5), dup
+
+    monkeypatch.setattr(glu, "glu_backward", wrong)
+    if torch.cuda.is_available():
+        monkeypatch.setattr(glu, "glu_backward_down_", lambda *a, **k: None)
+    with pytest.raises(Unsound, match=r"the gradient of .*lora_"):
+        training_checks.lora_step()
+
+
+def test_a_step_that_takes_more_memory_than_the_stock_one_fails(monkeypatch):
+    sizes = iter((200, 100))
+    monkeypatch.setattr(training_checks, "peak_bytes", lambda device, step: next(sizes) * 2**20)
+    with pytest.raises(Unsound, match=r"peak 200.0 MiB .*100.0 MiB"):
+        training_checks.lora_step()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU's allocator counts there")
+def test_live_bytes_are_counted_by_hand():
+    def step() -> None:
+        a = torch.empty(1000)
+        b = a * 2
+        del a
+        _ = b + 1  # 8 kB alive: b and this
+        del b
+
+    assert peak_bytes(torch.device("cpu"), step) == 8000
+
+
+def test_nan_and_wrong_shapes_are_infinitely_wrong():
+    exact = torch.ones(3)
+    assert excess(exact, exact) == 0.0
+    assert excess(torch.tensor([1.0, float("nan"), 1.0]), exact) == float("inf")
+    assert excess(torch.ones(4), exact) == float("inf")
+    assert excess(exact + 1e-3, exact) > 1.0
+
+
+def test_a_full_disk_and_a_folder_that_cannot_be_written(monkeypatch, tmp_path):
+    monkeypatch.setattr(machine_checks, "cache_folder", lambda: tmp_path)
+    assert "free in" in machine_checks.disk() and not list(tmp_path.iterdir())
+
+    def refused(**kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(machine_checks.tempfile, "NamedTemporaryFile", refused)
+    with pytest.raises(Unsound, match="cannot be written: Permission denied"):
+        machine_checks.disk()
+    monkeypatch.setattr(machine_checks, "LEAST_DISK", 2**60)
+    with pytest.raises(Unsound, match="GiB are free"):
+        machine_checks.disk()
+
+
+def test_a_containers_limit_counts(monkeypatch):
+    monkeypatch.setattr(machine_checks, "_machine_memory", lambda: (64 * 2**30, 60 * 2**30))
+    monkeypatch.setattr(machine_checks, "_container_memory", lambda: (8 * 2**30, 7 * 2**30))
+    with pytest.raises(Unsound, match=r"1\.0 GiB of 8\.0 GiB of this container"):
+        machine_checks.host_memory()
+    monkeypatch.setattr(machine_checks, "_container_memory", lambda: (None, 0))
+    assert "60.0 GiB of 64.0 GiB of the machine" in machine_checks.host_memory()
+
+
+def test_an_error_in_a_check_is_its_failure(monkeypatch):
+    def failing() -> str:
+        raise RuntimeError("CUDA error: invalid configuration argument\nmore")
+
+    monkeypatch.setattr(kernel_checks, "glu", failing)
+    result = perform(Check("kernels", "glu", "pronghorn.diagnostics.kernel_checks:glu"))
+    assert result.status == "FAIL"
+    assert result.detail == "RuntimeError: CUDA error: invalid configuration argument"
+
+
+def test_what_is_not_here_is_no_failure(monkeypatch):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    for function in (machine_checks.pinned_memory, machine_checks.host_link, machine_checks.peer_link):
+        with pytest.raises(NotHere):
+            function()

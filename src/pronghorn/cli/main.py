@@ -91,8 +91,12 @@ def build_parser() -> argparse.ArgumentParser:
     plan.add_argument("--gpu", metavar="NAME", help="plan for this GPU, such as 4090 (default: the one here)")
     plan.add_argument("--json", action="store_true", help="print the plan as JSON")
 
-    doctor = commands.add_parser("doctor", help="versions, hardware, and which paths are on and why")
-    doctor.add_argument("--json", action="store_true", help="print the same facts as JSON")
+    doctor = commands.add_parser(
+        "doctor", help="versions and hardware, then run every kernel and a training step on this machine"
+    )
+    doctor.add_argument("--json", action="store_true", help="print all of it as one JSON object")
+    doctor.add_argument("--facts", action="store_true", help="versions, hardware and paths only; run nothing")
+    doctor.add_argument("--fix-hints", action="store_true", help="say what helps, for each check that failed")
     return parser
 
 
@@ -120,7 +124,7 @@ def _commands() -> dict:
     def doctor(options: argparse.Namespace) -> int:
         from pronghorn.cli.doctor import run
 
-        return run(as_json=options.json)
+        return run(as_json=options.json, facts_only=options.facts, hints=options.fix_hints)
 
     return {"train": train, "quickstart": quickstart, "chat": chat, "plan": plan, "doctor": doctor}
 

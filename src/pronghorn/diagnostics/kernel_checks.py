@@ -1,0 +1,403 @@
+"""Every kernel, forward and backward, on this machine: what training calls, against formulas in fp64.
+
+Kernels are looked up in their modules when a check runs, so what is checked is what training would find there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import pronghorn.kernels
+from pronghorn.diagnostics.checks import NotHere, Unsound
+from pronghorn.diagnostics.compare import Comparison, device, draw, dtypes, relative
+from pronghorn.hardware import probe
+from pronghorn.kernels import dropout as dropout_kernel
+from pronghorn.kernels import fp8 as fp8_kernels
+from pronghorn.kernels import glu as glu_kernels
+from pronghorn.kernels import linear_cross_entropy as head_kernels
+from pronghorn.kernels import lora as lora_kernels
+from pronghorn.kernels import nf4 as nf4_kernels
+from pronghorn.kernels import rms_norm as norm_kernels
+from pronghorn.kernels import rope as rope_kernels
+from pronghorn.kernels.dispatch import Impl, use_triton
+from pronghorn.kernels.lora import LowRank
+
+#: tokens and width: no multiples of any block, so that masks are met
+TOKENS, WIDTH = 37, 328
+EPS = 1e-6
+
+#: NF4's sixteen numbers (Dettmers et al. 2023, appendix E)
+NF4 = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+    -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+    0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+
+
+def _said(compared: Comparison) -> str:
+    way = "Triton" if use_triton(torch.empty(1, device=device(), dtype=dtypes()[0]), None) else "torch"
+    return f"{way}: {compared}"
+
+
+def rms_norm() -> str:
+    compared = Comparison()
+    for dtype in dtypes():
+        x, residual, dy, carried = (draw(TOKENS, WIDTH, dtype=dtype, seed=i) for i in range(4))
+        weight = draw(WIDTH, dtype=dtype, seed=5)
+        y, rstd, summed = norm_kernels.rms_norm_forward(x, weight, EPS, residual=residual)
+        leaves = [(x + residual).double().requires_grad_(), weight.double().requires_grad_()]
+        truth = leaves[0] * (leaves[0].square().mean(1, keepdim=True) + EPS).rsqrt() * leaves[1]
+        want_dx, want_dw = torch.autograd.grad(truth, leaves, dy.double())
+        dx, dw = norm_kernels.rms_norm_backward(
+            dy, summed, weight, rstd, eps=EPS, residual_grad=carried, need_weight_grad=True
+        )
+        assert dw is not None
+        compared.near("y", y, truth)
+        compared.near("dx", dx, want_dx + carried.double(), slack=2.0)
+        compared.near("dweight", dw, want_dw, slack=4.0)
+    return _said(compared)
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    half = cos.shape[-1] // 2
+    turned = torch.cat([-x[..., half:], x[..., :half]], -1)
+    return x * cos.double()[:, None] + turned * sin.double()[:, None]
+
+
+def _angles(dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    position = torch.arange(TOKENS, dtype=torch.float64)
+    angle = position[:, None] / 10000.0 ** (torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+    whole = torch.cat([angle, angle], 1)
+    return whole.cos().to(device(), dtype), whole.sin().to(device(), dtype)
+
+
+def rope() -> str:
+    """Rotation forward and backward, and the rotation that takes adapters in on the way."""
+    compared, dim = Comparison(), 64
+    for dtype in dtypes():
+        cos, sin = _angles(dim, dtype)
+        q, k, v = (draw(TOKENS, heads, dim, dtype=dtype, seed=heads) for heads in (4, 2, 3))
+        found = rope_kernels.qk_rope_forward(q, k, cos, sin)
+        leaves = [x.double().requires_grad_() for x in (q, k)]
+        truth = [_rotated(x, cos, sin) for x in leaves]
+        dq, dk = (draw(*x.shape, dtype=dtype, seed=9) for x in (q, k))
+        grads = torch.autograd.grad(truth, leaves, [dq.double(), dk.double()])
+        back = rope_kernels.qk_rope_backward(dq, dk, cos, sin)
+        for i, name in enumerate(("q", "k")):
+            compared.near(name, found[i], truth[i])
+            compared.near(f"d{name}", back[i], grads[i])
+        v = v[:, :2].contiguous()
+        shares = tuple(
+            LowRank(draw(TOKENS, 16, dtype=dtype, seed=i), draw(x.shape[1] * dim, 16, dtype=dtype, scale=0.2), 0.5)
+            for i, x in enumerate((q, k, v))
+        )  # fmt: skip
+        whole = [
+            x.double() + (s.scaling * s.xa.double() @ s.b.double().T).view(x.shape)
+            for x, s in zip((q, k, v), shares, strict=True)
+        ]
+        wanted = [_rotated(whole[0], cos, sin), _rotated(whole[1], cos, sin), whole[2]]
+        rope_kernels.adapted_rope_(q, k, v, cos, sin, (shares[0], shares[1], shares[2]))
+        for name, got, want in zip(("q + LoRA", "k + LoRA", "v + LoRA"), (q, k, v), wanted, strict=True):
+            compared.near(name, got, want, slack=2.0)
+    return _said(compared)
+
+
+def rope_with_norms() -> str:
+    compared, dim = Comparison(), 64
+    for dtype in dtypes():
+        cos, sin = _angles(dim, dtype)
+        q, k, dq, dk = (draw(TOKENS, heads, dim, dtype=dtype, seed=i) for i, heads in enumerate((4, 2, 4, 2)))
+        weights = [draw(dim, dtype=dtype, seed=i) for i in (7, 8)]
+        given: dict[str, Any] = {"q_norm_weight": weights[0], "k_norm_weight": weights[1], "eps": EPS}
+        found = rope_kernels.qk_rope_forward(q, k, cos, sin, **given)
+        leaves = [x.double().requires_grad_() for x in (q, k, *weights)]
+        truth = [
+            _rotated(x * (x.square().mean(-1, keepdim=True) + EPS).rsqrt() * w, cos, sin)
+            for x, w in zip(leaves[:2], leaves[2:], strict=True)
+        ]
+        grads = torch.autograd.grad(truth, leaves, [dq.double(), dk.double()])
+        back = rope_kernels.qk_rope_backward(dq, dk, cos, sin, q=q, k=k, need_weight_grad=True, **given)
+        for i, name in enumerate(("q", "k")):
+            compared.near(name, found[i], truth[i])
+        for name, got, want in zip(("dq", "dk", "dq_norm", "dk_norm"), back, grads, strict=True):
+            assert got is not None
+            compared.near(name, got, want, slack=4.0)
+    return _said(compared)
+
+
+def glu() -> str:
+    compared = Comparison()
+    formulas: dict[str, Callable[[Tensor], Tensor]] = {
+        "silu": F.silu,
+        "gelu": F.gelu,
+        "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    }
+    for dtype in dtypes():
+        both = draw(TOKENS, 2 * WIDTH, dtype=dtype, scale=3.0)
+        gate, up = both[:, :WIDTH], both[:, WIDTH:]
+        dact = draw(TOKENS, WIDTH, dtype=dtype, seed=2)
+        for activation, formula in formulas.items():
+            leaves = [gate.double().requires_grad_(), up.double().requires_grad_()]
+            truth = formula(leaves[0]) * leaves[1]
+            grads = torch.autograd.grad(truth, leaves, dact.double())
+            found = glu_kernels.glu_backward(dact, gate, up, activation)
+            compared.near(activation, glu_kernels.glu_forward(gate, up, activation), truth)
+            for got, want in zip(found, (truth.detach(), *grads), strict=True):
+                compared.near(f"d{activation}", got, want)
+    return _said(compared)
+
+
+def glu_with_adapters() -> str:
+    """Gate and up that lack their adapters' share, and the down projection's adapter formed along the way."""
+    compared = Comparison()
+    for dtype in dtypes():
+        gate, up, dact = (draw(TOKENS, WIDTH, dtype=dtype, seed=i) for i in range(3))
+        shares = [
+            LowRank(draw(TOKENS, 16, dtype=dtype, seed=3 + i, scale=0.3),
+                    draw(WIDTH, 16, dtype=dtype, seed=5 + i, scale=0.3), 0.5 + i)
+            for i in range(2)
+        ]  # fmt: skip
+        a, dxa = (
+            draw(16, WIDTH, dtype=dtype, seed=7, scale=0.3),
+            draw(TOKENS, 16, dtype=dtype, seed=8, scale=0.3),
+        )
+        given: dict[str, Any] = {"gate_adapter": shares[0], "up_adapter": shares[1]}
+        leaves = [s.add_to(x.double()).requires_grad_() for x, s in zip((gate, up), shares, strict=True)]
+        truth = F.silu(leaves[0]) * leaves[1]
+        act, xa = glu_kernels.glu_forward_down(gate, up, "silu", a, **given)
+        compared.near("act", act, truth, slack=2.0)
+        compared.near("act Aᵀ", xa, act.double() @ a.double().T, slack=2.0)
+        grads = torch.autograd.grad(truth, leaves, dact.double(), retain_graph=True)
+        found = glu_kernels.glu_backward(dact, gate, up, "silu", **given)
+        for name, got, want in zip(("act", "dgate", "dup"), found, (truth.detach(), *grads), strict=True):
+            compared.near(name, got, want, slack=2.0)
+        grads = torch.autograd.grad(truth, leaves, dact.double() + dxa.double() @ a.double())
+        a_grad = torch.zeros(a.shape, dtype=torch.float32, device=a.device)
+        glu_kernels.glu_backward_down_(dact, gate, up, "silu", dxa, a, a_grad, **given)
+        # The torch way rounds the sum of both shares of dact before it goes on.
+        compared.near("dgate", gate, grads[0], slack=8.0)
+        compared.near("dup", up, grads[1], slack=8.0)
+        _close(compared, "dA", a_grad, dxa.double().T @ truth.detach(), dtype)
+    return _said(compared)
+
+
+def _close(compared: Comparison, name: str, actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
+    """For sums of products whose factors are rounded to `dtype`: by the norm, four roundings of a factor allowed."""
+    bound = 4 * max(torch.finfo(dtype).eps / 2, 1e-6)
+    found = relative(actual, expected)
+    if not found <= bound:
+        raise Unsound(
+            f"{name} in {str(dtype).removeprefix('torch.')} is off by {found:.2e}, allowed {bound:.1e}"
+        )
+    compared.worst = max(compared.worst, found / bound)
+    if name not in compared.compared:
+        compared.compared.append(name)
+
+
+def lora_products() -> str:
+    compared = Comparison()
+    impls: tuple[Impl | None, ...] = (None, "triton") if _kernels_take_lora() else (None,)
+    for dtype in dtypes():
+        x, xa = draw(TOKENS, WIDTH, dtype=dtype), draw(TOKENS, 40, dtype=dtype, scale=0.3)
+        a = draw(40, WIDTH, dtype=dtype, seed=1, scale=0.05)
+        outs, ranks, scalings = (WIDTH, 72), (8, 32), (0.5, 2.0)
+        bs = [draw(o, r, dtype=dtype, seed=o, scale=0.2) for o, r in zip(outs, ranks, strict=True)]
+        bases = [draw(TOKENS, o, dtype=dtype, seed=2) for o in outs]
+        dys = [draw(TOKENS, o, dtype=dtype, seed=3) for o in outs]
+        parts = [part.double() for part in xa.split(list(ranks), 1)]
+        for got, base, part, b, s in zip(
+            lora_kernels.up(xa, bs, scalings, bases), bases, parts, bs, scalings, strict=True
+        ):
+            compared.near("Y", got, base.double() + s * part @ b.double().T, slack=2.0)
+        wide = torch.float32
+        b_grads: list[Tensor | None] = [torch.zeros(b.shape, dtype=wide, device=b.device) for b in bs]
+        dxa = lora_kernels.output_grads(dys, bs, scalings, xa, b_grads)
+        for i, (dy, b, s) in enumerate(zip(dys, bs, scalings, strict=True)):
+            compared.near("dXA", dxa.split(list(ranks), 1)[i], s * dy.double() @ b.double(), slack=2.0)
+            grad = b_grads[i]
+            assert grad is not None
+            _close(compared, "dB", grad, s * dy.double().T @ parts[i], dtype)
+        for impl in impls:
+            compared.near("XA", lora_kernels.down(x, a, impl=impl), x.double() @ a.double().T, slack=2.0)
+            a_grad = torch.zeros(a.shape, dtype=wide, device=a.device)
+            lora_kernels.accumulate_a_(a_grad, xa, x, impl=impl)
+            _close(compared, "dA", a_grad, xa.double().T @ x.double(), dtype)
+    return _said(compared)
+
+
+def _kernels_take_lora() -> bool:
+    return lora_kernels.fits_kernels(torch.empty(1, device=device(), dtype=dtypes()[0]), [8, 32])
+
+
+def cross_entropy() -> str:
+    """Loss and gradients of hidden states, head, and an adapter on the head; the last chunk of rows is a short one."""
+    compared = Comparison()
+    rows, vocabulary = 45, 1003
+    for dtype in dtypes():
+        hidden = draw(rows, 96, dtype=dtype).requires_grad_()
+        weight = draw(vocabulary, 96, dtype=dtype, scale=0.1).requires_grad_()
+        a, b = draw(8, 96, dtype=dtype, scale=0.1), draw(vocabulary, 8, dtype=dtype, scale=0.1)
+        tensors = [hidden, weight, a.requires_grad_(), b.requires_grad_()]
+        labels = torch.arange(rows, device=device()) * 17 % vocabulary
+        labels[3] = -100
+        loss, _ = head_kernels.linear_cross_entropy(
+            hidden, weight, labels, lora=(a, b, 2.0), chunk_rows=16, softcap=30.0
+        )
+        found = torch.autograd.grad(loss, tensors)
+        leaves = [t.detach().double().requires_grad_() for t in tensors]
+        logits = leaves[0] @ leaves[1].T + 2.0 * (leaves[0] @ leaves[2].T) @ leaves[3].T
+        truth = F.cross_entropy(30.0 * torch.tanh(logits / 30.0), labels)
+        _close(compared, "loss", loss.detach(), truth.detach(), dtype)
+        wanted = torch.autograd.grad(truth, leaves)
+        for name, got, want in zip(("dhidden", "dhead", "dA", "dB"), found, wanted, strict=True):
+            _close(compared, name, got, want, dtype)
+    return _said(compared)
+
+
+def dropout() -> str:
+    x = torch.ones(300, 500, device=device(), dtype=dtypes()[0])
+    first, second = (dropout_kernel.seeded_dropout(x, 0.25, 11) for _ in range(2))
+    if not torch.equal(first, second):
+        raise Unsound("the mask of one seed differs from call to call, so a backward would use another one")
+    if torch.equal(first, dropout_kernel.seeded_dropout(x, 0.25, 12)):
+        raise Unsound("two seeds give the same mask")
+    kept = first.ne(0)
+    share = kept.double().mean().item()
+    # Four standard deviations of a mean over 150,000 draws.
+    if not abs(share - 0.75) <= 4 * (0.75 * 0.25 / x.numel()) ** 0.5:
+        raise Unsound(f"{share:.1%} of the elements are kept where 75 % should be")
+    compared = Comparison()
+    compared.near("scale", first, kept.double() / 0.75)
+    return _said(compared)
+
+
+def _four_bit_case(dtype: torch.dtype) -> tuple[dict[str, Any], Tensor]:
+    """Arguments of a doubly quantised weight [64, 192], and the weight in fp64, decoded value by value."""
+    shape, blocksize, blocksize2 = (64, 192), 64, 256
+    generator = torch.Generator().manual_seed(4)
+    count = shape[0] * shape[1]
+    packed = torch.randint(0, 256, (count // 2,), generator=generator, dtype=torch.uint8)
+    scale_codes = torch.randint(0, 256, (count // blocksize,), generator=generator, dtype=torch.uint8)
+    code2 = torch.linspace(-1, 1, 256)
+    absmax2, offset = torch.rand(1, generator=generator) * 0.01 + 0.01, torch.tensor(0.05)
+    absmax = code2[scale_codes.int()].double() * absmax2.double() + offset.double()
+    nibbles = torch.stack([packed >> 4, packed & 15], 1).flatten().int()
+    truth = torch.tensor(NF4, dtype=torch.float64)[nibbles].view(-1, blocksize) * absmax[:, None]
+    here = device()
+    given = {
+        "packed": packed.to(here), "absmax": scale_codes.to(here), "code": torch.tensor(NF4, device=here),
+        "blocksize": blocksize, "shape": shape, "dtype": dtype,
+        "nested": (code2.to(here), absmax2.to(here), offset.to(here), blocksize2),
+    }  # fmt: skip
+    return given, truth.view(shape).to(here)
+
+
+def four_bit() -> str:
+    compared = Comparison()
+    for dtype in dtypes():
+        given, truth = _four_bit_case(dtype)
+        compared.near("weight", nf4_kernels.dequantize_4bit(**given), truth)
+    return _said(compared)
+
+
+def _needs_fp8() -> None:
+    fact = probe().fp8
+    if fact.value is None:
+        raise NotHere(fact.reason)
+
+
+def _codes_near(name: str, rows: tuple[Tensor, Tensor], wanted: Tensor) -> None:
+    """Codes within half a step of e4m3: 1/16 of the number, or 2⁻¹⁰ scales where that is more."""
+    codes, scales = rows
+    error = (codes.double() * scales.double() - wanted.double()).abs()
+    bound = torch.maximum(wanted.double().abs() / 16, scales.double() * 2.0**-10) * 1.001
+    if not bool((error <= bound).all()):
+        raise Unsound(f"e4m3 codes of {name} are further from the numbers than half a step")
+
+
+def fp8_rows() -> str:
+    """Rows made into e4m3 codes, alone and by the kernels that make the rows."""
+    _needs_fp8()
+    compared = Comparison()
+    for dtype in dtypes():
+        x, other = draw(TOKENS, WIDTH, dtype=dtype), draw(TOKENS, 64, dtype=dtype)
+        columns = draw(WIDTH + 64, dtype=torch.float32, seed=3).abs()
+        _codes_near("rows", fp8_kernels.quantise_rows(x), x)
+        joined = torch.cat([x, other], 1).float() * columns
+        _codes_near("joined rows", fp8_kernels.quantise_joined([x, other], columns), joined)
+        act, rows = fp8_kernels.glu_forward_fp8(x, x.flip(0).contiguous(), "silu")
+        _codes_near("the gated unit", rows, act)
+        compared.near("act", act, F.silu(x.double()) * x.flip(0).double())
+        weight = draw(WIDTH, dtype=dtype, seed=5)
+        y, _, _, rows = norm_kernels.rms_norm_forward_fp8(x, weight, EPS)
+        _codes_near("the norm", rows, y)
+        wide = x.double()
+        truth = wide * (wide.square().mean(1, keepdim=True) + EPS).rsqrt() * weight.double()
+        compared.near("y", y, truth)
+    return f"{_said(compared)}; codes within half a step"
+
+
+def fp8_weights() -> str:
+    """Codes of weights, turned round, made again after a change, and from 4 bits."""
+    _needs_fp8()
+    compared = Comparison()
+    weight = draw(96, 160, dtype=dtypes()[0])
+    codes, scales = fp8_kernels.quantise_weight(weight)
+    _codes_near("a weight", (codes, scales), weight)
+    turned = fp8_kernels.transpose_codes(codes)
+    if not torch.equal(turned.view(torch.uint8), codes.view(torch.uint8).t()):
+        raise Unsound("turned codes are other codes")
+    again = fp8_kernels.quantise_transposed(weight, scales)
+    _codes_near("a turned weight", (again.t(), scales), weight)
+    given, truth = _four_bit_case(torch.float32)
+    del given["dtype"]
+    row_scales = fp8_kernels.four_bit_row_scales(
+        given["absmax"], given["shape"], given["blocksize"], given["nested"]
+    )
+    assert row_scales is not None
+    for transposed in (False, True):
+        made = fp8_kernels.four_bit_to_fp8(scales=row_scales, transposed=transposed, **given)
+        _codes_near("a 4-bit weight", (made.t() if transposed else made, row_scales), truth)
+    compared.near(
+        "dequantised", fp8_kernels.dequantise(codes, scales, torch.bfloat16), codes.double() * scales
+    )
+    return f"{_said(compared)}; codes within half a step"
+
+
+def fast_linear() -> str:
+    """`pronghorn.kernels.fast_linear_forward` on a plain linear and on PEFT's layer around one, with its backward."""
+    from peft import LoraConfig, get_peft_model
+
+    compared = Comparison()
+    for dtype in dtypes():
+        linear = torch.nn.Linear(WIDTH, 72, device=device(), dtype=dtype)
+        with torch.no_grad():
+            linear.weight.copy_(draw(72, WIDTH, dtype=dtype, scale=0.05))
+            linear.bias.copy_(draw(72, dtype=dtype))
+        config = LoraConfig(r=8, lora_alpha=16, target_modules=["0"])
+        layer: Any = get_peft_model(torch.nn.Sequential(linear), config).base_model.model[0]
+        a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        with torch.no_grad():
+            a.copy_(draw(8, WIDTH, dtype=dtype, scale=0.05))
+            b.copy_(draw(72, 8, dtype=dtype, scale=0.2))
+        x = draw(2, TOKENS, WIDTH, dtype=dtype).requires_grad_()
+        leaves = [t.detach().double().requires_grad_() for t in (x, a, b)]
+        plain = leaves[0] @ linear.weight.double().T + linear.bias.double()
+        truth = plain + 2.0 * (leaves[0] @ leaves[1].T) @ leaves[2].T
+        dy = draw(*truth.shape, dtype=dtype, seed=6)
+        with torch.no_grad():
+            compared.near(
+                "plain", pronghorn.kernels.fast_linear_forward(linear, x), plain.detach(), slack=2.0
+            )
+        y = pronghorn.kernels.fast_linear_forward(layer, x)
+        _close(compared, "with LoRA", y.detach(), truth.detach(), dtype)
+        grads = torch.autograd.grad(y, [x, a, b], dy)
+        wanted = torch.autograd.grad(truth, leaves, dy.double())
+        for name, got, want in zip(("dx", "dA", "dB"), grads, wanted, strict=True):
+            _close(compared, name, got, want, dtype)
+    return _said(compared)

@@ -1,0 +1,71 @@
+"""All of the doctor's checks, in the order they are shown. Nothing is imported for the list itself."""
+
+from __future__ import annotations
+
+from pronghorn.diagnostics.checks import Check
+
+_HERE = "pronghorn.diagnostics."
+
+
+def _group(group: str, module: str, names: dict[str, str]) -> list[Check]:
+    return [Check(group, name, f"{_HERE}{module}:{function}") for name, function in names.items()]
+
+
+CHECKS: list[Check] = [
+    *_group(
+        "versions",
+        "version_checks",
+        {
+            "package versions": "package_versions",
+            "torch build": "torch_build",
+            "NVIDIA driver": "nvidia_driver",
+            "GPU architecture": "gpu_architecture",
+            "Triton": "triton_version",
+            "bitsandbytes": "bitsandbytes_library",
+        },
+    ),
+    *_group(
+        "kernels",
+        "kernel_checks",
+        {
+            "RMSNorm": "rms_norm",
+            "rotary embedding": "rope",
+            "rotary embedding with head norms": "rope_with_norms",
+            "gated linear unit": "glu",
+            "gated linear unit with adapters": "glu_with_adapters",
+            "LoRA products": "lora_products",
+            "linear cross-entropy": "cross_entropy",
+            "dropout": "dropout",
+            "4-bit weights": "four_bit",
+            "fp8 rows": "fp8_rows",
+            "fp8 weights": "fp8_weights",
+            "fast_linear_forward": "fast_linear",
+        },
+    ),
+    *_group(
+        "attention",
+        "attention_checks",
+        {f"attention '{name}'": name for name in ("cudnn", "flash", "cpu", "sdpa", "eager", "flex")},
+    ),
+    *_group(
+        "training",
+        "training_checks",
+        {
+            "LoRA step": "lora_step",
+            "captured step": "captured_step",
+            "bitsandbytes 4-bit": "bitsandbytes_four_bit",
+            "fp8 products": "fp8_products",
+        },
+    ),
+    *_group(
+        "machine",
+        "machine_checks",
+        {
+            "disk": "disk",
+            "host memory": "host_memory",
+            "pinned memory": "pinned_memory",
+            "host to GPU and back": "host_link",
+            "GPU to GPU": "peer_link",
+        },
+    ),
+]
