@@ -77,6 +77,11 @@ def parks(level: Level) -> bool:
     return level.startswith("offload")
 
 
+def is_roomy(levels: Sequence[Level]) -> bool:
+    """Whether no layer rebuilds a matrix product: memory is not what is short."""
+    return all(keeps(level, "matmuls") and not parks(level) for level in levels)
+
+
 @dataclass(frozen=True)
 class LayerWidths:
     """The sizes that decide how many bytes a layer keeps: element counts per token, element size in bytes.

@@ -17,6 +17,7 @@ from transformers.utils.generic import can_return_tuple
 
 from pronghorn.blocks import AttentionBlock, DecoderLayer, GluBlock, Level, LinearProjection, ProjectionGroup
 from pronghorn.blocks.glu import TILE_ROWS
+from pronghorn.blocks.levels import is_roomy
 from pronghorn.engine.binding import Binding
 from pronghorn.engine.flat import FlatAdapters
 from pronghorn.engine.loss import shifted_loss, without_padding
@@ -241,7 +242,9 @@ def causal_lm_forward(
     hidden_states = outputs.last_hidden_state
     if loss_rows is None and isinstance(attention_mask, Tensor) and attention_mask.shape == labels.shape:
         labels = without_padding(labels, attention_mask)
-    loss, num_correct = shifted_loss(head, hidden_states, labels, loss_rows, num_items_in_batch)
+    loss, num_correct = shifted_loss(
+        head, hidden_states, labels, loss_rows, num_items_in_batch, is_roomy(binding.save_levels)
+    )
     wants_logits = not model.training if return_logits is None else return_logits
     return LossOutput(
         loss=loss,

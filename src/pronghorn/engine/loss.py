@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pronghorn.blocks import LinearProjection
-from pronghorn.kernels.linear_cross_entropy import linear_cross_entropy
+from pronghorn.kernels.linear_cross_entropy import default_chunk_rows, linear_cross_entropy
 
 
 def without_padding(labels: Tensor, mask: Tensor) -> Tensor:
@@ -23,10 +23,11 @@ def shifted_loss(
     labels: Tensor,
     loss_rows: Tensor | None,
     num_items_in_batch: Tensor | int | None,
+    roomy: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy over the rows that have a supervised successor; see `causal_lm_forward`.
 
-    `loss_rows` may hold rows without one, to fill it up to a size: they count nothing and get a zero gradient.
+    `roomy`: memory is not short. `loss_rows` may hold rows without one, to fill it up to a size: they count nothing and get a zero gradient.
     """
     batch, length = labels.shape
     # Row t predicts label t + 1; the last position of each row predicts nothing.
@@ -49,6 +50,7 @@ def shifted_loss(
             bias=head.bias,
             lora=None if adapter is None else (adapter.a, adapter.b, adapter.scaling),
             normalizer=num_items_in_batch,
+            chunk_rows=default_chunk_rows(stored.shape[0], dtype.itemsize, rows.device.type, roomy),
         )
 
 

@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pronghorn.blocks import ModuleProjection, keeps
+from pronghorn.blocks import ModuleProjection
+from pronghorn.blocks.levels import is_roomy
 from pronghorn.engine.altered import altered_part
 from pronghorn.engine.bind import binding_of
 from pronghorn.engine.binding import host_pool
@@ -196,7 +197,7 @@ class TrainingStep:
             for layer in self.binding.layers
             for slot, found in read_groups(layer, self.binding.family.parts, Reading(True)).items()
         }
-        join_weights(groups, roomy=all(keeps(level, "matmuls") for level in self.binding.save_levels))
+        join_weights(groups, roomy=is_roomy(self.binding.save_levels))
         self._flat = lay_out(groups, self._compute_dtype(device))
         buffers = (
             {}

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pronghorn.blocks import Level, joining, keeps, parks
 from pronghorn.blocks.glu import tile_slices
 from pronghorn.blocks.head_groups import head_groups
-from pronghorn.kernels.linear_cross_entropy import CHUNK_BYTES
+from pronghorn.blocks.levels import is_roomy
+from pronghorn.kernels.linear_cross_entropy import default_chunk_rows
 from pronghorn.kernels.lora import DEFERRED_RANK
 from pronghorn.memory.allocator import Allocator
 from pronghorn.memory.offload import bytes_in_flight
@@ -96,8 +97,7 @@ class Step:
         e = self.element
         taken = self._new(rows * shape.hidden * e)
         gradient = self._new(rows * shape.hidden * e)
-        chunk = CHUNK_BYTES["cuda"] // (shape.vocabulary * e)
-        chunk = max(chunk // 128 * 128, 16) if chunk >= 128 else max(chunk, 16)
+        chunk = default_chunk_rows(shape.vocabulary, e, "cuda", is_roomy(self.levels))
         for start in range(0, rows, chunk):
             self._free(self._new(min(chunk, rows - start) * shape.vocabulary * e))
         self._free(taken, normed)
