@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from pronghorn.errors import PronghornError
 
 if TYPE_CHECKING:
+    from pronghorn.data.chat_templates import get_chat_template
+    from pronghorn.data.sharegpt import standardize_data_formats, standardize_sharegpt
     from pronghorn.engine import bind, binding_of
     from pronghorn.loading import FastLanguageModel, FastModel, is_bfloat16_supported
     from pronghorn.training import SFTConfig, SFTTrainer, train_on_responses_only
@@ -26,7 +28,10 @@ __all__ = [
     "__version__",
     "bind",
     "binding_of",
+    "get_chat_template",
     "is_bfloat16_supported",
+    "standardize_data_formats",
+    "standardize_sharegpt",
     "train_on_responses_only",
 ]
 
@@ -37,7 +42,10 @@ _HOME = {
     "SFTTrainer": "pronghorn.training",
     "bind": "pronghorn.engine",
     "binding_of": "pronghorn.engine",
+    "get_chat_template": "pronghorn.data.chat_templates",
     "is_bfloat16_supported": "pronghorn.loading",
+    "standardize_data_formats": "pronghorn.data.sharegpt",
+    "standardize_sharegpt": "pronghorn.data.sharegpt",
     "train_on_responses_only": "pronghorn.training",
 }
 

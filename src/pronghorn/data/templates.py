@@ -16,6 +16,9 @@ from pronghorn.errors import ChatTemplateOpaque, RowInvalid, TokenizerProblem
 #: Unlikely in any text, no whitespace at its ends, and differing from both candidates' first and last letters.
 _MARKERS = ("\u0416pronghorn\u0416", "\u0428antilope\u0428")
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_GENERATION_TAG = re.compile(r"\{%(-?)\s*(end)?generation\s*(-?)%\}")
+#: Stand at both ends of a generation block while its place is looked for; from Unicode's private use area.
+_BLOCK_BEGINS, _BLOCK_ENDS = "\ue0d7\ue0f1", "\ue0f1\ue0d7"
 
 Message = dict[str, Any]
 Span = tuple[int, int]
@@ -61,7 +64,7 @@ class ChatRenderer:
     def _render(self, messages: list[Message], **how: Any) -> Any:
         _ = self.template
         try:
-            return self.tokenizer.apply_chat_template(messages, **how, **self.arguments)
+            return self.tokenizer.apply_chat_template(messages, **{**self.arguments, **how})
         except TemplateError as error:
             raise RowInvalid(
                 f"the chat template refuses a conversation: {error}",
@@ -180,20 +183,46 @@ class ChatRenderer:
             return None
 
     def _mask_of_generation_blocks(self, messages: list[Message]) -> tuple[list[int], list[bool]]:
-        """The template's own mask. A special token right after an answer ends the turn and belongs to it."""
-        rendered = self._render(messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
-        ids = list(rendered["input_ids"])
-        mask = [bool(bit) for bit in rendered["assistant_masks"]]
-        special = set(self.tokenizer.all_special_ids) | set(
-            getattr(self.tokenizer, "added_tokens_decoder", {})
-        )
-        for end in [i + 1 for i in range(len(ids) - 1) if mask[i] and not mask[i + 1]]:
-            last = end - 1
-            while last > 0 and mask[last] and not self.tokenizer.decode([ids[last]]).strip():
-                last -= 1
-            if ids[end] in special and ids[last] not in special:
-                mask[end] = True
-        return ids, mask
+        """The template's own spans. A special token right after an answer ends the turn and belongs to it.
+
+        The blocks are found in the rendered text, since Transformers' own mask loses a block that begins with a space,
+        and all after it.
+        """
+        marked = self._render(messages, tokenize=False, chat_template=_mark_blocks(self.template))
+        text, spans = _unmarked(marked)
+        spans = [(start, self._with_next_special(text, start, end)) for start, end in spans]
+        return mask_spans(self.tokenizer, text, spans)
+
+    def _with_next_special(self, text: str, start: int, end: int) -> int:
+        """The end of a generation block, behind the special token that follows, unless the block ends with one."""
+        special = self._special_tokens()
+        said = text[start:end].rstrip()
+        if any(said.endswith(token) for token in special):
+            return end
+        return end + max((len(token) for token in special if text.startswith(token, end)), default=0)
+
+
+def _mark_blocks(template: str) -> str:
+    """The template with a mark written at both ends of each generation block; `with` has a scope as the block has."""
+
+    def marked(match: re.Match[str]) -> str:
+        before, is_end, after = match.groups()
+        tag, mark = ("endwith", _BLOCK_ENDS) if is_end else ("with", _BLOCK_BEGINS)
+        return f"{{%{before} {tag} %}}{{{{ '{mark}' }}}}{{% {tag} {after}%}}"
+
+    return _GENERATION_TAG.sub(marked, template)
+
+
+def _unmarked(marked: str) -> tuple[str, list[Span]]:
+    """The text without marks, and where they stood."""
+    text, spans = "", []
+    first, *blocks = marked.split(_BLOCK_BEGINS)
+    text += first
+    for block in blocks:
+        said, _, rest = block.partition(_BLOCK_ENDS)
+        spans.append((len(text), len(text) + len(said)))
+        text += said + rest
+    return text, spans
 
 
 def mask_spans(tokenizer: Any, text: str, spans: list[Span]) -> tuple[list[int], list[bool]]:
