@@ -27,7 +27,8 @@ def shifted_loss(
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy over the rows that have a supervised successor; see `causal_lm_forward`.
 
-    `roomy`: memory is not short. `loss_rows` may hold rows without one, to fill it up to a size: they count nothing and get a zero gradient.
+    `loss_rows` may hold rows without one, to fill it up to a size: they count nothing and get a zero gradient.
+    `roomy`: memory is not short.
     """
     batch, length = labels.shape
     # Row t predicts label t + 1; the last position of each row predicts nothing.
