@@ -8,6 +8,7 @@ import torch
 from pronghorn.kernels.fp8 import (
     E4M3,
     dequantise,
+    exponents_of,
     four_bit_row_scales,
     four_bit_to_fp8,
     glu_forward_fp8,
@@ -18,6 +19,7 @@ from pronghorn.kernels.fp8 import (
     quantise_tensor,
     quantise_transposed,
     quantise_weight,
+    row_scales,
     transpose_codes,
 )
 from pronghorn.kernels.glu import glu_forward
@@ -55,8 +57,38 @@ def test_rows(impl, dtype, shape, with_columns, device):
         exact = exact * columns.double().view(-1)
     codes, scales = quantise_rows(x, columns, impl=impl)
     assert codes.dtype == E4M3 and codes.is_contiguous() and scales.shape == (shape[0], 1)
-    torch.testing.assert_close(scales.double(), exact.abs().amax(1, keepdim=True) / 448, rtol=1e-6, atol=0)
+    filled = exact.abs().amax(1, keepdim=True) / scales / 448
+    assert (torch.frexp(scales)[0] == 0.5).all() and ((filled <= 1) & (filled > 0.5)).all()
     assert_codes_hold(codes, scales, exact, impl)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("widths", [(48,), (130, 16), (1500, 33, 5), (8, 8, 8, 8)])
+@pytest.mark.parametrize("with_columns", [False, True])
+def test_known_maxima_and_exponents_give_the_same_codes(impl, widths, with_columns, device):
+    parts = [
+        random(11, w + 3, dtype=torch.bfloat16, device=device, seed=i)[:, :w] for i, w in enumerate(widths)
+    ]
+    exponents = (torch.arange(sum(widths), device=device) % 9 - 4).to(torch.int8) if with_columns else None
+    columns = None if exponents is None else torch.ldexp(torch.ones(sum(widths), device=device), exponents)
+    exact = torch.cat(parts, 1).float() * (1 if columns is None else columns)
+    expected = quantise_rows(torch.cat(parts, 1), columns, impl=impl)
+    for factors in (columns, exponents):
+        for row_max in (None, exact.abs().amax(1)):
+            found = quantise_joined(parts, factors, row_max=row_max, impl=impl)
+            assert torch.equal(found[1], expected[1]) and torch.equal(found[0].float(), expected[0].float())
+    # A maximum that is too large only makes the scale so.
+    codes, scales = quantise_joined(parts, columns, row_max=2 * exact.abs().amax(1), impl=impl)
+    assert torch.equal(scales, 2 * expected[1])
+    assert_codes_hold(codes, scales, exact, impl)
+
+
+def test_scales_of_rows_and_their_exponents():
+    largest = torch.tensor([448.0, 448.1, 1.0, 3.5, 3.6, 0.0])
+    assert row_scales(largest).view(-1)[:5].tolist() == [1.0, 2.0, 2**-8, 2**-7, 2**-6]
+    assert torch.equal(row_scales(largest), power_of_two_scales(largest.view(-1, 1)))
+    scales = torch.ldexp(torch.ones(200), torch.arange(200) - 100)
+    assert exponents_of(scales).tolist() == list(range(-100, 100))
 
 
 @pytest.mark.parametrize("impl", IMPLS)

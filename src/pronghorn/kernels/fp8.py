@@ -1,13 +1,14 @@
 """8-bit floating point (e4m3: Micikevicius et al. 2022, arXiv 2209.05433): numbers as codes with a scale each row.
 
-    x_ti · c_i ≈ code_ti · scale_t,   scale_t = max_i |x_ti · c_i| / 448,   code = round_e4m3(x · c / scale)
+    x_ti · c_i ≈ code_ti · scale_t,   scale_t = 2^⌈log₂(max_i |x_ti · c_i| / 448)⌉,   code = round_e4m3(x · c / scale)
 
 e4m3 keeps 3 bits after the point: a number is off by at most 1/16 of itself, or, where it is smaller than 2⁻⁶ scales,
 by at most 2⁻¹⁰ scales. The column factors c (1 where none are given) carry the row scales s of a weight into its
 input gradient: dy @ (s ⊙ codes) = (dy · s) @ codes, so that one set of codes serves both directions.
 
-Scales of weights are powers of two. A float format loses nothing by that, and code · scale is a bf16 number: what a
-weight's products multiply, what `dequantise` gives and what a merged checkpoint holds are the same values.
+Scales of rows are powers of two. A float format loses nothing by that but a binade of its smallest numbers. Of a weight,
+code · scale is a bf16 number: what its products multiply, what `dequantise` gives and what a merged checkpoint holds are
+the same values. And x · c / scale is exact, so whichever kernel makes the codes, and in whatever order, they agree.
 """
 
 from __future__ import annotations
@@ -33,30 +34,49 @@ MULTIPLE = 16
 Fp8Rows = tuple[Tensor, Tensor]
 
 
-def quantise_rows(x: Tensor, columns: Tensor | None = None, *, impl: Impl | None = None) -> Fp8Rows:
+def quantise_rows(
+    x: Tensor, columns: Tensor | None = None, *, row_max: Tensor | None = None, impl: Impl | None = None
+) -> Fp8Rows:
     """Codes e4m3 [T, W] and scales fp32 [T, 1] of x · columns.
 
     Args:
-        x: [T, W], rows may be strided. columns: fp32, W elements, or None.
+        x: [T, W], rows may be strided. columns: fp32, W elements, or int8 e for c = 2^e, or None.
+        row_max: fp32 [T], max_i |x_ti · c_i|, where the kernel that made x has found it; nothing waits for whole rows
+            then.
     """
-    if use_triton(x, impl):
-        from pronghorn.kernels.triton.fp8 import quantise_rows as run
-
-        return run(x, columns)
-    wide = _scaled(x, columns)
-    scales = (wide.abs().amax(1, keepdim=True) / E4M3_MAX).clamp_(min=TINY)
-    return (wide / scales).to(E4M3), scales
+    return quantise_joined((x,), columns, row_max=row_max, impl=impl)
 
 
 def quantise_joined(
-    parts: Sequence[Tensor], columns: Tensor | None = None, *, impl: Impl | None = None
+    parts: Sequence[Tensor],
+    columns: Tensor | None = None,
+    *,
+    row_max: Tensor | None = None,
+    impl: Impl | None = None,
 ) -> Fp8Rows:
     """`quantise_rows` of tensors [T, W_i] side by side, which are nowhere written so: codes [T, ΣW], scales [T, 1]."""
-    if len(parts) <= 3 and use_triton(parts[0], impl):
+    if len(parts) > 3 and row_max is None:
+        parts = (torch.cat([*parts], 1),)
+    if use_triton(parts[0], impl):
         from pronghorn.kernels.triton.fp8 import quantise_joined as run
 
-        return run(parts, columns)
-    return quantise_rows(torch.cat([*parts], 1), columns, impl=impl)
+        return run(parts, columns, row_max)
+    wide = _scaled(torch.cat([*parts], 1) if len(parts) > 1 else parts[0], columns)
+    scales = row_scales(wide.abs().amax(1) if row_max is None else row_max)
+    return (wide / scales).to(E4M3), scales
+
+
+def row_scales(row_max: Tensor) -> Tensor:
+    """Scales fp32 [T, 1] of rows whose largest numbers are `row_max` fp32 [T]: the least powers of two that bring them
+    within 448."""
+    # The exponent, one more where the mantissa is above 1.75: 448 is 1.75 · 2⁸.
+    exponent = ((row_max.contiguous().view(torch.int32) + 0x1FFFFF) >> 23) - 8
+    return (exponent.clamp_(min=27) << 23).view(torch.float32).view(-1, 1)
+
+
+def exponents_of(scales: Tensor) -> Tensor:
+    """int8 e with scales = 2^e, for power-of-two scales fp32."""
+    return ((scales.contiguous().view(torch.int32) >> 23) - 127).to(torch.int8)
 
 
 def glu_forward_fp8(
@@ -89,7 +109,10 @@ def quantise_tensor(x: Tensor, *, impl: Impl | None = None) -> Fp8Rows:
 
 def _scaled(x: Tensor, columns: Tensor | None) -> Tensor:
     wide = x.to(torch.float32)
-    return wide if columns is None else wide * columns.view(-1)
+    if columns is None:
+        return wide
+    columns = columns.view(-1)
+    return torch.ldexp(wide, columns) if columns.dtype == torch.int8 else wide * columns
 
 
 def quantise_weight(weight: Tensor, *, rowwise: bool = True) -> Fp8Rows:

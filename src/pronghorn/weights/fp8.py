@@ -21,10 +21,13 @@ from pronghorn.weights.operand import Operand, as_operand, rows_of
 from pronghorn.weights.quantised import FourBitWeight
 
 
-def _input_grad(dy: Tensor | Operand, transposed: Tensor, scales: Tensor, fast: bool) -> Tensor:
+def _input_grad(
+    dy: Tensor | Operand, transposed: Tensor, scales: Tensor, fast: bool, exponents: Tensor | None = None
+) -> Tensor:
     """dy [T, out] @ (scales ⊙ C) for transposed = Cᵀ [in, out]."""
+    columns = scales if exponents is None else exponents
     by_row = scales.shape[0] > 1
-    rows = as_operand(dy).fp8(scales if by_row else None, rowwise=by_row)
+    rows = as_operand(dy).fp8(columns if by_row else None, rowwise=by_row)
     return product(rows, transposed, None if by_row else scales, rows_of(dy).dtype, fast=fast)
 
 
@@ -38,10 +41,17 @@ class _Fp8Products(Weight):
     #: add up in fewer bits, forward and in the input gradient
     fast_forward = True
     fast_input_grad = True
+    #: int8 e with scales = 2^e, where somebody has read them
+    exponents: Tensor | None = None
 
     @property
     def quantises_rows(self) -> bool:
         return self.scales.shape[0] > 1
+
+    @property
+    def columns(self) -> Tensor:
+        """What multiplies the columns of dy before they are quantised, as `kernels.fp8.quantise_rows` takes it."""
+        return self.scales if self.exponents is None else self.exponents
 
     def codes_forward(self) -> Tensor:
         """C [out, in], contiguous along in."""
@@ -60,7 +70,7 @@ class _Fp8Products(Weight):
         return out.add_(self.matmul(x))
 
     def matmul_t(self, dy: Tensor | Operand) -> Tensor:
-        return _input_grad(dy, self.codes_input_grad(), self.scales, self.fast_input_grad)
+        return _input_grad(dy, self.codes_input_grad(), self.scales, self.fast_input_grad, self.exponents)
 
     def matmul_t_add_(self, out: Tensor, dy: Tensor | Operand) -> Tensor:
         return out.add_(self.matmul_t(dy))
@@ -72,10 +82,17 @@ class Fp8Weight(_Fp8Products):
     Args:
         codes: [out, in]. scales: fp32 [out, 1] or [1, 1].
         transposed: the codes once more as [in, out], or None to transpose them in every input gradient.
+        exponents: int8 e [out] with scales = 2^e.
     """
 
-    def __init__(self, codes: Tensor, scales: Tensor, transposed: Tensor | None = None) -> None:
-        self.codes, self.scales, self.transposed = codes, scales, transposed
+    def __init__(
+        self,
+        codes: Tensor,
+        scales: Tensor,
+        transposed: Tensor | None = None,
+        exponents: Tensor | None = None,
+    ) -> None:
+        self.codes, self.scales, self.transposed, self.exponents = codes, scales, transposed, exponents
         self.shape = (codes.shape[0], codes.shape[1])
         self.storage = "fp8" if transposed is None else "fp8 two"
 

@@ -14,6 +14,7 @@ from pronghorn.kernels.fp8 import (
     E4M3,
     MULTIPLE,
     dequantise,
+    exponents_of,
     four_bit_row_scales,
     quantise_weight,
     transpose_codes,
@@ -41,6 +42,8 @@ class Fp8Linear(nn.Linear):
 
     weight: nn.Parameter
     weight_scale: Tensor
+    #: int8 e with weight_scale = 2^e; None for one scale of the whole matrix
+    weight_exponents: Tensor | None
     weight_transposed: Tensor | None
 
     def __init__(self, codes: Tensor, scales: Tensor, bias: nn.Parameter | None, dtype: torch.dtype) -> None:
@@ -50,7 +53,9 @@ class Fp8Linear(nn.Linear):
         self.weight = nn.Parameter(codes.view(torch.uint8), requires_grad=False)
         self.bias = bias
         self.register_buffer("weight_scale", scales)
+        self.register_buffer("weight_exponents", None, persistent=False)
         self.register_buffer("weight_transposed", None, persistent=False)
+        self.renew_exponents()
 
     @staticmethod
     def of(linear: nn.Linear, *, rowwise: bool = True, device: torch.device | None = None) -> Fp8Linear:
@@ -66,7 +71,12 @@ class Fp8Linear(nn.Linear):
         return self.weight.detach().view(E4M3)
 
     def stored(self) -> Fp8Weight:
-        return Fp8Weight(self.codes, self.weight_scale, self.weight_transposed)
+        return Fp8Weight(self.codes, self.weight_scale, self.weight_transposed, self.weight_exponents)
+
+    def renew_exponents(self) -> None:
+        """Read the scales' exponents, which the input gradient's kernels take: a byte a row."""
+        rowwise = self.weight_scale.shape[0] > 1
+        self.weight_exponents = exponents_of(self.weight_scale).view(-1) if rowwise else None
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         """W [out, in] in 16 or 32 bits."""
@@ -92,6 +102,10 @@ class Fp8Linear(nn.Linear):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, e4m3"
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.renew_exponents()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         result = super()._apply(fn, recurse)

@@ -18,30 +18,43 @@ class Operand:
     Args:
         tensor: the rows in the computing dtype.
         fp8: what `fp8()` shall give, where the kernel that produced `tensor` has made it already.
-        columns: the column factors that `fp8` was made with, those of the one weight it is for.
+        columns: the column factors that `fp8` or `row_max` was made with, those of the one weight it is for.
+        row_max: fp32 [T], the largest of each row of |tensor · columns|, where the kernel before has found it.
     """
 
-    def __init__(self, tensor: Tensor, fp8: Fp8Rows | None = None, columns: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        tensor: Tensor,
+        fp8: Fp8Rows | None = None,
+        columns: Tensor | None = None,
+        row_max: Tensor | None = None,
+    ) -> None:
         self.tensor = tensor
-        self._fp8 = fp8
+        self._fp8, self._row_max = fp8, row_max
         self._made_for: tuple[int | None, bool] = (_identity(columns), True)
 
     @staticmethod
-    def joined(parts: Sequence[Tensor], columns: Tensor) -> Operand:
+    def joined(parts: Sequence[Tensor], columns: Tensor, row_max: Tensor | None = None) -> Operand:
         """The operand of a stack's input gradient (`stack.stacked`): dY_i [T, out_i] side by side, in fp8 only."""
-        return Operand(parts[0], quantise_joined(parts, columns), columns)
+        return Operand(parts[0], quantise_joined(parts, columns, row_max=row_max), columns)
 
     def fp8(self, columns: Tensor | None = None, *, rowwise: bool = True) -> Fp8Rows:
         """The rows as e4m3 codes [T, in] and scales fp32 [T, 1]: tensor · columns ≈ codes · scales.
 
         Args:
-            columns: factors fp32 [in, 1] of the columns, the row scales of the weight in an input gradient.
+            columns: factors fp32 [in, 1] of the columns, the row scales of the weight in an input gradient; or their
+                exponents int8 [in].
             rowwise: False gives one scale [1, 1] for all rows, and knows no column factors.
         """
         wanted = (_identity(columns), rowwise)
         if self._fp8 is None or self._made_for != wanted:
-            self._fp8 = quantise_rows(self.tensor, columns) if rowwise else quantise_tensor(self.tensor)
-            self._made_for = wanted
+            known = self._row_max if self._made_for == wanted else None
+            self._fp8 = (
+                quantise_rows(self.tensor, columns, row_max=known)
+                if rowwise
+                else quantise_tensor(self.tensor)
+            )
+            self._made_for, self._row_max = wanted, None
         return self._fp8
 
 

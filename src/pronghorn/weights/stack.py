@@ -17,6 +17,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from pronghorn.kernels.fp8 import exponents_of
 from pronghorn.weights.base import DenseWeight, Weight
 from pronghorn.weights.fp8 import Fp8Weight
 from pronghorn.weights.fp8_linear import Fp8Linear
@@ -28,12 +29,14 @@ def lay_side_by_side(modules: Sequence[Fp8Linear]) -> None:
         return
     codes = torch.cat([module.weight.data for module in modules])
     scales = torch.cat([module.weight_scale for module in modules])
+    exponents = exponents_of(scales).view(-1)
     kept = [module.weight_transposed for module in modules if module.weight_transposed is not None]
     turned = torch.cat([t.view(torch.uint8) for t in kept], 1) if len(kept) == len(modules) else None
     start = 0
     for module in modules:
         part = slice(start, start + module.out_features)
         module.weight.data, module.weight_scale = codes[part], scales[part]
+        module.weight_exponents = exponents[part]
         if turned is not None:
             module.weight_transposed = turned[:, part].view(torch.float8_e4m3fn)
         start = part.stop
@@ -86,7 +89,13 @@ def _stacked_fp8(parts: Sequence[Fp8Weight]) -> Fp8Weight | None:
     if codes is None or scales is None:
         return None
     turned = [part.transposed for part in parts if part.transposed is not None]
-    return Fp8Weight(codes, scales, side_by_side(turned, 1) if len(turned) == len(parts) else None)
+    exponents = [part.exponents for part in parts if part.exponents is not None]
+    return Fp8Weight(
+        codes,
+        scales,
+        side_by_side(turned, 1) if len(turned) == len(parts) else None,
+        side_by_side(exponents, 0) if len(exponents) == len(parts) else None,
+    )
 
 
 def side_by_side(tensors: Sequence[Tensor], dim: int) -> Tensor | None:

@@ -333,7 +333,7 @@ class ProjectionGroup:
         weights = [projection.weight for projection in self._all_linear()]
         stack = self.stack
         if isinstance(stack, Fp8Weight):
-            return [stack.matmul_t(Operand.joined([o.tensor for o in operands], stack.scales))]
+            return [stack.matmul_t(Operand.joined([o.tensor for o in operands], stack.columns))]
         return [weight.matmul_t(operand) for weight, operand in zip(weights, operands, strict=True)]
 
     def _sums_late(self, dxa: Tensor) -> bool:

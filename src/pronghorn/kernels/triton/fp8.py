@@ -10,56 +10,85 @@ import triton.language as tl
 from torch import Tensor
 
 from pronghorn.kernels.triton.launch import row_block, unit_rows
+from pronghorn.kernels.triton.lora import three
 
 E4M3_MAX = tl.constexpr(448.0)
-TINY = tl.constexpr(2.0**-100)
+
+
+@triton.jit
+def scale_for(largest):
+    """The least power of two that brings numbers up to `largest`, fp32, within 448; see `kernels.fp8.row_scales`."""
+    exponent = ((largest.to(tl.int32, bitcast=True) + 0x1FFFFF) >> 23) - 8
+    return (tl.maximum(exponent, 27) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def inverse(scale):
+    """1 / scale of a power of two."""
+    return (0x7F000000 - scale.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def column_factors(columns_ptr, column, known):
+    """Factors of columns in fp32, given as they are or as int8 exponents of two."""
+    factor = tl.load(columns_ptr + column, mask=known, other=0)
+    if columns_ptr.dtype.element_ty == tl.int8:
+        return ((factor.to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)
+    else:
+        return factor.to(tl.float32)
 
 
 @triton.jit
 def row_scale(x):
-    """The scale of a row of fp32 numbers held by a program; see `kernels.fp8`."""
-    return tl.maximum(tl.max(tl.abs(x), 0) / E4M3_MAX, TINY)
+    """The scale of a row of fp32 numbers held by a program."""
+    return scale_for(tl.max(tl.abs(x), 0))
 
 
 @triton.jit
-def _quantise_rows(
-    x_ptr, columns_ptr, codes_ptr, scales_ptr, x_stride, width,
-    HAS_COLUMNS: tl.constexpr, GIVEN: tl.constexpr, BLOCK: tl.constexpr,
+def _quantise_tiles(
+    x_ptr, columns_ptr, row_max_ptr, codes_ptr, scales_ptr, rows, width, x_stride, codes_stride,
+    HAS_COLUMNS: tl.constexpr, ONE_SCALE: tl.constexpr, BT: tl.constexpr, BO: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, BLOCK)
-    inside = columns < width
-    x = tl.load(x_ptr + row * x_stride + columns, mask=inside, other=0.0).to(tl.float32)
+    """Codes of a tile for scales that are known: of its rows' maxima, or one for everything."""
+    column = tl.program_id(0) * BO + tl.arange(0, BO)
+    start = tl.program_id(1).to(tl.int64) * BT
+    row = tl.arange(0, BT)
+    known_row, known_column = row < rows - start, column < width
+    inside = known_row[:, None] & known_column[None, :]
+    x = tl.load(
+        x_ptr + start * x_stride + row[:, None] * x_stride + column[None, :], mask=inside, other=0.0
+    ).to(tl.float32)
     if HAS_COLUMNS:
-        x = x * tl.load(columns_ptr + columns, mask=inside, other=0.0)
-    if GIVEN:
-        scale = tl.load(scales_ptr)
+        x = x * column_factors(columns_ptr, column, known_column)[None, :]
+    if ONE_SCALE:
+        x = x / tl.load(scales_ptr)
     else:
-        scale = row_scale(x)
-        tl.store(scales_ptr + row, scale)
-    tl.store(codes_ptr + row * width + columns, (x / scale).to(tl.float8e4nv), mask=inside)
+        scale = scale_for(tl.load(row_max_ptr + start + row, mask=known_row, other=1.0))
+        x = x * inverse(scale)[:, None]
+        if tl.program_id(0) == 0:
+            tl.store(scales_ptr + start + row, scale, mask=known_row)
+    to = codes_ptr + start * codes_stride + row[:, None] * codes_stride + column[None, :]
+    tl.store(to, x.to(tl.float8e4nv), mask=inside)
 
 
-def quantise_rows(x: Tensor, columns: Tensor | None) -> tuple[Tensor, Tensor]:
-    scales = torch.empty(x.shape[0], 1, dtype=torch.float32, device=x.device)
-    return _quantise(x, columns, scales, given=False), scales
+def _launch_tiles(
+    x: Tensor, columns: Tensor | None, row_max: Tensor | None, codes: Tensor, scales: Tensor
+) -> None:
+    """x · columns into codes, which may be columns of a wider matrix; without row maxima for the one scale."""
+    rows, width = x.shape
+    block = min(max(triton.next_power_of_2(width), 16), 1024)
+    if x.numel():
+        _quantise_tiles[(triton.cdiv(width, block), triton.cdiv(rows, 8))](
+            x, x if columns is None else columns, scales if row_max is None else row_max, codes, scales, rows, width,
+            x.stride(0), codes.stride(0), HAS_COLUMNS=columns is not None, ONE_SCALE=row_max is None,
+            BT=8, BO=block, num_warps=max(block // 128, 1),
+        )  # fmt: skip
 
 
 def quantise_with(x: Tensor, scale: Tensor) -> Tensor:
     """Codes for one scale [1, 1]."""
-    return _quantise(x, None, scale, given=True)
-
-
-def _quantise(x: Tensor, columns: Tensor | None, scales: Tensor, given: bool) -> Tensor:
-    x = unit_rows(x)
-    rows, width = x.shape
-    codes = torch.empty(rows, width, dtype=torch.float8_e4m3fn, device=x.device)
-    if rows:
-        block, warps = row_block(width)
-        _quantise_rows[(rows,)](
-            x, x if columns is None else columns, codes, scales, x.stride(0), width,
-            HAS_COLUMNS=columns is not None, GIVEN=given, BLOCK=block, num_warps=warps,
-        )  # fmt: skip
+    codes = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
+    _launch_tiles(unit_rows(x), None, None, codes, scale)
     return codes
 
 
@@ -69,53 +98,69 @@ def _load_part(x_ptr, columns_ptr, row, stride, width, start, HAS_COLUMNS: tl.co
     inside = columns < width
     x = tl.load(x_ptr + row * stride + columns, mask=inside, other=0.0).to(tl.float32)
     if HAS_COLUMNS:
-        x = x * tl.load(columns_ptr + start + columns, mask=inside, other=0.0)
+        x = x * column_factors(columns_ptr + start, columns, inside)
     return x
 
 
 @triton.jit
 def _store_part(codes_ptr, x, scale, width, BLOCK: tl.constexpr):
     columns = tl.arange(0, BLOCK)
-    tl.store(codes_ptr + columns, (x / scale).to(tl.float8e4nv), mask=columns < width)
+    tl.store(codes_ptr + columns, (x * inverse(scale)).to(tl.float8e4nv), mask=columns < width)
 
 
 @triton.jit
-def _quantise_joined(
+def _quantise_whole(
     a_ptr, b_ptr, c_ptr, columns_ptr, codes_ptr, scales_ptr,
     a_stride, b_stride, c_stride, a_width, b_width, c_width,
-    HAS_COLUMNS: tl.constexpr, THREE: tl.constexpr,
+    HAS_COLUMNS: tl.constexpr, PARTS: tl.constexpr,
     BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
+    """A row of up to three parts a program, which finds its largest number itself."""
     row = tl.program_id(0).to(tl.int64)
     to = codes_ptr + row * (a_width + b_width + c_width)
     a = _load_part(a_ptr, columns_ptr, row, a_stride, a_width, 0, HAS_COLUMNS, BLOCK_A)
-    b = _load_part(b_ptr, columns_ptr, row, b_stride, b_width, a_width, HAS_COLUMNS, BLOCK_B)
-    scale = tl.maximum(row_scale(a), row_scale(b))
-    if THREE:
+    largest = tl.max(tl.abs(a), 0)
+    if PARTS > 1:
+        b = _load_part(b_ptr, columns_ptr, row, b_stride, b_width, a_width, HAS_COLUMNS, BLOCK_B)
+        largest = tl.maximum(largest, tl.max(tl.abs(b), 0))
+    if PARTS > 2:
         c = _load_part(c_ptr, columns_ptr, row, c_stride, c_width, a_width + b_width, HAS_COLUMNS, BLOCK_C)
-        scale = tl.maximum(scale, row_scale(c))
-        _store_part(to + a_width + b_width, c, scale, c_width, BLOCK_C)
+        largest = tl.maximum(largest, tl.max(tl.abs(c), 0))
+    scale = scale_for(largest)
     _store_part(to, a, scale, a_width, BLOCK_A)
-    _store_part(to + a_width, b, scale, b_width, BLOCK_B)
+    if PARTS > 1:
+        _store_part(to + a_width, b, scale, b_width, BLOCK_B)
+    if PARTS > 2:
+        _store_part(to + a_width + b_width, c, scale, c_width, BLOCK_C)
     tl.store(scales_ptr + row, scale)
 
 
-def quantise_joined(parts: Sequence[Tensor], columns: Tensor | None) -> tuple[Tensor, Tensor]:
-    if len(parts) == 1:
-        return quantise_rows(parts[0], columns)
-    a, b, *rest = (unit_rows(part) for part in parts)
-    c = rest[0] if rest else b
-    rows, total = a.shape[0], sum(part.shape[1] for part in parts)
-    codes = torch.empty(rows, total, dtype=torch.float8_e4m3fn, device=a.device)
-    scales = torch.empty(rows, 1, dtype=torch.float32, device=a.device)
-    if rows:
-        blocks = [triton.next_power_of_2(part.shape[1]) for part in (a, b, c)]
-        _quantise_joined[(rows,)](
-            a, b, c, a if columns is None else columns, codes, scales,
-            a.stride(0), b.stride(0), c.stride(0), a.shape[1], b.shape[1], c.shape[1] if rest else 0,
-            HAS_COLUMNS=columns is not None, THREE=bool(rest),
-            BLOCK_A=blocks[0], BLOCK_B=blocks[1], BLOCK_C=blocks[2], num_warps=row_block(total)[1],
-        )  # fmt: skip
+def quantise_joined(
+    parts: Sequence[Tensor], columns: Tensor | None, row_max: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    parts = [unit_rows(part) for part in parts]
+    widths, rows, device = [part.shape[1] for part in parts], parts[0].shape[0], parts[0].device
+    codes = torch.empty(rows, sum(widths), dtype=torch.float8_e4m3fn, device=device)
+    scales = torch.empty(rows, 1, dtype=torch.float32, device=device)
+    if not rows:
+        return codes, scales
+    if columns is not None:
+        columns = columns.contiguous().view(-1)
+    if row_max is not None:
+        start = 0
+        for part, into in zip(parts, codes.split(widths, 1), strict=True):
+            some = None if columns is None else columns[start : start + part.shape[1]]
+            _launch_tiles(part, some, row_max, into, scales)
+            start += part.shape[1]
+        return codes, scales
+    a, b, c = three(parts)
+    blocks = [triton.next_power_of_2(part.shape[1]) for part in (a, b, c)]
+    _quantise_whole[(rows,)](
+        a, b, c, a if columns is None else columns, codes, scales,
+        a.stride(0), b.stride(0), c.stride(0), *(widths + [0, 0])[:3],
+        HAS_COLUMNS=columns is not None, PARTS=len(parts),
+        BLOCK_A=blocks[0], BLOCK_B=blocks[1], BLOCK_C=blocks[2], num_warps=row_block(sum(widths))[1],
+    )  # fmt: skip
     return codes, scales
 
 
