@@ -100,7 +100,8 @@ def test_down(impl, dtype, tokens, width, rank, device):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tokens,widths,ranks", GROUPS)
 @pytest.mark.parametrize("wanted", ["all", "first", "none"])
-def test_output_grads(impl, dtype, tokens, widths, ranks, wanted, device):
+@pytest.mark.parametrize("start_too", [False, True])
+def test_output_grads(impl, dtype, tokens, widths, ranks, wanted, start_too, device):
     dys = [random(tokens, w + 8, dtype=dtype, device=device, seed=i)[:, :w] for i, w in enumerate(widths)]
     bs = [
         random(w, r, dtype=dtype, device=device, seed=i)
@@ -108,20 +109,27 @@ def test_output_grads(impl, dtype, tokens, widths, ranks, wanted, device):
     ]
     xa = random(tokens, sum(ranks), dtype=dtype, device=device, seed=4)
     scalings = [0.5, 2.0, 1.0][: len(bs)]
-    start = [torch.full(b.shape, 3.0, dtype=torch.float32, device=device) for b in bs]
+    sums = [torch.full(b.shape, 3.0, dtype=torch.float32, device=device) for b in bs]
     count = {"all": len(bs), "first": 1, "none": 0}[wanted]
-    grads = [grad if i < count else None for i, grad in enumerate(start)]
-    dxa = lora.output_grads(dys, bs, scalings, xa if count else None, grads if count else (), impl=impl)
+    grads = [grad if i < count else None for i, grad in enumerate(sums)]
+    given = (xa, grads) if count else (None, ())
+    if start_too:
+        a = random(sum(ranks), 70, dtype=dtype, device=device, seed=7, scale=0.1)
+        dxa, start = lora.output_grads_and_start(dys, bs, scalings, a, *given, impl=impl)
+        assert start.dtype == dtype
+        assert_near(start, dxa.double() @ a.double())
+    else:
+        dxa = lora.output_grads(dys, bs, scalings, *given, impl=impl)
     assert dxa.dtype == dtype
     for i, (dy, b, s) in enumerate(zip(dys, bs, scalings, strict=True)):
         assert_near(columns(dxa, ranks)[i], s * dy.double() @ b.double(), slack=2.0)
-        want = 3 + s * dy.double().t() @ columns(xa, ranks)[i].double() if i < count else start[i] * 0 + 3
+        want = 3 + s * dy.double().t() @ columns(xa, ranks)[i].double() if i < count else sums[i] * 0 + 3
         if impl == "torch" and not dys[0].is_cuda and dtype != torch.float32:
             # The plain way on a CPU rounds the product to 16 bits before it is added.
             bound = 2.0**-7 * (want.double() - 3).abs() + 1e-4
-            assert ((start[i].double() - want).abs() <= bound).all()
+            assert ((sums[i].double() - want).abs() <= bound).all()
         else:
-            assert_near(start[i], want, slack=4.0)
+            assert_near(sums[i], want, slack=4.0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

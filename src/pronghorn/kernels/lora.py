@@ -203,7 +203,7 @@ def output_grads(
     if fits_kernels(dys[0], [b.shape[1] for b in bs], impl, ONE_PASS_RANK):
         from pronghorn.kernels.triton.lora_grads import output_grads as triton_output_grads
 
-        return triton_output_grads(dys, bs, scalings, xa, b_grads)
+        return triton_output_grads(dys, bs, scalings, xa, b_grads)[0]
     dxa = dys[0].new_empty(dys[0].shape[0], sum(b.shape[1] for b in bs))
     for dy, b, scaling, out in zip(dys, bs, scalings, _columns(dxa, bs), strict=True):
         torch.addmm(out, dy, b, beta=0, alpha=scaling, out=out)
@@ -212,6 +212,27 @@ def output_grads(
             if grad is not None:
                 accumulate_product_(grad, dy.t(), part, scaling)
     return dxa
+
+
+def output_grads_and_start(
+    dys: Sequence[Tensor],
+    bs: Sequence[Tensor],
+    scalings: Sequence[float],
+    a: Tensor,
+    xa: Tensor | None = None,
+    b_grads: Sequence[Tensor | None] = (),
+    *,
+    impl: Impl | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`output_grads`, and the adapters' share of dX, dXA A [T, in] for a [ΣR, in], to which the weights' is added."""
+    if fits_kernels(dys[0], [b.shape[1] for b in bs], impl, ONE_PASS_RANK):
+        from pronghorn.kernels.triton.lora_grads import output_grads as triton_output_grads
+
+        dxa, start = triton_output_grads(dys, bs, scalings, xa, b_grads, a)
+        assert start is not None
+        return dxa, start
+    dxa = output_grads(dys, bs, scalings, xa, b_grads, impl=impl)
+    return dxa, dxa @ a
 
 
 def accumulate_a_(a_grad: Tensor, dxa: Tensor, x: Tensor, *, impl: Impl | None = None) -> Tensor:

@@ -6,6 +6,8 @@ and its codes come with vector loads. What does not divide into whole words goes
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -13,8 +15,6 @@ from torch import Tensor
 
 #: Packed bytes a program of the byte kernel reads.
 TILE_BYTES = 2048
-#: 32-bit words a program takes: 8 a thread with 4 warps, 64 results each.
-WORDS = 1024
 
 
 @triton.jit
@@ -33,15 +33,23 @@ def _scales(
 def _dequantize_words(
     packed_ptr, absmax_ptr, code_ptr, code2_ptr, absmax2_ptr, offset_ptr, out_ptr, words, blocks,
     blocksize2: tl.constexpr, NESTED: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_WORDS: tl.constexpr,
-    WHOLE: tl.constexpr,
+    WHOLE: tl.constexpr, BY_WORD: tl.constexpr, GATHER: tl.constexpr,
 ):  # fmt: skip
     """BLOCKS blocks of BLOCK_WORDS words, a scale each. WHOLE: every program's words exist."""
     WORDS: tl.constexpr = BLOCKS * BLOCK_WORDS
     first = tl.program_id(0) * BLOCKS
-    block = first + tl.arange(0, BLOCKS)
-    scale = _scales(absmax_ptr, code2_ptr, absmax2_ptr, offset_ptr, block, block < blocks, blocksize2, NESTED)
-    scale = tl.reshape(tl.broadcast_to(scale[:, None], (BLOCKS, BLOCK_WORDS)), (WORDS,))
     start, word = first.to(tl.int64) * BLOCK_WORDS, tl.arange(0, WORDS)
+    if BY_WORD:
+        block = first + word // BLOCK_WORDS
+        scale = _scales(
+            absmax_ptr, code2_ptr, absmax2_ptr, offset_ptr, block, block < blocks, blocksize2, NESTED
+        )
+    else:
+        block = first + tl.arange(0, BLOCKS)
+        scale = _scales(
+            absmax_ptr, code2_ptr, absmax2_ptr, offset_ptr, block, block < blocks, blocksize2, NESTED
+        )
+        scale = tl.reshape(tl.broadcast_to(scale[:, None], (BLOCKS, BLOCK_WORDS)), (WORDS,))
     if WHOLE:
         packed = tl.load(packed_ptr + start + word)
     else:
@@ -49,8 +57,12 @@ def _dequantize_words(
     # Value j of a word lies in byte j // 2, the even ones in its high half: bits 4, 0, 12, 8, 20, ...
     j = tl.arange(0, 8)
     nibble = (packed[:, None] >> ((j ^ 1) * 4)[None, :]) & 15
-    # Sixteen fp32 numbers lie in one cache line, so that a warp's lookups are one transaction.
-    values = tl.load(code_ptr + nibble) * scale[:, None]
+    if GATHER:
+        table = tl.load(code_ptr + tl.arange(0, 16))
+        looked_up = tl.reshape(tl.gather(table, tl.reshape(nibble, (WORDS * 8,)), 0), (WORDS, 8))
+    else:  # sixteen fp32 numbers lie in one cache line, so that a warp's lookups are one transaction
+        looked_up = tl.load(code_ptr + nibble)
+    values = looked_up * scale[:, None]
     to = out_ptr + start * 8 + word[:, None] * 8 + j[None, :]
     if WHOLE:
         tl.store(to, values.to(out_ptr.dtype.element_ty))
@@ -74,6 +86,11 @@ def _dequantize_bytes(
     tl.store(out_ptr + to, values.to(out_ptr.dtype.element_ty), mask=to < size)
 
 
+def words_config() -> dict[str, Any]:
+    """32-bit words a program takes: 8 a thread, 64 results each."""
+    return {"WORDS": 1024, "BY_WORD": False, "GATHER": False, "num_warps": 4}
+
+
 def dequantize(
     packed: Tensor,
     absmax: Tensor,
@@ -91,11 +108,12 @@ def dequantize(
     pointers = (absmax, code, code2, absmax2, offset, out)
     blocks = triton.cdiv(size, blocksize)
     if size % 8 == 0 and blocksize >= 8 and packed.data_ptr() % 4 == 0 and packed.is_contiguous():
-        words, together = size // 8, max(WORDS * 8 // blocksize, 1)
+        config = dict(words_config())
+        words, together = size // 8, max(config.pop("WORDS") * 8 // blocksize, 1)
         _dequantize_words[(triton.cdiv(blocks, together),)](
             packed.view(-1)[: 4 * words].view(torch.int32), *pointers, words, blocks, blocksize2=blocksize2,
             NESTED=nested is not None, BLOCKS=together, BLOCK_WORDS=blocksize // 8,
-            WHOLE=words % (together * blocksize // 8) == 0, num_warps=4,
+            WHOLE=words % (together * blocksize // 8) == 0, **config,
         )  # fmt: skip
         return out
     rows = max(TILE_BYTES // (blocksize // 2), 1)

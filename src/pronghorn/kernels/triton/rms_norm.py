@@ -41,6 +41,11 @@ def _forward(
 
 
 @triton.jit
+def _two_sums(a, b, c, d):
+    return a + c, b + d
+
+
+@triton.jit
 def _backward(
     dy_ptr, x_ptr, weight_ptr, rstd_ptr, residual_ptr, dx_ptr, partial_ptr,
     dy_stride, x_stride, residual_stride, rows, width, eps, weight_offset,
@@ -56,20 +61,21 @@ def _backward(
         row = tl.cast(index, tl.int64)
         x = tl.load(x_ptr + row * x_stride + columns, mask=inside, other=0.0).to(tl.float32)
         dy = tl.load(dy_ptr + row * dy_stride + columns, mask=inside, other=0.0).to(tl.float32)
+        if HAS_RESIDUAL:  # asked for before the sums, so that nothing waits for it after them
+            residual = tl.load(residual_ptr + row * residual_stride + columns, mask=inside, other=0.0)
+        scaled = dy * weight
         if HAS_RSTD:
             rstd = tl.load(rstd_ptr + row)
+            along = tl.sum(scaled * x, 0)
         else:
-            rstd = 1.0 / tl.sqrt(tl.sum(x * x, 0) / width + eps)
+            square, along = tl.reduce((x * x, scaled * x), 0, _two_sums)
+            rstd = 1.0 / tl.sqrt(square / width + eps)
         normed = x * rstd
         if NEED_WEIGHT:
             partial += dy * normed
-        scaled = dy * weight
-        along = tl.sum(scaled * normed, 0) / width
-        dx = (scaled - normed * along) * rstd
+        dx = (scaled - normed * (along * rstd / width)) * rstd
         if HAS_RESIDUAL:
-            dx += tl.load(residual_ptr + row * residual_stride + columns, mask=inside, other=0.0).to(
-                tl.float32
-            )
+            dx += residual.to(tl.float32)
         tl.store(dx_ptr + row * width + columns, dx.to(dx_ptr.dtype.element_ty), mask=inside)
     if NEED_WEIGHT:
         tl.store(partial_ptr + first.to(tl.int64) * width + columns, partial, mask=inside)
@@ -102,6 +108,11 @@ def forward(
     return y, rstd, summed
 
 
+def backward_config(width: int) -> tuple[int, int]:
+    """(block, warps) of the backward."""
+    return row_block(width)
+
+
 def backward(
     dy: Tensor,
     x: Tensor,
@@ -116,7 +127,7 @@ def backward(
     residual = x if residual_grad is None else unit_rows(residual_grad)
     rows, width = x.shape
     dx = torch.empty(rows, width, dtype=x.dtype, device=x.device)
-    block, warps = row_block(width)
+    block, warps = backward_config(width)
     # Programs that loop keep one partial weight gradient each; without it a program a row hides latency better.
     count = programs(rows, x.device, 4) if need_weight_grad else max(rows, 1)
     partial = torch.zeros(count if need_weight_grad else 0, width, dtype=torch.float32, device=x.device)

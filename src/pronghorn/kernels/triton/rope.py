@@ -1,5 +1,5 @@
 """RoPE with optional per-head RMSNorm in Triton: a program takes one token and a group of heads of q or of k; with
-adapters to add, a tile of tokens and one head of q, k or v."""
+adapters to add, a tile of tokens and some heads of q, k or v."""
 
 from __future__ import annotations
 
@@ -10,10 +10,7 @@ from torch import Tensor
 
 from pronghorn.kernels.lora import LowRank
 from pronghorn.kernels.triton.launch import unit_rows
-from pronghorn.kernels.triton.lora import LEAST_RANK, is_wide, rank_block, share
-
-# Heads a program holds at once; more reuse of cos and sin against more registers (16 × 128 fp32 = 8 KiB).
-HEADS = 16
+from pronghorn.kernels.triton.lora import LEAST_RANK, dot, is_wide, rank_block
 
 
 @triton.jit
@@ -175,58 +172,80 @@ def _backward(
 @triton.jit
 def _adapted(
     q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, xa0, xa1, xa2, b0, b1, b2, s0, s1, s2, r0, r1, r2,
-    q_heads, k_heads, q_stride, k_stride, v_stride, xa_stride0, xa_stride1, xa_stride2, tokens,
+    q_heads, k_heads, q_stride, k_stride, v_stride, xa_stride0, xa_stride1, xa_stride2, tokens, q_groups, k_groups,
     D: tl.constexpr, ROTATED: tl.constexpr, HALF_BLOCK: tl.constexpr, REST_BLOCK: tl.constexpr,
-    R: tl.constexpr, BT: tl.constexpr, WIDE: tl.constexpr,
+    R: tl.constexpr, BT: tl.constexpr, HEADS: tl.constexpr, STAGES: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """One head of q, k or v for BT tokens: x + s · XA Bᵀ, rotated unless it is v (angle 0)."""
-    head = tl.program_id(0)
-    zero = head * 0  # makes tensors of numbers that may be constants, so that the branches agree
+    """Up to HEADS heads of q, k or v for BT tokens in turn: x + s · XA Bᵀ, rotated unless it is v (angle 0).
+
+    The angles and XA are read once for all of them: at one head a program they are more than x itself.
+    """
+    group = tl.program_id(0)
+    zero = group * 0  # makes tensors of numbers that may be constants, so that the branches agree
     half: tl.constexpr = ROTATED // 2
     turned = zero + half  # columns of each half that turn: none of v's
-    x_ptr, xa_ptr, b_ptr, scaling = q_ptr, xa0, b0, zero + s0
+    x_ptr, xa_ptr, b_ptr, scaling, heads = q_ptr, xa0, b0, zero + s0, zero + q_heads
     rank, stride, xa_stride = zero + r0, zero + q_stride, zero + xa_stride0
-    if head >= q_heads + k_heads:
-        x_ptr, xa_ptr, b_ptr, scaling = v_ptr, xa2, b2, zero + s2
+    if group >= q_groups + k_groups:
+        x_ptr, xa_ptr, b_ptr, scaling, heads = v_ptr, xa2, b2, zero + s2, zero + k_heads
         rank, stride, xa_stride = zero + r2, zero + v_stride, zero + xa_stride2
-        head, turned = head - (q_heads + k_heads), zero
-    elif head >= q_heads:
-        x_ptr, xa_ptr, b_ptr, scaling = k_ptr, xa1, b1, zero + s1
+        group, turned = group - (q_groups + k_groups), zero
+    elif group >= q_groups:
+        x_ptr, xa_ptr, b_ptr, scaling, heads = k_ptr, xa1, b1, zero + s1, zero + k_heads
         rank, stride, xa_stride = zero + r1, zero + k_stride, zero + xa_stride1
-        head = head - q_heads
+        group = group - q_groups
     start = tl.program_id(1).to(tl.int64) * BT
-    row, column = tl.arange(0, BT), tl.arange(0, HALF_BLOCK)
-    known_row, known = row < tokens - start, column < half
+    row, column, r = tl.arange(0, BT), tl.arange(0, HALF_BLOCK), tl.arange(0, R)
+    known_row, known, known_rank = row < tokens - start, column < half, r < rank
     inside = known_row[:, None] & known[None, :]
-    at = x_ptr + start * stride + row[:, None] * stride + head * D + column[None, :]
-    first = tl.load(at, mask=inside, other=0.0).to(tl.float32)
-    second = tl.load(at + half, mask=inside, other=0.0).to(tl.float32)
-    first += share(
-        xa_ptr, b_ptr, scaling, rank, xa_stride, rank, 1, start, row, head * D + column, known_row, known, R, WIDE
-    )  # fmt: skip
-    second += share(
-        xa_ptr, b_ptr, scaling, rank, xa_stride, rank, 1, start, row, head * D + half + column,
-        known_row, known, R, WIDE,
-    )  # fmt: skip
     angle = start * ROTATED + row[:, None] * ROTATED + column[None, :]
     turns = known_row[:, None] & (column < turned)[None, :]
-    cos_first = tl.load(cos_ptr + angle, mask=turns, other=1.0).to(tl.float32)
-    cos_second = tl.load(cos_ptr + angle + half, mask=turns, other=1.0).to(tl.float32)
-    sin_first = tl.load(sin_ptr + angle, mask=turns, other=0.0).to(tl.float32)
-    sin_second = tl.load(sin_ptr + angle + half, mask=turns, other=0.0).to(tl.float32)
+    cos_first = tl.load(cos_ptr + angle, mask=turns, other=1.0)
+    cos_second = tl.load(cos_ptr + angle + half, mask=turns, other=1.0)
+    sin_first = tl.load(sin_ptr + angle, mask=turns, other=0.0)
+    sin_second = tl.load(sin_ptr + angle + half, mask=turns, other=0.0)
+    xa = tl.load(
+        xa_ptr + start * xa_stride + row[:, None] * xa_stride + r[None, :],
+        mask=known_row[:, None] & known_rank[None, :], other=0.0,
+    )  # fmt: skip
+    b_at = column[:, None] * rank + r[None, :]
+    b_known = known[:, None] & known_rank[None, :]
     dtype: tl.constexpr = q_ptr.dtype.element_ty
-    tl.store(at, (first * cos_first - second * sin_first).to(dtype), mask=inside)
-    tl.store(at + half, (second * cos_second + first * sin_second).to(dtype), mask=inside)
-    if REST_BLOCK > 0:
-        column = ROTATED + tl.arange(0, REST_BLOCK)
-        known = column < D
-        inside = known_row[:, None] & known[None, :]
+    last = tl.minimum(group * HEADS + HEADS, heads)
+    for head in tl.range(group * HEADS, last, num_stages=STAGES):
         at = x_ptr + start * stride + row[:, None] * stride + head * D + column[None, :]
-        rest = tl.load(at, mask=inside, other=0.0).to(tl.float32)
-        rest += share(
-            xa_ptr, b_ptr, scaling, rank, xa_stride, rank, 1, start, row, head * D + column, known_row, known, R, WIDE
-        )  # fmt: skip
-        tl.store(at, rest.to(dtype), mask=inside)
+        b_head = b_ptr + head * D * rank
+        first = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+        second = tl.load(at + half, mask=inside, other=0.0).to(tl.float32)
+        b_first = tl.load(b_head + b_at, mask=b_known, other=0.0)
+        b_second = tl.load(b_head + half * rank + b_at, mask=b_known, other=0.0)
+        first += dot(xa, tl.trans(b_first), WIDE) * scaling
+        second += dot(xa, tl.trans(b_second), WIDE) * scaling
+        turned_first = first * cos_first.to(tl.float32) - second * sin_first.to(tl.float32)
+        turned_second = second * cos_second.to(tl.float32) + first * sin_second.to(tl.float32)
+        tl.store(at, turned_first.to(dtype), mask=inside)
+        tl.store(at + half, turned_second.to(dtype), mask=inside)
+        if REST_BLOCK > 0:
+            beyond = ROTATED + tl.arange(0, REST_BLOCK)
+            rest_known = beyond < D
+            rest_inside = known_row[:, None] & rest_known[None, :]
+            rest_at = x_ptr + start * stride + row[:, None] * stride + head * D + beyond[None, :]
+            rest = tl.load(rest_at, mask=rest_inside, other=0.0).to(tl.float32)
+            b_rest = tl.load(
+                b_head + beyond[:, None] * rank + r[None, :],
+                mask=rest_known[:, None] & known_rank[None, :], other=0.0,
+            )  # fmt: skip
+            rest += dot(xa, tl.trans(b_rest), WIDE) * scaling
+            tl.store(rest_at, rest.to(dtype), mask=rest_inside)
+
+
+def adapted_config(tokens: int, heads: int, kv_heads: int) -> dict[str, int]:
+    """Tiles of 32 tokens; so many heads a program that a few thousand programs are left."""
+    block = 32 if tokens > 16 else 16
+    each = 8
+    while each > 1 and triton.cdiv(tokens, block) * (heads + 2 * kv_heads) < 1024 * each:
+        each //= 2
+    return {"BT": block, "HEADS": each, "STAGES": 2, "num_warps": 4}
 
 
 def _heads_packed(x: Tensor) -> Tensor:
@@ -234,12 +253,16 @@ def _heads_packed(x: Tensor) -> Tensor:
     return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()
 
 
+def rope_config(heads: int, kv_heads: int) -> dict[str, int]:
+    """Heads a program holds at once; more reuse of cos and sin against more registers (16 × 128 fp32 = 8 KiB)."""
+    return {"HEADS": 16, "num_warps": 4}
+
+
 def _blocks(head_dim: int, rotated: int) -> dict[str, int]:
     rest = head_dim - rotated
     return {
         "D": head_dim,
         "ROTATED": rotated,
-        "HEADS": HEADS,
         "HALF_BLOCK": triton.next_power_of_2(rotated // 2),
         "REST_BLOCK": triton.next_power_of_2(rest) if rest else 0,
     }
@@ -263,13 +286,14 @@ def forward(
     q_out, k_out = (q, k) if inplace else (torch.empty(q.shape, dtype=q.dtype, device=q.device),
                                            torch.empty(k.shape, dtype=k.dtype, device=k.device))  # fmt: skip
     tokens, q_heads, head_dim = q.shape
-    q_groups, k_groups = triton.cdiv(q_heads, HEADS), triton.cdiv(k.shape[1], HEADS)
+    config = rope_config(q_heads, k.shape[1])
+    q_groups, k_groups = triton.cdiv(q_heads, config["HEADS"]), triton.cdiv(k.shape[1], config["HEADS"])
     if tokens:
         _forward[(tokens, q_groups + k_groups)](
             q, k, q_out, k_out, cos, sin, q if q_weight is None else q_weight, k if k_weight is None else k_weight,
             q_heads, k.shape[1], q.stride(0), k.stride(0), q_out.stride(0), k_out.stride(0),
             eps, weight_offset, q_groups,
-            NORM=q_weight is not None, **_blocks(head_dim, cos.shape[-1]), num_warps=4,
+            NORM=q_weight is not None, **_blocks(head_dim, cos.shape[-1]), **config,
         )  # fmt: skip
     return q_out, k_out
 
@@ -292,14 +316,15 @@ def adapted_rope_(
     bs = [(adapter or given).b.contiguous() if given else q for adapter in adapters]
     ranks = [adapter.b.shape[1] if adapter else 0 for adapter in adapters]
     scalings = [float(adapter.scaling) if adapter else 0.0 for adapter in adapters]
-    block = 32 if tokens > 16 else 16
+    config = adapted_config(tokens, heads, k.shape[1])
+    q_groups, k_groups = triton.cdiv(heads, config["HEADS"]), triton.cdiv(k.shape[1], config["HEADS"])
     if tokens:
-        _adapted[(heads + 2 * k.shape[1], triton.cdiv(tokens, block))](
+        _adapted[(q_groups + 2 * k_groups, triton.cdiv(tokens, config["BT"]))](
             q, k, v, cos, sin, *xas, *bs, *scalings, *ranks, heads, k.shape[1],
-            q.stride(0), k.stride(0), v.stride(0), *[xa.stride(0) for xa in xas], tokens,
+            q.stride(0), k.stride(0), v.stride(0), *[xa.stride(0) for xa in xas], tokens, q_groups, k_groups,
             D=head_dim, ROTATED=rotated, HALF_BLOCK=max(triton.next_power_of_2(rotated // 2), LEAST_RANK),
             REST_BLOCK=max(triton.next_power_of_2(head_dim - rotated), LEAST_RANK) if rotated < head_dim else 0,
-            R=rank_block(ranks), BT=block, WIDE=is_wide(q), num_warps=4,
+            R=rank_block(ranks), WIDE=is_wide(q), **config,
         )  # fmt: skip
 
 
@@ -325,7 +350,8 @@ def backward(
     q, k, q_weight, k_weight, eps, weight_offset = norm or (packed_q, packed_k, packed_q, packed_k, 0.0, 0.0)
     q, k = _heads_packed(q), _heads_packed(k)
     tokens, q_heads, head_dim = dq.shape
-    q_groups, k_groups = triton.cdiv(q_heads, HEADS), triton.cdiv(dk.shape[1], HEADS)
+    config = rope_config(q_heads, dk.shape[1])
+    q_groups, k_groups = triton.cdiv(q_heads, config["HEADS"]), triton.cdiv(dk.shape[1], config["HEADS"])
     groups = q_groups + k_groups
     partial = torch.empty(
         tokens if need_weight_grad else 0, groups, head_dim, dtype=torch.float32, device=dq.device
@@ -335,7 +361,7 @@ def backward(
             packed_q, packed_k, out_q, out_k, q, k, cos, sin, q_weight, k_weight, partial,
             q_heads, dk.shape[1], packed_q.stride(0), packed_k.stride(0), out_q.stride(0), out_k.stride(0),
             q.stride(0), k.stride(0), eps, weight_offset, q_groups,
-            NORM=norm is not None, NEED_WEIGHT=need_weight_grad, **_blocks(head_dim, cos.shape[-1]), num_warps=4,
+            NORM=norm is not None, NEED_WEIGHT=need_weight_grad, **_blocks(head_dim, cos.shape[-1]), **config,
         )  # fmt: skip
     if not need_weight_grad:
         return out_q, out_k, None, None
