@@ -155,6 +155,6 @@ def test_an_evaluation_that_does_not_fit_beside_graphs_is_done_without_them(
     with pytest.raises(torch.OutOfMemoryError):
         run.evaluate()
     failures.append(torch.OutOfMemoryError("again"))
-    run._steps._step.captured = 1
+    monkeypatch.setattr(TrainingStep, "holds_graphs", True)
     assert run.evaluate()["eval_loss"] > 0
     assert released == [1] and "no room beside the captured steps" in caplog.text

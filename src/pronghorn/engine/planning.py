@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from pronghorn.blocks import Level, LinearProjection, host_bytes_per_token, kept_bytes_per_token
+from pronghorn.blocks import Level, LinearProjection, host_bytes_per_token, kept_bytes_per_token, parks
 from pronghorn.engine.binding import Binding, host_pool
 from pronghorn.engine.joined import joins, weights_to_join
 from pronghorn.engine.read import Reading, read_groups
@@ -193,10 +193,15 @@ def keep_expanded_weights(binding: Binding, keep: bool) -> int:
 def apply(binding: Binding, found: Plan) -> None:
     """Set a plan's levels; on a GPU the pinned memory is taken now, so that a step can be captured."""
     binding.use_plan(found.levels, found.tile_rows)
+    reserve_host(binding, found.batch.tokens)
+
+
+def reserve_host(binding: Binding, tokens: int) -> None:
+    """Take the pinned memory that a pass over `tokens` parks at the current save levels; why there is less is told."""
     device = next(binding.model.parameters()).device
-    if device.type != "cuda" or not found.estimate.host:
+    if device.type != "cuda" or not any(map(parks, binding.save_levels)):
         return
-    refused = host_pool(device).reserve(host_bytes(binding, found.batch.tokens))
+    refused = host_pool(device).reserve(host_bytes(binding, tokens))
     if refused is not None:
         binding.tell_once(f"layers keep on the GPU what should wait in host memory: {refused}")
 

@@ -25,10 +25,10 @@ from pronghorn.blocks import ModuleProjection
 from pronghorn.blocks.levels import is_roomy
 from pronghorn.engine.altered import altered_part
 from pronghorn.engine.bind import binding_of
-from pronghorn.engine.binding import host_pool
 from pronghorn.engine.flat import FlatAdapters, lay_out
 from pronghorn.engine.forward import readable_head
 from pronghorn.engine.joined import join_weights
+from pronghorn.engine.planning import reserve_host
 from pronghorn.engine.read import Reading, read_groups
 from pronghorn.engine.signature import has_hooks, module_tree, state_of
 
@@ -91,7 +91,6 @@ class TrainingStep:
         self._graphs: dict[tuple[int, ...], _Graph] = {}
         self._pool: Any = None
         self._stream: torch.cuda.Stream | None = None
-        self._host_bytes = 0.0
         self._model_reason: str | None = None
         self.reason: str | None = None
         self.captured, self.capture_seconds = 0, 0.0
@@ -295,19 +294,12 @@ class TrainingStep:
         if self._stream is None:
             self._stream = torch.cuda.Stream(device)
             self._pool = torch.cuda.graph_pool_handle()
-            host_pool(device).most_used = 0
             # Compiles and loads kernels, creates library handles and workspaces.
             small = _nonsense(device, _REHEARSAL_TOKENS, _REHEARSAL_TOKENS // 2, 2, _REHEARSAL_TOKENS // 2)
             self._stream.wait_stream(torch.cuda.current_stream(device))
             self._run_for_nothing(small, self._stream)
-            self._host_bytes = host_pool(device).most_used / _REHEARSAL_TOKENS
-        if self._host_bytes:
-            # Nothing can be pinned while a graph is recorded. A quarter of a percent: tensors begin at whole 512 bytes.
-            refused = host_pool(device).reserve(
-                int(self._host_bytes * batch["input_ids"].numel() * 1.0025) + 2**20
-            )
-            if refused is not None:
-                self.binding.tell_once(f"layers keep on the GPU what should wait in host memory: {refused}")
+        # Nothing can be pinned while a graph is recorded.
+        reserve_host(self.binding, batch["input_ids"].numel())
         inputs = {name: batch[name].clone() for name in _TENSORS}
         static = {
             **inputs,
@@ -365,6 +357,11 @@ class TrainingStep:
                 parameter.grad = gradient
             for buffer, values in held:
                 buffer.copy_(values)
+
+    @property
+    def holds_graphs(self) -> bool:
+        """Whether captured steps take memory now."""
+        return bool(self._graphs)
 
     def release(self) -> None:
         """Give back the graphs and their memory."""

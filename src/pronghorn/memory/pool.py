@@ -69,8 +69,6 @@ class HostPool:
         self._size = 0
         self._top = 0
         self._live: dict[int, int] = {}
-        #: most bytes in use at once, since somebody last set it to zero
-        self.most_used = 0
 
     @property
     def pinned_bytes(self) -> int:
@@ -112,7 +110,6 @@ class HostPool:
             return refused
         self._top = start + size
         self._live[start] = self._top
-        self.most_used = max(self.most_used, self._top)
         return start, self._pieces(start, size)
 
     def give_back(self, start: int) -> None:

@@ -118,7 +118,7 @@ class StaticSteps:
         try:
             return work()
         except torch.OutOfMemoryError:
-            if self._step is None or not self._step.captured:
+            if self._step is None or not self._step.holds_graphs:
                 raise
         logger.warning(
             "pronghorn: no room beside the captured steps: they are let go and made anew afterwards"
