@@ -10,8 +10,6 @@ from datasets import Dataset, DatasetDict
 from pronghorn import train_on_responses_only
 from pronghorn.errors import NothingSupervised, PronghornError, TokenizerProblem
 from pronghorn.training import SFTTrainer
-from pronghorn.training.responses import parts_of_template
-from tests.data.test_rows import BRACKETS, THINKING
 from tests.tiny import tiny_model, tiny_tokenizer
 from tests.training.runs import adapter_model, chats, losses, settings, trainer
 
@@ -58,7 +56,9 @@ def test_responses_only_by_markers(tmp_path, packing, parts):
     )
     run = trainer(tmp_path, rows=rows, packing=packing, max_length=500, eval_dataset={"held": rows})
     assert train_on_responses_only(run, **parts) is run
-    expected = [f"first {i}<|im_end|>\n" if k else "\nsecond<|im_end|>\n" for i in range(3) for k in (1, 0)]
+    # Between markers lies the newline behind a turn, too; the template's spans end with the turn.
+    end = "<|im_end|>\n" if parts else "<|im_end|>"
+    expected = [f"first {i}{end}" if k else f"\nsecond{end}" for i in range(3) for k in (1, 0)]
     for dataset in (run.train_dataset, run.eval_dataset["held"]):
         assert len(dataset) == (1 if packing else 3)
         found = [text for row in dataset for text in trained_texts(row)]
@@ -74,16 +74,18 @@ def test_response_markers_that_do_not_occur(tmp_path):
         train_on_responses_only(run, instruction_part="x")
 
 
-def test_markers_found_in_templates():
-    tokenizer = tiny_tokenizer()
-    assert parts_of_template(tokenizer) == ("<|im_start|>user\n", "<|im_start|>assistant\n")
-    tokenizer.chat_template = THINKING
-    assert parts_of_template(tokenizer)[1] == "<|im_start|>assistant\n"
-    tokenizer.chat_template = BRACKETS
-    instruction, response = parts_of_template(tokenizer)
-    assert instruction.strip() == "[INST]" and response.strip() == "[/INST]"
+def test_rows_that_are_not_of_the_chat_template(tmp_path):
+    run = trainer(tmp_path, rows=[{"text": "plain"}] * 2)
+    with pytest.raises(NothingSupervised, match="after an answer's beginning"):
+        train_on_responses_only(run)
     with pytest.raises(TokenizerProblem):
-        parts_of_template(tiny_tokenizer(chat_template=False))
+        train_on_responses_only(run, tokenizer=tiny_tokenizer(chat_template=False))
+
+
+def test_the_function_alone():
+    ids = tiny_tokenizer()("<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n")["input_ids"]
+    mask = train_on_responses_only(None, tokenizer=tiny_tokenizer(), return_function=True)
+    assert trained_texts({"input_ids": ids, **mask({"input_ids": ids})}) == ["b<|im_end|>"]
 
 
 def test_streams(tmp_path):

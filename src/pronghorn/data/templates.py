@@ -65,7 +65,8 @@ class ChatRenderer:
         _ = self.template
         try:
             return self.tokenizer.apply_chat_template(messages, **{**self.arguments, **how})
-        except TemplateError as error:
+        except (TemplateError, TypeError, ValueError, AttributeError, LookupError) as error:
+            # jinja2's own, and what a template's expressions raise on content of another type than they expect
             raise RowInvalid(
                 f"the chat template refuses a conversation: {error}",
                 fix="bring the roles into the order it expects, or change the template",
@@ -81,10 +82,18 @@ class ChatRenderer:
         Raises:
             ChatTemplateOpaque: the assistant's part cannot be found in what the template renders.
         """
+        return mask_spans(self.tokenizer, *self.answers(messages))
+
+    def answers(self, messages: list[Message]) -> tuple[str, list[Span]]:
+        """The rendered conversation, and the character spans of what the assistant wrote in it.
+
+        Raises:
+            ChatTemplateOpaque: the assistant's part cannot be found in what the template renders.
+        """
         if _GENERATION.search(self.template):
-            return self._mask_of_generation_blocks(messages)
+            return self._answers_in_generation_blocks(messages)
         text = self.text(messages)
-        return mask_spans(self.tokenizer, text, self.assistant_spans(messages, text))
+        return text, self.assistant_spans(messages, text)
 
     def assistant_spans(self, messages: list[Message], text: str) -> list[Span]:
         """Character spans of the assistant's turns in `text`, the rendering of `messages`."""
@@ -182,7 +191,7 @@ class ChatRenderer:
         except Exception:  # templates raise jinja2's TemplateError, but also whatever their expressions raise
             return None
 
-    def _mask_of_generation_blocks(self, messages: list[Message]) -> tuple[list[int], list[bool]]:
+    def _answers_in_generation_blocks(self, messages: list[Message]) -> tuple[str, list[Span]]:
         """The template's own spans. A special token right after an answer ends the turn and belongs to it.
 
         The blocks are found in the rendered text, since Transformers' own mask loses a block that begins with a space,
@@ -190,8 +199,7 @@ class ChatRenderer:
         """
         marked = self._render(messages, tokenize=False, chat_template=_mark_blocks(self.template))
         text, spans = _unmarked(marked)
-        spans = [(start, self._with_next_special(text, start, end)) for start, end in spans]
-        return mask_spans(self.tokenizer, text, spans)
+        return text, [(start, self._with_next_special(text, start, end)) for start, end in spans]
 
     def _with_next_special(self, text: str, start: int, end: int) -> int:
         """The end of a generation block, behind the special token that follows, unless the block ends with one."""

@@ -1,43 +1,50 @@
-"""Train on responses only, by the texts that mark instructions and responses, on a trainer's prepared data."""
+"""Train on responses only, on a trainer's prepared data: by the chat template's own spans, or by given markers."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from datasets import Dataset
 
+from pronghorn.data.answers import AnswerFinder, answer_finder
 from pronghorn.data.rows import IGNORED, supervised
-from pronghorn.data.templates import ChatRenderer
 from pronghorn.errors import NothingSupervised
 
 #: Ways in which one marker may be tokenised.
 Marker = tuple[tuple[int, ...], ...]
+#: Which tokens of one document belong to responses.
+Finder = Callable[[Sequence[int]], list[bool]]
 
 
 @dataclass(frozen=True)
 class ResponseMask:
-    """Labels of a row outside responses become -100. A response runs from after a response marker to the next
-    instruction marker, or to the end of its document."""
+    """Labels of a row outside responses become -100. A packed row is looked at document by document."""
 
-    instruction: Marker
-    response: Marker
+    responses: Finder
 
     def __call__(self, row: Mapping[str, Any]) -> dict[str, Any]:
         ids = list(row["input_ids"])
         labels = list(row["labels"]) if row.get("labels") is not None else list(ids)
         start = 0
         for length in row.get("seq_lengths") or [len(ids)]:
-            inside = self._inside(ids[start : start + length])
+            inside = self.responses(ids[start : start + length])
             for offset, kept in enumerate(inside):
                 if not kept:
                     labels[start + offset] = IGNORED
             start += length
         return {"labels": labels}
 
-    def _inside(self, ids: list[int]) -> list[bool]:
-        """Whether each token of one document belongs to a response."""
+
+@dataclass(frozen=True)
+class MarkerFinder:
+    """A response runs from after a response marker to the next instruction marker, or to the end of its document."""
+
+    instruction: Marker
+    response: Marker
+
+    def __call__(self, ids: Sequence[int]) -> list[bool]:
         kept = [False] * len(ids)
         position, inside = 0, False
         while position < len(ids):
@@ -56,24 +63,41 @@ def train_on_responses_only(
     instruction_part: str | None = None,
     response_part: str | None = None,
     num_proc: int | None = None,
+    *,
+    force_match: bool = True,
+    tokenizer: Any = None,
+    return_function: bool = False,
 ) -> Any:
     """Mask everything but the responses in a trainer's data; returns the trainer.
 
     Args:
-        instruction_part: text that begins an instruction, such as ``"<|im_start|>user\\n"``. None finds both parts in
-            the tokenizer's chat template.
+        instruction_part: text that begins an instruction, such as ``"<|im_start|>user\\n"``, with response_part. None
+            takes what the assistant writes according to the tokenizer's chat template: from the end of the
+            generation prompt to the end of the turn, without tool results and later system messages.
         response_part: text that begins a response, such as ``"<|im_start|>assistant\\n"``.
+        num_proc: processes that mask rows.
+        force_match: has no effect: a marker is always found however its ends were tokenised.
+        tokenizer: another one than the trainer's.
+        return_function: return the function that masks one row instead; the trainer may be None then.
 
     Raises:
         ValueError: only one of the two parts is given.
-        NothingSupervised: the markers leave no row anything to train on.
+        TokenizerProblem: no parts are given, and there is no chat template.
+        ChatTemplateOpaque: no parts are given, and the template writes nothing around answers.
+        NothingSupervised: no row has anything left to train on.
     """
-    tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
     if (instruction_part is None) != (response_part is None):
         raise ValueError("give both instruction_part and response_part, or neither")
+    tokenizer = trainer.processing_class if tokenizer is None else tokenizer
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
     if instruction_part is None or response_part is None:
-        instruction_part, response_part = parts_of_template(tokenizer)
-    mask = ResponseMask(_marker(tokenizer, instruction_part), _marker(tokenizer, response_part))
+        mask = ResponseMask(answer_finder(tokenizer))
+    else:
+        mask = ResponseMask(
+            MarkerFinder(_marker(tokenizer, instruction_part), _marker(tokenizer, response_part))
+        )
+    if return_function:
+        return mask
     trainer.train_dataset = _masked(trainer.train_dataset, mask, num_proc, "train")
     evaluation = trainer.eval_dataset
     if isinstance(evaluation, dict):
@@ -81,33 +105,6 @@ def train_on_responses_only(
     elif evaluation is not None:
         trainer.eval_dataset = _masked(evaluation, mask, num_proc, "eval")
     return trainer
-
-
-def parts_of_template(tokenizer: Any) -> tuple[str, str]:
-    """What the chat template writes before a user's and before an assistant's content.
-
-    Raises:
-        TokenizerProblem: there is no chat template.
-        NothingSupervised: the template shows no such texts.
-    """
-    renderer = ChatRenderer(tokenizer)
-    question, answer = {"role": "user", "content": "Ж1"}, {"role": "assistant", "content": "Ж2"}
-    closed = renderer.text([question, answer])
-    longer = renderer.text([question, answer, {"role": "user", "content": "Ж3"}])
-    asked, unasked = renderer.text([question], ask=True), renderer.text([question])
-    instruction, response = "", ""
-    if "Ж3" in longer and "Ж2" in closed:
-        start = len(closed) if longer.startswith(closed) else longer.index("Ж2") + 2
-        instruction = longer[start : longer.index("Ж3")]
-        response = asked[len(unasked) :] if asked.startswith(unasked) else ""
-        # A template without a generation prompt marks the response by what ends the question.
-        response = response if response.strip() else closed[closed.index("Ж1") + 2 : closed.index("Ж2")]
-    if not instruction.strip() or not response.strip():
-        raise NothingSupervised(
-            "the chat template does not show what begins an instruction and a response",
-            fix="give instruction_part and response_part",
-        )
-    return instruction, response
 
 
 def _marker(tokenizer: Any, text: str) -> Marker:
@@ -142,10 +139,15 @@ def _masked(dataset: Any, mask: ResponseMask, num_proc: int | None, name: str) -
     masked = dataset.map(mask, num_proc=num_proc, desc=f"Masking {name} data")
     kept = masked.filter(_trains, num_proc=num_proc, desc=f"Checking {name} data")
     if not len(kept):
-        raise NothingSupervised(
-            f"no row of the {name} data has a token after the response marker",
-            fix="check instruction_part and response_part against the chat template's text",
-        )
+        if isinstance(mask.responses, AnswerFinder):
+            beginning = "an answer's beginning"
+            fix = "render the rows with the tokenizer's chat template, or give instruction_part and response_part"
+        else:
+            beginning = "the response marker"
+            fix = (
+                "check instruction_part and response_part against the chat template's text, or leave both out"
+            )
+        raise NothingSupervised(f"no row of the {name} data has a token after {beginning}", fix=fix)
     return kept
 
 
