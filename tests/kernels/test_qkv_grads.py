@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pronghorn.kernels.qkv_grads import unrotate_joined
+from pronghorn.kernels.fp8 import quantise_joined
+from pronghorn.kernels.qkv_grads import unrotate_joined, unrotate_joined_fp8
 from pronghorn.kernels.rope import qk_rope_backward
 from pronghorn.weights import side_by_side
 from tests.kernels.compare import DTYPES, IMPLS, assert_near, random
@@ -32,3 +33,24 @@ def test_columns_of_one_matrix(impl, dtype, shape, device):
     for got, want in zip(found, expected, strict=False):
         assert_near(got, want.flatten(1))
     assert torch.equal(found[2], dv.flatten(1))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("shape", [*SHAPES, (0, 4, 2, 16, 16)])
+@pytest.mark.parametrize("exponents", [False, True])
+def test_codes_beside_them(impl, shape, exponents, device):
+    tokens, heads, kv_heads, head_dim, rotated = shape
+    parts = [
+        random(tokens, n, head_dim, dtype=torch.bfloat16, device=device, seed=n)
+        for n in (heads, kv_heads, kv_heads)
+    ]
+    cos, sin = angles(tokens, rotated, device)
+    width = (heads + 2 * kv_heads) * head_dim
+    columns = (torch.arange(width, device=device) % 7 - 3).to(torch.int8)
+    columns = columns if exponents else torch.ldexp(torch.ones(width, 1, device=device), columns[:, None])
+    found, (codes, scales) = unrotate_joined_fp8(*parts, cos, sin, columns, impl=impl)
+    expected = unrotate_joined(*parts, cos, sin, impl=impl)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    if tokens:
+        same, same_scales = quantise_joined(expected, columns, impl=impl)
+        assert torch.equal(scales, same_scales) and torch.equal(codes.float(), same.float())

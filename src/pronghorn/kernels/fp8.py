@@ -6,9 +6,9 @@ e4m3 keeps 3 bits after the point: a number is off by at most 1/16 of itself, or
 by at most 2⁻¹⁰ scales. The column factors c (1 where none are given) carry the row scales s of a weight into its
 input gradient: dy @ (s ⊙ codes) = (dy · s) @ codes, so that one set of codes serves both directions.
 
-Scales of rows are powers of two. A float format loses nothing by that but a binade of its smallest numbers. Of a weight,
-code · scale is a bf16 number: what its products multiply, what `dequantise` gives and what a merged checkpoint holds are
-the same values. And x · c / scale is exact, so whichever kernel makes the codes, and in whatever order, they agree.
+Scales of rows are powers of two. A float format loses nothing by that but a binade of its smallest numbers. Of a
+weight, code · scale is a bf16 number: what its products multiply, what `dequantise` gives and what a merged checkpoint
+holds are the same values. And x · c / scale is exact, so whichever kernel makes the codes, they agree.
 """
 
 from __future__ import annotations

@@ -157,7 +157,7 @@ def quantise_joined(
     blocks = [triton.next_power_of_2(part.shape[1]) for part in (a, b, c)]
     _quantise_whole[(rows,)](
         a, b, c, a if columns is None else columns, codes, scales,
-        a.stride(0), b.stride(0), c.stride(0), *(widths + [0, 0])[:3],
+        a.stride(0), b.stride(0), c.stride(0), *[*widths, 0, 0][:3],
         HAS_COLUMNS=columns is not None, PARTS=len(parts),
         BLOCK_A=blocks[0], BLOCK_B=blocks[1], BLOCK_C=blocks[2], num_warps=row_block(sum(widths))[1],
     )  # fmt: skip
