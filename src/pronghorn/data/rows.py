@@ -17,7 +17,8 @@ from pronghorn.errors import RowInvalid
 
 RowKind = Literal["tokens", "chat", "prompt_completion", "alpaca", "text"]
 
-_ROLES = {
+#: Other names of roles in use.
+ROLES = {
     "human": "user",
     "gpt": "assistant",
     "chatgpt": "assistant",
@@ -28,7 +29,7 @@ _ROLES = {
     "function": "tool",
     "function_response": "tool",
 }
-_CHAT_COLUMNS = ("messages", "conversations", "conversation")
+CHAT_COLUMNS = ("messages", "conversations", "conversation")
 _ALPACA = (
     "Below is an instruction that describes a task{paired}. Write a response that appropriately completes the "
     "request.\n\n### Instruction:\n{instruction}\n\n{input}### Response:\n"
@@ -56,7 +57,7 @@ def row_kind(row: Mapping[str, Any], text_field: str = "text") -> RowKind | None
     """What a row is, by its columns; None when it is nothing known. Chat columns win over text, tokens over all."""
     if row.get("input_ids") is not None:
         return "tokens"
-    if any(isinstance(row.get(name), list) for name in _CHAT_COLUMNS):
+    if any(isinstance(row.get(name), list) for name in CHAT_COLUMNS):
         return "chat"
     if row.get("prompt") is not None and row.get("completion") is not None:
         return "prompt_completion"
@@ -71,7 +72,7 @@ def row_kind(row: Mapping[str, Any], text_field: str = "text") -> RowKind | None
 
 def messages_of(row: Mapping[str, Any]) -> list[Message] | None:
     """A chat row's messages as role/content dictionaries, from `messages` or ShareGPT's from/value."""
-    for name in _CHAT_COLUMNS:
+    for name in CHAT_COLUMNS:
         if isinstance(row.get(name), list):
             return [as_message(message) for message in row[name]]
     return None
@@ -96,7 +97,7 @@ def as_message(message: Any) -> Message:
         raise RowInvalid(
             f"a message of role '{role}' has no content", fix="give each message 'role' and 'content'"
         )
-    return {"role": _ROLES.get(role, role), "content": "" if content is None else _plain(content), **rest}
+    return {"role": ROLES.get(role, role), "content": "" if content is None else _plain(content), **rest}
 
 
 def _plain(content: Any) -> Any:
@@ -248,7 +249,7 @@ def _labelled(ids: list[int], kept: list[bool]) -> dict[str, list[int]]:
 
 def _of_no_kind(row: Mapping[str, Any], text_field: str) -> RowInvalid:
     """What is wrong with a row of no known kind: a known column with something else in it, or no known column."""
-    expected = {text_field: "text"} | dict.fromkeys(_CHAT_COLUMNS, "a list of messages")
+    expected = {text_field: "text"} | dict.fromkeys(CHAT_COLUMNS, "a list of messages")
     expected |= dict.fromkeys(("prompt", "completion"), "text or messages")
     expected |= dict.fromkeys(("instruction", "output"), "text")
     for name, wanted in expected.items():
