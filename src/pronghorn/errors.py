@@ -4,7 +4,7 @@
 without a traceback and exit with status 2. `docs/errors.md` is generated from the subclasses of this module.
 
 Codes: PH1xx checkpoints and models, PH2xx adapters and the engine, PH3xx data, PH4xx configuration and commands,
-PH5xx hardware and memory, PH6xx saving and export.
+PH5xx hardware and memory, PH6xx saving and export, PH7xx training runs.
 """
 
 from __future__ import annotations
@@ -224,3 +224,75 @@ class SynthesisChanged(PronghornError):
     """Rows made so far stem from other documents or settings than those asked for now; they would be mixed."""
 
     code = "PH312"
+
+
+class WeightsMismatch(PronghornError):
+    """A checkpoint and the model it is loaded into differ: weights are missing (`lm_head.weight`) or of another size."""
+
+    code = "PH105"
+
+
+class GatedModel(PronghornError):
+    """The hub gives a model only to those who accepted its terms and are logged in."""
+
+    code = "PH106"
+
+
+class HubUnreachable(PronghornError):
+    """The hub does not answer, or this process was told to stay offline."""
+
+    code = "PH107"
+
+
+class DtypesMixed(PronghornError):
+    """Tensors of two dtypes met in one product: Half and Float, BFloat16 and Float."""
+
+    code = "PH206"
+
+
+class DevicesMixed(PronghornError):
+    """Tensors of two devices met in one operation, under DDP or with a model spread over devices."""
+
+    code = "PH207"
+
+
+class TokenOutOfVocabulary(PronghornError):
+    """A token id is beyond the model's embedding, or a label beyond its classes."""
+
+    code = "PH307"
+
+
+class VersionMismatch(PronghornError):
+    """Driver, CUDA, torch, Triton or another compiled package were not made for each other."""
+
+    code = "PH506"
+
+
+class UnsupportedGpu(PronghornError):
+    """The GPU is one that the installed torch or Triton has no code for."""
+
+    code = "PH507"
+
+
+class GpuFault(PronghornError):
+    """A kernel failed on the GPU, and nothing more can be done with it in this process."""
+
+    code = "PH508"
+
+
+class ResumeMismatch(PronghornError):
+    """A checkpoint is of another run: its adapter, optimizer or number of weights is not what is trained now."""
+
+    code = "PH604"
+
+
+class NonFiniteLoss(PronghornError):
+    """The loss or a gradient is NaN or infinite; says which tensor, layer, row and token were first."""
+
+    code = "PH701"
+
+
+class ProcessesFailed(PronghornError):
+    """The processes of a distributed run lost one another: one ended, hung, or came to other collective calls."""
+
+    code = "PH702"

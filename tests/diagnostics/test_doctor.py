@@ -187,6 +187,7 @@ def test_an_error_in_a_check_is_its_failure(monkeypatch):
     result = perform(Check("kernels", "glu", "pronghorn.diagnostics.kernel_checks:glu"))
     assert result.status == "FAIL"
     assert result.detail == "RuntimeError: CUDA error: invalid configuration argument"
+    assert "triton" in result.fix
 
 
 def test_what_is_not_here_is_no_failure(monkeypatch):

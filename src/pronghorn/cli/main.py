@@ -1,4 +1,4 @@
-"""``pronghorn train | quickstart | chat | plan | doctor``. Only the chosen subcommand's modules are imported."""
+"""The command ``pronghorn`` and its subcommands. Only the modules of the chosen one are imported."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return int(_commands()[options.command](options))
     except PronghornError as error:
+        if options.debug:
+            raise
         print(f"pronghorn: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
@@ -29,6 +31,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader of a pipe went away (`pronghorn doctor | head`). Python would complain once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except Exception as error:
+        if options.debug:
+            raise
+        from pronghorn.cli.unexpected import explain
+
+        return explain(error)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -91,12 +99,23 @@ def build_parser() -> argparse.ArgumentParser:
     plan.add_argument("--gpu", metavar="NAME", help="plan for this GPU, such as 4090 (default: the one here)")
     plan.add_argument("--json", action="store_true", help="print the plan as JSON")
 
+    from pronghorn.cli.data import register
+
+    register(commands)
+
     doctor = commands.add_parser(
         "doctor", help="versions and hardware, then run every kernel and a training step on this machine"
     )
     doctor.add_argument("--json", action="store_true", help="print all of it as one JSON object")
     doctor.add_argument("--facts", action="store_true", help="versions, hardware and paths only; run nothing")
     doctor.add_argument("--fix-hints", action="store_true", help="say what helps, for each check that failed")
+
+    explain = commands.add_parser("explain", help="what an error means: its code, or the text of any error")
+    explain.add_argument("words", nargs="*", metavar="CODE_OR_TEXT", help="none: list all codes")
+    explain.add_argument("--lang", choices=("en", "zh"), help="default: as the terminal's language")
+
+    for command in commands.choices.values():
+        command.add_argument("--debug", action="store_true", help="let errors show their traceback")
     return parser
 
 
@@ -121,12 +140,30 @@ def _commands() -> dict:
 
         return run(options)
 
+    def data(options: argparse.Namespace) -> int:
+        from pronghorn.cli.data import run
+
+        return run(options)
+
     def doctor(options: argparse.Namespace) -> int:
         from pronghorn.cli.doctor import run
 
         return run(as_json=options.json, facts_only=options.facts, hints=options.fix_hints)
 
-    return {"train": train, "quickstart": quickstart, "chat": chat, "plan": plan, "doctor": doctor}
+    def explain(options: argparse.Namespace) -> int:
+        from pronghorn.cli.explain import run
+
+        return run(options.words, options.lang)
+
+    return {
+        "train": train,
+        "quickstart": quickstart,
+        "chat": chat,
+        "plan": plan,
+        "data": data,
+        "doctor": doctor,
+        "explain": explain,
+    }
 
 
 def _positive(text: str) -> int:
