@@ -143,6 +143,31 @@ def test_a_gradient(dtype, tokens, width, rank, device):
     assert_near(found, 2 + dxa.double().t() @ x.double(), slack=4.0)
 
 
+@pytest.mark.parametrize("tile", [(32, 128, 4, 3), (64, 256, 4, 2), (16, 64, 4, 2)])
+@pytest.mark.parametrize("pieces", [1, 3])
+def test_tiles_and_pieces(tile, pieces, device, monkeypatch):
+    """Several blocks of columns, shares of tokens and pieces of dXA A, whatever a shape would be given."""
+    from pronghorn.kernels.triton import lora_grads
+
+    monkeypatch.setattr(lora_grads, "grads_tile", lambda *_: lora_grads.Tile(*tile))
+    starts = {"PIECES": pieces, "BT": 32, "BO": 64, "DEPTH": 2, "num_warps": 4}
+    monkeypatch.setattr(lora_grads, "start_config", lambda *_: starts)
+    lora_grads.grads_config.cache_clear()
+    widths, ranks = (300, 72, 136), (16, 16, 8)
+    dys = [random(200, w, dtype=torch.float32, device=device, seed=i) for i, w in enumerate(widths)]
+    bs = factors(widths, ranks, torch.float32, device)
+    xa = random(200, 40, dtype=torch.float32, device=device, seed=5)
+    a = random(40, 330, dtype=torch.float32, device=device, seed=6)
+    grads = [torch.zeros(b.shape, device=device) for b in bs]
+    dxa, start = lora.output_grads_and_start(dys, bs, [1.0, 0.5, 2.0], a, xa, grads, impl="triton")
+    lora_grads.grads_config.cache_clear()
+    want = [s * dy.double() @ b.double() for s, dy, b in zip((1.0, 0.5, 2.0), dys, bs, strict=True)]
+    assert_near(dxa, torch.cat(want, 1), slack=2.0)
+    assert_near(start, dxa.double() @ a.double(), slack=2.0)
+    for s, dy, part, grad in zip((1.0, 0.5, 2.0), dys, columns(xa, ranks), grads, strict=True):
+        assert_near(grad, s * dy.double().t() @ part.double(), slack=4.0)
+
+
 def test_sums_are_the_same_every_time(device):
     """Shares of tokens are added in a fixed order: equal bits, whatever the timing."""
     dy = random(300, 200, dtype=torch.float32, device=device)

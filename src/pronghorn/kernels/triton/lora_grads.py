@@ -148,9 +148,12 @@ class Tile(NamedTuple):
     stages: int
 
     def shared(self, rank: int, element: int) -> int:
-        """Bytes of shared memory: tiles of dY and XA, B, and something for exchanges between threads."""
-        of_tiles = self.stages * self.tokens * (self.columns + rank)
-        return (of_tiles + self.columns * rank) * element + 12 * 1024
+        """Bytes of shared memory: tiles of dY and XA, B, and something for exchanges between threads.
+
+        Products of 64 and more tokens are asynchronous on Hopper, which keeps one more tile.
+        """
+        tiles = self.stages - (self.tokens < 64)
+        return (tiles * self.tokens * (self.columns + rank) + self.columns * rank) * element + 8 * 1024
 
 
 def grads_tile(tokens: int, widths: tuple[int, ...], rank: int, element: int, shared: int) -> Tile:
