@@ -227,7 +227,7 @@ class SynthesisChanged(PronghornError):
 
 
 class WeightsMismatch(PronghornError):
-    """A checkpoint and the model it is loaded into differ: weights are missing (`lm_head.weight`) or of another size."""
+    """A checkpoint is not for the model it is loaded into: weights are missing (`lm_head.weight`) or of another size."""
 
     code = "PH105"
 
