@@ -227,7 +227,7 @@ class SynthesisChanged(PronghornError):
 
 
 class WeightsMismatch(PronghornError):
-    """A checkpoint is not for the model it is loaded into: weights are missing (`lm_head.weight`) or of another size."""
+    """A checkpoint is not for this model: weights are missing (`lm_head.weight`) or of another size."""
 
     code = "PH105"
 

@@ -206,7 +206,8 @@ def test_every_rule_can_be_reached():
     said += ["OutOfMemoryError: CUDA out of memory", "PTX was compiled with an unsupported toolchain",
              "\"addmm_impl_cpu_\" not implemented for 'Half'", "needs trust_remote_code=True",
              "ignore_mismatched_sizes", "size mismatch for x.weight",
-             "weights are newly initialized: ['lm_head.weight']", "This requires the following packages: tiktoken"]  # fmt: skip
+             "weights are newly initialized: ['lm_head.weight']",
+             "This requires the following packages: tiktoken"]  # fmt: skip
     for text in said:
         for number, rule in enumerate(RULES):
             if re.search(rule.pattern, text, re.IGNORECASE | re.DOTALL | re.MULTILINE):

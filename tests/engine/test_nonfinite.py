@@ -121,7 +121,8 @@ def test_a_token_that_overflows_in_one_layer():
         for name in ("gate", "up"):
             weight = model.get_parameter(f"{INNER}model.layers.1.mlp.{name}_proj.base_layer.weight")
             weight[:, :] = 0
-            weight[0, 5] = 600.0
+            weight[0, 5] = 50.0
+        model.get_parameter(f"{INNER}model.layers.1.post_attention_layernorm.weight")[5] = 1.0
         model.get_parameter(f"{INNER}model.embed_tokens.weight")[token] *= 0.0
         model.get_parameter(f"{INNER}model.embed_tokens.weight")[token, 5] = 100.0
     found = find_nonfinite(model, packed())
