@@ -159,7 +159,8 @@ class RowRenderer:
         end = self.tokenizer.eos_token
         return text if not end or text.endswith(end) else text + end
 
-    def _chat_for(self, row: Mapping[str, Any]) -> ChatRenderer:
+    def chat_for(self, row: Mapping[str, Any]) -> ChatRenderer:
+        """The renderer with what the row itself gives the template: tools, and other arguments."""
         tools = row.get("tools")
         tools = json.loads(tools) if isinstance(tools, str) else tools
         extra = {k: v for k, v in (row.get("chat_template_kwargs") or {}).items() if v is not None}
@@ -173,7 +174,7 @@ class RowRenderer:
         messages = messages_of(row)
         if not messages:
             raise RowInvalid("the conversation is empty", fix="leave out rows without messages")
-        chat = self._chat_for(row)
+        chat = self.chat_for(row)
         if self.form.responses_only:
             return _labelled(*chat.assistant_mask(messages))
         ids = chat.tokens(chat.text(messages))
@@ -190,7 +191,7 @@ class RowRenderer:
     def _conversation_pair(
         self, row: Mapping[str, Any], prompt: Any, completion: Any
     ) -> dict[str, list[int]]:
-        chat = self._chat_for(row)
+        chat = self.chat_for(row)
         before = (
             [as_message(m) for m in prompt]
             if isinstance(prompt, list)
