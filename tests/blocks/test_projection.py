@@ -209,6 +209,14 @@ def test_adapters_left_to_the_consumer():
         torch.testing.assert_close(whole, want[i])
 
 
+def recorded(plain, name, shapes):
+    def call(self, *args):
+        shapes.append((name, self.shape))
+        return plain(self, *args)
+
+    return call
+
+
 @pytest.mark.parametrize("ranks", [(0, 0), (4, 2)])
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 @pytest.mark.parametrize("bias", [False, True])
@@ -227,10 +235,7 @@ def test_weights_side_by_side_are_one_product(ranks, impl, bias, monkeypatch):
         name: getattr(DenseWeight, name) for name in ("matmul", "matmul_add_", "matmul_t", "matmul_t_add_")
     }
     for name, plain in products.items():
-        spied = lambda self, *args, name=name, plain=plain: (
-            shapes.append((name, self.shape)) or plain(self, *args)
-        )  # noqa: E731
-        monkeypatch.setattr(DenseWeight, name, spied)
+        monkeypatch.setattr(DenseWeight, name, recorded(plain, name, shapes))
     with torch.no_grad():
         ys, xa = group.forward(x.detach(), defer_adapters=True, joined=True)
         deferring = xa is not None and group.defers(xa)

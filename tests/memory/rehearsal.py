@@ -22,12 +22,12 @@ from pronghorn.engine.read import Reading, read_groups
 from pronghorn.kernels import triton as triton_kernels
 from pronghorn.memory import offload
 from pronghorn.memory.allocator import Allocator
-from pronghorn.weights import join
+from pronghorn.weights import join, lay_side_by_side
 from tests.families.parity import TARGETS
 from tests.memory.live import LiveBytes
 
 #: Modules that ask `use_triton` by a name of their own.
-_KERNELS = ("rms_norm", "rope", "glu", "lora", "linear_cross_entropy", "nf4", "fp8")
+_KERNELS = ("rms_norm", "rope", "qkv_grads", "glu", "lora", "linear_cross_entropy", "nf4", "fp8")
 
 
 class _NoLaunch:
@@ -183,8 +183,8 @@ def in_four_bits(model: Any) -> Any:
     return model
 
 
-def in_fp8(model: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The linear weights under a PEFT model's adapters as fp8 codes, stored both ways round."""
+def in_fp8(model: Any, monkeypatch: pytest.MonkeyPatch, *, stacks: bool = False) -> Any:
+    """The linear weights under a PEFT model's adapters as fp8 codes, stored both ways round; groups side by side."""
     from pronghorn.weights.fp8_linear import Fp8Linear
 
     def product(rows: Any, codes: Tensor, scales: Any, dtype: torch.dtype, **options: Any) -> Tensor:
@@ -198,4 +198,8 @@ def in_fp8(model: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
             linear = Fp8Linear(codes, torch.empty(out, 1, device="meta"), None, torch.bfloat16)
             linear.weight_transposed = torch.empty(width, out, dtype=codes.dtype, device="meta")
             module.base_layer = linear
+    for layer in model.get_base_model().model.layers if stacks else []:
+        of, mlp = layer.self_attn, layer.mlp
+        for group in ((of.q_proj, of.k_proj, of.v_proj), (mlp.gate_proj, mlp.up_proj)):
+            lay_side_by_side([module.base_layer for module in group])
     return model

@@ -64,10 +64,11 @@ def test_four_bit_weights(level: str, monkeypatch: pytest.MonkeyPatch) -> None:
     compare(in_four_bits(meta_model(LlamaConfig(**SIZES))), level, 4096)
 
 
+@pytest.mark.parametrize("stacks", [False, True])
 @pytest.mark.parametrize("level", ["offload", "none", "attention", "all"])
-def test_fp8_weights(level: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fp8_weights(level: str, stacks: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     prepare(monkeypatch, parking=True)
-    compare(in_fp8(meta_model(LlamaConfig(**SIZES)), monkeypatch), level, 8192)
+    compare(in_fp8(meta_model(LlamaConfig(**SIZES)), monkeypatch, stacks=stacks), level, 8192)
 
 
 @pytest.mark.parametrize("level", ["none", "attention", "all"])

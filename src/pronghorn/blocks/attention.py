@@ -13,10 +13,10 @@ from pronghorn.blocks.levels import Level, keeps
 from pronghorn.blocks.norm import Norm
 from pronghorn.blocks.projection import GradientSink, ProjectionGroup
 from pronghorn.kernels.attention import AttentionCall, Documents, attention_forward
-from pronghorn.kernels.qkv_grads import unrotate_joined
-from pronghorn.kernels.rms_norm import rms_norm_backward, rms_norm_forward
+from pronghorn.kernels.qkv_grads import unrotate_joined, unrotate_joined_fp8
+from pronghorn.kernels.rms_norm import rms_norm_backward
 from pronghorn.kernels.rope import adapted_rope_, qk_rope_backward, qk_rope_forward
-from pronghorn.weights import DenseWeight
+from pronghorn.weights import DenseWeight, Fp8Weight, Operand
 
 
 @dataclass
@@ -74,10 +74,11 @@ class AttentionBlock:
     def rebuild(self, x: Tensor, dtype: torch.dtype, saves: AttentionSaves) -> None:
         """Compute whatever is missing in `saves` up to the attention output."""
         if saves.q is None:
-            if saves.normed is None:
-                saves.normed = self._normed(x, dtype)
+            normed, _ = self.norm.forward(x, dtype, fp8=self.qkv.quantises_rows)
+            saves.normed = normed.tensor
             # A norm on q and k needs whole inputs in its backward; a rotation takes the adapters in on the way.
-            (q, k, v), saves.xa_qkv = self.qkv.forward(saves.normed, defer_adapters=self.q_norm is None)
+            (q, k, v), saves.xa_qkv = self.qkv.forward(normed, defer_adapters=self.q_norm is None)
+            del normed
             saves.q = q.view(-1, self.heads, self.head_dim)
             saves.k = k.view(-1, self.kv_heads, self.head_dim)
             saves.v = v.view(-1, self.kv_heads, self.head_dim)
@@ -95,11 +96,6 @@ class AttentionBlock:
             qk_rope_forward(q, k, self.cos, self.sin, inplace=True)
         else:
             adapted_rope_(q, k, v, self.cos, self.sin, adapters)
-
-    def _normed(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        norm = self.norm
-        normed, _, _ = rms_norm_forward(x, norm.weight, norm.eps, weight_offset=norm.offset, out_dtype=dtype)
-        return normed
 
     def _rotated(self, saves: AttentionSaves) -> tuple[Tensor, Tensor]:
         """q and k as the attention sees them."""
@@ -133,13 +129,14 @@ class AttentionBlock:
         saves.out = saves.lse = saves.v = None
         del out, flat, dout, v, q, k
         need_normed = need or sink.wants(self.norm.weight)
-        dys = self._projection_grads(dq, dk, dv, saves, sink, need_normed)
+        dys, of_stack = self._projection_grads(dq, dk, dv, saves, sink, need_normed)
         del dq, dk, dv
         saves.q = saves.k = None
         if saves.normed is None:
-            saves.normed = self._normed(x, dtype)
+            saves.normed = self.norm.forward(x, dtype)[0].tensor
         normed = saves.normed
-        dnormed, dxa = self.qkv.input_grad(dys, normed, sink, need_normed, xa=saves.xa_qkv)
+        dnormed, dxa = self.qkv.input_grad(dys, normed, sink, need_normed, xa=saves.xa_qkv, of_stack=of_stack)
+        del of_stack
         self.qkv.parameter_grads(dys, normed, saves.xa_qkv, dxa, sink)
         if dnormed is None:
             return None
@@ -159,14 +156,18 @@ class AttentionBlock:
 
     def _projection_grads(
         self, dq: Tensor, dk: Tensor, dv: Tensor, saves: AttentionSaves, sink: GradientSink, need_input: bool
-    ) -> list[Tensor]:
+    ) -> tuple[list[Tensor], Operand | None]:
         """Gradients of the projections' outputs [T, out] from those of what the attention saw, side by side where their
-        weights are multiplied as one."""
-        joins = joining.QKV_INPUT_GRAD and need_input and isinstance(self.qkv.stack, DenseWeight)
-        if joins and self.q_norm is None:
-            return unrotate_joined(dq, dk, dv, self.cos, self.sin)
+        weights are multiplied as one; and quantised for a stack in fp8."""
+        stack, columns = self.qkv.stack, self.qkv.fp8_columns()
+        if need_input and self.q_norm is None:
+            if columns is not None and isinstance(stack, Fp8Weight):
+                parts, rows = unrotate_joined_fp8(dq, dk, dv, self.cos, self.sin, stack.columns)
+                return parts, Operand(parts[0], rows, stack.columns)
+            if joining.QKV_INPUT_GRAD and isinstance(stack, DenseWeight):
+                return unrotate_joined(dq, dk, dv, self.cos, self.sin), None
         dq, dk = self._rope_backward(dq, dk, saves, sink)
-        return [g.reshape(g.shape[0], -1) for g in (dq, dk, dv)]
+        return [g.reshape(g.shape[0], -1) for g in (dq, dk, dv)], None
 
     def _rope_backward(
         self, dq: Tensor, dk: Tensor, saves: AttentionSaves, sink: GradientSink

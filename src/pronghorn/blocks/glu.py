@@ -8,6 +8,7 @@ exist for one tile at a time.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +19,8 @@ from pronghorn.blocks.norm import Norm
 from pronghorn.blocks.projection import GradientSink, LinearProjection, ProjectionGroup
 from pronghorn.kernels.glu import glu_backward, glu_backward_down_, glu_forward, glu_forward_down
 from pronghorn.kernels.lora import LowRank
-from pronghorn.kernels.rms_norm import rms_norm_backward, rms_norm_forward
+from pronghorn.kernels.rms_norm import rms_norm_backward
+from pronghorn.weights import Fp8Weight, Operand
 
 #: Rows of a tile unless told otherwise: enough for products at full speed, and for a 4-bit weight that is dequantised
 #: for every tile.
@@ -46,9 +48,24 @@ class GluSaves:
     xa_gate_up: Tensor | None = None
     xa_down: Tensor | None = None
     normed: Tensor | None = None
+    #: `normed` in fp8, from the kernel that made it until gate and up are there
+    codes: Tensor | None = None
+    code_scales: Tensor | None = None
+
+    def take_normed(self, normed: Operand) -> None:
+        self.normed = normed.tensor
+        self.codes, self.code_scales = normed.made or (None, None)
+
+    def normed_operand(self) -> Operand | None:
+        """What gate and up are made of, where it is there."""
+        if self.normed is None:
+            return None
+        made = None if self.codes is None or self.code_scales is None else (self.codes, self.code_scales)
+        return Operand(self.normed, made)
 
     def trim(self, level: Level) -> None:
         """Drop what the level does not keep."""
+        self.codes = self.code_scales = None
         if not keeps(level, "attention"):
             self.summed = None
         if not keeps(level, "matmuls"):
@@ -93,10 +110,10 @@ class GluBlock:
 
     def add_residual(self, x: Tensor, branch: Tensor, dtype: torch.dtype, saves: GluSaves) -> None:
         """The residual sum y [T, H] in x's dtype, and its norm."""
-        norm = self.norm
-        saves.normed, _, saves.summed = rms_norm_forward(
-            branch.to(x.dtype), norm.weight, norm.eps, residual=x, weight_offset=norm.offset, out_dtype=dtype
-        )
+        # Codes of all rows are not held through many tiles, which make their own.
+        fp8 = self.gate_up.quantises_rows and len(self.tiles(x.shape[0])) == 1
+        normed, saves.summed = self.norm.forward(branch.to(x.dtype), dtype, residual=x, fp8=fp8)
+        saves.take_normed(normed)
 
     def forward(self, dtype: torch.dtype, level: Level, saves: GluSaves) -> Tensor:
         """The layer's output [T, H] in the residual's dtype from `add_residual`'s saves, which are filled and
@@ -117,48 +134,61 @@ class GluBlock:
         saves.trim(level)
         return out
 
-    def _activated(self, dtype: torch.dtype, level: Level, saves: GluSaves) -> tuple[Tensor, Tensor | None]:
+    def _activated(self, dtype: torch.dtype, level: Level, saves: GluSaves) -> tuple[Operand, Tensor | None]:
         """act [rows, I], and the down projection's XA where it was formed along the way; what the level does not keep
         is let go of as early as possible."""
         self._rebuild(dtype, saves)
+        saves.codes = saves.code_scales = None
         if not keeps(level, "all"):
             saves.normed = None
         assert saves.gate is not None and saves.up is not None
         a, xa_down = self.down.a_for_producer(saves.gate), None
+        row_max = None
+        if joining.ROW_MAX_FORWARD and self.down.quantises_rows:
+            row_max = saves.gate.new_zeros(saves.gate.shape[0], dtype=torch.float32)
         if a is None:
-            act = self._act(saves.gate, saves.up, saves.xa_gate_up)
+            act = self._act(saves.gate, saves.up, saves.xa_gate_up, row_max)
         else:
             gate_adapter, up_adapter = self._lacking(saves.xa_gate_up)
             act, xa_down = glu_forward_down(
-                saves.gate, saves.up, self.activation, a, gate_adapter=gate_adapter, up_adapter=up_adapter
+                saves.gate,
+                saves.up,
+                self.activation,
+                a,
+                gate_adapter=gate_adapter,
+                up_adapter=up_adapter,
+                row_max=row_max,
             )
         if not keeps(level, "matmuls"):
             saves.gate = saves.up = None
-        return act, xa_down
+        return Operand(act, row_max=row_max), xa_down
 
     def _rebuild(self, dtype: torch.dtype, saves: GluSaves) -> None:
         """Compute whatever is missing in `saves` up to gate and up, from the residual sum."""
         if saves.gate is None:
+            self._normed(dtype, saves, fp8=self.gate_up.quantises_rows)
+            normed = saves.normed_operand()
+            assert normed is not None
             (saves.gate, saves.up), saves.xa_gate_up = self.gate_up.forward(
-                self._normed(dtype, saves), defer_adapters=True, joined=joining.GATE_UP_FORWARD
+                normed, defer_adapters=True, joined=joining.GATE_UP_FORWARD
             )
 
-    def _act(self, gate: Tensor, up: Tensor, xa: Tensor | None) -> Tensor:
+    def _act(self, gate: Tensor, up: Tensor, xa: Tensor | None, row_max: Tensor | None = None) -> Tensor:
         """act [rows, I]; gate and up may lack their adapters' share, which the activation takes in on the way."""
         gate_adapter, up_adapter = self._lacking(xa)
-        return glu_forward(gate, up, self.activation, gate_adapter=gate_adapter, up_adapter=up_adapter)
+        return glu_forward(
+            gate, up, self.activation, gate_adapter=gate_adapter, up_adapter=up_adapter, row_max=row_max
+        )
 
     def _lacking(self, xa: Tensor | None) -> tuple[LowRank | None, LowRank | None]:
         """The adapters' shares that gate and up were left without."""
         return self.gate_up.deferred(0, xa), self.gate_up.deferred(1, xa)
 
-    def _normed(self, dtype: torch.dtype, saves: GluSaves) -> Tensor:
+    def _normed(self, dtype: torch.dtype, saves: GluSaves, fp8: bool = False) -> Tensor:
         if saves.normed is None:
-            norm, summed = self.norm, saves.summed
-            assert summed is not None
-            saves.normed, _, _ = rms_norm_forward(
-                summed, norm.weight, norm.eps, weight_offset=norm.offset, out_dtype=dtype
-            )
+            assert saves.summed is not None
+            saves.take_normed(self.norm.forward(saves.summed, dtype, fp8=fp8)[0])
+        assert saves.normed is not None
         return saves.normed
 
     def backward(self, dout: Tensor, dtype: torch.dtype, saves: GluSaves, sink: GradientSink) -> Tensor:
@@ -174,15 +204,28 @@ class GluBlock:
 
     def _backward_rows(self, dout: Tensor, dtype: torch.dtype, saves: GluSaves, sink: GradientSink) -> Tensor:
         self._rebuild(dtype, saves)
+        saves.codes = saves.code_scales = None
         dbranch = dout if dout.dtype == dtype else dout.to(dtype)
         gate, up, summed = saves.gate, saves.up, saves.summed
         assert gate is not None and up is not None and summed is not None
         saves.gate = saves.up = None
-        dgate, dup = self._through_activation(gate, up, dbranch, saves, sink)
+        columns, row_max = self.gate_up.fp8_columns() if joining.ROW_MAX_BACKWARD else None, None
+        if columns is not None:
+            row_max = gate.new_zeros(gate.shape[0], dtype=torch.float32)
+        dgate, dup = self._through_activation(gate, up, dbranch, saves, sink, row_max, columns)
         normed, norm = self._normed(dtype, saves), self.norm
+        stack, of_stack = self.gate_up.stack, None
+        if row_max is not None and isinstance(stack, Fp8Weight):
+            of_stack = Operand.joined([dgate, dup], stack.columns, row_max)
         dnormed, dxa = self.gate_up.input_grad(
-            [dgate, dup], normed, sink, xa=saves.xa_gate_up, joined=joining.GATE_UP_INPUT_GRAD
+            [dgate, dup],
+            normed,
+            sink,
+            xa=saves.xa_gate_up,
+            joined=joining.GATE_UP_INPUT_GRAD,
+            of_stack=of_stack,
         )
+        del of_stack
         self.gate_up.parameter_grads([dgate, dup], normed, saves.xa_gate_up, dxa, sink)
         assert dnormed is not None
         dsummed, dweight = rms_norm_backward(
@@ -200,9 +243,18 @@ class GluBlock:
         return dsummed
 
     def _through_activation(
-        self, gate: Tensor, up: Tensor, dbranch: Tensor, saves: GluSaves, sink: GradientSink
+        self,
+        gate: Tensor,
+        up: Tensor,
+        dbranch: Tensor,
+        saves: GluSaves,
+        sink: GradientSink,
+        row_max: Tensor | None,
+        exponents: tuple[Tensor, ...] | None,
     ) -> tuple[Tensor, Tensor]:
-        """Gradients of gate and up in their own storage, and the down projection's parameter gradients."""
+        """Gradients of gate and up in their own storage, and the down projection's parameter gradients; the largest of
+        their rows into `row_max`, with the `exponents` of their columns."""
+        maxima: Any = {"row_max": row_max, "exponents": exponents}
         down, xa_down = self.down, saves.xa_down
         gate_adapter, up_adapter = self._lacking(saves.xa_gate_up)
         packed = down.left_to_producer(dbranch, xa_down, sink)
@@ -225,11 +277,19 @@ class GluBlock:
                 packed.a_grad,
                 gate_adapter=gate_adapter,
                 up_adapter=up_adapter,
+                **maxima,
             )
             return gate, up
         # dact becomes the rebuilt activation.
         act, dgate, dup = glu_backward(
-            dact, gate, up, self.activation, gate_adapter=gate_adapter, up_adapter=up_adapter, inplace=True
+            dact,
+            gate,
+            up,
+            self.activation,
+            gate_adapter=gate_adapter,
+            up_adapter=up_adapter,
+            inplace=True,
+            **maxima,
         )
         down.parameter_grads([dbranch], act, xa_down, grads, sink)
         return dgate, dup

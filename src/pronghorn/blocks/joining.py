@@ -11,3 +11,8 @@ GATE_UP_FORWARD = True
 #: needs gate and up side by side, as `GATE_UP_FORWARD` leaves them
 GATE_UP_INPUT_GRAD = True
 QKV_INPUT_GRAD = True
+
+#: Where weights are multiplied in fp8: the activation, and its backward, find the rows' largest numbers, so that the
+#: codes are made in tiles instead of whole rows.
+ROW_MAX_FORWARD = False
+ROW_MAX_BACKWARD = True

@@ -102,8 +102,12 @@ def shape_of(binding: Binding, **more: Any) -> ModelShape:
 
 def _joined(groups: dict[int, list[Any]], device: torch.device) -> bool:
     """Whether the weights of a layer's groups lie side by side, or will in a training step."""
-    found = [weights_to_join(slot, projections) for slot, projections in groups.items() if slot in (0, 4)]
-    return all(weights and (joins(device) or stacked(weights) is not None) for weights in found)
+    for slot in (0, 4):
+        weights = [p.weight for p in groups[slot] if isinstance(p, LinearProjection)]
+        whole = len(weights) == len(groups[slot])
+        if not (whole and stacked(weights)) and not (joins(device) and weights_to_join(slot, groups[slot])):
+            return False
+    return True
 
 
 def _name(dtype: torch.dtype) -> str:

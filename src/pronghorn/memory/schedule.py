@@ -122,9 +122,10 @@ class Step:
         """`DecoderLayer._attend`: up to the residual sum and its norm."""
         shape, t, e = self.shape, self.tokens, self.element
         if "q" not in saves:
+            codes = self._operand("q", t)
             self._keep(saves, "normed_attention", t * shape.hidden * e)
             self._free(self._new(4 * t))
-            self._project(saves, QKV, "xa_qkv", t)
+            self._project(saves, QKV, "xa_qkv", t, codes)
         if "out" not in saves:
             rotated = [self._new(t * width * e) for width in (shape.q, shape.kv)] if shape.qk_norm else []
             self._keep(saves, "out", t * shape.q * e)
@@ -134,6 +135,9 @@ class Step:
             self._drop(saves, "normed_attention")
         if "summed" not in saves:
             self._project(saves, OUT, "xa_o", t)
+            if len(self._tiles()) == 1 and shape.fp8_forward:
+                self._keep(saves, "codes", t * shape.hidden)
+                self._keep(saves, "code_scales", 4 * t)
             self._keep(saves, "normed_glu", t * shape.hidden * e)
             rstd = self._new(4 * t)
             self._keep(saves, "summed", self._residual())
@@ -148,7 +152,7 @@ class Step:
         out = self._new(self._residual()) if keeps_sum and len(tiles) > 1 else -1
         for at in tiles:
             rows = at.stop - at.start
-            self._project(saves, GATE_UP, "xa_gate_up", rows)
+            self._project_gate_up(saves, rows)
             if not keeps_all and len(tiles) == 1:
                 self._drop(saves, "normed_glu")
             act = self._new(rows * shape.intermediate * e)
@@ -187,15 +191,17 @@ class Step:
             self._free(*gradients[:2])
             gradients = [*fresh, gradients[2]]
         need = index > 0 or shape.trained == "all"
-        if shape.joined and joining.QKV_INPUT_GRAD and need and not shape.qk_norm:
+        codes: list[int] | None = None
+        if shape.joined and need and not shape.qk_norm and (joining.QKV_INPUT_GRAD or shape.fp8_forward):
             wide = self._new(t * (shape.q + 2 * shape.kv) * e)
+            codes = self._joined_operand(QKV, t)
             self._free(*gradients)
             gradients = [wide]
         self._drop(saves, "q", "k")
         if "normed_attention" not in saves:
             self._keep(saves, "normed_attention", t * shape.hidden * e)
             self._free(self._new(4 * t))
-        dnormed = self._input_grad(QKV, t, "xa_qkv" in saves, need)
+        dnormed = self._input_grad(QKV, t, "xa_qkv" in saves, need, codes)
         dx = self._new(self._residual()) if need else -1
         self._free(dnormed, dsummed, dout, *gradients)
         self._drop(saves, *list(saves))
@@ -211,8 +217,11 @@ class Step:
             if not kept:
                 rebuilt = "normed_glu" not in saves
                 if rebuilt:
+                    if shape.fp8_forward:
+                        self._keep(saves, "codes", rows * shape.hidden)
+                        self._keep(saves, "code_scales", 4 * rows)
                     self._keep(saves, "normed_glu", rows * shape.hidden * e)
-                self._project(saves, GATE_UP, "xa_gate_up", rows)
+                self._project_gate_up(saves, rows)
             else:
                 rebuilt = False
             dact = self._input_grad(DOWN, rows, kept)
@@ -220,7 +229,7 @@ class Step:
             if kept and "normed_glu" not in saves:
                 rebuilt = True
                 self._keep(saves, "normed_glu", rows * shape.hidden * e)
-            dnormed = self._input_grad(GATE_UP, rows, True)
+            dnormed = self._input_grad(GATE_UP, rows, True, True, self._joined_operand(GATE_UP, rows))
             part = self._new(rows * shape.hidden * shape.residual_element)
             if not kept:
                 self._drop(saves, "gate", "up", "xa_gate_up")
@@ -249,8 +258,20 @@ class Step:
 
     # --- products ------------------------------------------------------------------------------------------------
 
-    def _project(self, saves: dict[str, tuple[int, int]], names: tuple[str, ...], xa: str, rows: int) -> None:
-        """`ProjectionGroup.forward`; outputs and XA are kept under their names."""
+    def _project_gate_up(self, saves: dict[str, tuple[int, int]], rows: int) -> None:
+        """Gate and up from the norm's codes, which go then, or from rows that are quantised for them."""
+        self._project(saves, GATE_UP, "xa_gate_up", rows, [] if "codes" in saves else None)
+        self._drop(saves, "codes", "code_scales")
+
+    def _project(
+        self,
+        saves: dict[str, tuple[int, int]],
+        names: tuple[str, ...],
+        xa: str,
+        rows: int,
+        made: list[int] | None = None,
+    ) -> None:
+        """`ProjectionGroup.forward`; outputs and XA are kept under their names. `made`: its rows in fp8 are there."""
         shape, e = self.shape, self.element
         if shape.rank(*names):
             self._keep(saves, xa, rows * shape.rank(*names) * e)
@@ -258,7 +279,7 @@ class Step:
         begun = bool(shape.rank(*names)) and not shape.fp8_forward and not self._defers(names)
         for name in names if begun else ():
             self._keep(saves, name, rows * shape.linear(name)[0] * e)
-        operand = self._operand(names[0], rows)
+        operand = self._operand(names[0], rows) if made is None else made
         joined = names == GATE_UP and shape.joined and joining.GATE_UP_FORWARD and not begun
         for part in (names,) if joined else ((name,) for name in names):
             unpacked = self._new(shape.linear_parameters(*part) * shape.unpacked_forward)
@@ -288,15 +309,28 @@ class Step:
         apart = self._new(rows * shape.hidden * self.element) if shape.fp8_forward else -1
         self._free(unpacked, apart, *operand)
 
-    def _input_grad(self, names: tuple[str, ...], rows: int, with_b: bool, need: bool = True) -> int:
-        """`ProjectionGroup.input_grad`: dX [rows, in]; dXA is counted while dX is made."""
+    def _joined_operand(self, names: tuple[str, ...], rows: int) -> list[int] | None:
+        """dY of a stack in fp8, made before its products; None without one."""
+        if not (self.shape.joined and self.shape.fp8_forward):
+            return None
+        return [self._new(rows * sum(self.shape.linear(name)[0] for name in names)), self._new(4 * rows)]
+
+    def _input_grad(
+        self,
+        names: tuple[str, ...],
+        rows: int,
+        with_b: bool,
+        need: bool = True,
+        codes: list[int] | None = None,
+    ) -> int:
+        """`ProjectionGroup.input_grad`: dX [rows, in]; dXA is counted while dX is made. `codes`: of a stack's dY."""
         shape, e = self.shape, self.element
         width, rank = shape.linear(names[0])[1], shape.rank(*names)
         dxa = self._new(rows * rank * e)
         if rank:
             self._free(*[self._new(size) for size in self._partial_sums(names, rows, with_b)])
         if need and shape.fp8_backward:
-            dx = self._quantised_input_grad(names, rows, summed=rank > 0)
+            dx = self._quantised_input_grad(names, rows, rank > 0, codes)
         else:
             dx = self._new(rows * width * e) if need else -1
             for name in names if need else ():
@@ -304,14 +338,19 @@ class Step:
         self._free(dxa)
         return dx
 
-    def _quantised_input_grad(self, names: tuple[str, ...], rows: int, summed: bool) -> int:
-        """dX of products that cannot add in place: a part a weight, then (with adapters) their sum by one kernel."""
+    def _quantised_input_grad(
+        self, names: tuple[str, ...], rows: int, summed: bool, codes: list[int] | None
+    ) -> int:
+        """dX of products that cannot add in place: a part a weight or one of a stack, then (with adapters) their sum by
+        one kernel."""
         shape = self.shape
         size = rows * shape.linear(names[0])[1] * self.element
-        operands, parts = [], []
-        for name in names:
-            operands += [self._new(rows * shape.linear(name)[0]), self._new(4 * rows)]
-            unpacked = self._new(shape.linear_parameters(name) * shape.unpacked_backward)
+        operands, parts = codes or [], []
+        for name in names if codes is None else (None,):
+            if name is not None:
+                operands += [self._new(rows * shape.linear(name)[0]), self._new(4 * rows)]
+            of = names if name is None else (name,)
+            unpacked = self._new(shape.linear_parameters(*of) * shape.unpacked_backward)
             parts.append(self._new(size))
             self._free(unpacked)
             if not summed and len(parts) > 1:

@@ -1,12 +1,13 @@
 """Storage of a linear layer's weight: plain, fp8, 4-bit or 8-bit, behind one interface."""
 
+from pronghorn.weights.adjacent import side_by_side
 from pronghorn.weights.base import DenseWeight, Weight
 from pronghorn.weights.fp8 import Fp8FourBitWeight, Fp8GradWeight, Fp8Weight
 from pronghorn.weights.fp8_linear import Fp8Linear, keep_expanded
 from pronghorn.weights.operand import Operand
 from pronghorn.weights.quantised import FourBitWeight, Int8Weight
 from pronghorn.weights.read import keep_four_bit_layout, read_weight
-from pronghorn.weights.stack import join, lay_side_by_side, side_by_side, stacked
+from pronghorn.weights.stack import join, lay_side_by_side, stacked
 
 __all__ = [
     "DenseWeight",

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from pronghorn.kernels.fp8 import Fp8Rows, quantise_joined, quantise_rows, quantise_tensor
+from pronghorn.weights.adjacent import side_by_side
 
 
 class Operand:
@@ -36,7 +37,15 @@ class Operand:
     @staticmethod
     def joined(parts: Sequence[Tensor], columns: Tensor, row_max: Tensor | None = None) -> Operand:
         """The operand of a stack's input gradient (`stack.stacked`): dY_i [T, out_i] side by side, in fp8 only."""
-        return Operand(parts[0], quantise_joined(parts, columns, row_max=row_max), columns)
+        whole = side_by_side(parts, 1)
+        return Operand(
+            parts[0], quantise_joined(parts if whole is None else (whole,), columns, row_max=row_max), columns
+        )
+
+    @property
+    def made(self) -> Fp8Rows | None:
+        """The codes and scales that are there already."""
+        return self._fp8
 
     def fp8(self, columns: Tensor | None = None, *, rowwise: bool = True) -> Fp8Rows:
         """The rows as e4m3 codes [T, in] and scales fp32 [T, 1]: tensor · columns ≈ codes · scales.

@@ -15,9 +15,9 @@ from collections.abc import Sequence
 from typing import cast
 
 import torch
-from torch import Tensor
 
 from pronghorn.kernels.fp8 import exponents_of
+from pronghorn.weights.adjacent import side_by_side
 from pronghorn.weights.base import DenseWeight, Weight
 from pronghorn.weights.fp8 import Fp8Weight
 from pronghorn.weights.fp8_linear import Fp8Linear
@@ -96,20 +96,3 @@ def _stacked_fp8(parts: Sequence[Fp8Weight]) -> Fp8Weight | None:
         side_by_side(turned, 1) if len(turned) == len(parts) else None,
         side_by_side(exponents, 0) if len(exponents) == len(parts) else None,
     )
-
-
-def side_by_side(tensors: Sequence[Tensor], dim: int) -> Tensor | None:
-    """Views that follow each other in one storage along a dimension, as one view; else None."""
-    first = tensors[0]
-    storage, end = first.untyped_storage()._cdata, first.storage_offset()
-    for tensor in tensors:
-        apart = tensor.untyped_storage()._cdata != storage or tensor.storage_offset() != end
-        if apart or tensor.stride() != first.stride() or tensor.dtype != first.dtype:
-            return None
-        end += tensor.shape[dim] * tensor.stride(dim)
-    shape = list(first.shape)
-    shape[dim] = sum(tensor.shape[dim] for tensor in tensors)
-    # Parts of another matrix that follow by chance: columns may not run on into the next row.
-    if dim == 1 and shape[1] * first.stride(1) > first.stride(0) and shape[0] > 1:
-        return None
-    return first.as_strided(shape, first.stride(), first.storage_offset())

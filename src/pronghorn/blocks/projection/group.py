@@ -287,27 +287,33 @@ class ProjectionGroup:
         xa: Tensor | None = None,
         defer_adapters: bool = False,
         joined: bool = True,
+        of_stack: Operand | None = None,
     ) -> tuple[Tensor | None, AdapterGrads | None]:
         """dX [T, in] (None unless `need`), and the adapters' output gradients for `parameter_grads`.
 
         The input `x` is needed only by module projections, whose parameter gradients are collected here too; a
         caller that would have to compute it passes a function. With `xa` (the group's XA, where it was kept) the
         gradients of B are formed in the same reading of dY. With `defer_adapters` (see `left_to_producer`) dX lacks the
-        adapters' share. With `joined` dY that are columns of one matrix are multiplied by the weights as one.
+        adapters' share. With `joined` dY that are columns of one matrix are multiplied by the weights as one;
+        `of_stack` is that operand where it was made on the way, for an fp8 stack (`fp8_columns`).
         """
         operands = [as_operand(dy) for dy in dys]
         grads = self._output_grads([operand.tensor for operand in operands], xa, sink)
         if defer_adapters:
             return self._linear(0).weight.matmul_t(operands[0]), grads
         if need and grads is not None and self._sums_late(grads.dxa):
-            parts = self._frozen_input_grads(operands)
+            parts = [
+                projection.weight.matmul_t(operand)
+                for projection, operand in self._terms(operands, joined, of_stack)
+                if isinstance(projection, LinearProjection)
+            ]
             a = self._stacked_a(grads.dxa.dtype)
             return lora.up(grads.dxa, [a.t()], [1.0], parts[:1], addends=parts[1:], impl=self.impl)[0], grads
         first = need and grads is not None and not self._drops and self._all_accumulate()
         dx: Tensor | None = None
         if first and grads is not None:
             dx = grads.dxa @ self._stacked_a(grads.dxa.dtype)
-        for projection, operand in self._terms(operands, joined):
+        for projection, operand in self._terms(operands, joined, of_stack):
             if isinstance(projection, ModuleProjection):
                 part = projection.backward(operand.tensor, x() if callable(x) else x, sink, need)
                 dx = part if dx is None else (dx.add_(part) if part is not None else dx)
@@ -319,22 +325,36 @@ class ProjectionGroup:
             self._add_adapter_input_grad_(dx, grads.dxa)
         return dx, grads
 
-    def _terms(self, operands: Sequence[Operand], joined: bool) -> list[tuple[Projection, Operand]]:
-        """The products that dX is the sum of: one where both weights and dY lie side by side."""
-        stack = self.stack if joined else None
-        if isinstance(stack, DenseWeight):
-            wide = side_by_side([operand.tensor for operand in operands], 1)
-            if wide is not None:
-                return [(LinearProjection(stack), Operand(wide))]
-        return list(zip(self.projections, operands, strict=True))
-
-    def _frozen_input_grads(self, operands: Sequence[Operand]) -> list[Tensor]:
-        """dY_i W_i of all projections, their sum where the weights lie side by side as one."""
+    def fp8_columns(self) -> tuple[Tensor, ...] | None:
+        """Exponents int8 [out_i] of the factors that go into each dY before all of them are quantised together; None
+        where that is not how the input gradient is made."""
         weights = [projection.weight for projection in self._all_linear()]
+        exponents = tuple(
+            w.exponents for w in weights if isinstance(w, Fp8Weight) and w.exponents is not None
+        )
         stack = self.stack
+        if len(exponents) < len(self.projections) or not isinstance(stack, Fp8Weight):
+            return None
+        return exponents if stack.exponents is not None else None
+
+    @property
+    def quantises_rows(self) -> bool:
+        """Whether products of the forward pass take the rows of x in fp8."""
+        return any(projection.weight.quantises_rows for projection in self._all_linear())
+
+    def _terms(
+        self, operands: Sequence[Operand], joined: bool, of_stack: Operand | None
+    ) -> list[tuple[Projection, Operand]]:
+        """The products that dX is the sum of: one where the weights, and dY if they are to be read so, lie side by
+        side."""
+        stack, tensors = self.stack, [operand.tensor for operand in operands]
         if isinstance(stack, Fp8Weight):
-            return [stack.matmul_t(Operand.joined([o.tensor for o in operands], stack.columns))]
-        return [weight.matmul_t(operand) for weight, operand in zip(weights, operands, strict=True)]
+            # dY are read once more anyway, to be quantised.
+            return [(LinearProjection(stack), of_stack or Operand.joined(tensors, stack.columns))]
+        wide = side_by_side(tensors, 1) if joined and isinstance(stack, DenseWeight) else None
+        if stack is None or wide is None:
+            return list(zip(self.projections, operands, strict=True))
+        return [(LinearProjection(stack), Operand(wide))]
 
     def _sums_late(self, dxa: Tensor) -> bool:
         """Whether dX is best summed by one kernel at the end: where no product adds to what is there."""
