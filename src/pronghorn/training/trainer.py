@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -37,6 +36,7 @@ from pronghorn.training.config import as_sft_config
 from pronghorn.training.given import as_dataset, training_rows, usable_collator
 from pronghorn.training.logits import loss_from_logits, right_predictions
 from pronghorn.training.meter import Stopwatch, Tally, at_least_one, real_tokens, supervised_tokens
+from pronghorn.training.nonfinite import NumberWatch
 from pronghorn.training.progress import ProgressTable, peak_memory_gib
 from pronghorn.training.setup import (
     hidden,
@@ -109,7 +109,7 @@ class SFTTrainer(trl.SFTTrainer):
         self._responses_only = args.assistant_only_loss
         self._loss_function, self._wants_rows = compute_loss_func, compute_metrics is not None
         self._training, self._evaluation, self._watch = Tally(), Tally(), Stopwatch()
-        self._trained_tokens, self._told_not_finite = 0, False
+        self._trained_tokens, self._numbers = 0, NumberWatch(self)
         self._staging: Path | None = None
         self._progress: ProgressTable | None = None
         self._steps: StaticSteps | None = None
@@ -145,6 +145,7 @@ class SFTTrainer(trl.SFTTrainer):
         take_over_checkpointing(args, self.model, bool(checkpointing))
         if custom_collator is None and not self._is_vision_dataset:
             self.data_collator = self._collator()
+        self.add_callback(self._numbers)
         self._show_progress()
 
     # --- data -------------------------------------------------------------------------------------------------
@@ -266,11 +267,19 @@ class SFTTrainer(trl.SFTTrainer):
         )
         output = self._static_steps().run(inputs, normalizer)
         if output is None:
-            return super().training_step(model, inputs, num_items_in_batch)
-        self._training.add(
-            supervised=supervised_tokens(inputs), correct=output.num_correct, tokens=real_tokens(inputs)
-        )
-        return output.loss
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        else:
+            loss, tokens = output.loss, real_tokens(inputs)
+            self._training.add(
+                supervised=supervised_tokens(inputs), correct=output.num_correct, tokens=tokens
+            )
+        self._numbers.saw(inputs, normalizer, loss)
+        return loss
+
+    def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
+        norm = super()._get_grad_norm(*args, **kwargs)
+        self._numbers.norm(norm)
+        return norm
 
     def _static_steps(self) -> StaticSteps:
         if self._steps is None:
@@ -395,18 +404,8 @@ class SFTTrainer(trl.SFTTrainer):
             if seconds > 0:
                 logs["tokens_per_second"] = round(sums.tokens / seconds, 1)
             logs["peak_memory_gib"] = round(peak_memory_gib(), 3)
-            self._tell_not_finite(logs)
+            self._numbers.read(logs)
         super().log(logs, start_time)
-
-    def _tell_not_finite(self, logs: dict[str, float]) -> None:
-        wrong = [name for name in ("loss", "grad_norm") if not math.isfinite(logs.get(name, 0.0))]
-        if wrong and not self._told_not_finite:
-            self._told_not_finite = True
-            logger.warning(
-                "pronghorn: %s is %s at step %d. Lower learning_rate (now %.1e) or raise warmup_steps; if the model is "
-                "float16, use bfloat16; check the rows for broken text",
-                " and ".join(wrong), logs[wrong[0]], self.state.global_step, logs.get("learning_rate", float("nan")),
-            )  # fmt: skip
 
     @contextmanager
     def _not_training(self) -> Iterator[None]:
