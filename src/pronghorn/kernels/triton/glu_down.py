@@ -22,57 +22,64 @@ from pronghorn.kernels.triton.glu import (
     keep_max,
     largest,
     maxima_arguments,
+    powers,
     value_and_slope,
 )
 from pronghorn.kernels.triton.launch import unit_rows
-from pronghorn.kernels.triton.lora import dot, is_wide, limits, rank_block, share
+from pronghorn.kernels.triton.lora import dot, is_wide, limits, rank_block
 from pronghorn.kernels.triton.lora_grads import sum_a_grads, sum_rows
+
+
+@triton.jit
+def _factor(ptr, row, known_row, r, rank, stride):
+    """[rows, R] of a factor whose rows are `rank` long."""
+    return tl.load(
+        ptr + row[:, None] * stride + r[None, :], mask=known_row[:, None] & (r < rank)[None, :], other=0.0
+    )
 
 
 @triton.jit
 def _forward(
     gate_ptr, up_ptr, act_ptr, row_max_ptr, a_ptr, partial_ptr, xa_gate_ptr, b_gate_ptr, xa_up_ptr, b_up_ptr,
     s_gate, s_up, rank_gate, rank_up, rank_down, gate_stride, up_stride, xa_gate_stride, xa_up_stride,
-    tokens, width, columns_each,
+    tokens, width,
     ROW_MAX: tl.constexpr, ADAPTERS: tl.constexpr, ACTIVATION: tl.constexpr, R: tl.constexpr, BT: tl.constexpr,
-    BO: tl.constexpr, WIDE: tl.constexpr,
+    BO: tl.constexpr, WIDE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """A program keeps BT tokens and walks through a share of the columns."""
-    start, piece = tl.program_id(0).to(tl.int64) * BT, tl.program_id(1)
-    row, r = tl.arange(0, BT), tl.arange(0, R)
+    """A program keeps BT tokens and takes one of so many blocks of columns: neighbours read side by side."""
+    piece, pieces, start = tl.program_id(0), tl.num_programs(0), tl.program_id(1).to(tl.int64) * BT
+    row, r, offset = tl.arange(0, BT), tl.arange(0, R), tl.arange(0, BO)
     known_row = row < tokens - start
+    known_rank = (r < rank_down)[:, None]
     xa = tl.zeros([BT, R], dtype=tl.float32)
+    if ADAPTERS:
+        xa_gate = _factor(xa_gate_ptr + start * xa_gate_stride, row, known_row, r, rank_gate, xa_gate_stride)
+        xa_up = _factor(xa_up_ptr + start * xa_up_stride, row, known_row, r, rank_up, xa_up_stride)
     if ROW_MAX:
         size = tl.zeros([BT], dtype=tl.float32)
-    begin = piece * columns_each
-    for first in range(begin, tl.minimum(begin + columns_each, width), BO):
-        column = first + tl.arange(0, BO)
+    gate_at = gate_ptr + start * gate_stride + row[:, None] * gate_stride
+    up_at = up_ptr + start * up_stride + row[:, None] * up_stride
+    act_at = act_ptr + start * width + row[:, None] * width
+    for first in tl.range(piece * BO, width, pieces * BO, num_stages=STAGES):
+        column = first + offset
         known_column = column < width
         inside = known_row[:, None] & known_column[None, :]
-        at = start * gate_stride + row[:, None] * gate_stride + column[None, :]
-        gate = tl.load(gate_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        at = start * up_stride + row[:, None] * up_stride + column[None, :]
-        up = tl.load(up_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        gate = tl.load(gate_at + column[None, :], mask=inside, other=0.0).to(tl.float32)
+        up = tl.load(up_at + column[None, :], mask=inside, other=0.0).to(tl.float32)
         if ADAPTERS:
-            gate += share(
-                xa_gate_ptr, b_gate_ptr, s_gate, rank_gate, xa_gate_stride, rank_gate, 1, start, row, column,
-                known_row, known_column, R, WIDE,
-            )  # fmt: skip
-            up += share(
-                xa_up_ptr, b_up_ptr, s_up, rank_up, xa_up_stride, rank_up, 1, start, row, column,
-                known_row, known_column, R, WIDE,
-            )  # fmt: skip
-        value, _ = value_and_slope(gate, ACTIVATION)
-        act = (value * up).to(act_ptr.dtype.element_ty)
-        tl.store(act_ptr + start * width + row[:, None] * width + column[None, :], act, mask=inside)
+            b_gate = _factor(b_gate_ptr, column, known_column, r, rank_gate, rank_gate)
+            b_up = _factor(b_up_ptr, column, known_column, r, rank_up, rank_up)
+            gate += dot(xa_gate, tl.trans(b_gate), WIDE) * s_gate
+            up += dot(xa_up, tl.trans(b_up), WIDE) * s_up
+        value, _ = value_and_slope(gate, ACTIVATION, not WIDE)
+        act = (value * up).to(a_ptr.dtype.element_ty)
+        tl.store(act_at + column[None, :], act, mask=inside)
         a = tl.load(
-            a_ptr + r[:, None] * width + column[None, :],
-            mask=(r < rank_down)[:, None] & known_column[None, :],
-            other=0.0,
+            a_ptr + r[:, None] * width + column[None, :], mask=known_rank & known_column[None, :], other=0.0
         )
         xa += dot(act, tl.trans(a), WIDE)
         if ROW_MAX:
-            size = tl.maximum(size, tl.max(largest(act, False, act_ptr, column, known_column), 1))
+            size = tl.maximum(size, tl.max(largest(act, 1.0, False), 1))
     to = partial_ptr + (piece.to(tl.int64) * tokens + start) * R + row[:, None] * R + r[None, :]
     tl.store(to, xa, mask=known_row[:, None])
     if ROW_MAX:
@@ -81,8 +88,8 @@ def _forward(
 
 @triton.jit
 def _backward(
-    dact_ptr, gate_ptr, up_ptr, row_max_ptr, gate_exponents_ptr, up_exponents_ptr, dxa_ptr, a_ptr, partial_ptr,
-    xa_gate_ptr, b_gate_ptr, xa_up_ptr, b_up_ptr,
+    dact_ptr, gate_ptr, up_ptr, row_max_ptr, gate_exponents_ptr, up_exponents_ptr, dxa_ptr,
+    a_ptr, partial_ptr, xa_gate_ptr, b_gate_ptr, xa_up_ptr, b_up_ptr,
     s_gate, s_up, rank_gate, rank_up, rank_down, dact_stride, gate_stride, up_stride, dxa_stride,
     xa_gate_stride, xa_up_stride, tokens, width, tokens_each,
     ROW_MAX: tl.constexpr, EXPONENTS: tl.constexpr, ADAPTERS: tl.constexpr, ACTIVATION: tl.constexpr, R: tl.constexpr,
@@ -106,8 +113,11 @@ def _backward(
             b_up_ptr + column[:, None] * rank_up + r[None, :],
             mask=known_column[:, None] & (r < rank_up)[None, :], other=0.0,
         )  # fmt: skip
+    if ROW_MAX:
+        gate_power = powers(gate_exponents_ptr, column, known_column, EXPONENTS)
+        up_power = powers(up_exponents_ptr, column, known_column, EXPONENTS)
     da = tl.zeros([BO, R], dtype=tl.float32)
-    dtype: tl.constexpr = gate_ptr.dtype.element_ty
+    dtype: tl.constexpr = a_ptr.dtype.element_ty
     begin = piece * tokens_each
     at = begin.to(tl.int64)
     # The loop's own number of stages brings dact in ahead too, which no product takes.
@@ -115,12 +125,11 @@ def _backward(
         known_row = row < tokens - start
         inside = known_row[:, None] & known_column[None, :]
         gate_at = gate_ptr + at * gate_stride + row[:, None] * gate_stride + column[None, :]
-        up_at = up_ptr + at * up_stride + row[:, None] * up_stride + column[None, :]
         gate = tl.load(gate_at, mask=inside, other=0.0).to(tl.float32)
+        up_at = up_ptr + at * up_stride + row[:, None] * up_stride + column[None, :]
         up = tl.load(up_at, mask=inside, other=0.0).to(tl.float32)
-        dact = tl.load(
-            dact_ptr + at * dact_stride + row[:, None] * dact_stride + column[None, :], mask=inside, other=0.0
-        ).to(tl.float32)
+        dact_at = dact_ptr + at * dact_stride + row[:, None] * dact_stride + column[None, :]
+        dact = tl.load(dact_at, mask=inside, other=0.0).to(tl.float32)
         dxa = tl.load(
             dxa_ptr + at * dxa_stride + row[:, None] * dxa_stride + r[None, :],
             mask=known_row[:, None] & (r < rank_down)[None, :], other=0.0,
@@ -137,13 +146,12 @@ def _backward(
             gate += dot(xa_gate, tl.trans(b_gate), WIDE) * s_gate
             up += dot(xa_up, tl.trans(b_up), WIDE) * s_up
         dact += dot(dxa, a, WIDE)
-        value, slope = value_and_slope(gate, ACTIVATION)
+        value, slope = value_and_slope(gate, ACTIVATION, not WIDE)
         dgate, dup = (dact * up * slope).to(dtype), (dact * value).to(dtype)
         tl.store(gate_at, dgate, mask=inside)
         tl.store(up_at, dup, mask=inside)
         if ROW_MAX:
-            size = largest(dgate, EXPONENTS, gate_exponents_ptr, column, known_column)
-            size = tl.maximum(size, largest(dup, EXPONENTS, up_exponents_ptr, column, known_column))
+            size = tl.maximum(largest(dgate, gate_power, EXPONENTS), largest(dup, up_power, EXPONENTS))
             keep_max(row_max_ptr, at + row, tl.max(size, 1), known_row)
         da += dot(tl.trans((value * up).to(dtype)), dxa, WIDE)
         at += BT
@@ -156,11 +164,11 @@ def _backward(
 
 
 @cache
-def forward_config(tokens: int, width: int, sms: int) -> dict[str, int]:
-    """One wave, two programs a processor: shares of the columns ("COLUMNS_EACH") where the tokens alone give fewer."""
-    pieces = max(1, min(2 * sms // triton.cdiv(tokens, 64), triton.cdiv(width, 256)))
-    each = triton.cdiv(triton.cdiv(width, pieces), 64) * 64
-    return {"COLUMNS_EACH": each, "BT": 64, "BO": 64, "num_warps": 4, "num_stages": 3}
+def forward_config(tokens: int, width: int, rank: int, sms: int) -> dict[str, int]:
+    """One wave of two programs a processor: columns are dealt to "PIECES" programs where tokens alone give fewer."""
+    block, columns, stages = (64, 64, 3) if rank <= 32 else (64, 32, 2)
+    pieces = max(1, min(2 * sms // triton.cdiv(tokens, block), triton.cdiv(width, 4 * columns)))
+    return {"PIECES": pieces, "BT": block, "BO": columns, "num_warps": 4, "STAGES": stages}
 
 
 @cache
@@ -196,13 +204,12 @@ def forward(
         return act, xa.zero_()
     adapters = _adapters(gate_adapter, up_adapter, gate)
     padded = rank_block([rank, *adapters.ranks])
-    config = dict(forward_config(tokens, width, limits(gate.device)[0]))
-    each = config.pop("COLUMNS_EACH")
-    pieces = triton.cdiv(width, each)
+    config = dict(forward_config(tokens, width, padded, limits(gate.device)[0]))
+    pieces = config.pop("PIECES")
     partial = torch.empty(pieces, tokens, padded, dtype=torch.float32, device=gate.device)
-    _forward[(triton.cdiv(tokens, config["BT"]), pieces)](
+    _forward[(pieces, triton.cdiv(tokens, config["BT"]))](
         gate, up, act, bits(row_max, gate), a, partial, *adapters.tensors, *adapters.scalings, *adapters.ranks, rank,
-        gate.stride(0), up.stride(0), *adapters.strides, tokens, width, each,
+        gate.stride(0), up.stride(0), *adapters.strides, tokens, width,
         ROW_MAX=row_max is not None, ADAPTERS=max(adapters.ranks) > 0, ACTIVATION=activation, R=padded,
         WIDE=is_wide(gate), **config,
     )  # fmt: skip
