@@ -51,7 +51,8 @@ def without_producers(monkeypatch) -> None:
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 def test_glu_block(level, ranks, stacks, impl, monkeypatch):
     results = []
-    monkeypatch.setattr(joining, "ROW_MAX_FORWARD", True)
+    for name in ("ROW_MAX_FORWARD", "ROW_MAX_BACKWARD"):
+        monkeypatch.setattr(joining, name, True)
     for alone in (False, True):
         if alone:
             without_producers(monkeypatch)
@@ -116,4 +117,4 @@ def test_one_reading_a_group(monkeypatch):
         block.forward(torch.bfloat16, "all", saves)
         assert calls == [("quantise_rows", joining.ROW_MAX_FORWARD)]
         block.backward(normal(T, HIDDEN, seed=2), torch.bfloat16, saves, GradientSink(block.trainable()))
-    assert calls[1:] == [("quantise_rows", False), ("quantise_joined", True)]
+    assert calls[1:] == [("quantise_rows", False), ("quantise_joined", joining.ROW_MAX_BACKWARD)]

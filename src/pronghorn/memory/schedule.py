@@ -327,12 +327,15 @@ class Step:
         shape, e = self.shape, self.element
         width, rank = shape.linear(names[0])[1], shape.rank(*names)
         dxa = self._new(rows * rank * e)
+        # The adapters' share of dX is made along with dXA, where products add to it.
+        starts = bool(rank) and need and not shape.fp8_backward
+        dx = self._new(rows * width * e) if starts else -1
         if rank:
             self._free(*[self._new(size) for size in self._partial_sums(names, rows, with_b)])
         if need and shape.fp8_backward:
             dx = self._quantised_input_grad(names, rows, rank > 0, codes)
         else:
-            dx = self._new(rows * width * e) if need else -1
+            dx = self._new(rows * width * e) if need and not starts else dx
             for name in names if need else ():
                 self._free(self._new(shape.linear_parameters(name) * shape.unpacked_backward))
         self._free(dxa)

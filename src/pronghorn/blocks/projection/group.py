@@ -298,7 +298,8 @@ class ProjectionGroup:
         `of_stack` is that operand where it was made on the way, for an fp8 stack (`fp8_columns`).
         """
         operands = [as_operand(dy) for dy in dys]
-        grads = self._output_grads([operand.tensor for operand in operands], xa, sink)
+        starts = need and not defer_adapters and not self._drops and self._all_accumulate()
+        grads, dx = self._output_grads([operand.tensor for operand in operands], xa, sink, starts)
         if defer_adapters:
             return self._linear(0).weight.matmul_t(operands[0]), grads
         if need and grads is not None and self._sums_late(grads.dxa):
@@ -309,10 +310,7 @@ class ProjectionGroup:
             ]
             a = self._stacked_a(grads.dxa.dtype)
             return lora.up(grads.dxa, [a.t()], [1.0], parts[:1], addends=parts[1:], impl=self.impl)[0], grads
-        first = need and grads is not None and not self._drops and self._all_accumulate()
-        dx: Tensor | None = None
-        if first and grads is not None:
-            dx = grads.dxa @ self._stacked_a(grads.dxa.dtype)
+        first = dx is not None
         for projection, operand in self._terms(operands, joined, of_stack):
             if isinstance(projection, ModuleProjection):
                 part = projection.backward(operand.tensor, x() if callable(x) else x, sink, need)
@@ -369,19 +367,26 @@ class ProjectionGroup:
         return [p for p in self.projections if isinstance(p, LinearProjection)]
 
     def _output_grads(
-        self, dys: Sequence[Tensor], xa: Tensor | None, sink: GradientSink
-    ) -> AdapterGrads | None:
+        self, dys: Sequence[Tensor], xa: Tensor | None, sink: GradientSink, starts: bool
+    ) -> tuple[AdapterGrads | None, Tensor | None]:
+        """dXA, and gradients of B where XA is there; with `starts` also the adapters' share of dX, a new tensor."""
         if not self._pairs:
-            return None
+            return None, None
         dtype = dys[0].dtype
         of_pairs = [dys[i] for i, _ in self._pairs]
         bs = self._bs(dtype)
-        if xa is None:
-            return AdapterGrads(lora.output_grads(of_pairs, bs, self._scalings, impl=self.impl))
-        buffers = [self._b_buffer(k, sink) for k in range(len(self._pairs))]
-        dxa = lora.output_grads(of_pairs, bs, self._scalings, xa, buffers, impl=self.impl)
-        self._give_b_buffers(buffers, sink)
-        return AdapterGrads(dxa, b_done=True)
+        buffers = [] if xa is None else [self._b_buffer(k, sink) for k in range(len(self._pairs))]
+        dx: Tensor | None = None
+        if starts:
+            a = self._stacked_a(dtype)
+            dxa, dx = lora.output_grads_and_start(
+                of_pairs, bs, self._scalings, a, xa, buffers, impl=self.impl
+            )
+        else:
+            dxa = lora.output_grads(of_pairs, bs, self._scalings, xa, buffers, impl=self.impl)
+        if xa is not None:
+            self._give_b_buffers(buffers, sink)
+        return AdapterGrads(dxa, b_done=xa is not None), dx
 
     def _add_adapter_input_grad_(self, dx: Tensor, dxa: Tensor) -> None:
         if not self._drops:
