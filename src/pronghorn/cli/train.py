@@ -13,7 +13,7 @@ from pronghorn.cli.folders import output_folder
 from pronghorn.cli.models import resolve_model
 from pronghorn.cli.quiet import quiet_libraries
 from pronghorn.config import RunConfig, arguments, load_config, section_arguments
-from pronghorn.errors import ConfigInvalid, OutOfMemory, nearest
+from pronghorn.errors import ConfigInvalid, nearest
 
 
 def run(config_path: str, overrides: list[str], *, resume: bool = False, as_json: bool = False) -> int:
@@ -162,11 +162,9 @@ def _train(trainer: Any, checkpoint: Path | None) -> Any:
     try:
         return trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except torch.OutOfMemoryError as error:
-        raise OutOfMemory(
-            f"the GPU ran out of memory at step {trainer.state.global_step + 1}: {first_line(error)}",
-            fix="one of adapter.use_gradient_checkpointing: offload, a smaller training.per_device_train_batch_size "
-            "(with more gradient_accumulation_steps), a smaller model.max_seq_length, model.load_in_4bit: true",
-        ) from None
+        from pronghorn.training.shortage import shortage
+
+        raise shortage(trainer, f"step {trainer.state.global_step + 1}: {first_line(error)}") from None
 
 
 def _final_loss(trainer: Any) -> float:
