@@ -201,13 +201,15 @@ def _part_problems(parts: list[Any], field: str) -> list[Problem]:
 
 def _order_problems(roles: list[str], field: str, whole: bool) -> list[Problem]:
     problems = []
+    if not all(role in _AFTER or role in _OPENING_ROLES for role in roles):
+        return [] if "assistant" in roles or not whole else [_no_answer(field)]
     before: str | None = None
     for index, role in enumerate(roles):
         if role in _OPENING_ROLES and before is None:
             continue
         allowed = _AFTER.get(role, ()) if role not in _OPENING_ROLES else ()
         partial = not whole and before is None
-        if before not in allowed and not partial and (role in _AFTER or role in _OPENING_ROLES):
+        if before not in allowed and not partial:
             where = f"after {before}" if before else "at the beginning"
             problems.append(Problem("role-order", f"{role} {where}", f"{field}[{index}]"))
             break
@@ -215,12 +217,16 @@ def _order_problems(roles: list[str], field: str, whole: bool) -> list[Problem]:
     if not whole:
         return problems
     if "assistant" not in roles:
-        problems.append(Problem("no-answer", "the conversation has no assistant's message", field))
+        problems.append(_no_answer(field))
     elif roles[-1] != "assistant" and not problems:
         problems.append(
             Problem("role-order", f"the last message is the {roles[-1]}'s: nothing answers it", field)
         )
     return problems
+
+
+def _no_answer(field: str) -> Problem:
+    return Problem("no-answer", "the conversation has no assistant's message", field)
 
 
 def _text_problems(row: Mapping[str, Any], name: str, *, optional: bool = False) -> list[Problem]:

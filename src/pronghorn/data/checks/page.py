@@ -52,6 +52,9 @@ tr:last-child td { border-bottom: 0; } .number { text-align: right; font-variant
 .good { color: var(--good); background: var(--good-back); }
 code, pre { font: 13px/1.5 ui-monospace, "SF Mono", Menlo, Consolas, "Noto Sans Mono", monospace; }
 pre { margin: 4px 0 0; white-space: pre-wrap; overflow-wrap: anywhere; }
+.list { padding: 2px 18px; } .list > details { border-bottom: 1px solid var(--line); padding: 10px 0; }
+.list > details:last-child { border-bottom: 0; } .list summary .number { margin-left: auto; font-weight: 600; }
+.list summary .soft.small { flex-basis: 100%; padding-left: 18px; }
 details > summary { cursor: pointer; list-style: none; display: flex; gap: 10px; align-items: baseline;
   flex-wrap: wrap; }
 details > summary::-webkit-details-marker { display: none; }
@@ -180,12 +183,12 @@ def _problems(report: Report) -> str:
             )
         more = f'<div class="item soft">and {count - len(listed):,} more</div>' if count > len(listed) else ""
         cards.append(
-            f'<details class="card"><summary><span class="tag {level}">{level}</span>'
-            f"<b>{escape(KINDS[kind].title)}</b><code class='soft'>{kind}</code>"
+            f'<details><summary><span class="tag {level}">{level}</span>'
+            f'<b>{escape(KINDS[kind].title)}</b><code class="soft">{kind}</code>'
             f'<span class="number">{count:,}</span>'
             f'<span class="soft small">{escape(KINDS[kind].fix)}</span></summary>{"".join(items)}{more}</details>'
         )
-    return "".join(cards)
+    return f'<div class="card list">{"".join(cards)}</div>'
 
 
 def _lengths(report: Report) -> str:

@@ -24,6 +24,7 @@ from pronghorn.data.checks.formats import (
 from pronghorn.data.checks.measure import Measured, Meter, measure
 from pronghorn.data.checks.report import FileFacts, Report
 from pronghorn.data.reading import KINDS, Problem, Record, RowFile, level_of, visible
+from pronghorn.data.rows import CHAT_COLUMNS
 
 #: Rows whose formats are counted for that of the file.
 FIRST_ROWS = 200
@@ -259,9 +260,7 @@ class _FileCheck:
         self.facts.rows += 1
         self.facts.characters.append(sum(len(text) for _, text in texts))
         if len(self.facts.samples) < SAMPLES:
-            self.facts.samples.append(
-                (at.number, [(name, text[: _SAMPLE_CHARS * 4]) for name, text in texts[:12]])
-            )
+            self.facts.samples.append((at.number, _sample(row, texts)))
         broken = any(level_of(problem) == "error" for problem in problems)
         self.facts.bad_rows += broken or bool(record.repairs)
         if broken:
@@ -319,6 +318,19 @@ _COLUMN_TYPES = {
     list: "a list",
     dict: "an object",
 }
+
+
+def _sample(row: Any, texts: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """The beginnings of a row's texts by field, of a conversation by role."""
+    columns = row if isinstance(row, Mapping) else {}
+    messages = next((columns[name] for name in CHAT_COLUMNS if isinstance(columns.get(name), list)), [])
+    told = [
+        (message.get("role") or message.get("from"), message.get("content") or message.get("value"))
+        for message in messages
+        if isinstance(message, Mapping)
+    ]
+    turns = [(str(role), text) for role, text in told if isinstance(text, str)]
+    return [(name, text[: _SAMPLE_CHARS * 4]) for name, text in (turns or texts)[:12]]
 
 
 def _compared_text(content: Any, format: Format | None) -> str:

@@ -152,9 +152,7 @@ class RowFile:
         lines = [line for line in head.split(b"\n", 64) if line.strip()]
         first, second = [*lines[:2], b"", b""][:2]
         start = first.strip()
-        if start[:1] == b"[" and not (
-            suffix in (".jsonl", ".ndjson") and second.strip()[:1] == b"[" and not parse(first).problem
-        ):
+        if start[:1] == b"[" and (suffix not in (".jsonl", ".ndjson") or _begins_array(first, second)):
             return "JSON array"
         if start[:1] == b"{" and second.strip() and not second.lstrip().startswith(b"{"):
             # An object that goes on in the next line is written over several: all of it is read by its brackets.
@@ -201,7 +199,7 @@ class RowFile:
                 joined = _join(waiting, line, parsed)
                 if joined is None:
                     for record in _apart(waiting, row):
-                        row += 1
+                        row = record.row
                         yield record
                     waiting = []
                 elif joined.problem is not None:
@@ -220,7 +218,7 @@ class RowFile:
                 waiting.append((number, line))
                 continue
             for record in _records(number, row, line, parsed):
-                row += 1
+                row = record.row
                 yield record
         yield from _apart(waiting, row)
 
@@ -231,7 +229,7 @@ class RowFile:
                 yield Record(line, row + 1, None, None, (), _TOO_LONG_REST, data)
                 return
             for record in _records(line, row, data, parse(data)):
-                row += 1
+                row = record.row
                 yield record
 
     def _csv(self, text: Utf8Stream) -> Iterator[Record]:
@@ -268,6 +266,13 @@ class RowFile:
 
 _TOO_LONG = Problem("long-line", "the line is longer than 64 MiB; only its beginning is kept")
 _TOO_LONG_REST = Problem("long-line", "a row is longer than 64 MiB or never ends; nothing behind it is read")
+
+
+def _begins_array(first: bytes, second: bytes) -> bool:
+    """Whether the lines of a .jsonl file begin an array of rows, rather than being lists each."""
+    inside = first.strip()[1:].lstrip()
+    a_list_each = second.strip()[:1] == b"[" and not parse(first).problem
+    return not a_list_each and inside[:1] in (b"", b"{", b"]", b"/", b"#", b"'")
 
 
 def _records(line: int, row: int, data: bytes, parsed: Parsed) -> Iterator[Record]:
