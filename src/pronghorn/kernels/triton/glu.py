@@ -59,24 +59,27 @@ def value_and_slope(x, ACTIVATION: tl.constexpr, FAST: tl.constexpr = False):
 @triton.jit
 def powers(ptr, column, known_column, EXPONENTS: tl.constexpr):
     """2^exponent of columns in fp32; 1 where there are no exponents."""
+    exponent = tl.zeros_like(column).to(tl.int32)
     if EXPONENTS:
         exponent = tl.load(ptr + column, mask=known_column, other=0).to(tl.int32)
-        return ((exponent + 127) << 23).to(tl.float32, bitcast=True)
-    return 1.0
+    return ((exponent + 127) << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def largest(x, power, EXPONENTS: tl.constexpr):
-    """|x · power| in fp32 of numbers as they were rounded for storing: what row maxima are taken of."""
-    size = tl.abs(x.to(tl.float32))
+def largest(x, power, EXPONENTS: tl.constexpr, kind: tl.constexpr):
+    """|x · power| in fp32, of what row maxima are taken; bf16 rounds them afterwards, which comes to the same."""
+    if kind != tl.bfloat16:
+        x = x.to(kind).to(tl.float32)
     if EXPONENTS:
-        size = size * (power[None, :] if len(size.shape) == 2 else power)
-    return size
+        x = x * (power[None, :] if len(x.shape) == 2 else power)
+    return tl.abs(x)
 
 
 @triton.jit
-def keep_max(row_max_ptr, row, size, known_row):
+def keep_max(row_max_ptr, row, size, known_row, kind: tl.constexpr):
     """row_max [row] = max(row_max, size), as integers: numbers that are not negative order as their bits do."""
+    if kind == tl.bfloat16:
+        size = size.to(tl.bfloat16).to(tl.float32)
     tl.atomic_max(row_max_ptr + row, size.to(tl.int32, bitcast=True), mask=known_row, sem="relaxed")
 
 
@@ -91,10 +94,11 @@ def _forward(
     gate = tl.load(gate_ptr + row * gate_stride + columns, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + row * up_stride + columns, mask=inside, other=0.0).to(tl.float32)
     value, _ = value_and_slope(gate, ACTIVATION)
-    act = (value * up).to(act_ptr.dtype.element_ty)
+    dtype: tl.constexpr = act_ptr.dtype.element_ty
+    act = (value * up).to(dtype)
     tl.store(act_ptr + row * width + columns, act, mask=inside)
     if ROW_MAX:
-        keep_max(row_max_ptr, row, tl.max(largest(act, 1.0, False), 0), row >= 0)
+        keep_max(row_max_ptr, row, tl.max(largest(value * up, 1.0, False, dtype), 0), row >= 0, dtype)
 
 
 @triton.jit
@@ -117,9 +121,14 @@ def _backward(
     tl.store(dgate_ptr + row * dgate_stride + columns, dgate, mask=inside)
     tl.store(dup_ptr + row * dup_stride + columns, dup, mask=inside)
     if ROW_MAX:
-        size = largest(dgate, powers(gate_exponents_ptr, columns, inside, EXPONENTS), EXPONENTS)
-        size = tl.maximum(size, largest(dup, powers(up_exponents_ptr, columns, inside, EXPONENTS), EXPONENTS))
-        keep_max(row_max_ptr, row, tl.max(size, 0), row >= 0)
+        size = largest(
+            dact * up * slope, powers(gate_exponents_ptr, columns, inside, EXPONENTS), EXPONENTS, dtype
+        )
+        size = tl.maximum(
+            size,
+            largest(dact * value, powers(up_exponents_ptr, columns, inside, EXPONENTS), EXPONENTS, dtype),
+        )
+        keep_max(row_max_ptr, row, tl.max(size, 0), row >= 0, dtype)
 
 
 @triton.jit
@@ -147,11 +156,12 @@ def _forward_adapted(
         known_row, known_column, R, WIDE,
     )  # fmt: skip
     value, _ = value_and_slope(gate, ACTIVATION, not WIDE)
-    act = (value * up).to(act_ptr.dtype.element_ty)
+    dtype: tl.constexpr = act_ptr.dtype.element_ty
+    act = (value * up).to(dtype)
     tl.store(act_ptr + start * width + row[:, None] * width + column[None, :], act, mask=inside)
     if ROW_MAX:
-        size = tl.max(largest(act, 1.0, False), 1)
-        keep_max(row_max_ptr, start + row, size, known_row)
+        size = tl.max(largest(value * up, 1.0, False, dtype), 1)
+        keep_max(row_max_ptr, start + row, size, known_row, dtype)
 
 
 @triton.jit
@@ -193,8 +203,11 @@ def _backward_adapted(
     if ROW_MAX:
         gate_power = powers(gate_exponents_ptr, column, known_column, EXPONENTS)
         up_power = powers(up_exponents_ptr, column, known_column, EXPONENTS)
-        size = tl.maximum(largest(dgate, gate_power, EXPONENTS), largest(dup, up_power, EXPONENTS))
-        keep_max(row_max_ptr, start + row, tl.max(size, 1), known_row)
+        size = tl.maximum(
+            largest(dact * up * slope, gate_power, EXPONENTS, dtype),
+            largest(dact * value, up_power, EXPONENTS, dtype),
+        )
+        keep_max(row_max_ptr, start + row, tl.max(size, 1), known_row, dtype)
 
 
 def forward(

@@ -51,6 +51,7 @@ def _forward(
     row, r, offset = tl.arange(0, BT), tl.arange(0, R), tl.arange(0, BO)
     known_row = row < tokens - start
     known_rank = (r < rank_down)[:, None]
+    dtype: tl.constexpr = act_ptr.dtype.element_ty
     xa = tl.zeros([BT, R], dtype=tl.float32)
     if ADAPTERS:
         xa_gate = _factor(xa_gate_ptr + start * xa_gate_stride, row, known_row, r, rank_gate, xa_gate_stride)
@@ -72,18 +73,18 @@ def _forward(
             gate += dot(xa_gate, tl.trans(b_gate), WIDE) * s_gate
             up += dot(xa_up, tl.trans(b_up), WIDE) * s_up
         value, _ = value_and_slope(gate, ACTIVATION, not WIDE)
-        act = (value * up).to(a_ptr.dtype.element_ty)
+        act = (value * up).to(dtype)
         tl.store(act_at + column[None, :], act, mask=inside)
         a = tl.load(
             a_ptr + r[:, None] * width + column[None, :], mask=known_rank & known_column[None, :], other=0.0
         )
         xa += dot(act, tl.trans(a), WIDE)
         if ROW_MAX:
-            size = tl.maximum(size, tl.max(largest(act, 1.0, False), 1))
+            size = tl.maximum(size, tl.max(largest(value * up, 1.0, False, dtype), 1))
     to = partial_ptr + (piece.to(tl.int64) * tokens + start) * R + row[:, None] * R + r[None, :]
     tl.store(to, xa, mask=known_row[:, None])
     if ROW_MAX:
-        keep_max(row_max_ptr, start + row, size, known_row)
+        keep_max(row_max_ptr, start + row, size, known_row, dtype)
 
 
 @triton.jit
@@ -117,7 +118,7 @@ def _backward(
         gate_power = powers(gate_exponents_ptr, column, known_column, EXPONENTS)
         up_power = powers(up_exponents_ptr, column, known_column, EXPONENTS)
     da = tl.zeros([BO, R], dtype=tl.float32)
-    dtype: tl.constexpr = a_ptr.dtype.element_ty
+    dtype: tl.constexpr = gate_ptr.dtype.element_ty
     begin = piece * tokens_each
     at = begin.to(tl.int64)
     # The loop's own number of stages brings dact in ahead too, which no product takes.
@@ -151,8 +152,11 @@ def _backward(
         tl.store(gate_at, dgate, mask=inside)
         tl.store(up_at, dup, mask=inside)
         if ROW_MAX:
-            size = tl.maximum(largest(dgate, gate_power, EXPONENTS), largest(dup, up_power, EXPONENTS))
-            keep_max(row_max_ptr, at + row, tl.max(size, 1), known_row)
+            size = tl.maximum(
+                largest(dact * up * slope, gate_power, EXPONENTS, dtype),
+                largest(dact * value, up_power, EXPONENTS, dtype),
+            )
+            keep_max(row_max_ptr, at + row, tl.max(size, 1), known_row, dtype)
         da += dot(tl.trans((value * up).to(dtype)), dxa, WIDE)
         at += BT
     slab = partial_ptr + piece.to(tl.int64) * rank_down * width
