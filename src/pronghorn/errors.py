@@ -226,19 +226,19 @@ class SynthesisChanged(PronghornError):
     code = "PH312"
 
 
-class WeightsMismatch(PronghornError):
+class WeightsMismatch(CheckpointCorrupt):
     """A checkpoint is not for this model: weights are missing (`lm_head.weight`) or of another size."""
 
     code = "PH105"
 
 
-class GatedModel(PronghornError):
+class GatedModel(ModelNotFound):
     """The hub gives a model only to those who accepted its terms and are logged in."""
 
     code = "PH106"
 
 
-class HubUnreachable(PronghornError):
+class HubUnreachable(ModelNotFound):
     """The hub does not answer, or this process was told to stay offline."""
 
     code = "PH107"

@@ -1,6 +1,7 @@
 """`FastLanguageModel.from_pretrained`: what it loads, in which precision, and what it leaves on the model."""
 
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,15 @@ from transformers import (
 )
 
 from pronghorn.engine import binding_of
-from pronghorn.errors import BindingRefused, ModelNotFound, PackageMissing, UnknownArgument, UnknownSaveLevel
+from pronghorn.errors import (
+    BindingRefused,
+    GatedModel,
+    HubUnreachable,
+    ModelNotFound,
+    PackageMissing,
+    UnknownArgument,
+    UnknownSaveLevel,
+)
 from pronghorn.hardware import Fact, Hardware, probe
 from pronghorn.loading import FastLanguageModel, is_bfloat16_supported, precision
 from pronghorn.loading import hub as hub_module
@@ -255,7 +264,7 @@ def test_a_hub_model_is_downloaded_without_pickles_and_loaded_from_disk(llama, m
 
 
 def test_an_unknown_hub_model_is_one_clear_error(monkeypatch, tmp_path):
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError
 
     def refuse(repo_id, **arguments):
         raise LocalEntryNotFoundError("no network and not in the cache")
@@ -265,8 +274,18 @@ def test_an_unknown_hub_model_is_one_clear_error(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ModelNotFound, match="did you mean 'my-model'"):
         load("my-modle")
-    with pytest.raises(ModelNotFound, match="no network"):
+    with pytest.raises(HubUnreachable, match="no network"):
         load("owner/private")
+
+    def ask_for_terms(repo_id, **arguments):
+        raise GatedRepoError("Access is restricted", response=SimpleNamespace(headers={}, request=None))
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", ask_for_terms)
+    with pytest.raises(GatedModel, match="Access is restricted") as refused:
+        load("owner/gated")
+    assert "https://huggingface.co/owner/gated" in refused.value.fix and isinstance(
+        refused.value, ModelNotFound
+    )
     assert hub_module.download is not None
 
 

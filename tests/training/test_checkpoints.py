@@ -9,10 +9,12 @@ import shutil
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import TrainerCallback
 
-from pronghorn.errors import CheckpointMissing, SaveFailed
+from pronghorn.errors import CheckpointMissing, ResumeMismatch, SaveFailed
 from pronghorn.training.checkpoints import checkpoint_at, is_complete, newest_checkpoint, point_to
+from tests.tiny import tiny_model
 from tests.training.runs import adapter_model, chats, losses, trained, trainer
 
 RUN = {
@@ -170,3 +172,16 @@ def test_a_folder_that_cannot_be_written(tmp_path):
     run = trainer(tmp_path / "runs")
     with pytest.raises(SaveFailed, match="PH601"):
         run.save_model(str(tmp_path / "file" / "model"))
+
+
+def test_another_adapters_checkpoint_is_refused_by_name(tmp_path):
+    options = {**RUN, "max_steps": 2, "save_steps": 1}
+    trainer(tmp_path, **options).train()
+    model = tiny_model("llama")
+    other = get_peft_model(model, LoraConfig(r=8, target_modules=["q_proj"]))
+    with pytest.raises(ResumeMismatch, match="another one than this run trains") as refused:
+        trainer(tmp_path, other, **{**options, "max_steps": 4}).train(resume_from_checkpoint=True)
+    assert "r is 4 there and 8 here" in refused.value.message
+    assert "target_modules is ['down_proj', 'q_proj', 'v_proj'] there" in refused.value.message
+    with pytest.raises(ResumeMismatch, match="holds an adapter, and this run trains all weights"):
+        trainer(tmp_path, tiny_model("llama"), **options).train(resume_from_checkpoint=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pronghorn.errors import ModelNotFound, nearest
+from pronghorn.errors import GatedModel, HubUnreachable, ModelNotFound, nearest
 from pronghorn.loading.source import Source, locate
 
 _SMALL = ["*.json", "*.jinja", "*.txt", "*.model", "tokenizer*"]
@@ -16,7 +16,9 @@ def download(source: Source, *, token: str | bool | None, trust_remote_code: boo
     """The local copy of a hub repository: configuration, tokenizer, safetensors or one GGUF file; never pickles.
 
     Raises:
-        ModelNotFound: for an unknown or private repository, or no network.
+        ModelNotFound: for an unknown or private repository.
+        GatedModel: for one whose terms were not accepted.
+        HubUnreachable: without a network, for one that is not in the cache.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -38,11 +40,25 @@ def download(source: Source, *, token: str | bool | None, trust_remote_code: boo
 
 
 def _not_found(source: Source, error: Exception) -> ModelNotFound:
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError
+
     first_line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
     here = [p.name for p in Path.cwd().iterdir() if p.is_dir()]
-    fix = nearest(source.location, here) or (
-        "check the name; for a private or gated model pass token=...; without a network give a local folder"
-    )
+    said = f"'{source.location}' is no local folder and the hub did not give it: {first_line.strip()}"
+    if isinstance(error, GatedRepoError):
+        return GatedModel(
+            said,
+            fix=f"accept its terms at https://huggingface.co/{source.location}, then `hf auth login` or token=...",
+        )
+    fix = nearest(source.location, here)
+    if not isinstance(error, (HfHubHTTPError, HFValidationError)):
+        return HubUnreachable(
+            said,
+            fix=fix
+            or "check the network, or give a local folder (`hf download` on another machine makes one)",
+        )
     return ModelNotFound(
-        f"'{source.location}' is no local folder and the hub did not give it: {first_line.strip()}", fix=fix
+        said,
+        fix=fix
+        or "check the name; for a private or gated model pass token=...; without a network give a local folder",
     )

@@ -9,7 +9,13 @@ from typing import Any
 
 import torch
 
-from pronghorn.errors import CheckpointCorrupt, PackageMissing, UnknownArgument, UnsupportedCheckpoint
+from pronghorn.errors import (
+    CheckpointCorrupt,
+    PackageMissing,
+    UnknownArgument,
+    UnsupportedCheckpoint,
+    WeightsMismatch,
+)
 from pronghorn.hardware import Hardware
 from pronghorn.loading.checkpoint import check_folder
 from pronghorn.loading.fp8 import Fp8Options, quantise_layers
@@ -156,6 +162,13 @@ def _explained(error: Exception, source: Source, file: str | None = None) -> Exc
             where=where,
             fix="read the code; if you trust it, pass trust_remote_code=True",
         )
+    if "ignore_mismatched_sizes" in text:
+        return WeightsMismatch(
+            "weights of the checkpoint have other shapes than config.json says",
+            where=where,
+            fix="use the config.json that belongs to these weights; after adding tokens, "
+            "model.resize_token_embeddings(len(tokenizer)) before saving",
+        )
     if any(
         part in text for part in ("does not recognize this architecture", "Unrecognized", "not supported")
     ):
@@ -247,16 +260,20 @@ def default_device_map(hardware: Hardware, bits: int) -> Any:
 def _check_loaded(info: dict[str, Any], source: Source) -> None:
     missing = sorted(info.get("missing_keys") or [])
     if missing:
-        raise CheckpointCorrupt(
+        head = "lm_head.weight" in missing
+        raise WeightsMismatch(
             f"{len(missing)} weights are not in the checkpoint and would be random, first {missing[0]}",
             where=source.name,
-            fix="download or save the model again",
+            fix="set tie_word_embeddings to true in config.json if this model shares the head with the embedding; else "
+            "download or save it again"
+            if head and len(missing) == 1
+            else "download or save the model again",
         )
     mismatched = sorted(
         str(item[0] if isinstance(item, tuple) else item) for item in info.get("mismatched_keys") or []
     )
     if mismatched:
-        raise CheckpointCorrupt(
+        raise WeightsMismatch(
             f"{len(mismatched)} weights have another shape than config.json says, first {mismatched[0]}",
             where=source.name,
             fix="use the config.json that belongs to these weights",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
@@ -9,8 +10,9 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from pronghorn.errors import CheckpointMissing, SaveFailed
+from pronghorn.errors import CheckpointMissing, ResumeMismatch, SaveFailed
 from pronghorn.export.folder import DISK_FULL
 
 logger = logging.getLogger("pronghorn")
@@ -150,3 +152,44 @@ def _save_failed(what: str, folder: Path, error: BaseException) -> SaveFailed:
     return SaveFailed(
         f"{what} could not be written: {error}", where=str(folder), fix="check the folder and its permissions"
     )
+
+
+def check_same_adapter(checkpoint: Path, model: Any) -> None:
+    """Refuse to go on from the checkpoint of another adapter, before anything of it is loaded.
+
+    Raises:
+        ResumeMismatch: naming what differs from the adapter that is trained now.
+    """
+    path = checkpoint / "adapter_config.json"
+    configs = getattr(model, "peft_config", None)
+    if any(checkpoint.glob("*/adapter_config.json")) or (configs is not None and set(configs) != {"default"}):
+        return  # adapters by other names, in folders of their own, which PEFT checks
+    if configs is None or not path.is_file():
+        if (configs is None) == (not path.is_file()):
+            return
+        has, trains = ("no adapter", "one") if configs is not None else ("an adapter", "all weights")
+        raise ResumeMismatch(
+            f"the checkpoint holds {has}, and this run trains {trains}",
+            where=str(checkpoint),
+            fix="resume with the settings of that run, or begin anew in another output_dir",
+        )
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    now = configs["default"].to_dict()
+    differing = [
+        f"{name} is {_plain(saved[name])} there and {_plain(now[name])} here"
+        for name in ("peft_type", "r", "target_modules", "modules_to_save", "use_dora", "rank_pattern")
+        if name in saved and name in now and _plain(saved[name]) != _plain(now[name])
+    ]
+    if differing:
+        raise ResumeMismatch(
+            f"the checkpoint's adapter is another one than this run trains: {'; '.join(differing)}",
+            where=str(path),
+            fix="set these to what they are there, or begin anew in another output_dir",
+        )
+
+
+def _plain(value: Any) -> Any:
+    """A config's value as JSON would hold it, without regard to the order of names."""
+    if isinstance(value, (list, tuple, set)):
+        return sorted(map(str, value))
+    return getattr(value, "value", value) or None

@@ -25,6 +25,7 @@ from pronghorn.engine import AUTO, base_causal_lm, bind, binding_of
 from pronghorn.training.arguments import take_older_arguments, usable_optimizer
 from pronghorn.training.checkpoints import (
     STAGING,
+    check_same_adapter,
     checkpoint_at,
     newest_checkpoint,
     point_to,
@@ -422,13 +423,15 @@ class SFTTrainer(trl.SFTTrainer):
         """Train; `resume_from_checkpoint` is True for the newest complete checkpoint in output_dir, or a folder.
 
         Raises:
-            CheckpointMissing: there is none to resume from.
+            CheckpointMissing, ResumeMismatch: there is none to resume from, or one of another adapter.
             SaveFailed: a checkpoint could not be written; none is left half-written.
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = str(newest_checkpoint(self.args.output_dir))
         elif resume_from_checkpoint:
             resume_from_checkpoint = str(checkpoint_at(resume_from_checkpoint))
+        if resume_from_checkpoint:
+            check_same_adapter(Path(resume_from_checkpoint), self.accelerator.unwrap_model(self.model))
         self._training, self._watch = Tally(), Stopwatch()
         if resume_from_checkpoint and 0 < self.args.max_steps <= step_of(Path(resume_from_checkpoint)):
             return self._already_trained(resume_from_checkpoint)
