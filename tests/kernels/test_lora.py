@@ -147,11 +147,11 @@ def test_a_gradient(dtype, tokens, width, rank, device):
 @pytest.mark.parametrize("pieces", [1, 3])
 def test_tiles_and_pieces(tile, pieces, device, monkeypatch):
     """Several blocks of columns, shares of tokens and pieces of dXA A, whatever a shape would be given."""
-    from pronghorn.kernels.triton import lora_grads
+    from pronghorn.kernels.triton import lora_grads, lora_sums
 
     monkeypatch.setattr(lora_grads, "grads_tile", lambda *_: lora_grads.Tile(*tile))
     starts = {"PIECES": pieces, "BT": 32, "BO": 64, "DEPTH": 2, "num_warps": 4}
-    monkeypatch.setattr(lora_grads, "start_config", lambda *_: starts)
+    monkeypatch.setattr(lora_sums, "start_config", lambda *_: starts)
     lora_grads.grads_config.cache_clear()
     widths, ranks = (300, 72, 136), (16, 16, 8)
     dys = [random(200, w, dtype=torch.float32, device=device, seed=i) for i, w in enumerate(widths)]

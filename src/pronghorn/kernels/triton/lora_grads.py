@@ -17,6 +17,8 @@ from torch import Tensor
 
 from pronghorn.kernels.triton.launch import unit_rows
 from pronghorn.kernels.triton.lora import dot, is_wide, limits, rank_block, three
+from pronghorn.kernels.triton.lora_sums import Partials, sum_a_grads, sum_output_grads
+from pronghorn.kernels.triton.lora_sums import sum_rows as sum_rows
 
 
 @triton.jit
@@ -71,74 +73,6 @@ def _grads(
         tl.store(slab_b + column[:, None] * R + r[None, :], db, mask=known_column[:, None])
 
 
-@triton.jit
-def _sum_of_slabs(at, slab, count, inside, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr):
-    """Σ of `count` slabs of a tile in fp32; DEPTH of them are in flight at once."""
-    total = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
-    whole = count // DEPTH * DEPTH
-    for _ in range(0, whole, DEPTH):
-        for _depth in tl.static_range(DEPTH):
-            total += tl.load(at, mask=inside, other=0.0)
-            at += slab
-    for _ in range(whole, count):
-        total += tl.load(at, mask=inside, other=0.0)
-        at += slab
-    return total
-
-
-@triton.jit
-def _sum_tile(
-    partial_ptr, out_ptr, slab, count, rows, columns, partial_stride, out_stride, scaling, row_block, column_block,
-    ADD: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
-):  # fmt: skip
-    """out [rows, columns] (+)= scaling · Σ of `count` slabs."""
-    row = row_block.to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    column = column_block * COLUMNS + tl.arange(0, COLUMNS)
-    inside = (row[:, None] < rows) & (column[None, :] < columns)
-    at = partial_ptr + row[:, None] * partial_stride + column[None, :]
-    total = _sum_of_slabs(at, slab, count, inside, ROWS, COLUMNS, DEPTH) * scaling
-    to = out_ptr + row[:, None] * out_stride + column[None, :]
-    if ADD:
-        total += tl.load(to, mask=inside, other=0.0).to(tl.float32)
-    tl.store(to, total.to(out_ptr.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _sum_grads(
-    dxa_partial_ptr, db_partial_ptr, dxa0, dxa1, dxa2, db0, db1, db2, s0, s1, s2, r0, r1, r2, w0, w1,
-    db_stride0, db_stride1, db_stride2, blocks0, blocks1, blocks2, wanted0, wanted1, wanted2,
-    tokens, slab, slab_b, dxa_stride, shares, token_blocks, NEED_B: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """All sums of `_grads`: programs of axis 1 are the parts, those of axis 0 rows of dXA and then rows of dB."""
-    part, block = tl.program_id(1), tl.program_id(0)
-    if block < token_blocks:
-        if part == 0:
-            _sum_tile(
-                dxa_partial_ptr, dxa0, slab, blocks0, tokens, r0, R, dxa_stride, s0, block, 0, False, ROWS, R,
-                8,
-            )  # fmt: skip
-        elif part == 1:
-            at = dxa_partial_ptr + part.to(tl.int64) * blocks0 * slab
-            _sum_tile(at, dxa1, slab, blocks1, tokens, r1, R, dxa_stride, s1, block, 0, False, ROWS, R, 8)
-        else:
-            at = dxa_partial_ptr + (part - 1).to(tl.int64) * (blocks0 + blocks1) * slab
-            _sum_tile(at, dxa2, slab, blocks2, tokens, r2, R, dxa_stride, s2, block, 0, False, ROWS, R, 8)
-    elif NEED_B:
-        # Rows wanted of a part: all or none of them.
-        block -= token_blocks
-        if part == 0:
-            _sum_tile(
-                db_partial_ptr, db0, slab_b, shares, wanted0, r0, R, db_stride0, s0, block, 0, True, ROWS, R,
-                8,
-            )  # fmt: skip
-        elif part == 1:
-            at = db_partial_ptr + w0 * R
-            _sum_tile(at, db1, slab_b, shares, wanted1, r1, R, db_stride1, s1, block, 0, True, ROWS, R, 8)
-        else:
-            at = db_partial_ptr + (w0 + w1) * R
-            _sum_tile(at, db2, slab_b, shares, wanted2, r2, R, db_stride2, s2, block, 0, True, ROWS, R, 8)
-
-
 class Tile(NamedTuple):
     """Tokens and columns that a program of `_grads` holds at once, its warps, and tiles on the way."""
 
@@ -162,9 +96,9 @@ def grads_tile(tokens: int, widths: tuple[int, ...], rank: int, element: int, sh
     columns = {16: 512 if large else 256, 32: 256, 64: 128}.get(rank, 64)
     columns = min(columns, max(triton.next_power_of_2(max(widths)), 64))
     while True:
-        tile = Tile(
-            64 if tokens > 32 else 16, columns, 8 if columns == 512 else 4, 2 if columns == 256 else 3
-        )
+        # With 256 columns the products take no longer than the loads only on two groups of four warps.
+        warps, stages = {512: (8, 3), 256: (8, 4)}.get(columns, (4, 3))
+        tile = Tile(64 if tokens > 32 else 16, columns, warps, stages)
         if tile.shared(rank, element) <= shared or columns == 64:
             return tile
         columns //= 2
@@ -235,150 +169,6 @@ def output_grads(
     return dxa, start
 
 
-class Partials(NamedTuple):
-    """What `_grads` leaves to be summed: dXA [Σ blocks, T, R] and dB [shares, Σ widths, R], parts in order."""
-
-    dxa: Tensor
-    db: Tensor
-    ranks: tuple[int, ...]
-    widths: tuple[int, ...]
-    blocks: tuple[int, ...]
-
-
-@triton.jit
-def _finished_dxa(
-    partial_ptr, dxa_ptr, slab, count, tokens, rank, dxa_stride, scaling, start, stored,
-    R: tl.constexpr, BT: tl.constexpr, DEPTH: tl.constexpr,
-):  # fmt: skip
-    """A part's dXA of BT tokens, rounded; `stored` rows of it are written: all by one of the programs that need it."""
-    row, r = tl.arange(0, BT), tl.arange(0, R)
-    known_row = row[:, None] < tokens - start
-    at = partial_ptr + start * R + row[:, None] * R + r[None, :]
-    total = _sum_of_slabs(at, slab, count, known_row & (r[None, :] < R), BT, R, DEPTH) * scaling
-    dxa = total.to(dxa_ptr.dtype.element_ty)
-    to = dxa_ptr + start * dxa_stride + row[:, None] * dxa_stride + r[None, :]
-    tl.store(to, dxa, mask=(row[:, None] < stored) & (r[None, :] < rank))
-    return dxa
-
-
-@triton.jit
-def _times_a(dxa, a_ptr, a_stride, rank, column, known_column, R: tl.constexpr, WIDE: tl.constexpr):
-    r = tl.arange(0, R)
-    a = tl.load(
-        a_ptr + r[:, None] * a_stride + column[None, :],
-        mask=(r < rank)[:, None] & known_column[None, :],
-        other=0.0,
-    )
-    return dot(dxa, a, WIDE)
-
-
-@triton.jit
-def _sum_grads_start(
-    dxa_partial_ptr, db_partial_ptr, dxa0, dxa1, dxa2, db0, db1, db2, a_ptr, start_ptr, s0, s1, s2, r0, r1, r2, w0, w1,
-    db_stride0, db_stride1, db_stride2, blocks0, blocks1, blocks2, wanted0, wanted1, wanted2,
-    tokens, slab, slab_b, dxa_stride, shares, a_stride, width, columns_each, pieces, token_programs, row_blocks,
-    PARTS: tl.constexpr, NEED_B: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr, BT: tl.constexpr,
-    BO: tl.constexpr, DEPTH: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
-    """All sums of `_grads`, and dXA A [T, in] in the same launch: programs of tokens and columns, then rows of dB."""
-    program = tl.program_id(0)
-    if program < token_programs:
-        piece = program % pieces
-        start = (program // pieces).to(tl.int64) * BT
-        stored = tl.where(piece == 0, tokens - start, 0)
-        slab_first, slab_second = start * 0 + blocks0, start * 0 + blocks0 + blocks1
-        first = _finished_dxa(
-            dxa_partial_ptr, dxa0, slab, blocks0, tokens, r0, dxa_stride, s0, start, stored, R, BT, DEPTH
-        )
-        second, third = first, first
-        if PARTS > 1:
-            at = dxa_partial_ptr + slab_first * slab
-            second = _finished_dxa(
-                at, dxa1, slab, blocks1, tokens, r1, dxa_stride, s1, start, stored, R, BT, DEPTH
-            )
-        if PARTS > 2:
-            at = dxa_partial_ptr + slab_second * slab
-            third = _finished_dxa(
-                at, dxa2, slab, blocks2, tokens, r2, dxa_stride, s2, start, stored, R, BT, DEPTH
-            )
-        row = tl.arange(0, BT)
-        known_row = row < tokens - start
-        begin = piece * columns_each
-        for at_column in range(begin, tl.minimum(begin + columns_each, width), BO):
-            column = at_column + tl.arange(0, BO)
-            known_column = column < width
-            y = _times_a(first, a_ptr, a_stride, r0, column, known_column, R, WIDE)
-            if PARTS > 1:
-                y += _times_a(second, a_ptr + r0 * a_stride, a_stride, r1, column, known_column, R, WIDE)
-            if PARTS > 2:
-                y += _times_a(
-                    third, a_ptr + (r0 + r1) * a_stride, a_stride, r2, column, known_column, R, WIDE
-                )
-            to = start_ptr + start * width + row[:, None] * width + column[None, :]
-            tl.store(to, y.to(start_ptr.dtype.element_ty), mask=known_row[:, None] & known_column[None, :])
-    elif NEED_B:
-        # Rows wanted of a part: all or none of them.
-        program -= token_programs
-        part, block = program // row_blocks, program % row_blocks
-        if part == 0:
-            _sum_tile(
-                db_partial_ptr, db0, slab_b, shares, wanted0, r0, R, db_stride0, s0, block, 0, True, ROWS, R,
-                8,
-            )  # fmt: skip
-        elif part == 1:
-            at = db_partial_ptr + w0 * R
-            _sum_tile(at, db1, slab_b, shares, wanted1, r1, R, db_stride1, s1, block, 0, True, ROWS, R, 8)
-        else:
-            at = db_partial_ptr + (w0 + w1) * R
-            _sum_tile(at, db2, slab_b, shares, wanted2, r2, R, db_stride2, s2, block, 0, True, ROWS, R, 8)
-
-
-def start_config(tokens: int, width: int, sms: int) -> dict[str, int]:
-    """Some programs a processor; each sums dXA of its tokens anew and takes a piece of the columns ("PIECES")."""
-    block = 64 if tokens >= 64 * sms else 32 if tokens > 16 else 16
-    pieces = max(1, min(3 * sms // triton.cdiv(tokens, block), triton.cdiv(width, 128)))
-    return {"PIECES": pieces, "BT": block, "BO": 128, "DEPTH": 8, "num_warps": 4}
-
-
-def sum_output_grads(
-    partials: Partials,
-    dxa: Tensor,
-    b_grads: Sequence[Tensor | None],
-    scalings: Sequence[float],
-    a: Tensor | None = None,
-    start: Tensor | None = None,
-) -> None:
-    """dxa [T, ΣR], b_grads += theirs, and start [T, in] = dxa a where given."""
-    ranks, widths = list(partials.ranks), list(partials.widths)
-    tokens, padded, shares = dxa.shape[0], partials.dxa.shape[2], partials.db.shape[0]
-    given = list(b_grads) or [None] * len(ranks)
-    grads = [partials.dxa if grad is None else unit_rows(grad) for grad in given]
-    wanted = [0 if grad is None else width for grad, width in zip(given, widths, strict=True)]
-    rows = 1024 // padded
-    row_blocks = triton.cdiv(max(wanted), rows)
-    pointers = [partials.dxa, partials.db, *three(list(dxa.split(ranks, 1))), *three(grads)]
-    numbers = [
-        *three([float(s) for s in scalings]), *three(ranks), *three(widths)[:2],
-        *three([grad.stride(0) for grad in grads]), *three(list(partials.blocks)), *three(wanted),
-        tokens, tokens * padded, sum(widths) * padded, dxa.stride(0), shares,
-    ]  # fmt: skip
-    if a is None or start is None:
-        token_blocks = triton.cdiv(tokens, rows)
-        _sum_grads[(token_blocks + row_blocks, len(ranks))](
-            *pointers, *numbers, token_blocks, NEED_B=max(wanted) > 0, R=padded, ROWS=rows, num_warps=4
-        )
-        return
-    a, width = unit_rows(a), start.shape[1]
-    config = dict(start_config(tokens, width, limits(dxa.device)[0]))
-    each = triton.cdiv(triton.cdiv(width, config.pop("PIECES")), config["BO"]) * config["BO"]
-    pieces = triton.cdiv(width, each)
-    programs = triton.cdiv(tokens, config["BT"]) * pieces
-    _sum_grads_start[(programs + row_blocks * len(ranks),)](
-        *pointers, a, start, *numbers, a.stride(0), width, each, pieces, programs, row_blocks,
-        PARTS=len(ranks), NEED_B=max(wanted) > 0, R=padded, ROWS=rows, WIDE=is_wide(dxa), **config,
-    )  # fmt: skip
-
-
 @triton.jit
 def _a_grads(
     dxa_ptr, x_ptr, partial_ptr, tokens, width, rank, dxa_stride, x_stride, tokens_each,
@@ -404,16 +194,6 @@ def _a_grads(
         at += BT
     to = partial_ptr + (share.to(tl.int64) * rank + r[:, None]) * width + column[None, :]
     tl.store(to, total, mask=known_rank[:, None] & known_column[None, :])
-
-
-@triton.jit
-def _sum_a_grads(
-    partial_ptr, grad_ptr, slab, count, rank, width, grad_stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-):  # fmt: skip
-    _sum_tile(
-        partial_ptr, grad_ptr, slab, count, rank, width, width, grad_stride, 1.0,
-        tl.program_id(1), tl.program_id(0), True, ROWS, COLUMNS, 8,
-    )  # fmt: skip
 
 
 @cache
@@ -446,28 +226,3 @@ def accumulate_a(a_grad: Tensor, dxa: Tensor, x: Tensor) -> Tensor:
     )  # fmt: skip
     sum_a_grads(partial, a_grad)
     return a_grad
-
-
-def sum_a_grads(partial: Tensor, a_grad: Tensor) -> None:
-    """a_grad [ΣR, in] += Σ of partial [shares, ΣR, in]."""
-    shares, rank, width = partial.shape
-    _sum_a_grads[(triton.cdiv(width, 256), triton.cdiv(rank, 4))](
-        partial, a_grad, rank * width, shares, rank, width, a_grad.stride(0), ROWS=4, COLUMNS=256, num_warps=4
-    )
-
-
-@triton.jit
-def _sum_rows(partial_ptr, out_ptr, slab, count, rows, columns, R: tl.constexpr, ROWS: tl.constexpr):
-    _sum_tile(
-        partial_ptr, out_ptr, slab, count, rows, columns, R, columns, 1.0, tl.program_id(0), 0, False, ROWS, R,
-        8,
-    )  # fmt: skip
-
-
-def sum_rows(partial: Tensor, out: Tensor) -> None:
-    """out [T, R], contiguous, from its partial sums [pieces, T, R or more]."""
-    pieces, tokens, padded = partial.shape
-    rows = 1024 // padded
-    _sum_rows[(triton.cdiv(tokens, rows),)](
-        partial, out, tokens * padded, pieces, tokens, out.shape[1], R=padded, ROWS=rows, num_warps=4
-    )
