@@ -11,8 +11,8 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from pronghorn.cli.console import first_line, say, table
-from pronghorn.errors import CommandMisused, ModelNotFound
+from pronghorn.cli.console import say, table
+from pronghorn.errors import CommandMisused
 
 if TYPE_CHECKING:
     from pronghorn.data.checks import Report
@@ -24,13 +24,14 @@ EXIT_PROBLEMS = 1
 
 def register(commands: Any) -> None:
     """Add ``data`` and its subcommands to the parser's commands."""
-    data = commands.add_parser("data", help="check, clean and measure files of rows")
-    parts = data.add_subparsers(dest="part", required=True, metavar="check|clean|stats|preview")
+    data = commands.add_parser("data", help="check, clean, measure and show files of rows")
+    parts = data.add_subparsers(dest="part", required=True, metavar="PART")
     _register_check(parts)
     _register_clean(parts)
     _register_stats(parts)
-    if find_spec("pronghorn.cli.data_preview") is not None:
-        import_module("pronghorn.cli.data_preview").register(parts)
+    for module in ("data_preview", "data_synthesize"):
+        if find_spec(f"pronghorn.cli.{module}") is not None:
+            import_module(f"pronghorn.cli.{module}").register(parts)
 
 
 def _register_check(parts: Any) -> None:
@@ -248,28 +249,12 @@ def _show_lengths(report: LengthReport) -> None:
 
 
 def _tokenizer(name: str) -> Any:
-    """The tokenizer of a folder, a GGUF file or a hub id."""
-    from pronghorn.cli.models import resolve_model
     from pronghorn.cli.quiet import quiet_libraries
 
     quiet_libraries()
-    from pronghorn.loading.source import base_of_adapter, locate
-    from pronghorn.loading.tokenizer import has_tokenizer, load_tokenizer
+    from pronghorn.cli.tokenizers import tokenizer_named
 
-    source = locate(resolve_model(name))
-    if source.kind == "adapter" and not has_tokenizer(source):
-        source = base_of_adapter(source)
-    if source.is_local:
-        return load_tokenizer(source)
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(source.location, revision=source.revision)
-    except (OSError, ValueError) as error:
-        raise ModelNotFound(
-            f"'{name}' is no local folder and the hub did not give its tokenizer: {first_line(error)}",
-            fix="check the name; without a network give a folder with a tokenizer",
-        ) from error
+    return tokenizer_named(name)
 
 
 def run_clean(options: argparse.Namespace) -> int:

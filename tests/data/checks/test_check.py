@@ -36,6 +36,8 @@ def found(report):
     return [(finding.line, finding.kind, finding.field) for finding in report.findings]
 
 
+ANSWER = [{"role": "assistant", "content": "b"}]
+UPPER = "{% for m in messages %}{{ '<|im_start|>' + m['role'] }}\n{{ m['content'].upper() + '<|im_end|>' }}{% endfor %}"
 FORMATS = {
     "messages": chat("Hi?", "Hello."),
     "sharegpt": {"conversations": [{"from": "human", "value": "Hi?"}, {"from": "gpt", "value": "Hello."}]},
@@ -73,10 +75,10 @@ def test_formats_are_told_and_sound_rows_have_no_problems(tmp_path, format):
         (chat("a", [{"type": "image"}]), "wrong-type", "messages[1].content[0]"),
         (chat("a"), "no-answer", "messages"),
         (chat("a", "b", "c"), "role-order", "messages"),
-        ({"messages": [*chat("a", "b")["messages"], {"role": "assistant", "content": "c"}]}, "role-order", "messages[2]"),
+        ({"messages": [*chat("a", "b")["messages"], *ANSWER]}, "role-order", "messages[2]"),
         ({"messages": [*chat("a", "b")["messages"], {"role": "system", "content": "c"}]}, "role-order", "messages[2]"),
         ({"messages": chat("a", "b")["messages"][1:]}, "role-order", "messages[0]"),
-        ({"messages": [{"role": "usr", "content": "a"}, {"role": "assistant", "content": "b"}]}, "unknown-role", "messages[0]"),
+        ({"messages": [{"role": "usr", "content": "a"}, *ANSWER]}, "unknown-role", "messages[0]"),
         ({"prompt": "", "completion": "a"}, "empty-prompt", "prompt"),
         ({"prompt": "a", "completion": " "}, "empty-field", "completion"),
         ({"prompt": 3, "completion": "a"}, "wrong-type", "prompt"),
@@ -112,7 +114,8 @@ def test_each_problem_of_a_row(tmp_path, row, kind, field):
 @pytest.mark.parametrize(
     "row",
     [
-        {"text": "فارسی می‌خواهم \u200f 👨\u200d👩\u200d👧 🏴\U000e0067\U000e0062\U000e007f «CAFÉ» Spaß naïve 数据 привет"},
+        {"text": "فارسی می‌خواهم \u200f 👨\u200d👩\u200d👧 🏴\U000e0067\U000e0062\U000e007f «CAFÉ»"},
+        {"text": "Spaß naïve 数据 привет"},
         {"messages": [
             {"role": "system", "content": ""},
             {"role": "user", "content": [{"type": "text", "text": "Weather?"}]},
@@ -230,7 +233,7 @@ def test_tokens(tmp_path):
 @pytest.mark.parametrize(
     ("template", "kind"),
     [
-        ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'].upper() + '<|im_end|>' }}{% endfor %}", "template-drops"),
+        (UPPER, "template-drops"),
         ("{{ raise_exception('only users may speak') }}", "template-refuses"),
         ("{% for m in messages %}{{ m['content'] + 1 }}{% endfor %}", "template-refuses"),
     ],

@@ -323,7 +323,9 @@ _COLUMN_TYPES = {
 def _sample(row: Any, texts: list[tuple[str, str]]) -> list[tuple[str, str]]:
     """The beginnings of a row's texts by field, of a conversation by role."""
     columns = row if isinstance(row, Mapping) else {}
-    messages = next((columns[name] for name in CHAT_COLUMNS if isinstance(columns.get(name), list)), [])
+    messages: list[Any] = next(
+        (columns[name] for name in CHAT_COLUMNS if isinstance(columns.get(name), list)), []
+    )
     told = [
         (message.get("role") or message.get("from"), message.get("content") or message.get("value"))
         for message in messages
