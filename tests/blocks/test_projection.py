@@ -243,7 +243,7 @@ def test_weights_side_by_side_are_one_product(ranks, impl, bias, monkeypatch):
         dy_columns = list(torch.cat(dys, 1).split(outs, 1))
         dx, grads = group.input_grad(dy_columns, x.detach(), sink, xa=xa)
         group.parameter_grads(dy_columns, x.detach(), xa, grads, sink)
-    one = not bias and (xa is None or deferring)
+    one = xa is None or deferring
     assert [shape for _, shape in shapes] == [(16, IN)] * (1 if one else 0) + [(10, IN), (6, IN)] * (
         not one
     ) + [(16, IN)]

@@ -97,13 +97,20 @@ def test_glu_block(ranks, level, packed, kernels, stacks, monkeypatch):
 @pytest.mark.parametrize("ranks", [(4, 4, 4), (8, 0, 2)])
 @pytest.mark.parametrize("kernels", [False, True])
 @pytest.mark.parametrize("stacks", [False, True])
-def test_attention_block(ranks, kernels, stacks, monkeypatch):
+@pytest.mark.parametrize("biases", [False, True])
+def test_attention_block(ranks, kernels, stacks, biases, monkeypatch):
     results = []
     cos, sin = normal(T, HEAD, seed=4).cos(), normal(T, HEAD, seed=4).sin()
     for impl in ("torch", "triton"):
         if kernels and impl == "triton":
             monkeypatch.setattr(rope_kernels, "use_triton", lambda tensor, impl: impl != "torch")
         qkv = group(impl, HIDDEN, (HEADS * HEAD, KV * HEAD, KV * HEAD), ranks)
+        if biases:
+            projections = [
+                LinearProjection(p.weight, normal(p.weight.shape[0], seed=8), p.adapters)
+                for p in qkv.projections
+            ]
+            qkv = ProjectionGroup(projections, impl=impl)
         qkv = joined(qkv) if stacks and impl == "triton" else qkv
         block = AttentionBlock(
             norm(), qkv, group(impl, HEADS * HEAD, (HIDDEN,), (4,)), HEADS, KV, HEAD, cos, sin,
@@ -115,6 +122,7 @@ def test_attention_block(ranks, kernels, stacks, monkeypatch):
             block.rebuild(x, torch.float32, saves)
             out = block.output(saves).clone()
             dx = block.backward(normal(T, HIDDEN, seed=2), x, torch.float32, saves, sink, True)
+        assert saves.q is None
         results.append([out, dx, *sink.gradients])
     for one, two in zip(*results, strict=True):
         # fp32 sums of a few hundred terms in another order.

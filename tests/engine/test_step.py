@@ -112,6 +112,9 @@ def test_joined_weights_change_nothing_but_their_place(
         side_by_side([layer.mlp.gate_proj.base_layer.weight, layer.mlp.up_proj.base_layer.weight], 0)
         is not None
     )
+    if layer.self_attn.q_proj.base_layer.bias is not None:
+        biases = [getattr(layer.self_attn, name).base_layer.bias for name in ("q_proj", "k_proj", "v_proj")]
+        assert side_by_side(biases, 0) is not None
     # A second look moves nothing; saved, merged and copied they are as ever.
     where = [weight.data_ptr() for weight in weights]
     step._state = []

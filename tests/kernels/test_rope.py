@@ -101,10 +101,14 @@ def test_adapters_are_added_on_the_way(impl, dtype, shape, ranks, device, monkey
         adapters.append(adapter)
         expected.append(oracle(whole, cos, sin) if i < 2 else whole)
         at, column = at + count * head_dim, column + rank
-    beyond = buffer[:, at:].clone()
+    beyond, before = buffer[:, at:].clone(), buffer.clone()
+    apart = tuple(torch.empty(part.shape, dtype=dtype, device=device) for part in parts)
+    adapted_rope_(*parts, cos, sin, tuple(adapters), into=apart, impl=impl)
+    assert torch.equal(buffer, before)
     adapted_rope_(*parts, cos, sin, tuple(adapters), impl=impl)
-    for part, want in zip(parts, expected, strict=True):
+    for part, new, want in zip(parts, apart, expected, strict=True):
         assert_near(part, want, slack=2.0)
+        assert torch.equal(part, new)
     assert torch.equal(buffer[:, at:], beyond)
 
 

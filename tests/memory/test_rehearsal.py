@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from transformers import LlamaConfig, Qwen3Config
 
-from pronghorn.blocks import LEVELS
+from pronghorn.blocks import LEVELS, joining
 from pronghorn.engine import binding_of
 from pronghorn.engine.planning import shape_of
 from pronghorn.memory import Batch, estimate
@@ -62,6 +62,13 @@ def test_weights_side_by_side(level: str, tile_rows: int | None, monkeypatch: py
 def test_four_bit_weights(level: str, monkeypatch: pytest.MonkeyPatch) -> None:
     prepare(monkeypatch, parking=True)
     compare(in_four_bits(meta_model(LlamaConfig(**SIZES))), level, 4096)
+
+
+@pytest.mark.parametrize("level", ["none", "attention", "all"])
+def test_short_streams_join_queries_too(level: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepare(monkeypatch, parking=True)
+    assert joining.joins_qkv_forward(1024, 1024)
+    compare(joined(meta_model(LlamaConfig(**SIZES))), level, 1024)
 
 
 @pytest.mark.parametrize("stacks", [False, True])

@@ -19,6 +19,11 @@ from pronghorn.kernels.rope import adapted_rope_, qk_rope_backward, qk_rope_forw
 from pronghorn.weights import DenseWeight, Fp8Weight, Operand
 
 
+def new_like(x: Tensor) -> Tensor:
+    """A new contiguous tensor of x's shape."""
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
 @dataclass
 class AttentionSaves:
     """Tensors between forward and backward; None means dropped by the save level and rebuilt when needed.
@@ -77,25 +82,36 @@ class AttentionBlock:
             normed, _ = self.norm.forward(x, dtype, fp8=self.qkv.quantises_rows)
             saves.normed = normed.tensor
             # A norm on q and k needs whole inputs in its backward; a rotation takes the adapters in on the way.
-            (q, k, v), saves.xa_qkv = self.qkv.forward(normed, defer_adapters=self.q_norm is None)
+            defers = self.q_norm is None
+            joined = defers and self.qkv.total_rank > 0
+            joined = joined and joining.joins_qkv_forward(x.shape[0], self.kv_heads * self.head_dim)
+            (q, k, v), saves.xa_qkv = self.qkv.forward(normed, defer_adapters=defers, joined=joined)
             del normed
             saves.q = q.view(-1, self.heads, self.head_dim)
             saves.k = k.view(-1, self.kv_heads, self.head_dim)
             saves.v = v.view(-1, self.kv_heads, self.head_dim)
-            if self.q_norm is None:
-                self._rotate_(saves.q, saves.k, saves.v, saves.xa_qkv)
+            del q, k, v
+            if defers:
+                self._rotate(saves)
         if saves.out is None:
             assert saves.v is not None
             q, k = self._rotated(saves)
             saves.out, saves.lse = attention_forward(q, k, saves.v, self.docs, self.call)
 
-    def _rotate_(self, q: Tensor, k: Tensor, v: Tensor, xa: Tensor | None) -> None:
-        """Rotate q and k in place, after adding what the projections left to be added."""
+    def _rotate(self, saves: AttentionSaves) -> None:
+        """Rotate q and k, after adding to q, k and v what the projections left to be added: in place, or where they are
+        columns of one matrix into new tensors."""
+        q, k, v, xa = saves.q, saves.k, saves.v, saves.xa_qkv
+        assert q is not None and k is not None and v is not None
         adapters = (self.qkv.deferred(0, xa), self.qkv.deferred(1, xa), self.qkv.deferred(2, xa))
         if adapters == (None, None, None):
             qk_rope_forward(q, k, self.cos, self.sin, inplace=True)
-        else:
-            adapted_rope_(q, k, v, self.cos, self.sin, adapters)
+            return
+        apart = all(x.is_contiguous() for x in (q, k, v))
+        into = None if apart else (new_like(q), new_like(k), new_like(v))
+        adapted_rope_(q, k, v, self.cos, self.sin, adapters, into=into)
+        if into is not None:
+            saves.q, saves.k, saves.v = into
 
     def _rotated(self, saves: AttentionSaves) -> tuple[Tensor, Tensor]:
         """q and k as the attention sees them."""

@@ -8,7 +8,7 @@ import torch
 
 from pronghorn.blocks import LinearProjection, joining
 from pronghorn.blocks.projection import Projection
-from pronghorn.weights import DenseWeight, Weight, join, stacked
+from pronghorn.weights import DenseWeight, Weight, join, join_tensors, side_by_side, stacked
 
 #: Share of the free device memory by which the allocator's reserve may grow from weights that have moved, where memory
 #: is not short: the places they leave are reused for other tensors, but not always for the next weights.
@@ -52,6 +52,9 @@ def join_weights(groups: Mapping[tuple[int, int], Sequence[Projection]], *, room
         if reserved - before > max(1.25 * largest, free * _GROWTH * roomy) or free < 2 * size:
             break
         done += join(weights)
+        biases = [p.bias for p in projections if isinstance(p, LinearProjection) and p.bias is not None]
+        if len(biases) == len(projections) and side_by_side(biases, 0) is None:
+            join_tensors(biases)
         if device.type == "cuda":
             torch.cuda.empty_cache()
     return done

@@ -65,6 +65,7 @@ def adapted_rope_(
     sin: Tensor,
     adapters: tuple[LowRank | None, LowRank | None, LowRank | None],
     *,
+    into: tuple[Tensor, Tensor, Tensor] | None = None,
     impl: Impl | None = None,
 ) -> None:
     """Add to q, k and v what their adapters lack and rotate q and k, in place and in one launch.
@@ -73,17 +74,19 @@ def adapted_rope_(
 
     Args:
         q: [T, N, D]. k, v: [T, K, D]. cos, sin: as for `qk_rope_forward`. adapters: of q, k and v, with b [N·D, R].
+        into: write there instead of in place.
     """
     if use_triton(q, impl):
         from pronghorn.kernels.triton.rope import adapted_rope_ as triton_adapted
 
-        triton_adapted(q, k, v, cos, sin, adapters)
+        triton_adapted(q, k, v, cos, sin, adapters, into)
         return
-    for x, adapter, rotates in zip((q, k, v), adapters, (True, True, False), strict=True):
+    outs = into or (q, k, v)
+    for x, out, adapter, rotates in zip((q, k, v), outs, adapters, (True, True, False), strict=True):
         base = x.reshape(x.shape[0], -1)
         wide = base.to(math_dtype(x.dtype)) if adapter is None else adapter.add_to(base)
         wide = wide.view(x.shape)
-        x.copy_(_rotate(wide, cos, sin) if rotates else wide)
+        out.copy_(_rotate(wide, cos, sin) if rotates else wide)
 
 
 def qk_rope_backward(

@@ -125,7 +125,13 @@ class Step:
             codes = self._operand("q", t)
             self._keep(saves, "normed_attention", t * shape.hidden * e)
             self._free(self._new(4 * t))
-            self._project(saves, QKV, "xa_qkv", t, codes)
+            joined = self._joins_qkv()
+            self._project(saves, QKV, "xa_qkv", t, codes, joined)
+            if joined:  # the rotation writes them apart
+                wide, _ = saves.pop("q")
+                for name in QKV:
+                    self._keep(saves, name, t * shape.linear(name)[0] * e)
+                self._free(wide)
         if "out" not in saves:
             rotated = [self._new(t * width * e) for width in (shape.q, shape.kv)] if shape.qk_norm else []
             self._keep(saves, "out", t * shape.q * e)
@@ -258,9 +264,17 @@ class Step:
 
     # --- products ------------------------------------------------------------------------------------------------
 
+    def _joins_qkv(self) -> bool:
+        """Whether q, k and v are made by one product."""
+        shape = self.shape
+        return shape.joined and self._defers(QKV) and joining.joins_qkv_forward(self.tokens, shape.kv)
+
     def _project_gate_up(self, saves: dict[str, tuple[int, int]], rows: int) -> None:
         """Gate and up from the norm's codes, which go then, or from rows that are quantised for them."""
-        self._project(saves, GATE_UP, "xa_gate_up", rows, [] if "codes" in saves else None)
+        shape = self.shape
+        added_later = self._defers(GATE_UP) or not shape.rank(*GATE_UP)
+        joined = shape.joined and joining.GATE_UP_FORWARD and added_later
+        self._project(saves, GATE_UP, "xa_gate_up", rows, [] if "codes" in saves else None, joined)
         self._drop(saves, "codes", "code_scales")
 
     def _project(
@@ -270,8 +284,10 @@ class Step:
         xa: str,
         rows: int,
         made: list[int] | None = None,
+        joined: bool = False,
     ) -> None:
-        """`ProjectionGroup.forward`; outputs and XA are kept under their names. `made`: its rows in fp8 are there."""
+        """`ProjectionGroup.forward`; outputs and XA are kept under their names. `made`: its rows in fp8 are there;
+        `joined`: the outputs are one matrix, by the first one's name."""
         shape, e = self.shape, self.element
         if shape.rank(*names):
             self._keep(saves, xa, rows * shape.rank(*names) * e)
@@ -280,10 +296,9 @@ class Step:
         for name in names if begun else ():
             self._keep(saves, name, rows * shape.linear(name)[0] * e)
         operand = self._operand(names[0], rows) if made is None else made
-        joined = names == GATE_UP and shape.joined and joining.GATE_UP_FORWARD and not begun
         for part in (names,) if joined else ((name,) for name in names):
             unpacked = self._new(shape.linear_parameters(*part) * shape.unpacked_forward)
-            if not begun:  # one matrix that all of its parts are columns of goes by the first one's name
+            if not begun:
                 self._keep(saves, part[0], rows * sum(shape.linear(name)[0] for name in part) * e)
             self._free(unpacked)
         self._free(*operand)

@@ -7,7 +7,7 @@ from pronghorn.weights.fp8_linear import Fp8Linear, keep_expanded
 from pronghorn.weights.operand import Operand
 from pronghorn.weights.quantised import FourBitWeight, Int8Weight
 from pronghorn.weights.read import keep_four_bit_layout, read_weight
-from pronghorn.weights.stack import join, lay_side_by_side, stacked
+from pronghorn.weights.stack import join, join_tensors, lay_side_by_side, stacked
 
 __all__ = [
     "DenseWeight",
@@ -20,6 +20,7 @@ __all__ = [
     "Operand",
     "Weight",
     "join",
+    "join_tensors",
     "keep_expanded",
     "keep_four_bit_layout",
     "lay_side_by_side",

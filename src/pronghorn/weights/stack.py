@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import cast
 
 import torch
+from torch import Tensor
 
 from pronghorn.kernels.fp8 import exponents_of
 from pronghorn.weights.adjacent import side_by_side
@@ -50,26 +51,27 @@ def join(weights: Sequence[Weight]) -> bool:
     """
     if stacked(weights) is not None:
         return True
-    if not _may_join(weights):
+    plain = len(weights) > 1 and all(type(w) is DenseWeight and w.parameter is None for w in weights)
+    return plain and join_tensors([cast(DenseWeight, weight).weight for weight in weights])
+
+
+def join_tensors(tensors: Sequence[Tensor]) -> bool:
+    """`join` for frozen tensors such as biases: along their first dimension."""
+    if not _may_join(tensors):
         return False
-    parameters = [cast(DenseWeight, weight).weight for weight in weights]
     with torch.no_grad():
-        wide = torch.cat([parameter.data for parameter in parameters])
-        for parameter, part in zip(parameters, wide.split([p.shape[0] for p in parameters]), strict=True):
-            parameter.data = part
+        wide = torch.cat([tensor.data for tensor in tensors])
+        for tensor, part in zip(tensors, wide.split([t.shape[0] for t in tensors]), strict=True):
+            tensor.data = part
     return True
 
 
-def _may_join(weights: Sequence[Weight]) -> bool:
-    if len(weights) < 2 or any(
-        type(weight) is not DenseWeight or weight.parameter is not None for weight in weights
-    ):
-        return False
-    tensors = [cast(DenseWeight, weight).weight for weight in weights]
+def _may_join(tensors: Sequence[Tensor]) -> bool:
     first = tensors[0]
     alike = all(t.dtype == first.dtype and t.device == first.device for t in tensors)
     whole = all(t.is_contiguous() and t.untyped_storage().nbytes() == t.nbytes for t in tensors)
-    return alike and whole and len({t.untyped_storage()._cdata for t in tensors}) == len(tensors)
+    frozen = not any(t.requires_grad for t in tensors)
+    return frozen and alike and whole and len({t.untyped_storage()._cdata for t in tensors}) == len(tensors)
 
 
 def stacked(weights: Sequence[Weight]) -> DenseWeight | Fp8Weight | None:

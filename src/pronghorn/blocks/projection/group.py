@@ -90,9 +90,8 @@ class ProjectionGroup:
         operand = as_operand(x)
         xa = self.down(operand.tensor) if xa is None else xa
         deferring = defer_adapters and xa is not None and self.defers(xa)
-        plain = (xa is None or deferring) and all(p.bias is None for p in self._all_linear())
-        if joined and plain and self.stack is not None:
-            wide = self.stack.matmul(operand)
+        if joined and (xa is None or deferring) and self.stack is not None and self._biases_alike():
+            wide = self.stack.matmul(operand, self._stacked_bias(operand.tensor.dtype))
             return list(wide.split([p.weight.shape[0] for p in self._all_linear()], 1)), xa
         outs: list[Tensor | None] = [None] * len(self.projections)
         if xa is not None and not deferring:
@@ -103,6 +102,17 @@ class ProjectionGroup:
         if xa is not None and not deferring:
             self._add_late_adapters_(done, xa)
         return done, xa
+
+    def _biases_alike(self) -> bool:
+        return len({p.bias is None for p in self._all_linear()}) == 1
+
+    def _stacked_bias(self, dtype: torch.dtype) -> Tensor | None:
+        """The biases as one [Σout]."""
+        biases = [p.bias.detach() for p in self._all_linear() if p.bias is not None]
+        if not biases:
+            return None
+        whole = side_by_side(biases, 0)
+        return (torch.cat(biases) if whole is None else whole).to(dtype)
 
     def forward_residual(
         self, residual: Tensor, x: Tensor | Operand, xa: Tensor | None = None

@@ -171,8 +171,9 @@ def _backward(
 
 @triton.jit
 def _adapted(
-    q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, xa0, xa1, xa2, b0, b1, b2, s0, s1, s2, r0, r1, r2,
-    q_heads, k_heads, q_stride, k_stride, v_stride, xa_stride0, xa_stride1, xa_stride2, tokens, q_groups, k_groups,
+    q_ptr, k_ptr, v_ptr, qy_ptr, ky_ptr, vy_ptr, cos_ptr, sin_ptr, xa0, xa1, xa2, b0, b1, b2, s0, s1, s2, r0, r1, r2,
+    q_heads, k_heads, q_stride, k_stride, v_stride, qy_stride, ky_stride, vy_stride,
+    xa_stride0, xa_stride1, xa_stride2, tokens, q_groups, k_groups,
     D: tl.constexpr, ROTATED: tl.constexpr, HALF_BLOCK: tl.constexpr, REST_BLOCK: tl.constexpr,
     R: tl.constexpr, BT: tl.constexpr, HEADS: tl.constexpr, STAGES: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
@@ -186,13 +187,16 @@ def _adapted(
     turned = zero + half  # columns of each half that turn: none of v's
     x_ptr, xa_ptr, b_ptr, scaling, heads = q_ptr, xa0, b0, zero + s0, zero + q_heads
     rank, stride, xa_stride = zero + r0, zero + q_stride, zero + xa_stride0
+    y_ptr, y_stride = qy_ptr, zero + qy_stride
     if group >= q_groups + k_groups:
         x_ptr, xa_ptr, b_ptr, scaling, heads = v_ptr, xa2, b2, zero + s2, zero + k_heads
         rank, stride, xa_stride = zero + r2, zero + v_stride, zero + xa_stride2
+        y_ptr, y_stride = vy_ptr, zero + vy_stride
         group, turned = group - (q_groups + k_groups), zero
     elif group >= q_groups:
         x_ptr, xa_ptr, b_ptr, scaling, heads = k_ptr, xa1, b1, zero + s1, zero + k_heads
         rank, stride, xa_stride = zero + r1, zero + k_stride, zero + xa_stride1
+        y_ptr, y_stride = ky_ptr, zero + ky_stride
         group = group - q_groups
     start = tl.program_id(1).to(tl.int64) * BT
     row, column, r = tl.arange(0, BT), tl.arange(0, HALF_BLOCK), tl.arange(0, R)
@@ -223,8 +227,9 @@ def _adapted(
         second += dot(xa, tl.trans(b_second), WIDE) * scaling
         turned_first = first * cos_first.to(tl.float32) - second * sin_first.to(tl.float32)
         turned_second = second * cos_second.to(tl.float32) + first * sin_second.to(tl.float32)
-        tl.store(at, turned_first.to(dtype), mask=inside)
-        tl.store(at + half, turned_second.to(dtype), mask=inside)
+        to = y_ptr + start * y_stride + row[:, None] * y_stride + head * D + column[None, :]
+        tl.store(to, turned_first.to(dtype), mask=inside)
+        tl.store(to + half, turned_second.to(dtype), mask=inside)
         if REST_BLOCK > 0:
             beyond = ROTATED + tl.arange(0, REST_BLOCK)
             rest_known = beyond < D
@@ -236,16 +241,17 @@ def _adapted(
                 mask=rest_known[:, None] & known_rank[None, :], other=0.0,
             )  # fmt: skip
             rest += dot(xa, tl.trans(b_rest), WIDE) * scaling
-            tl.store(rest_at, rest.to(dtype), mask=rest_inside)
+            to = y_ptr + start * y_stride + row[:, None] * y_stride + head * D + beyond[None, :]
+            tl.store(to, rest.to(dtype), mask=rest_inside)
 
 
 def adapted_config(tokens: int, heads: int, kv_heads: int) -> dict[str, int]:
-    """Tiles of 32 tokens; so many heads a program that a few thousand programs are left."""
+    """Tiles of 32 tokens and four heads one after the other, fewer where that leaves few programs."""
     block = 32 if tokens > 16 else 16
-    each = 8
-    while each > 1 and triton.cdiv(tokens, block) * (heads + 2 * kv_heads) < 1024 * each:
+    each = 4
+    while each > 1 and triton.cdiv(tokens, block) * (heads + 2 * kv_heads) < 256 * each:
         each //= 2
-    return {"BT": block, "HEADS": each, "STAGES": 2, "num_warps": 4}
+    return {"BT": block, "HEADS": each, "STAGES": 3, "num_warps": 4}
 
 
 def _heads_packed(x: Tensor) -> Tensor:
@@ -254,8 +260,8 @@ def _heads_packed(x: Tensor) -> Tensor:
 
 
 def rope_config(heads: int, kv_heads: int) -> dict[str, int]:
-    """Heads a program holds at once; more reuse of cos and sin against more registers (16 × 128 fp32 = 8 KiB)."""
-    return {"HEADS": 16, "num_warps": 4}
+    """Heads a program holds at once: cos and sin are used again against more registers (8 × 128 fp32 = 4 KiB)."""
+    return {"HEADS": 8, "num_warps": 4}
 
 
 def _blocks(head_dim: int, rotated: int) -> dict[str, int]:
@@ -305,8 +311,10 @@ def adapted_rope_(
     cos: Tensor,
     sin: Tensor,
     adapters: tuple[LowRank | None, LowRank | None, LowRank | None],
+    into: tuple[Tensor, Tensor, Tensor] | None,
 ) -> None:
-    if any(_heads_packed(x) is not x for x in (q, k, v)):
+    ys = into or (q, k, v)
+    if any(_heads_packed(x) is not x for x in (q, k, v, *ys)):
         raise ValueError("in place needs heads and elements contiguous inside a token")
     cos, sin = cos.contiguous(), sin.contiguous()
     tokens, heads, head_dim = q.shape
@@ -320,8 +328,9 @@ def adapted_rope_(
     q_groups, k_groups = triton.cdiv(heads, config["HEADS"]), triton.cdiv(k.shape[1], config["HEADS"])
     if tokens:
         _adapted[(q_groups + 2 * k_groups, triton.cdiv(tokens, config["BT"]))](
-            q, k, v, cos, sin, *xas, *bs, *scalings, *ranks, heads, k.shape[1],
-            q.stride(0), k.stride(0), v.stride(0), *[xa.stride(0) for xa in xas], tokens, q_groups, k_groups,
+            q, k, v, *ys, cos, sin, *xas, *bs, *scalings, *ranks, heads, k.shape[1],
+            q.stride(0), k.stride(0), v.stride(0), *[y.stride(0) for y in ys],
+            *[xa.stride(0) for xa in xas], tokens, q_groups, k_groups,
             D=head_dim, ROTATED=rotated, HALF_BLOCK=max(triton.next_power_of_2(rotated // 2), LEAST_RANK),
             REST_BLOCK=max(triton.next_power_of_2(head_dim - rotated), LEAST_RANK) if rotated < head_dim else 0,
             R=rank_block(ranks), WIDE=is_wide(q), **config,
