@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
+import re
+from importlib import import_module
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -15,6 +20,8 @@ from pronghorn.diagnostics import (
 from pronghorn.diagnostics.checks import Check, NotHere, Unsound, perform
 from pronghorn.diagnostics.compare import excess
 from pronghorn.diagnostics.live import peak_bytes
+
+PACKAGE = Path(doctor.__file__).resolve().parents[1]
 
 
 def test_facts():
@@ -46,10 +53,9 @@ def spoil(function, which: int | None):
     def spoiled(*args, **kwargs):
         found = function(*args, **kwargs)
         tensor = found if which is None else found[which]
-        wide = tensor.view(torch.uint8) if tensor.dtype.itemsize == 1 else tensor
-        wide.view(-1)[wide.numel() // 2] = (
-            97 if wide.dtype == torch.uint8 else float(tensor.view(-1)[0]) + 3.0
-        )
+        raw = tensor.view(torch.uint8) if tensor.dtype.itemsize == 1 else tensor
+        place = tuple(size // 2 for size in raw.shape)
+        raw[place] = 97 if raw.dtype == torch.uint8 else float(raw[place]) + 3.0
         return found
 
     return spoiled
@@ -70,6 +76,10 @@ BROKEN = [
     ("lora_products", "lora_kernels", "output_grads", None, "dXA in"),
     ("lora_products", "lora_kernels", "accumulate_a_", None, "dA in"),
     ("four_bit", "nf4_kernels", "dequantize_4bit", None, "weight in"),
+    ("lora_products", "lora_kernels", "output_grads_and_start", 1, "dXA A in"),
+    ("joined_gradients", "joined_kernels", "unrotate_joined", 2, "dV in"),
+    ("int8_products", "int8_kernels", "quantise_rows", 0, "int8 codes"),
+    ("int8_products", "int8_kernels", "product", None, "Y in"),
     ("fp8_weights", "fp8_kernels", "transpose_codes", None, "turned codes"),
     ("fp8_rows", "norm_kernels", "rms_norm_forward_fp8", 0, "the norm"),
 ]
@@ -84,6 +94,28 @@ def test_a_wrong_element_is_found(monkeypatch, check, module, kernel, which, nam
     with pytest.raises(Unsound) as failed:
         function()
     assert named in str(failed.value)
+
+
+def test_every_kernel_that_training_calls_has_a_check():
+    """Public functions with a Triton version (`impl`), of the modules that something outside of kernels/ imports."""
+    sources = [
+        path.read_text() for path in PACKAGE.rglob("*.py") if not {"kernels", "diagnostics"} & set(path.parts)
+    ]
+    checks = (PACKAGE / "diagnostics" / "kernel_checks.py").read_text()
+    missing = []
+    for path in sorted((PACKAGE / "kernels").glob("*.py")):
+        used = re.compile(
+            rf"pronghorn\.kernels\.{path.stem}\b|from pronghorn\.kernels import .*\b{path.stem}\b"
+        )
+        if path.stem == "dispatch" or not any(map(used.search, sources)):
+            continue
+        module = import_module(f"pronghorn.kernels.{path.stem}")
+        for name, function in inspect.getmembers(module, inspect.isfunction):
+            own = function.__module__ == module.__name__ and not name.startswith("_")
+            kernel = own and "impl" in inspect.signature(function).parameters and name != "fits_kernels"
+            if kernel and not re.search(rf"\b{name}\b", checks):
+                missing.append(f"{path.stem}.{name}")
+    assert not missing, "add these to diagnostics/kernel_checks.py"
 
 
 def test_a_wrong_gradient_of_the_head_is_found(monkeypatch):

@@ -19,9 +19,11 @@ from pronghorn.hardware import probe
 from pronghorn.kernels import dropout as dropout_kernel
 from pronghorn.kernels import fp8 as fp8_kernels
 from pronghorn.kernels import glu as glu_kernels
+from pronghorn.kernels import int8 as int8_kernels
 from pronghorn.kernels import linear_cross_entropy as head_kernels
 from pronghorn.kernels import lora as lora_kernels
 from pronghorn.kernels import nf4 as nf4_kernels
+from pronghorn.kernels import qkv_grads as joined_kernels
 from pronghorn.kernels import rms_norm as norm_kernels
 from pronghorn.kernels import rope as rope_kernels
 from pronghorn.kernels.dispatch import Impl, use_triton
@@ -130,6 +132,29 @@ def rope_with_norms() -> str:
     return _said(compared)
 
 
+def joined_gradients() -> str:
+    """Gradients of q, k and v rotated back and laid side by side, in the compute dtype and with their e4m3 codes."""
+    compared, dim = Comparison(), 64
+    coded = probe().fp8.value is not None
+    for dtype in dtypes():
+        cos, sin = _angles(dim, dtype)
+        dq, dk, dv = (draw(TOKENS, heads, dim, dtype=dtype, seed=i) for i, heads in enumerate((4, 2, 2)))
+        leaves = [x.double().requires_grad_() for x in (dq, dk)]
+        wanted = torch.autograd.grad(
+            [_rotated(x, cos, sin) for x in leaves], leaves, [dq.double(), dk.double()]
+        )
+        truth = [x.flatten(1) for x in (*wanted, dv.double())]
+        for name, got, want in zip(
+            ("dQ", "dK", "dV"), joined_kernels.unrotate_joined(dq, dk, dv, cos, sin), truth, strict=True
+        ):
+            compared.near(name, got, want)
+        if coded:
+            columns = draw(8 * dim, dtype=torch.float32, seed=3).abs()
+            parts, rows = joined_kernels.unrotate_joined_fp8(dq, dk, dv, cos, sin, columns)
+            _codes_near("joined gradients", rows, torch.cat([*parts], 1).double() * columns)
+    return _said(compared) + ("; codes within half a step" if coded else "")
+
+
 def glu() -> str:
     compared = Comparison()
     formulas: dict[str, Callable[[Tensor], Tensor]] = {
@@ -222,6 +247,10 @@ def lora_products() -> str:
             grad = b_grads[i]
             assert grad is not None
             _close(compared, "dB", grad, s * dy.double().T @ parts[i], dtype)
+        both = torch.cat([draw(r, WIDTH, dtype=dtype, seed=r, scale=0.2) for r in ranks])
+        again, start = lora_kernels.output_grads_and_start(dys, bs, scalings, both)
+        compared.near("dXA", again, dxa.double(), slack=2.0)
+        _close(compared, "dXA A", start, again.double() @ both.double(), dtype)
         for impl in impls:
             compared.near("XA", lora_kernels.down(x, a, impl=impl), x.double() @ a.double().T, slack=2.0)
             a_grad = torch.zeros(a.shape, dtype=wide, device=a.device)
@@ -328,6 +357,7 @@ def fp8_rows() -> str:
         x, other = draw(TOKENS, WIDTH, dtype=dtype), draw(TOKENS, 64, dtype=dtype)
         columns = draw(WIDTH + 64, dtype=torch.float32, seed=3).abs()
         _codes_near("rows", fp8_kernels.quantise_rows(x), x)
+        _codes_near("rows of one scale", fp8_kernels.quantise_tensor(x), x)
         joined = torch.cat([x, other], 1).float() * columns
         _codes_near("joined rows", fp8_kernels.quantise_joined([x, other], columns), joined)
         act, rows = fp8_kernels.glu_forward_fp8(x, x.flip(0).contiguous(), "silu")
@@ -367,6 +397,29 @@ def fp8_weights() -> str:
         "dequantised", fp8_kernels.dequantise(codes, scales, torch.bfloat16), codes.double() * scales
     )
     return f"{_said(compared)}; codes within half a step"
+
+
+def int8_products() -> str:
+    """Rows made into int8 codes, and their product with an adapter's share and a residual added on the way out."""
+    if probe().is_cuda and probe().capability < (7, 5):
+        raise NotHere("int8 matrices are multiplied from compute capability 7.5 on")
+    compared = Comparison()
+    x, weight = draw(130, 272, dtype=torch.bfloat16), draw(144, 272, dtype=torch.bfloat16, seed=1)
+    left, right = int8_kernels.quantise_rows(x), int8_kernels.quantise_rows(weight)
+    for name, (codes, scales), exact in (("rows", left, x), ("a weight", right, weight)):
+        off = (codes.double() * scales.double() - exact.double()).abs() / scales.double()
+        if not float(off.max()) <= 0.5001:
+            raise Unsound(f"int8 codes of {name} are further from the numbers than half a scale")
+    share = LowRank(
+        draw(130, 16, dtype=torch.bfloat16, seed=2), draw(144, 16, dtype=torch.bfloat16, seed=3), 0.5
+    )
+    residual = draw(130, 144, dtype=torch.bfloat16, seed=4)
+    product = (left[0].double() * left[1].double()) @ (right[0].double() * right[1].double()).T
+    compared.near("Y", int8_kernels.product(left, right), product, slack=2.0)
+    found = int8_kernels.product(left, right, low_rank=share, residual=residual)
+    whole = product + 0.5 * share.xa.double() @ share.b.double().T + residual.double()
+    compared.near("Y + LoRA + residual", found, whole, slack=2.0)
+    return _said(compared)
 
 
 def fast_linear() -> str:
