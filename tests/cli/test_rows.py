@@ -87,6 +87,7 @@ def test_docstrings():
     ("lines", "where", "what"),
     [
         ([chat(0), '{"messages": [', chat(1)], "line 2", "not JSON"),
+        ([chat(0), str(chat(1))], "line 2", "single quotes"),
         ([chat(0), chat(1), "[1, 2]"], "line 3", "not a row"),
         ([{"text": "a"}, "", {"text": 3}], "line 3", "'text' is a int here and a str in the first row"),
     ],
@@ -98,6 +99,16 @@ def test_bad_line_is_named(tmp_path, lines, where, what):
     assert error.where == f"{path}, {where}"
     assert what in error.message
     assert error.fix
+
+
+def test_broken_files_of_other_kinds_are_named_too(tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_text('[{"text": "a"},\n{"text": \'b\'}]')
+    error = refused(config_for(path))
+    assert error.where == f"{path}, line 2" and f"pronghorn data clean {path} " in error.fix
+    path = write_lines(tmp_path / "rows.csv", ["text,b", "x,1", "y,1,2", "z,1"])
+    error = refused(config_for(path))
+    assert error.where == f"{path}, line 3" and "3 fields and the header 2" in error.message
 
 
 def test_what_is_not_there(tmp_path):

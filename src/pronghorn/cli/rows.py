@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import re
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from typing import Any
 
 from pronghorn.cli.console import first_line
 from pronghorn.config import RunConfig
+from pronghorn.data.reading import KINDS, Problem, RowFile, level_of
 from pronghorn.data.rows import row_kind
 from pronghorn.errors import ConfigInvalid, PronghornError, RowsUnreadable
 
@@ -109,8 +109,8 @@ def _all_rows(config: RunConfig) -> Any:
         source = str(path) if path.is_dir() else name
         return datasets.load_dataset(source, section.subset, split=section.split)
     except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
-        if path.is_file() and suffix == ".jsonl":
-            raise_for_first_bad_line(path)
+        if path.is_file():
+            raise_for_first_bad_row(path)
         raise RowsUnreadable(
             f"the rows of '{name}' cannot be read: {first_line(error.__cause__ or error)}",
             where=where,
@@ -118,28 +118,29 @@ def _all_rows(config: RunConfig) -> Any:
         ) from error
 
 
-def raise_for_first_bad_line(path: Path) -> None:
-    """Raise for the first line of a .jsonl file that is no JSON object, or differs in its types from the first one.
+def raise_for_first_bad_row(path: Path) -> None:
+    """Raise for the first row of a file that is broken, or differs in its types from the first one.
 
     Raises:
         RowsUnreadable: with the file and line.
     """
     first: dict[str, str] | None = None
-    for number, line in _lines(path):
-        where = f"{path}, line {number}"
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
+    file = RowFile(path)
+    for record in file.records():
+        where = f"{path}, line {record.line}" if record.line else f"{path}, row {record.row}"
+        if record.problem is not None:
             raise RowsUnreadable(
-                f"this line is not JSON: {error.msg} at column {error.colno}",
+                f"this line is {_NOT_WHAT.get(file.container, 'not JSON')}: {record.problem.what}",
                 where=where,
-                fix="correct or remove the line",
-            ) from None
-        if not isinstance(row, dict):
+                fix=KINDS[record.problem.kind].fix,
+            )
+        if record.repairs:
+            raise _repairable(Problem(record.repairs[0], KINDS[record.repairs[0]].title), where, path)
+        if not isinstance(record.value, dict):
             raise RowsUnreadable(
                 "this line is not a row", where=where, fix='write each row as an object: {"messages": ...}'
             )
-        shape = {key: type(value).__name__ for key, value in row.items() if value is not None}
+        shape = {key: type(value).__name__ for key, value in record.value.items() if value is not None}
         first = first or shape
         differing = [key for key in shape if key in first and shape[key] != first[key]]
         if differing:
@@ -149,15 +150,24 @@ def raise_for_first_bad_line(path: Path) -> None:
                 where=where,
                 fix="give a column one type in all rows",
             )
+    for line, problem in file.told:
+        if level_of(problem) == "error":
+            raise _repairable(problem, f"{path}, line {line}" if line else str(path), path)
+
+
+_NOT_WHAT = {"CSV": "not a row of the table", "Parquet": "not readable", "plain text": "not text"}
+
+
+def _repairable(problem: Problem, where: str, path: Path) -> RowsUnreadable:
+    """The error for a problem, with the command that puts it right where one does."""
+    kind = KINDS[problem.kind]
+    target = path.with_name(f"{path.stem}-clean.jsonl")
+    fix = f"pronghorn data clean {path} {target}" if kind.repaired else kind.fix
+    return RowsUnreadable(f"this line is not JSON: {problem.what}", where=where, fix=fix)
 
 
 def line_of_row(path: Path, number: int) -> int:
     """The line that holds row ``number`` (from 0) of a .jsonl file; empty lines hold none."""
-    return next(line for row, (line, _) in enumerate(_lines(path)) if row == number)
-
-
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    with path.open(encoding="utf-8", errors="replace") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                yield number, line
+    with path.open("rb") as lines:
+        filled = (line for line, text in enumerate(lines, start=1) if text.strip())
+        return next(line for row, line in enumerate(filled) if row == number)
