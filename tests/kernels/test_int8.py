@@ -6,7 +6,17 @@ import pytest
 import torch
 
 from pronghorn.kernels import fp8
-from pronghorn.kernels.int8 import product, quantise_rows
+from pronghorn.kernels.int8 import (
+    dequantise,
+    hadamard,
+    product,
+    quantise_joined,
+    quantise_rows,
+    quantise_weight,
+    quantise_weight_input_grad,
+    rotate,
+    rotation_of,
+)
 from pronghorn.kernels.lora import LowRank
 from tests.kernels.compare import DTYPES, IMPLS, RELATIVE, random
 
@@ -40,6 +50,101 @@ def test_rows_of_zeros_of_no_numbers_and_no_rows(impl, device):
     assert (codes[0] == 0).all() and scales[:2].isfinite().all() and codes[1, 3] * scales[1] == -5.0
     assert not scales[2:].isfinite().any()
     assert quantise_rows(x[:0], impl=impl)[0].shape == (0, 32)
+
+
+def exactly_turned(x):
+    size = rotation_of(x.shape[-1])
+    turn = hadamard(size, x.device, torch.float64) / size**0.5
+    return (x.double().view(-1, size) @ turn).view(x.shape)
+
+
+def test_the_turn_is_its_own_inverse_and_keeps_lengths():
+    assert [rotation_of(width) for width in (0, 8, 16, 24, 96, 1536, 28672)] == [0, 0, 16, 0, 32, 64, 64]
+    for size in (16, 32, 64):
+        matrix = hadamard(size, torch.device("cpu"))
+        assert (matrix == matrix.t()).all() and (matrix @ matrix == size * torch.eye(size)).all()
+    with pytest.raises(ValueError, match="blocks"):
+        rotate(torch.zeros(2, 24))
+    with pytest.raises(ValueError, match="blocks"):
+        quantise_rows(torch.zeros(2, 24), rotated=True)
+    with pytest.raises(ValueError, match="columns"):
+        quantise_rows(torch.zeros(2, 32), torch.ones(32), rotated=True)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(3, 16), (5, 96), (2, 3, 128), (1, 4160)])
+def test_rotate(impl, dtype, shape, device):
+    x = random(*shape, dtype=dtype, device=device)
+    out = rotate(x, impl=impl)
+    expected = exactly_turned(x)
+    assert out.dtype == dtype and out.shape == x.shape
+    bound = expected.abs() * RELATIVE[dtype] + x.abs().amax().double() * 2**-18
+    assert ((out.double() - expected).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "widths", [(64,), (1536,), (96,), (16, 32, 96), (1088, 128, 128), (24, 8), (16, 16, 16, 80)]
+)
+def test_turned_codes_of_rows_side_by_side(impl, dtype, widths, device):
+    """One scale for a row of all parts, whose blocks are those of the joined width."""
+    parts = [random(5, w + 8, dtype=dtype, device=device, seed=w)[:, :w] for w in widths]
+    parts[0][2] *= 30
+    codes, scales = quantise_joined(parts, rotated=True, impl=impl)
+    exact = exactly_turned(torch.cat(parts, 1))
+    assert codes.shape == exact.shape and codes.is_contiguous()
+    torch.testing.assert_close(scales.double(), exact.abs().amax(1, keepdim=True) / 127, rtol=1e-5, atol=0)
+    off = (codes.double() * scales.double() - exact).abs() / scales.double()
+    assert off.max() <= 0.5 + 1e-3
+    plain, plain_scales = quantise_joined(parts, impl=impl)
+    joined = quantise_rows(torch.cat(parts, 1), impl=impl)
+    assert (plain == joined[0]).all() and (plain_scales == joined[1]).all()
+
+
+@pytest.mark.parametrize("way", [(1, 16, 16), (2, 32, 0), 16])
+def test_ways_of_holding_rows_agree(way, device):
+    """Rows in two pieces, several rows a program, rows read twice: the same codes."""
+    from pronghorn.kernels.triton.int8 import Held
+    from pronghorn.kernels.triton.int8 import quantise_joined as run
+
+    parts = [random(7, w, dtype=torch.bfloat16, device=device, seed=w) for w in (1024, 512, 256)]
+    parts[1][3, 5], parts[2][4, 200] = float("nan"), float("inf")
+    if isinstance(way, tuple):
+        way = Held(*way, warps=4, stages=2, per_processor=1)
+    codes, scales = run(parts, None, True, way)
+    expected, expected_scales = quantise_joined(parts, rotated=True, impl="torch")
+    assert (scales.isfinite().view(-1) == torch.tensor([1, 1, 1, 0, 0, 1, 1], device=device).bool()).all()
+    finite = scales.isfinite().view(-1)
+    torch.testing.assert_close(scales[finite], expected_scales[finite], rtol=1e-5, atol=0)
+    assert (codes[finite].int() - expected[finite].int()).abs().max() <= 1
+    assert (codes[finite] != expected[finite]).double().mean() < 1e-3
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_products_of_turned_codes_are_those_of_what_was_turned(impl, device):
+    """Forward and input gradient of two weights beside each other, next to fp64; the error is that of 8 bits."""
+    x, outlier = random(70, 192, dtype=torch.bfloat16, device=device), 3
+    x[:, outlier] *= 100  # a column that would take all of the scale
+    weights = [random(n, 192, dtype=torch.bfloat16, device=device, seed=n) for n in (128, 64)]
+    weight = torch.cat(weights).double()
+    out = product(
+        quantise_rows(x, rotated=True, impl=impl), quantise_weight(weights[0], impl=impl), impl=impl
+    )
+    expected = x.double() @ weight[:128].t()
+    assert (out.double() - expected).norm() <= 0.02 * expected.norm()
+    dy = [random(70, n, dtype=torch.bfloat16, device=device, seed=n) for n in (128, 64)]
+    right = quantise_weight_input_grad(weights, impl=impl)
+    assert right[0].shape == (192, 192) and right[1].shape == (192, 1)
+    dx = product(quantise_joined(dy, rotated=True, impl=impl), right, impl=impl)
+    expected = torch.cat(dy, 1).double() @ weight
+    assert (dx.double() - expected).norm() <= 0.015 * expected.norm()
+    # A half of a scale each, and the turn spreads them.
+    back = dequantise(*right, torch.float32)
+    assert (back.double() - weight.t()).norm() <= 0.01 * weight.norm()
+    stored = dequantise(*quantise_weight(weights[0], impl=impl), torch.bfloat16)
+    assert (stored.double() - weight[:128]).norm() <= 0.01 * weight[:128].norm()
 
 
 def operands(kind: str, m: int, n: int, k: int, device, spare: int = 0):

@@ -159,12 +159,10 @@ def product(
     right: tuple[Tensor, Tensor],
     low_rank: LowRank | None,
     residual: Tensor | None,
-    dtype: torch.dtype,
+    out: Tensor,
 ) -> Tensor:
     (codes, row_scales), (others, column_scales) = left, right
     codes, others = unit_rows(codes), unit_rows(others)
-    m, n = codes.shape[0], others.shape[0]
-    out = torch.empty(m, n, dtype=dtype, device=codes.device)
     if low_rank is not None and (low_rank.scaling == 0 or low_rank.xa.shape[1] == 0):
         low_rank = None
     xa = b = None
@@ -201,7 +199,7 @@ def by_pointers(call: Call, rows: int = 128, columns: int = 128, inner: int = 64
     _gemm_pointers[(triton.cdiv(m, rows) * triton.cdiv(n, columns),)](
         call.left, call.right, call.out, call.out if xa is None else xa, call.out if b is None else b,
         call.row_scales, call.column_scales, call.out if residual is None else residual,
-        call.left.stride(0), call.right.stride(0), n, 0 if xa is None else xa.stride(0),
+        call.left.stride(0), call.right.stride(0), call.out.stride(0), 0 if xa is None else xa.stride(0),
         0 if b is None else b.stride(0), 0 if residual is None else residual.stride(0),
         call.scaling, m, n, k, 0 if xa is None else xa.shape[1],
         BM=rows, BN=columns, BK=inner, GROUP=8, R=call.rank, RESIDUAL=residual is not None,
