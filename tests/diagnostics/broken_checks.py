@@ -52,3 +52,22 @@ CHECKS = [
     Check("other", "after", "tests.diagnostics.broken_checks:good"),
 ]
 SLOW = _checks("good", "hangs", "raises")
+
+
+def loses_the_gpu() -> str:
+    """As an illegal memory access does: the process goes on, its GPU does not."""
+    from pronghorn.diagnostics import worker
+
+    worker.device_lost = lambda: True
+    raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+
+def process_number() -> str:
+    return str(os.getpid())
+
+
+LOSING = [
+    Check("group", "before", "tests.diagnostics.broken_checks:process_number"),
+    *_checks("loses_the_gpu"),
+    Check("group", "after it", "tests.diagnostics.broken_checks:process_number"),
+]

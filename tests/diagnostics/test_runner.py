@@ -39,6 +39,13 @@ def test_a_check_that_hangs_is_stopped():
     assert time.monotonic() - began < 60
 
 
+def test_a_lost_gpu_is_left_to_a_new_process():
+    before, lost, after = runner.run_apart(REGISTRY + "LOSING")
+    assert (before.status, lost.status, after.status) == ("PASS", "FAIL", "PASS")
+    assert before.detail != after.detail
+    assert "CUDA_LAUNCH_BLOCKING" in lost.fix
+
+
 def test_a_reader_that_leaves_ends_the_rest():
     def leaving(result):
         raise BrokenPipeError

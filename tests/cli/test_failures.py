@@ -1,0 +1,71 @@
+"""What goes wrong in the middle of ``pronghorn train`` ends in one explained line, never in a traceback."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from pronghorn.cli.main import main
+from tests.tiny import save_tiny
+
+CONFIG = """\
+model: {{name: {model}, max_seq_length: 64, dtype: float32, load_in_4bit: false}}
+adapter: {{r: 4, lora_alpha: 8}}
+data: {{dataset: {rows}, held_back: 0}}
+training: {{max_steps: 2, per_device_train_batch_size: 4, logging_steps: 1, save_steps: 1}}
+output: {{folder: {out}}}
+"""
+
+
+@pytest.fixture
+def config(tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    texts = ["grass and sagebrush", "the fastest land animal", "what does it eat?", "North America"]
+    rows.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    model = save_tiny(tmp_path / "model", "llama")
+    path = tmp_path / "run.yaml"
+    path.write_text(CONFIG.format(model=model, rows=rows, out=tmp_path / "out"))
+    return path
+
+
+def refused(capsys, *arguments) -> str:
+    assert main(["train", *map(str, arguments)]) == 2
+    said = capsys.readouterr().err
+    lines = [line for line in said.splitlines() if line.startswith("pronghorn: [PH")]
+    assert len(lines) == 1 and "Traceback" not in said
+    return lines[0]
+
+
+def test_a_value_that_is_no_number_in_the_checkpoint(config, capsys):
+    file = config.parent / "model" / "model.safetensors"
+    weights = load_file(file)
+    weights["model.layers.1.mlp.down_proj.weight"][5, 7] = float("nan")
+    save_file(weights, file, metadata={"format": "pt"})
+    said = refused(capsys, config)
+    assert "[PH701] the loss is nan at step 1" in said
+    assert "model.layers.1.mlp.down_proj.base_layer.weight has a value that is nan (first at [5, 7])" in said
+    assert "load or download the checkpoint again" in said
+
+
+def test_resuming_with_another_rank(config, capsys):
+    assert main(["train", str(config)]) == 0
+    capsys.readouterr()
+    said = refused(capsys, config, "--resume", "--set", "adapter.r=8", "--set", "training.max_steps=4")
+    assert "[PH604]" in said and "r is 4 there and 8 here" in said
+
+
+def test_other_libraries_errors(config, capsys, monkeypatch, tmp_path):
+    from pronghorn.cli import unexpected
+    from pronghorn.training import SFTTrainer
+
+    monkeypatch.setattr(unexpected.tempfile, "gettempdir", lambda: str(tmp_path))
+
+    def fails(self, *args, **kwargs):
+        return torch.ones(2, 2).half() @ torch.ones(2, 2)
+
+    monkeypatch.setattr(SFTTrainer, "training_step", fails)
+    assert "[PH206] tensors of two dtypes" in refused(capsys, config)
+    assert list(tmp_path.glob("pronghorn-*.log"))
