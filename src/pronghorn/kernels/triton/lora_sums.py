@@ -41,7 +41,35 @@ def _sum_tile(
     tl.store(to, total.to(out_ptr.dtype.element_ty), mask=inside)
 
 
+#: Sizes that say nothing about alignment. Compiling for each of their kinds (1, a multiple of 16, another) takes a
+#: second each time.
+_PLAIN = (
+    "r0", "r1", "r2", "w0", "w1", "blocks0", "blocks1", "blocks2", "wanted0", "wanted1", "wanted2", "tokens", "shares",
+)  # fmt: skip
+_PLAIN_START = (*_PLAIN, "columns_each", "pieces", "token_programs", "row_blocks")
+
+
 @triton.jit
+def _of(part, first, second, third):
+    """The part's own of three numbers or pointers. One body for all parts is compiled once instead of three times."""
+    return tl.where(part == 0, first, tl.where(part == 1, second, third))
+
+
+@triton.jit
+def _sum_db(
+    partial_ptr, db0, db1, db2, s0, s1, s2, r0, r1, r2, w0, w1, stride0, stride1, stride2, wanted0, wanted1, wanted2,
+    slab, shares, part, block, R: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """A block of a part's dB += its sum; all rows of a part are wanted or none."""
+    begin = _of(part, w0 * 0, w0, w0 + w1).to(tl.int64) * R
+    _sum_tile(
+        partial_ptr + begin, _of(part, db0, db1, db2), slab, shares, _of(part, wanted0, wanted1, wanted2),
+        _of(part, r0, r1, r2), R, _of(part, stride0, stride1, stride2), _of(part, s0, s1, s2), block, 0, True, ROWS, R,
+        DEPTH,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=(*_PLAIN, "token_blocks"))
 def _sum_grads(
     dxa_partial_ptr, db_partial_ptr, dxa0, dxa1, dxa2, db0, db1, db2, s0, s1, s2, r0, r1, r2, w0, w1,
     db_stride0, db_stride1, db_stride2, blocks0, blocks1, blocks2, wanted0, wanted1, wanted2,
@@ -51,29 +79,16 @@ def _sum_grads(
     """All sums of `_grads`: programs of axis 1 are the parts, those of axis 0 rows of dXA and then rows of dB."""
     part, block = tl.program_id(1), tl.program_id(0)
     if block < token_blocks:
-        if part == 0:
-            _sum_tile(
-                dxa_partial_ptr, dxa0, slab, blocks0, tokens, r0, R, dxa_stride, s0, block, 0, False, ROWS, R, DEPTH,
-            )  # fmt: skip
-        elif part == 1:
-            at = dxa_partial_ptr + part.to(tl.int64) * blocks0 * slab
-            _sum_tile(at, dxa1, slab, blocks1, tokens, r1, R, dxa_stride, s1, block, 0, False, ROWS, R, DEPTH)
-        else:
-            at = dxa_partial_ptr + (part - 1).to(tl.int64) * (blocks0 + blocks1) * slab
-            _sum_tile(at, dxa2, slab, blocks2, tokens, r2, R, dxa_stride, s2, block, 0, False, ROWS, R, DEPTH)
+        begin = _of(part, blocks0 * 0, blocks0, blocks0 + blocks1).to(tl.int64) * slab
+        _sum_tile(
+            dxa_partial_ptr + begin, _of(part, dxa0, dxa1, dxa2), slab, _of(part, blocks0, blocks1, blocks2), tokens,
+            _of(part, r0, r1, r2), R, dxa_stride, _of(part, s0, s1, s2), block, 0, False, ROWS, R, DEPTH,
+        )  # fmt: skip
     elif NEED_B:
-        # Rows wanted of a part: all or none of them.
-        block -= token_blocks
-        if part == 0:
-            _sum_tile(
-                db_partial_ptr, db0, slab_b, shares, wanted0, r0, R, db_stride0, s0, block, 0, True, ROWS, R, DEPTH,
-            )  # fmt: skip
-        elif part == 1:
-            at = db_partial_ptr + w0 * R
-            _sum_tile(at, db1, slab_b, shares, wanted1, r1, R, db_stride1, s1, block, 0, True, ROWS, R, DEPTH)
-        else:
-            at = db_partial_ptr + (w0 + w1) * R
-            _sum_tile(at, db2, slab_b, shares, wanted2, r2, R, db_stride2, s2, block, 0, True, ROWS, R, DEPTH)
+        _sum_db(
+            db_partial_ptr, db0, db1, db2, s0, s1, s2, r0, r1, r2, w0, w1, db_stride0, db_stride1, db_stride2,
+            wanted0, wanted1, wanted2, slab_b, shares, part, block - token_blocks, R, ROWS, DEPTH,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -103,7 +118,7 @@ def _times_a(dxa, a_ptr, a_stride, rank, column, known_column, R: tl.constexpr, 
     return dot(dxa, a, WIDE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_PLAIN_START)
 def _sum_grads_start(
     dxa_partial_ptr, db_partial_ptr, dxa0, dxa1, dxa2, db0, db1, db2, a_ptr, start_ptr, s0, s1, s2, r0, r1, r2, w0, w1,
     db_stride0, db_stride1, db_stride2, blocks0, blocks1, blocks2, wanted0, wanted1, wanted2,
@@ -148,19 +163,11 @@ def _sum_grads_start(
             to = start_ptr + start * width + row[:, None] * width + column[None, :]
             tl.store(to, y.to(start_ptr.dtype.element_ty), mask=known_row[:, None] & known_column[None, :])
     elif NEED_B:
-        # Rows wanted of a part: all or none of them.
         program -= token_programs
-        part, block = program // row_blocks, program % row_blocks
-        if part == 0:
-            _sum_tile(
-                db_partial_ptr, db0, slab_b, shares, wanted0, r0, R, db_stride0, s0, block, 0, True, ROWS, R, DEPTH,
-            )  # fmt: skip
-        elif part == 1:
-            at = db_partial_ptr + w0 * R
-            _sum_tile(at, db1, slab_b, shares, wanted1, r1, R, db_stride1, s1, block, 0, True, ROWS, R, DEPTH)
-        else:
-            at = db_partial_ptr + (w0 + w1) * R
-            _sum_tile(at, db2, slab_b, shares, wanted2, r2, R, db_stride2, s2, block, 0, True, ROWS, R, DEPTH)
+        _sum_db(
+            db_partial_ptr, db0, db1, db2, s0, s1, s2, r0, r1, r2, w0, w1, db_stride0, db_stride1, db_stride2,
+            wanted0, wanted1, wanted2, slab_b, shares, program // row_blocks, program % row_blocks, R, ROWS, DEPTH,
+        )  # fmt: skip
 
 
 def start_config(tokens: int, width: int, sms: int) -> dict[str, int]:
