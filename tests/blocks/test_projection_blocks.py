@@ -87,7 +87,7 @@ def test_glu_block(ranks, level, packed, kernels, stacks, monkeypatch):
             block.add_residual(normal(T, HIDDEN), normal(T, HIDDEN, seed=1), torch.float32, again)
             if saves.summed is None:
                 saves = again
-            dx = block.backward(normal(T, HIDDEN, seed=2), torch.float32, saves, sink)
+            dx = block.backward(normal(T, HIDDEN, seed=2), torch.float32, saves, sink).tensor
         results.append([out, dx, *(g for g in sink.gradients if g is not None), *gradients(gate_up, down)])
     for one, two in zip(*results, strict=True):
         # fp32 sums of a few hundred terms in another order.

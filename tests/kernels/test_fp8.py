@@ -23,7 +23,12 @@ from pronghorn.kernels.fp8 import (
     transpose_codes,
 )
 from pronghorn.kernels.glu import glu_forward
-from pronghorn.kernels.rms_norm import rms_norm_forward, rms_norm_forward_fp8
+from pronghorn.kernels.rms_norm import (
+    rms_norm_backward,
+    rms_norm_backward_fp8,
+    rms_norm_forward,
+    rms_norm_forward_fp8,
+)
 from tests.kernels.compare import DTYPES, IMPLS, INTERPRETED, random
 
 SHAPES = [(1, 16), (5, 96), (7, 130), (3, 1024)]
@@ -225,6 +230,22 @@ def test_norm_quantises_what_it_gives(impl, dtype, with_residual, device):
     for one, other in zip(plain, fused, strict=True):
         assert torch.equal(one, other)
     expected, expected_scales = quantise_rows(fused[0], impl=impl)
+    assert torch.equal(scales, expected_scales) and torch.equal(codes.float(), expected.float())
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("need_weight_grad", [False, True])
+def test_the_norms_backward_quantises_what_it_gives(impl, dtype, need_weight_grad, device):
+    x, dy, residual = (random(5, 130, dtype=dtype, device=device, seed=seed) for seed in range(3))
+    weight = random(130, dtype=dtype, device=device, seed=3)
+    columns = (torch.arange(130, device=device) % 7 - 3).to(torch.int8)
+    options = {"eps": 1e-5, "residual_grad": residual, "need_weight_grad": need_weight_grad, "impl": impl}
+    plain = rms_norm_backward(dy, x, weight, None, **options)
+    *fused, (codes, scales) = rms_norm_backward_fp8(dy, x, weight, None, columns, **options)
+    assert torch.equal(plain[0], fused[0]) and (plain[1] is None) is not need_weight_grad
+    assert not need_weight_grad or torch.equal(plain[1], fused[1])
+    expected, expected_scales = quantise_rows(fused[0], columns, impl=impl)
     assert torch.equal(scales, expected_scales) and torch.equal(codes.float(), expected.float())
 
 

@@ -14,9 +14,9 @@ from pronghorn.blocks.norm import Norm
 from pronghorn.blocks.projection import GradientSink, ProjectionGroup
 from pronghorn.kernels.attention import AttentionCall, Documents, attention_forward
 from pronghorn.kernels.qkv_grads import unrotate_joined, unrotate_joined_fp8
-from pronghorn.kernels.rms_norm import rms_norm_backward
 from pronghorn.kernels.rope import adapted_rope_, qk_rope_backward, qk_rope_forward
-from pronghorn.weights import DenseWeight, Fp8Weight, Operand
+from pronghorn.weights import DenseWeight, Fp8Weight, Int8Weight, Operand
+from pronghorn.weights.operand import as_operand
 
 
 def new_like(x: Tensor) -> Tensor:
@@ -130,15 +130,25 @@ class AttentionBlock:
         )
 
     def backward(
-        self, dy: Tensor, x: Tensor, dtype: torch.dtype, saves: AttentionSaves, sink: GradientSink, need: bool
+        self,
+        dy: Tensor | Operand,
+        x: Tensor,
+        dtype: torch.dtype,
+        saves: AttentionSaves,
+        sink: GradientSink,
+        need: bool,
     ) -> Tensor | None:
         """dX [T, H] including the residual path (None unless `need`); `saves` rebuilt before, consumed here."""
-        dbranch = dy if dy.dtype == dtype else dy.to(dtype)
+        given = as_operand(dy)
+        dy = given.tensor
+        dbranch = given if dy.dtype == dtype else Operand(dy.to(dtype))
+        del given
         out, lse, v = saves.out, saves.lse, saves.v
         assert out is not None and lse is not None and v is not None
         flat = out.view(out.shape[0], -1)
         dout, dxa_o = self.o.input_grad([dbranch], flat, sink, xa=saves.xa_o)
         self.o.parameter_grads([dbranch], flat, saves.xa_o, dxa_o, sink)
+        dbranch.release()
         assert dout is not None
         q, k = self._rotated(saves)
         dq, dk, dv = grouped_attention_backward(dout.view_as(out), q, k, v, out, lse, self.docs, self.call)
@@ -156,18 +166,7 @@ class AttentionBlock:
         self.qkv.parameter_grads(dys, normed, saves.xa_qkv, dxa, sink)
         if dnormed is None:
             return None
-        dx, dweight = rms_norm_backward(
-            dnormed,
-            x,
-            self.norm.weight,
-            None,
-            eps=self.norm.eps,
-            weight_offset=self.norm.offset,
-            residual_grad=dy,
-            need_weight_grad=sink.wants(self.norm.weight),
-        )
-        if dweight is not None:
-            sink.add(self.norm.weight, dweight)
+        dx = self.norm.backward(dnormed, x, dy, sink).tensor
         return dx if need else None
 
     def _projection_grads(
@@ -180,7 +179,7 @@ class AttentionBlock:
             if columns is not None and isinstance(stack, Fp8Weight):
                 parts, rows = unrotate_joined_fp8(dq, dk, dv, self.cos, self.sin, stack.columns)
                 return parts, Operand(parts[0], rows, stack.columns)
-            if joining.QKV_INPUT_GRAD and isinstance(stack, DenseWeight):
+            if joining.QKV_INPUT_GRAD and isinstance(stack, DenseWeight | Int8Weight):
                 return unrotate_joined(dq, dk, dv, self.cos, self.sin), None
         dq, dk = self._rope_backward(dq, dk, saves, sink)
         return [g.reshape(g.shape[0], -1) for g in (dq, dk, dv)], None

@@ -19,7 +19,6 @@ from pronghorn.blocks.norm import Norm
 from pronghorn.blocks.projection import GradientSink, LinearProjection, ProjectionGroup
 from pronghorn.kernels.glu import glu_backward, glu_backward_down_, glu_forward, glu_forward_down
 from pronghorn.kernels.lora import LowRank
-from pronghorn.kernels.rms_norm import rms_norm_backward
 from pronghorn.weights import Fp8Weight, Operand
 
 #: Rows of a tile unless told otherwise: enough for products at full speed, and for a 4-bit weight that is dequantised
@@ -126,7 +125,7 @@ class GluBlock:
             out = summed.clone() if keeps(level, "attention") else summed
             for at in tiles:
                 self.down.forward_add_(out[at], *self._activated(dtype, level, saves.rows(at)))
-        elif keeps(level, "attention"):
+        elif keeps(level, "attention") or self.down.fuses:
             out, saves.xa_down = self.down.forward_residual(summed, *self._activated(dtype, level, saves))
         else:
             out = summed
@@ -191,29 +190,45 @@ class GluBlock:
         assert saves.normed is not None
         return saves.normed
 
-    def backward(self, dout: Tensor, dtype: torch.dtype, saves: GluSaves, sink: GradientSink) -> Tensor:
-        """Gradient of the residual sum y [T, H]; `saves` hold at least that sum and are consumed here."""
+    def backward(
+        self,
+        dout: Tensor,
+        dtype: torch.dtype,
+        saves: GluSaves,
+        sink: GradientSink,
+        columns: Tensor | None = None,
+    ) -> Operand:
+        """Gradient of the residual sum y [T, H]; `saves` hold at least that sum and are consumed here. With `columns`
+        (`ProjectionGroup.columns_of_dy` of the projection that it goes to next) it is quantised where it is made."""
         assert saves.summed is not None
         tiles = self.tiles(dout.shape[0])
         if len(tiles) == 1:
-            return self._backward_rows(dout, dtype, saves, sink)
+            same = saves.summed.dtype == dtype
+            return self._backward_rows(dout, dtype, saves, sink, columns if same else None)
         dsummed = torch.empty_like(saves.summed)
         for at in tiles:
-            dsummed[at] = self._backward_rows(dout[at], dtype, saves.rows(at), sink)
-        return dsummed
+            dsummed[at] = self._backward_rows(dout[at], dtype, saves.rows(at), sink).tensor
+        return Operand(dsummed)
 
-    def _backward_rows(self, dout: Tensor, dtype: torch.dtype, saves: GluSaves, sink: GradientSink) -> Tensor:
+    def _backward_rows(
+        self,
+        dout: Tensor,
+        dtype: torch.dtype,
+        saves: GluSaves,
+        sink: GradientSink,
+        columns: Tensor | None = None,
+    ) -> Operand:
         self._rebuild(dtype, saves)
         saves.codes = saves.code_scales = None
         dbranch = dout if dout.dtype == dtype else dout.to(dtype)
         gate, up, summed = saves.gate, saves.up, saves.summed
         assert gate is not None and up is not None and summed is not None
         saves.gate = saves.up = None
-        columns, row_max = self.gate_up.fp8_columns() if joining.ROW_MAX_BACKWARD else None, None
-        if columns is not None:
+        exponents, row_max = self.gate_up.fp8_columns() if joining.ROW_MAX_BACKWARD else None, None
+        if exponents is not None:
             row_max = gate.new_zeros(gate.shape[0], dtype=torch.float32)
-        dgate, dup = self._through_activation(gate, up, dbranch, saves, sink, row_max, columns)
-        normed, norm = self._normed(dtype, saves), self.norm
+        dgate, dup = self._through_activation(gate, up, dbranch, saves, sink, row_max, exponents)
+        normed = self._normed(dtype, saves)
         stack, of_stack = self.gate_up.stack, None
         if row_max is not None and isinstance(stack, Fp8Weight):
             of_stack = Operand.joined([dgate, dup], stack.columns, row_max)
@@ -228,19 +243,7 @@ class GluBlock:
         del of_stack
         self.gate_up.parameter_grads([dgate, dup], normed, saves.xa_gate_up, dxa, sink)
         assert dnormed is not None
-        dsummed, dweight = rms_norm_backward(
-            dnormed,
-            summed,
-            norm.weight,
-            None,
-            eps=norm.eps,
-            weight_offset=norm.offset,
-            residual_grad=dout,
-            need_weight_grad=sink.wants(norm.weight),
-        )
-        if dweight is not None:
-            sink.add(norm.weight, dweight)
-        return dsummed
+        return self.norm.backward(dnormed, summed, dout, sink, columns)
 
     def _through_activation(
         self,

@@ -96,7 +96,7 @@ class DecoderLayer:
         self, dout: Tensor, x: Tensor, saves: LayerSaves, sink: GradientSink, need: bool
     ) -> Tensor | None:
         self._attend(x, saves)
-        dsummed = self.glu.backward(dout, self.dtype, saves.glu, sink)
+        dsummed = self.glu.backward(dout, self.dtype, saves.glu, sink, self.attention.o.columns_of_dy())
         saves.glu = GluSaves()
         return self.attention.backward(dsummed, x, self.dtype, saves.attention, sink, need)
 

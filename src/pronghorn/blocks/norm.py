@@ -7,7 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pronghorn.kernels.rms_norm import rms_norm_forward, rms_norm_forward_fp8
+from pronghorn.blocks.projection import GradientSink
+from pronghorn.kernels.rms_norm import (
+    rms_norm_backward,
+    rms_norm_backward_fp8,
+    rms_norm_forward,
+    rms_norm_forward_fp8,
+)
 from pronghorn.weights import Operand
 
 
@@ -32,3 +38,24 @@ class Norm:
             return Operand(y, rows), summed
         y, _, summed = rms_norm_forward(x, self.weight, self.eps, **options)
         return Operand(y), summed
+
+    def backward(
+        self, dy: Tensor, x: Tensor, residual_grad: Tensor, sink: GradientSink, columns: Tensor | None = None
+    ) -> Operand:
+        """Gradient of the normalised x plus `residual_grad`; the weight's goes to the sink. With `columns` the gradient
+        is quantised in the same pass, for the input gradient of the one weight that has these factors."""
+        options = {
+            "eps": self.eps,
+            "weight_offset": self.offset,
+            "residual_grad": residual_grad,
+            "need_weight_grad": sink.wants(self.weight),
+        }
+        if columns is None:
+            dx, dweight = rms_norm_backward(dy, x, self.weight, None, **options)
+            found = Operand(dx)
+        else:
+            dx, dweight, rows = rms_norm_backward_fp8(dy, x, self.weight, None, columns, **options)
+            found = Operand(dx, rows, columns)
+        if dweight is not None:
+            sink.add(self.weight, dweight)
+        return found

@@ -132,6 +132,46 @@ def rms_norm_backward(
     return dx, dweight
 
 
+def rms_norm_backward_fp8(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    rstd: Tensor | None,
+    columns: Tensor,
+    *,
+    eps: float,
+    weight_offset: float = 0.0,
+    residual_grad: Tensor | None = None,
+    need_weight_grad: bool = False,
+    impl: Impl | None = None,
+) -> tuple[Tensor, Tensor | None, Fp8Rows]:
+    """`rms_norm_backward`, and the e4m3 codes [T, H] of the rounded dx · columns with their scales [T, 1].
+
+    Args:
+        columns: factors of dx's columns, as for `kernels.fp8.quantise_rows`.
+    """
+    if use_triton(x, impl):
+        from pronghorn.kernels.triton.rms_norm import backward
+
+        codes = torch.empty(x.shape, dtype=E4M3, device=x.device)
+        scales = torch.empty(x.shape[0], 1, dtype=torch.float32, device=x.device)
+        made = (codes, scales, columns.contiguous().view(-1))
+        dx, dweight = backward(dy, x, weight, rstd, eps, weight_offset, residual_grad, need_weight_grad, made)
+        return dx, dweight, (codes, scales)
+    dx, dweight = rms_norm_backward(
+        dy,
+        x,
+        weight,
+        rstd,
+        eps=eps,
+        weight_offset=weight_offset,
+        residual_grad=residual_grad,
+        need_weight_grad=need_weight_grad,
+        impl="torch",
+    )
+    return dx, dweight, quantise_rows(dx, columns, impl="torch")
+
+
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, weight_offset: float) -> Tensor:

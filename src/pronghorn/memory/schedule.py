@@ -183,9 +183,9 @@ class Step:
         shape, t, e = self.shape, self.tokens, self.element
         saves = self._fetch(index) if parks(level) else self.kept[index]
         self._attend(level, saves)
-        dsummed = self._glu_backward(saves)
+        dsummed, codes = self._glu_backward(saves)
         self._drop(saves, "summed", "normed_glu", *_GLU)
-        dout_o = self._input_grad(OUT, t, "xa_o" in saves)
+        dout_o = self._input_grad(OUT, t, "xa_o" in saves, True, codes)
         rotated = [self._new(t * width * e) for width in (shape.q, shape.kv)] if shape.qk_norm else []
         gradients = [self._new(t * width * e) for width in (shape.q, shape.kv, shape.kv)]
         for _ in range(head_groups(t, shape.kv_heads, shape.attention)):
@@ -197,7 +197,7 @@ class Step:
             self._free(*gradients[:2])
             gradients = [*fresh, gradients[2]]
         need = index > 0 or shape.trained == "all"
-        codes: list[int] | None = None
+        codes = None
         if shape.joined and need and not shape.qk_norm and (joining.QKV_INPUT_GRAD or shape.fp8_forward):
             wide = self._new(t * (shape.q + 2 * shape.kv) * e)
             codes = self._joined_operand(QKV, t)
@@ -213,11 +213,13 @@ class Step:
         self._drop(saves, *list(saves))
         return dx
 
-    def _glu_backward(self, saves: dict[str, tuple[int, int]]) -> int:
+    def _glu_backward(self, saves: dict[str, tuple[int, int]]) -> tuple[int, list[int] | None]:
+        """The gradient of the residual sum, and its codes where the norm's backward makes them for o."""
         shape, e = self.shape, self.element
         tiles = self._tiles()
         dsummed = self._new(self._residual()) if len(tiles) > 1 else -1
         kept = "gate" in saves
+        codes: list[int] | None = None
         for at in tiles:
             rows = at.stop - at.start
             if not kept:
@@ -236,6 +238,8 @@ class Step:
                 rebuilt = True
                 self._keep(saves, "normed_glu", rows * shape.hidden * e)
             dnormed = self._input_grad(GATE_UP, rows, True, True, self._joined_operand(GATE_UP, rows))
+            if len(tiles) == 1 and shape.storage.startswith("fp8") and shape.residual_element == e:
+                codes = [self._new(rows * shape.hidden), self._new(4 * rows)]
             part = self._new(rows * shape.hidden * shape.residual_element)
             if not kept:
                 self._drop(saves, "gate", "up", "xa_gate_up")
@@ -246,7 +250,7 @@ class Step:
                 self._free(part)
             else:
                 dsummed = part
-        return dsummed
+        return dsummed, codes
 
     def _attention_workspace(self) -> list[int]:
         """What lives while the gradients of one group of heads are made, besides those of all heads."""

@@ -4,18 +4,22 @@ from pronghorn.weights.adjacent import side_by_side
 from pronghorn.weights.base import DenseWeight, Weight
 from pronghorn.weights.fp8 import Fp8FourBitWeight, Fp8GradWeight, Fp8Weight
 from pronghorn.weights.fp8_linear import Fp8Linear, keep_expanded
+from pronghorn.weights.int8 import Int8Weight
+from pronghorn.weights.int8_linear import Int8Linear
 from pronghorn.weights.operand import Operand
-from pronghorn.weights.quantised import FourBitWeight, Int8Weight
+from pronghorn.weights.quantised import BitsAndBytesInt8Weight, FourBitWeight
 from pronghorn.weights.read import keep_four_bit_layout, read_weight
 from pronghorn.weights.stack import join, join_tensors, lay_side_by_side, stacked
 
 __all__ = [
+    "BitsAndBytesInt8Weight",
     "DenseWeight",
     "FourBitWeight",
     "Fp8FourBitWeight",
     "Fp8GradWeight",
     "Fp8Linear",
     "Fp8Weight",
+    "Int8Linear",
     "Int8Weight",
     "Operand",
     "Weight",

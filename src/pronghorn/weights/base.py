@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from pronghorn.kernels.lora import LowRank
 from pronghorn.weights.operand import Operand, rows_of
 
 
@@ -27,6 +28,8 @@ class Weight:
     #: whether `matmul_add_` and `matmul_t_add_` add inside the product, without a second pass over the result
     adds_forward: bool = True
     adds_input_grad: bool = True
+    #: whether `matmul_fused` and `matmul_t_fused` exist, which add an adapter's share along with all else
+    fuses: bool = False
 
     @property
     def quantises_rows(self) -> bool:
@@ -58,6 +61,23 @@ class Weight:
         """out [T, in] += dy [T, out] @ W, in place."""
         dy = rows_of(dy)
         return out.addmm_(dy, self.dense(dy.dtype))
+
+    def matmul_fused(
+        self,
+        x: Tensor | Operand,
+        low_rank: LowRank | None = None,
+        residual: Tensor | None = None,
+        bias: Tensor | None = None,
+    ) -> Tensor:
+        """x [T, in] @ Wᵀ + low_rank + residual (+ bias) -> [T, out] in x's dtype, without a pass of its own for either;
+        `low_rank` and `residual` [T, out] have that dtype, too."""
+        raise NotImplementedError
+
+    def matmul_t_fused(
+        self, dy: Tensor | Operand, low_rank: LowRank | None = None, residual: Tensor | None = None
+    ) -> Tensor:
+        """dy [T, out] @ W + low_rank + residual -> [T, in] in dy's dtype; `low_rank.b` is Aᵀ [in, R]."""
+        raise NotImplementedError
 
 
 class DenseWeight(Weight):

@@ -7,8 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
 from pronghorn.kernels.fp8 import (
     E4M3,
@@ -19,6 +17,7 @@ from pronghorn.kernels.fp8 import (
     quantise_weight,
     transpose_codes,
 )
+from pronghorn.weights.dequantised import dequantised_linear
 from pronghorn.weights.fp8 import Fp8FourBitWeight, Fp8Weight
 from pronghorn.weights.quantised import FourBitWeight
 
@@ -87,10 +86,7 @@ class Fp8Linear(nn.Linear):
         self.weight_transposed = transpose_codes(self.codes) if keep else None
 
     def forward(self, input: Tensor) -> Tensor:
-        if torch.is_autocast_enabled(input.device.type):
-            input = input.to(torch.get_autocast_dtype(input.device.type))
-        y = _DequantisedProduct.apply(input, self)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        return dequantised_linear(input, self, self.bias)
 
     def to_linear(self) -> nn.Linear:
         """The same module unquantised, in `compute_dtype`."""
@@ -197,18 +193,3 @@ def fits_fp8(linear: nn.Module) -> bool:
         and linear.out_features % MULTIPLE == 0
         and linear.weight.is_floating_point()
     )
-
-
-class _DequantisedProduct(torch.autograd.Function):
-    """x @ Wᵀ that keeps nothing for backward: the weight is dequantised again."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, module: Fp8Linear) -> Tensor:
-        ctx.module = module
-        return F.linear(x, module.dense(x.dtype))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        (dy,) = grads
-        return dy @ ctx.module.dense(dy.dtype), None

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from pronghorn.kernels import int8 as integers
 from pronghorn.kernels.fp8 import Fp8Rows, quantise_joined, quantise_rows, quantise_tensor
 from pronghorn.weights.adjacent import side_by_side
 
@@ -21,6 +22,7 @@ class Operand:
         fp8: what `fp8()` shall give, where the kernel that produced `tensor` has made it already.
         columns: the column factors that `fp8` or `row_max` was made with, those of the one weight it is for.
         row_max: fp32 [T], the largest of each row of |tensor · columns|, where the kernel before has found it.
+        int8: what `int8()` shall give, where the kernel that produced `tensor` has made it already.
     """
 
     def __init__(
@@ -29,8 +31,10 @@ class Operand:
         fp8: Fp8Rows | None = None,
         columns: Tensor | None = None,
         row_max: Tensor | None = None,
+        int8: integers.Codes | None = None,
     ) -> None:
         self.tensor = tensor
+        self._int8, self._int8_for = int8, _identity(None)
         self._fp8, self._row_max = fp8, row_max
         self._made_for: tuple[int | None, bool] = (_identity(columns), True)
 
@@ -42,10 +46,23 @@ class Operand:
             parts[0], quantise_joined(parts if whole is None else (whole,), columns, row_max=row_max), columns
         )
 
+    @staticmethod
+    def joined_int8(parts: Sequence[Tensor], columns: Tensor | None) -> Operand:
+        """The operand of a stack's input gradient: dY_i [T, out_i] side by side, in int8 only; see `int8`."""
+        whole = side_by_side(parts, 1)
+        given = parts if whole is None else (whole,)
+        operand = Operand(parts[0], int8=integers.quantise_joined(given, columns, rotated=columns is None))
+        operand._int8_for = _identity(columns)
+        return operand
+
     @property
     def made(self) -> Fp8Rows | None:
         """The codes and scales that are there already."""
         return self._fp8
+
+    def release(self) -> None:
+        """Let go of the codes: no product takes them any more."""
+        self._fp8 = self._row_max = self._int8 = None
 
     def fp8(self, columns: Tensor | None = None, *, rowwise: bool = True) -> Fp8Rows:
         """The rows as e4m3 codes [T, in] and scales fp32 [T, 1]: tensor · columns ≈ codes · scales.
@@ -65,6 +82,18 @@ class Operand:
             )
             self._made_for, self._row_max = wanted, None
         return self._fp8
+
+    def int8(self, columns: Tensor | None = None) -> integers.Codes:
+        """The rows as int8 codes [T, in] and scales fp32 [T, 1]: tensor · H ≈ codes · scales, or tensor · columns.
+
+        Args:
+            columns: factors fp32 [in, 1] of the columns, in place of the turn by H.
+        """
+        wanted = _identity(columns)
+        if self._int8 is None or self._int8_for != wanted:
+            self._int8 = integers.quantise_rows(self.tensor, columns, rotated=columns is None)
+            self._int8_for = wanted
+        return self._int8
 
 
 def _identity(columns: Tensor | None) -> int | None:

@@ -52,14 +52,14 @@ class FourBitWeight(Weight):
         )
 
 
-class Int8Weight(Weight):
+class BitsAndBytesInt8Weight(Weight):
     """bitsandbytes' row-wise int8: W = codes * (absmax / 127) per output row.
 
     The product runs in 16 bits on the dequantised weight. Stock LLM.int8() also quantises the activations; this
     storage does not, so it is closer to the unquantised model.
     """
 
-    storage = "int8"
+    storage = "bitsandbytes int8"
     label = "quantised"
 
     def __init__(self, codes: Tensor, row_absmax: Tensor) -> None:

@@ -10,11 +10,12 @@ from pronghorn.kernels.fp8 import E4M3
 from pronghorn.weights.base import DenseWeight, Weight
 from pronghorn.weights.fp8 import Fp8GradWeight
 from pronghorn.weights.fp8_linear import FP8_SCALES, FP8_TRANSPOSED, Fp8Linear, four_bit_weight
-from pronghorn.weights.quantised import Int8Weight
+from pronghorn.weights.int8_linear import Int8Linear
+from pronghorn.weights.quantised import BitsAndBytesInt8Weight
 
 
 def read_weight(module: nn.Module) -> Weight | None:
-    """The weight of a plain, fp8 or bitsandbytes linear module, or None for a module of another kind.
+    """The weight of a plain, fp8, int8 or bitsandbytes linear module, or None for a module of another kind.
 
     Classes are recognised by name so that bitsandbytes is imported only by those who load with it.
     """
@@ -22,8 +23,8 @@ def read_weight(module: nn.Module) -> Weight | None:
     if kind in ("Linear4bit", "LinearNF4", "LinearFP4"):
         return _read_four_bit(module)
     if kind == "Linear8bitLt":
-        return _read_int8(module)
-    if isinstance(module, Fp8Linear):
+        return _read_eight_bit(module)
+    if isinstance(module, Fp8Linear | Int8Linear):
         return module.stored()
     if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
         return _read_dense(module)
@@ -67,10 +68,10 @@ def _restore_layout(module: Any, state: Any) -> None:
     )
 
 
-def _read_int8(module: Any) -> Weight | None:
+def _read_eight_bit(module: Any) -> Weight | None:
     weight, state = module.weight, module.state
     codes = state.CB if state.CB is not None else weight.CB
     row_absmax = state.SCB if state.SCB is not None else weight.SCB
     if codes is None or row_absmax is None:
         return None
-    return Int8Weight(codes, row_absmax)
+    return BitsAndBytesInt8Weight(codes, row_absmax)

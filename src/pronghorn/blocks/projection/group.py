@@ -15,6 +15,7 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor
 
+from pronghorn.blocks.projection.fused import FUSED_RANK, all_fuse, sum_of_products
 from pronghorn.blocks.projection.parts import (
     Adapter,
     AdapterGrads,
@@ -28,7 +29,7 @@ from pronghorn.blocks.projection.parts import (
 from pronghorn.kernels import lora
 from pronghorn.kernels.dispatch import Impl
 from pronghorn.kernels.dropout import seeded_dropout
-from pronghorn.weights import DenseWeight, Fp8Weight, Weight, side_by_side, stacked
+from pronghorn.weights import DenseWeight, Fp8Weight, Int8Weight, Weight, side_by_side, stacked
 from pronghorn.weights.operand import Operand, as_operand
 
 
@@ -89,6 +90,8 @@ class ProjectionGroup:
         """
         operand = as_operand(x)
         xa = self.down(operand.tensor) if xa is None else xa
+        if self.fuses:
+            return [self._fused(i, operand, xa) for i in range(len(self.projections))], xa
         deferring = defer_adapters and xa is not None and self.defers(xa)
         if joined and (xa is None or deferring) and self.stack is not None and self._biases_alike():
             wide = self.stack.matmul(operand, self._stacked_bias(operand.tensor.dtype))
@@ -130,6 +133,8 @@ class ProjectionGroup:
             )  # as `forward_add_` does: the same numbers at every save level
             return residual + y, xa
         xa = self.down(operand.tensor) if xa is None else xa
+        if self.fuses:
+            return self._fused(0, operand, xa, residual), xa
         if not self._single or self._b_biases() or xa is None:
             out = residual.clone()
             projection.weight.matmul_add_(out, operand)
@@ -148,6 +153,10 @@ class ProjectionGroup:
         """out [T, out] += Y for a group of one; returns XA. Saves a pass over the output."""
         (projection,) = self.projections
         operand = as_operand(x)
+        if self.fuses:
+            summed, xa = self.forward_residual(out, operand, xa)
+            out.copy_(summed)
+            return xa
         if isinstance(projection, ModuleProjection) or out.dtype != operand.tensor.dtype:
             (y,), xa = self.forward(operand, xa=xa)
             out.add_(y)
@@ -201,17 +210,33 @@ class ProjectionGroup:
         return (
             self._single
             and not self._b_biases()
+            and not self.fuses
             and lora.fits_kernels(xa, self._ranks, self.impl, lora.DEFERRED_RANK)
         )
 
     def deferred(self, i: int, xa: Tensor | None) -> lora.LowRank | None:
         """What is missing from output i of `forward(..., defer_adapters=True)`; None when nothing is."""
-        if xa is None or not self.defers(xa):
-            return None
+        return None if xa is None or not self.defers(xa) else self._share(i, xa)
+
+    def _share(self, i: int, xa: Tensor) -> lora.LowRank | None:
+        """The adapter's share of output i, where that has one."""
         for k, (owner, adapter) in enumerate(self._pairs):
             if owner == i:
                 return lora.LowRank(xa[:, self._slices[k]], self._b(k, xa.dtype), adapter.scaling)
         return None
+
+    @cached_property
+    def fuses(self) -> bool:
+        """Whether each product adds its adapter's share itself, and a residual."""
+        plain = self._single and not self._b_biases() and max(self._ranks, default=0) <= FUSED_RANK
+        return plain and all_fuse(self.projections)
+
+    def _fused(self, i: int, operand: Operand, xa: Tensor | None, residual: Tensor | None = None) -> Tensor:
+        """Output i with all that belongs to it."""
+        projection = self._linear(i)
+        share = None if xa is None else self._share(i, xa)
+        bias = projection.cast_bias(operand.tensor.dtype)
+        return projection.weight.matmul_fused(operand, share, residual, bias)
 
     def _start_with_adapters(self, outs: list[Tensor | None], xa: Tensor) -> None:
         """Fill the outputs whose weight adds in place with bias + adapter; several in one launch."""
@@ -312,6 +337,11 @@ class ProjectionGroup:
         grads, dx = self._output_grads([operand.tensor for operand in operands], xa, sink, starts)
         if defer_adapters:
             return self._linear(0).weight.matmul_t(operands[0]), grads
+        if need and all_fuse(self.projections) and (grads is None or self._fits_epilogue()):
+            share = (
+                None if grads is None else lora.LowRank(grads.dxa, self._stacked_a(grads.dxa.dtype).t(), 1.0)
+            )
+            return sum_of_products(self._terms(operands, joined, of_stack), share), grads
         if need and grads is not None and self._sums_late(grads.dxa):
             parts = [
                 projection.weight.matmul_t(operand)
@@ -345,6 +375,14 @@ class ProjectionGroup:
             return None
         return exponents if stack.exponents is not None else None
 
+    def columns_of_dy(self) -> Tensor | None:
+        """Factors of dY's columns (exponents int8 [out]) with which the kernel that makes dY can quantise it for a lone
+        fp8 weight; None for others."""
+        projection = self.projections[0]
+        lone = len(self.projections) == 1 and isinstance(projection, LinearProjection)
+        weight = projection.weight if lone and isinstance(projection, LinearProjection) else None
+        return weight.exponents if isinstance(weight, Fp8Weight) else None
+
     @property
     def quantises_rows(self) -> bool:
         """Whether products of the forward pass take the rows of x in fp8."""
@@ -356,6 +394,8 @@ class ProjectionGroup:
         """The products that dX is the sum of: one where the weights, and dY if they are to be read so, lie side by
         side."""
         stack, tensors = self.stack, [operand.tensor for operand in operands]
+        if isinstance(stack, Int8Weight):
+            return [(LinearProjection(stack), of_stack or stack.operand_of(tensors))]
         if isinstance(stack, Fp8Weight):
             # dY are read once more anyway, to be quantised.
             return [(LinearProjection(stack), of_stack or Operand.joined(tensors, stack.columns))]
@@ -363,6 +403,10 @@ class ProjectionGroup:
         if stack is None or wide is None:
             return list(zip(self.projections, operands, strict=True))
         return [(LinearProjection(stack), Operand(wide))]
+
+    def _fits_epilogue(self) -> bool:
+        """Whether the adapters' share of dX, dXA A, is one that a product adds."""
+        return not self._drops and self.total_rank <= FUSED_RANK
 
     def _sums_late(self, dxa: Tensor) -> bool:
         """Whether dX is best summed by one kernel at the end: where no product adds to what is there."""

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pronghorn.kernels.triton.fp8 import row_scale
+from pronghorn.kernels.triton.fp8 import column_factors, inverse, row_scale
 from pronghorn.kernels.triton.launch import programs, row_block, unit_rows
 
 
@@ -37,7 +37,7 @@ def _forward(
         rounded = y.to(tl.float32)
         scale = row_scale(rounded)
         tl.store(scales_ptr + row, scale)
-        tl.store(codes_ptr + row * width + columns, (rounded / scale).to(tl.float8e4nv), mask=inside)
+        tl.store(codes_ptr + row * width + columns, (rounded * inverse(scale)).to(tl.float8e4nv), mask=inside)
 
 
 @triton.jit
@@ -47,9 +47,10 @@ def _two_sums(a, b, c, d):
 
 @triton.jit
 def _backward(
-    dy_ptr, x_ptr, weight_ptr, rstd_ptr, residual_ptr, dx_ptr, partial_ptr,
+    dy_ptr, x_ptr, weight_ptr, rstd_ptr, residual_ptr, dx_ptr, partial_ptr, codes_ptr, scales_ptr, columns_ptr,
     dy_stride, x_stride, residual_stride, rows, width, eps, weight_offset,
-    HAS_RSTD: tl.constexpr, HAS_RESIDUAL: tl.constexpr, NEED_WEIGHT: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_RSTD: tl.constexpr, HAS_RESIDUAL: tl.constexpr, NEED_WEIGHT: tl.constexpr, QUANTISE: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     first = tl.program_id(0)
     step = tl.num_programs(0)
@@ -76,7 +77,15 @@ def _backward(
         dx = (scaled - normed * (along * rstd / width)) * rstd
         if HAS_RESIDUAL:
             dx += residual.to(tl.float32)
-        tl.store(dx_ptr + row * width + columns, dx.to(dx_ptr.dtype.element_ty), mask=inside)
+        dx = dx.to(dx_ptr.dtype.element_ty)
+        tl.store(dx_ptr + row * width + columns, dx, mask=inside)
+        if QUANTISE:
+            rounded = dx.to(tl.float32) * column_factors(columns_ptr, columns, inside)
+            scale = row_scale(rounded)
+            tl.store(scales_ptr + row, scale)
+            tl.store(
+                codes_ptr + row * width + columns, (rounded * inverse(scale)).to(tl.float8e4nv), mask=inside
+            )
     if NEED_WEIGHT:
         tl.store(partial_ptr + first.to(tl.int64) * width + columns, partial, mask=inside)
 
@@ -122,7 +131,9 @@ def backward(
     weight_offset: float,
     residual_grad: Tensor | None,
     need_weight_grad: bool,
+    fp8: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
+    """dx, dweight; `fp8` are buffers for the codes [T, H] and row scales of dx · columns, and the columns' factors."""
     dy, x = unit_rows(dy), unit_rows(x)
     residual = x if residual_grad is None else unit_rows(residual_grad)
     rows, width = x.shape
@@ -131,11 +142,12 @@ def backward(
     # Programs that loop keep one partial weight gradient each; without it a program a row hides latency better.
     count = programs(rows, x.device, 4) if need_weight_grad else max(rows, 1)
     partial = torch.zeros(count if need_weight_grad else 0, width, dtype=torch.float32, device=x.device)
+    codes, scales, columns = (dx, dx, dx) if fp8 is None else fp8
     if rows:
         _backward[(count,)](
-            dy, x, weight, dx if rstd is None else rstd, residual, dx, partial,
+            dy, x, weight, dx if rstd is None else rstd, residual, dx, partial, codes, scales, columns,
             dy.stride(0), x.stride(0), residual.stride(0), rows, width, eps, weight_offset,
             HAS_RSTD=rstd is not None, HAS_RESIDUAL=residual_grad is not None, NEED_WEIGHT=need_weight_grad,
-            BLOCK=block, num_warps=warps,
+            QUANTISE=fp8 is not None, BLOCK=block, num_warps=warps,
         )  # fmt: skip
     return dx, partial.sum(0) if need_weight_grad else None
