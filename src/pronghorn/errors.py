@@ -296,3 +296,9 @@ class ProcessesFailed(PronghornError):
     """The processes of a distributed run lost one another: one ended, hung, or came to other collective calls."""
 
     code = "PH702"
+
+
+class Int8Unavailable(PronghornError):
+    """int8 products were asked for on a GPU whose matrix units do not multiply int8."""
+
+    code = "PH509"

@@ -26,7 +26,7 @@ class Hardware:
 
     `compute_dtype.value` is a torch dtype name. Memory is in bytes. `capability` is (0, 0) without a CUDA GPU.
     `fp8.value` is how e4m3 matrices are multiplied: "rows" (a scale for each row), "tensors" (one for each matrix),
-    "emulated", or None for not at all.
+    "emulated", or None for not at all. `int8.value` is "units", "emulated" or None.
     """
 
     device: str
@@ -37,6 +37,7 @@ class Hardware:
     triton: Fact
     cpu_cores: int
     fp8: Fact = Fact(None, "nobody looked")
+    int8: Fact = Fact(None, "nobody looked")
 
     @property
     def is_cuda(self) -> bool:
@@ -66,7 +67,17 @@ def probe() -> Hardware:
         triton=_triton_fact(shown, capability),
         cpu_cores=os.cpu_count() or 1,
         fp8=_fp8_fact(shown, capability),
+        int8=_int8_fact(shown, capability),
     )
+
+
+def _int8_fact(shown: str, capability: tuple[int, int]) -> Fact:
+    if capability < (7, 5):
+        return Fact(
+            None,
+            f"int8 matrices are multiplied from compute capability 7.5 on; this is {capability[0]}.{capability[1]}",
+        )
+    return Fact("units", f"{shown} multiplies int8 matrices")
 
 
 def _fp8_fact(shown: str, capability: tuple[int, int]) -> Fact:
@@ -104,6 +115,7 @@ def _cpu_hardware() -> Hardware:
         triton=Fact(False, "no CUDA GPU: the torch path of every kernel is used"),
         cpu_cores=os.cpu_count() or 1,
         fp8=Fact("emulated", "no GPU: values are rounded to e4m3 and multiplied in fp32, which is slow"),
+        int8=Fact("emulated", "no GPU: values are rounded to 8 bits and multiplied in fp64, which is slow"),
     )
 
 

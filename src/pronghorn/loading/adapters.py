@@ -21,7 +21,7 @@ from pronghorn.errors import (
     nearest,
 )
 from pronghorn.loading.checkpoint import check_safetensors, read_header
-from pronghorn.loading.fp8 import know_fp8
+from pronghorn.loading.fp8 import know_stored
 from pronghorn.loading.source import ADAPTER_CONFIG, Source, read_json
 
 logger = logging.getLogger("pronghorn")
@@ -68,7 +68,7 @@ def add_adapter(model: Any, random_state: int, revision: str | None = None, **se
     settings.setdefault("task_type", TaskType.CAUSAL_LM)
     try:
         config = LoraConfig(**{name: value for name, value in settings.items() if value is not None})
-        know_fp8(config, model)
+        know_stored(config, model)
         with torch.random.fork_rng(devices=_cuda_devices(model)):
             torch.manual_seed(random_state)
             return get_peft_model(model, config, revision=revision)
@@ -226,7 +226,7 @@ def load_adapter(model: Any, source: Source) -> Any:
     check_adapter_files(source)
     try:
         config = PeftConfig.from_pretrained(source.location)
-        know_fp8(config, model)
+        know_stored(config, model)
         wrapped = PeftModel.from_pretrained(model, source.location, is_trainable=True, config=config)
     except (ValueError, TypeError, KeyError, RuntimeError) as error:
         raise CheckpointCorrupt(

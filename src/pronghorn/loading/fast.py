@@ -24,6 +24,7 @@ from pronghorn.loading.arguments import (
 )
 from pronghorn.loading.fp8 import choose_fp8
 from pronghorn.loading.hub import download
+from pronghorn.loading.int8 import choose_int8
 from pronghorn.loading.model import Options, check_model, load_model
 from pronghorn.loading.precision import choose_bits, choose_dtype
 from pronghorn.loading.saving import add_save_methods
@@ -100,6 +101,10 @@ class FastLanguageModel:
         fp8_skip_layers: int | None = None,
         fp8_modules: Iterable[str] | None = None,
         fp8_copies: int = 1,
+        load_in_int8: bool = False,
+        int8_skip_layers: int = 0,
+        int8_modules: Iterable[str] | None = None,
+        int8_copies: int = 2,
         **kwargs: Any,
     ) -> tuple[Any, Any]:
         """Load a model and its tokenizer, with the fast path bound.
@@ -128,6 +133,10 @@ class FastLanguageModel:
             fp8_modules: names of the linear layers to choose, such as ["gate_proj", "up_proj", "down_proj"], which are
                 those of "mixed"; None otherwise is all in the decoder layers (never the head).
             fp8_copies: 2 also stores the codes transposed, a byte more a weight for a backward a few per cent faster.
+            load_in_int8: store frozen linear layers as 8-bit integers and multiply them so, labelled quantised.
+            int8_skip_layers: decoder layers at either end that stay as they are.
+            int8_modules: names of the linear layers to choose; None is all in the decoder layers (never the head).
+            int8_copies: 2 stores codes for both directions; 1 takes half the memory and a few per cent more time.
             kwargs: arguments of older scripts without effect here.
 
         Returns:
@@ -143,7 +152,7 @@ class FastLanguageModel:
         check_name(attention)
         hardware = probe()
         chosen = choose_dtype(dtype, hardware)
-        if load_in_fp8 and load_in_4bit is None:
+        if (load_in_fp8 or load_in_int8) and load_in_4bit is None:
             load_in_4bit = False
         bits, why = choose_bits(load_in_4bit, load_in_8bit, full_finetuning, hardware)
         fp8 = choose_fp8(
@@ -154,6 +163,16 @@ class FastLanguageModel:
             skip_layers=fp8_skip_layers,
             modules=fp8_modules,
             copies=fp8_copies,
+        )
+        int8 = choose_int8(
+            load_in_int8,
+            hardware,
+            bits=bits,
+            fp8=load_in_fp8,
+            full_finetuning=full_finetuning,
+            skip_layers=int8_skip_layers,
+            modules=int8_modules,
+            copies=int8_copies,
         )
         options = Options(
             dtype=chosen.value,
@@ -166,6 +185,7 @@ class FastLanguageModel:
             trust_remote_code=trust_remote_code,
             attn_implementation=attn_implementation,
             fp8=fp8,
+            int8=int8,
         )
         named = locate(model_name, gguf_file=gguf_file, revision=revision)
         here = _on_disk(named, token, trust_remote_code)

@@ -15,7 +15,7 @@ from pronghorn.errors import Fp8Unavailable, UnknownArgument
 from pronghorn.export import save_merged
 from pronghorn.families import family_of
 from pronghorn.hardware import Hardware
-from pronghorn.weights import lay_side_by_side
+from pronghorn.weights import Int8Linear, lay_side_by_side
 from pronghorn.weights.fp8_linear import (
     Fp8Linear,
     add_four_bit_products,
@@ -233,11 +233,12 @@ def save_dequantised(model: Any, save_directory: str, max_shard_size: int | str 
     save_merged(model, None, save_directory, max_shard_size=max_shard_size)
 
 
-def know_fp8(config: Any, model: nn.Module) -> None:
-    """Let a LoRA config wrap fp8 modules so that PEFT can merge into them, and renew codes of weights that an earlier
-    adapter was merged into."""
+def know_stored(config: Any, model: nn.Module) -> None:
+    """Let a LoRA config wrap fp8 and int8 modules so that PEFT can merge into them, and renew codes of weights that an
+    earlier adapter was merged into."""
     renew_fp8_input_grads(model)
-    if is_fp8(model) and hasattr(config, "_register_custom_module"):
-        from pronghorn.loading.fp8_adapter import Fp8LoraLinear
+    stored = any(isinstance(module, Fp8Linear | Int8Linear) for module in model.modules())
+    if stored and hasattr(config, "_register_custom_module"):
+        from pronghorn.loading.fp8_adapter import StoredLoraLinear
 
-        config._register_custom_module({Fp8Linear: Fp8LoraLinear})
+        config._register_custom_module({Fp8Linear: StoredLoraLinear, Int8Linear: StoredLoraLinear})

@@ -1,18 +1,18 @@
-"""PEFT's LoRA layer around an fp8 module: the same in everything but merging."""
+"""PEFT's LoRA layer around an fp8 or int8 module: the same in everything but merging."""
 
 from __future__ import annotations
 
 from peft.tuners.lora.layer import Linear
 from torch import nn
 
-from pronghorn.weights import Fp8Linear
+from pronghorn.weights import Fp8Linear, Int8Linear
 
 
-class Fp8LoraLinear(Linear):
-    """A merged weight has no place among e4m3 codes, so the base layer is dequantised to 16 bits before."""
+class StoredLoraLinear(Linear):
+    """A merged weight has no place among codes, so the base layer is dequantised to 16 bits before."""
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         base: nn.Module = self.get_base_layer()
-        if isinstance(base, Fp8Linear):
+        if isinstance(base, Fp8Linear | Int8Linear):
             self.base_layer = base.to_linear()
         super().merge(safe_merge, adapter_names)

@@ -19,6 +19,7 @@ from pronghorn.errors import (
 from pronghorn.hardware import Hardware
 from pronghorn.loading.checkpoint import check_folder
 from pronghorn.loading.fp8 import Fp8Options, quantise_layers
+from pronghorn.loading.int8 import Int8Options, quantise_to_int8
 from pronghorn.loading.precision import quantisation
 from pronghorn.loading.source import Source
 from pronghorn.weights import keep_four_bit_layout
@@ -40,6 +41,7 @@ class Options:
     trust_remote_code: bool = False
     attn_implementation: str | None = None
     fp8: Fp8Options | None = None
+    int8: Int8Options | None = None
 
 
 def check_model(source: Source, trust_remote_code: bool) -> Any:
@@ -80,7 +82,8 @@ def load_model(source: Source, config: Any, options: Options, hardware: Hardware
         extra["attn_implementation"] = options.attn_implementation
     device_map = options.device_map or default_device_map(hardware, bits)
     stream_to = None
-    if options.fp8 is not None and options.fp8.both and not _is_four_bit(config, bits):
+    replaced = options.int8 is not None or (options.fp8 is not None and options.fp8.both)
+    if replaced and not _is_four_bit(config, bits):
         device_map, stream_to = _by_way_of_cpu(device_map)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
@@ -100,6 +103,8 @@ def load_model(source: Source, config: Any, options: Options, hardware: Hardware
     keep_four_bit_layout(model)
     if options.fp8 is not None:
         quantise_layers(model, options.fp8, stream_to)
+    if options.int8 is not None:
+        quantise_to_int8(model, options.int8, stream_to)
     return model
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from pronghorn.export import save_adapter, save_merged
 from pronghorn.loading.fp8 import is_fp8
+from pronghorn.loading.int8 import is_int8
 
 logger = logging.getLogger("pronghorn")
 
@@ -21,10 +22,13 @@ def save_pretrained_merged(
     max_shard_size: int | str = "5GB",
 ) -> None:
     """Write a stock checkpoint with the adapter merged in; see `pronghorn.export.save_merged`."""
-    if save_method != "lora" and is_fp8(model):
+    stored = "fp8" if is_fp8(model) else "int8" if is_int8(model) else None
+    if save_method != "lora" and stored is not None:
         logger.warning(
-            "pronghorn: the adapter is merged into the fp8 values that it was trained on, not into the 16-bit weights "
-            "they were made of; for those, load the base without load_in_fp8, put the adapter on it and save"
+            "pronghorn: the adapter is merged into the %s values that it was trained on, not into the 16-bit weights "
+            "they were made of; for those, load the base without load_in_%s, put the adapter on it and save",
+            stored,
+            stored,
         )
     if save_method == "lora":
         save_adapter(model, tokenizer, save_directory)

@@ -115,6 +115,17 @@ EXPLANATIONS: dict[str, Explanation] = {
             "`nvidia-smi -q -d ECC` 和系统日志（Xid）显示硬件故障。",
         ),
     ),
+    "PH509": Explanation(
+        cause="Matrix units multiply int8 from compute capability 7.5 on (Turing and all later ones).",
+        fix="Leave load_in_int8 out; load_in_4bit works on older GPUs.",
+        example="[PH509] int8 was asked for, and compute capability 7.0 does not multiply int8. Fix: leave out "
+        "load_in_int8",
+        zh=(
+            "要求 int8 乘法，但 GPU 的矩阵单元不支持 int8。",
+            "计算能力 7.5 起（Turing 及之后）才支持 int8 矩阵乘法。",
+            "去掉 load_in_int8；较旧的 GPU 可用 load_in_4bit。",
+        ),
+    ),
     "PH601": Explanation(
         cause="The disk is full, the folder belongs to somebody else, or a weight cannot be merged. Nothing "
         "half-written is left.",

@@ -1,0 +1,151 @@
+"""Linear layers of a loaded model to int8: which of them, and one group after the other."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from pronghorn.errors import Int8Unavailable, UnknownArgument
+from pronghorn.families import family_of
+from pronghorn.hardware import Hardware
+from pronghorn.loading.fp8 import decoder_layers, save_dequantised
+from pronghorn.weights import Int8Linear
+from pronghorn.weights.int8_linear import fits_int8
+
+logger = logging.getLogger("pronghorn")
+
+
+@dataclass(frozen=True)
+class Int8Options:
+    """Which layers are stored and multiplied in int8.
+
+    Attributes:
+        skip_layers: decoder layers at either end that stay as they are.
+        modules: last parts of names of the modules to choose; None for all linear ones of the decoder layers.
+        copies: 2 stores codes for either direction; 1 half of that, and the input gradient turns the others round.
+    """
+
+    skip_layers: int = 0
+    modules: tuple[str, ...] | None = None
+    copies: int = 2
+
+
+def choose_int8(
+    load_in_int8: bool,
+    hardware: Hardware,
+    *,
+    bits: int,
+    fp8: bool | str,
+    full_finetuning: bool,
+    skip_layers: int,
+    modules: Iterable[str] | None,
+    copies: int,
+) -> Int8Options | None:
+    """The options that the arguments of `from_pretrained` stand for; None without int8.
+
+    Raises:
+        UnknownArgument: for values that do not exist or do not go together.
+        Int8Unavailable: on a GPU that cannot multiply int8.
+    """
+    if not load_in_int8:
+        return None
+    if load_in_int8 is not True:
+        raise UnknownArgument(f"load_in_int8={load_in_int8!r} does not exist", fix="use True or False")
+    if full_finetuning:
+        raise UnknownArgument("int8 weights cannot be trained", fix="leave out load_in_int8 or full_finetuning")
+    if bits != 16 or fp8:
+        other = "load_in_fp8" if fp8 else f"load_in_{bits}bit"
+        raise UnknownArgument(
+            f"load_in_int8 and {other} exclude each other",
+            fix="leave out one of them; int8 weights take a byte (int8_copies=1) or two, 4-bit ones half a byte",
+        )
+    if copies not in (1, 2):
+        raise UnknownArgument(f"int8_copies={copies!r} does not exist", fix="use 1 or 2")
+    if isinstance(skip_layers, bool) or not isinstance(skip_layers, int) or skip_layers < 0:
+        raise UnknownArgument(f"int8_skip_layers={skip_layers!r} is no number of layers", fix="use such as 0")
+    if hardware.int8.value is None:
+        raise Int8Unavailable(
+            f"{hardware.name} cannot multiply int8: {hardware.int8.reason}",
+            fix="load with load_in_4bit=True for less memory, or without load_in_int8",
+        )
+    logger.info("pronghorn: int8 products, quantised: %s", hardware.int8.reason)
+    return Int8Options(skip_layers, None if modules is None else tuple(modules), copies)
+
+
+def quantise_to_int8(model: Any, options: Int8Options, device: torch.device | None = None) -> None:
+    """Bring the linear modules of the decoder layers into int8, those with the same input together, and everything to
+    `device`. A model that lies on the CPU arrives on a GPU without ever being there in 16 bits.
+
+    Args:
+        device: None leaves everything where it is.
+
+    Raises:
+        UnknownArgument: when the options leave no module.
+    """
+    done, kept = 0, []
+    layers = decoder_layers(model)
+    chosen = range(options.skip_layers, len(layers) - options.skip_layers)
+    for index in chosen:
+        for paths in _groups(layers[index], model.config.model_type):
+            wanted = [path for path in paths if _is_chosen(path, options)]
+            fitting = [path for path in wanted if fits_int8(layers[index].get_submodule(path))]
+            kept += [f"layers.{index}.{path}" for path in wanted if path not in fitting]
+            if fitting:
+                _quantise(layers[index], fitting, options, device)
+                done += len(fitting)
+    if not done:
+        raise UnknownArgument(
+            f"no linear layer is left to quantise (int8_skip_layers={options.skip_layers}, "
+            f"int8_modules={options.modules})",
+            fix="skip fewer layers, or leave out load_in_int8",
+        )
+    if kept:
+        logger.warning(
+            "pronghorn: %d linear layers stay as they are, first %s: int8 takes sizes that are multiples of 16",
+            len(kept),
+            kept[0],
+        )
+    if device is not None:
+        model.to(device)
+    model.__dict__["save_pretrained"] = partial(save_dequantised, model)
+
+
+def _is_chosen(path: str, options: Int8Options) -> bool:
+    return options.modules is None or path.rpartition(".")[2] in options.modules
+
+
+def _groups(layer: nn.Module, model_type: str) -> Iterator[list[str]]:
+    """Paths of a layer's linear modules: those with the same input together, where the family says which they are."""
+    linear = [path for path, module in layer.named_modules() if isinstance(module, nn.Linear)]
+    family = family_of(model_type)
+    if family is not None:
+        parts = family.parts
+        for parent, names in (
+            (parts.attention, (parts.q, parts.k, parts.v)),
+            (parts.mlp, (parts.gate, parts.up)),
+        ):
+            together = [path for path in (f"{parent}.{name}" for name in names) if path in linear]
+            linear = [path for path in linear if path not in together]
+            yield together
+    yield from ([path] for path in linear)
+
+
+def _quantise(layer: nn.Module, paths: list[str], options: Int8Options, device: torch.device | None) -> None:
+    linears = [layer.get_submodule(path) for path in paths]
+    made = Int8Linear.group(linears, copies=options.copies, device=device)  # type: ignore[arg-type]
+    for path, module in zip(paths, made, strict=True):
+        parent, _, name = path.rpartition(".")
+        if device is not None:
+            module.to(device)
+        setattr(layer.get_submodule(parent), name, module)
+
+
+def is_int8(model: nn.Module) -> bool:
+    """Whether a model stores weights as our int8 codes."""
+    return any(isinstance(module, Int8Linear) for module in model.modules())
