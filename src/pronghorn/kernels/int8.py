@@ -26,7 +26,9 @@ import torch
 from torch import Tensor
 
 from pronghorn.kernels.dispatch import Impl, row_block, use_triton
+from pronghorn.kernels.glu import glu_forward
 from pronghorn.kernels.lora import LowRank
+from pronghorn.kernels.rms_norm import rms_norm_backward, rms_norm_forward
 
 LARGEST = 127.0
 # The scale of a row of zeros; its reciprocal is finite.
@@ -150,6 +152,70 @@ def dequantise(
         wide = some.to(torch.float32) * scale
         into.copy_(_turned(wide) if rotated else wide)
     return out
+
+
+def rms_norm_forward_int8(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    *,
+    residual: Tensor | None = None,
+    weight_offset: float = 0.0,
+    impl: Impl | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Codes]:
+    """`kernels.rms_norm.rms_norm_forward`, and y's turned codes [T, H] with their scales, made in the same pass.
+
+    The codes are those of the rounded y: the same as `quantise_rows(y, rotated=True)`.
+    """
+    _checked_rotation(x.shape[1])
+    if use_triton(x, impl):
+        from pronghorn.kernels.triton.int8_producers import holds, norm_forward
+
+        if holds(x.shape[1]):
+            return norm_forward(x, weight, eps, residual, weight_offset)
+    y, rstd, summed = rms_norm_forward(
+        x, weight, eps, residual=residual, weight_offset=weight_offset, impl=impl
+    )
+    return y, rstd, summed, quantise_rows(y, rotated=True, impl=impl)
+
+
+def rms_norm_backward_int8(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    rstd: Tensor | None,
+    *,
+    eps: float,
+    weight_offset: float = 0.0,
+    residual_grad: Tensor | None = None,
+    impl: Impl | None = None,
+) -> tuple[Tensor, Codes]:
+    """dx [T, H] of `kernels.rms_norm.rms_norm_backward` and its turned codes, those of the rounded dx."""
+    _checked_rotation(x.shape[1])
+    if use_triton(x, impl):
+        from pronghorn.kernels.triton.int8_producers import holds, norm_backward
+
+        if holds(x.shape[1]):
+            return norm_backward(dy, x, weight, rstd, eps, weight_offset, residual_grad)
+    dx, _ = rms_norm_backward(
+        dy, x, weight, rstd, eps=eps, weight_offset=weight_offset, residual_grad=residual_grad, impl=impl
+    )
+    return dx, quantise_rows(dx, rotated=True, impl=impl)
+
+
+def glu_forward_int8(
+    gate: Tensor, up: Tensor, activation: str, *, impl: Impl | None = None
+) -> tuple[Tensor, Codes]:
+    """`kernels.glu.glu_forward`'s act [T, I], and its turned codes, those of the rounded act, in one pass."""
+    _checked_rotation(gate.shape[1])
+    if use_triton(gate, impl):
+        from pronghorn.kernels.triton.int8_producers import glu_forward as run
+        from pronghorn.kernels.triton.int8_producers import holds
+
+        if holds(gate.shape[1]):
+            return run(gate, up, activation)
+    act = glu_forward(gate, up, activation, impl=impl)
+    return act, quantise_rows(act, rotated=True, impl=impl)
 
 
 def _step(x: Tensor) -> int:
