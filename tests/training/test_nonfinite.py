@@ -100,6 +100,20 @@ def test_an_explanation_that_fails_hides_nothing(tmp_path, caplog, monkeypatch):
     assert "the loss is nan at step 1" in said and "no memory left" in said
 
 
+def test_weights_that_are_spread_over_processes_are_not_searched(tmp_path, caplog):
+    """One process that runs a batch by itself would wait for the others' shards."""
+    model = adapter_model()
+    with torch.no_grad():
+        next(p for n, p in model.named_parameters() if "lora_B" in n).fill_(float("nan"))
+    run = trainer(tmp_path, model, max_steps=1)
+    watch = run._numbers
+    run.is_fsdp_enabled = True
+    with caplog.at_level(logging.WARNING, "pronghorn"):
+        watch.saw({"input_ids": torch.zeros(1, 2, dtype=torch.int64)}, 1, torch.tensor(float("nan")))
+    (said,) = told(caplog)
+    assert "spread over processes" in said
+
+
 class SpoilsOneGradient(TrainerCallback):
     """Makes the gradient of step 2 no number, and keeps the weights after every step."""
 

@@ -37,11 +37,17 @@ CHECKS: list[Check] = [
             "LoRA products": "lora_products",
             "linear cross-entropy": "cross_entropy",
             "dropout": "dropout",
+            "fast_linear_forward": "fast_linear",
+        },
+    ),
+    *_group(
+        "quantised",
+        "kernel_checks",
+        {
             "4-bit weights": "four_bit",
             "fp8 rows": "fp8_rows",
             "fp8 weights": "fp8_weights",
             "int8 products": "int8_products",
-            "fast_linear_forward": "fast_linear",
         },
     ),
     *_group(

@@ -23,7 +23,7 @@ Report = Callable[[Result], None]
 Events = queue.Queue[dict[str, Any] | None]
 
 #: Groups that share a process where there are cores for several: what compiles longest runs beside the rest.
-_LANES = (("kernels",), ("attention",), ("versions", "training", "machine"))
+_LANES = (("kernels",), ("versions", "training", "machine"), ("attention",), ("quantised",))
 _STARTING = "starting"
 _WORKER = (
     "import json, sys; sys.path[:0] = json.loads(sys.argv[1]); "

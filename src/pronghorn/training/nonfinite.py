@@ -58,7 +58,7 @@ class NumberWatch(TrainerCallback):
     def __init__(self, trainer: Any) -> None:
         self._trainer = trainer
         self._unread: deque[_Seen] = deque()
-        self._of_step: list[tuple[dict[str, Any], Any]] = []
+        self._of_step: deque[tuple[dict[str, Any], Any]] = deque(maxlen=_UNREAD)
         self._losses: torch.Tensor | None = None
         self._norm: torch.Tensor | None = None
         self._told, self._looks = False, 0
@@ -82,7 +82,8 @@ class NumberWatch(TrainerCallback):
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         optimizer = self._optimizer()
         value = self._losses if self._norm is None and args.world_size == 1 else self._norm
-        self._losses, self._norm, self._of_step = None, None, []
+        self._losses = self._norm = None
+        self._of_step.clear()
         if value is not None and _skips(optimizer) and not self._scales():
             # What a gradient scaler would set: the optimizer leaves everything as it is where this is not zero.
             optimizer.grad_scale, optimizer.found_inf = None, (~torch.isfinite(value.reshape(()))).float()
@@ -151,6 +152,8 @@ class NumberWatch(TrainerCallback):
 
     def _search(self, batch: dict[str, Any], normalizer: Any) -> Finding | None:
         trainer = self._trainer
+        if any(getattr(trainer, f"is_{name}_enabled", False) for name in ("fsdp", "deepspeed")):
+            raise RuntimeError("its weights are spread over processes, which would wait for one another")
         work = partial(
             find_nonfinite,
             trainer.model,
