@@ -211,8 +211,8 @@ class _Cleaner:
 
     def _take(self, record: Record) -> None:
         result = self.result
-        for kind in record.repairs:
-            result.repairs[kind] += 1
+        if record.repairs:
+            result.repairs.update(record.repairs)
         if record.problem is None and record.value is None and record.text == b"":
             return  # a comment
         result.rows_in += 1
@@ -220,8 +220,8 @@ class _Cleaner:
             self._reject(record, record.problem)
             return
         value, text = record.value, record.text
-        format = format_of(value, self.text_field) if type(value) is dict else None
-        format = format or self.usual
+        own = format_of(value, self.text_field) if type(value) is dict else None
+        format = own or self.usual
         for problem in problems_of(value, format, self.text_field):
             if problem.kind == "json-in-text":
                 value = {**value, problem.field: list_in_text(value[problem.field])}

@@ -5,6 +5,7 @@ FUZZ_LINES=100000 python -m pytest -q tests/data/checks/test_fuzz.py --timeout=3
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import re
@@ -129,7 +130,11 @@ def cleaned(source, folder):
         with open(result.rejected_file, "rb") as kept:
             rejected = [json.loads(line) for line in kept]
     assert len(rejected) == result.rows_rejected
-    return result, rows, [row.get("original", "") for row in rejected]
+    return result, rows, [original(row) for row in rejected]
+
+
+def original(row) -> bytes:
+    return row["original"].encode() if "original" in row else base64.b64decode(row["original_base64"])
 
 
 @SETTINGS
@@ -140,16 +145,16 @@ def test_mutated_json_lines(folder, drawn):
     path.write_bytes(b"\n".join(line for line, _ in lines))
     checked(path)
     result, rows, rejected = cleaned(path, folder)
-    if RowFile(path).encoding != "utf-8" or path.read_bytes()[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        return  # a mark at the beginning makes another text of all of it
+    if path.read_bytes()[:2] in (b"\xff\xfe", b"\xfe\xff") or RowFile(path).container != "JSON Lines":
+        return  # a mark, or brackets that go over lines, make another text of the file
     kept = {json.dumps(row, sort_keys=True) for row in rows}
+    written = (folder / "out.jsonl").read_bytes().splitlines()
     for line, sound in lines:
-        if sound:
+        if sound and line in written:
+            continue  # copied byte for byte
+        if sound:  # a broken line before it may have taken it in
             row = json.dumps(json.loads(line), sort_keys=True)
-            assert row in kept or any(line.decode() in original for original in rejected), line
-    if result.format is not None and RowFile(path).container == "JSON Lines":
-        raw = (folder / "out.jsonl").read_bytes().splitlines()
-        assert all(line in raw for line, sound in lines if sound), "sound lines are copied byte for byte"
+            assert row in kept or any(line in kept_aside for kept_aside in rejected), line
 
 
 @SETTINGS

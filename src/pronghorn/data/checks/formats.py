@@ -38,25 +38,25 @@ _AFTER: dict[str, tuple[str | None, ...]] = {
 
 def format_of(row: Mapping[str, Any], text_field: str = "text") -> Format | None:
     """The format of a row, by the columns that hold something, else by those that are there; None for none known."""
-    return _format_by(
-        [key for key, value in row.items() if value is not None], row, text_field
-    ) or _format_by(list(row), row, text_field)
+    if None not in row.values():
+        return _format_by(row, row, text_field)
+    filled = {key: value for key, value in row.items() if value is not None}
+    return _format_by(filled, row, text_field) or _format_by(row, row, text_field)
 
 
-def _format_by(columns: list[str], row: Mapping[str, Any], text_field: str) -> Format | None:
-    chat = next((name for name in CHAT_COLUMNS if name in columns), None)
-    answer = "output" in columns or "response" in columns
+def _format_by(columns: Mapping[str, Any], row: Mapping[str, Any], text_field: str) -> Format | None:
     if "input_ids" in columns:
         return "tokens"
     if "chosen" in columns and "rejected" in columns:
         return "preference"
-    if chat is not None:
-        return _chat_format(chat, row[chat])
+    for chat in CHAT_COLUMNS:
+        if chat in columns:
+            return _chat_format(chat, row[chat])
     if "prompt" in columns and "completion" in columns:
         return "prompt-completion"
     if text_field in columns:
         return "text"
-    if "instruction" in columns and answer:
+    if "instruction" in columns and ("output" in columns or "response" in columns):
         return "alpaca"
     if "chosen" in columns or "rejected" in columns:
         return "preference"
@@ -241,15 +241,16 @@ def _text_problems(row: Mapping[str, Any], name: str, *, optional: bool = False)
 
 
 def _alpaca_problems(row: Mapping[str, Any]) -> list[Problem]:
-    texts = (row.get("instruction"), row.get("output"))
-    usual = type(row.get("input")) is str and row.get("system") is None
-    if usual and all(type(text) is str and text and not text.isspace() for text in texts):
-        return []
-    answer = "response" if row.get("output") is None and row.get("response") is not None else "output"
+    question, given, answer = row.get("instruction"), row.get("input"), row.get("output")
+    if type(question) is str and type(given) is str and type(answer) is str:
+        sound = question and answer and not question.isspace() and not answer.isspace()
+        if sound and row.get("system") is None:  # the most frequent case
+            return []
+    name = "response" if answer is None and row.get("response") is not None else "output"
     return [
         *_text_problems(row, "instruction"),
         *_text_problems(row, "input", optional=True),
-        *_text_problems(row, answer),
+        *_text_problems(row, name),
         *_text_problems(row, "system", optional=True),
     ]
 

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO, Literal, get_args
 from pronghorn.data.reading.csv_rows import read_csv
 from pronghorn.data.reading.elements import split_elements
 from pronghorn.data.reading.lines import LongLine, Utf8Stream, read_lines
-from pronghorn.data.reading.parse import Parsed, parse
+from pronghorn.data.reading.parse import Parsed, parse, sound_row
 from pronghorn.data.reading.problems import Problem
 from pronghorn.errors import CommandMisused, RowsUnreadable
 
@@ -154,7 +154,8 @@ class RowFile:
         start = first.strip()
         if start[:1] == b"[" and (suffix not in (".jsonl", ".ndjson") or _begins_array(first, second)):
             return "JSON array"
-        if start[:1] == b"{" and second.strip() and not second.lstrip().startswith(b"{"):
+        indented = second[:1].isspace() or suffix not in (".jsonl", ".ndjson")
+        if start[:1] == b"{" and second.strip() and indented and not second.lstrip().startswith(b"{"):
             # An object that goes on in the next line is written over several: all of it is read by its brackets.
             problem = parse(first).problem
             if problem is not None and problem.kind == "truncated" and start[-1:] in b"{[,:":
@@ -194,6 +195,11 @@ class RowFile:
                 row += 1
                 yield Record(number, row, None, None, (), _TOO_LONG, line)
                 continue
+            value = sound_row(line) if not waiting else None
+            if value is not None:
+                row += 1
+                yield Record(number, row, value, line, (), None, line)
+                continue
             parsed = parse(line)
             if waiting:
                 joined = _join(waiting, line, parsed)
@@ -210,10 +216,6 @@ class RowFile:
                     joined.repairs = (*joined.repairs, "split-row")
                     number, line, parsed, waiting = waiting[0][0], original, joined, []
             problem = parsed.problem
-            if problem is None and parsed.texts is None:
-                row += 1
-                yield Record(number, row, parsed.values[0], line, (), None, line)
-                continue
             if problem is not None and problem.kind == "truncated" and line.lstrip().startswith(b"{"):
                 waiting.append((number, line))
                 continue
@@ -270,9 +272,10 @@ _TOO_LONG_REST = Problem("long-line", "a row is longer than 64 MiB or never ends
 
 def _begins_array(first: bytes, second: bytes) -> bool:
     """Whether the lines of a .jsonl file begin an array of rows, rather than being lists each."""
-    inside = first.strip()[1:].lstrip()
-    a_list_each = second.strip()[:1] == b"[" and not parse(first).problem
-    return not a_list_each and inside[:1] in (b"", b"{", b"]", b"/", b"#", b"'")
+    inside, following = first.strip()[1:].lstrip(), second.strip()[:1]
+    a_list_each = following == b"[" and not parse(first).problem
+    a_stray_bracket = following == b"{" and first.rstrip()[-1:] == b"}"
+    return not a_list_each and not a_stray_bracket and inside[:1] in (b"", b"{", b"]", b"/", b"#", b"'")
 
 
 def _records(line: int, row: int, data: bytes, parsed: Parsed) -> Iterator[Record]:

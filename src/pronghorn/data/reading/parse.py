@@ -58,25 +58,34 @@ _decode = _decoder.decode
 _scan = _decoder.scan_once  # type: ignore[attr-defined]  # raw_decode without its wrapper
 
 
+def sound_row(data: bytes) -> dict[str, Any] | None:
+    """The row in `data` where it is one as it stands; None where `parse` must look. For the most frequent case."""
+    try:
+        text = data.decode()
+        value, end = _scan(text, 0)
+    except (ValueError, RecursionError, StopIteration):
+        return None
+    if end != len(text) or type(value) is not dict or _may_hold_half(text):
+        return None
+    return value
+
+
 def parse(data: bytes) -> Parsed:
     """The values in `data`, repaired where that is safe; raises nothing for any bytes."""
     try:
         text = data.decode()
     except UnicodeDecodeError as error:
         return Parsed([], problem=_not_utf8(data, error))
-    if _SURROGATE.search(text) and _MAYBE_HALF.search(text):
-        return _repaired(text)
-    try:
-        value, end = _scan(text, 0)  # `decode` without its search for white space, which is seldom there
-        return Parsed([value if end == len(text) else _decode(text)])
-    except StopIteration:
-        pass
-    except (ValueError, RecursionError):
+    if _may_hold_half(text):
         return _repaired(text)
     try:
         return Parsed([_decode(text)])
     except (ValueError, RecursionError):
         return _repaired(text)
+
+
+def _may_hold_half(text: str) -> bool:
+    return "\\u" in text and bool(_SURROGATE.search(text) and _MAYBE_HALF.search(text))
 
 
 def _repaired(text: str) -> Parsed:
@@ -87,7 +96,8 @@ def _repaired(text: str) -> Parsed:
         return Parsed([], problem=Problem(reason.kind, _placed(text, reason)))
     except (ValueError, RecursionError) as error:  # a number of more digits than Python converts
         return Parsed([], problem=Problem("broken-json", visible(str(error))))
-    return Parsed(values, repaired.texts if repaired.repairs else None, repaired.repairs)
+    changed = repaired.repairs or not values
+    return Parsed(values, repaired.texts if changed else None, repaired.repairs)
 
 
 def _placed(text: str, reason: Irreparable) -> str:
