@@ -153,6 +153,22 @@ class Bench:
 
         return self.rate(call, 2.0 * self.tokens * product.inputs * product.outputs)
 
+    def product_int8(self, product: Product, backward: bool) -> Rate:
+        """The same in int8 with a scale each row of both factors, by the package's own kernel."""
+        from pronghorn.kernels import int8
+
+        width, out = (product.outputs, product.inputs) if backward else (product.inputs, product.outputs)
+        left, right = (
+            (
+                torch.randint(-127, 128, (rows, width), device=self.device, dtype=torch.int8),
+                torch.rand(rows, 1, device=self.device) + 0.5,
+            )
+            for rows in (self.tokens, out)
+        )
+        return self.rate(
+            lambda: int8.product(left, right), 2.0 * self.tokens * product.inputs * product.outputs
+        )
+
     def attention(self, sizes: Sizes, batch: Batch, backend: str) -> tuple[Rate, Rate]:
         """Forward and backward over the batch's documents."""
         from pronghorn.kernels.attention import (
@@ -218,9 +234,12 @@ class Group:
     backward: float
 
 
-def measure_groups(bench: Bench, sizes: Sizes, fp8: bool, lines: list[list[str]]) -> dict[str, Group]:
+def measure_groups(
+    bench: Bench, sizes: Sizes, eight_bit: str | None, lines: list[list[str]]
+) -> dict[str, Group]:
     """Every group's milliseconds; a table row for every product."""
-    kind = "fp8" if fp8 else str(bench.dtype).removeprefix("torch.")
+    kind = eight_bit or str(bench.dtype).removeprefix("torch.")
+    run = {"fp8": bench.product_fp8, "int8": bench.product_int8}.get(kind, bench.product)
     known: dict[tuple[int, int, bool], Rate] = {}
     groups = {}
     for name, (whole, *parts) in products_of(sizes).items():
@@ -229,7 +248,6 @@ def measure_groups(bench: Bench, sizes: Sizes, fp8: bool, lines: list[list[str]]
             for product in (whole, *parts):
                 key = (product.outputs, product.inputs, backward)
                 if key not in known:
-                    run = bench.product_fp8 if fp8 else bench.product
                     known[key] = run(product, backward)
                 rate = known[key]
                 layout = "dy @ W" if backward else "x @ Wt"
@@ -315,11 +333,19 @@ def derivation(parts: Parts, name: str, tokens: int) -> str:
 
 def ceilings(parts: Parts, label: str, tokens: int) -> list[tuple[str, str, float]]:
     """(what, label, tokens/s). Sides are held to the one that has their own label: the one that rebuilds nothing."""
-    kind = "fp8" if "FP8" in label else "16-bit products"
+    kind = "fp8" if "FP8" in label else "int8" if "INT8" in label else "16-bit products"
     rebuilt = {"": 0.0, ", gate and up rebuilt": parts.gate_up, ", all rebuilt": parts.rebuilt}
     return [
         (kind + what, label + what, tokens / (parts.total + more) * 1e3) for what, more in rebuilt.items()
     ]
+
+
+def eight_bit_kinds(workload: Workload, device: torch.device) -> list[str]:
+    """The 8-bit products that a GPU makes, and pronghorn with this workload's storage."""
+    if device.type != "cuda":
+        return []
+    kinds = ["fp8"] if torch.cuda.get_device_capability(device) >= (8, 9) else []
+    return kinds if workload.four_bit else [*kinds, "int8"]
 
 
 def measure(workload: Workload, device: torch.device, seconds: float) -> list[tuple[str, str, float]]:
@@ -347,11 +373,11 @@ def measure(workload: Workload, device: torch.device, seconds: float) -> list[tu
         )
         head += rate.ms * batch.supervised / head_rows
     found, text = [], []
-    fp8 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
-    for in_fp8 in (False, True) if fp8 else (False,):
-        groups = measure_groups(bench, sizes, in_fp8, lines)
+    for eight_bit in (None, *eight_bit_kinds(workload, device)):
+        groups = measure_groups(bench, sizes, eight_bit, lines)
         parts = parts_of(groups, attention, head, layers)
-        label = Side("", "pronghorn", None, load={"load_in_fp8": in_fp8}).label(workload)
+        load = {f"load_in_{eight_bit}": True} if eight_bit else {}
+        label = Side("", "pronghorn", None, load=load).label(workload)
         text.append(derivation(parts, label, batch.tokens))
         found += ceilings(parts, label, batch.tokens)
     bandwidth = bench.copy_bandwidth(1 << 30 if device.type == "cuda" else 1 << 24)

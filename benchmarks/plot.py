@@ -81,13 +81,13 @@ class Bar:
     def name(self) -> str:
         return SIDES.get(self.side) or self.side.replace("pronghorn-", "pronghorn, ").replace(
             "fp8-", "FP8, "
-        ).replace("fp8", "FP8")
+        ).replace("fp8", "FP8").replace("int8-", "INT8, ").replace("int8", "INT8")
 
     @property
     def kind(self) -> str:
         """The class of its colour."""
         if self.side.startswith("pronghorn"):
-            return "fast" if "fp8" in self.side else "ours"
+            return "fast" if "fp8" in self.side or "int8" in self.side else "ours"
         return "base" if self.side == "unsloth" else "peer"
 
 

@@ -88,19 +88,26 @@ class Side:
     train: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     @property
-    def fp8(self) -> bool:
-        return bool(self.load.get("load_in_fp8"))
+    def eight_bit(self) -> str | None:
+        """ "fp8" or "int8" where products are made of 8-bit codes."""
+        return next((kind for kind in ("fp8", "int8") if self.load.get(f"load_in_{kind}")), None)
 
-    def fp8_gates(self, workload: Workload) -> str:
-        """How `benchmarks.gates` calls the mode of a side that multiplies in FP8."""
-        kind = self.load["load_in_fp8"]
+    def gates(self, workload: Workload) -> str:
+        """How `benchmarks.gates` calls the mode of a side that multiplies 8-bit codes."""
+        kind = self.load.get("load_in_fp8")
         name = "nf4-fp8" if workload.four_bit else "fp8" if kind is True else f"fp8-{kind}"
-        others = {key: value for key, value in self.load.items() if key in ("fp8_skip_layers", "fp8_modules")}
+        name = "int8" if self.eight_bit == "int8" else name
+        settings = ("fp8_skip_layers", "fp8_modules", "int8_skip_layers", "int8_modules")
+        others = {key: value for key, value in self.load.items() if key in settings}
+        if self.load.get("int8_copies") == 1:  # the input gradient is rounded another way
+            others["int8_copies"] = 1
         return " ".join([name, *(f"{key}={value}" for key, value in others.items())])
 
     def label(self, workload: Workload) -> str:
         """What is rounded beyond the stock model's computing: nothing (exact), or storage and products (quantised)."""
-        if not self.fp8:
+        if self.eight_bit == "int8":
+            return "quantised (INT8)"
+        if self.eight_bit is None:
             return workload.label
         return "quantised (NF4, FP8)" if workload.four_bit else "quantised (FP8)"
 
@@ -136,8 +143,8 @@ WORKLOADS = _by_name(
 LEVELS = ("offload", "none", "offload-attention", "attention", "offload-matmuls", "matmuls", "all")
 ATTENTION = ("cudnn", "flash", "flex", "sdpa")
 BUDGET = re.compile(r"\d+(\.\d+)?GiB")
-FP8_ARGUMENTS = {"skip": "fp8_skip_layers", "copies": "fp8_copies"}
-FP8_NUMBER = re.compile(r"(skip|copies)(\d+)")
+EIGHT_BIT_ARGUMENTS = {"skip": "skip_layers", "copies": "copies"}
+EIGHT_BIT_NUMBER = re.compile(r"(skip|copies)(\d+)")
 BATCH = re.compile(r"(\d+)x(\d+)")
 
 
@@ -149,7 +156,8 @@ def parse_side(name: str) -> Side:
     | a save level (all, offload, …)       | pronghorn | what every layer keeps; without one, the default       |
     | 17.5GiB                              | pronghorn | `memory_budget`: the trainer plans within it           |
     | fp8, fp8-mixed, fp8-backward         | pronghorn | `load_in_fp8`: which products run in FP8               |
-    | skip0, copies2                       | pronghorn | `fp8_skip_layers`, `fp8_copies`                        |
+    | int8                                 | pronghorn | `load_in_int8`                                         |
+    | skip0, copies2                       | pronghorn | `fp8_skip_layers`, `fp8_copies`; so for int8           |
     | eager                                | pronghorn | no CUDA graphs                                         |
     | cudnn, flash, flex, sdpa             | pronghorn | attention by name                                      |
     | tuned                                | unsloth   | no checkpointing                                       |
@@ -193,11 +201,14 @@ def _with(side: Side, part: str) -> Side:
         return replace(side, train={**side.train, "memory_budget": part})
     if ours and part == "fp8":
         return replace(side, load={**side.load, "load_in_fp8": True})
-    if ours and part in ("mixed", "backward") and side.fp8:
+    if ours and part == "int8":
+        return replace(side, load={**side.load, "load_in_int8": True})
+    if ours and part in ("mixed", "backward") and side.eight_bit == "fp8":
         return replace(side, load={**side.load, "load_in_fp8": part})
-    numbered = FP8_NUMBER.fullmatch(part)
-    if ours and numbered is not None and side.fp8:
-        return replace(side, load={**side.load, FP8_ARGUMENTS[numbered[1]]: int(numbered[2])})
+    numbered = EIGHT_BIT_NUMBER.fullmatch(part)
+    if ours and numbered is not None and side.eight_bit is not None:
+        argument = f"{side.eight_bit}_{EIGHT_BIT_ARGUMENTS[numbered[1]]}"
+        return replace(side, load={**side.load, argument: int(numbered[2])})
     if ours and part == "eager":
         return replace(side, train={**side.train, "cuda_graphs": False})
     raise ValueError(f"'{part}' says nothing about a side of {side.library}")
@@ -226,6 +237,11 @@ NOTES = {
     "pronghorn-17.5GiB": "planned within Unsloth's memory at 8B LoRA",
     "pronghorn-6.8GiB": "planned within Unsloth's memory at 8B QLoRA",
     "pronghorn-3.4GiB": "planned within Unsloth's memory at 1.5B LoRA",
+    "pronghorn-int8": "frozen weights in INT8",
+    "pronghorn-int8-all": "frozen weights in INT8, nothing rebuilt",
+    "pronghorn-int8-none": "frozen weights in INT8, layer inputs kept",
+    "pronghorn-int8-copies1-17.5GiB": "frozen weights in INT8, planned within Unsloth's memory at 8B LoRA",
+    "pronghorn-int8-packing": "frozen weights in INT8, with packing",
     "pronghorn-fp8": "frozen weights in FP8",
     "pronghorn-fp8-all": "frozen weights in FP8, nothing rebuilt",
     "pronghorn-fp8-none": "frozen weights in FP8, layer inputs kept",

@@ -81,7 +81,9 @@ def loss_state(result: dict[str, Any], reference: float | None) -> str:
         return UNKNOWN
     side, workload = find_side(result["side"]), find_workload(result["workload"])
     other_batches = side.batch is not None or (side.packing and workload.mixed)
-    allowed = PACKED_LOSS_TOLERANCE if other_batches else FP8_LOSS_TOLERANCE if side.fp8 else LOSS_TOLERANCE
+    allowed = (
+        PACKED_LOSS_TOLERANCE if other_batches else FP8_LOSS_TOLERANCE if side.eight_bit else LOSS_TOLERANCE
+    )
     return SAME if abs(result["first_loss"] - reference) <= allowed else DIFFERENT
 
 
@@ -97,9 +99,9 @@ def parity_of(result: dict[str, Any], reference: float | None, path: Path) -> st
 
 def checked_state(side: Side, workload: Workload, hardware: str, path: Path) -> str:
     """The parity check's state for a side: of its model's family, its weights' precision and its save levels."""
-    if side.fp8:
+    if side.eight_bit:
         wanted = tuple((gate,) for gate in FP8_GATES)
-        return parity.state("fp8", hardware, path, prefix=f"{side.fp8_gates(workload)}: ", wanted=wanted)
+        return parity.state("fp8", hardware, path, prefix=f"{side.gates(workload)}: ", wanted=wanted)
     family = CONFIGS[workload.model]["model_type"]
     precision = "nf4" if workload.four_bit else "fp32" if workload.dtype == "float32" else "bf16"
     levels = [side.checkpointing] if isinstance(side.checkpointing, str) else list(LEVELS)

@@ -56,10 +56,18 @@ def test_a_name_is_a_side() -> None:
 def test_fp8_sides() -> None:
     side = parse_side("pronghorn-fp8-mixed-skip0-copies2")
     assert side.load == {"load_in_fp8": "mixed", "fp8_skip_layers": 0, "fp8_copies": 2}
-    assert side.fp8_gates(WORKLOADS["llama8b-lora"]) == "fp8-mixed fp8_skip_layers=0"
-    assert SIDES["pronghorn-fp8"].fp8_gates(WORKLOADS["llama8b-qlora"]) == "nf4-fp8"
+    assert side.gates(WORKLOADS["llama8b-lora"]) == "fp8-mixed fp8_skip_layers=0"
+    assert SIDES["pronghorn-fp8"].gates(WORKLOADS["llama8b-qlora"]) == "nf4-fp8"
     with pytest.raises(ValueError, match="says nothing"):
         parse_side("pronghorn-mixed")
+
+
+def test_int8_sides() -> None:
+    side = parse_side("pronghorn-int8-copies1-17.5GiB")
+    assert side.load == {"load_in_int8": True, "int8_copies": 1} and side.eight_bit == "int8"
+    assert side.gates(WORKLOADS["llama8b-lora"]) == "int8 int8_copies=1"
+    assert parse_side("pronghorn-int8-copies2").gates(WORKLOADS["llama8b-lora"]) == "int8"
+    assert side.label(WORKLOADS["llama8b-lora"]) == "quantised (INT8)"
 
 
 def test_find() -> None:
