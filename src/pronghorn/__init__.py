@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from pronghorn.data.chat_templates import get_chat_template
     from pronghorn.data.sharegpt import standardize_data_formats, standardize_sharegpt
     from pronghorn.engine import bind, binding_of
+    from pronghorn.inference.synthesis import synthesize
     from pronghorn.loading import FastLanguageModel, FastModel, is_bfloat16_supported
     from pronghorn.training import SFTConfig, SFTTrainer, train_on_responses_only
 
@@ -32,6 +33,7 @@ __all__ = [
     "is_bfloat16_supported",
     "standardize_data_formats",
     "standardize_sharegpt",
+    "synthesize",
     "train_on_responses_only",
 ]
 
@@ -46,6 +48,7 @@ _HOME = {
     "is_bfloat16_supported": "pronghorn.loading",
     "standardize_data_formats": "pronghorn.data.sharegpt",
     "standardize_sharegpt": "pronghorn.data.sharegpt",
+    "synthesize": "pronghorn.inference.synthesis",
     "train_on_responses_only": "pronghorn.training",
 }
 

@@ -57,14 +57,14 @@ def generate(
     try:
         with torch.inference_mode():
             output = model.generate(
-                **inputs, **_generation_arguments(tokenizer, sampling), streamer=streamer, use_cache=True
+                **inputs, **generation_arguments(tokenizer, sampling), streamer=streamer, use_cache=True
             )
     finally:
         model.train(was_training)
     return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
 
 
-def _generation_arguments(tokenizer: Any, sampling: Sampling) -> dict[str, Any]:
+def generation_arguments(tokenizer: Any, sampling: Sampling) -> dict[str, Any]:
     """Arguments for Transformers' `generate`; a checkpoint's own sampling defaults are overruled."""
     arguments: dict[str, Any] = {
         "max_new_tokens": sampling.max_new_tokens,
