@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 EXIT_PROBLEMS = 1
 
+#: Problems of a kind that are listed in a terminal.
+_LISTED = 20
+
 
 def register(commands: Any) -> None:
     """Add ``data`` and its subcommands to the parser's commands."""
@@ -53,7 +56,10 @@ def _register_check(parts: Any) -> None:
         "--no-near", action="store_true", help="skip the search for rows that are nearly the same"
     )
     check.add_argument(
-        "--limit", type=_whole, default=20, metavar="N", help="problems listed of each kind; 0: all"
+        "--limit",
+        type=_whole,
+        metavar="N",
+        help="problems listed of each kind (default 20, --json all); 0: all",
     )
     check.add_argument(
         "--fail-on", choices=("error", "warning"), default="warning", help="what makes the status 1"
@@ -120,6 +126,7 @@ def run_check(options: argparse.Namespace) -> int:
     tokenizer = _tokenizer(options.tokenizer) if options.tokenizer else None
     if options.max_seq_length and tokenizer is None:
         raise CommandMisused("--max-seq-length counts tokens", fix="name a --tokenizer, too")
+    limit = options.limit if options.limit is not None else (0 if options.json else _LISTED)
     with progress_bar("Checking") as progress:
         report = check(
             options.files,
@@ -127,7 +134,7 @@ def run_check(options: argparse.Namespace) -> int:
             max_seq_length=options.max_seq_length,
             responses_only=not options.all_tokens,
             near_duplicates=not options.no_near,
-            limit=options.limit or None,
+            limit=limit or None,
             encoding=options.encoding,
             text_field=options.text_field,
             progress=progress,
@@ -145,11 +152,11 @@ def run_check(options: argparse.Namespace) -> int:
 
 def _show_checked(report: Report) -> None:
     from pronghorn.data.checks.formats import NAMES
-    from pronghorn.data.reading import KINDS
+    from pronghorn.data.reading import KINDS, visible
 
     rows = [
         (
-            file.name,
+            visible(file.name, 400),
             file.container + ("" if file.encoding == "utf-8" else f", {file.encoding}"),
             NAMES.get(file.format or "", "unknown"),
             f"{file.rows + file.unread:,}",
@@ -175,7 +182,7 @@ def _show_checked(report: Report) -> None:
         say()
     for finding in report.findings:
         field = f" {finding.field}:" if finding.field else ""
-        say(f"{finding.place}: [{finding.kind}]{field} {finding.what}")
+        say(f"{visible(finding.place, 400)}: [{finding.kind}]{field} {finding.what}")
     unlisted = sum(report.counts.values()) - len(report.findings)
     if unlisted:
         say(f"... and {unlisted:,} more (--limit 0 lists all)")
@@ -292,7 +299,7 @@ def _show_cleaned(result: CleanResult) -> None:
         rows.append(("blank lines left out", f"{result.blank_lines:,}", ""))
     rows += [(f"repaired: {kind}", f"{n:,}", KINDS[kind].title) for kind, n in result.repairs.most_common()]
     rows += [(f"rejected: {kind}", f"{n:,}", KINDS[kind].title) for kind, n in result.rejected.most_common()]
-    table("Cleaned", ("what", "count", ""), rows)
+    table("Cleaned", ("what", "count", "note"), rows)
     if result.rejected_file:
         say(f"\nRejected: {result.rows_rejected:,}, each with its line and reason in {result.rejected_file}")
     elif not result.repairs and not result.duplicates and not result.blank_lines:

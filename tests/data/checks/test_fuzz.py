@@ -144,7 +144,7 @@ def test_mutated_json_lines(folder, drawn):
     lines = lines_of(drawn)
     path.write_bytes(b"\n".join(line for line, _ in lines))
     checked(path)
-    result, rows, rejected = cleaned(path, folder)
+    _, rows, rejected = cleaned(path, folder)
     if path.read_bytes()[:2] in (b"\xff\xfe", b"\xfe\xff") or RowFile(path).container != "JSON Lines":
         return  # a mark, or brackets that go over lines, make another text of the file
     kept = {json.dumps(row, sort_keys=True) for row in rows}

@@ -31,6 +31,8 @@ FIRST_ROWS = 200
 SAMPLES = 5
 _ROWS_BETWEEN_REPORTS = 256
 _SAMPLE_CHARS = 200
+#: Columns whose types are compared; no table has more.
+_COLUMNS = 1000
 #: A place in one number: the file, and the line (or row) in it.
 _FILE_SHIFT = 48
 
@@ -290,7 +292,7 @@ class _FileCheck:
 
     def _note_types(self, row: Mapping[str, Any], at: _At) -> None:
         for column, value in row.items():
-            if value is not None:
+            if value is not None and (column in self.types or len(self.types) < _COLUMNS):
                 kind = _COLUMN_TYPES.get(type(value), "other")
                 seen = self.types.setdefault(column, {}).setdefault(kind, _Seen(at))
                 seen.rows += 1

@@ -102,9 +102,9 @@ def _repaired(text: str) -> Parsed:
 
 def _placed(text: str, reason: Irreparable) -> str:
     if reason.kind == "truncated":
-        return f"{reason.what}, after {visible(text[-30:])}"
+        return f"{reason.what}, after '{visible(text[-30:])}'"
     around = text[max(reason.position - 10, 0) : reason.position + 15]
-    return f"{reason.what}, at column {reason.position + 1}: {visible(around)}"
+    return f"{reason.what}, at column {reason.position + 1}: '{visible(around)}'"
 
 
 def _not_utf8(data: bytes, error: UnicodeDecodeError) -> Problem:
@@ -112,7 +112,8 @@ def _not_utf8(data: bytes, error: UnicodeDecodeError) -> Problem:
     wrong = data[error.start : error.start + 1].hex().upper()
     around = data[max(error.start - 12, 0) : error.start + 12]
     try:
-        like = f"; in Windows-1252 it would read: {visible(around.decode('cp1252'))}"
+        shown = visible(around.decode("cp1252"))
+        like = f"; in Windows-1252 it would read '{shown}'"
     except UnicodeDecodeError:
         like = ""
     return Problem("not-utf-8", f"byte {wrong} at position {error.start + 1} of the line is no UTF-8{like}")
