@@ -1,8 +1,8 @@
-"""The product of 8-bit codes on Hopper, written in Gluon (Triton's language of explicit layouts and warps).
+"""The product of int8 codes on Hopper, written in Gluon (Triton's language of explicit layouts and warps).
 
 One warp copies tiles of codes into a ring of stages; two warp groups multiply, each its own 64 rows of a tile with
 all 256 columns. They run half the ring apart, so that one of them keeps the matrix units busy while the other scales
-and writes its results. int8 gets instructions 256 columns wide here, which Triton itself does not choose.
+and writes its results.
 """
 
 from __future__ import annotations
@@ -34,8 +34,21 @@ _view = getattr(_shared, "_reinterpret", None) or _shared.reinterpret
 _write = getattr(_tma, "async_store", None) or _tma.async_copy_shared_to_global
 
 
+BM = gl.constexpr(128)
+BN = gl.constexpr(256)
+BK = gl.constexpr(128)
+#: stages of codes in shared memory; the second warp group runs LAG of them behind the first
+STAGES = gl.constexpr(4)
+LAG = gl.constexpr(2)
+#: columns of a tile that are written at a time
+WIDTH = gl.constexpr(64)
+#: rows of tiles that are gone through together
+GROUP = gl.constexpr(16)
+
+
 @gluon.jit
-def _place(index, m, n, BM: gl.constexpr, BN: gl.constexpr, GROUP: gl.constexpr):
+def _place(index, m, n):
+    """Row and column of a tile, in the order that keeps neighbours in time close in both."""
     tiles_m, tiles_n = gl.cdiv(m, BM), gl.cdiv(n, BN)
     group = index // (GROUP * tiles_n)
     first = group * GROUP
@@ -45,7 +58,7 @@ def _place(index, m, n, BM: gl.constexpr, BN: gl.constexpr, GROUP: gl.constexpr)
 
 
 @gluon.jit
-def _next(stage, phase, STAGES: gl.constexpr):
+def _next(stage, phase):
     last = stage == STAGES - 1
     return gl.where(last, 0, stage + 1), gl.where(last, phase ^ 1, phase)
 
@@ -53,47 +66,44 @@ def _next(stage, phase, STAGES: gl.constexpr):
 @gluon.jit
 def _copy(
     left_desc, right_desc, xa_desc, b_desc, residual_desc, left, right, full, empty, m, n, k, programs,
-    GROUPS: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, R: gl.constexpr,
-    RESIDUAL: gl.constexpr, GROUP: gl.constexpr,
+    R: gl.constexpr, RESIDUAL: gl.constexpr,
 ):  # fmt: skip
     """The copying warp: stages of codes, tile by tile; what is added to a tile comes through the same stages."""
-    WIDTH: gl.constexpr = BN // 4
-    BM: gl.constexpr = 64 * GROUPS
     tiles = gl.cdiv(m, BM) * gl.cdiv(n, BN)
     stage = 0
     phase = 1
     for index in range(gl.program_id(0), tiles, programs):
-        at_m, at_n = _place(index, m, n, BM, BN, GROUP)
+        at_m, at_n = _place(index, m, n)
         for step in range(gl.cdiv(k, BK)):
             bar = full.index(stage)
             mbarrier.wait(empty.index(stage), phase)
             mbarrier.expect(bar, (BM + BN) * BK)
-            for g in gl.static_range(GROUPS):
-                _fetch(left_desc, [at_m + 64 * g, step * BK], bar, left.index(stage * GROUPS + g))
+            for g in gl.static_range(2):
+                _fetch(left_desc, [at_m + 64 * g, step * BK], bar, left.index(2 * stage + g))
             _fetch(right_desc, [at_n, step * BK], bar, right.index(stage))
-            stage, phase = _next(stage, phase, STAGES)
+            stage, phase = _next(stage, phase)
         if RESIDUAL:
-            for g in gl.static_range(GROUPS):
+            for g in gl.static_range(2):
                 bar = full.index(stage)
                 mbarrier.wait(empty.index(stage), phase)
                 mbarrier.expect(bar, 64 * BN * 2)
-                rest = _view(right.index(stage), gl.bfloat16, [256, WIDTH], residual_desc.layout)
+                rest = _view(right.index(stage), residual_desc.dtype, [256, WIDTH], residual_desc.layout)
                 for i in gl.static_range(4):
                     _fetch(residual_desc, [at_m + 64 * g, at_n + i * WIDTH], bar, rest.slice(64 * i, 64))
-                stage, phase = _next(stage, phase, STAGES)
+                stage, phase = _next(stage, phase)
         if R:
             bar = full.index(stage)
             mbarrier.wait(empty.index(stage), phase)
             mbarrier.expect(bar, (BM + BN) * R * 2)
-            for g in gl.static_range(GROUPS):
-                xa = _view(left.index(stage * GROUPS + g), gl.bfloat16, [64, R], xa_desc.layout)
+            for g in gl.static_range(2):
+                xa = _view(left.index(2 * stage + g), xa_desc.dtype, [64, R], xa_desc.layout)
                 _fetch(xa_desc, [at_m + 64 * g, 0], bar, xa)
-            _fetch(b_desc, [at_n, 0], bar, _view(right.index(stage), gl.bfloat16, [BN, R], b_desc.layout))
-            stage, phase = _next(stage, phase, STAGES)
+            _fetch(b_desc, [at_n, 0], bar, _view(right.index(stage), b_desc.dtype, [BN, R], b_desc.layout))
+            stage, phase = _next(stage, phase)
 
 
 @gluon.jit
-def _column_scales(column_ptr, at_n, n, WIDTH: gl.constexpr):
+def _column_scales(column_ptr, at_n, n):
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 32])
     columns = at_n + gl.arange(0, WIDTH, gl.SliceLayout(0, layout))
     return gl.load(column_ptr + columns, mask=columns < n, other=0.0)
@@ -111,17 +121,15 @@ def _loaded(x, layout: gl.constexpr):
 
 
 @gluon.jit
-def _write_part(
-    out, at_m, at_n, xa, b, out_desc, buffer, scaling, WIDTH: gl.constexpr, R: gl.constexpr
-):  # fmt: skip
+def _write_part(out, at_m, at_n, xa, b, out_desc, buffer, scaling, R: gl.constexpr):
     if R:
         # The adapter's product adds to the rest in the accumulator: s · (rest / s + XA Bᵀ).
-        bf16: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
-        out = warpgroup_mma(xa, b.permute((1, 0)), gl.convert_layout(out * (1.0 / scaling), bf16))
+        layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
+        out = warpgroup_mma(xa, b.permute((1, 0)), gl.convert_layout(out * (1.0 / scaling), layout))
         out *= scaling
     # Two buffers take turns: the one before last has been read.
     tma.store_wait(1)
-    buffer.store(out.to(gl.bfloat16))
+    buffer.store(out.to(out_desc.dtype))
     fence_async_shared()
     _write(out_desc, [at_m, at_n], buffer)
 
@@ -145,142 +153,110 @@ def _quarters(acc):
 @gluon.jit
 def _multiply(
     left, right, full, empty, buffers, xa_desc, b_desc, residual_desc, out_desc, row_ptr, column_ptr,
-    scaling, m, n, k, programs,
-    g: gl.constexpr, GROUPS: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
-    R: gl.constexpr, RESIDUAL: gl.constexpr, GROUP: gl.constexpr, LAG: gl.constexpr,
+    scaling, m, n, k, programs, g: gl.constexpr, R: gl.constexpr, RESIDUAL: gl.constexpr,
 ):  # fmt: skip
     """A warp group: 64 rows of each tile."""
-    BM: gl.constexpr = 64 * GROUPS
-    WIDTH: gl.constexpr = BN // 4
-    kind: gl.constexpr = gl.int32 if left.dtype == gl.int8 else gl.float32
-    layout: gl.constexpr = gl.NVMMADistributedLayout(
-        [3, 0], [4, 1], [16, 128 if kind == gl.int32 or GROUPS == 3 else BN, 32]
-    )
+    # Instructions 128 columns wide: two of them a step of a tile.
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 32])
     narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 32])
     tiles = gl.cdiv(m, BM) * gl.cdiv(n, BN)
     stage = 0
     phase = 0
-    if g > 0 and LAG > 0:
-        # Begin behind the group before, and stay there.
-        mbarrier.wait(full.index(LAG * g), 0, pred=gl.cdiv(k, BK) > LAG * g)
+    if g > 0:
+        # Begin behind the other group, and stay there.
+        mbarrier.wait(full.index(LAG), 0, pred=gl.cdiv(k, BK) > LAG)
     for index in range(gl.program_id(0), tiles, programs):
-        at_m, at_n = _place(index, m, n, BM, BN, GROUP)
+        at_m, at_n = _place(index, m, n)
         at_m += 64 * g
         mbarrier.wait(full.index(stage), phase)
         acc = warpgroup_mma(
-            left.index(stage * GROUPS + g), right.index(stage).permute((1, 0)),
-            warpgroup_mma_init(gl.zeros([64, BN], kind, layout)), use_acc=False, is_async=True,
+            left.index(2 * stage + g), right.index(stage).permute((1, 0)),
+            warpgroup_mma_init(gl.zeros([64, BN], gl.int32, layout)), use_acc=False, is_async=True,
         )  # fmt: skip
         before = stage
-        stage, phase = _next(stage, phase, STAGES)
+        stage, phase = _next(stage, phase)
         for _ in range(1, gl.cdiv(k, BK)):
             mbarrier.wait(full.index(stage), phase)
             acc = warpgroup_mma(
-                left.index(stage * GROUPS + g), right.index(stage).permute((1, 0)), acc, is_async=True
+                left.index(2 * stage + g), right.index(stage).permute((1, 0)), acc, is_async=True
             )
             acc = warpgroup_mma_init(warpgroup_mma_wait(1, deps=(acc,)))
             mbarrier.arrive(empty.index(before), count=1)
             before = stage
-            stage, phase = _next(stage, phase, STAGES)
+            stage, phase = _next(stage, phase)
         # The scales arrive while the last products are made.
         rows = at_m + gl.arange(0, 64, gl.SliceLayout(1, narrow))
         row_scales = gl.load(row_ptr + rows, mask=rows < m, other=0.0)
-        column_scales = _column_scales(column_ptr, at_n, n, WIDTH)
+        column_scales = _column_scales(column_ptr, at_n, n)
         acc = warpgroup_mma_wait(0, deps=(acc,))
         mbarrier.arrive(empty.index(before), count=1)
         a0, a1, a2, a3 = _quarters(acc)
         if RESIDUAL:
-            # Each group takes its own stage, in order, and passes over the others'.
+            # Each group takes its own stage, in order, and passes over the other's.
             for _ in gl.static_range(g):
                 mbarrier.wait(full.index(stage), phase)
                 mbarrier.arrive(empty.index(stage), count=1)
-                stage, phase = _next(stage, phase, STAGES)
+                stage, phase = _next(stage, phase)
             mbarrier.wait(full.index(stage), phase)
-            rest = _view(right.index(stage), gl.bfloat16, [256, WIDTH], residual_desc.layout)
+            rest = _view(right.index(stage), residual_desc.dtype, [256, WIDTH], residual_desc.layout)
             a0 = _scaled(a0, row_scales, column_scales) + _loaded(rest.slice(0, 64), narrow)
-            column_scales = _column_scales(column_ptr, at_n + WIDTH, n, WIDTH)
+            column_scales = _column_scales(column_ptr, at_n + WIDTH, n)
             a1 = _scaled(a1, row_scales, column_scales) + _loaded(rest.slice(64, 64), narrow)
-            column_scales = _column_scales(column_ptr, at_n + 2 * WIDTH, n, WIDTH)
+            column_scales = _column_scales(column_ptr, at_n + 2 * WIDTH, n)
             a2 = _scaled(a2, row_scales, column_scales) + _loaded(rest.slice(128, 64), narrow)
-            column_scales = _column_scales(column_ptr, at_n + 3 * WIDTH, n, WIDTH)
+            column_scales = _column_scales(column_ptr, at_n + 3 * WIDTH, n)
             a3 = _scaled(a3, row_scales, column_scales) + _loaded(rest.slice(192, 64), narrow)
             fence_async_shared()
             mbarrier.arrive(empty.index(stage), count=1)
-            stage, phase = _next(stage, phase, STAGES)
-            for _ in gl.static_range(GROUPS - 1 - g):
+            stage, phase = _next(stage, phase)
+            for _ in gl.static_range(1 - g):
                 mbarrier.wait(full.index(stage), phase)
                 mbarrier.arrive(empty.index(stage), count=1)
-                stage, phase = _next(stage, phase, STAGES)
+                stage, phase = _next(stage, phase)
         if R:
             mbarrier.wait(full.index(stage), phase)
-        xa = _view(left.index(stage * GROUPS + g), gl.bfloat16, [64, R or 64], xa_desc.layout)
-        b = _view(right.index(stage), gl.bfloat16, [BN, R or 64], b_desc.layout)
+        xa = _view(left.index(2 * stage + g), xa_desc.dtype, [64, R or 64], xa_desc.layout)
+        b = _view(right.index(stage), b_desc.dtype, [BN, R or 64], b_desc.layout)
         for i in gl.static_range(4):
             part = a0 if i == 0 else a1 if i == 1 else a2 if i == 2 else a3
             if not RESIDUAL:
-                if GROUPS == 3 and i > 0:
-                    # No registers to spare for later ones.
-                    column_scales = _column_scales(column_ptr, at_n + i * WIDTH, n, WIDTH)
                 part = _scaled(part, row_scales, column_scales)
-                if GROUPS == 2 and i < 3:
-                    column_scales = _column_scales(column_ptr, at_n + (i + 1) * WIDTH, n, WIDTH)
+                if i < 3:
+                    column_scales = _column_scales(column_ptr, at_n + (i + 1) * WIDTH, n)
             _write_part(part, at_m, at_n + i * WIDTH, xa, b.slice(i * WIDTH, WIDTH), out_desc,
-                        buffers.index(2 * g + i % 2), scaling, WIDTH, R)  # fmt: skip
+                        buffers.index(2 * g + i % 2), scaling, R)  # fmt: skip
         if R:
             mbarrier.arrive(empty.index(stage), count=1)
-            stage, phase = _next(stage, phase, STAGES)
+            stage, phase = _next(stage, phase)
     tma.store_wait(0)
 
 
 # A size of one would become a constant, and one more kernel.
-@gluon.jit(do_not_specialize=["m", "programs"])
+@gluon.jit(do_not_specialize=["m", "n", "k", "programs"])
 def gemm(
     left_desc, right_desc, out_desc, xa_desc, b_desc, residual_desc, row_ptr, column_ptr, scaling,
-    m, n, k, programs,
-    GROUPS: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, R: gl.constexpr,
-    RESIDUAL: gl.constexpr, GROUP: gl.constexpr, LAG: gl.constexpr,
+    m, n, k, programs, R: gl.constexpr, RESIDUAL: gl.constexpr,
 ):  # fmt: skip
-    left = gl.allocate_shared_memory(left_desc.dtype, [STAGES * GROUPS, 64, BK], left_desc.layout)
+    left = gl.allocate_shared_memory(left_desc.dtype, [2 * STAGES, 64, BK], left_desc.layout)
     right = gl.allocate_shared_memory(right_desc.dtype, [STAGES, BN, BK], right_desc.layout)
-    buffers = gl.allocate_shared_memory(gl.bfloat16, [2 * GROUPS, 64, BN // 4], out_desc.layout)
+    buffers = gl.allocate_shared_memory(out_desc.dtype, [4, 64, WIDTH], out_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
         mbarrier.init(full.index(stage), count=1)
-        mbarrier.init(empty.index(stage), count=GROUPS)
-    if GROUPS == 2:
-        gl.warp_specialize(
-            [
-                (_multiply, (left, right, full, empty, buffers, xa_desc, b_desc, residual_desc, out_desc, row_ptr,
-                             column_ptr, scaling, m, n, k, programs,
-                             0, GROUPS, BN, BK, STAGES, R, RESIDUAL, GROUP, LAG)),
-                (_multiply, (left, right, full, empty, buffers, xa_desc, b_desc, residual_desc, out_desc, row_ptr,
-                             column_ptr, scaling, m, n, k, programs,
-                             1, GROUPS, BN, BK, STAGES, R, RESIDUAL, GROUP, LAG)),
-                (_copy, (left_desc, right_desc, xa_desc, b_desc, residual_desc, left, right, full, empty,
-                         m, n, k, programs, GROUPS, BN, BK, STAGES, R, RESIDUAL, GROUP)),
-            ],
-            [4, 1],
-            [232, 40],
-        )  # fmt: skip
-    else:
-        gl.warp_specialize(
-            [
-                (_multiply, (left, right, full, empty, buffers, xa_desc, b_desc, residual_desc, out_desc, row_ptr,
-                             column_ptr, scaling, m, n, k, programs,
-                             0, GROUPS, BN, BK, STAGES, R, RESIDUAL, GROUP, LAG)),
-                (_multiply, (left, right, full, empty, buffers, xa_desc, b_desc, residual_desc, out_desc, row_ptr,
-                             column_ptr, scaling, m, n, k, programs,
-                             1, GROUPS, BN, BK, STAGES, R, RESIDUAL, GROUP, LAG)),
-                (_multiply, (left, right, full, empty, buffers, xa_desc, b_desc, residual_desc, out_desc, row_ptr,
-                             column_ptr, scaling, m, n, k, programs,
-                             2, GROUPS, BN, BK, STAGES, R, RESIDUAL, GROUP, LAG)),
-                (_copy, (left_desc, right_desc, xa_desc, b_desc, residual_desc, left, right, full, empty,
-                         m, n, k, programs, GROUPS, BN, BK, STAGES, R, RESIDUAL, GROUP)),
-            ],
-            [4, 4, 1],
-            [160, 160, 24],
-        )  # fmt: skip
+        mbarrier.init(empty.index(stage), count=2)
+    gl.warp_specialize(
+        [
+            (_multiply, (left, right, full, empty, buffers, xa_desc, b_desc, residual_desc, out_desc, row_ptr,
+                         column_ptr, scaling, m, n, k, programs, 0, R, RESIDUAL)),
+            (_multiply, (left, right, full, empty, buffers, xa_desc, b_desc, residual_desc, out_desc, row_ptr,
+                         column_ptr, scaling, m, n, k, programs, 1, R, RESIDUAL)),
+            (_copy, (left_desc, right_desc, xa_desc, b_desc, residual_desc, left, right, full, empty,
+                     m, n, k, programs, R, RESIDUAL)),
+        ],
+        [4, 1],
+        [232, 40],
+    )  # fmt: skip
 
 
 def _tiles(x: Tensor, rows: int, columns: int) -> Any:
@@ -289,19 +265,16 @@ def _tiles(x: Tensor, rows: int, columns: int) -> Any:
     return TensorDescriptor.from_tensor(x, [rows, columns], layout)
 
 
-def run(call: Call, groups: int = 2, stages: int = 0, group: int = 8, lag: int = 0, count: int = 0) -> None:
-    """Launch for operands that `Call.copies_tiles`; bf16 results."""
+def run(call: Call) -> None:
+    """Launch, on a GPU that `why_not_hopper` has nothing against and for operands that `Call.why_not_tiles` has not."""
     m, n, k = call.sizes
-    columns, inner = 256, 128
     xa, b, residual, rank = call.xa, call.b, call.residual, call.rank or 64
-    tiles = triton.cdiv(m, 64 * groups) * triton.cdiv(n, columns)
-    count = min(tiles, count or processors(call.left.device.index or 0))
+    tiles = triton.cdiv(m, BM.value) * triton.cdiv(n, BN.value)
+    count = min(tiles, processors(call.left.device.index or 0))
     gemm[(count,)](
-        _tiles(call.left, 64, inner), _tiles(call.right, columns, inner),
-        _tiles(call.out, 64, columns // 4),
-        _tiles(call.out if xa is None else xa, 64, rank), _tiles(call.out if b is None else b, columns, rank),
-        _tiles(call.out if residual is None else residual, 64, columns // 4),
+        _tiles(call.left, 64, BK.value), _tiles(call.right, BN.value, BK.value), _tiles(call.out, 64, WIDTH.value),
+        _tiles(call.out if xa is None else xa, 64, rank), _tiles(call.out if b is None else b, BN.value, rank),
+        _tiles(call.out if residual is None else residual, 64, WIDTH.value),
         call.row_scales, call.column_scales, call.scaling, m, n, k, count,
-        GROUPS=groups, BN=columns, BK=inner, STAGES=stages or (4 if groups == 2 else 3), R=call.rank,
-        RESIDUAL=residual is not None, GROUP=group, LAG=lag, num_warps=4,
+        R=call.rank, RESIDUAL=residual is not None, num_warps=4,
     )  # fmt: skip
