@@ -15,6 +15,7 @@ from pronghorn.diagnostics import (
     doctor,
     kernel_checks,
     machine_checks,
+    quantised_checks,
     training_checks,
 )
 from pronghorn.diagnostics.checks import Check, NotHere, Unsound, perform
@@ -78,7 +79,11 @@ BROKEN = [
     ("four_bit", "nf4_kernels", "dequantize_4bit", None, "weight in"),
     ("lora_products", "lora_kernels", "output_grads_and_start", 1, "dXA A in"),
     ("joined_gradients", "joined_kernels", "unrotate_joined", 2, "dV in"),
-    ("int8_products", "int8_kernels", "quantise_rows", 0, "int8 codes"),
+    ("fp8_rows", "norm_kernels", "rms_norm_backward_fp8", 0, "dx in"),
+    ("int8_rows", "int8_kernels", "quantise_rows", 0, "int8 codes of rows"),
+    ("int8_rows", "int8_kernels", "rms_norm_forward_int8", 0, "the norm"),
+    ("int8_rows", "int8_kernels", "glu_forward_int8", 0, "act in"),
+    ("int8_products", "int8_kernels", "quantise_weight_input_grad", 0, "a turned weight"),
     ("int8_products", "int8_kernels", "product", None, "Y in"),
     ("fp8_weights", "fp8_kernels", "transpose_codes", None, "turned codes"),
     ("fp8_rows", "norm_kernels", "rms_norm_forward_fp8", 0, "the norm"),
@@ -87,8 +92,8 @@ BROKEN = [
 
 @pytest.mark.parametrize("check,module,kernel,which,named", BROKEN)
 def test_a_wrong_element_is_found(monkeypatch, check, module, kernel, which, named):
-    kernels = getattr(kernel_checks, module)
-    function = getattr(kernel_checks, check)
+    checks = kernel_checks if hasattr(kernel_checks, check) else quantised_checks
+    kernels, function = getattr(checks, module), getattr(checks, check)
     function()
     monkeypatch.setattr(kernels, kernel, spoil(getattr(kernels, kernel), which))
     with pytest.raises(Unsound) as failed:
@@ -101,7 +106,8 @@ def test_every_kernel_that_training_calls_has_a_check():
     sources = [
         path.read_text() for path in PACKAGE.rglob("*.py") if not {"kernels", "diagnostics"} & set(path.parts)
     ]
-    checks = (PACKAGE / "diagnostics" / "kernel_checks.py").read_text()
+    files = [PACKAGE / "diagnostics" / f"{name}_checks.py" for name in ("kernel", "quantised")]
+    checks = "".join(path.read_text() for path in files)
     missing = []
     for path in sorted((PACKAGE / "kernels").glob("*.py")):
         used = re.compile(
@@ -115,7 +121,7 @@ def test_every_kernel_that_training_calls_has_a_check():
             kernel = own and "impl" in inspect.signature(function).parameters and name != "fits_kernels"
             if kernel and not re.search(rf"\b{name}\b", checks):
                 missing.append(f"{path.stem}.{name}")
-    assert not missing, "add these to diagnostics/kernel_checks.py"
+    assert not missing, "add these to diagnostics/kernel_checks.py or quantised_checks.py"
 
 
 def test_a_wrong_gradient_of_the_head_is_found(monkeypatch):

@@ -86,3 +86,31 @@ def relative(actual: Tensor, expected: Tensor) -> float:
     """‖actual - expected‖ / ‖expected‖ in fp64; NaN is infinite."""
     error = (actual.double() - expected.double()).norm() / expected.double().norm().clamp(min=1e-30)
     return float(error) if torch.isfinite(error) else float("inf")
+
+
+def close(
+    compared: Comparison,
+    name: str,
+    actual: Tensor,
+    expected: Tensor,
+    dtype: torch.dtype | None = None,
+    *,
+    bound: float | None = None,
+) -> None:
+    """For sums of products whose factors are rounded to `dtype`: by the norm, four roundings of a factor allowed.
+
+    Args:
+        bound: another bound than that.
+
+    Raises:
+        Unsound: naming the tensor and how far it is off.
+    """
+    dtype = dtype or actual.dtype
+    allowed = 4 * max(torch.finfo(dtype).eps / 2, 1e-6) if bound is None else bound
+    found = relative(actual, expected)
+    if not found <= allowed:
+        kind = str(dtype).removeprefix("torch.")
+        raise Unsound(f"{name} in {kind} is off by {found:.2e} of the norm, allowed {allowed:.1e}", _BROKEN)
+    compared.worst = max(compared.worst, found / allowed)
+    if name not in compared.compared:
+        compared.compared.append(name)

@@ -13,16 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import pronghorn.kernels
-from pronghorn.diagnostics.checks import NotHere, Unsound
-from pronghorn.diagnostics.compare import Comparison, device, draw, dtypes, relative
-from pronghorn.hardware import probe
+from pronghorn.diagnostics.checks import Unsound
+from pronghorn.diagnostics.compare import Comparison, close, device, draw, dtypes
 from pronghorn.kernels import dropout as dropout_kernel
-from pronghorn.kernels import fp8 as fp8_kernels
 from pronghorn.kernels import glu as glu_kernels
-from pronghorn.kernels import int8 as int8_kernels
 from pronghorn.kernels import linear_cross_entropy as head_kernels
 from pronghorn.kernels import lora as lora_kernels
-from pronghorn.kernels import nf4 as nf4_kernels
 from pronghorn.kernels import qkv_grads as joined_kernels
 from pronghorn.kernels import rms_norm as norm_kernels
 from pronghorn.kernels import rope as rope_kernels
@@ -33,15 +29,8 @@ from pronghorn.kernels.lora import LowRank
 TOKENS, WIDTH = 37, 328
 EPS = 1e-6
 
-#: NF4's sixteen numbers (Dettmers et al. 2023, appendix E)
-NF4 = (
-    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
-    -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
-    0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
-)  # fmt: skip
 
-
-def _said(compared: Comparison) -> str:
+def said(compared: Comparison) -> str:
     way = "Triton" if use_triton(torch.empty(1, device=device(), dtype=dtypes()[0]), None) else "torch"
     return f"{way}: {compared}"
 
@@ -62,7 +51,7 @@ def rms_norm() -> str:
         compared.near("y", y, truth)
         compared.near("dx", dx, want_dx + carried.double(), slack=2.0)
         compared.near("dweight", dw, want_dw, slack=4.0)
-    return _said(compared)
+    return said(compared)
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -71,7 +60,7 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos.double()[:, None] + turned * sin.double()[:, None]
 
 
-def _angles(dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def angles(dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     position = torch.arange(TOKENS, dtype=torch.float64)
     angle = position[:, None] / 10000.0 ** (torch.arange(0, dim, 2, dtype=torch.float64) / dim)
     whole = torch.cat([angle, angle], 1)
@@ -82,7 +71,7 @@ def rope() -> str:
     """Rotation forward and backward, and the rotation that takes adapters in on the way."""
     compared, dim = Comparison(), 64
     for dtype in dtypes():
-        cos, sin = _angles(dim, dtype)
+        cos, sin = angles(dim, dtype)
         q, k, v = (draw(TOKENS, heads, dim, dtype=dtype, seed=heads) for heads in (4, 2, 3))
         found = rope_kernels.qk_rope_forward(q, k, cos, sin)
         leaves = [x.double().requires_grad_() for x in (q, k)]
@@ -106,13 +95,13 @@ def rope() -> str:
         rope_kernels.adapted_rope_(q, k, v, cos, sin, (shares[0], shares[1], shares[2]))
         for name, got, want in zip(("q + LoRA", "k + LoRA", "v + LoRA"), (q, k, v), wanted, strict=True):
             compared.near(name, got, want, slack=2.0)
-    return _said(compared)
+    return said(compared)
 
 
 def rope_with_norms() -> str:
     compared, dim = Comparison(), 64
     for dtype in dtypes():
-        cos, sin = _angles(dim, dtype)
+        cos, sin = angles(dim, dtype)
         q, k, dq, dk = (draw(TOKENS, heads, dim, dtype=dtype, seed=i) for i, heads in enumerate((4, 2, 4, 2)))
         weights = [draw(dim, dtype=dtype, seed=i) for i in (7, 8)]
         given: dict[str, Any] = {"q_norm_weight": weights[0], "k_norm_weight": weights[1], "eps": EPS}
@@ -129,15 +118,14 @@ def rope_with_norms() -> str:
         for name, got, want in zip(("dq", "dk", "dq_norm", "dk_norm"), back, grads, strict=True):
             assert got is not None
             compared.near(name, got, want, slack=4.0)
-    return _said(compared)
+    return said(compared)
 
 
 def joined_gradients() -> str:
-    """Gradients of q, k and v rotated back and laid side by side, in the compute dtype and with their e4m3 codes."""
+    """Gradients of q, k and v rotated back and laid side by side."""
     compared, dim = Comparison(), 64
-    coded = probe().fp8.value is not None
     for dtype in dtypes():
-        cos, sin = _angles(dim, dtype)
+        cos, sin = angles(dim, dtype)
         dq, dk, dv = (draw(TOKENS, heads, dim, dtype=dtype, seed=i) for i, heads in enumerate((4, 2, 2)))
         leaves = [x.double().requires_grad_() for x in (dq, dk)]
         wanted = torch.autograd.grad(
@@ -148,11 +136,7 @@ def joined_gradients() -> str:
             ("dQ", "dK", "dV"), joined_kernels.unrotate_joined(dq, dk, dv, cos, sin), truth, strict=True
         ):
             compared.near(name, got, want)
-        if coded:
-            columns = _powers_of_two(8 * dim)
-            parts, rows = joined_kernels.unrotate_joined_fp8(dq, dk, dv, cos, sin, columns)
-            _codes_near("joined gradients", rows, torch.cat([*parts], 1).double() * columns)
-    return _said(compared) + ("; codes within half a step" if coded else "")
+    return said(compared)
 
 
 def glu() -> str:
@@ -174,7 +158,7 @@ def glu() -> str:
             compared.near(activation, glu_kernels.glu_forward(gate, up, activation), truth)
             for got, want in zip(found, (truth.detach(), *grads), strict=True):
                 compared.near(f"d{activation}", got, want)
-    return _said(compared)
+    return said(compared)
 
 
 def glu_with_adapters() -> str:
@@ -207,21 +191,8 @@ def glu_with_adapters() -> str:
         # The torch way rounds the sum of both shares of dact before it goes on.
         compared.near("dgate", gate, grads[0], slack=8.0)
         compared.near("dup", up, grads[1], slack=8.0)
-        _close(compared, "dA", a_grad, dxa.double().T @ truth.detach(), dtype)
-    return _said(compared)
-
-
-def _close(compared: Comparison, name: str, actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
-    """For sums of products whose factors are rounded to `dtype`: by the norm, four roundings of a factor allowed."""
-    bound = 4 * max(torch.finfo(dtype).eps / 2, 1e-6)
-    found = relative(actual, expected)
-    if not found <= bound:
-        raise Unsound(
-            f"{name} in {str(dtype).removeprefix('torch.')} is off by {found:.2e}, allowed {bound:.1e}"
-        )
-    compared.worst = max(compared.worst, found / bound)
-    if name not in compared.compared:
-        compared.compared.append(name)
+        close(compared, "dA", a_grad, dxa.double().T @ truth.detach(), dtype)
+    return said(compared)
 
 
 def lora_products() -> str:
@@ -246,17 +217,17 @@ def lora_products() -> str:
             compared.near("dXA", dxa.split(list(ranks), 1)[i], s * dy.double() @ b.double(), slack=2.0)
             grad = b_grads[i]
             assert grad is not None
-            _close(compared, "dB", grad, s * dy.double().T @ parts[i], dtype)
+            close(compared, "dB", grad, s * dy.double().T @ parts[i], dtype)
         both = torch.cat([draw(r, WIDTH, dtype=dtype, seed=r, scale=0.2) for r in ranks])
         again, start = lora_kernels.output_grads_and_start(dys, bs, scalings, both)
         compared.near("dXA", again, dxa.double(), slack=2.0)
-        _close(compared, "dXA A", start, again.double() @ both.double(), dtype)
+        close(compared, "dXA A", start, again.double() @ both.double(), dtype)
         for impl in impls:
             compared.near("XA", lora_kernels.down(x, a, impl=impl), x.double() @ a.double().T, slack=2.0)
             a_grad = torch.zeros(a.shape, dtype=wide, device=a.device)
             lora_kernels.accumulate_a_(a_grad, xa, x, impl=impl)
-            _close(compared, "dA", a_grad, xa.double().T @ x.double(), dtype)
-    return _said(compared)
+            close(compared, "dA", a_grad, xa.double().T @ x.double(), dtype)
+    return said(compared)
 
 
 def _kernels_take_lora() -> bool:
@@ -281,11 +252,11 @@ def cross_entropy() -> str:
         leaves = [t.detach().double().requires_grad_() for t in tensors]
         logits = leaves[0] @ leaves[1].T + 2.0 * (leaves[0] @ leaves[2].T) @ leaves[3].T
         truth = F.cross_entropy(30.0 * torch.tanh(logits / 30.0), labels)
-        _close(compared, "loss", loss.detach(), truth.detach(), dtype)
+        close(compared, "loss", loss.detach(), truth.detach(), dtype)
         wanted = torch.autograd.grad(truth, leaves)
         for name, got, want in zip(("dhidden", "dhead", "dA", "dB"), found, wanted, strict=True):
-            _close(compared, name, got, want, dtype)
-    return _said(compared)
+            close(compared, name, got, want, dtype)
+    return said(compared)
 
 
 def dropout() -> str:
@@ -302,129 +273,7 @@ def dropout() -> str:
         raise Unsound(f"{share:.1%} of the elements are kept where 75 % should be")
     compared = Comparison()
     compared.near("scale", first, kept.double() / 0.75)
-    return _said(compared)
-
-
-def _four_bit_case(dtype: torch.dtype) -> tuple[dict[str, Any], Tensor]:
-    """Arguments of a doubly quantised weight [64, 192], and the weight in fp64, decoded value by value."""
-    shape, blocksize, blocksize2 = (64, 192), 64, 256
-    generator = torch.Generator().manual_seed(4)
-    count = shape[0] * shape[1]
-    packed = torch.randint(0, 256, (count // 2,), generator=generator, dtype=torch.uint8)
-    scale_codes = torch.randint(0, 256, (count // blocksize,), generator=generator, dtype=torch.uint8)
-    code2 = torch.linspace(-1, 1, 256)
-    absmax2, offset = torch.rand(1, generator=generator) * 0.01 + 0.01, torch.tensor(0.05)
-    absmax = code2[scale_codes.int()].double() * absmax2.double() + offset.double()
-    nibbles = torch.stack([packed >> 4, packed & 15], 1).flatten().int()
-    truth = torch.tensor(NF4, dtype=torch.float64)[nibbles].view(-1, blocksize) * absmax[:, None]
-    here = device()
-    given = {
-        "packed": packed.to(here), "absmax": scale_codes.to(here), "code": torch.tensor(NF4, device=here),
-        "blocksize": blocksize, "shape": shape, "dtype": dtype,
-        "nested": (code2.to(here), absmax2.to(here), offset.to(here), blocksize2),
-    }  # fmt: skip
-    return given, truth.view(shape).to(here)
-
-
-def four_bit() -> str:
-    compared = Comparison()
-    for dtype in dtypes():
-        given, truth = _four_bit_case(dtype)
-        compared.near("weight", nf4_kernels.dequantize_4bit(**given), truth)
-    return _said(compared)
-
-
-def _needs_fp8() -> None:
-    fact = probe().fp8
-    if fact.value is None:
-        raise NotHere(fact.reason)
-
-
-def _codes_near(name: str, rows: tuple[Tensor, Tensor], wanted: Tensor) -> None:
-    """Codes within half a step of e4m3: 1/16 of the number, or 2⁻¹⁰ scales where that is more."""
-    codes, scales = rows
-    error = (codes.double() * scales.double() - wanted.double()).abs()
-    bound = torch.maximum(wanted.double().abs() / 16, scales.double() * 2.0**-10) * 1.001
-    if not bool((error <= bound).all()):
-        raise Unsound(f"e4m3 codes of {name} are further from the numbers than half a step")
-
-
-def _powers_of_two(size: int) -> Tensor:
-    """Factors of columns as the scales of a weight's rows are, fp32 [size]."""
-    return torch.ldexp(torch.ones(size), torch.arange(size) % 9 - 4).to(device())
-
-
-def fp8_rows() -> str:
-    """Rows made into e4m3 codes, alone and by the kernels that make the rows."""
-    _needs_fp8()
-    compared = Comparison()
-    for dtype in dtypes():
-        x, other = draw(TOKENS, WIDTH, dtype=dtype), draw(TOKENS, 64, dtype=dtype)
-        columns = _powers_of_two(WIDTH + 64)
-        _codes_near("rows", fp8_kernels.quantise_rows(x), x)
-        _codes_near("rows of one scale", fp8_kernels.quantise_tensor(x), x)
-        joined = torch.cat([x, other], 1).float() * columns
-        _codes_near("joined rows", fp8_kernels.quantise_joined([x, other], columns), joined)
-        act, rows = fp8_kernels.glu_forward_fp8(x, x.flip(0).contiguous(), "silu")
-        _codes_near("the gated unit", rows, act)
-        compared.near("act", act, F.silu(x.double()) * x.flip(0).double())
-        weight = draw(WIDTH, dtype=dtype, seed=5)
-        y, _, _, rows = norm_kernels.rms_norm_forward_fp8(x, weight, EPS)
-        _codes_near("the norm", rows, y)
-        wide = x.double()
-        truth = wide * (wide.square().mean(1, keepdim=True) + EPS).rsqrt() * weight.double()
-        compared.near("y", y, truth)
-    return f"{_said(compared)}; codes within half a step"
-
-
-def fp8_weights() -> str:
-    """Codes of weights, turned round, made again after a change, and from 4 bits."""
-    _needs_fp8()
-    compared = Comparison()
-    weight = draw(96, 160, dtype=dtypes()[0])
-    codes, scales = fp8_kernels.quantise_weight(weight)
-    _codes_near("a weight", (codes, scales), weight)
-    turned = fp8_kernels.transpose_codes(codes)
-    if not torch.equal(turned.view(torch.uint8), codes.view(torch.uint8).t()):
-        raise Unsound("turned codes are other codes")
-    again = fp8_kernels.quantise_transposed(weight, scales)
-    _codes_near("a turned weight", (again.t(), scales), weight)
-    given, truth = _four_bit_case(torch.float32)
-    del given["dtype"]
-    row_scales = fp8_kernels.four_bit_row_scales(
-        given["absmax"], given["shape"], given["blocksize"], given["nested"]
-    )
-    assert row_scales is not None
-    for transposed in (False, True):
-        made = fp8_kernels.four_bit_to_fp8(scales=row_scales, transposed=transposed, **given)
-        _codes_near("a 4-bit weight", (made.t() if transposed else made, row_scales), truth)
-    compared.near(
-        "dequantised", fp8_kernels.dequantise(codes, scales, torch.bfloat16), codes.double() * scales
-    )
-    return f"{_said(compared)}; codes within half a step"
-
-
-def int8_products() -> str:
-    """Rows made into int8 codes, and their product with an adapter's share and a residual added on the way out."""
-    if probe().is_cuda and probe().capability < (7, 5):
-        raise NotHere("int8 matrices are multiplied from compute capability 7.5 on")
-    compared = Comparison()
-    x, weight = draw(130, 272, dtype=torch.bfloat16), draw(144, 272, dtype=torch.bfloat16, seed=1)
-    left, right = int8_kernels.quantise_rows(x), int8_kernels.quantise_rows(weight)
-    for name, (codes, scales), exact in (("rows", left, x), ("a weight", right, weight)):
-        off = (codes.double() * scales.double() - exact.double()).abs() / scales.double()
-        if not float(off.max()) <= 0.5001:
-            raise Unsound(f"int8 codes of {name} are further from the numbers than half a scale")
-    share = LowRank(
-        draw(130, 16, dtype=torch.bfloat16, seed=2), draw(144, 16, dtype=torch.bfloat16, seed=3), 0.5
-    )
-    residual = draw(130, 144, dtype=torch.bfloat16, seed=4)
-    product = (left[0].double() * left[1].double()) @ (right[0].double() * right[1].double()).T
-    compared.near("Y", int8_kernels.product(left, right), product, slack=2.0)
-    found = int8_kernels.product(left, right, low_rank=share, residual=residual)
-    whole = product + 0.5 * share.xa.double() @ share.b.double().T + residual.double()
-    compared.near("Y + LoRA + residual", found, whole, slack=2.0)
-    return _said(compared)
+    return said(compared)
 
 
 def fast_linear() -> str:
@@ -453,9 +302,9 @@ def fast_linear() -> str:
                 "plain", pronghorn.kernels.fast_linear_forward(linear, x), plain.detach(), slack=2.0
             )
         y = pronghorn.kernels.fast_linear_forward(layer, x)
-        _close(compared, "with LoRA", y.detach(), truth.detach(), dtype)
+        close(compared, "with LoRA", y.detach(), truth.detach(), dtype)
         grads = torch.autograd.grad(y, [x, a, b], dy)
         wanted = torch.autograd.grad(truth, leaves, dy.double())
         for name, got, want in zip(("dx", "dA", "dB"), grads, wanted, strict=True):
-            _close(compared, name, got, want, dtype)
-    return _said(compared)
+            close(compared, name, got, want, dtype)
+    return said(compared)

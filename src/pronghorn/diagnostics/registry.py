@@ -42,11 +42,12 @@ CHECKS: list[Check] = [
     ),
     *_group(
         "quantised",
-        "kernel_checks",
+        "quantised_checks",
         {
             "4-bit weights": "four_bit",
             "fp8 rows": "fp8_rows",
             "fp8 weights": "fp8_weights",
+            "int8 rows": "int8_rows",
             "int8 products": "int8_products",
         },
     ),
