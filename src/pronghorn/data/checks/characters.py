@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from pronghorn.data.reading import Problem, visible
 
@@ -18,8 +18,8 @@ _CLASSES = {
     "private-use": "\ue000-\uf8ff\U000f0000-\U000ffffd\U00100000-\U0010fffd",
 }
 _JOINERS = "\u200c\u200d"
-_ANY = re.compile(f"[{''.join(_CLASSES.values())}{_JOINERS}]")
-_ASCII_CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
+#: With the letters that UTF-8 read as Windows-1252 begins with, those left out that Western languages are full of.
+_SUSPECT = re.compile(f"[{''.join(_CLASSES.values())}{_JOINERS}ÃÂâÐÑÎÏ×ØÙãåæð]")
 _KINDS = {kind: re.compile(f"[{chars}]") for kind, chars in _CLASSES.items()}
 #: A joiner shapes letters of Persian and Indic scripts and emoji; between Latin letters it has no work to do.
 _IDLE_JOINER = re.compile(f"(?<=[A-Za-z])[{_JOINERS}](?=[A-Za-z])")
@@ -48,16 +48,24 @@ _MOJIBAKE = re.compile(
 )
 
 
-def character_problems(texts: Iterator[tuple[str, str]]) -> list[Problem]:
-    """One problem for each text and kind of character in it."""
-    problems: list[Problem] = []
-    for field, text in texts:
-        if text.isascii():
-            if _ASCII_CONTROL.search(text):
-                problems += _of_text(field, text)
-        elif _ANY.search(text) or _MOJIBAKE.search(text):
-            problems += _of_text(field, text)
-    return problems
+class CharacterCheck:
+    """Finds them. Characters that were seen and are none are remembered, so that a text is looked at closely only when
+    it has another one: the set of a text's characters is made ten times as fast as a pattern is searched."""
+
+    def __init__(self) -> None:
+        self._fine: set[str] = set()
+
+    def problems(self, texts: Iterable[tuple[str, str]]) -> list[Problem]:
+        """One problem for each (field, text) and kind of character in it."""
+        problems: list[Problem] = []
+        for field, text in texts:
+            new = set(text) - self._fine
+            if new:
+                suspect = set(filter(_SUSPECT.match, new))
+                self._fine |= new - suspect
+                if suspect:
+                    problems += _of_text(field, text)
+        return problems
 
 
 def _of_text(field: str, text: str) -> Iterator[Problem]:

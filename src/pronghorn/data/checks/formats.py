@@ -305,7 +305,7 @@ def texts_of(row: Any, field: str = "") -> Iterator[tuple[str, str]]:
     elif field.count(".") + field.count("[") < 20:
         if isinstance(row, Mapping):
             for key, value in row.items():
-                name = visible(str(key), 40)
+                name = key if type(key) is str and key.isidentifier() else visible(str(key), 40)
                 yield from texts_of(value, f"{field}.{name}" if field else name)
         elif isinstance(row, list):
             for index, value in enumerate(row):

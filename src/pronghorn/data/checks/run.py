@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any, NamedTuple
 
-from pronghorn.data.checks.characters import character_problems
+from pronghorn.data.checks.characters import CharacterCheck
 from pronghorn.data.checks.duplicates import SeenRows, digest
 from pronghorn.data.checks.formats import (
     NAMES,
@@ -120,7 +120,7 @@ class _Check:
         self.files, self.text_field, self.meter, self.workers = files, text_field, meter, workers
         self.progress = progress
         self.result = Report(limit=limit, max_seq_length=meter.max_length if meter else None)
-        self.rows, self.questions = SeenRows(), SeenRows()
+        self.rows, self.questions, self.characters = SeenRows(), SeenRows(), CharacterCheck()
         self.near = None
         if near:
             from pronghorn.data.checks.near import Signatures
@@ -256,7 +256,7 @@ class _FileCheck:
             what = f"this row is {NAMES[own]}, the others are {NAMES[self.usual]}"
             problems.append(Problem("mixed-format", what))
         texts = list(texts_of(row))
-        problems += character_problems(iter(texts))
+        problems += self.whole.characters.problems(texts)
         for problem in problems:
             self._tell(problem, at, record)
         self.facts.rows += 1
