@@ -15,11 +15,18 @@ from pronghorn.data.synthesis.words import content_words, supported
 #: Words of a question and of an answer.
 QUESTION_WORDS, ANSWER_WORDS = (3, 40), (3, 120)
 #: The least share of their words with a meaning that must stand in the chunk.
-QUESTION_SUPPORT, ANSWER_SUPPORT = 0.6, 0.75
+QUESTION_SUPPORT, ANSWER_SUPPORT = 0.5, 0.75
+#: The least share of an answer's words that must stand in two neighbouring sentences of the chunk.
+ANSWER_TOGETHER = 0.6
 
 _NUMBERING = re.compile(r"^\s*(?:[-*•]|\(?\d{1,2}[.):、]|[Qq](?:uestion)?\s*\d{0,2}\s*[:.)])\s*")
 _LABEL = re.compile(r"^\s*(?:\*\*)?(?:answer|a|答案|答|回答)(?:\*\*)?\s*[:：]\s*(?:\*\*)?", re.IGNORECASE)
 _OTHER_TURN = re.compile(r"^\s*(?:question|text|问题|文字)\s*[:：]|<\|", re.IGNORECASE | re.MULTILINE)
+#: Text in backticks; identifiers with an underscore, an inner capital, a dot or brackets; numbers.
+_NAME = re.compile(
+    r"(`[^`\n]+`)|(\b[A-Za-z]+(?:_\w+)+|\b[a-z]\w*\.[A-Za-z_]\w+|\b[A-Za-z_]\w*\(\)|\b[A-Z]?[a-z]+[A-Z]\w*)|(\b\d[\d.,]*)"
+)
+_SENTENCES = re.compile(r"(?<=[.!?。！？])\s*(?=\s|[\u4e00-\u9fff])|\n\s*\n")
 #: Words that point to what a reader of the row does not see.
 _POINTING = re.compile(
     r"\b(?:this|the|above|following|given)\s+(?:text|passage|article|document|paragraph|section|excerpt|chunk)\b"
@@ -40,7 +47,7 @@ def questions_in(written: str, chunk: Chunk, count: int, rejected: Counter[str])
     for question in lines:
         if not question or len(found) == count:
             break
-        reason = _why_no_question(question, known)
+        reason = _why_no_question(question, chunk, known)
         if reason is None and question.casefold() in {other.casefold() for other in found}:
             reason = "duplicate"
         if reason is None:
@@ -50,7 +57,7 @@ def questions_in(written: str, chunk: Chunk, count: int, rejected: Counter[str])
     return found
 
 
-def _why_no_question(question: str, known: set[str]) -> str | None:
+def _why_no_question(question: str, chunk: Chunk, known: set[str]) -> str | None:
     if not question.endswith(("?", "？")):
         return "not a question"
     if not QUESTION_WORDS[0] <= _length(question) <= QUESTION_WORDS[1]:
@@ -59,6 +66,8 @@ def _why_no_question(question: str, known: set[str]) -> str | None:
         return "several questions"
     if _POINTING.search(question) or _copies(question):
         return "question about the prompt"
+    if _unknown_names(question, chunk):
+        return "question names what the chunk does not"
     words = content_words(question)
     if not words or supported(words, known) < QUESTION_SUPPORT:
         return "question not about the chunk"
@@ -94,9 +103,27 @@ def _why_no_answer(answer: str, finished: bool, question: str, chunk: Chunk) -> 
     words = content_words(answer)
     if words <= content_words(question):
         return "answer says nothing new"
+    if _unknown_names(answer, chunk):
+        return "answer names what the chunk does not"
     if supported(words, content_words(chunk.shown)) < ANSWER_SUPPORT:
         return "answer not supported by the chunk"
+    if max(supported(words, together) for together in _neighbours(chunk)) < ANSWER_TOGETHER:
+        return "answer put together of far parts"
     return None
+
+
+def _unknown_names(text: str, chunk: Chunk) -> bool:
+    """Whether a text has code, an identifier or a number that the chunk has not, letter by letter."""
+    low = chunk.shown.casefold()
+    names = (name for match in _NAME.findall(text) for name in match if name)
+    return any(name.strip("`.,()").casefold() not in low for name in names)
+
+
+def _neighbours(chunk: Chunk) -> list[set[str]]:
+    """The words of every two sentences that follow each other, the first with the headings."""
+    words = [content_words(part) for part in _SENTENCES.split(chunk.text) if part.strip()]
+    headings = content_words(" ".join(chunk.headings))
+    return [headings | one | other for one, other in zip([set(), *words], [*words, set()], strict=True)]
 
 
 def _length(text: str) -> int:

@@ -153,7 +153,7 @@ def synthesize_rows(
         if number >= len(journal.groups):
             journal.add(_work(group, number, write, settings))
         if progress is not None:
-            progress(number + 1, len(groups), sum(len(done.rows) for done in journal.groups))
+            progress(number + 1, len(groups), sum(len(done.rows) for done in journal.groups[: number + 1]))
     rows, rejected = _without_duplicates(journal.groups)
     _write(output, rows)
     journal.remove()

@@ -6,7 +6,23 @@ import re
 
 _TOKEN = re.compile(r"[\u4e00-\u9fff]+|[^\W_]+(?:['’][a-z]+)?")
 _CODE = re.compile(r"_|(?<=[a-z])(?=[A-Z])")
-_ENDINGS = ("ations", "ation", "ings", "ing", "edly", "ed", "ies", "es", "ly", "s", "e", "y")
+_ENDINGS = (
+    "ations",
+    "ation",
+    "ings",
+    "ing",
+    "edly",
+    "ed",
+    "est",
+    "ers",
+    "er",
+    "ies",
+    "es",
+    "ly",
+    "s",
+    "e",
+    "y",
+)
 #: Words of every text; in one line of text each, since a list of them would take a page.
 _EMPTY = frozenset(
     """
