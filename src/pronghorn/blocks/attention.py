@@ -79,7 +79,7 @@ class AttentionBlock:
     def rebuild(self, x: Tensor, dtype: torch.dtype, saves: AttentionSaves) -> None:
         """Compute whatever is missing in `saves` up to the attention output."""
         if saves.q is None:
-            normed, _ = self.norm.forward(x, dtype, fp8=self.qkv.quantises_rows)
+            normed, _ = self.norm.forward(x, dtype, fp8=self.qkv.quantises_rows, int8=self.qkv.turns_rows)
             saves.normed = normed.tensor
             # A norm on q and k needs whole inputs in its backward; a rotation takes the adapters in on the way.
             defers = self.q_norm is None

@@ -20,6 +20,7 @@ from pronghorn.blocks.projection import GradientSink, LinearProjection, Projecti
 from pronghorn.kernels.glu import glu_backward, glu_backward_down_, glu_forward, glu_forward_down
 from pronghorn.kernels.lora import LowRank
 from pronghorn.weights import Fp8Weight, Operand
+from pronghorn.weights.operand import Turned
 
 #: Rows of a tile unless told otherwise: enough for products at full speed, and for a 4-bit weight that is dequantised
 #: for every tile.
@@ -47,7 +48,7 @@ class GluSaves:
     xa_gate_up: Tensor | None = None
     xa_down: Tensor | None = None
     normed: Tensor | None = None
-    #: `normed` in fp8, from the kernel that made it until gate and up are there
+    #: `normed` in 8 bits, from the kernel that made it until gate and up are there
     codes: Tensor | None = None
     code_scales: Tensor | None = None
 
@@ -59,8 +60,7 @@ class GluSaves:
         """What gate and up are made of, where it is there."""
         if self.normed is None:
             return None
-        made = None if self.codes is None or self.code_scales is None else (self.codes, self.code_scales)
-        return Operand(self.normed, made)
+        return Operand.with_codes(self.normed, self.codes, self.code_scales)
 
     def trim(self, level: Level) -> None:
         """Drop what the level does not keep."""
@@ -110,8 +110,14 @@ class GluBlock:
     def add_residual(self, x: Tensor, branch: Tensor, dtype: torch.dtype, saves: GluSaves) -> None:
         """The residual sum y [T, H] in x's dtype, and its norm."""
         # Codes of all rows are not held through many tiles, which make their own.
-        fp8 = self.gate_up.quantises_rows and len(self.tiles(x.shape[0])) == 1
-        normed, saves.summed = self.norm.forward(branch.to(x.dtype), dtype, residual=x, fp8=fp8)
+        whole = len(self.tiles(x.shape[0])) == 1
+        normed, saves.summed = self.norm.forward(
+            branch.to(x.dtype),
+            dtype,
+            residual=x,
+            fp8=whole and self.gate_up.quantises_rows,
+            int8=whole and self.gate_up.turns_rows,
+        )
         saves.take_normed(normed)
 
     def forward(self, dtype: torch.dtype, level: Level, saves: GluSaves) -> Tensor:
@@ -125,7 +131,7 @@ class GluBlock:
             out = summed.clone() if keeps(level, "attention") else summed
             for at in tiles:
                 self.down.forward_add_(out[at], *self._activated(dtype, level, saves.rows(at)))
-        elif keeps(level, "attention") or self.down.fuses:
+        elif keeps(level, "attention"):
             out, saves.xa_down = self.down.forward_residual(summed, *self._activated(dtype, level, saves))
         else:
             out = summed
@@ -165,7 +171,7 @@ class GluBlock:
     def _rebuild(self, dtype: torch.dtype, saves: GluSaves) -> None:
         """Compute whatever is missing in `saves` up to gate and up, from the residual sum."""
         if saves.gate is None:
-            self._normed(dtype, saves, fp8=self.gate_up.quantises_rows)
+            self._normed(dtype, saves, fp8=self.gate_up.quantises_rows, int8=self.gate_up.turns_rows)
             normed = saves.normed_operand()
             assert normed is not None
             (saves.gate, saves.up), saves.xa_gate_up = self.gate_up.forward(
@@ -183,10 +189,10 @@ class GluBlock:
         """The adapters' shares that gate and up were left without."""
         return self.gate_up.deferred(0, xa), self.gate_up.deferred(1, xa)
 
-    def _normed(self, dtype: torch.dtype, saves: GluSaves, fp8: bool = False) -> Tensor:
+    def _normed(self, dtype: torch.dtype, saves: GluSaves, fp8: bool = False, int8: bool = False) -> Tensor:
         if saves.normed is None:
             assert saves.summed is not None
-            saves.take_normed(self.norm.forward(saves.summed, dtype, fp8=fp8)[0])
+            saves.take_normed(self.norm.forward(saves.summed, dtype, fp8=fp8, int8=int8)[0])
         assert saves.normed is not None
         return saves.normed
 
@@ -196,7 +202,7 @@ class GluBlock:
         dtype: torch.dtype,
         saves: GluSaves,
         sink: GradientSink,
-        columns: Tensor | None = None,
+        columns: Tensor | Turned | None = None,
     ) -> Operand:
         """Gradient of the residual sum y [T, H]; `saves` hold at least that sum and are consumed here. With `columns`
         (`ProjectionGroup.columns_of_dy` of the projection that it goes to next) it is quantised where it is made."""
@@ -216,7 +222,7 @@ class GluBlock:
         dtype: torch.dtype,
         saves: GluSaves,
         sink: GradientSink,
-        columns: Tensor | None = None,
+        columns: Tensor | Turned | None = None,
     ) -> Operand:
         self._rebuild(dtype, saves)
         saves.codes = saves.code_scales = None

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pronghorn.blocks.projection import GradientSink
+from pronghorn.kernels.int8 import rms_norm_backward_int8, rms_norm_forward_int8
 from pronghorn.kernels.rms_norm import (
     rms_norm_backward,
     rms_norm_backward_fp8,
@@ -15,6 +16,7 @@ from pronghorn.kernels.rms_norm import (
     rms_norm_forward_fp8,
 )
 from pronghorn.weights import Operand
+from pronghorn.weights.operand import TURNED, Turned
 
 
 @dataclass(frozen=True)
@@ -29,9 +31,21 @@ class Norm:
         return [self.weight] if self.weight.requires_grad else []
 
     def forward(
-        self, x: Tensor, dtype: torch.dtype, *, residual: Tensor | None = None, fp8: bool = False
+        self,
+        x: Tensor,
+        dtype: torch.dtype,
+        *,
+        residual: Tensor | None = None,
+        fp8: bool = False,
+        int8: bool = False,
     ) -> tuple[Operand, Tensor]:
-        """The norm of x (+ residual) in `dtype`, with `fp8` quantised in the same pass, and what was normalised."""
+        """The norm of x (+ residual) in `dtype`, with `fp8` or `int8` quantised in the same pass, and what was
+        normalised."""
+        if int8 and x.dtype == dtype:
+            y, _, summed, rows = rms_norm_forward_int8(
+                x, self.weight, self.eps, residual=residual, weight_offset=self.offset
+            )
+            return Operand(y, int8=rows), summed
         options = {"residual": residual, "weight_offset": self.offset, "out_dtype": dtype}
         if fp8:
             y, _, summed, rows = rms_norm_forward_fp8(x, self.weight, self.eps, **options)
@@ -40,17 +54,33 @@ class Norm:
         return Operand(y), summed
 
     def backward(
-        self, dy: Tensor, x: Tensor, residual_grad: Tensor, sink: GradientSink, columns: Tensor | None = None
+        self,
+        dy: Tensor,
+        x: Tensor,
+        residual_grad: Tensor,
+        sink: GradientSink,
+        columns: Tensor | Turned | None = None,
     ) -> Operand:
         """Gradient of the normalised x plus `residual_grad`; the weight's goes to the sink. With `columns` the gradient
         is quantised in the same pass, for the input gradient of the one weight that has these factors."""
+        if columns is TURNED and not sink.wants(self.weight):
+            dx, codes = rms_norm_backward_int8(
+                dy,
+                x,
+                self.weight,
+                None,
+                eps=self.eps,
+                weight_offset=self.offset,
+                residual_grad=residual_grad,
+            )
+            return Operand(dx, int8=codes)
         options = {
             "eps": self.eps,
             "weight_offset": self.offset,
             "residual_grad": residual_grad,
             "need_weight_grad": sink.wants(self.weight),
         }
-        if columns is None:
+        if not isinstance(columns, Tensor):
             dx, dweight = rms_norm_backward(dy, x, self.weight, None, **options)
             found = Operand(dx)
         else:

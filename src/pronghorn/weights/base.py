@@ -68,9 +68,10 @@ class Weight:
         low_rank: LowRank | None = None,
         residual: Tensor | None = None,
         bias: Tensor | None = None,
+        out: Tensor | None = None,
     ) -> Tensor:
         """x [T, in] @ Wᵀ + low_rank + residual (+ bias) -> [T, out] in x's dtype, without a pass of its own for either;
-        `low_rank` and `residual` [T, out] have that dtype, too."""
+        `low_rank` and `residual` [T, out] have that dtype, too. `out`: what is written, maybe the residual."""
         raise NotImplementedError
 
     def matmul_t_fused(

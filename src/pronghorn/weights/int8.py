@@ -70,6 +70,7 @@ class Int8Weight(Weight):
         low_rank: LowRank | None = None,
         residual: Tensor | None = None,
         bias: Tensor | None = None,
+        out: Tensor | None = None,
     ) -> Tensor:
         y = product(
             as_operand(x).int8(),
@@ -77,6 +78,7 @@ class Int8Weight(Weight):
             low_rank=low_rank,
             residual=residual,
             dtype=rows_of(x).dtype,
+            out=out,
         )
         return y if bias is None else y.add_(bias)
 

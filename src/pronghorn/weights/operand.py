@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
+import torch
 from torch import Tensor
 
 from pronghorn.kernels import int8 as integers
 from pronghorn.kernels.fp8 import Fp8Rows, quantise_joined, quantise_rows, quantise_tensor
 from pronghorn.weights.adjacent import side_by_side
+
+#: in the place of column factors: codes are int8 of rows turned by H (`kernels.int8`)
+Turned = Literal["turned"]
+TURNED: Turned = "turned"
 
 
 class Operand:
@@ -57,8 +63,16 @@ class Operand:
 
     @property
     def made(self) -> Fp8Rows | None:
-        """The codes and scales that are there already."""
-        return self._fp8
+        """The codes and scales that are there already, whatever their format."""
+        return self._int8 if self._fp8 is None else self._fp8
+
+    @staticmethod
+    def with_codes(tensor: Tensor, codes: Tensor | None, scales: Tensor | None) -> Operand:
+        """The operand that `made` these codes and scales."""
+        if codes is None or scales is None:
+            return Operand(tensor)
+        rows = codes, scales
+        return Operand(tensor, int8=rows) if codes.dtype == torch.int8 else Operand(tensor, rows)
 
     def release(self) -> None:
         """Let go of the codes: no product takes them any more."""

@@ -30,7 +30,7 @@ from pronghorn.kernels import lora
 from pronghorn.kernels.dispatch import Impl
 from pronghorn.kernels.dropout import seeded_dropout
 from pronghorn.weights import DenseWeight, Fp8Weight, Int8Weight, Weight, side_by_side, stacked
-from pronghorn.weights.operand import Operand, as_operand
+from pronghorn.weights.operand import TURNED, Operand, Turned, as_operand
 
 
 class ProjectionGroup:
@@ -154,9 +154,7 @@ class ProjectionGroup:
         (projection,) = self.projections
         operand = as_operand(x)
         if self.fuses:
-            summed, xa = self.forward_residual(out, operand, xa)
-            out.copy_(summed)
-            return xa
+            return self._add_fused_(out, operand, xa)
         if isinstance(projection, ModuleProjection) or out.dtype != operand.tensor.dtype:
             (y,), xa = self.forward(operand, xa=xa)
             out.add_(y)
@@ -177,6 +175,16 @@ class ProjectionGroup:
         else:
             y = projection.weight.matmul(operand)
             lora.up(xa, bs, scalings, [out], addends=[y], inplace=True, impl=self.impl)
+        return xa
+
+    def _add_fused_(self, out: Tensor, operand: Operand, xa: Tensor | None) -> Tensor | None:
+        """`forward_add_` in the product itself; a bias or another dtype goes the way of `forward_residual`."""
+        same = out.dtype == operand.tensor.dtype and self._linear(0).bias is None
+        xa = self.down(operand.tensor) if xa is None else xa
+        if same:
+            self._fused(0, operand, xa, out, out)
+        else:
+            out.copy_(self.forward_residual(out, operand, xa)[0])
         return xa
 
     def a_for_producer(self, rows: Tensor) -> Tensor | None:
@@ -231,12 +239,19 @@ class ProjectionGroup:
         plain = self._single and not self._b_biases() and max(self._ranks, default=0) <= FUSED_RANK
         return plain and all_fuse(self.projections)
 
-    def _fused(self, i: int, operand: Operand, xa: Tensor | None, residual: Tensor | None = None) -> Tensor:
-        """Output i with all that belongs to it."""
+    def _fused(
+        self,
+        i: int,
+        operand: Operand,
+        xa: Tensor | None,
+        residual: Tensor | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """Output i with all that belongs to it, into `out` where that is given."""
         projection = self._linear(i)
         share = None if xa is None else self._share(i, xa)
         bias = projection.cast_bias(operand.tensor.dtype)
-        return projection.weight.matmul_fused(operand, share, residual, bias)
+        return projection.weight.matmul_fused(operand, share, residual, bias, out)
 
     def _start_with_adapters(self, outs: list[Tensor | None], xa: Tensor) -> None:
         """Fill the outputs whose weight adds in place with bias + adapter; several in one launch."""
@@ -375,18 +390,25 @@ class ProjectionGroup:
             return None
         return exponents if stack.exponents is not None else None
 
-    def columns_of_dy(self) -> Tensor | None:
+    def columns_of_dy(self) -> Tensor | Turned | None:
         """Factors of dY's columns (exponents int8 [out]) with which the kernel that makes dY can quantise it for a lone
-        fp8 weight; None for others."""
+        fp8 weight, or that it turns it for an int8 one; None for others."""
         projection = self.projections[0]
         lone = len(self.projections) == 1 and isinstance(projection, LinearProjection)
         weight = projection.weight if lone and isinstance(projection, LinearProjection) else None
+        if isinstance(weight, Int8Weight):
+            return None if weight.back is None else TURNED
         return weight.exponents if isinstance(weight, Fp8Weight) else None
 
     @property
     def quantises_rows(self) -> bool:
         """Whether products of the forward pass take the rows of x in fp8."""
         return any(projection.weight.quantises_rows for projection in self._all_linear())
+
+    @property
+    def turns_rows(self) -> bool:
+        """Whether products of the forward pass take the rows of x in int8, turned."""
+        return any(isinstance(projection.weight, Int8Weight) for projection in self._all_linear())
 
     def _terms(
         self, operands: Sequence[Operand], joined: bool, of_stack: Operand | None
