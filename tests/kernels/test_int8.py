@@ -102,16 +102,16 @@ def test_turned_codes_of_rows_side_by_side(impl, dtype, widths, device):
     assert (plain == joined[0]).all() and (plain_scales == joined[1]).all()
 
 
-@pytest.mark.parametrize("way", [(1, 16, 16), (2, 32, 0), 16])
+@pytest.mark.parametrize("way", [(1, 16, 16), (2, 32, 0), (16,)])
 def test_ways_of_holding_rows_agree(way, device):
     """Rows in two pieces, several rows a program, rows read twice: the same codes."""
-    from pronghorn.kernels.triton.int8 import Held
+    from pronghorn.kernels.triton.int8 import Held, Long
     from pronghorn.kernels.triton.int8 import quantise_joined as run
 
     parts = [random(7, w, dtype=torch.bfloat16, device=device, seed=w) for w in (1024, 512, 256)]
     parts[1][3, 5], parts[2][4, 200] = float("nan"), float("inf")
-    if isinstance(way, tuple):
-        way = Held(*way, warps=4, stages=2, per_processor=1)
+    held = len(way) > 1
+    way = Held(*way, warps=4, stages=2, per_processor=1) if held else Long(*way, warps=4, stages=2)
     codes, scales = run(parts, None, True, way)
     expected, expected_scales = quantise_joined(parts, rotated=True, impl="torch")
     assert (scales.isfinite().view(-1) == torch.tensor([1, 1, 1, 0, 0, 1, 1], device=device).bool()).all()

@@ -103,7 +103,8 @@ def store_codes(
     tl.store(to, to_codes(x, inverse[:, None]), mask=(known & (block < blocks))[:, None])
 
 
-@triton.jit
+# Numbers of rows and blocks tell the compiler nothing that it needs, and would be one more kernel each.
+@triton.jit(do_not_specialize=["a_blocks", "ab_blocks", "blocks", "rows", "programs"])
 def _quantise_held(
     a_ptr, b_ptr, c_ptr, columns_ptr, codes_ptr, scales_ptr, a_stride, b_stride, c_stride,
     a_blocks, ab_blocks, blocks, rows, programs,
@@ -148,7 +149,7 @@ def _quantise_held(
             )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["a_blocks", "ab_blocks", "blocks"])
 def _quantise_long(
     a_ptr, b_ptr, c_ptr, columns_ptr, codes_ptr, scales_ptr, a_stride, b_stride, c_stride,
     a_blocks, ab_blocks, blocks,
@@ -204,6 +205,14 @@ class Held(NamedTuple):
     per_processor: int
 
 
+class Long(NamedTuple):
+    """How `_quantise_long` reads rows."""
+
+    count: int
+    warps: int
+    stages: int
+
+
 def held(blocks: int, lanes: int, element: int, shared: int) -> Held:
     """Powers of two that waste little: one for all blocks, or one for most and one for the rest."""
     whole = max(triton.next_power_of_2(blocks), 16)
@@ -219,9 +228,9 @@ def held(blocks: int, lanes: int, element: int, shared: int) -> Held:
 
 
 def quantise_joined(
-    parts: Sequence[Tensor], columns: Tensor | None, rotated: bool, way: Held | int | None = None
+    parts: Sequence[Tensor], columns: Tensor | None, rotated: bool, way: Held | Long | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`way`: how rows are held, or how many blocks are read at a time; None chooses."""
+    """`way`: how rows are held or read; None chooses."""
     parts = [unit_rows(part) for part in parts]
     width, rows, device = sum(part.shape[1] for part in parts), parts[0].shape[0], parts[0].device
     lanes = rotation_of(width)
@@ -251,9 +260,12 @@ def quantise_joined(
         "FACTOR": lanes**-0.5 if rotated else 1.0, "WIDE": is_wide(a),
     }  # fmt: skip
     if way is None:
-        way = held(blocks, lanes, a.element_size(), limits(device)[1]) if width <= HELD else 8192 // lanes
-    if isinstance(way, int):
-        _quantise_long[(rows,)](*arguments, **constants, COUNT=way, STAGES=2, num_warps=way * lanes // 1024)
+        fits = width <= HELD
+        way = held(blocks, lanes, a.element_size(), limits(device)[1]) if fits else Long(8192 // lanes, 8, 2)
+    if isinstance(way, Long):
+        _quantise_long[(rows,)](
+            *arguments, **constants, COUNT=way.count, STAGES=way.stages, num_warps=way.warps
+        )
     else:
         count = programs(triton.cdiv(rows, way.rows), device, way.per_processor)
         _quantise_held[(count,)](
@@ -263,7 +275,7 @@ def quantise_joined(
     return codes, scales
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks"])
 def _rotate(
     x_ptr, out_ptr, blocks, LANES: tl.constexpr, FACTOR: tl.constexpr, COUNT: tl.constexpr, WIDE: tl.constexpr
 ):  # fmt: skip

@@ -45,7 +45,7 @@ def _store_rows(
     store_codes(codes_ptr, wide, scale, row, row < rows, block, blocks, FACTOR, ROWS, COUNT, LANES)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "blocks", "programs"])
 def _norm_forward(
     x_ptr, residual_ptr, weight_ptr, y_ptr, rstd_ptr, summed_ptr, codes_ptr, scales_ptr,
     x_stride, residual_stride, rows, blocks, programs, eps, weight_offset,
@@ -78,7 +78,7 @@ def _norm_forward(
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "blocks", "programs"])
 def _norm_backward(
     dy_ptr, x_ptr, weight_ptr, rstd_ptr, residual_ptr, dx_ptr, codes_ptr, scales_ptr,
     dy_stride, x_stride, residual_stride, rows, blocks, programs, eps, weight_offset,
@@ -114,7 +114,7 @@ def _norm_backward(
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "blocks", "programs"])
 def _glu_forward(
     gate_ptr, up_ptr, act_ptr, codes_ptr, scales_ptr, gate_stride, up_stride, rows, blocks, programs,
     ACTIVATION: tl.constexpr, LANES: tl.constexpr, FACTOR: tl.constexpr, ROWS: tl.constexpr, COUNT: tl.constexpr,
