@@ -6,11 +6,12 @@ import json
 
 import pytest
 
+from pronghorn.data import clean
 from pronghorn.data.reading import RowFile
 from pronghorn.data.reading import files as files_module
 from pronghorn.data.reading import lines as lines_module
 from pronghorn.data.reading.lines import LongLine, Utf8Stream, read_lines
-from pronghorn.errors import CommandMisused
+from pronghorn.errors import CommandMisused, RowsUnreadable
 
 
 def read(path, data, **options):
@@ -156,12 +157,17 @@ def test_long_lines_keep_their_beginning_only(tmp_path, monkeypatch):
 
 
 def test_an_element_that_never_ends_is_bounded(tmp_path, monkeypatch):
-    (tmp_path / "r.json").write_bytes(b'[{"a": 1}, {"a": "' + b"x" * 100_000)
+    path = tmp_path / "r.json"
+    path.write_bytes(b'[{"a": 1}, {"a": "' + b"x" * 100_000 + b'"}, {"a": 2}]')
     split = files_module.split_elements
     monkeypatch.setattr(files_module, "split_elements", lambda *a: split(*a, limit=1000))
-    records = list(RowFile(tmp_path / "r.json").records())
-    assert records[0].value == {"a": 1}
-    assert records[1].problem.kind in ("long-line", "truncated")
+    monkeypatch.setattr(lines_module, "CHUNK", 400)
+    file = RowFile(path)
+    assert [record.value for record in file.records()] == [{"a": 1}]
+    assert told(file) == [(1, "long-line")]
+    with pytest.raises(RowsUnreadable):  # what stands behind it would be missing
+        clean(path, tmp_path / "out.jsonl")
+    assert not (tmp_path / "out.jsonl").exists()
 
 
 @pytest.mark.parametrize("name", ["absent.jsonl", "folder", "rows.docx", "null\0byte"])

@@ -26,7 +26,6 @@ SHORTEST = 64
 LONGEST = 1 << 16
 _CHUNK = 1 << 14
 
-_WEIGHTS = np.array([pow(0x100000001B3, SHINGLE - 1 - i, 1 << 64) for i in range(SHINGLE)], dtype=np.uint64)
 _EDGES = np.arange(BINS, dtype=np.uint64) << np.uint64(57)
 
 
@@ -35,12 +34,11 @@ def signature(text: str) -> NDArray[np.uint16] | None:
     data = " ".join(text[:LONGEST].casefold().split()).encode("utf-8", "replace")[:LONGEST]
     if len(data) < SHORTEST:
         return None
-    letters = np.frombuffer(data, dtype=np.uint8).astype(np.uint64)
-    count = len(letters) - SHINGLE + 1
-    hashes = np.zeros(count, dtype=np.uint64)
-    for i in range(SHINGLE):
-        hashes += letters[i : i + count] * _WEIGHTS[i]
-    hashes = np.sort(_mixed(hashes))
+    count = len(data) - SHINGLE + 1
+    # Eight bytes are a number: every shingle, one byte further each.
+    shingles = np.ndarray((count,), dtype="<u8", buffer=data, strides=(1,))
+    hashes = _mixed(shingles.astype(np.uint64))
+    hashes.sort()
     first = np.searchsorted(hashes, _EDGES)
     edges = np.append(first, count)
     full = edges[1:] > edges[:-1]

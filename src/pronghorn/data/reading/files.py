@@ -228,7 +228,7 @@ class RowFile:
         row = 0
         for line, data in split_elements(text, lambda line, problem: self.told.append((line, problem))):
             if isinstance(data, LongLine):
-                yield Record(line, row + 1, None, None, (), _TOO_LONG_REST, data)
+                self.told.append((line, _TOO_LONG_REST))
                 return
             for record in _records(line, row, data, parse(data)):
                 row = record.row
