@@ -13,6 +13,7 @@ from pronghorn.data.chat_templates import (
     get_chat_template,
     without_generation_blocks,
 )
+from pronghorn.data.rows import RowFormat, RowRenderer
 from pronghorn.data.templates import ChatRenderer
 from pronghorn.errors import ChatTemplateMismatch, RowInvalid, TokenizerProblem, UnknownArgument
 from tests.data.chat_tokenizers import chat_tokenizer, family_of
@@ -425,3 +426,17 @@ def test_wrong_arguments():
         with_template("chatml", missing_tokens="ignore")
     with pytest.raises(UnknownArgument, match="chat_template is int"):
         get_chat_template(chat_tokenizer("chatml"), 3)
+
+
+# --- rows rendered to text first, as many scripts do ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_row_of_rendered_text_has_the_tokens_of_its_chat(name):
+    """No second BOS, no second EOS."""
+    tokenizer = with_template(name)
+    chat = RowRenderer(tokenizer, RowFormat())({"messages": CHAT})
+    text = tokenizer.apply_chat_template(CHAT, tokenize=False)
+    rendered = RowRenderer(tokenizer, RowFormat())({"text": text})["input_ids"]
+    # Phi-3 ends a text with another token than it ends answers with.
+    assert rendered == chat["input_ids"] + ([tokenizer.eos_token_id] if name == "phi-3" else [])

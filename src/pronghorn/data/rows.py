@@ -149,7 +149,7 @@ class RowRenderer:
         if kind == "alpaca":
             return self._alpaca(row)
         if kind == "text":
-            ids = list(self.tokenizer(self._ended(row[self.form.text_field]))["input_ids"])
+            ids = self._tokens(self._ended(row[self.form.text_field]))
             return {"input_ids": ids, "labels": list(ids)}
         raise _of_no_kind(row, self.form.text_field)
 
@@ -157,7 +157,13 @@ class RowRenderer:
         if not isinstance(text, str):
             raise RowInvalid(f"expected text, got {type(text).__name__}")
         end = self.tokenizer.eos_token
-        return text if not end or text.endswith(end) else text + end
+        # A chat template that made the text may have written a newline behind the last turn.
+        return text if not end or text.rstrip().endswith(end) else text + end
+
+    def _tokens(self, text: str) -> list[int]:
+        """Token ids of a text; one that a chat template has begun with BOS gets no second one."""
+        begun = bool(self.tokenizer.bos_token) and text.startswith(self.tokenizer.bos_token)
+        return list(self.tokenizer(text, add_special_tokens=not begun)["input_ids"])
 
     def chat_for(self, row: Mapping[str, Any]) -> ChatRenderer:
         """The renderer with what the row itself gives the template: tools, and other arguments."""
@@ -216,10 +222,10 @@ class RowRenderer:
 
     def _text_pair(self, prompt: str, completion: Any) -> dict[str, list[int]]:
         """The completion starts where the tokens of the prompt and of the whole text part ways."""
-        ids = list(self.tokenizer(prompt + self._ended(completion))["input_ids"])
+        ids = self._tokens(prompt + self._ended(completion))
         if self.form.completion_only is False:
             return {"input_ids": ids, "labels": list(ids)}
-        start = _common_tokens(list(self.tokenizer(prompt)["input_ids"]), ids)
+        start = _common_tokens(self._tokens(prompt), ids)
         return _labelled(ids, [i >= start for i in range(len(ids))])
 
     def _alpaca(self, row: Mapping[str, Any]) -> dict[str, list[int]]:
