@@ -41,10 +41,10 @@ def _sum_tile(
     tl.store(to, total.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-#: Sizes that say nothing about alignment. Compiling for each of their kinds (1, a multiple of 16, another) takes a
-#: second each time.
+#: Sizes that say nothing about alignment (ranks do: of the loads' masks). Compiling for each of their kinds (1, a
+#: multiple of 16, another) takes a second each time.
 _PLAIN = (
-    "r0", "r1", "r2", "w0", "w1", "blocks0", "blocks1", "blocks2", "wanted0", "wanted1", "wanted2", "tokens", "shares",
+    "w0", "w1", "blocks0", "blocks1", "blocks2", "wanted0", "wanted1", "wanted2", "tokens", "shares",
 )  # fmt: skip
 _PLAIN_START = (*_PLAIN, "columns_each", "pieces", "token_programs", "row_blocks")
 
