@@ -208,7 +208,7 @@ class Held(NamedTuple):
 class Long(NamedTuple):
     """How `_quantise_long` reads rows."""
 
-    count: int
+    blocks: int
     warps: int
     stages: int
 
@@ -264,7 +264,7 @@ def quantise_joined(
         way = held(blocks, lanes, a.element_size(), limits(device)[1]) if fits else Long(8192 // lanes, 8, 2)
     if isinstance(way, Long):
         _quantise_long[(rows,)](
-            *arguments, **constants, COUNT=way.count, STAGES=way.stages, num_warps=way.warps
+            *arguments, **constants, COUNT=way.blocks, STAGES=way.stages, num_warps=way.warps
         )
     else:
         count = programs(triton.cdiv(rows, way.rows), device, way.per_processor)
