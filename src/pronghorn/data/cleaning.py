@@ -31,7 +31,7 @@ from pronghorn.data.checks.formats import (
     trained_content,
 )
 from pronghorn.data.reading import Problem, Record, RowFile, level_of
-from pronghorn.data.reading.json_repair import repair_json
+from pronghorn.data.reading.json_repair import Irreparable, repair_json
 from pronghorn.data.reading.lines import LongLine
 from pronghorn.errors import CommandMisused, RowsUnreadable
 
@@ -250,10 +250,13 @@ class _Cleaner:
 
     def _one_line(self, record: Record, value: Any, text: bytes | None) -> bytes | None:
         """The row as one line of JSON; None where it holds what JSON does not have, and is rejected for it."""
-        if text is not None:
-            return repair_json(text.decode()).texts[0].encode()
         try:
+            if text is not None:
+                return repair_json(text.decode()).texts[0].encode()
             return json.dumps(value, ensure_ascii=False, allow_nan=False, default=_as_text).encode()
+        except Irreparable as reason:
+            self._reject(record, Problem(reason.kind, reason.what))
+            return None
         except TypeError as error:
             self._reject(record, Problem("wrong-type", f"a value that JSON does not have: {error}"))
             return None

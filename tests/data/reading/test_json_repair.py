@@ -71,6 +71,7 @@ def test_repaired(kind, text, value):
         (r'{"a": "\\ud83d\ude00"}', "lone-surrogate"),
         ("[" * 100_000, "too-deep"),
         ("{'a':" * 5000, "too-deep"),
+        ('{"a": ' + "[" * 300 + "]" * 300 + "}", "too-deep"),
         ("\x00\x00\x00", "broken-json"),
     ],
 )
@@ -78,6 +79,11 @@ def test_refused(text, kind):
     parsed = parse(text.encode())
     assert parsed.problem is not None and parsed.problem.kind == kind
     assert not parsed.values
+
+
+def test_many_brackets_are_not_deep():
+    row = {"a": [{"b": [i]} for i in range(200)], "t": "[" * 500}
+    assert parse(json.dumps(row).encode()).values == [row]
 
 
 def test_what_is_json_is_left_as_it_is():

@@ -23,8 +23,9 @@ SUFFIXES: dict[str, str] = {
 }  # fmt: skip
 CONTAINERS = get_args(Container)
 
-#: Lines that a row with a raw newline in a text may run over.
+#: Lines that a row with a raw newline in a text may run over, and their size.
 _LINES_OF_A_ROW = 64
+_BYTES_OF_A_ROW = 4 << 20
 _PARQUET_BATCH = 256
 
 
@@ -298,7 +299,8 @@ def _join(waiting: list[tuple[int, bytes]], line: bytes, parsed: Parsed) -> Pars
     It is not where it is a row itself or begins like one: then the row before was truncated.
     """
     begins_a_row = line.lstrip().startswith(b"{") or (parsed.problem is None and parsed.values)
-    if begins_a_row or len(waiting) >= _LINES_OF_A_ROW:
+    size = len(line) + sum(len(text) for _, text in waiting)
+    if begins_a_row or len(waiting) >= _LINES_OF_A_ROW or size > _BYTES_OF_A_ROW:
         return None
     joined = parse(b"\n".join([*(text for _, text in waiting), line]))
     return joined if joined.problem is None or joined.problem.kind == "truncated" else None

@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from pronghorn.data.reading.json_repair import Irreparable, repair_json
+from pronghorn.data.reading.json_repair import MAX_DEPTH, Irreparable, repair_json
 from pronghorn.data.reading.problems import Problem, visible
 
 
@@ -65,7 +65,7 @@ def sound_row(data: bytes) -> dict[str, Any] | None:
         value, end = _scan(text, 0)
     except (ValueError, RecursionError, StopIteration):
         return None
-    if end != len(text) or type(value) is not dict or _may_hold_half(text):
+    if end != len(text) or type(value) is not dict or _may_hold_half(text) or _may_be_deep(text):
         return None
     return value
 
@@ -79,13 +79,35 @@ def parse(data: bytes) -> Parsed:
     if _may_hold_half(text):
         return _repaired(text)
     try:
-        return Parsed([_decode(text)])
+        value = _decode(text)
     except (ValueError, RecursionError):
         return _repaired(text)
+    if _may_be_deep(text) and _is_deep(value):
+        return Parsed([], problem=Problem("too-deep", f"nested deeper than {MAX_DEPTH} levels"))
+    return Parsed([value])
 
 
 def _may_hold_half(text: str) -> bool:
     return "\\u" in text and bool(_SURROGATE.search(text) and _MAYBE_HALF.search(text))
+
+
+def _may_be_deep(text: str) -> bool:
+    return text.count("[") + text.count("{") > MAX_DEPTH
+
+
+def _is_deep(value: Any) -> bool:
+    """Whether lists and objects stand in one another more than `MAX_DEPTH` times: code that walks a row takes stack."""
+    level = [value]
+    for _ in range(MAX_DEPTH + 1):
+        inside = (
+            item.values() if isinstance(item, dict) else item
+            for item in level
+            if isinstance(item, dict | list)
+        )
+        level = [item for items in inside for item in items if isinstance(item, dict | list)]
+        if not level:
+            return False
+    return True
 
 
 def _repaired(text: str) -> Parsed:
