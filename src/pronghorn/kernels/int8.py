@@ -61,7 +61,7 @@ def rotate(x: Tensor, *, impl: Impl | None = None) -> Tensor:
         ValueError: where no block divides the width.
     """
     _checked_rotation(x.shape[-1])
-    if use_triton(x, impl):
+    if _has_kernels(x, impl):
         from pronghorn.kernels.triton.int8 import rotate as run
 
         return run(x)
@@ -102,7 +102,7 @@ def quantise_joined(
         _checked_rotation(width)
         if columns is not None:
             raise ValueError("rows are either turned or multiplied with factors of columns")
-    if use_triton(parts[0], impl):
+    if _has_kernels(parts[0], impl):
         from pronghorn.kernels.triton.int8 import quantise_joined as run
 
         return run(parts, columns, rotated)
@@ -168,7 +168,7 @@ def rms_norm_forward_int8(
     The codes are those of the rounded y: the same as `quantise_rows(y, rotated=True)`.
     """
     _checked_rotation(x.shape[1])
-    if use_triton(x, impl):
+    if _has_kernels(x, impl):
         from pronghorn.kernels.triton.int8_producers import holds, norm_forward
 
         if holds(x.shape[1]):
@@ -192,7 +192,7 @@ def rms_norm_backward_int8(
 ) -> tuple[Tensor, Codes]:
     """dx [T, H] of `kernels.rms_norm.rms_norm_backward` and its turned codes, those of the rounded dx."""
     _checked_rotation(x.shape[1])
-    if use_triton(x, impl):
+    if _has_kernels(x, impl):
         from pronghorn.kernels.triton.int8_producers import holds, norm_backward
 
         if holds(x.shape[1]):
@@ -208,7 +208,7 @@ def glu_forward_int8(
 ) -> tuple[Tensor, Codes]:
     """`kernels.glu.glu_forward`'s act [T, I], and its turned codes, those of the rounded act, in one pass."""
     _checked_rotation(gate.shape[1])
-    if use_triton(gate, impl):
+    if _has_kernels(gate, impl):
         from pronghorn.kernels.triton.int8_producers import glu_forward as run
         from pronghorn.kernels.triton.int8_producers import holds
 
@@ -216,6 +216,13 @@ def glu_forward_int8(
             return run(gate, up, activation)
     act = glu_forward(gate, up, activation, impl=impl)
     return act, quantise_rows(act, rotated=True, impl=impl)
+
+
+def _has_kernels(x: Tensor, impl: Impl | None) -> bool:
+    """Whether Triton's kernels run: their products need Ampere or later. Turing has the library's int8 product."""
+    if impl is None and x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 0):
+        return False
+    return use_triton(x, impl)
 
 
 def _step(x: Tensor) -> int:
@@ -261,13 +268,21 @@ def product(
     codes, other = left[0], right[0]
     if out is None:
         out = torch.empty(codes.shape[0], other.shape[0], dtype=dtype, device=codes.device)
-    if use_triton(codes, impl):
+    if _has_kernels(codes, impl):
         from pronghorn.kernels.triton.gemm8 import product as run
 
         return run(left, right, low_rank, residual, out)
-    wide = (codes.double() @ other.double().t()).to(torch.float32) * left[1] * right[1].view(1, -1)
+    wide = _sums(codes, other).to(torch.float32).mul_(left[1]).mul_(right[1].view(1, -1))
     if low_rank is not None:
         wide = low_rank.add_to(wide)
     if residual is not None:
         wide = wide + residual.to(torch.float32)
     return out.copy_(wide)
+
+
+def _sums(codes: Tensor, other: Tensor) -> Tensor:
+    """codes @ otherᵀ, exactly: in int32 by a GPU's library where it takes the sizes, else in fp64."""
+    (rows, inner), columns = codes.shape, other.shape[0]
+    if codes.is_cuda and rows > 16 and inner % 8 == 0 and columns % 8 == 0:
+        return torch._int_mm(codes, other.t())
+    return codes.double() @ other.double().t()
