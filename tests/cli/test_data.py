@@ -90,7 +90,7 @@ def test_clean(broken, tmp_path, capsys):
     assert main(["data", "clean", broken, str(target), "--force", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["rows_out"] == 2
     assert main(["data", "clean", str(target), str(tmp_path / "again.jsonl")]) == 0
-    assert "Nothing was wrong" in capsys.readouterr().out
+    assert "Nothing had to be repaired" in capsys.readouterr().out
     nothing = write(tmp_path / "nothing.jsonl", "[1]")
     assert main(["data", "clean", nothing, str(target), "--force"]) == 1, "no row is left"
 

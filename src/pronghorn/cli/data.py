@@ -192,9 +192,13 @@ def _show_checked(report: Report) -> None:
     if report.clean:
         say("No problems.")
     else:
-        say(f"{report.errors:,} errors, {report.warnings:,} warnings.")
+        say(f"{_count(report.errors, 'error')}, {_count(report.warnings, 'warning')}.")
         if any(KINDS[kind].repaired for kind in report.counts):
             say("pronghorn data clean IN OUT.jsonl repairs what has one safe repair.")
+
+
+def _count(number: int, name: str) -> str:
+    return f"{number:,} {name}" + ("" if number == 1 else "s")
 
 
 def run_stats(options: argparse.Namespace) -> int:
@@ -303,7 +307,7 @@ def _show_cleaned(result: CleanResult) -> None:
     if result.rejected_file:
         say(f"\nRejected: {result.rows_rejected:,}, each with its line and reason in {result.rejected_file}")
     elif not result.repairs and not result.duplicates and not result.blank_lines:
-        say("\nNothing was wrong: the rows are as they were.")
+        say("\nNothing had to be repaired.")
 
 
 @contextmanager

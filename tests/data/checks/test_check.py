@@ -172,7 +172,7 @@ def test_columns_and_formats_that_change(tmp_path):
     ]
     report = check(write(tmp_path / "r.jsonl", rows))
     assert found(report) == [(6, "mixed-types", "id"), (7, "mixed-format", "")]
-    assert "text in 1 rows and a number in 5" in report.findings[0].what
+    assert "text in 1 and a number in 5 rows" in report.findings[0].what
 
 
 def test_another_column_of_text(tmp_path):

@@ -302,7 +302,7 @@ class _FileCheck:
         usual = max(types, key=lambda name: types[name].rows)
         for name, seen in types.items():
             if name != usual:
-                what = f"'{visible(column, 40)}' is {name} in {seen.rows:,} rows and {usual} in {types[usual].rows:,}"
+                what = f"'{visible(column, 40)}' is {name} in {seen.rows:,} and {usual} in {types[usual].rows:,} rows"
                 self._tell(Problem("mixed-types", what, visible(column, 40)), seen.first)
 
     def _tell(self, problem: Problem, at: _At, record: Record | None = None) -> None:
