@@ -27,7 +27,7 @@ from tests.families.parity import TARGETS
 from tests.memory.live import LiveBytes
 
 #: Modules that ask `use_triton` by a name of their own.
-_KERNELS = ("rms_norm", "rope", "qkv_grads", "glu", "lora", "linear_cross_entropy", "nf4", "fp8")
+_KERNELS = ("rms_norm", "rope", "qkv_grads", "glu", "lora", "linear_cross_entropy", "nf4", "fp8", "int8")
 
 
 class _NoLaunch:
@@ -202,4 +202,34 @@ def in_fp8(model: Any, monkeypatch: pytest.MonkeyPatch, *, stacks: bool = False)
         of, mlp = layer.self_attn, layer.mlp
         for group in ((of.q_proj, of.k_proj, of.v_proj), (mlp.gate_proj, mlp.up_proj)):
             lay_side_by_side([module.base_layer for module in group])
+    return model
+
+
+def in_int8(model: Any, monkeypatch: pytest.MonkeyPatch, copies: int) -> Any:
+    """The linear weights under a PEFT model's adapters as int8 codes, groups side by side."""
+    from pronghorn.weights.int8_linear import Int8Linear
+
+    def product(left: Any, right: Any, *, dtype: torch.dtype, out: Any = None, **options: Any) -> Tensor:
+        size = left[0].shape[0], right[0].shape[0]
+        return torch.empty(size, dtype=dtype, device="meta") if out is None else out
+
+    monkeypatch.setattr("pronghorn.weights.int8.product", product)
+    monkeypatch.setattr("pronghorn.weights.int8.transpose_codes", lambda codes: codes.t().contiguous())
+    for layer in model.get_base_model().model.layers:
+        of, mlp = layer.self_attn, layer.mlp
+        groups = (
+            (of.q_proj, of.k_proj, of.v_proj),
+            (of.o_proj,),
+            (mlp.gate_proj, mlp.up_proj),
+            (mlp.down_proj,),
+        )
+        for group in groups:
+            outs, width = [m.base_layer.out_features for m in group], group[0].base_layer.in_features
+            empty = lambda *size, dtype=torch.int8: torch.empty(*size, dtype=dtype, device="meta")  # noqa: E731
+            codes, scales = empty(sum(outs), width), empty(sum(outs), 1, dtype=torch.float32)
+            back, back_scales = empty(width, sum(outs)), empty(width, 1, dtype=torch.float32)
+            parts = codes.split(outs), scales.split(outs), back.split(outs, 1)
+            for module, *forward, turned in zip(group, *parts, strict=True):
+                other = (turned, back_scales) if copies == 2 else None
+                module.base_layer = Int8Linear(tuple(forward), other, None, torch.bfloat16)
     return model

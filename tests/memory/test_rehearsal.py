@@ -13,7 +13,7 @@ from pronghorn.engine.planning import shape_of
 from pronghorn.memory import Batch, estimate
 from pronghorn.memory.allocator import Allocator
 from pronghorn.memory.estimate import with_model
-from tests.memory.rehearsal import in_four_bits, in_fp8, joined, measure, meta_model, prepare
+from tests.memory.rehearsal import in_four_bits, in_fp8, in_int8, joined, measure, meta_model, prepare
 
 pytest.importorskip("triton")
 
@@ -76,6 +76,13 @@ def test_short_streams_join_queries_too(level: str, monkeypatch: pytest.MonkeyPa
 def test_fp8_weights(level: str, stacks: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     prepare(monkeypatch, parking=True)
     compare(in_fp8(meta_model(LlamaConfig(**SIZES)), monkeypatch, stacks=stacks), level, 8192)
+
+
+@pytest.mark.parametrize("copies", [1, 2])
+@pytest.mark.parametrize("level", ["offload", "none", "attention", "all"])
+def test_int8_weights(level: str, copies: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepare(monkeypatch, parking=True)
+    compare(in_int8(meta_model(LlamaConfig(**SIZES)), monkeypatch, copies), level, 8192)
 
 
 @pytest.mark.parametrize("level", ["none", "attention", "all"])

@@ -17,12 +17,13 @@ from pronghorn.memory.shape import PROJECTIONS, ModelShape
 
 @dataclass(frozen=True)
 class Rates:
-    """What a GPU sustains: FLOP/s of 16-bit and 8-bit products, attention forward and backward, bytes/s of its memory
-    and of the link to the host (one direction)."""
+    """What a GPU sustains: FLOP/s of 16-bit, e4m3 and int8 products, of attention forward and backward, bytes/s of its
+    memory and of the link to the host (one direction)."""
 
     name: str
     matmul: float
     matmul_fp8: float
+    matmul_int8: float
     attention: tuple[float, float]
     bandwidth: float
     link: float
@@ -32,17 +33,17 @@ class Rates:
 _T, _G = 1e12, 1e9
 #: Only the H200's are measured (docs/lab-notes.md); the others are about 70 % of the data sheets' figures.
 RATES = (
-    Rates("H200", 680 * _T, 1250 * _T, (277 * _T, 231 * _T), 4.2 * _T, 55 * _G, (9, 0)),
-    Rates("H100", 620 * _T, 1150 * _T, (277 * _T, 231 * _T), 2.8 * _T, 55 * _G, (9, 0)),
-    Rates("B200", 1500 * _T, 3000 * _T, (400 * _T, 320 * _T), 6.5 * _T, 55 * _G, (10, 0)),
-    Rates("A100", 230 * _T, 230 * _T, (170 * _T, 130 * _T), 1.6 * _T, 24 * _G, (8, 0)),
-    Rates("L40S", 200 * _T, 350 * _T, (150 * _T, 110 * _T), 0.75 * _T, 24 * _G, (8, 9)),
-    Rates("L4", 65 * _T, 120 * _T, (55 * _T, 40 * _T), 0.25 * _T, 12 * _G, (8, 9)),
-    Rates("A10", 75 * _T, 75 * _T, (60 * _T, 45 * _T), 0.5 * _T, 24 * _G, (8, 6)),
-    Rates("5090", 200 * _T, 400 * _T, (160 * _T, 120 * _T), 1.5 * _T, 50 * _G, (12, 0)),
-    Rates("4090", 150 * _T, 280 * _T, (130 * _T, 95 * _T), 0.9 * _T, 24 * _G, (8, 9)),
-    Rates("3090", 65 * _T, 65 * _T, (55 * _T, 40 * _T), 0.8 * _T, 24 * _G, (8, 6)),
-    Rates("T4", 30 * _T, 30 * _T, (10 * _T, 6 * _T), 0.25 * _T, 11 * _G, (7, 5)),
+    Rates("H200", 680 * _T, 1250 * _T, 1350 * _T, (277 * _T, 231 * _T), 4.2 * _T, 55 * _G, (9, 0)),
+    Rates("H100", 620 * _T, 1150 * _T, 1230 * _T, (277 * _T, 231 * _T), 2.8 * _T, 55 * _G, (9, 0)),
+    Rates("B200", 1500 * _T, 3000 * _T, 3000 * _T, (400 * _T, 320 * _T), 6.5 * _T, 55 * _G, (10, 0)),
+    Rates("A100", 230 * _T, 230 * _T, 430 * _T, (170 * _T, 130 * _T), 1.6 * _T, 24 * _G, (8, 0)),
+    Rates("L40S", 200 * _T, 350 * _T, 350 * _T, (150 * _T, 110 * _T), 0.75 * _T, 24 * _G, (8, 9)),
+    Rates("L4", 65 * _T, 120 * _T, 120 * _T, (55 * _T, 40 * _T), 0.25 * _T, 12 * _G, (8, 9)),
+    Rates("A10", 75 * _T, 75 * _T, 140 * _T, (60 * _T, 45 * _T), 0.5 * _T, 24 * _G, (8, 6)),
+    Rates("5090", 200 * _T, 400 * _T, 560 * _T, (160 * _T, 120 * _T), 1.5 * _T, 50 * _G, (12, 0)),
+    Rates("4090", 150 * _T, 280 * _T, 400 * _T, (130 * _T, 95 * _T), 0.9 * _T, 24 * _G, (8, 9)),
+    Rates("3090", 65 * _T, 65 * _T, 170 * _T, (55 * _T, 40 * _T), 0.8 * _T, 24 * _G, (8, 6)),
+    Rates("T4", 30 * _T, 30 * _T, 60 * _T, (10 * _T, 6 * _T), 0.25 * _T, 11 * _G, (7, 5)),
 )
 #: Launches and shorter products of a further tile, forward and backward together; a guess.
 TILE_SECONDS = 100e-6
@@ -88,10 +89,15 @@ def layer_times(shape: ModelShape, batch: Batch, rates: Rates) -> LayerTimes:
 
     def product(*names: str, fp8: bool = shape.fp8_forward, unpacked: int = shape.unpacked_forward) -> float:
         """Frozen products, adapters (they read and write the tall matrices once more), dequantisation."""
-        flop = 2.0 * shape.linear_parameters(*names) * t / (rates.matmul_fp8 if fp8 else rates.matmul)
-        adapted = (
-            sum(sum(shape.linear(name)) for name in names if shape.ranks.get(name)) * e * t / rates.bandwidth
-        )
+        rate = rates.matmul_int8 if shape.int8 else rates.matmul_fp8 if fp8 else rates.matmul
+        flop = 2.0 * shape.linear_parameters(*names) * t / rate
+        # An int8 product adds the adapter's share where it writes, so that only its input is read once more.
+        tall = [
+            shape.linear(name)[1] if shape.int8 else sum(shape.linear(name))
+            for name in names
+            if shape.ranks.get(name)
+        ]
+        adapted = sum(tall) * e * t / rates.bandwidth
         return flop + adapted + unpack(*names, size=unpacked)
 
     def unpack(*names: str, size: int = shape.unpacked_forward) -> float:

@@ -23,6 +23,8 @@ from pronghorn.memory.offload import bytes_in_flight
 from pronghorn.memory.shape import ModelShape
 
 QKV, OUT, GATE_UP, DOWN = ("q", "k", "v"), ("o",), ("gate", "up"), ("down",)
+#: what the norm's backward makes the codes of dY for, as o takes it
+_HANDS_ON = ("fp8", "fp8 two", "int8 two")
 _ATTENTION = ("q", "k", "v", "out", "lse", "xa_qkv", "xa_o")
 _GLU = ("gate", "up", "xa_gate_up", "xa_down")
 
@@ -141,7 +143,7 @@ class Step:
             self._drop(saves, "normed_attention")
         if "summed" not in saves:
             self._project(saves, OUT, "xa_o", t)
-            if len(self._tiles()) == 1 and shape.fp8_forward:
+            if len(self._tiles()) == 1 and shape.eight_bit_forward:
                 self._keep(saves, "codes", t * shape.hidden)
                 self._keep(saves, "code_scales", 4 * t)
             self._keep(saves, "normed_glu", t * shape.hidden * e)
@@ -200,9 +202,10 @@ class Step:
         codes = None
         if shape.joined and need and not shape.qk_norm and (joining.QKV_INPUT_GRAD or shape.fp8_forward):
             wide = self._new(t * (shape.q + 2 * shape.kv) * e)
-            codes = self._joined_operand(QKV, t)
+            codes = None if shape.int8 else self._joined_operand(QKV, t)
             self._free(*gradients)
             gradients = [wide]
+            codes = self._joined_operand(QKV, t) if shape.int8 else codes
         self._drop(saves, "q", "k")
         if "normed_attention" not in saves:
             self._keep(saves, "normed_attention", t * shape.hidden * e)
@@ -225,7 +228,7 @@ class Step:
             if not kept:
                 rebuilt = "normed_glu" not in saves
                 if rebuilt:
-                    if shape.fp8_forward:
+                    if shape.eight_bit_forward:
                         self._keep(saves, "codes", rows * shape.hidden)
                         self._keep(saves, "code_scales", 4 * rows)
                     self._keep(saves, "normed_glu", rows * shape.hidden * e)
@@ -238,7 +241,7 @@ class Step:
                 rebuilt = True
                 self._keep(saves, "normed_glu", rows * shape.hidden * e)
             dnormed = self._input_grad(GATE_UP, rows, True, True, self._joined_operand(GATE_UP, rows))
-            if len(tiles) == 1 and shape.storage.startswith("fp8") and shape.residual_element == e:
+            if len(tiles) == 1 and shape.storage in _HANDS_ON and shape.residual_element == e:
                 codes = [self._new(rows * shape.hidden), self._new(4 * rows)]
             part = self._new(rows * shape.hidden * shape.residual_element)
             if not kept:
@@ -277,7 +280,7 @@ class Step:
         """Gate and up from the norm's codes, which go then, or from rows that are quantised for them."""
         shape = self.shape
         added_later = self._defers(GATE_UP) or not shape.rank(*GATE_UP)
-        joined = shape.joined and joining.GATE_UP_FORWARD and added_later
+        joined = shape.joined and joining.GATE_UP_FORWARD and added_later and not shape.int8
         self._project(saves, GATE_UP, "xa_gate_up", rows, [] if "codes" in saves else None, joined)
         self._drop(saves, "codes", "code_scales")
 
@@ -296,7 +299,7 @@ class Step:
         if shape.rank(*names):
             self._keep(saves, xa, rows * shape.rank(*names) * e)
         # The adapters' share is there first, where the product adds to it and nobody else takes it in on the way.
-        begun = bool(shape.rank(*names)) and not shape.fp8_forward and not self._defers(names)
+        begun = bool(shape.rank(*names)) and not shape.eight_bit_forward and not self._defers(names)
         for name in names if begun else ():
             self._keep(saves, name, rows * shape.linear(name)[0] * e)
         operand = self._operand(names[0], rows) if made is None else made
@@ -309,15 +312,15 @@ class Step:
 
     def _defers(self, names: tuple[str, ...]) -> bool:
         """Whether the group's consumer adds the adapters' share: the activation, or a rotation without norms."""
-        if names == QKV and self.shape.qk_norm:
+        if (names == QKV and self.shape.qk_norm) or self.shape.int8:
             return False
         ranks = [self.shape.ranks.get(name, 0) for name in names]
         return names in (QKV, GATE_UP) and 0 < max(ranks) <= DEFERRED_RANK
 
     def _operand(self, name: str, rows: int) -> list[int]:
-        """Rows of a product's input in fp8."""
+        """Rows of a product's input in 8 bits."""
         width = self.shape.linear(name)[1]
-        return [self._new(rows * width), self._new(4 * rows)] if self.shape.fp8_forward else []
+        return [self._new(rows * width), self._new(4 * rows)] if self.shape.eight_bit_forward else []
 
     def _add_down(self, rows: int) -> None:
         """The down projection onto what is there: a residual sum, or one with the adapter's share."""
@@ -329,8 +332,8 @@ class Step:
         self._free(unpacked, apart, *operand)
 
     def _joined_operand(self, names: tuple[str, ...], rows: int) -> list[int] | None:
-        """dY of a stack in fp8, made before its products; None without one."""
-        if not (self.shape.joined and self.shape.fp8_forward):
+        """dY of a stack in 8 bits, made before its products; None without one."""
+        if not (self.shape.joined and self.shape.eight_bit_forward):
             return None
         return [self._new(rows * sum(self.shape.linear(name)[0] for name in names)), self._new(4 * rows)]
 
@@ -347,11 +350,13 @@ class Step:
         width, rank = shape.linear(names[0])[1], shape.rank(*names)
         dxa = self._new(rows * rank * e)
         # The adapters' share of dX is made along with dXA, where products add to it.
-        starts = bool(rank) and need and not shape.fp8_backward
+        starts = bool(rank) and need and not shape.fp8_backward and not shape.int8
         dx = self._new(rows * width * e) if starts else -1
         if rank:
             self._free(*[self._new(size) for size in self._partial_sums(names, rows, with_b)])
-        if need and shape.fp8_backward:
+        if need and shape.int8:
+            dx = self._int8_input_grad(names, rows, codes)
+        elif need and shape.fp8_backward:
             dx = self._quantised_input_grad(names, rows, rank > 0, codes)
         else:
             dx = self._new(rows * width * e) if need and not starts else dx
@@ -379,6 +384,19 @@ class Step:
                 self._free(parts.pop())
         dx = self._new(size) if summed else parts.pop()
         self._free(*operands, *parts)
+        return dx
+
+    def _int8_input_grad(self, names: tuple[str, ...], rows: int, codes: list[int] | None) -> int:
+        """dX of products that add: one of a stack, or one a weight onto the one before."""
+        shape = self.shape
+        size, dx = rows * shape.linear(names[0])[1] * self.element, -1
+        for of in [names] if codes is not None else [(name,) for name in names]:
+            operand = codes or [self._new(rows * shape.linear(of[0])[0]), self._new(4 * rows)]
+            turned = self._new(shape.linear_parameters(*of) * shape.unpacked_backward)
+            made, before = self._new(size), dx
+            # Of one copy dX is turned back.
+            dx = self._new(size) if shape.unpacked_backward else made
+            self._free(made if made != dx else -1, turned, before, *operand)
         return dx
 
     def _partial_sums(self, names: tuple[str, ...], rows: int, with_b: bool) -> list[int]:

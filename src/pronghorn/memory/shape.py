@@ -14,8 +14,8 @@ PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 #: Bytes of an element of a plain dtype.
 ELEMENT = {"float32": 4, "bfloat16": 2, "float16": 2}
 _IN_FP8, _GRAD_IN_FP8 = " in fp8 products", ", input gradient in fp8"
-#: How linear weights can be stored, as `weights.Weight.storage` says it. "fp8 two": also transposed, for the input
-#: gradient.
+#: How linear weights can be stored, as `weights.Weight.storage` says it. "fp8 two" and "int8 two": also for the
+#: input gradient. "bitsandbytes int8" is multiplied in 16 bits.
 STORAGES = (
     *ELEMENT,
     "bfloat16" + _GRAD_IN_FP8,
@@ -24,7 +24,9 @@ STORAGES = (
     "nf4 double",
     "nf4" + _IN_FP8,
     "nf4 double" + _IN_FP8,
+    "bitsandbytes int8",
     "int8",
+    "int8 two",
     "fp8",
     "fp8 two",
 )
@@ -131,11 +133,21 @@ class ModelShape:
     @property
     def quantised(self) -> bool:
         """Whether the weights are stored in fewer bits than they are computed in."""
-        return self.storage.startswith(("nf4", "int8", "fp8"))
+        return self.storage.startswith(("nf4", "bitsandbytes", "int8", "fp8"))
+
+    @property
+    def int8(self) -> bool:
+        """Whether all products multiply int8 codes, which add an adapter's share themselves."""
+        return self.storage.startswith("int8")
+
+    @property
+    def eight_bit_forward(self) -> bool:
+        """Whether X Wᵀ multiplies 8-bit codes of both."""
+        return self.int8 or self.fp8_forward
 
     @property
     def fp8_forward(self) -> bool:
-        """Whether X Wᵀ multiplies 8-bit codes of both."""
+        """Whether X Wᵀ multiplies e4m3 codes of both."""
         return self.storage.startswith("fp8") or self.storage.endswith(_IN_FP8)
 
     @property
@@ -148,14 +160,16 @@ class ModelShape:
         if self.storage.endswith(_IN_FP8):
             return 1
         dense = ELEMENT.get(self.storage.removesuffix(_GRAD_IN_FP8))
-        if self.storage in ("nf4", "nf4 double", "int8") or (dense is not None and dense != self.element):
+        if self.storage in ("nf4", "nf4 double", "bitsandbytes int8") or (
+            dense is not None and dense != self.element
+        ):
             return self.element
         return 0
 
     @property
     def unpacked_backward(self) -> int:
-        """The same for dY W; a single set of fp8 codes is transposed for it."""
-        if self.storage == "fp8":
+        """The same for dY W; a single set of codes is transposed for it."""
+        if self.storage in ("fp8", "int8"):
             return 1
         return 0 if self.storage.endswith(_GRAD_IN_FP8) else self.unpacked_forward
 
@@ -222,8 +236,10 @@ def stored_tensors(out: int, width: int, storage: str) -> Iterator[int]:
             yield blocks * 4
         else:  # the blocks' scales in 8 bits, their own scales, the code of 256 values, the offset
             yield from (blocks, -(-blocks // 256) * 4, 256 * 4, 4)
-    elif storage == "int8":
+    elif storage in ("bitsandbytes int8", "int8"):
         yield from (count, out * 4)
+    elif storage == "int8 two":
+        yield from (count, out * 4, count, width * 4)
     elif storage.startswith("fp8"):
         for _ in range(2 if storage == "fp8 two" else 1):
             yield count
