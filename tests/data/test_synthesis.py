@@ -257,6 +257,7 @@ def test_no_more_questions_than_asked_for():
         ("It eats grass and cactus. " * 4, "answer repeats itself"),
         ("The pronghorn eats and eats.", "answer says nothing new"),
         ("It hunts rabbits, mice and small birds.", "answer not supported by the chunk"),
+        ("The pronghorn eats 8 grass and cactus.", "answer names what the chunk does not"),
         ("The pronghorn eats 88 grass and 99 cactus.", "answer names what the chunk does not"),
         ("The pronghorn eats `grass` and `sage_brush`.", "answer names what the chunk does not"),
         (

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pronghorn.cli import data_synthesize
-from pronghorn.errors import PackageMissing
+from pronghorn.errors import CommandMisused, DocumentUnreadable, PackageMissing
 from pronghorn.inference import Sampling, generate
 from pronghorn.inference.batch import generate_batch, stop_tokens
 from pronghorn.inference.synthesis import synthesize
@@ -60,8 +60,19 @@ def test_an_answer_that_ends_by_itself(pair):
 
 
 def test_a_loaded_model_needs_its_tokenizer(pair, tmp_path):
+    document = tmp_path / "x.md"
+    document.write_text(TEXT)
     with pytest.raises(TypeError, match="tokenizer"):
-        synthesize("x.md", pair[0], tmp_path / "rows.jsonl")
+        synthesize(document, pair[0], tmp_path / "rows.jsonl")
+
+
+def test_documents_and_output_are_looked_at_before_a_model_is_loaded(tmp_path):
+    document = tmp_path / "x.md"
+    with pytest.raises(DocumentUnreadable):
+        synthesize(document, "no/such-model", tmp_path / "rows.jsonl")
+    document.write_text(TEXT)
+    with pytest.raises(CommandMisused, match="exists"):
+        synthesize(document, "no/such-model", tmp_path, overwrite=True)
 
 
 def real_model() -> str:

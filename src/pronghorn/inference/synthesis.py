@@ -8,7 +8,15 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
-from pronghorn.data.synthesis.run import Progress, Synthesis, SynthesisResult, Written, synthesize_rows
+from pronghorn.data.synthesis.documents import read_documents
+from pronghorn.data.synthesis.run import (
+    Progress,
+    Synthesis,
+    SynthesisResult,
+    Written,
+    checked_output,
+    synthesize_rows,
+)
 from pronghorn.inference.batch import generate_batch
 from pronghorn.inference.chat import load_for_chat
 from pronghorn.inference.generate import Sampling
@@ -69,6 +77,9 @@ def synthesize(
     """
     if isinstance(documents, str | os.PathLike):
         documents = [documents]
+    # What is wrong with these is told before a model is loaded.
+    read = read_documents(documents)
+    checked_output(output, overwrite or restart)
     name = os.fspath(model) if isinstance(model, str | os.PathLike) else ""
     if name:
         model, tokenizer = load_for_chat(name, **{"max_seq_length": None, "load_in_4bit": False, **loading})
@@ -86,7 +97,7 @@ def synthesize(
 
     writer = ModelWriter(model, tokenizer, settings.batch)
     return synthesize_rows(
-        documents,
+        read,
         output,
         writer,
         count_tokens,

@@ -35,14 +35,17 @@ class Document:
     sections: tuple[Section, ...]
 
 
-def read_documents(paths: Iterable[str | os.PathLike[str]]) -> list[Document]:
-    """All documents that files and folders name; those of a folder in the order of their names.
+def read_documents(paths: Iterable[str | os.PathLike[str] | Document]) -> list[Document]:
+    """All documents that files and folders name; those of a folder in the order of their names. Read ones stay.
 
     Raises:
         DocumentUnreadable: a path that does not exist, is of no known kind, damaged, or without text.
         PackageMissing: what reads this kind of document is not installed.
     """
-    return [read_document(path) for path in _files(paths)]
+    documents: list[Document] = []
+    for path in paths:
+        documents += [path] if isinstance(path, Document) else map(read_document, _files(path))
+    return documents
 
 
 def read_document(path: str | os.PathLike[str]) -> Document:
@@ -71,18 +74,17 @@ def read_document(path: str | os.PathLike[str]) -> Document:
     return Document(str(path), hashlib.sha256(data).hexdigest(), sections)
 
 
-def _files(paths: Iterable[str | os.PathLike[str]]) -> Iterator[Path]:
-    for given in paths:
-        path = Path(given).expanduser()
-        if not path.is_dir():
-            yield path
-            continue
-        inside = sorted(item for item in path.rglob("*") if item.suffix.lower() in READERS and item.is_file())
-        if not inside:
-            raise DocumentUnreadable(
-                f"the folder '{given}' holds no documents", fix=f"put files of {', '.join(READERS)} into it"
-            )
-        yield from inside
+def _files(given: str | os.PathLike[str]) -> Iterator[Path]:
+    path = Path(given).expanduser()
+    if not path.is_dir():
+        yield path
+        return
+    inside = sorted(item for item in path.rglob("*") if item.suffix.lower() in READERS and item.is_file())
+    if not inside:
+        raise DocumentUnreadable(
+            f"the folder '{given}' holds no documents", fix=f"put files of {', '.join(READERS)} into it"
+        )
+    yield from inside
 
 
 # --- plain text and Markdown ------------------------------------------------------------------------------------

@@ -107,7 +107,7 @@ Progress = Callable[[int, int, int], None]
 
 
 def synthesize_rows(
-    paths: Iterable[str | os.PathLike[str]],
+    documents: Iterable[str | os.PathLike[str] | Document],
     output: str | os.PathLike[str],
     write: Writer,
     count_tokens: Callable[[str], int],
@@ -124,6 +124,7 @@ def synthesize_rows(
     on after it. The same documents, model and settings give the same rows, interrupted or not.
 
     Args:
+        documents: files, folders, or documents that are read already.
         restart: begin anew, whatever the journal holds.
         overwrite: replace an output that exists.
         progress: told (groups done, groups in all, rows so far).
@@ -134,10 +135,8 @@ def synthesize_rows(
         SynthesisChanged: the journal is of other documents or settings.
     """
     settings = settings or Synthesis()
-    output = Path(output).expanduser()
-    if output.exists() and not (overwrite or restart):
-        raise CommandMisused(f"'{output}' exists", fix="name another output, or replace it with --overwrite")
-    documents = read_documents(paths)
+    output = checked_output(output, overwrite or restart)
+    documents = read_documents(documents)
     chunks = [
         chunk
         for document in documents
@@ -158,6 +157,20 @@ def synthesize_rows(
     _write(output, rows)
     journal.remove()
     return SynthesisResult(str(output), len(documents), len(chunks), len(rows), resumed, rejected)
+
+
+def checked_output(output: str | os.PathLike[str], replace: bool) -> Path:
+    """Where rows are written to.
+
+    Raises:
+        CommandMisused: something stands there, and is not to be replaced.
+    """
+    path = Path(output).expanduser()
+    if path.is_dir() or (path.exists() and not replace):
+        raise CommandMisused(
+            f"'{output}' exists", fix="name another output, or replace a file with --overwrite"
+        )
+    return path
 
 
 def _facts(documents: Sequence[Document], settings: Synthesis, chunks: int) -> dict[str, Any]:
