@@ -14,6 +14,7 @@ from pronghorn.data.budgets import Budgets
 from pronghorn.data.collator import BOOKKEEPING, Collator
 from pronghorn.engine import TrainingStep, bind
 from pronghorn.engine.signature import state_of
+from pronghorn.loading.int8 import Int8Options, quantise_to_int8
 from pronghorn.weights import side_by_side
 from tests.families.parity import add_adapter, relative_error
 from tests.tiny import tiny_model
@@ -28,9 +29,13 @@ LENGTHS = (9, 30, 5)
 gpu_only = [pytest.mark.gpu, pytest.mark.skipif(not ON_GPU, reason="needs a CUDA GPU")]
 
 
-def adapted(family: str = "llama", **options: Any) -> Any:
+def adapted(family: str = "llama", int8_copies: int = 0, **options: Any) -> Any:
     """A model with non-zero adapters stored wider than it computes, as PEFT stores them."""
-    model = add_adapter(tiny_model(family).to(DTYPE), **options)
+    # Heads of 32 are wide enough for q, k and v to be turned in blocks of 64 side by side.
+    model = tiny_model(family, **({"head_dim": 32} if int8_copies else {})).to(DTYPE)
+    if int8_copies:
+        quantise_to_int8(model, Int8Options(copies=int8_copies))
+    model = add_adapter(model, **options)
     for parameter in model.parameters():
         if parameter.requires_grad and ON_GPU:
             parameter.data = parameter.data.float()
@@ -88,6 +93,23 @@ def test_a_step_has_the_loss_and_gradients_of_autograd(family: str, budgets: Bud
     output = TrainingStep(model).run(batch, supervised)
     assert relative_error(output.loss, loss) <= EXACT
     assert_same(gradients(model), expected)
+
+
+@pytest.mark.parametrize("copies", [1, 2])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_a_step_on_int8_weights_is_near_the_one_on_their_values(family: str, copies: int) -> None:
+    """Products round what they multiply, by about 1 % of its rows: so do losses and gradients differ."""
+    model = adapted(family, copies)
+    output = TrainingStep(model).run(*collated(rows(), Budgets()))
+    found = gradients(model)
+    model.zero_grad()
+    model.get_base_model().pronghorn_binding.undo()
+    batch, supervised = collated(rows())
+    stock = {key: value for key, value in batch.items() if key not in ("loss_rows",)}
+    stored = model(**stock, num_items_in_batch=supervised, use_cache=False)
+    stored.loss.backward()
+    assert relative_error(output.loss, stored.loss.detach()) < 0.01
+    assert_same(found, gradients(model), 0.1)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
@@ -291,8 +313,16 @@ class TestCaptured:
     @pytest.mark.parametrize("level", ["none", "matmuls", "all"])
     @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
     def test_captured_equals_eager_to_the_bit(self, family: str, level: str) -> None:
+        self.compare(adapted(family), level)
+
+    @pytest.mark.parametrize("level", ["none", "all"])
+    @pytest.mark.parametrize("copies", [1, 2])
+    @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+    def test_int8_weights_too(self, family: str, copies: int, level: str) -> None:
+        self.compare(adapted(family, copies), level)
+
+    def compare(self, model: Any, level: str) -> None:
         torch.use_deterministic_algorithms(True, warn_only=True)
-        model = adapted(family)
         model.get_base_model().pronghorn_binding.set_save_levels(level)
         step, budgets = TrainingStep(model), Budgets()
         for seed, lengths in enumerate(((9, 30, 5), (40, 2), (9, 31, 5), (120, 70), (9, 30, 6))):
