@@ -133,7 +133,8 @@ def checks(row, tokenizer) -> dict[str, str]:
 def test_beginnings():
     twice = chat_tokenizer("llama-3")
     assert (
-        checks({"text": "<|begin_of_text|>a"}, twice)["begins with '<|begin_of_text|>' 2 times"] == "warning"
+        checks({"text": "<|begin_of_text|>" * 2 + "a"}, twice)["begins with '<|begin_of_text|>' 2 times"]
+        == "warning"
     )
     assert checks({"text": "a"}, twice)["begins with '<|begin_of_text|>', the BOS token"] == "ok"
     twice.chat_template = "{% for m in messages %}{{ m['content'] + eos_token }}{% endfor %}"

@@ -132,7 +132,10 @@ def test_every_template_has_a_string_to_compare_with():
 @pytest.mark.parametrize("name", OWN)
 def test_same_text_as_the_models_own_template(name):
     """Turns, a system message, an open question, parts of text, thoughts, spaces, and tools where there are any."""
-    own = (Path(trl.__file__).parent / "chat_templates" / f"{OWN[name]}.jinja").read_text()
+    path = Path(trl.__file__).parent / "chat_templates" / f"{OWN[name]}.jinja"
+    if not path.is_file():
+        pytest.skip(f"this version of TRL has no {path.name}")
+    own = path.read_text()
     spaced = [{**message, "content": f"  {message['content']} \n"} for message in TURNS]
     thinking = [
         *TURNS[:1], {"role": "assistant", "content": "<think>\nHm.\n</think>\n\nHello."}, *TURNS[2:3],

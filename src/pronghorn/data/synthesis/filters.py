@@ -115,7 +115,7 @@ def _why_no_answer(answer: str, finished: bool, question: str, chunk: Chunk) -> 
 def _unknown_names(text: str, chunk: Chunk) -> bool:
     """Whether a text has code, an identifier or a number that the chunk has not, letter by letter."""
     low = chunk.shown.casefold()
-    names = (name.strip("`.,").casefold() for match in _NAME.findall(text) for name in match if name)
+    names = (name.strip("`.,()").casefold() for match in _NAME.findall(text) for name in match if name)
     return any(not re.search(rf"(?<!\w){re.escape(name)}(?![0-9_])", low) for name in names if name)
 
 
