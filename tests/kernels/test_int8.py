@@ -109,9 +109,11 @@ def test_ways_of_holding_rows_agree(way, device):
     from pronghorn.kernels.triton.int8 import quantise_joined as run
 
     parts = [random(7, w, dtype=torch.bfloat16, device=device, seed=w) for w in (1024, 512, 256)]
-    parts[1][3, 5], parts[2][4, 200] = float("nan"), float("inf")
     held = len(way) > 1
     way = Held(*way, warps=4, stages=2, per_processor=1) if held else Long(*way, warps=4, stages=2)
+    alone, expected = run(parts[:1], None, True, way), quantise_rows(parts[0], rotated=True, impl="torch")
+    assert (alone[0] != expected[0]).double().mean() < 1e-3
+    parts[1][3, 5], parts[2][4, 200] = float("nan"), float("inf")
     codes, scales = run(parts, None, True, way)
     expected, expected_scales = quantise_joined(parts, rotated=True, impl="torch")
     assert (scales.isfinite().view(-1) == torch.tensor([1, 1, 1, 0, 0, 1, 1], device=device).bool()).all()

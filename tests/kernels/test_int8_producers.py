@@ -79,5 +79,7 @@ def test_wide_rows_no_rows_and_widths_without_blocks(impl, device):
     y, _, _, codes = rms_norm_forward_int8(x, weight, 1e-6, impl=impl)
     assert_codes_of(codes, y, impl)
     assert rms_norm_forward_int8(x[:0, :64], weight[:64], 1e-6, impl=impl)[3][0].shape == (0, 64)
+    dx, codes = rms_norm_backward_int8(y, x, weight, None, eps=1e-6, impl=impl)
+    assert_codes_of(codes, dx, impl)
     with pytest.raises(ValueError, match="blocks"):
         rms_norm_forward_int8(x[:, :24], weight[:24], 1e-6, impl=impl)

@@ -206,14 +206,10 @@ def rms_norm_backward_int8(
 def glu_forward_int8(
     gate: Tensor, up: Tensor, activation: str, *, impl: Impl | None = None
 ) -> tuple[Tensor, Codes]:
-    """`kernels.glu.glu_forward`'s act [T, I], and its turned codes, those of the rounded act, in one pass."""
-    _checked_rotation(gate.shape[1])
-    if _has_kernels(gate, impl):
-        from pronghorn.kernels.triton.int8_producers import glu_forward as run
-        from pronghorn.kernels.triton.int8_producers import holds
+    """`kernels.glu.glu_forward`'s act [T, I], and its turned codes.
 
-        if holds(gate.shape[1]):
-            return run(gate, up, activation)
+    In two passes: a kernel that holds whole rows took longer, since no product along rows can join it.
+    """
     act = glu_forward(gate, up, activation, impl=impl)
     return act, quantise_rows(act, rotated=True, impl=impl)
 
@@ -256,7 +252,8 @@ def product(
 ) -> Tensor:
     """(codes · scales) [T, K] @ (codes · scales)ᵀ [K, N] + low_rank + residual -> [T, N] in `dtype`.
 
-    Sums over K are exact (up to K = 133,000, where 127² · K passes 2³¹); fp32 for the rest; one rounding.
+    Sums over K are exact (up to K = 133,000, where 127² · K passes 2³¹); fp32 for the rest; one rounding,
+    but for adapters of ranks above 64: those are added after it, with a second.
 
     Args:
         left: codes [T, K], contiguous along K, and scales [T, 1]. right: codes [N, K], contiguous along K (rows may lie

@@ -177,11 +177,13 @@ def _aligned(x: Tensor) -> Tensor:
     return wide[:, :rank]
 
 
-def by_pointers(call: Call, rows: int = 128, columns: int = 128, inner: int = 64, stages: int = 0) -> None:
+def by_pointers(call: Call, rows: int = 128, columns: int = 128) -> None:
     """Launch for any operands with unit stride along K and N."""
     m, n, k = call.sizes
     xa, b, residual = call.xa, call.b, call.residual
-    stages = stages or max(1, min(4, (limits(call.left.device)[1] - 16 * 1024) // ((rows + columns) * inner)))
+    room = (limits(call.left.device)[1] - 16 * 1024) // (rows + columns)
+    inner = 128 if room >= 3 * 128 else 64
+    stages = max(1, min(3 if inner == 128 else 4, room // inner))
     _gemm[(triton.cdiv(m, rows) * triton.cdiv(n, columns),)](
         call.left, call.right, call.out, call.out if xa is None else xa, call.out if b is None else b,
         call.row_scales, call.column_scales, call.out if residual is None else residual,

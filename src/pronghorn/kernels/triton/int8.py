@@ -157,8 +157,8 @@ def _quantise_long(
     COUNT: tl.constexpr, STAGES: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """A row a program, read twice, COUNT blocks at a time: the second time out of the L2 cache."""
-    row = tl.program_id(0).to(tl.int64)
     index = tl.arange(0, COUNT)
+    row = (tl.program_id(0) + tl.zeros([COUNT], tl.int32)).to(tl.int64)
     largest = tl.zeros([COUNT], tl.int32)
     for first in tl.range(0, blocks, COUNT, num_stages=STAGES):
         block = first + index
@@ -168,7 +168,7 @@ def _quantise_long(
         )  # fmt: skip
         largest = tl.maximum(largest, tl.max(sizes(x), 1))
     scale = scale_of(tl.max(tl.reshape(largest, (1, COUNT)), 1), FACTOR)
-    tl.store(scales_ptr + row + tl.arange(0, 1), scale)
+    tl.store(scales_ptr + tl.program_id(0) + tl.arange(0, 1), scale)
     for first in tl.range(0, blocks, COUNT, num_stages=STAGES):
         block = first + index
         x = _load(
@@ -222,9 +222,11 @@ def held(blocks: int, lanes: int, element: int, shared: int) -> Held:
         main, rest = whole, 0
     rows = max(1, 4096 // (lanes * (main + rest)))
     numbers = rows * (main + rest) * lanes
-    warps = 4 if numbers <= 8192 else 8 if numbers <= 16384 else 16
+    warps = 4 if numbers <= 6144 else 8 if numbers <= 16384 else 16
+    # One row is worked on, one is there, one is on its way.
     stages = max(1, min(3, (shared - 24 * 1024) // (numbers * element)))
-    return Held(rows, main, rest, warps, stages, max(1, min(5, HELD // numbers)))
+    resident = 4 if numbers <= 6144 else 3 if numbers <= 10240 else 2 if numbers <= 16384 else 1
+    return Held(rows, main, rest, warps, stages, resident)
 
 
 def quantise_joined(
@@ -260,8 +262,10 @@ def quantise_joined(
         "FACTOR": lanes**-0.5 if rotated else 1.0, "WIDE": is_wide(a),
     }  # fmt: skip
     if way is None:
-        fits = width <= HELD
-        way = held(blocks, lanes, a.element_size(), limits(device)[1]) if fits else Long(8192 // lanes, 8, 2)
+        way = held(blocks, lanes, a.element_size(), limits(device)[1])
+        # Alone on its processor a program must have much to hold, or it waits too often.
+        if width > HELD or (way.per_processor == 1 and width < HELD * 3 // 4):
+            way = Long(4096 // lanes, 4, 3)
     if isinstance(way, Long):
         _quantise_long[(rows,)](
             *arguments, **constants, COUNT=way.blocks, STAGES=way.stages, num_warps=way.warps

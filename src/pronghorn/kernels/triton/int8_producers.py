@@ -1,4 +1,4 @@
-"""Kernels whose output goes on as int8 codes, in Triton, with whole rows in a program: see `kernels.int8`.
+"""RMSNorm in Triton, both ways, with its output in int8 beside it: see `kernels.int8`.
 
 Rows are matrices of their blocks, [W / 64, 64], as in `int8.py`; codes are those of the rounded output, so that it
 makes no difference whether these kernels make them or a later one.
@@ -6,18 +6,15 @@ makes no difference whether these kernels make them or a later one.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from pronghorn.kernels.int8 import rotation_of
-from pronghorn.kernels.triton.glu import value_and_slope
-from pronghorn.kernels.triton.int8 import HELD, largest_of, scale_of, store_codes, turned
+from pronghorn.kernels.triton.int8 import largest_of, scale_of, store_codes, turned
 from pronghorn.kernels.triton.launch import programs, unit_rows
-from pronghorn.kernels.triton.lora import is_wide
+from pronghorn.kernels.triton.lora import is_wide, limits
 
 
 @triton.jit
@@ -114,63 +111,29 @@ def _norm_backward(
         )
 
 
-@triton.jit(do_not_specialize=["rows", "blocks", "programs"])
-def _glu_forward(
-    gate_ptr, up_ptr, act_ptr, codes_ptr, scales_ptr, gate_stride, up_stride, rows, blocks, programs,
-    ACTIVATION: tl.constexpr, LANES: tl.constexpr, FACTOR: tl.constexpr, ROWS: tl.constexpr, COUNT: tl.constexpr,
-    STAGES: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
-    index = tl.arange(0, ROWS * COUNT)
-    block = index % COUNT
-    at = (block * LANES)[:, None] + tl.arange(0, LANES)[None, :]
-    for start in tl.range(tl.program_id(0) * ROWS, rows, programs * ROWS, num_stages=STAGES):
-        row = (start + index // COUNT).to(tl.int64)
-        inside = ((row < rows) & (block < blocks))[:, None]
-        gate = tl.load(gate_ptr + (row * gate_stride)[:, None] + at, mask=inside, other=0.0).to(tl.float32)
-        up = tl.load(up_ptr + (row * up_stride)[:, None] + at, mask=inside, other=0.0).to(tl.float32)
-        value, _ = value_and_slope(gate, ACTIVATION, not WIDE)
-        act = (value * up).to(act_ptr.dtype.element_ty)
-        tl.store(act_ptr + (row * (blocks * LANES))[:, None] + at, act, mask=inside)
-        _store_rows(
-            codes_ptr, scales_ptr, act, start, rows, row, block, blocks, LANES, FACTOR, ROWS, COUNT, WIDE
-        )
-
-
-class Launch(NamedTuple):
-    """How many warps a program has, how many rows' numbers are on their way to it, and how many programs a processor
-    has; 0: as many programs as rows."""
-
-    warps: int
-    stages: int
-    per_processor: int
-
-
-#: numbers of a row, with three such rows in a program's registers
-FITS = HELD // 2
-
-
-def _launch(x: Tensor, way: Launch | None) -> tuple[dict[str, object], Launch, int]:
-    """Constants, launch and number of programs for rows of x."""
-    rows, lanes = x.shape[0], rotation_of(x.shape[1])
-    blocks = max(triton.next_power_of_2(x.shape[1] // lanes), 16)
-    together = max(1, 4096 // (lanes * blocks))
-    numbers = together * blocks * lanes
-    way = way or Launch(
-        4 if numbers <= 4096 else 8 if numbers <= 8192 else 16, 2, max(1, min(4, FITS // numbers))
-    )
-    groups = triton.cdiv(rows, together)
-    count = programs(groups, x.device, way.per_processor) if way.per_processor else groups
-    constants = {
-        "LANES": lanes, "FACTOR": lanes**-0.5, "ROWS": together, "COUNT": blocks, "STAGES": way.stages,
-        "WIDE": is_wide(x),
-    }  # fmt: skip
-    return constants, way, count
+#: numbers of a row that a program holds four tensors of; beyond, two kernels after each other are as fast
+FITS = 4096
 
 
 def holds(width: int) -> bool:
     """Whether these kernels take rows of so many numbers."""
     lanes = rotation_of(width)
     return lanes > 0 and max(triton.next_power_of_2(width // lanes), 16) * lanes <= FITS
+
+
+def _launch(x: Tensor) -> tuple[dict[str, object], int]:
+    """Constants, and the number of programs, for rows of x: three programs a processor is what registers allow."""
+    rows, width = x.shape
+    lanes = rotation_of(width)
+    count = max(triton.next_power_of_2(width // lanes), 16)
+    together = FITS // (lanes * count)
+    # Two tensors' or three's next rows are on their way, twice, where that fits with three programs.
+    plenty = limits(x.device)[1] >= 160 * 1024
+    constants = {
+        "LANES": lanes, "FACTOR": lanes**-0.5, "ROWS": together, "COUNT": count, "STAGES": 3 if plenty else 2,
+        "WIDE": is_wide(x), "num_warps": 4,
+    }  # fmt: skip
+    return constants, programs(triton.cdiv(rows, together), x.device, 3)
 
 
 def _codes(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -184,7 +147,6 @@ def norm_forward(
     eps: float,
     residual: Tensor | None,
     weight_offset: float,
-    way: Launch | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:
     x = unit_rows(x)
     rows, width = x.shape
@@ -194,11 +156,11 @@ def norm_forward(
     added = x if residual is None else unit_rows(residual)
     codes, scales = _codes(x)
     if rows:
-        constants, way, count = _launch(x, way)
+        constants, count = _launch(x)
         _norm_forward[(count,)](
             x, added, weight, y, rstd, summed, codes, scales, x.stride(0), added.stride(0), rows,
             width // rotation_of(width), count, eps, weight_offset,
-            HAS_RESIDUAL=residual is not None, **constants, num_warps=way.warps,
+            HAS_RESIDUAL=residual is not None, **constants,
         )  # fmt: skip
     return y, rstd, summed, (codes, scales)
 
@@ -211,7 +173,6 @@ def norm_backward(
     eps: float,
     weight_offset: float,
     residual_grad: Tensor | None,
-    way: Launch | None = None,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     dy, x = unit_rows(dy), unit_rows(x)
     residual = x if residual_grad is None else unit_rows(residual_grad)
@@ -219,26 +180,10 @@ def norm_backward(
     dx = torch.empty(rows, width, dtype=x.dtype, device=x.device)
     codes, scales = _codes(x)
     if rows:
-        constants, way, count = _launch(x, way)
+        constants, count = _launch(x)
         _norm_backward[(count,)](
             dy, x, weight, scales if rstd is None else rstd, residual, dx, codes, scales,
             dy.stride(0), x.stride(0), residual.stride(0), rows, width // rotation_of(width), count, eps, weight_offset,
-            HAS_RSTD=rstd is not None, HAS_RESIDUAL=residual_grad is not None, **constants, num_warps=way.warps,
+            HAS_RSTD=rstd is not None, HAS_RESIDUAL=residual_grad is not None, **constants,
         )  # fmt: skip
     return dx, (codes, scales)
-
-
-def glu_forward(
-    gate: Tensor, up: Tensor, activation: str, way: Launch | None = None
-) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    gate, up = unit_rows(gate), unit_rows(up)
-    act = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
-    codes, scales = _codes(gate)
-    if act.numel():
-        constants, way, count = _launch(gate, way)
-        _glu_forward[(count,)](
-            gate, up, act, codes, scales, gate.stride(0), up.stride(0), gate.shape[0],
-            gate.shape[1] // rotation_of(gate.shape[1]), count,
-            ACTIVATION=activation, **constants, num_warps=way.warps,
-        )  # fmt: skip
-    return act, (codes, scales)
