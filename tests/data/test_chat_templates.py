@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 import trl
 
 from pronghorn.data.chat_templates import (
@@ -342,7 +343,10 @@ def test_eos_stays_only_where_the_models_own_template_ends_so_too():
 
 def test_missing_tokens_are_added_when_asked_for(caplog):
     tokenizer, model = tiny_tokenizer(chat_template=False), tiny_model("llama")
-    rows = model.get_input_embeddings().weight.shape[0]
+    weights = [
+        module.weight.clone() for module in (model.get_input_embeddings(), model.get_output_embeddings())
+    ]
+    rows = len(tokenizer)
     with pytest.raises(ChatTemplateMismatch, match="give model="):
         get_chat_template(tokenizer, "phi-4", missing_tokens="add")
     get_chat_template(tokenizer, "phi-4", missing_tokens="add", model=model)
@@ -350,7 +354,12 @@ def test_missing_tokens_are_added_when_asked_for(caplog):
         tokenizer.convert_tokens_to_ids("<|im_sep|>")
     ]
     assert len(tokenizer) <= model.get_input_embeddings().weight.shape[0] == model.config.vocab_size
-    assert rows <= model.config.vocab_size
+    known = tokenizer.convert_tokens_to_ids("<|im_sep|>")
+    for module, before in zip(
+        (model.get_input_embeddings(), model.get_output_embeddings()), weights, strict=True
+    ):
+        assert torch.equal(module.weight[:rows], before[:rows])
+        assert torch.allclose(module.weight[known], before[:known].mean(0), atol=1e-6)
     assert tokenizer.eos_token == "<|im_end|>"
     assert "must be trained" in caplog.text
 

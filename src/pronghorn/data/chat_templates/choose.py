@@ -95,14 +95,22 @@ def add_tokens(tokenizer: Any, tokens: list[str], model: Any) -> None:
 
     They mean nothing yet: they must be trained, with `modules_to_save=["embed_tokens", "lm_head"]` beside an adapter.
     """
+    import torch
+
+    known = len(tokenizer)
     tokenizer.add_tokens(tokens, special_tokens=True)
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
-        model.resize_token_embeddings(len(tokenizer))
+        # Transformers' own start is drawn at random; a multiple of 64 keeps the head's product fast.
+        model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64, mean_resizing=False)
+    with torch.no_grad():
+        for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+            if module is not None:
+                module.weight[known:] = module.weight[:known].float().mean(0).to(module.weight.dtype)
     logger.warning(
-        "pronghorn: %d tokens are new (%s) and must be trained: "
-        "get_peft_model(modules_to_save=['embed_tokens', 'lm_head']), or full fine-tuning",
-        len(tokens), " ".join(tokens),
-    )  # fmt: skip
+        "pronghorn: new tokens (%s) must be trained: get_peft_model(modules_to_save=['embed_tokens', 'lm_head']), "
+        "or full fine-tuning",
+        " ".join(tokens),
+    )
 
 
 def fitting_templates(tokenizer: Any) -> list[str]:
