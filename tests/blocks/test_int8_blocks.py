@@ -11,7 +11,7 @@ from pronghorn.blocks import norm as norm_module
 from pronghorn.blocks.attention import AttentionSaves
 from pronghorn.blocks.glu import GluSaves
 from pronghorn.blocks.projection import Adapter, GradientSink, LinearProjection, ProjectionGroup
-from pronghorn.kernels import int8, lora
+from pronghorn.kernels import fp8, int8, lora
 from pronghorn.kernels.attention import AttentionCall, Documents
 from pronghorn.weights import DenseWeight, Int8Linear, read_weight
 from tests.blocks.test_projection_blocks import DEVICE, HEAD, HEADS, HIDDEN, KV, T, group, norm, normal
@@ -132,21 +132,21 @@ def test_a_residual_in_place_and_anew_are_the_same(ranks, bias, monkeypatch):
     assert torch.equal(found.forward_residual(wide, x)[0], wide_out) and wide_out.dtype == torch.float32
 
 
-def run_glu(level: str, copies: int) -> list[Tensor | None]:
+def run_glu(level: str, copies: int, dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
     gate_up = in_int8(group("torch", HIDDEN, (INNER, INNER), (4, 4)), copies)
     down = in_int8(group("torch", INNER, (HIDDEN,), (4,)), copies)
     block, saves = GluBlock(norm(), gate_up, down, "silu"), GluSaves()
     sink = GradientSink([t for t in block.trainable() if t is not block.norm.weight])
-    x, branch = (normal(T, HIDDEN, seed=seed).bfloat16() for seed in (0, 1))
+    x, branch = (normal(T, HIDDEN, seed=seed).to(dtype) for seed in (0, 1))
     with torch.no_grad():
-        block.add_residual(x, branch, torch.bfloat16, saves)
-        out = block.forward(torch.bfloat16, level, saves).clone()
+        block.add_residual(x, branch, dtype, saves)
+        out = block.forward(dtype, level, saves).clone()
         assert saves.codes is None and saves.code_scales is None
         if saves.summed is None:
-            block.add_residual(x, branch, torch.bfloat16, saves)
+            block.add_residual(x, branch, dtype, saves)
         columns = in_int8(group("torch", HIDDEN, (HIDDEN,), (0,)), copies).columns_of_dy()
-        dy = normal(T, HIDDEN, seed=2).bfloat16()
-        dx = block.backward(dy, torch.bfloat16, saves, sink, columns)
+        dy = normal(T, HIDDEN, seed=2).to(dtype)
+        dx = block.backward(dy, dtype, saves, sink, columns)
     assert (dx.made is not None) == (copies == 2)
     return [out, dx.tensor, *sink.gradients]
 
@@ -158,6 +158,19 @@ def test_glu_block_is_the_same_at_every_level(copies):
         assert torch.equal(results[0][0], other[0]) and torch.equal(results[0][1], other[1])
         # Gradients of B come out of another product where XA is not kept.
         assert all(error(one, two) < 0.01 for one, two in zip(results[0][2:], other[2:], strict=True))
+
+
+@pytest.mark.parametrize("copies", [1, 2])
+def test_kernels_and_reference_agree(copies, monkeypatch):
+    """Everything that has to do with codes in Triton (in fp32: its interpreter cuts bf16 off); a number in the middle
+    of two codes may fall to either."""
+    pytest.importorskip("triton")
+    expected = run_glu("all", copies, torch.float32)
+    for module in (int8, fp8):
+        monkeypatch.setattr(module, "use_triton", lambda tensor, impl: impl != "torch")
+    found = run_glu("all", copies, torch.float32)
+    for one, other in zip(found, expected, strict=True):
+        assert error(one, other) < 1e-3
 
 
 @pytest.mark.parametrize("copies", [1, 2])
