@@ -124,6 +124,19 @@ def test_ways_of_holding_rows_agree(way, device):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rotated", [True, False])
+def test_dequantise(impl, dtype, rotated, device):
+    wide, _ = quantise_rows(random(37, 160, dtype=torch.float32, device=device), impl="torch")
+    codes, scales = wide[:, 32:], torch.rand(37, 1, device=device) + 0.1
+    out = dequantise(codes, scales, dtype, rotated, impl=impl)
+    expected = codes.double() * scales.double()
+    expected = exactly_turned(expected) if rotated else expected
+    assert out.dtype == dtype and out.is_contiguous()
+    assert ((out.double() - expected).abs() <= expected.abs() * RELATIVE[dtype] + 1e-4).all()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 def test_products_of_turned_codes_are_those_of_what_was_turned(impl, device):
     """Forward and input gradient of two weights beside each other, next to fp64; the error is that of 8 bits."""
     x, outlier = random(70, 192, dtype=torch.bfloat16, device=device), 3

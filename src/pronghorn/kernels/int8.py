@@ -146,6 +146,10 @@ def dequantise(
     codes: Tensor, scales: Tensor, dtype: torch.dtype, rotated: bool = True, *, impl: Impl | None = None
 ) -> Tensor:
     """What codes stand for, in `dtype`: codes · scales, turned back."""
+    if rotation_of(codes.shape[1]) and _has_kernels(codes, impl):
+        from pronghorn.kernels.triton.int8 import dequantise as run
+
+        return run(codes, scales, dtype, rotated)
     out = torch.empty(codes.shape, dtype=dtype, device=codes.device)
     rows = _step(codes)
     for some, scale, into in zip(codes.split(rows), scales.split(rows), out.split(rows), strict=True):

@@ -279,24 +279,41 @@ def quantise_joined(
     return codes, scales
 
 
-@triton.jit(do_not_specialize=["blocks"])
-def _rotate(
-    x_ptr, out_ptr, blocks, LANES: tl.constexpr, FACTOR: tl.constexpr, COUNT: tl.constexpr, WIDE: tl.constexpr
+@triton.jit(do_not_specialize=["blocks", "each"])
+def _turn(
+    x_ptr, scales_ptr, out_ptr, blocks, each,
+    CODES: tl.constexpr, LANES: tl.constexpr, ROTATE: tl.constexpr, FACTOR: tl.constexpr, COUNT: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
+    """x · H of COUNT blocks a program; of codes, which are whole numbers in bf16 too, times their rows' scales."""
     block = tl.program_id(0).to(tl.int64) * COUNT + tl.arange(0, COUNT)
     at = (block * LANES)[:, None] + tl.arange(0, LANES)[None, :]
-    inside = (block < blocks)[:, None]
-    x = turned(tl.load(x_ptr + at, mask=inside, other=0.0), LANES, True, WIDE) * FACTOR
-    tl.store(out_ptr + at, x.to(out_ptr.dtype.element_ty), mask=inside)
+    inside = block < blocks
+    x = tl.load(x_ptr + at, mask=inside[:, None], other=0)
+    if CODES:
+        x = x.to(tl.float32) if WIDE else x.to(tl.bfloat16)
+    x = turned(x, LANES, ROTATE, WIDE) * FACTOR
+    if CODES:
+        x *= tl.load(scales_ptr + block // each, mask=inside, other=0.0)[:, None]
+    tl.store(out_ptr + at, x.to(out_ptr.dtype.element_ty), mask=inside[:, None])
 
 
 def rotate(x: Tensor) -> Tensor:
-    lanes = rotation_of(x.shape[-1])
     x = x.contiguous()
-    out = torch.empty_like(x)
-    if x.numel():
-        blocks = x.numel() // lanes
-        _rotate[(triton.cdiv(blocks, 64),)](
-            x, out, blocks, LANES=lanes, FACTOR=lanes**-0.5, COUNT=64, WIDE=is_wide(x), num_warps=4
-        )
+    return _turned(x, x, torch.empty_like(x), True)
+
+
+def dequantise(codes: Tensor, scales: Tensor, dtype: torch.dtype, rotated: bool) -> Tensor:
+    out = torch.empty(codes.shape, dtype=dtype, device=codes.device)
+    return _turned(codes.contiguous(), scales.contiguous(), out, rotated)
+
+
+def _turned(x: Tensor, scales: Tensor, out: Tensor, rotated: bool) -> Tensor:
+    lanes = rotation_of(x.shape[-1])
+    blocks = x.numel() // lanes
+    if blocks:
+        _turn[(triton.cdiv(blocks, 64),)](
+            x, scales, out, blocks, x.shape[-1] // lanes, CODES=x.dtype == torch.int8, LANES=lanes, ROTATE=rotated,
+            FACTOR=lanes**-0.5 if rotated else 1.0, COUNT=64, WIDE=is_wide(x), num_warps=4,
+        )  # fmt: skip
     return out
