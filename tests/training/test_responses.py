@@ -36,8 +36,7 @@ TOOLS = {
 }
 
 
-@pytest.mark.parametrize("packing", [False, True])
-@pytest.mark.parametrize("only_text", [False, True])
+@pytest.mark.parametrize("packing, only_text", [(False, True), (True, False)])
 def test_the_usual_script(tmp_path, packing, only_text):
     tokenizer = get_chat_template(
         tiny_tokenizer(chat_template=False),
