@@ -173,7 +173,7 @@ def rms_norm_forward_int8(
     """
     _checked_rotation(x.shape[1])
     if _has_kernels(x, impl):
-        from pronghorn.kernels.triton.int8_producers import holds, norm_forward
+        from pronghorn.kernels.triton.int8_norm import holds, norm_forward
 
         if holds(x.shape[1]):
             return norm_forward(x, weight, eps, residual, weight_offset)
@@ -197,7 +197,7 @@ def rms_norm_backward_int8(
     """dx [T, H] of `kernels.rms_norm.rms_norm_backward` and its turned codes, those of the rounded dx."""
     _checked_rotation(x.shape[1])
     if _has_kernels(x, impl):
-        from pronghorn.kernels.triton.int8_producers import holds, norm_backward
+        from pronghorn.kernels.triton.int8_norm import holds, norm_backward
 
         if holds(x.shape[1]):
             return norm_backward(dy, x, weight, rstd, eps, weight_offset, residual_grad)
