@@ -160,6 +160,34 @@ def test_glu_block_is_the_same_at_every_level(copies):
         assert all(error(one, two) < 0.01 for one, two in zip(results[0][2:], other[2:], strict=True))
 
 
+def test_tiles_are_rebuilt_by_the_kernels_that_made_them(monkeypatch):
+    """A norm that hands on codes sums in another order than the plain one."""
+    calls = []
+    plain = norm_module.Norm.forward
+
+    def counted(self, *args, int8=False, **more):
+        calls.append(int8)
+        return plain(self, *args, int8=int8, **more)
+
+    monkeypatch.setattr(norm_module.Norm, "forward", counted)
+    for tiles, expected in ((1, [True, True]), (2, [False, False, False])):
+        found = [slice(0, 4), slice(4, T)] if tiles == 2 else [slice(0, T)]
+        monkeypatch.setattr(GluBlock, "tiles", lambda self, tokens, found=found: found)
+        block = GluBlock(
+            norm(),
+            in_int8(group("torch", HIDDEN, (INNER, INNER), (4, 4))),
+            in_int8(group("torch", INNER, (HIDDEN,), (4,))),
+            "silu",
+        )
+        saves, x = GluSaves(), normal(T, HIDDEN)
+        calls.clear()
+        with torch.no_grad():
+            block.add_residual(x, x, torch.float32, saves)
+            block.forward(torch.float32, "attention", saves)
+            block.backward(x, torch.float32, saves, GradientSink([]))
+        assert calls == expected
+
+
 @pytest.mark.parametrize("copies", [1, 2])
 def test_kernels_and_reference_agree(copies, monkeypatch):
     """Everything that has to do with codes in Triton (in fp32: its interpreter cuts bf16 off); a number in the middle

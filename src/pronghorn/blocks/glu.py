@@ -168,10 +168,12 @@ class GluBlock:
             saves.gate = saves.up = None
         return Operand(act, row_max=row_max), xa_down
 
-    def _rebuild(self, dtype: torch.dtype, saves: GluSaves) -> None:
-        """Compute whatever is missing in `saves` up to gate and up, from the residual sum."""
+    def _rebuild(self, dtype: torch.dtype, saves: GluSaves, whole: bool = True) -> None:
+        """Compute whatever is missing in `saves` up to gate and up, from the residual sum; by the kernels that made it
+        first, which for int8 depend on whether there are tiles."""
         if saves.gate is None:
-            self._normed(dtype, saves, fp8=self.gate_up.quantises_rows, int8=self.gate_up.turns_rows)
+            int8 = whole and self.gate_up.turns_rows
+            self._normed(dtype, saves, fp8=self.gate_up.quantises_rows, int8=int8)
             normed = saves.normed_operand()
             assert normed is not None
             (saves.gate, saves.up), saves.xa_gate_up = self.gate_up.forward(
@@ -210,7 +212,7 @@ class GluBlock:
         tiles = self.tiles(dout.shape[0])
         if len(tiles) == 1:
             same = saves.summed.dtype == dtype
-            return self._backward_rows(dout, dtype, saves, sink, columns if same else None)
+            return self._backward_rows(dout, dtype, saves, sink, columns if same else None, whole=True)
         dsummed = torch.empty_like(saves.summed)
         for at in tiles:
             dsummed[at] = self._backward_rows(dout[at], dtype, saves.rows(at), sink).tensor
@@ -223,8 +225,9 @@ class GluBlock:
         saves: GluSaves,
         sink: GradientSink,
         columns: Tensor | Turned | None = None,
+        whole: bool = False,
     ) -> Operand:
-        self._rebuild(dtype, saves)
+        self._rebuild(dtype, saves, whole)
         saves.codes = saves.code_scales = None
         dbranch = dout if dout.dtype == dtype else dout.to(dtype)
         gate, up, summed = saves.gate, saves.up, saves.summed

@@ -228,7 +228,7 @@ class Step:
             if not kept:
                 rebuilt = "normed_glu" not in saves
                 if rebuilt:
-                    if shape.eight_bit_forward:
+                    if shape.fp8_forward or (shape.int8 and len(tiles) == 1):
                         self._keep(saves, "codes", rows * shape.hidden)
                         self._keep(saves, "code_scales", 4 * rows)
                     self._keep(saves, "normed_glu", rows * shape.hidden * e)
