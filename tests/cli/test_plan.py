@@ -42,6 +42,29 @@ def test_json(folder: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert found["estimate"]["reserved"] <= found["budget_bytes"] == 24 * 2**30
 
 
+def test_int8(folder: str, capsys: pytest.CaptureFixture[str]) -> None:
+    common = [
+        "plan",
+        folder,
+        "--budget",
+        "26GiB",
+        "--gpu",
+        "H200",
+        "--batch",
+        "4",
+        "--json",
+        "--load-in-int8",
+    ]
+    found = []
+    for copies in ("1", "2"):
+        assert main([*common, "--int8-copies", copies]) == 0
+        found.append(json.loads(capsys.readouterr().out))
+    one, two = found
+    assert (one["storage"], two["storage"]) == ("int8", "int8 two")
+    more = two["estimate"]["weights"] - one["estimate"]["weights"]
+    assert 6.9e9 < more < 7.1e9, "a byte a weight of the decoder layers, and scales"
+
+
 def test_without_offload_nothing_waits_on_the_host(folder: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", folder, "--budget", "24GiB", "--no-offload", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -54,6 +77,7 @@ def test_without_offload_nothing_waits_on_the_host(folder: str, capsys: pytest.C
         (["--budget", "12GiB"], "load in 4 bits, which takes"),
         (["--budget", "7GiB", "--load-in-4bit", "--max-seq-length", "65536"], "at most"),
         (["--budget", "2GiB", "--load-in-4bit"], "the model alone takes 6."),
+        (["--budget", "24GiB", "--load-in-int8", "--rank", "0"], "cannot be trained"),
         (["--budget", "lots"], "'lots' is no memory size"),
         (["--budget", "24GiB", "--gpu", "abacus"], "no rates are known"),
     ],

@@ -94,7 +94,10 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="R",
         help="of the adapters (default 16); 0 trains all weights",
     )
-    plan.add_argument("--load-in-4bit", action="store_true")
+    stored = plan.add_mutually_exclusive_group()
+    stored.add_argument("--load-in-4bit", action="store_true")
+    stored.add_argument("--load-in-int8", action="store_true")
+    plan.add_argument("--int8-copies", type=int, choices=[1, 2], default=2)
     plan.add_argument("--no-offload", action="store_true", help="keep out of the host's memory")
     plan.add_argument("--gpu", metavar="NAME", help="plan for this GPU, such as 4090 (default: the one here)")
     plan.add_argument("--json", action="store_true", help="print the plan as JSON")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from pronghorn.cli.console import first_line, say, table
 from pronghorn.cli.models import resolve_model
-from pronghorn.errors import BudgetInvalid, ModelNotFound
+from pronghorn.errors import BudgetInvalid, CommandMisused, ModelNotFound
 
 if TYPE_CHECKING:
     from pronghorn.memory import Batch, ModelShape, Plan, Rates
@@ -43,9 +43,20 @@ def _shape(options: argparse.Namespace) -> ModelShape:
     quantised = getattr(config, "quantization_config", None) or {}
     quantised = quantised if isinstance(quantised, dict) else quantised.to_dict()
     four_bit = options.load_in_4bit or bool(quantised.get("load_in_4bit"))
+    int8 = options.load_in_int8 and not four_bit
     storage = "nf4 double" if four_bit else "bfloat16"
+    if int8:
+        if not options.rank:
+            raise CommandMisused(
+                "int8 weights cannot be trained", fix="give --rank, or leave out --load-in-int8"
+            )
+        storage = "int8" if options.int8_copies == 1 else "int8 two"
     return shape_of_config(
-        config, rank=options.rank, storage=storage, trained="adapters" if options.rank else "all"
+        config,
+        rank=options.rank,
+        storage=storage,
+        trained="adapters" if options.rank else "all",
+        joined=int8,
     )
 
 
