@@ -34,8 +34,8 @@ class SFTConfig(trl.SFTConfig):
     - `output_dir` is "outputs".
     - `cuda_graphs` (on) launches a micro-batch, forward and backward, as one CUDA graph where the GPU and the model
       allow it; batches are padded up to a few sizes with tokens nobody learns from.
-    - `memory_budget` ("17.5GiB", bytes, or "auto" for all that is free) plans within that memory, also where save levels
-      were chosen before.
+    - `memory_budget` ("17.5GiB", bytes, or "auto" for all that is free) plans within that memory, also where save
+      levels were chosen before.
     - `drop_unsupervised_rows` leaves out rows without a token to train on, instead of refusing them.
     """
 
