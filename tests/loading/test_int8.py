@@ -9,7 +9,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from pronghorn.engine import binding_of
-from pronghorn.errors import Int8Unavailable, UnknownArgument
+from pronghorn.errors import AdapterProblem, Int8Unavailable, UnknownArgument
 from pronghorn.hardware import Fact, Hardware, _int8_fact, probe
 from pronghorn.loading import FastLanguageModel, fast
 from pronghorn.weights import Int8Linear, read_weight, stacked
@@ -204,6 +204,14 @@ def test_answers_are_the_stock_models(llama):
 def test_what_makes_no_sense_is_refused(llama, arguments):
     with pytest.raises(UnknownArgument, match=r"int8|fp8"):
         load(llama, **arguments)
+
+
+@pytest.mark.parametrize("settings", [{"use_dora": True}, {"modules_to_save": ["down_proj"]}])
+@pytest.mark.parametrize("storage", ["load_in_int8", "load_in_fp8"])
+def test_adapters_that_need_the_weights_themselves_are_refused(llama, storage, settings):
+    model, _ = load(llama, **{"load_in_int8": False, storage: True}, fp8_skip_layers=0)
+    with pytest.raises(AdapterProblem, match="8-bit codes"):
+        FastLanguageModel.get_peft_model(model, r=4, **settings)
 
 
 def test_widths_that_cannot_be_turned_stay(tmp_path, caplog):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pronghorn.errors import Fp8Unavailable, UnknownArgument
+from pronghorn.errors import AdapterProblem, Fp8Unavailable, UnknownArgument
 from pronghorn.export import save_merged
 from pronghorn.families import family_of
 from pronghorn.hardware import Hardware
@@ -235,9 +235,24 @@ def save_dequantised(model: Any, save_directory: str, max_shard_size: int | str 
 
 def know_stored(config: Any, model: nn.Module) -> None:
     """Let a LoRA config wrap fp8 and int8 modules so that PEFT can merge into them, and renew codes of weights that an
-    earlier adapter was merged into."""
+    earlier adapter was merged into.
+
+    Raises:
+        AdapterProblem: for what reads or trains a weight that is stored as codes.
+    """
     renew_fp8_input_grads(model)
-    stored = any(isinstance(module, Fp8Linear | Int8Linear) for module in model.modules())
+    stored = {n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, Fp8Linear | Int8Linear)}
+    if stored and getattr(config, "use_dora", False):
+        raise AdapterProblem(
+            "DoRA takes norms of the weights, and these are stored as 8-bit codes",
+            fix="use LoRA, or load the model without load_in_fp8 and load_in_int8",
+        )
+    whole = sorted(stored.intersection(getattr(config, "modules_to_save", None) or ()))
+    if whole:
+        raise AdapterProblem(
+            f"modules_to_save trains {', '.join(whole)} whole, and their weights are stored as 8-bit codes",
+            fix="take them out of it, or out of those that are quantised (int8_modules, fp8_modules)",
+        )
     if stored and hasattr(config, "_register_custom_module"):
         from pronghorn.loading.fp8_adapter import StoredLoraLinear
 
