@@ -252,6 +252,7 @@ def test_no_more_questions_than_asked_for():
         ("Grass.", "answer too short or long"),
         ("grass sagebrush cactus " * 60, "answer too short or long"),
         ("It eats grass.\nQuestion: How fast is the pronghorn?", "answer copies the prompt"),
+        ("It eats grass.\n\nAnswer: It eats grass and cactus.", "answer copies the prompt"),
         ("According to the text above, it eats grass and cactus.", "answer copies the prompt"),
         ("Grass, sagebrush and cactus, or the okapi?", "answer is a question"),
         ("It eats grass and cactus. " * 4, "answer repeats itself"),

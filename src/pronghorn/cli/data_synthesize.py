@@ -65,25 +65,32 @@ def run(options: argparse.Namespace) -> int:
     from pronghorn.inference.synthesis import synthesize
 
     began = time.perf_counter()
-    result = synthesize(
-        options.documents,
-        resolve_model(options.model),
-        options.out,
-        settings=Synthesis(
-            pairs_per_chunk=options.pairs_per_chunk,
-            chunk_tokens=options.chunk_tokens,
-            overlap_tokens=options.overlap_tokens,
-            answer_tokens=options.answer_tokens,
-            temperature=options.temperature,
-            batch=options.batch,
-            seed=options.seed,
-            model=options.model,
-        ),
-        restart=options.restart,
-        overwrite=options.overwrite,
-        progress=_show_progress,
-        load_in_4bit=options.load_in_4bit,
-    )
+    try:
+        result = synthesize(
+            options.documents,
+            resolve_model(options.model),
+            options.out,
+            settings=Synthesis(
+                pairs_per_chunk=options.pairs_per_chunk,
+                chunk_tokens=options.chunk_tokens,
+                overlap_tokens=options.overlap_tokens,
+                answer_tokens=options.answer_tokens,
+                temperature=options.temperature,
+                batch=options.batch,
+                seed=options.seed,
+                model=options.model,
+            ),
+            restart=options.restart,
+            overwrite=options.overwrite,
+            progress=_show_progress,
+            load_in_4bit=options.load_in_4bit,
+        )
+    except KeyboardInterrupt:
+        print(
+            f"\nwhat is finished is kept beside {options.out}: the same command goes on from there",
+            file=sys.stderr,
+        )
+        raise
     if options.json:
         say(json.dumps({**result.as_dict(), "seconds": round(time.perf_counter() - began, 1)}))
     else:

@@ -21,7 +21,9 @@ ANSWER_TOGETHER = 0.6
 
 _NUMBERING = re.compile(r"^\s*(?:[-*•]|\(?\d{1,2}[.):、]|[Qq](?:uestion)?\s*\d{0,2}\s*[:.)])\s*")
 _LABEL = re.compile(r"^\s*(?:\*\*)?(?:answer|a|答案|答|回答)(?:\*\*)?\s*[:：]\s*(?:\*\*)?", re.IGNORECASE)
-_OTHER_TURN = re.compile(r"^\s*(?:question|text|问题|文字)\s*[:：]|<\|", re.IGNORECASE | re.MULTILINE)
+_OTHER_TURN = re.compile(
+    r"^\s*(?:question|text|answer|问题|文字|答案)\s*[:：]|<\|", re.IGNORECASE | re.MULTILINE
+)
 #: Text in backticks; identifiers with an underscore, an inner capital, a dot or brackets; numbers.
 _NAME = re.compile(
     r"(`[^`\n]+`)|(\b[A-Za-z]+(?:_\w+)+|\b[a-z]\w*\.[A-Za-z_]\w+|\b[A-Za-z_]\w*\(\)|\b[A-Z]?[a-z]+[A-Z]\w*)|(\b\d[\d.,]*)"
