@@ -3,37 +3,34 @@ and writes the tall matrices least.
 
 The adapters' small product comes first and the frozen product is added to it inside the matrix multiplication
 (beta = 1), so that the large result is not read a second time. A storage that cannot add in place
-(`Weight.adds_forward`, `Weight.adds_input_grad`) takes the other order.
+(`Weight.adds_forward`, `Weight.adds_input_grad`) takes the other order; one that adds adapters itself (`Weight.fuses`)
+makes each output, and dX of the group, in one launch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
 
 from pronghorn.blocks.projection.fused import FUSED_RANK, all_fuse, sum_of_products
+from pronghorn.blocks.projection.parameters import GroupParameters, dropped
 from pronghorn.blocks.projection.parts import (
-    Adapter,
     AdapterGrads,
     GradientSink,
     LinearProjection,
     ModuleProjection,
     PackedAdapters,
     Projection,
-    product_for,
 )
 from pronghorn.kernels import lora
-from pronghorn.kernels.dispatch import Impl
-from pronghorn.kernels.dropout import seeded_dropout
 from pronghorn.weights import DenseWeight, Fp8Weight, Int8Weight, Weight, side_by_side, stacked
 from pronghorn.weights.operand import TURNED, Operand, Turned, as_operand
 
 
-class ProjectionGroup:
+class ProjectionGroup(GroupParameters):
     """Projections that read the same input (q, k, v; gate, up) or a single one (o; down).
 
     Args:
@@ -41,32 +38,6 @@ class ProjectionGroup:
             gradients are then not given to the sink. None: adapters are cast and stacked here, in every call.
         impl: which implementation of the adapter kernels runs; None chooses by device.
     """
-
-    def __init__(
-        self,
-        projections: Sequence[Projection],
-        packed: PackedAdapters | None = None,
-        impl: Impl | None = None,
-    ) -> None:
-        self.projections = tuple(projections)
-        self.packed, self.impl = packed, impl
-        self._pairs = [
-            (i, adapter)
-            for i, projection in enumerate(self.projections)
-            if isinstance(projection, LinearProjection)
-            for adapter in projection.adapters
-        ]
-        self._ranks = [adapter.rank for _, adapter in self._pairs]
-        ends = list(accumulate(self._ranks, initial=0))
-        self._slices = [slice(start, end) for start, end in pairwise(ends)]
-        self.total_rank = ends[-1]
-        self._drops = any(adapter.dropout > 0 for _, adapter in self._pairs)
-        self._scalings = [adapter.scaling for _, adapter in self._pairs]
-        # One adapter a projection: what the kernels take, and what a consumer can add by itself.
-        self._single = len({i for i, _ in self._pairs}) == len(self._pairs)
-
-    def trainable(self) -> list[Tensor]:
-        return [tensor for projection in self.projections for tensor in projection.trainable()]
 
     # --- forward -----------------------------------------------------------------------------------------------
 
@@ -315,17 +286,6 @@ class ProjectionGroup:
             if adapter.b_bias is not None:
                 out.add_(adapter.b_bias.detach().to(out.dtype), alpha=adapter.scaling)
 
-    def down(self, x: Tensor) -> Tensor | None:
-        """XA = drop(x) Aᵀ for all adapters of the group: [T, ΣR], or None without adapters."""
-        if not self._pairs:
-            return None
-        if not self._drops:
-            return lora.down(x, self._stacked_a(x.dtype), impl=self.impl)
-        xa = x.new_empty(x.shape[0], self.total_rank)
-        for k, (_, adapter) in enumerate(self._pairs):
-            xa[:, self._slices[k]] = _dropped(x, adapter) @ self._a(k, x.dtype).t()
-        return xa
-
     # --- backward ----------------------------------------------------------------------------------------------
 
     def input_grad(
@@ -439,9 +399,6 @@ class ProjectionGroup:
             and lora.fits_kernels(dxa, [self.total_rank], self.impl)
         )
 
-    def _all_linear(self) -> list[LinearProjection]:
-        return [p for p in self.projections if isinstance(p, LinearProjection)]
-
     def _output_grads(
         self, dys: Sequence[Tensor], xa: Tensor | None, sink: GradientSink, starts: bool
     ) -> tuple[AdapterGrads | None, Tensor | None]:
@@ -470,135 +427,4 @@ class ProjectionGroup:
             return
         for k, (_, adapter) in enumerate(self._pairs):
             through_a = dxa[:, self._slices[k]] @ self._a(k, dxa.dtype)
-            dx.add_(_dropped(through_a, adapter))
-
-    def parameter_grads(
-        self,
-        dys: Sequence[Tensor | Operand],
-        x: Tensor,
-        xa: Tensor | None,
-        grads: AdapterGrads | None,
-        sink: GradientSink,
-    ) -> None:
-        """Gradients of weights, biases, A and B; `xa` None means it was not kept and is rebuilt from x."""
-        tensors = [as_operand(dy).tensor for dy in dys]
-        for projection, dy in zip(self.projections, tensors, strict=True):
-            if isinstance(projection, ModuleProjection):
-                continue
-            parameter = projection.weight.parameter
-            if parameter is not None and sink.wants(parameter):
-                sink.add(parameter, product_for(parameter, dy.t(), x))
-            if sink.wants(projection.bias):
-                sink.add(projection.bias, _token_sum(dy))
-        if grads is None:
-            return
-        self._adapter_a_grads(x, grads.dxa, sink)
-        if not grads.b_done:
-            self._adapter_b_grads(tensors, x, xa, sink)
-        for i, adapter in self._pairs:
-            if sink.wants(adapter.b_bias):
-                sink.add(adapter.b_bias, _token_sum(tensors[i]).mul_(adapter.scaling))
-
-    def _adapter_b_grads(
-        self, dys: Sequence[Tensor], x: Tensor, xa: Tensor | None, sink: GradientSink
-    ) -> None:
-        buffers = [self._b_grad(k) for k in range(len(self._pairs))]
-        wanted = [sink.wants(adapter.b) for _, adapter in self._pairs]
-        if not any(wanted) and all(buffer is None for buffer in buffers):
-            return
-        xa = self.down(x) if xa is None else xa
-        assert xa is not None
-        for k, (i, adapter) in enumerate(self._pairs):
-            part, buffer = xa[:, self._slices[k]], buffers[k]
-            if buffer is not None:
-                lora.accumulate_product_(buffer, dys[i].t(), part, adapter.scaling)
-            elif self.packed is None and wanted[k]:
-                sink.add(adapter.b, product_for(adapter.b, dys[i].t(), part).mul_(adapter.scaling))
-
-    def _adapter_a_grads(self, x: Tensor, dxa: Tensor, sink: GradientSink) -> None:
-        if self.packed is not None:
-            self._packed_a_grads(x, dxa)
-            return
-        wanted = [sink.wants(adapter.a) for _, adapter in self._pairs]
-        if not any(wanted):
-            return
-        if not self._drops:
-            stacked = product_for(self._pairs[0][1].a, dxa.t(), x)
-            for (_, adapter), part in zip(self._pairs, self._slices, strict=True):
-                sink.add(adapter.a, stacked[part])
-            return
-        for (_, adapter), part in zip(self._pairs, self._slices, strict=True):
-            if sink.wants(adapter.a):
-                sink.add(adapter.a, product_for(adapter.a, dxa[:, part].t(), _dropped(x, adapter)))
-
-    def _packed_a_grads(self, x: Tensor, dxa: Tensor) -> None:
-        assert self.packed is not None
-        buffer = self.packed.a_grad
-        if buffer is None:
-            return
-        if not self._drops:
-            lora.accumulate_a_(buffer, dxa, x, impl=self.impl)
-            return
-        for (_, adapter), part in zip(self._pairs, self._slices, strict=True):
-            lora.accumulate_product_(buffer[part], dxa[:, part].t(), _dropped(x, adapter))
-
-    # --- parts -------------------------------------------------------------------------------------------------
-
-    def _linear(self, i: int) -> LinearProjection:
-        projection = self.projections[i]
-        assert isinstance(projection, LinearProjection)
-        return projection
-
-    def _all_accumulate(self) -> bool:
-        return all(isinstance(p, ModuleProjection) or p.weight.adds_input_grad for p in self.projections)
-
-    def _b_biases(self) -> bool:
-        return any(adapter.b_bias is not None for _, adapter in self._pairs)
-
-    def _stacked_a(self, dtype: torch.dtype) -> Tensor:
-        """The A matrices as one [ΣR, in]."""
-        if self.packed is not None and self.packed.a.dtype == dtype:
-            return self.packed.a
-        if len(self._pairs) == 1:
-            return self._pairs[0][1].a.detach().to(dtype)
-        return torch.cat([adapter.a.detach() for _, adapter in self._pairs]).to(dtype)
-
-    def _a(self, k: int, dtype: torch.dtype) -> Tensor:
-        if self.packed is not None and self.packed.a.dtype == dtype:
-            return self.packed.a[self._slices[k]]
-        return self._pairs[k][1].a.detach().to(dtype)
-
-    def _b(self, k: int, dtype: torch.dtype) -> Tensor:
-        if self.packed is not None and self.packed.b[k].dtype == dtype:
-            return self.packed.b[k]
-        return self._pairs[k][1].b.detach().to(dtype)
-
-    def _bs(self, dtype: torch.dtype) -> list[Tensor]:
-        return [self._b(k, dtype) for k in range(len(self._pairs))]
-
-    def _b_grad(self, k: int) -> Tensor | None:
-        return self.packed.b_grad[k] if self.packed is not None and self.packed.b_grad else None
-
-    def _b_buffer(self, k: int, sink: GradientSink) -> Tensor | None:
-        """Where dB of adapter k is accumulated: the packed buffer, or a fresh one that goes to the sink."""
-        if self.packed is not None:
-            return self._b_grad(k)
-        b = self._pairs[k][1].b
-        wide = torch.promote_types(b.dtype, torch.float32)
-        return torch.zeros(b.shape, dtype=wide, device=b.device) if sink.wants(b) else None
-
-    def _give_b_buffers(self, buffers: Sequence[Tensor | None], sink: GradientSink) -> None:
-        if self.packed is not None:
-            return
-        for (_, adapter), buffer in zip(self._pairs, buffers, strict=True):
-            if buffer is not None:
-                sink.add(adapter.b, buffer)
-
-
-def _token_sum(dy: Tensor) -> Tensor:
-    return dy.sum(0, dtype=torch.promote_types(dy.dtype, torch.float32))
-
-
-def _dropped(x: Tensor, adapter: Adapter) -> Tensor:
-    """x with the adapter's dropout mask; the mask depends on the seed alone, so backward draws the same one."""
-    return x if adapter.dropout == 0.0 else seeded_dropout(x, adapter.dropout, adapter.seed)
+            dx.add_(dropped(through_a, adapter))
