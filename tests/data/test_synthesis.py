@@ -257,6 +257,10 @@ def test_no_more_questions_than_asked_for():
         ("Grass, sagebrush and cactus, or the okapi?", "answer is a question"),
         ("It eats grass and cactus. " * 4, "answer repeats itself"),
         ("The pronghorn eats and eats.", "answer says nothing new"),
+        (
+            "The closest living relatives of it are the giraffe and the okapi.",
+            "answer not about the question",
+        ),
         ("It hunts rabbits, mice and small birds.", "answer not supported by the chunk"),
         ("The pronghorn eats 8 grass and cactus.", "answer names what the chunk does not"),
         ("The pronghorn eats 88 grass and 99 cactus.", "answer names what the chunk does not"),

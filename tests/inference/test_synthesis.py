@@ -90,12 +90,18 @@ The random module implements pseudo-random number generators for various distrib
 selection from a range. Almost all module functions depend on the basic function random(), which generates a random
 float uniformly in the half-open range 0.0 <= X < 1.0. Python uses the Mersenne Twister as the core generator. It
 produces 53-bit precision floats and has a period of 2**19937-1.
+
+# The statistics module
+
+The statistics module provides functions for calculating statistics of data, including averages, variance, and standard
+deviation. The arithmetic mean is the sum of the data divided by the number of data points. The median is the middle
+value of the data. The mode is the most common value of discrete data.
 """
 
 
 @pytest.mark.slow
 def test_the_command_with_a_real_model(tmp_path, capsys):
-    """SmolLM2-135M-Instruct makes at least one row of a paragraph of Python's documentation."""
+    """SmolLM2-135M-Instruct makes at least one row of two paragraphs of Python's documentation."""
     document, out = tmp_path / "random.md", tmp_path / "rows.jsonl"
     document.write_text(TEXT)
     parser = argparse.ArgumentParser()
@@ -116,8 +122,8 @@ def test_the_command_with_a_real_model(tmp_path, capsys):
     assert options.run(options) == 0
     result = json.loads(capsys.readouterr().out)
     rows = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
-    assert result["rows"] == len(rows) >= 1 and result["chunks"] == 1
+    assert result["rows"] == len(rows) >= 1 and result["chunks"] == 2
     for row in rows:
         question, answer = (message["content"] for message in row["messages"])
         assert question.endswith("?") and len(answer.split()) >= 3
-        assert row["headings"] == "The random module"
+        assert row["headings"] in ("The random module", "The statistics module")

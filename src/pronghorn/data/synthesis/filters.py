@@ -18,6 +18,8 @@ QUESTION_WORDS, ANSWER_WORDS = (3, 40), (3, 120)
 QUESTION_SUPPORT, ANSWER_SUPPORT = 0.5, 0.75
 #: The least share of an answer's words that must stand in two neighbouring sentences of the chunk.
 ANSWER_TOGETHER = 0.6
+#: From so many words on, an answer names something of its question.
+LONG_ANSWER = 10
 
 _NUMBERING = re.compile(r"^\s*(?:[-*•]|\(?\d{1,2}[.):、]|[Qq](?:uestion)?\s*\d{0,2}\s*[:.)])\s*")
 _LABEL = re.compile(r"^\s*(?:\*\*)?(?:answer|a|答案|答|回答)(?:\*\*)?\s*[:：]\s*(?:\*\*)?", re.IGNORECASE)
@@ -103,8 +105,11 @@ def _why_no_answer(answer: str, finished: bool, question: str, chunk: Chunk) -> 
     if _repeats(answer):
         return "answer repeats itself"
     words = content_words(answer)
-    if words <= content_words(question):
+    asked = content_words(question)
+    if words <= asked:
         return "answer says nothing new"
+    if _length(answer) >= LONG_ANSWER and not words & asked:
+        return "answer not about the question"
     if _unknown_names(answer, chunk):
         return "answer names what the chunk does not"
     if supported(words, content_words(chunk.shown)) < ANSWER_SUPPORT:
