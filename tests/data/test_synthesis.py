@@ -266,7 +266,7 @@ def test_no_more_questions_than_asked_for():
         ("The pronghorn eats 88 grass and 99 cactus.", "answer names what the chunk does not"),
         ("The pronghorn eats `grass` and `sage_brush`.", "answer names what the chunk does not"),
         (
-            "The fastest grass of America is a relative of the okapi and giraffe.",
+            "The fastest pronghorn grass of America is a relative of the okapi and giraffe.",
             "answer put together of far parts",
         ),
     ],
