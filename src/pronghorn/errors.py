@@ -302,3 +302,15 @@ class Int8Unavailable(PronghornError):
     """int8 products were asked for on a GPU whose matrix units do not multiply int8."""
 
     code = "PH509"
+
+
+class NotInDropIn(PronghornError, ImportError):
+    """A script run in Unsloth's place imports a name of Unsloth that has no counterpart here."""
+
+    code = "PH405"
+
+
+class DropInUnavailable(PronghornError):
+    """A script run in Unsloth's place asks for something that is not done here, or Unsloth itself is loaded already."""
+
+    code = "PH406"

@@ -102,9 +102,10 @@ def build_parser() -> argparse.ArgumentParser:
     plan.add_argument("--gpu", metavar="NAME", help="plan for this GPU, such as 4090 (default: the one here)")
     plan.add_argument("--json", action="store_true", help="print the plan as JSON")
 
-    from pronghorn.cli.data import register
+    from pronghorn.cli import data, run
 
-    register(commands)
+    data.register(commands)
+    run.register(commands)
 
     doctor = commands.add_parser(
         "doctor", help="versions and hardware, then run every kernel and a training step on this machine"
@@ -148,6 +149,11 @@ def _commands() -> dict:
 
         return run(options)
 
+    def run(options: argparse.Namespace) -> int:
+        from pronghorn.cli.run import run
+
+        return run(options)
+
     def doctor(options: argparse.Namespace) -> int:
         from pronghorn.cli.doctor import run
 
@@ -164,6 +170,7 @@ def _commands() -> dict:
         "chat": chat,
         "plan": plan,
         "data": data,
+        "run": run,
         "doctor": doctor,
         "explain": explain,
     }

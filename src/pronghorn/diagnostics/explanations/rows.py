@@ -167,4 +167,30 @@ EXPLANATIONS: dict[str, Explanation] = {
             "使用提示的名称或取值。",
         ),
     ),
+    "PH405": Explanation(
+        cause="The script imports a part of Unsloth that this library does not have: methods of reinforcement "
+        "learning, speech, or Unsloth's own internals.",
+        fix="Leave the name out, or take the one that is suggested; the message lists what the module has.",
+        example="[PH405] unsloth.PatchFastRL has no counterpart in pronghorn. Fix: leave it out; unsloth has "
+        "FastLanguageModel, FastModel, ...",
+        zh=(
+            "以替身方式运行的脚本导入了 Unsloth 的一个名称，而本库没有对应的内容。",
+            "脚本用到了本库没有的部分：强化学习方法、语音，或 Unsloth 的内部实现。",
+            "去掉该名称，或使用提示的名称；报错会列出该模块提供的名称。",
+        ),
+    ),
+    "PH406": Explanation(
+        cause="The rows hold images, a method is not built here, or `import unsloth` ran before "
+        "`import pronghorn.compat.unsloth` and has changed Transformers and TRL for the whole process.",
+        fix="Do what the message names; in a notebook restart the kernel and import pronghorn.compat.unsloth "
+        "in the first cell.",
+        example="[PH406] unsloth itself is loaded in this process. Fix: start anew, and ask for pronghorn before "
+        "anything imports it",
+        zh=(
+            "以替身方式运行的脚本要求了本库不做的事，或 Unsloth 本身已经载入。",
+            "数据行中有图像、某个方法尚未实现，或在 import pronghorn.compat.unsloth 之前已运行 import "
+            "unsloth，它已为整个进程修改了 Transformers 和 TRL。",
+            "按报错的提示修改；在 notebook 中重启内核，并在第一个单元格导入 pronghorn.compat.unsloth。",
+        ),
+    ),
 }

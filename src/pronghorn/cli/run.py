@@ -1,0 +1,85 @@
+"""``pronghorn run script.py``: a script written for Unsloth, unchanged, on this library."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from argparse import Namespace
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from pronghorn.errors import CommandMisused, PronghornError
+
+EXIT_SCRIPT_FAILED = 1
+EXIT_USER_ERROR = 2
+
+
+def register(commands: Any) -> None:
+    """Add ``run`` to the parser's commands."""
+    import argparse
+
+    command = commands.add_parser(
+        "run",
+        help="run a script written for Unsloth, unchanged",
+        description="In the script's process, unsloth and unsloth_zoo are this library, and so are the script's "
+        "trl.SFTTrainer and trl.SFTConfig. Nothing else changes.",
+    )
+    command.add_argument(
+        "--model",
+        action="append",
+        default=[],
+        dest="models",
+        metavar="[ID=]FOLDER",
+        help="load this where the script names ID, or any id under unsloth/ (repeatable)",
+    )
+    command.add_argument("script", metavar="SCRIPT.py")
+    command.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="the script's own")
+
+
+def run(options: Namespace) -> int:
+    """Returns 0, 2 for a mistake that is explained, 1 for any other exception of the script."""
+    from pronghorn.compat.script import run_script
+
+    models = dict(_redirection(given) for given in options.models)
+    try:
+        run_script(options.script, options.arguments, models)
+    except Exception as error:
+        if options.debug:
+            raise
+        return _tell(error, options.script)
+    return 0
+
+
+def _redirection(given: str) -> tuple[str, str]:
+    """`ID=FOLDER`, or `FOLDER` for every id under `unsloth/`."""
+    name, sign, folder = given.partition("=")
+    name, folder = (name, folder) if sign else ("", given)
+    if not folder:
+        raise CommandMisused(f"--model '{given}' names no model", fix="--model ID=FOLDER or --model FOLDER")
+    return name, str(Path(folder).resolve()) if Path(folder).exists() else folder
+
+
+def _tell(error: Exception, script: str) -> int:
+    """One line for an error of this library, with the script's line; Python's own traceback for any other."""
+    shown = _from_script(error.__traceback__, script)
+    if isinstance(error, PronghornError):
+        lines = [f.lineno for f in traceback.extract_tb(shown) if Path(f.filename) == Path(script)]
+        at = f"{script}, line {lines[-1]}: " if lines else ""
+        print(f"pronghorn: {at}{error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    traceback.print_exception(type(error), error, shown)
+    from pronghorn.diagnostics.translate import translate
+
+    known = translate(error)
+    if known is not None:
+        print(f"pronghorn: {known}", file=sys.stderr)
+    return EXIT_SCRIPT_FAILED if known is None else EXIT_USER_ERROR
+
+
+def _from_script(tb: TracebackType | None, script: str) -> TracebackType | None:
+    """The traceback from the script's own frame on; all of it where the script was not reached."""
+    at = tb
+    while at is not None and Path(at.tb_frame.f_code.co_filename) != Path(script):
+        at = at.tb_next
+    return at or tb

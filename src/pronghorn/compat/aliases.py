@@ -1,0 +1,214 @@
+"""Answering to the names `unsloth`, `unsloth_zoo` and, for a script alone, to a few names of `trl` and `transformers`.
+
+Two means, both of Python's own import system, both taken back by `DropIn.stop`:
+
+- `unsloth` and `unsloth_zoo` belong to no one else in the process, so a finder on `sys.meta_path` makes modules of
+  those names whose attributes are this library's. An installed Unsloth is neither imported nor changed.
+- `trl` and `transformers` are needed as they are by this library, by PEFT and by each other. Their entries in
+  `sys.modules` become stand-ins that forward everything to the real modules, except that for a few names it matters who
+  asks: the script, a notebook's cell or the user's own modules get ours; code of an installed package the real one.
+  The real modules and classes are not written to, and nothing is rewritten or compiled from changed text.
+"""
+
+from __future__ import annotations
+
+import site
+import sys
+import sysconfig
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import spec_from_loader
+from pathlib import Path
+from types import FrameType, ModuleType, TracebackType
+from typing import Any
+
+from pronghorn import __version__
+from pronghorn.compat.model_ids import redirect
+from pronghorn.compat.names import MODULES, REPLACED
+from pronghorn.errors import DropInUnavailable, NotInDropIn, nearest
+
+_ALIASED = ("unsloth", "unsloth_zoo")
+#: Packages whose code always sees the real modules, also where they are installed from a clone.
+_LIBRARIES = (
+    "pronghorn",
+    "transformers",
+    "trl",
+    "peft",
+    "datasets",
+    "accelerate",
+    "torch",
+    "huggingface_hub",
+)
+_PACKAGES = tuple(
+    str(Path(path)) + "/"
+    for path in {
+        *(sysconfig.get_path(kind) for kind in ("purelib", "platlib", "stdlib", "platstdlib")),
+        *site.getsitepackages(),
+        site.getusersitepackages(),
+    }
+)
+
+
+def resolve(home: str) -> Any:
+    """The object at "module:attribute"."""
+    module, _, attribute = home.partition(":")
+    return getattr(import_module(module), attribute)
+
+
+class AliasModule(ModuleType):
+    """A module of another library's name, whose attributes are this library's."""
+
+    def __getattr__(self, name: str) -> Any:
+        homes = MODULES[self.__name__]
+        if name in homes:
+            return resolve(homes[name])
+        if name.startswith("__") or f"{self.__name__}.{name}" in MODULES:
+            raise AttributeError(name)  # a submodule: the import statement looks for it next
+        raise NotInDropIn(
+            f"{self.__name__}.{name} has no counterpart in pronghorn",
+            fix=nearest(name, homes) or f"leave it out; {self.__name__} has {', '.join(sorted(homes))}",
+        )
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__(), *MODULES[self.__name__]})
+
+
+class AliasFinder(Loader, MetaPathFinder):
+    """Finds `unsloth`, `unsloth_zoo` and their submodules, before an installed Unsloth is looked for."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname.partition(".")[0] not in _ALIASED:
+            return None
+        if fullname not in MODULES:
+            raise NotInDropIn(
+                f"the module {fullname} has no counterpart in pronghorn",
+                fix=nearest(fullname, MODULES) or f"import from {', '.join(sorted(MODULES))}",
+            )
+        return spec_from_loader(fullname, self, origin="pronghorn", is_package=True)
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        return AliasModule(spec.name, f"pronghorn's part of what `{spec.name}` offers.")
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Its attributes are looked up when they are asked for."""
+
+
+class StandIn(ModuleType):
+    """A real module, in which the user's own code finds a few names of this library.
+
+    Args:
+        real: the module that everything else comes from.
+        ours: name -> object; resolved already, because finding them imports the real module.
+    """
+
+    def __init__(self, real: ModuleType, ours: Mapping[str, Any]) -> None:
+        super().__init__(real.__name__, real.__doc__)
+        own = {"_real": real, "_ours": dict(ours)}
+        # The import system reads these from the module's dictionary.
+        own |= {
+            name: getattr(real, name)
+            for name in ("__spec__", "__loader__", "__package__", "__path__", "__file__")
+            if hasattr(real, name)
+        }
+        self.__dict__.update(own)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self.__dict__["_ours"] and asked_by_user(sys._getframe(1)):
+            return self.__dict__["_ours"][name]
+        return getattr(self.__dict__["_real"], name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self.__dict__["_real"], name, value)  # a submodule that was imported just now
+
+    def __dir__(self) -> list[str]:
+        return dir(self.__dict__["_real"])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return import_module, (self.__name__,)
+
+
+def asked_by_user(frame: FrameType) -> bool:
+    """Whether a frame runs a script, a cell or a module of the user's, not code of an installed package."""
+    name, file = frame.f_globals.get("__name__", ""), frame.f_globals.get("__file__")
+    if name.partition(".")[0] in _LIBRARIES:
+        return False
+    return file is None or not str(Path(file).absolute()).startswith(_PACKAGES)
+
+
+class DropIn:
+    """Within this context, and after `start` for good, scripts for Unsloth find this library.
+
+    Args:
+        models: model id of a script -> folder or id that is loaded instead; "" stands for every id under `unsloth/`.
+
+    Raises:
+        DropInUnavailable: Unsloth itself is loaded in this process.
+    """
+
+    def __init__(self, models: Mapping[str, str] | None = None) -> None:
+        self._models = dict(models or {})
+        self._finder = AliasFinder()
+        self._stands: dict[str, StandIn] = {}
+
+    def start(self) -> DropIn:
+        for name in _ALIASED:
+            if name in sys.modules and not isinstance(sys.modules[name], AliasModule):
+                raise DropInUnavailable(
+                    f"{name} itself is loaded in this process and has changed Transformers and TRL for all of it",
+                    fix="start anew, and ask for pronghorn before anything imports it",
+                )
+        if is_active():
+            redirect(self._models)
+            return self
+        ours = {
+            module: {name: resolve(home) for name, home in names.items()}
+            for module, names in REPLACED.items()
+        }
+        redirect(self._models)
+        sys.meta_path.insert(0, self._finder)
+        for module, names in ours.items():
+            self._stands[module] = StandIn(sys.modules[module], names)
+            sys.modules[module] = self._stands[module]
+        print(announcement(), file=sys.stderr, flush=True)
+        return self
+
+    def stop(self) -> None:
+        """Take back everything `start` put there."""
+        redirect({})
+        for module, stand_in in self._stands.items():
+            if sys.modules.get(module) is stand_in:
+                sys.modules[module] = stand_in.__dict__["_real"]
+        self._stands = {}
+        if self._finder in sys.meta_path:
+            sys.meta_path.remove(self._finder)
+            for name in [name for name, module in sys.modules.items() if isinstance(module, AliasModule)]:
+                del sys.modules[name]
+
+    def __enter__(self) -> DropIn:
+        return self.start()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+
+def is_active() -> bool:
+    return any(isinstance(finder, AliasFinder) for finder in sys.meta_path)
+
+
+def announcement() -> str:
+    """Which library answers."""
+    try:
+        beside = f"the installed unsloth {version('unsloth')} is not used"
+    except PackageNotFoundError:
+        beside = "no unsloth is installed"
+    return f"pronghorn {__version__} stands in for unsloth; {beside}"

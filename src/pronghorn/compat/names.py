@@ -1,0 +1,55 @@
+"""Which names a script may import, and what of this library answers to each.
+
+A name's home is "module:attribute"; it is imported when the script asks for it.
+"""
+
+from __future__ import annotations
+
+_MODELS = "pronghorn.compat.models"
+_TRAINER = "pronghorn.compat.trainer"
+_TEMPLATES = {
+    "get_chat_template": "pronghorn.data.chat_templates:get_chat_template",
+    "standardize_data_formats": "pronghorn.data.sharegpt:standardize_data_formats",
+    "standardize_sharegpt": "pronghorn.data.sharegpt:standardize_sharegpt",
+    "train_on_responses_only": "pronghorn.training:train_on_responses_only",
+}
+_LOADERS = {
+    name: f"{_MODELS}:{name}"
+    for name in ("FastLanguageModel", "FastModel", "FastTextModel", "FastVisionModel", "UnslothModel")
+}
+_PRECISION = dict.fromkeys(
+    ("is_bf16_supported", "is_bfloat16_supported"), "pronghorn.loading:is_bfloat16_supported"
+)
+_TRAINERS = {
+    name: f"{_TRAINER}:{name}"
+    for name in ("UnslothTrainer", "UnslothTrainingArguments", "UnslothVisionDataCollator", "unsloth_train")
+}
+_KERNELS = {"fast_linear_forward": "pronghorn.kernels:fast_linear_forward"}
+
+#: Whole modules that are ours: module -> name -> home.
+MODULES: dict[str, dict[str, str]] = {
+    "unsloth": {
+        "__version__": "pronghorn:__version__",
+        **_LOADERS,
+        **_PRECISION,
+        **_TRAINERS,
+        **_TEMPLATES,
+    },
+    "unsloth.chat_templates": _TEMPLATES,
+    "unsloth.kernels": _KERNELS,
+    "unsloth.kernels.utils": _KERNELS,
+    "unsloth.models": {**_LOADERS, **_PRECISION},
+    "unsloth.models.loader": _LOADERS,
+    "unsloth.trainer": _TRAINERS,
+    "unsloth_zoo": {"__version__": "pronghorn:__version__"},
+    "unsloth_zoo.dataset_utils": {
+        name: _TEMPLATES[name] for name in ("standardize_data_formats", "train_on_responses_only")
+    },
+    "unsloth_zoo.vision_utils": {"UnslothVisionDataCollator": _TRAINERS["UnslothVisionDataCollator"]},
+}
+
+#: Real modules of which a script sees a few names of ours, and everything else as it is.
+REPLACED: dict[str, dict[str, str]] = {
+    "trl": {"SFTConfig": f"{_TRAINER}:SFTConfig", "SFTTrainer": f"{_TRAINER}:ScriptTrainer"},
+    "transformers": {"TrainingArguments": f"{_TRAINER}:TrainingArguments"},
+}

@@ -1,0 +1,169 @@
+"""The trainer and its arguments as scripts for Unsloth know them."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from typing import Any
+
+import transformers
+
+from pronghorn.engine import base_causal_lm
+from pronghorn.errors import DropInUnavailable
+from pronghorn.training import SFTConfig, SFTTrainer
+
+__all__ = [
+    "SFTConfig",
+    "ScriptTrainer",
+    "TrainingArguments",
+    "UnslothTrainer",
+    "UnslothTrainingArguments",
+    "UnslothVisionDataCollator",
+    "unsloth_train",
+]
+
+logger = logging.getLogger("pronghorn")
+
+_IMAGES = ("image", "images", "pixel_values")
+
+
+@dataclass
+class TrainingArguments(transformers.TrainingArguments):
+    """Transformers' own, which also takes `use_reentrant`, a member of `gradient_checkpointing_kwargs`.
+
+    It matters for models on their stock forward; the fast path's backward keeps no part of autograd's.
+    """
+
+    use_reentrant: bool | None = field(
+        default=None, metadata={"help": "Of torch's checkpointing, for models on their stock forward."}
+    )
+
+    def __post_init__(self) -> None:
+        _move_use_reentrant(self)
+        super().__post_init__()
+
+
+@dataclass
+class UnslothTrainingArguments(SFTConfig):
+    """`SFTConfig` with a learning rate of their own for embed_tokens and lm_head, where they are trained."""
+
+    embedding_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of embed_tokens and lm_head; None: learning_rate."}
+    )
+    use_reentrant: bool | None = field(
+        default=None, metadata={"help": "Of torch's checkpointing, for models on their stock forward."}
+    )
+
+    def __post_init__(self) -> None:
+        _move_use_reentrant(self)
+        super().__post_init__()
+
+
+def _move_use_reentrant(args: Any) -> None:
+    """Into the dictionary that Transformers keeps it in, under the name this version gives it."""
+    if args.use_reentrant is None:
+        return
+    names = ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs")
+    name = next(name for name in names if hasattr(args, name))
+    setattr(args, name, {**(getattr(args, name) or {}), "use_reentrant": args.use_reentrant})
+    args.use_reentrant = None
+
+
+class ScriptTrainer(SFTTrainer):
+    """`pronghorn.SFTTrainer` with what scripts ask of it: an embedding learning rate, and clear words about images."""
+
+    def __init__(self, model: Any, args: Any = None, *more: Any, **given: Any) -> None:
+        _refuse_images(given.get("train_dataset"))
+        super().__init__(model, args, *more, **given)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        optimizer = super().create_optimizer(*args, **kwargs)
+        rate = getattr(self.args, "embedding_learning_rate", None)
+        if rate is not None:
+            give_own_rate(optimizer, _embeddings(self.model), rate)
+        return optimizer
+
+    def get_best_learning_rate(self, *args: Any, **kwargs: Any) -> Any:
+        """The learning-rate finder's answer.
+
+        Raises:
+            DropInUnavailable: the library has no learning-rate finder yet.
+        """
+        finder = getattr(super(), "get_best_learning_rate", None)
+        if finder is None:
+            raise DropInUnavailable(
+                "trainer.get_best_learning_rate(): pronghorn has no learning-rate finder yet",
+                fix="train a few steps at several rates and compare, as examples/dropin/learning_rates.py does",
+            )
+        return finder(*args, **kwargs)
+
+
+#: The name in scripts; what `trl.SFTTrainer` is to a script is the same class.
+UnslothTrainer = ScriptTrainer
+
+
+def give_own_rate(optimizer: Any, parameters: list[Any], rate: float) -> None:
+    """Move parameters into groups of their own, which differ from those they come from in the learning rate alone.
+
+    To be called before the schedule is made: it multiplies each group's own rate.
+    """
+    chosen = {id(parameter) for parameter in parameters}
+    if any(group.get("has_own_rate") for group in optimizer.param_groups):
+        return
+    moved = 0
+    for group in list(optimizer.param_groups):
+        mine = [p for p in group["params"] if id(p) in chosen]
+        if not mine:
+            continue
+        moved += len(mine)
+        group["params"] = [p for p in group["params"] if id(p) not in chosen]
+        optimizer.add_param_group({**group, "params": mine, "lr": rate, "has_own_rate": True})
+    if moved == 0:
+        logger.warning(
+            "pronghorn: embedding_learning_rate has no effect: neither embed_tokens nor lm_head is trained; "
+            "name them in target_modules"
+        )
+
+
+def _embeddings(model: Any) -> list[Any]:
+    """Trained parameters of the embedding and the head, whatever PEFT has put around them."""
+    base = base_causal_lm(model)
+    modules = (base.get_input_embeddings(), base.get_output_embeddings())
+    found = [p for module in modules if module is not None for p in module.parameters() if p.requires_grad]
+    return list({id(p): p for p in found}.values())
+
+
+class UnslothVisionDataCollator:
+    """Makes batches with images, which are not trained on here.
+
+    Raises:
+        DropInUnavailable: always.
+    """
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        raise _no_images("UnslothVisionDataCollator")
+
+
+def _refuse_images(rows: Any) -> None:
+    first = next(iter(rows), None) if isinstance(rows, list) or hasattr(rows, "column_names") else None
+    if not isinstance(first, dict):
+        return
+    parts = [part for m in first.get("messages") or [] if isinstance(m, dict)
+             for part in (m["content"] if isinstance(m.get("content"), list) else [])]  # fmt: skip
+    column = next((name for name in _IMAGES if name in first), None)
+    if column is not None:
+        raise _no_images(f"the column '{column}'")
+    if any(isinstance(part, dict) and part.get("type") in ("image", "video") for part in parts):
+        raise _no_images("a message")
+
+
+def _no_images(where: str) -> DropInUnavailable:
+    return DropInUnavailable(
+        f"{where} holds images, and models are trained on text here",
+        fix="leave images out of the rows, or train this model with its own library",
+    )
+
+
+def unsloth_train(trainer: Any, *args: Any, **kwargs: Any) -> Any:
+    """`trainer.train()`; the loss is that of all supervised tokens of a step in any case."""
+    return trainer.train(*args, **kwargs)
