@@ -314,3 +314,15 @@ class DropInUnavailable(PronghornError):
     """A script run in Unsloth's place asks for something that is not done here, or Unsloth itself is loaded already."""
 
     code = "PH406"
+
+
+class NotExportable(PronghornError):
+    """A model, its RoPE or its vocabulary has no form in the format asked for; nothing was written."""
+
+    code = "PH605"
+
+
+class ExportDiffers(PronghornError):
+    """An export, opened again by what will run it, predicts otherwise than the model; it is kept and marked."""
+
+    code = "PH611"

@@ -43,6 +43,21 @@ def write_folder(path: str | os.PathLike[str], needed: int, write: Callable[[Pat
     Raises:
         SaveFailed: when the disk is full or the folder cannot be written.
     """
+    return _write(path, needed, write, _put_in_place)
+
+
+def write_beside(path: str | os.PathLike[str], needed: int, write: Callable[[Path], None]) -> Path:
+    """As `write_folder`, but what stands in the folder stays; only files of the same names are replaced, each by one
+    rename once all are complete."""
+    return _write(path, needed, write, _put_beside)
+
+
+def _write(
+    path: str | os.PathLike[str],
+    needed: int,
+    write: Callable[[Path], None],
+    put: Callable[[Path, Path], None],
+) -> Path:
     target = Path(path).expanduser().absolute()
     if target.exists() and not target.is_dir():
         raise SaveFailed("the place to save to is a file", where=str(target), fix="name a folder")
@@ -55,7 +70,7 @@ def write_folder(path: str | os.PathLike[str], needed: int, write: Callable[[Pat
         raise _failed(error, target, needed) from error
     try:
         write(temporary)
-        _put_in_place(temporary, target)
+        put(temporary, target)
     except OSError as error:
         raise _failed(error, target, needed) from error
     finally:
@@ -79,6 +94,12 @@ def _put_in_place(temporary: Path, target: Path) -> None:
         if not any(item.match(pattern) for pattern in _OURS) and not (target / item.name).exists():
             os.replace(item, target / item.name)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _put_beside(temporary: Path, target: Path) -> None:
+    target.mkdir(exist_ok=True)
+    for item in sorted(temporary.iterdir()):
+        os.replace(item, target / item.name)
 
 
 def _check_space(target: Path, needed: int) -> None:

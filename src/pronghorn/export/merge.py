@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,19 +36,20 @@ class _Found:
     source: Tensor | None = field(default=None, repr=False)
 
 
-def plan_merge(model: Any) -> Plan:
+def plan_merge(model: Any, dtype: torch.dtype | None = None) -> Plan:
     """Plan a merged checkpoint of a causal LM or PEFT model. No weight is computed or changed yet.
 
         W' = W + Σ_adapters s·B·A        (DoRA: m / ‖W + s·B·A‖ · (W + s·B·A)), in fp32, then rounded once
 
-    Quantised weights are dequantised. The dtype is the one the model computes in. Modules that PEFT trains whole
-    take the original's place.
+    Quantised weights are dequantised. The dtype, unless given, is the one the model computes in. Modules that PEFT
+    trains whole take the original's place.
 
     Raises:
         SaveFailed: for a kind of adapter that has no merged form.
     """
     base = base_causal_lm(model)
-    dtype = base.config.dtype if isinstance(base.config.dtype, torch.dtype) else base.dtype
+    if dtype is None:
+        dtype = base.config.dtype if isinstance(base.config.dtype, torch.dtype) else base.dtype
     found = {item.entry.name: item for item in _walk(base, "", dtype)}
     tied = tied_names(base)
     broken = False
@@ -60,6 +62,14 @@ def plan_merge(model: Any) -> Plan:
         else:
             broken = True
     return Plan(_renamed(base, [item.entry for item in found.values()]), broken)
+
+
+def weights_below_adapters(model: Any) -> Iterator[tuple[str, Callable[[], Tensor]]]:
+    """Names of the weights that active adapters change, each with what makes it as it is without them, in fp32."""
+    for name, module in base_causal_lm(model).named_modules():
+        adapted = hasattr(module, "base_layer") and not hasattr(module, "get_param")
+        if adapted and _adapters_of(module, f"{name}."):
+            yield f"{name}.weight", partial(_plain_weight, module)
 
 
 def tied_names(base: Any) -> dict[str, str]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from pronghorn.export import save_adapter, save_merged
+from pronghorn.export import GgufExport, save_adapter, save_gguf, save_merged
 from pronghorn.loading.fp8 import is_fp8
 from pronghorn.loading.int8 import is_int8
 
@@ -36,7 +37,21 @@ def save_pretrained_merged(
         save_merged(model, tokenizer, save_directory, save_method, max_shard_size=max_shard_size)
 
 
+def save_pretrained_gguf(
+    model: Any,
+    save_directory: str,
+    tokenizer: Any = None,
+    quantization_method: str | Sequence[str] = "fast_quantized",
+    *,
+    verify: bool = True,
+    held_out: Sequence[str] | None = None,
+) -> GgufExport:
+    """Write GGUF files with the adapter merged in; see `pronghorn.export.save_gguf`."""
+    return save_gguf(model, tokenizer, save_directory, quantization_method, verify=verify, held_out=held_out)
+
+
 def add_save_methods(model: Any) -> None:
-    """`model.save_pretrained_merged(folder, tokenizer)`: a partial of a module-level function, which survives
-    deepcopy and pickle and points to the copy afterwards."""
-    model.__dict__["save_pretrained_merged"] = partial(save_pretrained_merged, model)
+    """`model.save_pretrained_merged(folder, tokenizer)` and the others: partials of module-level functions, which
+    survive deepcopy and pickle and point to the copy afterwards."""
+    for method in (save_pretrained_merged, save_pretrained_gguf):
+        model.__dict__[method.__name__] = partial(method, model)

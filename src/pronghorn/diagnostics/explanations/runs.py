@@ -172,6 +172,19 @@ EXPLANATIONS: dict[str, Explanation] = {
             "恢复原来的设置（检查点中的 adapter_config.json），或在另一个输出文件夹开始新的训练。",
         ),
     ),
+    "PH605": Explanation(
+        cause="GGUF is read by llama.cpp, which computes a fixed set of families and tokenizers. What it would compute "
+        "otherwise than the model was trained is refused.",
+        fix="Save a stock checkpoint with save_pretrained_merged (pronghorn export --to merged_16bit); nothing is lost "
+        "there.",
+        example="[PH605] models of the type 'gpt2' cannot be written as GGUF. Fix: save_pretrained_merged, then "
+        "llama.cpp's own converter",
+        zh=(
+            "模型、其 RoPE 或词表无法写成所要求的格式；没有写入任何文件。",
+            "GGUF 由 llama.cpp 读取，它只支持一部分模型系列和分词器。会与训练时计算不同的内容一律拒绝导出。",
+            "用 save_pretrained_merged（pronghorn export --to merged_16bit）保存标准检查点，不会有任何损失。",
+        ),
+    ),
     "PH610": Explanation(
         cause="Merging rounds to 16 bits; a difference beyond that means that weights or the tokenizer were "
         "mixed up.",
@@ -181,6 +194,19 @@ EXPLANATIONS: dict[str, Explanation] = {
             "合并后的模型重新载入后，预测与原适配器模型不同。",
             "合并会舍入到 16 位；超出此范围的差异说明权重或分词器混淆。",
             "从适配器文件夹重新合并；若仍如此请报告。",
+        ),
+    ),
+    "PH611": Explanation(
+        cause="The format keeps too few bits for this model, or tensors, RoPE or tokenizer were written wrongly. The "
+        "message names the reader, the divergence and what was allowed.",
+        fix="Take a format with more bits (q8_0); if f16 or bf16 fails too, report it with the file ending in "
+        ".failed.txt.",
+        example="[PH611] my-model.Q2_K.gguf differs from the model: llama.cpp: KL 3.71 nats, at most 3 expected. Fix: "
+        "use q8_0",
+        zh=(
+            "导出的文件由实际运行它的程序重新打开后，预测与模型不同；文件保留并做了标记。",
+            "该格式的位数对这个模型太少，或张量、RoPE、分词器写错了。消息中说明读取程序、KL 散度和允许的上限。",
+            "换用位数更多的格式（q8_0）；若 f16 或 bf16 也失败，请附上以 .failed.txt 结尾的文件报告。",
         ),
     ),
     "PH701": Explanation(
