@@ -82,7 +82,6 @@ BROKEN = [
     ("fp8_rows", "norm_kernels", "rms_norm_backward_fp8", 0, "dx in"),
     ("int8_rows", "int8_kernels", "quantise_rows", 0, "int8 codes of rows"),
     ("int8_rows", "int8_kernels", "rms_norm_forward_int8", 0, "the norm"),
-    ("int8_rows", "int8_kernels", "glu_forward_int8", 0, "act in"),
     ("int8_products", "int8_kernels", "quantise_weight_input_grad", 0, "a turned weight"),
     ("int8_products", "int8_kernels", "product", None, "Y in"),
     ("fp8_weights", "fp8_kernels", "transpose_codes", None, "turned codes"),

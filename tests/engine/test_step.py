@@ -109,8 +109,8 @@ def test_a_step_on_int8_weights_is_near_the_one_on_their_values(family: str, cop
     stored = model(**stock, num_items_in_batch=supervised, use_cache=False)
     stored.loss.backward()
     assert relative_error(output.loss, stored.loss.detach()) < 0.01
-    # In bf16 the exact step, too, is up to 0.2 from the stock one: gradients of q and k nearly cancel in so small a model.
-    assert_same(found, gradients(model), 0.1 if DTYPE == torch.float32 else 0.3)
+    # In bf16 the exact step, too, is up to 0.2 from the stock one: gradients of q and k nearly cancel here.
+    assert_same(found, gradients(model), 0.3 if ON_GPU else 0.1)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])

@@ -5,9 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pronghorn.kernels.glu import ACTIVATIONS, glu_forward
 from pronghorn.kernels.int8 import (
-    glu_forward_int8,
     quantise_rows,
     rms_norm_backward_int8,
     rms_norm_forward_int8,
@@ -59,17 +57,6 @@ def test_the_norms_gradient_and_its_codes(impl, dtype, width, with_residual, wit
     )
     assert_near(dx, expected, slack=2.0)
     assert_codes_of(codes, dx, impl)
-
-
-@pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("width", [16, 224, 4160])
-def test_gated_unit_and_its_codes(impl, activation, width, device):
-    both = random(3, 2 * width, dtype=torch.bfloat16, device=device)
-    gate, up = both.split(width, 1)
-    act, codes = glu_forward_int8(gate, up, activation, impl=impl)
-    assert_near(act, glu_forward(gate, up, activation, impl="torch").double(), slack=2.0)
-    assert_codes_of(codes, act, impl)
 
 
 @pytest.mark.parametrize("impl", IMPLS)

@@ -26,7 +26,6 @@ import torch
 from torch import Tensor
 
 from pronghorn.kernels.dispatch import Impl, row_block, use_triton
-from pronghorn.kernels.glu import glu_forward
 from pronghorn.kernels.lora import LowRank
 from pronghorn.kernels.rms_norm import rms_norm_backward, rms_norm_forward
 
@@ -205,17 +204,6 @@ def rms_norm_backward_int8(
         dy, x, weight, rstd, eps=eps, weight_offset=weight_offset, residual_grad=residual_grad, impl=impl
     )
     return dx, quantise_rows(dx, rotated=True, impl=impl)
-
-
-def glu_forward_int8(
-    gate: Tensor, up: Tensor, activation: str, *, impl: Impl | None = None
-) -> tuple[Tensor, Codes]:
-    """`kernels.glu.glu_forward`'s act [T, I], and its turned codes.
-
-    In two passes: a kernel that holds whole rows took longer, since no product along rows can join it.
-    """
-    act = glu_forward(gate, up, activation, impl=impl)
-    return act, quantise_rows(act, rotated=True, impl=impl)
 
 
 def _has_kernels(x: Tensor, impl: Impl | None) -> bool:
