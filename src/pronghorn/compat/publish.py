@@ -1,48 +1,23 @@
-"""Methods that scripts call on a model to write or upload it: each lives on the instance, no class is touched."""
+"""Methods that scripts call on a model to upload it: each lives on the instance, no class is touched."""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pronghorn.errors import DropInUnavailable
-
 
 def add_publishing(model: Any) -> None:
-    """`save_pretrained_gguf`, `push_to_hub_merged` and `push_to_hub_gguf`, where the library has not put its own."""
+    """`push_to_hub_merged` and `push_to_hub_gguf`, beside the library's own `save_pretrained_merged` and `_gguf`."""
     for name, function in (
-        ("save_pretrained_gguf", save_pretrained_gguf),
         ("push_to_hub_merged", push_to_hub_merged),
         ("push_to_hub_gguf", push_to_hub_gguf),
     ):
         if name not in model.__dict__:
             model.__dict__[name] = partial(function, model)
-
-
-def save_pretrained_gguf(
-    model: Any,
-    save_directory: str,
-    tokenizer: Any = None,
-    quantization_method: str | list[str] = "q8_0",
-    **_: Any,
-) -> Any:
-    """Write a GGUF file through `pronghorn.export.save_gguf`.
-
-    Raises:
-        DropInUnavailable: this version of the library does not write GGUF.
-    """
-    from pronghorn import export
-
-    writer: Callable[..., Any] | None = getattr(export, "save_gguf", None)
-    if writer is None:
-        raise DropInUnavailable(
-            "save_pretrained_gguf: this version of pronghorn does not write GGUF files",
-            fix="model.save_pretrained_merged(folder, tokenizer), then llama.cpp's convert_hf_to_gguf.py",
-        )
-    return writer(model, tokenizer, save_directory, quantization_method)
 
 
 def push_to_hub_merged(
@@ -57,8 +32,8 @@ def push_to_hub_merged(
     **_: Any,
 ) -> str:
     """Merge into a temporary folder and upload it; returns the repository's address."""
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained_merged(folder, tokenizer, save_method=save_method)
+    with _folder_for(repo_id) as folder:
+        model.save_pretrained_merged(str(folder), tokenizer, save_method=save_method)
         return upload(folder, repo_id, token=token, private=private, commit_message=commit_message)
 
 
@@ -66,7 +41,7 @@ def push_to_hub_gguf(
     model: Any,
     repo_id: str,
     tokenizer: Any = None,
-    quantization_method: str | list[str] = "q8_0",
+    quantization_method: str | list[str] = "fast_quantized",
     *,
     token: str | bool | None = None,
     private: bool | None = None,
@@ -74,9 +49,16 @@ def push_to_hub_gguf(
     **_: Any,
 ) -> str:
     """Write GGUF files into a temporary folder and upload them; returns the repository's address."""
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained_gguf(folder, tokenizer, quantization_method=quantization_method)
+    with _folder_for(repo_id) as folder:
+        model.save_pretrained_gguf(str(folder), tokenizer, quantization_method=quantization_method)
         return upload(folder, repo_id, token=token, private=private, commit_message=commit_message)
+
+
+@contextmanager
+def _folder_for(repo_id: str) -> Iterator[Path]:
+    """An empty folder of the repository's name, on the disk that is worked on, and removed in the end."""
+    with tempfile.TemporaryDirectory(prefix="upload-", dir=Path.cwd()) as folder:
+        yield Path(folder) / repo_id.rsplit("/", 1)[-1]
 
 
 def upload(

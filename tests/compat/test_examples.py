@@ -1,0 +1,117 @@
+"""Every script in examples/dropin runs through `pronghorn run` on a tiny local model, and does what it says."""
+
+import math
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from pronghorn.cli.main import main
+from pronghorn.compat.script import run_script
+
+SCRIPTS = Path(__file__).resolve().parents[2] / "examples" / "dropin"
+
+pytestmark = [
+    pytest.mark.skipif(
+        torch.cuda.is_available(), reason="the trainer would take the GPU, the tiny model the CPU"
+    ),
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+]
+
+
+def run(name, tiny, *arguments):
+    """The script's globals; every id under unsloth/ is the tiny model."""
+    return run_script(SCRIPTS / f"{name}.py", arguments, {"": tiny})
+
+
+def losses(trainer):
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def falls(curve):
+    return all(math.isfinite(loss) for loss in curve) and sum(curve[-2:]) < sum(curve[:2]) - 0.1
+
+
+def test_qlora_in_three_parts_and_its_adapter_answers(tiny, capsys):
+    seen = run("qlora", tiny)
+    assert falls(losses(seen["trainer"]))
+    assert seen["trainer_stats"].metrics["train_runtime"] > 0
+    assert (
+        type(seen["model"].base_model.model.model.layers[0].mlp.up_proj.base_layer).__name__ == "Linear4bit"
+    )
+    assert seen["dataset"][0]["text"].endswith(seen["EOS_TOKEN"])
+    assert seen["trainer"].args.lr_scheduler_type == "cosine" and seen["trainer"].args.max_length == 256
+    said = capsys.readouterr()
+    assert "seconds used for training" in said.out
+    assert said.err.count("stands in for unsloth") == 1
+    answered = run("inference", tiny, "outputs/dropin/qlora/lora_model")
+    assert answered["model"].peft_config and answered["output"].shape[0] == 1
+
+
+def test_chat_template_trains_on_answers_alone(tiny, capsys):
+    seen = run("chat_template", tiny)
+    assert "trained on: '7 metres are 700 centimetres.<|im_end|>" in capsys.readouterr().out
+    assert falls(losses(seen["trainer"]))
+    assert seen["trainer"].args.gradient_checkpointing is False  # the save level does it
+    assert seen["tokenizer"].eos_token == "<|im_end|>"
+
+
+def test_learning_rates_start_alike_and_end_apart(tiny):
+    curves = run("learning_rates", tiny)["losses"]
+    assert len(curves) == 4
+    assert len({round(curve[0], 4) for curve in curves.values()}) == 1
+    last = [curve[-1] for curve in curves.values()]
+    assert last == sorted(last, reverse=True) and last[0] - last[-1] > 0.3
+
+
+def test_merge_answers_as_the_adapter_did(tiny):
+    seen = run("merge", tiny)
+    assert seen["same_answer"] is True
+    untrained = AutoModelForCausalLM.from_pretrained(tiny)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert not torch.equal(seen["stock"].state_dict()[name], untrained.state_dict()[name])
+
+
+def test_buckets_are_of_rows_of_like_length(tiny):
+    seen = run("buckets", tiny)
+    assert sum(seen["counts"].values()) == 64 and len(seen["counts"]) >= 2
+    assert all(row["length"] <= row["bucket"] for row in seen["dataset"])
+    assert falls(losses(seen["trainer"]))
+
+
+def test_cleaning_leaves_what_can_be_trained_on(tiny, capsys):
+    seen = run("cleaning", tiny)
+    assert "54 rows, 44 after cleaning" in capsys.readouterr().out
+    assert falls(losses(seen["trainer"]))
+
+
+def test_inference_streams_an_answer(tiny, capsys):
+    seen = run("inference", tiny)
+    assert 0 < seen["new_tokens"] <= 24 and not seen["model"].training
+    assert re.search(r"\d+ tokens", capsys.readouterr().out)
+
+
+def test_full_finetuning_gives_the_embeddings_their_own_rate(tiny):
+    seen = run("full_finetuning", tiny)
+    model, groups = seen["model"], seen["trainer"].optimizer.param_groups
+    own = {id(p) for group in groups if group["lr"] == pytest.approx(1e-4) for p in group["params"]}
+    assert own == {id(model.model.embed_tokens.weight), id(model.lm_head.weight)}
+    assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+    assert falls(losses(seen["trainer"]))
+
+
+def test_wrong_labels_through_the_command(tiny, capsys):
+    assert main(["run", "--model", tiny, str(SCRIPTS / "wrong_labels.py")]) == 0
+    said = capsys.readouterr().out
+    clean, wrong = re.search(r"([\d.]+) as they are, ([\d.]+) with 4 wrong", said).groups()
+    assert float(clean) != float(wrong) and max(float(clean), float(wrong)) < 5.5
+
+
+def test_every_script_is_run_here():
+    """make_rows.py only writes the rows, which are those in the repository."""
+    here = Path(__file__).read_text()
+    names = {path.stem for path in SCRIPTS.glob("*.py")} - {"make_rows"}
+    assert len(names) == 9
+    assert all(f'"{name}"' in here or f"{name}.py" in here for name in names)
