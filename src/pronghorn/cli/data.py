@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from pronghorn.cli.console import say, table
+from pronghorn.cli.numbers import positive, whole
 from pronghorn.errors import CommandMisused
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def _register_check(parts: Any) -> None:
         "--tokenizer", metavar="MODEL", help="a folder, a .gguf file or a hub id: check tokens, too"
     )
     check.add_argument(
-        "--max-seq-length", type=_positive, metavar="N", help="tokens that training keeps of a row"
+        "--max-seq-length", type=positive, metavar="N", help="tokens that training keeps of a row"
     )
     check.add_argument("--all-tokens", action="store_true", help="train on all tokens, not on answers only")
     check.add_argument(
@@ -57,7 +58,7 @@ def _register_check(parts: Any) -> None:
     )
     check.add_argument(
         "--limit",
-        type=_whole,
+        type=whole,
         metavar="N",
         help="problems listed of each kind (default 20, --json all); 0: all",
     )
@@ -95,14 +96,14 @@ def _register_stats(parts: Any) -> None:
         "--tokenizer", required=True, metavar="MODEL", help="a folder, a .gguf file or a hub id"
     )
     stats.add_argument(
-        "--max-seq-length", type=_positive, metavar="N", help="judge this one (default: advise one)"
+        "--max-seq-length", type=positive, metavar="N", help="judge this one (default: advise one)"
     )
     stats.add_argument(
-        "--batch", type=_positive, default=8, metavar="N", help="rows of a padded batch (default 8)"
+        "--batch", type=positive, default=8, metavar="N", help="rows of a padded batch (default 8)"
     )
     stats.add_argument("--all-tokens", action="store_true", help="train on all tokens, not on answers only")
     stats.add_argument(
-        "--workers", type=_positive, metavar="N", help="processes (default: one a core, at most 8)"
+        "--workers", type=positive, metavar="N", help="processes (default: one a core, at most 8)"
     )
     stats.add_argument("--json", action="store_true", help="print the figures as JSON")
     _add_reading(stats)
@@ -329,17 +330,3 @@ def progress_bar(title: str) -> Iterator[Callable[[int, int], None] | None]:
     with Progress(*columns, console=Console(stderr=True), transient=True) as shown:
         task = shown.add_task(title, total=None)
         yield lambda done, total: shown.update(task, completed=done, total=total)
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return number
-
-
-def _whole(text: str) -> int:
-    number = int(text)
-    if number < 0:
-        raise argparse.ArgumentTypeError("must be at least 0")
-    return number

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pronghorn.cli.console import is_terminal, say
+from pronghorn.cli.numbers import positive
 from pronghorn.errors import CommandMisused, PronghornError, RowsUnreadable
 
 if TYPE_CHECKING:
@@ -29,14 +30,14 @@ def register(commands: Any) -> None:
         "--tokenizer", required=True, metavar="MODEL", help="a folder, a .gguf file or a hub id"
     )
     preview.add_argument(
-        "--row", type=_positive, default=1, metavar="N", help="the row to show, from 1 (default 1)"
+        "--row", type=positive, default=1, metavar="N", help="the row to show, from 1 (default 1)"
     )
-    preview.add_argument("--rows", type=_positive, default=1, metavar="K", help="how many rows (default 1)")
+    preview.add_argument("--rows", type=positive, default=1, metavar="K", help="how many rows (default 1)")
     preview.add_argument(
         "--template", metavar="NAME", help="a chat template such as chatml, or a .jinja file"
     )
     preview.add_argument(
-        "--max-seq-length", type=_positive, metavar="N", help="tokens that training keeps of a row"
+        "--max-seq-length", type=positive, metavar="N", help="tokens that training keeps of a row"
     )
     preview.add_argument("--all-tokens", action="store_true", help="train on all tokens, not on answers only")
     preview.add_argument(
@@ -186,10 +187,3 @@ def _show_colours(shown: RowPreview, title: str) -> None:
     for check in shown.checks:
         mark = Text("✓ ", style="green") if check.level == "ok" else Text("! ", style="bold yellow")
         console.print(mark + Text(check.text))
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return number

@@ -9,6 +9,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from pronghorn.cli.console import duration, say, table
+from pronghorn.cli.numbers import not_negative, positive, whole
 
 if TYPE_CHECKING:
     from pronghorn.data.synthesis.run import SynthesisResult
@@ -30,24 +31,24 @@ def register(commands: Any) -> None:
     )
     parser.add_argument("--out", required=True, metavar="ROWS.jsonl")
     parser.add_argument(
-        "--pairs-per-chunk", type=_positive, default=3, metavar="N", help="questions asked (default 3)"
+        "--pairs-per-chunk", type=positive, default=3, metavar="N", help="questions asked (default 3)"
     )
     parser.add_argument(
-        "--chunk-tokens", type=_positive, default=400, metavar="N", help="of a chunk (default 400)"
+        "--chunk-tokens", type=positive, default=400, metavar="N", help="of a chunk (default 400)"
     )
     parser.add_argument(
-        "--overlap-tokens", type=_whole, default=40, metavar="N", help="of two chunks (default 40)"
+        "--overlap-tokens", type=whole, default=40, metavar="N", help="of two chunks (default 40)"
     )
     parser.add_argument(
-        "--answer-tokens", type=_positive, default=160, metavar="N", help="at most (default 160)"
+        "--answer-tokens", type=positive, default=160, metavar="N", help="at most (default 160)"
     )
     parser.add_argument(
-        "--temperature", type=_not_negative, default=0.3, metavar="T", help="of questions (default 0.3)"
+        "--temperature", type=not_negative, default=0.3, metavar="T", help="of questions (default 0.3)"
     )
     parser.add_argument(
-        "--batch", type=_positive, default=8, metavar="N", help="prompts answered at once (default 8)"
+        "--batch", type=positive, default=8, metavar="N", help="prompts answered at once (default 8)"
     )
-    parser.add_argument("--seed", type=_whole, default=3407, metavar="N")
+    parser.add_argument("--seed", type=whole, default=3407, metavar="N")
     parser.add_argument("--load-in-4bit", action="store_true")
     parser.add_argument("--restart", action="store_true", help="begin anew, whatever is finished")
     parser.add_argument("--overwrite", action="store_true", help="replace ROWS.jsonl where it exists")
@@ -115,24 +116,3 @@ def _show(result: SynthesisResult, seconds: float) -> None:
     table("Synthesised", ("what", "count"), rows)
     if result.rows:
         say(f"\nLook at some: pronghorn data preview {result.output} --tokenizer MODEL --rows 5")
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return number
-
-
-def _whole(text: str) -> int:
-    number = int(text)
-    if number < 0:
-        raise argparse.ArgumentTypeError("must be at least 0")
-    return number
-
-
-def _not_negative(text: str) -> float:
-    number = float(text)
-    if not number >= 0:
-        raise argparse.ArgumentTypeError("must be at least 0")
-    return number
