@@ -23,7 +23,15 @@ import yaml
 from pronghorn.errors import ConfigInvalid, nearest
 
 SaveLevel = Literal[
-    "auto", "offload", "none", "offload-attention", "attention", "offload-matmuls", "matmuls", "all", "unsloth"
+    "auto",
+    "offload",
+    "none",
+    "offload-attention",
+    "attention",
+    "offload-matmuls",
+    "matmuls",
+    "all",
+    "unsloth",
 ]
 
 

@@ -58,7 +58,9 @@ def choose_int8(
     if load_in_int8 is not True:
         raise UnknownArgument(f"load_in_int8={load_in_int8!r} does not exist", fix="use True or False")
     if full_finetuning:
-        raise UnknownArgument("int8 weights cannot be trained", fix="leave out load_in_int8 or full_finetuning")
+        raise UnknownArgument(
+            "int8 weights cannot be trained", fix="leave out load_in_int8 or full_finetuning"
+        )
     if bits != 16 or fp8:
         other = "load_in_fp8" if fp8 else f"load_in_{bits}bit"
         raise UnknownArgument(
