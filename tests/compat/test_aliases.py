@@ -48,8 +48,8 @@ def test_a_script_and_its_own_modules_see_ours_and_libraries_the_real_one(tmp_pa
     import transformers
     import trl
 
-    from pronghorn.compat.trainer import ScriptTrainer, TrainingArguments
-    from pronghorn.training import SFTConfig
+    from pronghorn.compat.arguments import SFTConfig, TrainingArguments
+    from pronghorn.compat.trainer import ScriptTrainer
 
     assert seen["SFTTrainer"] is ScriptTrainer is seen["UnslothTrainer"] is seen["helper"].SFTTrainer
     assert seen["SFTConfig"] is SFTConfig is seen["helper"].via

@@ -1,5 +1,9 @@
 """Ids, adapters, the embedding's learning rate, uploading, and what is refused."""
 
+import copy
+import json
+import pickle
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
@@ -8,15 +12,10 @@ import pytest
 import torch
 from datasets import Dataset
 
+from pronghorn.compat.arguments import SFTConfig, TrainingArguments, UnslothTrainingArguments
 from pronghorn.compat.model_ids import Meant, meant_by, redirect
 from pronghorn.compat.models import FastLanguageModel, FastModel, FastVisionModel
-from pronghorn.compat.trainer import (
-    ScriptTrainer,
-    TrainingArguments,
-    UnslothTrainingArguments,
-    UnslothVisionDataCollator,
-    give_own_rate,
-)
+from pronghorn.compat.trainer import ScriptTrainer, UnslothVisionDataCollator, give_own_rate
 from pronghorn.errors import DropInUnavailable, GatedModel, HubUnreachable
 from pronghorn.loading import fast
 from tests.tiny import save_tiny
@@ -155,13 +154,40 @@ def test_a_rate_without_embeddings_says_so_and_is_given_once(caplog):
     assert groups == [(1, 1.0, 0.5), (1, 1.0, 0.01), (1, 0.1, 0.5)]
 
 
-def test_use_reentrant_goes_where_transformers_keeps_it():
-    for args in (
-        TrainingArguments(**QUIET, use_reentrant=True),
-        UnslothTrainingArguments(**QUIET, use_reentrant=True),
-    ):
-        assert args.gradient_checkpointing_kwargs == {"use_reentrant": True}
-    assert TrainingArguments(**QUIET).gradient_checkpointing_kwargs in (None, {})
+KINDS = [TrainingArguments, SFTConfig, UnslothTrainingArguments]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_use_reentrant_goes_where_transformers_keeps_it(kind):
+    assert kind(**QUIET, use_reentrant=True).gradient_checkpointing_kwargs == {"use_reentrant": True}
+    both = kind(**QUIET, use_reentrant=False, gradient_checkpointing_kwargs={"debug": True})
+    assert both.gradient_checkpointing_kwargs == {"use_reentrant": False, "debug": True}
+    assert kind(**QUIET).gradient_checkpointing_kwargs in (None, {})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_older_names_keep_their_meaning(kind, caplog):
+    args = kind(
+        **QUIET, warmup_ratio=0.25, evaluation_strategy="no", group_by_length=True, overwrite_output_dir=True,
+        logging_dir="logs", save_safetensors=True, adafactor=False,
+    )  # fmt: skip
+    assert args.get_warmup_steps(40) == 10
+    assert args.eval_strategy == "no" and args.train_sampling_strategy == "group_by_length"
+    assert "adafactor" not in str(args.optim)
+    assert caplog.text.count("warmup_ratio= is called warmup_steps= now") == 1
+    assert kind(**QUIET, warmup_ratio=0.1, warmup_steps=5).warmup_steps == 5
+    assert kind(**QUIET, warmup_ratio=0.1, warmup_steps=0).warmup_steps == 0.1
+    assert type(copy.deepcopy(args)) is kind and pickle.loads(pickle.dumps(args)).to_dict() == args.to_dict()
+    with pytest.raises(TypeError, match="lerning_rate"):
+        kind(**QUIET, lerning_rate=1.0)
+
+
+def test_a_model_for_images_is_refused_in_plain_words(tmp_path, tiny):
+    shutil.copytree(tiny, tmp_path / "vl")
+    config = {"architectures": ["Qwen2VLForConditionalGeneration"], "model_type": "qwen2_vl"}
+    (tmp_path / "vl" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(DropInUnavailable, match="a model for images and text"):
+        FastVisionModel.from_pretrained(str(tmp_path / "vl"))
 
 
 def test_the_learning_rate_finder_is_missing_and_says_so(tiny):

@@ -10,7 +10,13 @@ from typing import Any
 from pronghorn import loading
 from pronghorn.compat.model_ids import meant_by
 from pronghorn.compat.publish import add_publishing
-from pronghorn.errors import DropInUnavailable, GatedModel, HubUnreachable, ModelNotFound
+from pronghorn.errors import (
+    DropInUnavailable,
+    GatedModel,
+    HubUnreachable,
+    ModelNotFound,
+    UnsupportedCheckpoint,
+)
 
 logger = logging.getLogger("pronghorn")
 
@@ -50,6 +56,13 @@ class FastLanguageModel(loading.FastLanguageModel):
                 raise
             logger.warning("pronghorn: %s; the copy '%s' is loaded instead", error.message, meant.mirror)
             model, tokenizer = loading.FastLanguageModel.from_pretrained(meant.mirror, *args, **kwargs)
+        except UnsupportedCheckpoint as error:
+            if not _reads_images(meant.name):
+                raise
+            raise DropInUnavailable(
+                f"'{meant.name}' is a model for images and text, and models are trained on text here",
+                fix="load a text model of its family, or train this one with its own library",
+            ) from error
         add_publishing(model)
         return model, tokenizer
 
@@ -118,6 +131,16 @@ class FastVisionModel(FastLanguageModel):
     def get_peft_model(model: Any = None, *args: Any, **kwargs: Any) -> Any:
         kwargs.setdefault("finetune_vision_layers", True)  # says once that vision layers stay out
         return FastLanguageModel.get_peft_model(model, *args, **kwargs)
+
+
+def _reads_images(name: str) -> bool:
+    """Whether a model's configuration, which is on the disk by now, has a part for images."""
+    from transformers import AutoConfig
+
+    try:
+        return hasattr(AutoConfig.from_pretrained(name, local_files_only=True), "vision_config")
+    except (OSError, ValueError):
+        return False
 
 
 def _default_targets(kwargs: dict[str, Any]) -> bool:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 _MODELS = "pronghorn.compat.models"
 _TRAINER = "pronghorn.compat.trainer"
+_ARGUMENTS = "pronghorn.compat.arguments"
 _TEMPLATES = {
     "get_chat_template": "pronghorn.data.chat_templates:get_chat_template",
     "standardize_data_formats": "pronghorn.data.sharegpt:standardize_data_formats",
@@ -21,8 +22,11 @@ _PRECISION = dict.fromkeys(
     ("is_bf16_supported", "is_bfloat16_supported"), "pronghorn.loading:is_bfloat16_supported"
 )
 _TRAINERS = {
-    name: f"{_TRAINER}:{name}"
-    for name in ("UnslothTrainer", "UnslothTrainingArguments", "UnslothVisionDataCollator", "unsloth_train")
+    "UnslothTrainingArguments": f"{_ARGUMENTS}:UnslothTrainingArguments",
+    **{
+        name: f"{_TRAINER}:{name}"
+        for name in ("UnslothTrainer", "UnslothVisionDataCollator", "unsloth_train")
+    },
 }
 _KERNELS = {"fast_linear_forward": "pronghorn.kernels:fast_linear_forward"}
 
@@ -50,6 +54,6 @@ MODULES: dict[str, dict[str, str]] = {
 
 #: Real modules of which a script sees a few names of ours, and everything else as it is.
 REPLACED: dict[str, dict[str, str]] = {
-    "trl": {"SFTConfig": f"{_TRAINER}:SFTConfig", "SFTTrainer": f"{_TRAINER}:ScriptTrainer"},
-    "transformers": {"TrainingArguments": f"{_TRAINER}:TrainingArguments"},
+    "trl": {"SFTConfig": f"{_ARGUMENTS}:SFTConfig", "SFTTrainer": f"{_TRAINER}:ScriptTrainer"},
+    "transformers": {"TrainingArguments": f"{_ARGUMENTS}:TrainingArguments"},
 }

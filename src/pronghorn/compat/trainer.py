@@ -1,72 +1,17 @@
-"""The trainer and its arguments as scripts for Unsloth know them."""
+"""The trainer as scripts for Unsloth know it."""
 
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
 from typing import Any
-
-import transformers
 
 from pronghorn.engine import base_causal_lm
 from pronghorn.errors import DropInUnavailable
-from pronghorn.training import SFTConfig, SFTTrainer
-
-__all__ = [
-    "SFTConfig",
-    "ScriptTrainer",
-    "TrainingArguments",
-    "UnslothTrainer",
-    "UnslothTrainingArguments",
-    "UnslothVisionDataCollator",
-    "unsloth_train",
-]
+from pronghorn.training import SFTTrainer
 
 logger = logging.getLogger("pronghorn")
 
 _IMAGES = ("image", "images", "pixel_values")
-
-
-@dataclass
-class TrainingArguments(transformers.TrainingArguments):
-    """Transformers' own, which also takes `use_reentrant`, a member of `gradient_checkpointing_kwargs`.
-
-    It matters for models on their stock forward; the fast path's backward keeps no part of autograd's.
-    """
-
-    use_reentrant: bool | None = field(
-        default=None, metadata={"help": "Of torch's checkpointing, for models on their stock forward."}
-    )
-
-    def __post_init__(self) -> None:
-        _move_use_reentrant(self)
-        super().__post_init__()
-
-
-@dataclass
-class UnslothTrainingArguments(SFTConfig):
-    """`SFTConfig` with a learning rate of their own for embed_tokens and lm_head, where they are trained."""
-
-    embedding_learning_rate: float | None = field(
-        default=None, metadata={"help": "Learning rate of embed_tokens and lm_head; None: learning_rate."}
-    )
-    use_reentrant: bool | None = field(
-        default=None, metadata={"help": "Of torch's checkpointing, for models on their stock forward."}
-    )
-
-    def __post_init__(self) -> None:
-        _move_use_reentrant(self)
-        super().__post_init__()
-
-
-def _move_use_reentrant(args: Any) -> None:
-    """Into the dictionary that Transformers keeps it in, under the name this version gives it."""
-    if args.use_reentrant is None:
-        return
-    names = ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs")
-    name = next(name for name in names if hasattr(args, name))
-    setattr(args, name, {**(getattr(args, name) or {}), "use_reentrant": args.use_reentrant})
-    args.use_reentrant = None
 
 
 class ScriptTrainer(SFTTrainer):
