@@ -239,6 +239,26 @@ def test_gguf_through_the_model(tmp_path, tiny, monkeypatch):
     assert Hub.seen["files"]["name.F16.gguf"] > 100_000
 
 
+def test_generate_takes_what_the_chat_template_gives(tiny):
+    """Older scripts hand the result over as input_ids; it was a tensor once."""
+    model, tokenizer = FastLanguageModel.from_pretrained(tiny, load_in_4bit=False)
+    model = FastLanguageModel.get_peft_model(model, r=2)
+    FastLanguageModel.for_inference(model)
+    question = [{"role": "user", "content": "what does it eat?"}]
+    encoding = tokenizer.apply_chat_template(
+        question, tokenize=True, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    how = {"max_new_tokens": 4, "do_sample": False}
+    expected = type(model).generate(model, **encoding, **how)
+    given = (encoding, encoding["input_ids"])
+    for inputs in given:
+        assert torch.equal(model.generate(input_ids=inputs, **how), expected)
+        assert torch.equal(model.generate(inputs, **how), expected)
+    assert torch.equal(model.generate(**encoding, **how), expected)
+    other = copy.deepcopy(model)
+    assert other.generate.args[0] is other
+
+
 def test_a_folder_named_like_the_id_is_loaded(tmp_path, tiny):
     save_tiny(tmp_path / "unsloth" / "Llama-3.2-1B", "llama", num_hidden_layers=1)
     model, _ = FastLanguageModel.from_pretrained("unsloth/Llama-3.2-1B", load_in_4bit=False)

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from pronghorn import loading
+from pronghorn.compat.generation import add_generate
 from pronghorn.compat.model_ids import meant_by
 from pronghorn.compat.publish import add_publishing
 from pronghorn.errors import (
@@ -64,6 +65,7 @@ class FastLanguageModel(loading.FastLanguageModel):
                 fix="load a text model of its family, or train this one with its own library",
             ) from error
         add_publishing(model)
+        add_generate(model)
         return model, tokenizer
 
     @staticmethod
@@ -105,6 +107,7 @@ class FastLanguageModel(loading.FastLanguageModel):
             model, tokenizer = FastLanguageModel.from_pretrained(named, **loads, **shared)
         adapted = loading.FastLanguageModel.get_peft_model(model, *args, **kwargs)
         add_publishing(adapted)
+        add_generate(adapted)
         return adapted if tokenizer is None else (adapted, tokenizer)
 
 

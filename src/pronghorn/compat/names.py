@@ -18,6 +18,9 @@ _LOADERS = {
     name: f"{_MODELS}:{name}"
     for name in ("FastLanguageModel", "FastModel", "FastTextModel", "FastVisionModel", "UnslothModel")
 }
+_FAMILIES = {
+    f"Fast{family}Model": f"{_MODELS}:FastLanguageModel" for family in ("Llama", "Mistral", "Qwen2", "Qwen3")
+}
 _PRECISION = dict.fromkeys(
     ("is_bf16_supported", "is_bfloat16_supported"), "pronghorn.loading:is_bfloat16_supported"
 )
@@ -35,6 +38,7 @@ MODULES: dict[str, dict[str, str]] = {
     "unsloth": {
         "__version__": "pronghorn:__version__",
         **_LOADERS,
+        **_FAMILIES,
         **_PRECISION,
         **_TRAINERS,
         **_TEMPLATES,
@@ -42,7 +46,7 @@ MODULES: dict[str, dict[str, str]] = {
     "unsloth.chat_templates": _TEMPLATES,
     "unsloth.kernels": _KERNELS,
     "unsloth.kernels.utils": _KERNELS,
-    "unsloth.models": {**_LOADERS, **_PRECISION},
+    "unsloth.models": {**_LOADERS, **_FAMILIES, **_PRECISION},
     "unsloth.models.loader": _LOADERS,
     "unsloth.trainer": _TRAINERS,
     "unsloth_zoo": {"__version__": "pronghorn:__version__"},
