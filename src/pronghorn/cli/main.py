@@ -102,9 +102,10 @@ def build_parser() -> argparse.ArgumentParser:
     plan.add_argument("--gpu", metavar="NAME", help="plan for this GPU, such as 4090 (default: the one here)")
     plan.add_argument("--json", action="store_true", help="print the plan as JSON")
 
-    from pronghorn.cli import data, run
+    from pronghorn.cli import data, export, run
 
     data.register(commands)
+    export.register(commands)
     run.register(commands)
 
     doctor = commands.add_parser(
@@ -154,6 +155,11 @@ def _commands() -> dict:
 
         return run(options)
 
+    def export(options: argparse.Namespace) -> int:
+        from pronghorn.cli.export import run
+
+        return run(options)
+
     def doctor(options: argparse.Namespace) -> int:
         from pronghorn.cli.doctor import run
 
@@ -170,6 +176,7 @@ def _commands() -> dict:
         "chat": chat,
         "plan": plan,
         "data": data,
+        "export": export,
         "run": run,
         "doctor": doctor,
         "explain": explain,

@@ -1,8 +1,9 @@
 """Models out: adapters, stock checkpoints with the adapter merged in, GGUF files."""
 
 from pronghorn.export.adapter import save_adapter
+from pronghorn.export.checkpoint_gate import check_checkpoint
 from pronghorn.export.gguf import GgufExport, save_gguf
 from pronghorn.export.merged import save_merged
 from pronghorn.export.verify import verify_export
 
-__all__ = ["GgufExport", "save_adapter", "save_gguf", "save_merged", "verify_export"]
+__all__ = ["GgufExport", "check_checkpoint", "save_adapter", "save_gguf", "save_merged", "verify_export"]

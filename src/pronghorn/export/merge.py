@@ -64,12 +64,14 @@ def plan_merge(model: Any, dtype: torch.dtype | None = None) -> Plan:
     return Plan(_renamed(base, [item.entry for item in found.values()]), broken)
 
 
-def weights_below_adapters(model: Any) -> Iterator[tuple[str, Callable[[], Tensor]]]:
-    """Names of the weights that active adapters change, each with what makes it as it is without them, in fp32."""
+def adapted_weights(model: Any) -> Iterator[tuple[str, Callable[[], Tensor], Callable[[], Tensor]]]:
+    """Weights that active adapters change: the name, and what makes it without and with them, in fp32."""
     for name, module in base_causal_lm(model).named_modules():
-        adapted = hasattr(module, "base_layer") and not hasattr(module, "get_param")
-        if adapted and _adapters_of(module, f"{name}."):
-            yield f"{name}.weight", partial(_plain_weight, module)
+        if hasattr(module, "base_layer") and not hasattr(module, "get_param"):
+            prefix = f"{name}."
+            if adapters := _adapters_of(module, prefix):
+                merged = _merged_weight(module, adapters, prefix, torch.float32)
+                yield f"{prefix}weight", partial(_plain_weight, module), merged
 
 
 def tied_names(base: Any) -> dict[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -79,10 +80,7 @@ def gguf_entries(dialect: Dialect, entries: Sequence[Entry]) -> list[Entry]:
     Raises:
         NotExportable: for a tensor that has no place.
     """
-    from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
-
-    arch = next(key for key, name in MODEL_ARCH_NAMES.items() if name == dialect.architecture)
-    names = get_tensor_name_map(arch, int(dialect.config.num_hidden_layers))
+    names = _names(dialect.architecture, int(dialect.config.num_hidden_layers))
     found = [_factors_entry(factors)] if (factors := rope_factors(dialect)) is not None else []
     for entry in entries:
         name = names.get_name(entry.name, try_suffixes=(".weight", ".bias"))
@@ -93,6 +91,15 @@ def gguf_entries(dialect: Dialect, entries: Sequence[Entry]) -> list[Entry]:
             )
         found.append(Entry(name, entry.shape, torch.float32, _reordered(dialect, entry)))
     return found
+
+
+@lru_cache(maxsize=4)
+def _names(architecture: str, layers: int) -> Any:
+    """gguf's own table of names, which takes a while to make."""
+    from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
+
+    arch = next(key for key, name in MODEL_ARCH_NAMES.items() if name == architecture)
+    return get_tensor_name_map(arch, layers)
 
 
 def _reordered(dialect: Dialect, entry: Entry) -> Callable[[], Tensor]:

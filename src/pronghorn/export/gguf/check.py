@@ -11,28 +11,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from pronghorn.engine import base_causal_lm
 from pronghorn.errors import PronghornError
 from pronghorn.export.gate import Comparison, Predict, Probe, compare, torch_predictor
 from pronghorn.export.gguf import llama_cpp
-from pronghorn.export.gguf.architecture import Dialect
+from pronghorn.export.gguf.architecture import Dialect, gguf_entries
 from pronghorn.export.gguf.methods import Method
-from pronghorn.export.merge import weights_below_adapters
+from pronghorn.export.merge import adapted_weights
 from pronghorn.export.safetensors_file import Entry
+from pronghorn.memory.pool import available_host_bytes
 
 logger = logging.getLogger("pronghorn")
 
-#: What the file's metadata must give back, by Transformers' own names.
-_SIZES = (
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "max_position_embeddings",
-    "vocab_size",
-)
+#: The model's sizes, by llama.cpp's names of them.
+_SIZES = {
+    "block_count": "num_hidden_layers",
+    "context_length": "max_position_embeddings",
+    "embedding_length": "hidden_size",
+    "feed_forward_length": "intermediate_size",
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+}
 #: A change that is in the file is found there with a factor of 1, one that was forgotten with 0.
 _FOUND, _SURE = 0.5, 0.15
 
@@ -75,10 +76,14 @@ def check_gguf(
     A reader that cannot open the file is a problem of the file, like a prediction that is too far off.
     """
     result = Checked(path.name)
-    result.problems += _metadata_problems(path, dialect, entries)
-    result.adapted = _look_for_adapters(path, model, dialect, entries, result.problems)
+    from gguf import GGUFReader
+
+    reader = GGUFReader(path)
+    result.problems += _metadata_problems(reader, dialect, entries)
+    result.adapted = _look_for_adapters(reader, model, dialect, result.problems)
+    tied = "output.weight" not in entries
     if _fits(model):
-        _compare(result, method, probe, lambda: _transformers(path, model))
+        _compare(result, method, probe, lambda: _transformers(path, model, tied))
     else:
         logger.warning("pronghorn: %s is not opened with Transformers: the memory is too small", path.name)
     if llama_cpp.available():
@@ -101,19 +106,14 @@ def _compare(result: Checked, method: Method, probe: Probe, open_reader: Callabl
 
 
 def _fits(model: Any) -> bool:
-    """Whether a second copy of the model fits into the host's memory; taken for granted where Linux does not say."""
+    """Whether a second copy of the model fits into the host's memory."""
     base = base_causal_lm(model)
     size = sum(p.numel() for p in base.parameters()) * (2 if base.dtype.itemsize == 2 else 4)
-    try:
-        said = Path("/proc/meminfo").read_text(encoding="ascii")
-        free = int(said.split("MemAvailable:")[1].split()[0]) * 1024
-    except (OSError, IndexError, ValueError):
-        return True
-    return free > 1.5 * size + (1 << 28)
+    return available_host_bytes() > 1.5 * size + (1 << 28)
 
 
 @contextmanager
-def _transformers(path: Path, model: Any) -> Iterator[tuple[str, Predict]]:
+def _transformers(path: Path, model: Any, tied: bool) -> Iterator[tuple[str, Predict]]:
     """The file through stock Transformers, in the live model's dtype and on its device where that has room.
 
     Its GGUF reader knows neither RoPE scaling nor biases of Llama; those of the live config are used here (the file's
@@ -128,7 +128,7 @@ def _transformers(path: Path, model: Any) -> Iterator[tuple[str, Predict]]:
         config = LlamaConfig(
             **{name: value for name, value in config.to_dict().items() if name != "model_type"}
         )
-    config.tie_word_embeddings = "output.weight" not in _tensors(path)
+    config.tie_word_embeddings = tied
     reopened, info = AutoModelForCausalLM.from_pretrained(
         path.parent,
         gguf_file=path.name,
@@ -163,35 +163,23 @@ def _llama_cpp(
         yield "llama.cpp", opened.logits
 
 
-def _tensors(path: Path) -> dict[str, Any]:
-    from gguf import GGUFReader
-
-    return {tensor.name: tensor for tensor in GGUFReader(path).tensors}
-
-
-def _metadata_problems(path: Path, dialect: Dialect, entries: dict[str, Entry]) -> list[str]:
-    from transformers import AutoConfig
-
-    found = _tensors(path)
+def _metadata_problems(reader: Any, dialect: Dialect, entries: dict[str, Entry]) -> list[str]:
+    found = {tensor.name: tensor for tensor in reader.tensors}
     problems = [f"the tensor {name} is missing" for name in sorted(entries.keys() - found.keys())]
     problems += [f"the tensor {name} is not the model's" for name in sorted(found.keys() - entries.keys())]
-    for name in entries.keys() & found.keys():
+    for name in sorted(entries.keys() & found.keys()):
         shape = tuple(int(size) for size in reversed(found[name].shape))
         if shape != entries[name].shape:
             problems.append(f"{name} is {list(shape)}, not {list(entries[name].shape)}")
-    config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-    for name in _SIZES:
-        here, there = getattr(dialect.config, name, None), getattr(config, name, None)
-        if name == "vocab_size":
-            here = entries["token_embd.weight"].shape[0]
+    for key, name in _SIZES.items():
+        field = reader.fields.get(f"{dialect.architecture}.{key}")
+        here, there = getattr(dialect.config, name, None), field and int(field.contents())
         if here is not None and here != there:
-            problems.append(f"{name} reads {there}, not {here}")
+            problems.append(f"{dialect.architecture}.{key} is {there}, not {here}")
     return problems
 
 
-def _look_for_adapters(
-    path: Path, model: Any, dialect: Dialect, entries: dict[str, Entry], problems: list[str]
-) -> int:
+def _look_for_adapters(reader: Any, model: Any, dialect: Dialect, problems: list[str]) -> int:
     """Look for what the adapters changed in every weight of the file; returns how many there are.
 
         c = <F − W, Δ> / <Δ, Δ>,   Δ = W' − W
@@ -202,25 +190,25 @@ def _look_for_adapters(
     """
     from gguf import dequantize
 
-    from pronghorn.export.gguf.architecture import gguf_entries
-
-    found, count, unchanged = _tensors(path), 0, []
-    for name, make in weights_below_adapters(model):
-        shape = tuple(make().shape)
-        below = gguf_entries(dialect, [Entry(name, shape, torch.float32, make)])[-1]
-        if below.name not in entries or below.name not in found:
-            continue
+    found = {tensor.name: tensor for tensor in reader.tensors}
+    count, unchanged = 0, []
+    for name, make_base, make_merged in adapted_weights(model):
+        base = make_base()
+        both = [Entry(name, tuple(base.shape), torch.float32, make) for make in (lambda: base, make_merged)]  # noqa: B023
+        below, above = (gguf_entries(dialect, [entry])[-1] for entry in both)
+        if above.name not in found:
+            continue  # named among the metadata's problems
         count += 1
-        base, merged = below.make().double(), entries[below.name].make().double()
+        base, merged = below.make(), above.make()
         change = merged - base
-        size = float(change.square().sum())
+        size = _sum(change * change)
         if size == 0.0:
             unchanged.append(name)
             continue
-        written = torch.from_numpy(dequantize(found[below.name].data, found[below.name].tensor_type).copy())
-        written = written.double().view(merged.shape).to(merged.device)
-        factor = float(((written - base) * change).sum()) / size
-        unsure = float((written - merged).norm()) / (size**0.5 * change.numel() ** 0.5)
+        written = torch.from_numpy(dequantize(found[above.name].data, found[above.name].tensor_type).copy())
+        written = written.view(merged.shape).to(merged.device)
+        factor = _sum((written - base) * change) / size
+        unsure = (_sum((written - merged) ** 2) / (size * change.numel())) ** 0.5
         if factor < _FOUND and unsure < _SURE:
             problems.append(f"the adapter of {name} is not in the file (factor {factor:.2f} of 1)")
     if unchanged:
@@ -231,3 +219,7 @@ def _look_for_adapters(
             unchanged[0],
         )
     return count
+
+
+def _sum(tensor: Tensor) -> float:
+    return float(tensor.sum(dtype=torch.float64))

@@ -1,0 +1,124 @@
+"""``pronghorn export MODEL --to gguf``: a model or adapter as it runs elsewhere, opened again and compared."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from pronghorn.cli.console import duration, say
+from pronghorn.errors import CommandMisused
+
+FORMS = ("gguf", "merged_16bit", "merged_4bit", "lora")
+DEFAULT_QUANTIZATION = "q8_0"
+HELD_OUT_ROWS = 16
+
+
+def register(commands: Any) -> None:
+    """Add ``export`` to the parser's commands."""
+    parser = commands.add_parser(
+        "export",
+        help="write a model or an adapter as GGUF, or as a stock checkpoint, and compare it with the original",
+        description="What is written is opened again and must predict what the model predicts. Where it does not, it "
+        "is kept with a file beside it that says so, and the exit status is 2.",
+    )
+    parser.add_argument("model", metavar="MODEL_OR_ADAPTER", help="a folder, a .gguf file or a hub id")
+    parser.add_argument("--to", required=True, choices=FORMS)
+    parser.add_argument("--out", required=True, metavar="DIR")
+    parser.add_argument(
+        "--quantization",
+        action="append",
+        metavar="FORMAT[,FORMAT]",
+        help=f"of gguf: f16, bf16, q8_0, q4_0, q4_k_m and others (repeatable; default {DEFAULT_QUANTIZATION})",
+    )
+    parser.add_argument(
+        "--held-out",
+        metavar="ROWS",
+        help=f"a .txt or .jsonl file: compare on its first {HELD_OUT_ROWS} rows (default: short texts of our own)",
+    )
+    parser.add_argument(
+        "--load-in-4bit", action="store_true", help="merge into NF4 weights, as QLoRA trained"
+    )
+    parser.add_argument("--no-check", action="store_true", help="leave out the comparison")
+    parser.add_argument("--json", action="store_true", help="end with one line of JSON: files and figures")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Write it; 0 when it is what the model is."""
+    if options.quantization and options.to != "gguf":
+        raise CommandMisused("--quantization is for --to gguf", fix="leave it out, or use --to gguf")
+    if options.held_out and not Path(options.held_out).is_file():
+        raise CommandMisused(
+            "the file of held-out rows does not exist", where=options.held_out, fix="name another"
+        )
+    from pronghorn.cli.models import resolve_model
+    from pronghorn.cli.quiet import quiet_libraries
+
+    quiet_libraries()
+    from pronghorn.loading import FastLanguageModel
+
+    started = time.monotonic()
+    model, tokenizer = FastLanguageModel.from_pretrained(
+        resolve_model(options.model), max_seq_length=None, load_in_4bit=options.load_in_4bit
+    )
+    model.eval()
+    held_out = read_held_out(Path(options.held_out), tokenizer) if options.held_out else None
+    files, figures = _export(model, tokenizer, options, held_out)
+    for file in files:
+        say(f"{file} ({file.stat().st_size / 2**20:,.0f} MiB)" if file.is_file() else str(file))
+    for line in figures:
+        say(f"  {line}")
+    say(f"done in {duration(time.monotonic() - started)}")
+    if options.json:
+        print(json.dumps({"files": [str(file) for file in files], "checks": [str(line) for line in figures]}))
+    return 0
+
+
+def _export(
+    model: Any, tokenizer: Any, options: argparse.Namespace, held_out: list[str] | None
+) -> tuple[list[Path], list[Any]]:
+    from pronghorn.export import check_checkpoint, save_adapter, save_gguf, save_merged
+
+    verify = not options.no_check
+    if options.to == "gguf":
+        asked = ",".join(options.quantization or [DEFAULT_QUANTIZATION])
+        methods = [name.strip() for name in asked.split(",") if name.strip()]
+        done = save_gguf(model, tokenizer, options.out, methods, verify=verify, held_out=held_out)
+        return done.files, list(done.checks)
+    if options.to == "lora":
+        return [save_adapter(model, tokenizer, options.out)], []  # the tensors themselves, not rounded again
+    folder = save_merged(model, tokenizer, options.out, options.to)
+    return [folder], [check_checkpoint(model, tokenizer, folder, options.to, held_out)] if verify else []
+
+
+def read_held_out(path: Path, tokenizer: Any) -> list[str]:
+    """Texts of a file's first rows: lines of a .txt file; "text", or the rendered "messages", of a .jsonl file.
+
+    Raises:
+        CommandMisused: when there are none.
+    """
+    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()][:HELD_OUT_ROWS]
+    texts = lines if path.suffix == ".txt" else [_text_of(line, tokenizer) for line in lines]
+    found = [text for text in texts if text]
+    if not found:
+        raise CommandMisused(
+            "no text to compare on",
+            where=str(path),
+            fix='use lines of text, or JSON lines with "text" or "messages"',
+        )
+    return found
+
+
+def _text_of(line: str, tokenizer: Any) -> str:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return ""
+    if not isinstance(row, dict):
+        return ""
+    if isinstance(row.get("messages"), list) and getattr(tokenizer, "chat_template", None):
+        return str(tokenizer.apply_chat_template(row["messages"], tokenize=False))
+    return str(row.get("text") or row.get("prompt") or "")
