@@ -95,6 +95,16 @@ def test_everything_is_taken_back(tmp_path):
     assert {name: id(vars(trl)[name]) for name in written} == written
 
 
+def test_a_script_that_asks_itself_keeps_the_commands_models(tmp_path, tiny):
+    text = (
+        "import pronghorn.compat.unsloth\n"
+        "from unsloth import FastLanguageModel\n"
+        "model, _ = FastLanguageModel.from_pretrained('unsloth/Qwen3-4B', load_in_4bit=False)\n"
+    )
+    seen = run_script(script(tmp_path, text), [], {"": tiny})
+    assert seen["model"].config.hidden_size == 64 and not is_active()
+
+
 def test_every_name_resolves():
     from importlib import import_module
 

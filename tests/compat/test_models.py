@@ -56,6 +56,13 @@ def test_a_local_folder_and_a_redirection_win(tmp_path):
         redirect({})
 
 
+def test_what_was_downloaded_before_is_taken(monkeypatch):
+    have = {"unsloth/llama-3-8b-bnb-4bit": "/cache/config.json"}
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda repo, file: have.get(repo))
+    assert meant_by("unsloth/llama-3-8b-bnb-4bit") == Meant("unsloth/llama-3-8b-bnb-4bit")
+    assert meant_by("unsloth/llama-3-8b").name == "meta-llama/Meta-Llama-3-8B"
+
+
 def test_a_gated_original_gives_way_to_the_copy(monkeypatch, tiny):
     asked = []
 

@@ -162,8 +162,7 @@ class DropIn:
                     f"{name} itself is loaded in this process and has changed Transformers and TRL for all of it",
                     fix="start anew, and ask for pronghorn before anything imports it",
                 )
-        if is_active():
-            redirect(self._models)
+        if is_active():  # a script that asks for it itself, run by the command
             return self
         ours = {
             module: {name: resolve(home) for name, home in names.items()}
@@ -178,16 +177,17 @@ class DropIn:
         return self
 
     def stop(self) -> None:
-        """Take back everything `start` put there."""
+        """Take back everything `start` put there; nothing where another one had started before."""
+        if self._finder not in sys.meta_path:
+            return
         redirect({})
         for module, stand_in in self._stands.items():
             if sys.modules.get(module) is stand_in:
                 sys.modules[module] = stand_in.__dict__["_real"]
         self._stands = {}
-        if self._finder in sys.meta_path:
-            sys.meta_path.remove(self._finder)
-            for name in [name for name, module in sys.modules.items() if isinstance(module, AliasModule)]:
-                del sys.modules[name]
+        sys.meta_path.remove(self._finder)
+        for name in [name for name, module in sys.modules.items() if isinstance(module, AliasModule)]:
+            del sys.modules[name]
 
     def __enter__(self) -> DropIn:
         return self.start()

@@ -69,7 +69,8 @@ def redirect(models: Mapping[str, str]) -> None:
 
 
 def meant_by(model_name: str | os.PathLike[str]) -> Meant:
-    """What to load for a name: what the user redirected it to, else a local folder of that name, else the original."""
+    """What to load for a name: what the user redirected it to, else a local folder of that name or what was downloaded
+    under it before, else the original."""
     name = os.fspath(model_name)
     four_bit = name.startswith(OWNER) and _FOUR_BIT.search(name) is not None
     models = _MODELS.get()
@@ -79,9 +80,22 @@ def meant_by(model_name: str | os.PathLike[str]) -> Meant:
         return Meant(name)
     if "" in models:
         return Meant(models[""], four_bit)
+    if _is_downloaded(name):
+        return Meant(name)
     short = _FOUR_BIT.sub("", name.removeprefix(OWNER))
     original = ORIGINALS.get(short.lower()) or next(
         (f"{maker}/{short}" for beginning, maker in MAKERS.items() if short.lower().startswith(beginning)),
         None,
     )
     return Meant(name) if original is None else Meant(original, four_bit, mirror=name)
+
+
+def _is_downloaded(name: str) -> bool:
+    """Whether the hub's cache on this machine has the repository; its weights are stored as they are to be used."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return isinstance(try_to_load_from_cache(name, "config.json"), str)
+    except HFValidationError:
+        return False

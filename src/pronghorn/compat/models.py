@@ -13,7 +13,6 @@ from pronghorn.compat.model_ids import meant_by
 from pronghorn.compat.publish import add_publishing
 from pronghorn.errors import (
     DropInUnavailable,
-    GatedModel,
     HubUnreachable,
     ModelNotFound,
     UnsupportedCheckpoint,
@@ -51,9 +50,7 @@ class FastLanguageModel(loading.FastLanguageModel):
         try:
             model, tokenizer = loading.FastLanguageModel.from_pretrained(meant.name, *args, **kwargs)
         except ModelNotFound as error:
-            if meant.mirror is None or (
-                isinstance(error, HubUnreachable) and not isinstance(error, GatedModel)
-            ):
+            if meant.mirror is None or isinstance(error, HubUnreachable):
                 raise
             logger.warning("pronghorn: %s; the copy '%s' is loaded instead", error.message, meant.mirror)
             model, tokenizer = loading.FastLanguageModel.from_pretrained(meant.mirror, *args, **kwargs)
