@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from pronghorn.errors import ExportDiffers, NotExportable, PackageMissing, SaveFailed, UnknownArgument
-from pronghorn.export import save_gguf
+from pronghorn.export import save_gguf, save_gguf_adapter
 from pronghorn.export.gguf import file as gguf_file
 from pronghorn.export.gguf import llama_cpp
 from pronghorn.export.gguf import save as gguf_save
@@ -484,3 +484,64 @@ def test_the_modelfiles_template_renders_as_the_chat_template(template, expected
     ]
     rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     assert rendered.removeprefix(tokenizer.bos_token) == turns.render("Hm.", [("Hi", "Ho")], "Well?")
+
+
+@pytest.mark.parametrize("kind", ["lora", "rslora", "patterns", "some layers"])
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_an_adapter_as_gguf_lora(tmp_path, family, kind):
+    base = tiny_model(family)
+    model = trained(base, **KINDS[kind])
+    file = save_gguf_adapter(model, tmp_path / "out")
+    assert file == tmp_path / "out" / "out.lora.gguf" and [p.name for p in file.parent.iterdir()] == [
+        file.name
+    ]
+    found = fields(file)
+    assert found["general.type"] == "adapter" and found["adapter.type"] == "lora"
+    alpha, count = found["adapter.lora.alpha"], 0
+    for name, module in model.get_base_model().named_modules():
+        if not hasattr(module, "lora_A") or "default" not in module.lora_A:
+            continue
+        count += 1
+        part = name.rsplit(".", 1)[1]
+        names = {"q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output"}
+        names |= {"gate_proj": "ffn_gate", "up_proj": "ffn_up", "down_proj": "ffn_down"}
+        stem = f"blk.{name.split('.')[2]}.{names[part]}.weight"
+        a, b = weight(file, f"{stem}.lora_a"), weight(file, f"{stem}.lora_b")
+        heads = {"q_proj": 4, "k_proj": 2}.get(part) if family == "llama" else None
+        expected = module.get_delta_weight("default")
+        expected = interleave(expected, heads) if heads else expected
+        # llama.cpp: alpha / rank * B @ A, the rank read off B
+        torch.testing.assert_close(alpha / b.shape[1] * b @ a, expected, atol=1e-6, rtol=1e-5)
+    assert len(tensors(file)) == 2 * count > 0
+
+
+@pytest.mark.skipif(llama_cpp.unavailable() is not None, reason="llama.cpp's binding is not here")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_llama_cpp_adds_the_adapter_to_the_base(tmp_path, family):
+    base = tiny_model(family)
+    plain = export(base, tmp_path / "base", verify=False).files[0]
+    model = trained(base)
+    file = save_gguf_adapter(model, tmp_path / "adapter")
+    ids = [1, 17, 90, 33, 250, 7]
+    with torch.no_grad():
+        expected = model.eval()(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
+    with llama_cpp.LlamaCpp(plain, adapter=file) as opened:
+        # llama.cpp keeps keys and values in fp16: 2⁻¹¹ of values of some units.
+        torch.testing.assert_close(opened.logits(ids), expected, atol=2e-2, rtol=0)
+    with llama_cpp.LlamaCpp(plain) as opened:
+        assert (opened.logits(ids) - expected).abs().max() > 0.5
+
+
+def test_adapters_without_a_gguf_form(tmp_path):
+    for kind in ("dora", "head"):
+        with pytest.raises(NotExportable, match="GGUF LoRA"):
+            save_gguf_adapter(trained(tiny_model("llama"), **KINDS[kind]), tmp_path / "out")
+    with pytest.raises(NotExportable, match="no adapter"):
+        save_gguf_adapter(tiny_model("llama"), tmp_path / "out")
+    path = save_tiny(tmp_path / "base", "llama")
+    model, tokenizer = FastLanguageModel.from_pretrained(str(path), dtype="float32")
+    model = trained(model)
+    done = model.save_pretrained_gguf(str(tmp_path / "lora"), tokenizer, save_method="lora")
+    assert [file.name for file in done.files] == ["lora.lora.gguf"]
+    with pytest.raises(UnknownArgument, match="'merged' or 'lora'"):
+        model.save_pretrained_gguf(str(tmp_path / "x"), tokenizer, save_method="loar")

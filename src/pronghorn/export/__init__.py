@@ -2,8 +2,16 @@
 
 from pronghorn.export.adapter import save_adapter
 from pronghorn.export.checkpoint_gate import check_checkpoint
-from pronghorn.export.gguf import GgufExport, save_gguf
+from pronghorn.export.gguf import GgufExport, save_gguf, save_gguf_adapter
 from pronghorn.export.merged import save_merged
 from pronghorn.export.verify import verify_export
 
-__all__ = ["GgufExport", "check_checkpoint", "save_adapter", "save_gguf", "save_merged", "verify_export"]
+__all__ = [
+    "GgufExport",
+    "check_checkpoint",
+    "save_adapter",
+    "save_gguf",
+    "save_gguf_adapter",
+    "save_merged",
+    "verify_export",
+]

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from pronghorn.export import GgufExport, save_adapter, save_gguf, save_merged
+from pronghorn.errors import UnknownArgument
+from pronghorn.export import GgufExport, save_adapter, save_gguf, save_gguf_adapter, save_merged
 from pronghorn.loading.fp8 import is_fp8
 from pronghorn.loading.int8 import is_int8
 
@@ -43,10 +44,17 @@ def save_pretrained_gguf(
     tokenizer: Any = None,
     quantization_method: str | Sequence[str] = "fast_quantized",
     *,
+    save_method: str = "merged",
     verify: bool = True,
     held_out: Sequence[str] | None = None,
 ) -> GgufExport:
-    """Write GGUF files with the adapter merged in; see `pronghorn.export.save_gguf`."""
+    """Write GGUF files with the adapter merged in; see `pronghorn.export.save_gguf`. `save_method="lora"` writes the
+    adapter alone, as a GGUF LoRA in fp32; see `pronghorn.export.save_gguf_adapter`."""
+    if save_method == "lora":
+        file = save_gguf_adapter(model, save_directory)
+        return GgufExport(file.parent, [file])
+    if save_method != "merged":
+        raise UnknownArgument(f"save_method='{save_method}' does not exist", fix="use 'merged' or 'lora'")
     return save_gguf(model, tokenizer, save_directory, quantization_method, verify=verify, held_out=held_out)
 
 
