@@ -12,7 +12,7 @@ from unsloth import FastLanguageModel
 
 dataset = load_dataset("json", data_files=str(Path(__file__).with_name("questions.jsonl")), split="train")
 parts = dataset.train_test_split(test_size=16, seed=3407)
-chosen = sorted(random.Random(3407).sample(range(len(parts["train"])), k=len(parts["train"]) // 10))
+chosen = sorted(random.Random(3407).sample(range(len(parts["train"])), k=round(len(parts["train"]) / 10)))
 
 
 def swap(row, index):
