@@ -5,7 +5,7 @@ import logging
 import pytest
 import torch
 from gguf import GGMLQuantizationType, GGUFReader, TokenType, dequantize, quants
-from tokenizers import Tokenizer, decoders, models, normalizers
+from tokenizers import Tokenizer, decoders, models, normalizers, processors
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -545,3 +545,18 @@ def test_adapters_without_a_gguf_form(tmp_path):
     assert [file.name for file in done.files] == ["lora.lora.gguf"]
     with pytest.raises(UnknownArgument, match="'merged' or 'lora'"):
         model.save_pretrained_gguf(str(tmp_path / "x"), tokenizer, save_method="loar")
+
+
+def test_a_tokenizer_that_begins_with_bos_and_a_long_template(tmp_path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.Sequence(
+        [
+            processors.ByteLevel(trim_offsets=False),
+            processors.TemplateProcessing(single="<|begin|> $A", special_tokens=[("<|begin|>", 1)]),
+        ]
+    )
+    tokenizer.chat_template = "{{ bos_token }}" + "Be kind. " * 80 + CHAT_TEMPLATE
+    done = save_gguf(
+        trained(tiny_model("llama", max_position_embeddings=2048)), tokenizer, tmp_path / "out", "f32"
+    )
+    assert done.checks[0].passed and fields(done.files[0])["tokenizer.ggml.add_bos_token"] is True

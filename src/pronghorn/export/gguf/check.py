@@ -151,7 +151,8 @@ def _transformers(path: Path, model: Any, tied: bool) -> Iterator[tuple[str, Pre
 def _llama_cpp(
     path: Path, tokenizer: Any, probe: Probe, problems: list[str]
 ) -> Iterator[tuple[str, Predict]]:
-    with llama_cpp.LlamaCpp(path) as opened:
+    longest = max(len(row) for row in probe.rows) + len(probe.continuation)
+    with llama_cpp.LlamaCpp(path, context=max(512, longest)) as opened:
         for row in probe.rows:
             text = tokenizer.decode(row, skip_special_tokens=False, clean_up_tokenization_spaces=False)
             expected, found = list(tokenizer(text)["input_ids"]), opened.tokens(text)

@@ -109,6 +109,7 @@ class LlamaCpp:
     def __init__(self, path: Path, context: int = 512, adapter: Path | None = None) -> None:
         self.ffi, self.library, said, _ = _library()
         self.model = self.handle = None
+        self.context = context
         params = self.library.llama_model_default_params()
         params.n_gpu_layers = 0
         said.clear()
@@ -145,7 +146,15 @@ class LlamaCpp:
         self.library.llama_set_adapters_lora(self.handle, adapters, 1, self.ffi.new("float[1]", [1.0]))
 
     def logits(self, ids: Sequence[int]) -> Tensor:
-        """[T, V] fp32 for a text of its own."""
+        """[T, V] fp32 for a text of its own.
+
+        Raises:
+            ExportMismatch: when llama.cpp does not compute it.
+        """
+        if len(ids) > self.context:  # llama.cpp would end the process
+            raise ExportMismatch(
+                f"{len(ids)} tokens, the context has {self.context}", fix="give shorter rows"
+            )
         self.library.llama_memory_clear(self.library.llama_get_memory(self.handle), True)
         batch = self.library.llama_batch_init(len(ids), 0, 1)
         try:
