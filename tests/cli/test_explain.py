@@ -49,8 +49,8 @@ def test_an_unknown_text_is_status_1(capsys):
 
 
 def test_an_unknown_code(capsys):
-    assert command.main(["explain", "PH411"]) == 2
-    assert re.search(r"no error PH411\. Fix: one of PH4", capsys.readouterr().err)
+    assert command.main(["explain", "PH499"]) == 2
+    assert re.search(r"no error PH499\. Fix: one of PH", capsys.readouterr().err)
 
 
 @pytest.fixture

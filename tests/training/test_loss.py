@@ -214,7 +214,7 @@ class TestUnboundModel:
         )
 
 
-@pytest.mark.parametrize("checkpointing,level", [(None, "none"), (True, "none"), (False, "all")])
+@pytest.mark.parametrize("checkpointing,level", [(None, "offload"), (True, "none"), (False, "all")])
 def test_a_stock_model_is_bound_by_the_trainer(tmp_path, checkpointing, level):
     bound = trainer(tmp_path / "a")
     stock = trainer(

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from pronghorn import __version__
+from pronghorn.cli.numbers import not_negative, positive, whole
 from pronghorn.errors import PronghornError
 
 EXIT_USER_ERROR = 2
@@ -67,16 +68,16 @@ def build_parser() -> argparse.ArgumentParser:
     )
     quickstart.add_argument("--out", default="outputs/quickstart", metavar="DIR")
     quickstart.add_argument(
-        "--steps", type=_positive, metavar="N", help="training steps (default: by hardware)"
+        "--steps", type=positive, metavar="N", help="training steps (default: by hardware)"
     )
 
     chat = commands.add_parser("chat", help="talk to a model or an adapter")
     chat.add_argument("model", metavar="MODEL_OR_ADAPTER", help="a folder, a .gguf file or a hub id")
     chat.add_argument("--prompt", metavar="TEXT", help="answer this once instead of opening a conversation")
     chat.add_argument("--system", metavar="TEXT", help="system message")
-    chat.add_argument("--max-new-tokens", type=_positive, default=256, metavar="N")
+    chat.add_argument("--max-new-tokens", type=positive, default=256, metavar="N")
     chat.add_argument(
-        "--temperature", type=_not_negative, default=0.0, metavar="T", help="0 (default): most likely"
+        "--temperature", type=not_negative, default=0.0, metavar="T", help="0 (default): most likely"
     )
     chat.add_argument("--load-in-4bit", action="store_true")
 
@@ -85,11 +86,11 @@ def build_parser() -> argparse.ArgumentParser:
     plan.add_argument(
         "--budget", metavar="SIZE", help="GPU memory, such as 24GiB (default: what is free on the GPU here)"
     )
-    plan.add_argument("--max-seq-length", type=_positive, default=2048, metavar="N")
-    plan.add_argument("--batch", type=_positive, default=1, metavar="N", help="rows of a step (default 1)")
+    plan.add_argument("--max-seq-length", type=positive, default=2048, metavar="N")
+    plan.add_argument("--batch", type=positive, default=1, metavar="N", help="rows of a step (default 1)")
     plan.add_argument(
         "--rank",
-        type=_whole,
+        type=whole,
         default=16,
         metavar="R",
         help="of the adapters (default 16); 0 trains all weights",
@@ -181,24 +182,3 @@ def _commands() -> dict:
         "doctor": doctor,
         "explain": explain,
     }
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return number
-
-
-def _whole(text: str) -> int:
-    number = int(text)
-    if number < 0:
-        raise argparse.ArgumentTypeError("must be at least 0")
-    return number
-
-
-def _not_negative(text: str) -> float:
-    number = float(text)
-    if not number >= 0:
-        raise argparse.ArgumentTypeError("must be at least 0")
-    return number
