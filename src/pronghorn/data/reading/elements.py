@@ -12,7 +12,8 @@ from pronghorn.data.reading.problems import Problem
 _TOKEN = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|//[^\n]*|#[^\n]*|/\*|["\'\[\]{},]', re.DOTALL)
 _SINGLE = re.compile(rb"'[^'\\]*(?:\\.[^'\\]*)*'", re.DOTALL)
 #: What lies between two brackets inside an element: whole texts, and all that is neither text nor bracket nor comment.
-#: So many at a time, since each may be stepped back to; a possessive group, which forgets, ends too late in Python 3.11.2.
+#: So many at a time, since each may be stepped back to. A possessive group, which forgets, ends too late in Python
+#: 3.11.2.
 _INSIDE = re.compile(rb'(?:[^"\'\[\]{}/#]++|"[^"\\]*+(?:\\.[^"\\]*+)*"){0,4096}', re.DOTALL)
 _OPENING, _CLOSING = b"[{", b"]}"
 
