@@ -461,7 +461,6 @@ MISTRAL = (
             'TEMPLATE """{{ if .System }}<|im_start|>system\n{{ .System }}<|im_end|>\n{{ end }}<|im_start|>user\n'
             '{{ .Prompt }}<|im_end|>\n<|im_start|>assistant\n{{ .Response }}<|im_end|>\n"""',
         ),
-        (LLAMA_3_TEMPLATE, "{{ .Prompt }}<|eot|><|start|>assistant<|stop|>\n\n{{ .Response }}<|eot|>"),
         (DEFAULT_SYSTEM, 'SYSTEM """Be kind."""'),
         (MISTRAL, None),
     ],
@@ -483,7 +482,39 @@ def test_the_modelfiles_template_renders_as_the_chat_template(template, expected
         {"role": "user", "content": "Well?"},
     ]
     rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    assert rendered.removeprefix(tokenizer.bos_token) == turns.render("Hm.", [("Hi", "Ho")], "Well?")
+    # This tokenizer does not begin with BOS, so that llama.cpp will not: it stays in the template.
+    assert rendered == turns.render("Hm.", [("Hi", "Ho")], "Well?")
+
+
+def test_bos_is_left_out_of_the_modelfile_where_llama_cpp_adds_it():
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = LLAMA_3_TEMPLATE
+    # A BOS that only the first turn has is not in Ollama's form of a template.
+    assert "TEMPLATE" not in modelfile(tokenizer, "m.gguf")
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|begin|> $A", special_tokens=[("<|begin|>", 1)]
+    )
+    text = modelfile(tokenizer, "m.gguf")
+    assert "{{ if .System }}<|start|>system" in text and "<|begin|>" not in text
+    assert "{{ .Prompt }}<|eot|><|start|>assistant<|stop|>\n\n{{ .Response }}<|eot|>" in text
+
+
+def test_an_adapter_that_the_format_swallows_is_found(tmp_path):
+    """A base on the format's own steps, and changes below half a step."""
+    model = tiny_model("llama")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 2 and "layers" in name:
+                kind = GGMLQuantizationType.Q8_0
+                parameter.copy_(torch.from_numpy(dequantize(quants.quantize(parameter.numpy(), kind), kind)))
+    adapted = FastLanguageModel.get_peft_model(model, r=4)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 2e-4, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(ExportDiffers, match=r"14 of 14 adapted weights lost their adapter"):
+        export(adapted, tmp_path / "out", "q8_0")
+    assert export(adapted, tmp_path / "exact", "f32").checks[0].passed
 
 
 @pytest.mark.parametrize("kind", ["lora", "rslora", "patterns", "some layers"])

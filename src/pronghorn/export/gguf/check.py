@@ -186,13 +186,14 @@ def _look_for_adapters(reader: Any, model: Any, dialect: Dialect, problems: list
         c = <F − W, Δ> / <Δ, Δ>,   Δ = W' − W
 
     F the file's weight, W the base's, W' the merged one. Rounding errors are hardly correlated with Δ, so c is 1 up to
-    ‖F − W'‖ / (‖Δ‖ √n), and 0 where the adapter is not in the file. Where that uncertainty is too large, as for an
-    adapter that was hardly trained, nothing is concluded.
+    ‖F − W'‖ / (‖Δ‖ √n), and 0 where the adapter is not in the file: forgotten, or swallowed by the format, as when W
+    lies on the format's own steps already (a base that was quantised) and Δ is smaller than half a step. Where that
+    uncertainty is too large, as for an adapter that was hardly trained, nothing is concluded.
     """
     from gguf import dequantize
 
     found = {tensor.name: tensor for tensor in reader.tensors}
-    count, unchanged = 0, []
+    count, unchanged, lost = 0, [], []
     for name, make_base, make_merged in adapted_weights(model):
         base = make_base()
         both = [Entry(name, tuple(base.shape), torch.float32, make) for make in (lambda: base, make_merged)]  # noqa: B023
@@ -211,7 +212,9 @@ def _look_for_adapters(reader: Any, model: Any, dialect: Dialect, problems: list
         factor = _sum((written - base) * change) / size
         unsure = (_sum((written - merged) ** 2) / (size * change.numel())) ** 0.5
         if factor < _FOUND and unsure < _SURE:
-            problems.append(f"the adapter of {name} is not in the file (factor {factor:.2f} of 1)")
+            lost.append(f"{name}: {factor:.2f} of its adapter's change is left")
+    if lost:
+        problems.append(f"{len(lost)} of {count} adapted weights lost their adapter, first {lost[0]}")
     if unchanged:
         logger.warning(
             "pronghorn: %d of %d adapters change nothing (B is zero), first %s",

@@ -10,7 +10,7 @@ _SYSTEM, _USER, _ANSWER, _NEXT = "\x01system\x01", "\x01user\x01", "\x01answer\x
 
 @dataclass(frozen=True)
 class Turns:
-    """The text around what is said, without BOS, which llama.cpp adds itself."""
+    """The text around what is said, without the BOS that llama.cpp adds itself."""
 
     before_system: str
     after_system: str
@@ -108,7 +108,12 @@ def _render(tokenizer: Any, system: str, turns: list[tuple[str, str]], question:
         messages += [{"role": "user", "content": user}, {"role": "assistant", "content": answer}]
     messages.append({"role": "user", "content": question})
     text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-    return text.removeprefix(tokenizer.bos_token) if tokenizer.bos_token else text
+    return text.removeprefix(tokenizer.bos_token) if begins_with_bos(tokenizer) else text
+
+
+def begins_with_bos(tokenizer: Any) -> bool:
+    """Whether the tokenizer itself, and so llama.cpp, puts BOS before a text."""
+    return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
 
 
 def _agrees(tokenizer: Any, turns: Turns) -> bool:
