@@ -15,7 +15,7 @@ from pronghorn.errors import AdapterProblem, Fp8Unavailable, UnknownArgument
 from pronghorn.export import save_merged
 from pronghorn.families import family_of
 from pronghorn.hardware import Hardware
-from pronghorn.weights import Int8Linear, lay_side_by_side
+from pronghorn.weights import Int8Linear, StoredLinear, lay_side_by_side
 from pronghorn.weights.fp8_linear import (
     Fp8Linear,
     add_four_bit_products,
@@ -241,7 +241,7 @@ def know_stored(config: Any, model: nn.Module) -> None:
         AdapterProblem: for what reads or trains a weight that is stored as codes.
     """
     renew_fp8_input_grads(model)
-    stored = {n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, Fp8Linear | Int8Linear)}
+    stored = {n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, StoredLinear)}
     if stored and getattr(config, "use_dora", False):
         raise AdapterProblem(
             "DoRA takes norms of the weights, and these are stored as 8-bit codes",

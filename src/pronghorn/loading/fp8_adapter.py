@@ -5,7 +5,7 @@ from __future__ import annotations
 from peft.tuners.lora.layer import Linear
 from torch import nn
 
-from pronghorn.weights import Fp8Linear, Int8Linear
+from pronghorn.weights import StoredLinear
 
 
 class StoredLoraLinear(Linear):
@@ -13,6 +13,6 @@ class StoredLoraLinear(Linear):
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         base: nn.Module = self.get_base_layer()
-        if isinstance(base, Fp8Linear | Int8Linear):
+        if isinstance(base, StoredLinear):
             self.base_layer = base.to_linear()
         super().merge(safe_merge, adapter_names)

@@ -2,6 +2,7 @@
 
 from pronghorn.weights.adjacent import side_by_side
 from pronghorn.weights.base import DenseWeight, Weight
+from pronghorn.weights.dequantised import StoredLinear
 from pronghorn.weights.fp8 import Fp8FourBitWeight, Fp8GradWeight, Fp8Weight
 from pronghorn.weights.fp8_linear import Fp8Linear, keep_expanded
 from pronghorn.weights.int8 import Int8Weight
@@ -22,6 +23,7 @@ __all__ = [
     "Int8Linear",
     "Int8Weight",
     "Operand",
+    "StoredLinear",
     "Weight",
     "join",
     "join_tensors",

@@ -17,7 +17,7 @@ from pronghorn.kernels.fp8 import (
     quantise_weight,
     transpose_codes,
 )
-from pronghorn.weights.dequantised import dequantised_linear
+from pronghorn.weights.dequantised import StoredLinear
 from pronghorn.weights.fp8 import Fp8FourBitWeight, Fp8Weight
 from pronghorn.weights.quantised import FourBitWeight
 
@@ -29,14 +29,10 @@ EXPANDED = "pronghorn_expanded"
 EXPANDED_TRANSPOSED = "pronghorn_expanded_transposed"
 
 
-class Fp8Linear(nn.Linear):
+class Fp8Linear(StoredLinear):
     """y = x Wᵀ + b with W = codes · scales.
 
-    Its own forward multiplies the dequantised weight in x's dtype, so that a model answers, falls back and merges as
-    if it were loaded from 16 bits with these values; the blocks multiply the codes (`stored`).
-
-    `weight` holds the codes as bytes, which casts of a whole model (`model.half()`) leave alone; `compute_dtype` is
-    the dtype the weight had.
+    `weight` holds the codes as bytes, which casts of a whole model (`model.half()`) leave alone.
     """
 
     weight: nn.Parameter
@@ -84,17 +80,6 @@ class Fp8Linear(nn.Linear):
     def keep_transposed(self, keep: bool) -> None:
         """Hold the codes a second time as [in, out] (a faster input gradient) or let the second copy go."""
         self.weight_transposed = transpose_codes(self.codes) if keep else None
-
-    def forward(self, input: Tensor) -> Tensor:
-        return dequantised_linear(input, self, self.bias)
-
-    def to_linear(self) -> nn.Linear:
-        """The same module unquantised, in `compute_dtype`."""
-        with torch.device("meta"):
-            linear = nn.Linear(self.in_features, self.out_features, bias=False)
-        linear.weight = nn.Parameter(self.dense(), requires_grad=False)
-        linear.bias = self.bias
-        return linear.train(self.training)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, e4m3"

@@ -15,18 +15,12 @@ from pronghorn.kernels.int8 import (
     quantise_weight_input_grad,
     rotation_of,
 )
-from pronghorn.weights.dequantised import dequantised_linear
+from pronghorn.weights.dequantised import StoredLinear
 from pronghorn.weights.int8 import Int8Weight
 
 
-class Int8Linear(nn.Linear):
-    """y = x Wᵀ + b with W = (codes · scales) turned back (`weights.int8`).
-
-    Its own forward multiplies the dequantised weight in x's dtype, so that a model answers, falls back and merges as
-    if it were loaded from 16 bits with these values; the blocks multiply the codes (`stored`).
-
-    `compute_dtype` is the dtype the weight had.
-    """
+class Int8Linear(StoredLinear):
+    """y = x Wᵀ + b with W = (codes · scales) turned back (`weights.int8`)."""
 
     weight: nn.Parameter
     #: fp32 [out, 1]
@@ -80,17 +74,6 @@ class Int8Linear(nn.Linear):
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         """W [out, in] in 16 or 32 bits."""
         return dequantise(self.weight.detach(), self.weight_scale, dtype or self.compute_dtype)
-
-    def forward(self, input: Tensor) -> Tensor:
-        return dequantised_linear(input, self, self.bias)
-
-    def to_linear(self) -> nn.Linear:
-        """The same module unquantised, in `compute_dtype`."""
-        with torch.device("meta"):
-            linear = nn.Linear(self.in_features, self.out_features, bias=False)
-        linear.weight = nn.Parameter(self.dense(), requires_grad=False)
-        linear.bias = self.bias
-        return linear.train(self.training)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, int8"

@@ -8,9 +8,9 @@ from torch import nn
 
 from pronghorn.kernels.fp8 import E4M3
 from pronghorn.weights.base import DenseWeight, Weight
+from pronghorn.weights.dequantised import StoredLinear
 from pronghorn.weights.fp8 import Fp8GradWeight
-from pronghorn.weights.fp8_linear import FP8_SCALES, FP8_TRANSPOSED, Fp8Linear, four_bit_weight
-from pronghorn.weights.int8_linear import Int8Linear
+from pronghorn.weights.fp8_linear import FP8_SCALES, FP8_TRANSPOSED, four_bit_weight
 from pronghorn.weights.quantised import BitsAndBytesInt8Weight
 
 
@@ -24,7 +24,7 @@ def read_weight(module: nn.Module) -> Weight | None:
         return _read_four_bit(module)
     if kind == "Linear8bitLt":
         return _read_eight_bit(module)
-    if isinstance(module, Fp8Linear | Int8Linear):
+    if isinstance(module, StoredLinear):
         return module.stored()
     if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
         return _read_dense(module)
