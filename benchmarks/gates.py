@@ -35,6 +35,7 @@ from benchmarks.parity import DEFAULT_FILE, record
 from benchmarks.product_errors import PRODUCT_ERROR, UNIT_ERROR, product_errors
 from benchmarks.table import plain_table
 from pronghorn import FastLanguageModel
+from pronghorn.data.collator import BOOKKEEPING, Collator
 from pronghorn.engine import TrainingStep
 from pronghorn.weights import read_weight
 
@@ -205,25 +206,12 @@ class Curve:
     held_out: float
 
 
-def packed(rows: Sequence[Tensor]) -> dict[str, Any]:
-    """Rows of one length as the stream that the engine's step takes, every token but the first of a row supervised."""
-    ids, length, device = torch.cat(list(rows)), rows[0].numel(), rows[0].device
-    bounds = torch.arange(len(rows) + 1, device=device, dtype=torch.int32) * length
-    positions = torch.arange(length, device=device).repeat(len(rows))
-    labels = ids.masked_fill(positions == 0, -100)
-    return {
-        "input_ids": ids[None],
-        "labels": labels[None],
-        "position_ids": positions[None],
-        "cu_seq_lens_q": bounds,
-        "cu_seq_lens_k": bounds,
-        "max_length_q": length,
-        "max_length_k": length,
-        "document_lengths": (length,) * len(rows),
-        # By arithmetic: to look for the supervised ones would wait for the device in every step.
-        "loss_rows": torch.arange(len(rows) * (length - 1), device=device)
-        + torch.arange(len(rows), device=device).repeat_interleave(length - 1),
-    }
+def packed(rows: Sequence[Tensor]) -> tuple[dict[str, Any], int]:
+    """Rows as the stream that the engine's step takes, on their device, and its supervised tokens."""
+    batch = Collator(pad_token_id=0)([{"input_ids": row.tolist(), "labels": row.tolist()} for row in rows])
+    kept = {name: value for name, value in batch.items() if name not in BOOKKEEPING}
+    device = rows[0].device
+    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in kept.items()}, batch["supervised"]
 
 
 def train(model: Any, rows: Sequence[Tensor], held: Sequence[Tensor], settings: Settings, seed: int) -> Curve:
@@ -238,8 +226,7 @@ def train(model: Any, rows: Sequence[Tensor], held: Sequence[Tensor], settings: 
         chosen = torch.randint(len(rows), (settings.batch,), generator=generator).tolist()
         for group in optimizer.param_groups:
             group["lr"] = RATE * min(1.0, (step + 1) / WARMUP)
-        batch = packed([rows[i] for i in chosen])
-        output = step_of.run(batch, batch["loss_rows"].numel())
+        output = step_of.run(*packed([rows[i] for i in chosen]))
         assert output is not None, step_of.reason
         norms.append(nn.utils.clip_grad_norm_(parameters, CLIP).detach())
         optimizer.step()

@@ -19,11 +19,6 @@ from pronghorn.weights import DenseWeight, Fp8Weight, Int8Weight, Operand
 from pronghorn.weights.operand import as_operand
 
 
-def new_like(x: Tensor) -> Tensor:
-    """A new contiguous tensor of x's shape."""
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
-
-
 @dataclass
 class AttentionSaves:
     """Tensors between forward and backward; None means dropped by the save level and rebuilt when needed.
@@ -108,7 +103,7 @@ class AttentionBlock:
             qk_rope_forward(q, k, self.cos, self.sin, inplace=True)
             return
         apart = all(x.is_contiguous() for x in (q, k, v))
-        into = None if apart else (new_like(q), new_like(k), new_like(v))
+        into = None if apart else (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape))
         adapted_rope_(q, k, v, self.cos, self.sin, adapters, into=into)
         if into is not None:
             saves.q, saves.k, saves.v = into

@@ -7,10 +7,9 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib import import_module
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+from pronghorn.cli import data_preview, data_synthesize
 from pronghorn.cli.console import say, table
 from pronghorn.cli.numbers import positive, whole
 from pronghorn.errors import CommandMisused
@@ -33,9 +32,8 @@ def register(commands: Any) -> None:
     _register_check(parts)
     _register_clean(parts)
     _register_stats(parts)
-    for module in ("data_preview", "data_synthesize"):
-        if find_spec(f"pronghorn.cli.{module}") is not None:
-            import_module(f"pronghorn.cli.{module}").register(parts)
+    data_preview.register(parts)
+    data_synthesize.register(parts)
 
 
 def _register_check(parts: Any) -> None:

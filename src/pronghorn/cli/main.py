@@ -1,4 +1,4 @@
-"""The command ``pronghorn`` and its subcommands. Only the modules of the chosen one are imported."""
+"""The command ``pronghorn`` and its subcommands. The library is imported by the chosen one only."""
 
 from __future__ import annotations
 

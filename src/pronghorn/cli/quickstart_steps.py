@@ -19,6 +19,7 @@ from pronghorn.data.docstrings import DocRow
 from pronghorn.engine import base_causal_lm, binding_of
 from pronghorn.errors import MergedModelDiffers
 from pronghorn.export import save_adapter, save_merged
+from pronghorn.export.gate import torch_predictor
 from pronghorn.inference import Sampling, generate
 
 ANSWER_TOKENS = 40
@@ -174,8 +175,10 @@ def verify_merged(model: Any, tokenizer: Any, folder: Path, row: DocRow) -> Merg
     )["input_ids"]
     merged = AutoModelForCausalLM.from_pretrained(folder, dtype=base_causal_lm(model).dtype)
     device = next(model.parameters()).device
-    stock = _log_probabilities(merged.to(device), ids.to(device))
-    ours = _log_probabilities(model, ids.to(device))
+    stock, ours = (
+        torch.log_softmax(torch_predictor(one)(ids[0].tolist()).float(), dim=-1)
+        for one in (merged.to(device), model)
+    )
     divergence = (ours.exp() * (ours - stock)).sum(-1).mean().item()
     check = MergedCheck(divergence, (ours.argmax(-1) == stock.argmax(-1)).float().mean().item(), ids.shape[1])
     if not divergence <= MOST_DIVERGENCE:
@@ -186,13 +189,3 @@ def verify_merged(model: Any, tokenizer: Any, folder: Path, row: DocRow) -> Merg
             fix="use the adapter, and report this with the output of pronghorn doctor",
         )
     return check
-
-
-def _log_probabilities(model: Any, ids: torch.Tensor) -> torch.Tensor:
-    """Log probabilities [T, V] in fp32 of the next token at every position of ``ids`` [1, T]."""
-    was_training = model.training
-    model.eval()
-    with torch.no_grad():
-        logits = model(input_ids=ids, use_cache=False).logits[0]
-    model.train(was_training)
-    return torch.log_softmax(logits.float(), dim=-1)

@@ -33,10 +33,14 @@ class TokenTexts:
         return [self._text(token) for token in ids]
 
     def _text(self, token: int) -> str:
-        """Decoded behind another token, since a first one loses its space."""
         if token not in self._known:
-            self._known[token] = self._decoded([*self._anchor, token])[self._before :]
+            self._known[token] = self.together([token])
         return self._known[token]
+
+    def together(self, ids: Sequence[int]) -> str:
+        """The text of several tokens, letters that are made of more than one whole. Decoded behind another token, since
+        a first one loses its space."""
+        return self._decoded([*self._anchor, *ids])[self._before :]
 
     def _decoded(self, ids: list[int]) -> str:
         return str(self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal
 
 from pronghorn.data.answers import TokenTexts
@@ -95,25 +94,23 @@ def preview_row(
     known = {*tokenizer.all_special_ids, *getattr(tokenizer, "added_tokens_decoder", {})}
     special = [token in known for token in ids]
     kept = min(len(ids), max_length or len(ids))
+    texts = TokenTexts(tokenizer)
     preview = RowPreview(
         kind=row_kind(row, text_field) or "rows",
         ids=ids,
-        tokens=TokenTexts(tokenizer)(ids),
+        tokens=texts(ids),
         labels=labels,
         special=special,
         kept=kept,
         checks=[],
-        runs=_runs(tokenizer, ids, labels, special, kept),
+        runs=_runs(texts, ids, labels, special, kept),
     )
     preview.checks.extend(_checks(preview, tokenizer))
     return preview
 
 
-def _runs(tokenizer: Any, ids: list[int], labels: list[int], special: list[bool], kept: int) -> list[Run]:
+def _runs(texts: TokenTexts, ids: list[int], labels: list[int], special: list[bool], kept: int) -> list[Run]:
     """Tokens of one kind decoded together, so that letters of several tokens are whole."""
-    anchor = list(tokenizer("a", add_special_tokens=False)["input_ids"])
-    decode = partial(tokenizer.decode, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    before = len(decode(anchor))
     runs: list[Run] = []
     start = 0
     kinds = [
@@ -122,7 +119,7 @@ def _runs(tokenizer: Any, ids: list[int], labels: list[int], special: list[bool]
     ]
     for end in range(1, len(ids) + 1):
         if end == len(ids) or kinds[end] != kinds[start] or special[end]:
-            runs.append(Run(decode([*anchor, *ids[start:end]])[before:], *kinds[start]))
+            runs.append(Run(texts.together(ids[start:end]), *kinds[start]))
             start = end
     return runs
 

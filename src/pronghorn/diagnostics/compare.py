@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 
@@ -73,10 +71,6 @@ class Comparison:
         self.worst = max(self.worst, found)
         if name not in self.compared:
             self.compared.append(name)
-
-    def all_near(self, pairs: Mapping[str, tuple[Tensor, Tensor]], slack: float = 1.0) -> None:
-        for name, (actual, expected) in pairs.items():
-            self.near(name, actual, expected, slack)
 
     def __str__(self) -> str:
         return f"{', '.join(self.compared)}: at most {self.worst:.2f} of what rounding allows"

@@ -20,8 +20,6 @@ from pronghorn.diagnostics.compare import Comparison, device, draw, dtypes, rela
 from pronghorn.diagnostics.live import MEASURE, peak_bytes
 from pronghorn.hardware import probe
 
-_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-
 
 @dataclass(frozen=True)
 class Size:
@@ -55,6 +53,8 @@ def small_model(size: Size, dtype: torch.dtype) -> Any:
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    from pronghorn.loading.adapters import DEFAULT_TARGETS
+
     config = LlamaConfig(
         hidden_size=size.hidden,
         intermediate_size=size.intermediate,
@@ -70,7 +70,7 @@ def small_model(size: Size, dtype: torch.dtype) -> Any:
         torch.manual_seed(0)
         adapted = get_peft_model(
             LlamaForCausalLM(config),
-            LoraConfig(r=16, lora_alpha=32, target_modules=_TARGETS, task_type="CAUSAL_LM"),
+            LoraConfig(r=16, lora_alpha=32, target_modules=list(DEFAULT_TARGETS), task_type="CAUSAL_LM"),
         )
         with torch.no_grad():
             for name, parameter in adapted.named_parameters():

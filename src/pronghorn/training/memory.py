@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,8 +16,32 @@ from pronghorn.memory import Batch, Plan, available_host_bytes
 
 logger = logging.getLogger("pronghorn")
 
-#: of a plan whose rehearsal ran out of memory, the shares that are planned for next; the last failure is the user's
-SHARES_OF_WHAT_WAS_FREE = (0.9, 0.75, 0.5)
+#: of a plan whose rehearsal ran out of memory, the shares that are planned for next
+SHARES_OF_WHAT_WAS_FREE = (0.9, 0.75)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """A GPU's memory in bytes: all of it, free, and what this process has reserved."""
+
+    total: int
+    free: int
+    reserved: int
+
+    @property
+    def others(self) -> int:
+        """What neither is free nor this process's."""
+        return max(self.total - self.free - self.reserved, 0)
+
+    @property
+    def within_reach(self) -> int:
+        """What this process can have at most."""
+        return self.free + self.reserved
+
+
+def memory_now(device: torch.device) -> Memory:
+    free, total = torch.cuda.mem_get_info(device)
+    return Memory(total, free, torch.cuda.memory_reserved(device))
 
 
 def largest_batch(trainer: Any) -> Batch | None:
@@ -88,25 +113,24 @@ def take_memory(trainer: Any, step: TrainingStep | None) -> None:
 
 
 def _plan_what_is_free(trainer: Any, binding: Binding, step: TrainingStep | None, batch: Batch) -> None:
-    """Levels for all the memory there is; where a rehearsal shows that it was less, for a share of it.
+    """Levels for all the memory there is; where a rehearsal shows that it was less, for a share of it. The last failure
+    is the user's.
 
     Raises:
         BudgetTooSmall, torch.OutOfMemoryError: the batch fits at no levels.
     """
     torch.cuda.empty_cache()
-    budget: str | int = AUTO
+    found = _plan(binding, AUTO, batch)
     for share in SHARES_OF_WHAT_WAS_FREE:
-        found = _plan(binding, budget, batch)
         try:
             _rehearse(trainer, step, batch)
-        except torch.OutOfMemoryError:
-            if share == SHARES_OF_WHAT_WAS_FREE[-1]:
-                raise
-        else:
             return
+        except torch.OutOfMemoryError:
+            logger.warning("pronghorn: memory ran out in the rehearsal of this plan: once more with less")
+        # Here, where the error no longer keeps the failed pass's tensors alive.
         torch.cuda.empty_cache()
-        logger.warning("pronghorn: memory ran out in the rehearsal of this plan: once more with less")
-        budget = int(found.estimate.reserved * share)
+        found = _plan(binding, int(found.estimate.reserved * share), batch)
+    _rehearse(trainer, step, batch)
 
 
 def _plan(binding: Binding, budget: str | int, batch: Batch) -> Plan:
@@ -125,11 +149,10 @@ def _plan(binding: Binding, budget: str | int, batch: Batch) -> Plan:
 def _less_than_planned(
     trainer: Any, budget: str | int, found: Plan, error: torch.OutOfMemoryError
 ) -> OutOfMemory:
-    free, total = torch.cuda.mem_get_info(trainer.args.device)
-    ours = torch.cuda.memory_reserved(trainer.args.device)
+    memory, first_line = memory_now(trainer.args.device), str(error).partition("\n")[0]
     return OutOfMemory(
         f"memory_budget={budget}: the plan needs {found.estimate.reserved / 2**30:.2f} GiB, but this process can have "
-        f"{(free + ours) / 2**30:.2f} of the GPU's {total / 2**30:.2f} GiB ({str(error).partition(chr(10))[0]})",
+        f"{memory.within_reach / 2**30:.2f} of the GPU's {memory.total / 2**30:.2f} GiB ({first_line})",
         fix='set memory_budget="auto", or end what else uses the GPU',
     )
 

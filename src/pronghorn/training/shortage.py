@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,37 +12,13 @@ from pronghorn.engine import binding_of
 from pronghorn.engine.planning import shape_of
 from pronghorn.errors import OutOfMemory
 from pronghorn.memory import Batch, ModelShape, estimate
-from pronghorn.training.memory import largest_batch
+from pronghorn.training.memory import Memory, largest_batch, memory_now
 
 _GIB = 2**30
 #: What others on the GPU may take without being named as the reason: a context and a desktop.
 _OTHERS = _GIB // 2
 #: Reserved beyond the plan that counts as a deviation.
 _TOLERATED = 1.05
-
-
-@dataclass(frozen=True)
-class Memory:
-    """A GPU's memory in bytes when it ran out: all of it, free, and the most that this process had reserved."""
-
-    total: int
-    free: int
-    reserved: int
-
-    @property
-    def others(self) -> int:
-        """What neither is free nor this process's."""
-        return max(self.total - self.free - self.reserved, 0)
-
-    @property
-    def within_reach(self) -> int:
-        """What this process can have at most."""
-        return self.free + self.reserved
-
-
-def memory_now(device: torch.device) -> Memory:
-    free, total = torch.cuda.mem_get_info(device)
-    return Memory(total, free, torch.cuda.memory_reserved(device))
 
 
 def shortage(trainer: Any, failure: str, memory: Memory | None = None) -> OutOfMemory:

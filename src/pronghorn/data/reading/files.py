@@ -7,7 +7,7 @@ import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, get_args
+from typing import Any, BinaryIO, Literal
 
 from pronghorn.data.reading.csv_rows import read_csv
 from pronghorn.data.reading.elements import split_elements
@@ -21,7 +21,6 @@ SUFFIXES: dict[str, str] = {
     ".jsonl": "JSON", ".ndjson": "JSON", ".json": "JSON", ".csv": "CSV", ".tsv": "CSV", ".parquet": "Parquet",
     ".txt": "plain text", ".text": "plain text",
 }  # fmt: skip
-CONTAINERS = get_args(Container)
 
 #: Lines that a row with a raw newline in a text may run over, and their size.
 _LINES_OF_A_ROW = 64
