@@ -6,7 +6,6 @@ import pytest
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import AutoModelForCausalLM
 
 from pronghorn.engine import binding_of
 from pronghorn.errors import Fp8Unavailable, UnknownArgument
@@ -14,9 +13,9 @@ from pronghorn.hardware import Fact, Hardware, probe
 from pronghorn.loading import FastLanguageModel, fast
 from pronghorn.loading.fp8 import choose_fp8
 from pronghorn.weights import Fp8FourBitWeight, Fp8GradWeight, Fp8Linear, Fp8Weight, read_weight, stacked
+from tests.loading.stored import IDS, adapted, logits, stock
 from tests.tiny import save_tiny
 
-IDS = torch.tensor([[1, 17, 90, 33, 250, 7, 300, 12]])
 LAYERS = 4
 
 
@@ -34,24 +33,6 @@ def load(path, **arguments):
         **arguments,
     }
     return FastLanguageModel.from_pretrained(str(path), **given)
-
-
-def stock(path):
-    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-
-
-def adapted(model, **arguments):
-    wrapped = FastLanguageModel.get_peft_model(model, r=4, **arguments)
-    generator = torch.Generator().manual_seed(3)
-    for name, parameter in wrapped.named_parameters():
-        if "lora_B" in name:
-            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.05
-    return wrapped
-
-
-def logits(model):
-    with torch.no_grad():
-        return model(IDS, use_cache=False).logits
 
 
 def kinds(model) -> set[type]:

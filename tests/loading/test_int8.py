@@ -6,16 +6,15 @@ import pytest
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import AutoModelForCausalLM
 
 from pronghorn.engine import binding_of
 from pronghorn.errors import AdapterProblem, Int8Unavailable, UnknownArgument
 from pronghorn.hardware import Fact, Hardware, _int8_fact, probe
 from pronghorn.loading import FastLanguageModel, fast
 from pronghorn.weights import Int8Linear, read_weight, stacked
+from tests.loading.stored import IDS, adapted, gradients, logits, stock
 from tests.tiny import save_tiny
 
-IDS = torch.tensor([[1, 17, 90, 33, 250, 7, 300, 12]])
 LAYERS = 3
 
 
@@ -29,32 +28,6 @@ def llama(tmp_path_factory):
 def load(path, **arguments):
     given = {"dtype": "float32", "max_seq_length": 128, "load_in_int8": True, **arguments}
     return FastLanguageModel.from_pretrained(str(path), **given)
-
-
-def stock(path):
-    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-
-
-def adapted(model, **arguments):
-    wrapped = FastLanguageModel.get_peft_model(model, r=4, **arguments)
-    generator = torch.Generator().manual_seed(3)
-    for name, parameter in wrapped.named_parameters():
-        if "lora_B" in name:
-            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.05
-    return wrapped
-
-
-def logits(model):
-    with torch.no_grad():
-        return model(IDS, use_cache=False).logits
-
-
-def gradients(model):
-    model.train()
-    model.zero_grad()
-    loss = model(IDS, labels=IDS, use_cache=False).loss
-    loss.backward()
-    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
 def integers(model) -> dict[str, Int8Linear]:
