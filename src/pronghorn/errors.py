@@ -4,7 +4,7 @@
 without a traceback and exit with status 2. `docs/errors.md` is generated from the subclasses of this module.
 
 Codes: PH1xx checkpoints and models, PH2xx adapters and the engine, PH3xx data, PH4xx configuration and commands,
-PH5xx hardware and memory, PH6xx saving and export, PH7xx training runs.
+PH5xx hardware and memory, PH6xx saving and export, PH7xx training runs, PH8xx answering.
 """
 
 from __future__ import annotations
@@ -326,3 +326,27 @@ class ExportDiffers(PronghornError):
     """An export, opened again by what will run it, predicts otherwise than the model; it is kept and marked."""
 
     code = "PH611"
+
+
+class RequestTooLong(PronghornError):
+    """A prompt with its answer is longer than the model's context or than the key/value cache."""
+
+    code = "PH801"
+
+
+class AdapterUnknown(PronghornError):
+    """A request names an adapter that the model does not have."""
+
+    code = "PH802"
+
+
+class SamplingInvalid(PronghornError):
+    """A request's prompt is empty, or a sampling value is outside of its range."""
+
+    code = "PH803"
+
+
+class EngineRefused(PronghornError):
+    """The inference engine cannot run this model, or not as it is now; Transformers' own `generate` still can."""
+
+    code = "PH804"

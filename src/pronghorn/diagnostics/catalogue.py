@@ -27,6 +27,7 @@ GROUPS = {
     "5": ("Hardware and memory", "硬件与显存"),
     "6": ("Saving and export", "保存与导出"),
     "7": ("Training runs", "训练过程"),
+    "8": ("Answers", "推理"),
 }
 _COMMAND = "python -m pronghorn.diagnostics.catalogue --write docs/errors.md"
 _HEADS = {
