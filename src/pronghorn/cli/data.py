@@ -151,7 +151,8 @@ def run_check(options: argparse.Namespace) -> int:
 
 def _show_checked(report: Report) -> None:
     from pronghorn.data.checks.formats import NAMES
-    from pronghorn.data.reading import KINDS, visible
+    from pronghorn.data.reading import KINDS
+    from pronghorn.pages import visible
 
     rows = [
         (

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pronghorn.data.reading import KINDS, visible
+from pronghorn.data.reading import KINDS
+from pronghorn.pages import visible
 
 ROOT = Path(__file__).resolve().parents[3]
 

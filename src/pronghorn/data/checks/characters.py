@@ -7,7 +7,8 @@ import re
 import unicodedata
 from collections.abc import Iterable, Iterator
 
-from pronghorn.data.reading import Problem, visible
+from pronghorn.data.reading import Problem
+from pronghorn.pages import visible
 
 _CLASSES = {
     "control": "\x00-\x08\x0b\x0c\x0e-\x1f\x7f\x80-\x9f",

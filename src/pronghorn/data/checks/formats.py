@@ -6,10 +6,11 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
-from pronghorn.data.reading import Problem, parse, visible
+from pronghorn.data.reading import Problem, parse
 from pronghorn.data.rows import CHAT_COLUMNS, ROLES
 from pronghorn.data.tokens import token_row
 from pronghorn.errors import RowInvalid, nearest
+from pronghorn.pages import visible
 
 Format = Literal["messages", "sharegpt", "prompt-completion", "preference", "alpaca", "text", "tokens"]
 

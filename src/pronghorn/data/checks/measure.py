@@ -14,9 +14,10 @@ from multiprocessing import get_context
 from typing import Any, NamedTuple, TypeVar
 
 from pronghorn.data.checks.formats import Format, texts_of, trained_content
-from pronghorn.data.reading import Problem, visible
+from pronghorn.data.reading import Problem
 from pronghorn.data.rows import RowFormat, RowRenderer, messages_of, supervised
 from pronghorn.errors import ChatTemplateOpaque, PronghornError, TokenizerProblem
+from pronghorn.pages import visible
 
 Tag = TypeVar("Tag")
 

@@ -120,6 +120,6 @@ class Report:
         Raises:
             CommandMisused: it cannot be written.
         """
-        from pronghorn.data.checks.page import write_page
+        from pronghorn.data.checks.page import write_check
 
-        return write_page(self, Path(path).expanduser())
+        return write_check(self, Path(path).expanduser())

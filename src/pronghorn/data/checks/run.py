@@ -23,8 +23,9 @@ from pronghorn.data.checks.formats import (
 )
 from pronghorn.data.checks.measure import Measured, Meter, measure
 from pronghorn.data.checks.report import FileFacts, Report
-from pronghorn.data.reading import KINDS, Problem, Record, RowFile, level_of, visible
+from pronghorn.data.reading import KINDS, Problem, Record, RowFile, level_of
 from pronghorn.data.rows import CHAT_COLUMNS
+from pronghorn.pages import visible
 
 #: Rows whose formats are counted for that of the file.
 FIRST_ROWS = 200

@@ -2,7 +2,7 @@
 
 from pronghorn.data.reading.files import Record, RowFile
 from pronghorn.data.reading.parse import parse
-from pronghorn.data.reading.problems import KINDS, Finding, Kind, Level, Problem, level_of, visible
+from pronghorn.data.reading.problems import KINDS, Finding, Kind, Level, Problem, level_of
 
 __all__ = [
     "KINDS",
@@ -14,5 +14,4 @@ __all__ = [
     "RowFile",
     "level_of",
     "parse",
-    "visible",
 ]

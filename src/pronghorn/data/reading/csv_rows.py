@@ -6,7 +6,8 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from pronghorn.data.reading.problems import Problem, visible
+from pronghorn.data.reading.problems import Problem
+from pronghorn.pages import visible
 
 #: Lines that one quoted field may run over; beyond, its opening quote is taken for a mistake.
 LINES_OF_A_ROW = 2000

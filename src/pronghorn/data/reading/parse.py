@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from pronghorn.data.reading.json_repair import MAX_DEPTH, Irreparable, repair_json
-from pronghorn.data.reading.problems import Problem, visible
+from pronghorn.data.reading.problems import Problem
+from pronghorn.pages import visible
 
 
 @dataclass(slots=True)

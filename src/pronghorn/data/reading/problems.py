@@ -7,7 +7,6 @@ A problem is no exception: a check collects them. `error`: training would fail, 
 from __future__ import annotations
 
 import dataclasses
-import unicodedata
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -170,21 +169,3 @@ class Finding:
 
 def level_of(problem: Problem) -> Level:
     return problem.level or KINDS[problem.kind].level
-
-
-#: Categories whose characters say nothing to a reader, or do something to a terminal.
-_UNSEEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
-
-
-def visible(text: str, limit: int = 80) -> str:
-    """Text from a data set for a terminal or a page: one line, cut, every unseen character spelled out."""
-    cut = text[: limit + 1]
-    shown = "".join(
-        char if unicodedata.category(char) not in _UNSEEN else _spelled(char) for char in cut[:limit]
-    )
-    return shown + ("…" if len(cut) > limit else "")
-
-
-def _spelled(char: str) -> str:
-    named = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}.get(char)
-    return named or f"<U+{ord(char):04X}>"

@@ -1,0 +1,17 @@
+"""HTML pages that are one file and need no network: texts of others escaped, light and dark, readable on a phone."""
+
+from pronghorn.pages.document import STYLE, document, table, tiles, write_page
+from pronghorn.pages.text import lines, short, shown, size, visible
+
+__all__ = [
+    "STYLE",
+    "document",
+    "lines",
+    "short",
+    "shown",
+    "size",
+    "table",
+    "tiles",
+    "visible",
+    "write_page",
+]
