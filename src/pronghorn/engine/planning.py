@@ -20,12 +20,12 @@ from pronghorn.memory import (
     Batch,
     ModelShape,
     Plan,
+    Rates,
     available_host_bytes,
     parse_budget,
     plan,
     rates_of,
 )
-from pronghorn.memory.cost import Rates
 from pronghorn.memory.shape import STORAGES, stored_tensors
 from pronghorn.weights import keep_expanded, stacked
 
@@ -143,7 +143,7 @@ def plan_levels(binding: Binding, budget: str | int, batch: Batch, **more: Any) 
     shape, limit, rates = shape_of(binding, **more), parse_budget(budget, free), rates_of(name)
     keep_expanded_weights(binding, False)
     found = plan(shape, limit, batch, rates=rates, host_limit=host)
-    kept = _with_expanded(shape, limit, batch, rates, host)
+    kept = plan_with_expanded(shape, limit, batch, rates, host)
     if kept is not None and kept.time.total < found.time.total:
         found = kept
         keep_expanded_weights(binding, True)
@@ -151,7 +151,7 @@ def plan_levels(binding: Binding, budget: str | int, batch: Batch, **more: Any) 
     return found
 
 
-def _with_expanded(shape: ModelShape, limit: int, batch: Batch, rates: Rates, host: int) -> Plan | None:
+def plan_with_expanded(shape: ModelShape, limit: int, batch: Batch, rates: Rates, host: int) -> Plan | None:
     """The plan with 4-bit weights also kept as their products multiply them; None where that is not possible."""
     if not shape.storage.startswith("nf4") or shape.layer_storages:
         return None

@@ -10,52 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pronghorn.blocks import Level, host_bytes_per_token, keeps
+from pronghorn.memory.gpus import CUDNN_ATTENTION, Rates
 from pronghorn.memory.offload import bytes_in_flight
 from pronghorn.memory.schedule import DOWN, GATE_UP, OUT, QKV, Batch
 from pronghorn.memory.shape import PROJECTIONS, ModelShape
 
-
-@dataclass(frozen=True)
-class Rates:
-    """What a GPU sustains: FLOP/s of 16-bit, e4m3 and int8 products, of attention forward and backward, bytes/s of its
-    memory and of the link to the host (one direction)."""
-
-    name: str
-    matmul: float
-    matmul_fp8: float
-    matmul_int8: float
-    attention: tuple[float, float]
-    bandwidth: float
-    link: float
-    capability: tuple[int, int]
-
-
-_T, _G = 1e12, 1e9
-#: Only the H200's are measured (docs/lab-notes.md); the others are about 70 % of the data sheets' figures.
-RATES = (
-    Rates("H200", 680 * _T, 1250 * _T, 1350 * _T, (277 * _T, 231 * _T), 4.2 * _T, 55 * _G, (9, 0)),
-    Rates("H100", 620 * _T, 1150 * _T, 1230 * _T, (277 * _T, 231 * _T), 2.8 * _T, 55 * _G, (9, 0)),
-    Rates("B200", 1500 * _T, 3000 * _T, 3000 * _T, (400 * _T, 320 * _T), 6.5 * _T, 55 * _G, (10, 0)),
-    Rates("A100", 230 * _T, 230 * _T, 430 * _T, (170 * _T, 130 * _T), 1.6 * _T, 24 * _G, (8, 0)),
-    Rates("L40S", 200 * _T, 350 * _T, 350 * _T, (150 * _T, 110 * _T), 0.75 * _T, 24 * _G, (8, 9)),
-    Rates("L4", 65 * _T, 120 * _T, 120 * _T, (55 * _T, 40 * _T), 0.25 * _T, 12 * _G, (8, 9)),
-    Rates("A10", 75 * _T, 75 * _T, 140 * _T, (60 * _T, 45 * _T), 0.5 * _T, 24 * _G, (8, 6)),
-    Rates("5090", 200 * _T, 400 * _T, 560 * _T, (160 * _T, 120 * _T), 1.5 * _T, 50 * _G, (12, 0)),
-    Rates("4090", 150 * _T, 280 * _T, 400 * _T, (130 * _T, 95 * _T), 0.9 * _T, 24 * _G, (8, 9)),
-    Rates("3090", 65 * _T, 65 * _T, 170 * _T, (55 * _T, 40 * _T), 0.8 * _T, 24 * _G, (8, 6)),
-    Rates("T4", 30 * _T, 30 * _T, 60 * _T, (10 * _T, 6 * _T), 0.25 * _T, 11 * _G, (7, 5)),
-)
 #: Launches and shorter products of a further tile, forward and backward together; a guess.
 TILE_SECONDS = 100e-6
-#: FLOP/s of cuDNN's packed attention on Hopper, measured.
-CUDNN_ATTENTION = (457 * _T, 346 * _T)
-
-
-def rates_of(name: str) -> Rates:
-    """The rates of the GPU whose name contains a known one; a 4090's for one that is not listed."""
-    known = {rates.name: rates for rates in RATES}
-    found = max((key for key in known if key in name), key=len, default="4090")
-    return known[found]
 
 
 @dataclass(frozen=True)

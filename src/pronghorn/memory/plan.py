@@ -14,8 +14,9 @@ from dataclasses import dataclass, replace
 from pronghorn.blocks import LEVELS, Level, host_bytes_per_token, saved_bytes_per_token
 from pronghorn.blocks.glu import TILE_ROWS, tile_slices
 from pronghorn.errors import BudgetInvalid, BudgetTooSmall
-from pronghorn.memory.cost import Rates, StepTime, layer_times, rates_of, step_time
+from pronghorn.memory.cost import StepTime, layer_times, step_time
 from pronghorn.memory.estimate import Estimate, estimate, with_model
+from pronghorn.memory.gpus import Rates, rates_of
 from pronghorn.memory.schedule import Batch
 from pronghorn.memory.shape import ModelShape
 
