@@ -147,3 +147,21 @@ def test_shuffling_is_by_seed():
     order = [row["input_ids"] for row in prepared(TEXTS, shuffle_seed=3)]
     assert order == [row["input_ids"] for row in prepared(TEXTS, shuffle_seed=3)]
     assert order != [row["input_ids"] for row in prepared(TEXTS)]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_every_document_keeps_its_number(stream):
+    """Through leaving out rows, shuffling and packing: the numbers are those of the data as given."""
+    rows = [{"prompt": f"{n}", "completion": "" if n in (0, 3) else f"answer {n}"} for n in range(7)]
+    form = RowFormat(completion_only=True)
+    packed = prepared(
+        rows, form, stream=stream, packing=True, max_length=40, drop_unsupervised=True, shuffle_seed=1
+    )
+    tokenizer, numbers = tiny_tokenizer(), []
+    for row in packed:
+        start = 0
+        for number, length in zip(row["rows"], row["seq_lengths"], strict=True):
+            assert f"answer {number}" in tokenizer.decode(row["input_ids"][start : start + length])
+            numbers.append(number)
+            start += length
+    assert sorted(numbers) == [1, 2, 4, 5, 6]

@@ -130,7 +130,7 @@ def test_completion_only_follows_trl(tmp_path):
 def test_token_rows_go_straight_through(tmp_path):
     rows = [{"input_ids": [5, 6, 7, 8], "labels": [-100, -100, 7, 8], "source": "x"}] * 4
     run = trainer(tmp_path, rows=rows)
-    assert run.train_dataset[0] == {"input_ids": [5, 6, 7, 8], "labels": [-100, -100, 7, 8]}
+    assert run.train_dataset[0] == {"input_ids": [5, 6, 7, 8], "labels": [-100, -100, 7, 8], "rows": [0]}
 
 
 def test_chat_rows_without_a_chat_template(tmp_path):

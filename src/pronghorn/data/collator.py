@@ -13,8 +13,8 @@ import torch
 from pronghorn.data.budgets import Budgets, row_budget
 from pronghorn.data.rows import IGNORED
 
-#: Keys of a batch that are for the trainer, not for the model.
-BOOKKEEPING = ("real_tokens", "supervised")
+#: Keys of a batch that are for the trainer, not for the model. `rows`: numbers of its rows in the data as given.
+BOOKKEEPING = ("real_tokens", "supervised", "rows")
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,8 @@ class Collator:
             raise ValueError("a batch without a single token")
         real = sum(len(document.ids) for document in documents)
         batch = self._flat(documents) if self.flat else self._padded(documents)
-        return {**batch, "real_tokens": real}
+        numbers = tuple(int(number) for row in rows for number in row.get("rows") or ())
+        return {**batch, "real_tokens": real, **({"rows": numbers} if numbers else {})}
 
     def _flat(self, documents: list[Document]) -> dict[str, Any]:
         documents = documents + [self._filler(length) for length in self._missing(documents)]

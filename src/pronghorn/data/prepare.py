@@ -24,6 +24,7 @@ _FEATURES = Features(
     {
         "input_ids": _TOKENS,
         "labels": _TOKENS,
+        "rows": List(Value("int64")),
         "length": Value("int64"),
         "total": Value("int64"),
         "kept": Value("int64"),
@@ -58,7 +59,9 @@ class Preparation:
 
 
 def prepare_dataset(dataset: Any, preparation: Preparation, name: str = "train") -> Any:
-    """Rows of `input_ids` and `labels` (packed: and `seq_lengths`), for a Dataset or a stream of rows.
+    """Rows of `input_ids`, `labels` and `rows` (packed: and `seq_lengths`), for a Dataset or a stream of rows.
+
+    `rows` are the numbers that a row's documents have in the data as it was given, so that a step can name them.
 
     Raises:
         DatasetUnusable: it is empty, has a transform, or packing was asked for without a row length.
@@ -77,7 +80,9 @@ def prepare_dataset(dataset: Any, preparation: Preparation, name: str = "train")
             fix="apply it with Dataset.map before, or give tokenised rows",
         )
     if "seq_lengths" in first:
-        return dataset.select_columns(["input_ids", "labels", "seq_lengths"])
+        return dataset.select_columns(
+            ["input_ids", "labels", "seq_lengths", *(["rows"] if "rows" in first else [])]
+        )
     if preparation.formatting_func is not None and "input_ids" not in first:
         dataset = apply_formatting(dataset, preparation.formatting_func, preparation)
         first = next(iter(dataset))
@@ -152,7 +157,7 @@ def _prepare_rows(dataset: Dataset, preparation: Preparation, name: str) -> Data
             f"no row of the {name} data keeps a token to train on within max_length={preparation.max_length}",
             fix="raise max_length",
         )
-    rendered = rendered.select_columns(["input_ids", "labels"])
+    rendered = rendered.select_columns(["input_ids", "labels", "rows"])
     if len(kept) < len(rendered):
         rendered = rendered.select(kept)
     if preparation.shuffle_seed is not None:
@@ -164,7 +169,8 @@ def _prepare_rows(dataset: Dataset, preparation: Preparation, name: str) -> Data
 
 
 def pack_dataset(dataset: Dataset, capacity: int, name: str = "train") -> Dataset:
-    """Documents (`input_ids`, `labels`) put together into rows of at most `capacity` tokens, with `seq_lengths`."""
+    """Documents (`input_ids`, `labels`, `rows`) put together into rows of at most `capacity` tokens, with
+    `seq_lengths`."""
     table = dataset.with_format("arrow")[:]
     ids = _one_array(table.column("input_ids"))
     labels = _one_array(table.column("labels"))
@@ -179,20 +185,23 @@ def pack_dataset(dataset: Dataset, capacity: int, name: str = "train") -> Datase
         column: pa.LargeListArray.from_arrays(bounds, values.take(pa.array(order)).flatten())
         for column, values in (("input_ids", ids), ("labels", labels))
     }
-    columns["seq_lengths"] = pa.LargeListArray.from_arrays(
-        pa.array(first_document, type=pa.int64()), pa.array(lengths[order].astype(np.int32))
-    )
+    bounds = pa.array(first_document, type=pa.int64())
+    columns["seq_lengths"] = pa.LargeListArray.from_arrays(bounds, pa.array(lengths[order].astype(np.int32)))
+    numbers = _one_array(table.column("rows")).flatten().take(pa.array(order))
+    columns["rows"] = pa.LargeListArray.from_arrays(bounds, numbers)
     logger.info(
         "pronghorn: %d documents of the %s data packed into %d rows of %d tokens, %.1f %% full",
         len(lengths), name, len(rows), capacity, 100 * ends[-1] / (len(rows) * capacity),
     )  # fmt: skip
-    features = Features({column: LargeList(Value("int32")) for column in columns})
+    features = Features(
+        {column: LargeList(Value("int64" if column == "rows" else "int32")) for column in columns}
+    )
     return Dataset(pa.table(columns).cast(features.arrow_schema))
 
 
 def _one_array(column: pa.ChunkedArray) -> pa.LargeListArray:
     """A list column as one array with offsets from 0; 64-bit, since tokens may number more than 2^31."""
-    array = column.cast(pa.large_list(pa.int32())).combine_chunks()
+    array = column.cast(pa.large_list(column.type.value_type)).combine_chunks()
     array = array.chunk(0) if isinstance(array, pa.ChunkedArray) else array
     return pa.LargeListArray.from_arrays(
         pa.array(array.offsets.to_numpy() - array.offsets[0].as_py()), array.flatten()
@@ -216,7 +225,7 @@ def _prepare_stream(dataset: IterableDataset, columns: list[str], preparation: P
             _PackWindow(preparation.max_length),
             batched=True,
             batch_size=STREAM_WINDOW,
-            remove_columns=["input_ids", "labels"],
+            remove_columns=["input_ids", "labels", "rows"],
         )
     return stream
 
@@ -233,9 +242,9 @@ class _PackWindow:
 
     def __call__(self, window: Mapping[str, list[list[int]]]) -> dict[str, list[list[int]]]:
         lengths = [len(ids) for ids in window["input_ids"]]
-        packed: dict[str, list[list[int]]] = {"input_ids": [], "labels": [], "seq_lengths": []}
+        packed: dict[str, list[list[int]]] = {"input_ids": [], "labels": [], "seq_lengths": [], "rows": []}
         for documents in best_fit_decreasing(lengths, self.capacity):
-            for column in ("input_ids", "labels"):
+            for column in ("input_ids", "labels", "rows"):
                 packed[column].append([token for index in documents for token in window[column][index]])
             packed["seq_lengths"].append([lengths[index] for index in documents])
         return packed
@@ -280,6 +289,7 @@ class _RenderRow:
         return {
             "input_ids": ids,
             "labels": labels,
+            "rows": [index],
             "length": length,
             "total": total,
             "kept": supervised(labels),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import os
 import time
@@ -13,14 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import trl
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
 from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 
-from pronghorn.data.collator import BOOKKEEPING, Collator
-from pronghorn.data.prepare import Preparation, prepare_dataset
-from pronghorn.data.rows import RowFormat, RowRenderer, row_kind
+from pronghorn.data.collator import BOOKKEEPING
 from pronghorn.engine import AUTO, base_causal_lm, bind, binding_of
 from pronghorn.training.arguments import take_older_arguments, usable_optimizer
 from pronghorn.training.checkpoints import (
@@ -35,10 +31,12 @@ from pronghorn.training.checkpoints import (
 )
 from pronghorn.training.config import as_sft_config
 from pronghorn.training.given import as_dataset, training_rows, usable_collator
+from pronghorn.training.ledger import StepLedger
 from pronghorn.training.logits import loss_from_logits, right_predictions
 from pronghorn.training.meter import Stopwatch, Tally, at_least_one, real_tokens, supervised_tokens
 from pronghorn.training.nonfinite import NumberWatch
 from pronghorn.training.progress import ProgressTable, peak_memory_gib
+from pronghorn.training.rows import RowsTrainer
 from pronghorn.training.setup import (
     hidden,
     is_bound,
@@ -47,7 +45,6 @@ from pronghorn.training.setup import (
     resolve_max_length,
     restore_forward,
     take_over_checkpointing,
-    takes_flat_batches,
     vocabulary_of,
 )
 from pronghorn.training.steps import StaticSteps
@@ -55,7 +52,7 @@ from pronghorn.training.steps import StaticSteps
 logger = logging.getLogger("pronghorn")
 
 
-class SFTTrainer(trl.SFTTrainer):
+class SFTTrainer(RowsTrainer):
     """TRL's SFTTrainer on padding-free batches, with a loss over all supervised tokens of the global batch.
 
         loss = Σ CE over the supervised tokens of all micro-batches and processes / their number
@@ -110,7 +107,7 @@ class SFTTrainer(trl.SFTTrainer):
         self._responses_only = args.assistant_only_loss
         self._loss_function, self._wants_rows = compute_loss_func, compute_metrics is not None
         self._training, self._evaluation, self._watch = Tally(), Tally(), Stopwatch()
-        self._trained_tokens, self._numbers = 0, NumberWatch(self)
+        self._trained_tokens, self._numbers, self._ledger = 0, NumberWatch(self), StepLedger()
         self._staging: Path | None = None
         self._progress: ProgressTable | None = None
         self._steps: StaticSteps | None = None
@@ -118,6 +115,7 @@ class SFTTrainer(trl.SFTTrainer):
         self._given_train = train_dataset = training_rows(train_dataset)
         checkpointing = args.gradient_checkpointing or getattr(args, "activation_checkpointing", False)
         custom_collator = usable_collator(data_collator, args.packing)
+        self._own_batches = custom_collator is None
         loaded_here = isinstance(model, str)
         with hidden(args), model_as_it_is(model):
             super().__init__(
@@ -147,102 +145,8 @@ class SFTTrainer(trl.SFTTrainer):
         if custom_collator is None and not self._is_vision_dataset:
             self.data_collator = self._collator()
         self.add_callback(self._numbers)
+        self.add_callback(self._ledger)
         self._show_progress()
-
-    # --- data -------------------------------------------------------------------------------------------------
-
-    def _prepare_dataset(
-        self,
-        dataset: Any,
-        processing_class: Any,
-        args: Any,
-        packing: bool,
-        formatting_func: Any,
-        dataset_name: str,
-    ) -> Any:
-        """TRL's hook for training and evaluation data, and for data given to `evaluate`."""
-        training = dataset is getattr(self, "_given_train", None)
-        if not training and self._wants_rows:
-            # Transformers counts a metric's rows as the data set's, so each must be one document.
-            packing = False
-        elif not training and self._eval_packing is not None:
-            packing = self._eval_packing
-        else:
-            packing = self._packing
-        form = RowFormat(
-            text_field=args.dataset_text_field,
-            responses_only=self._responses_only,
-            completion_only=args.completion_only_loss,
-            vocabulary=self._vocabulary,
-        )
-        first: dict[str, Any] = next(iter(dataset), {})
-        if training and self._responses_only and row_kind(first, form.text_field) == "text":
-            logger.warning(
-                "pronghorn: plain text has no responses: assistant_only_loss has no effect on these rows"
-            )
-        preparation = Preparation(
-            RowRenderer(self._tokenizer, form),
-            max_length=args.max_length,
-            keep_end=args.truncation_mode == "keep_end",
-            context=self._context,
-            packing=packing,
-            drop_unsupervised=args.drop_unsupervised_rows,
-            workers=args.dataset_num_proc,
-            formatting_func=formatting_func,
-            shuffle_seed=args.seed if args.shuffle_dataset and training else None,
-        )
-        with args.main_process_first(desc=f"preparing the {dataset_name} data"):
-            return prepare_dataset(dataset, preparation, dataset_name)
-
-    def _collator(self) -> Collator:
-        return Collator(
-            pad_token_id=self._tokenizer.pad_token_id,
-            flat=takes_flat_batches(self.model),
-            for_engine=is_bound(self.model),
-            pad_to_multiple_of=self.args.pad_to_multiple_of,
-        )
-
-    @contextmanager
-    def _collating(self, **changes: Any) -> Iterator[None]:
-        """Another way of making batches, for the data loader that is built inside."""
-        collator = self.data_collator
-        if isinstance(collator, Collator) and collator.flat:
-            self.data_collator = dataclasses.replace(collator, **changes)
-        try:
-            yield
-        finally:
-            self.data_collator = collator
-
-    def get_train_dataloader(self) -> Any:
-        with self._collating(budgets=self._static_steps().budgets()):
-            return super().get_train_dataloader()
-
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        # Whoever looks at logits takes them of rows [B, S, V], not of one stream.
-        with self._collating(flat=self.compute_metrics is None):
-            return super().get_eval_dataloader(eval_dataset)
-
-    def get_test_dataloader(self, test_dataset: Any) -> Any:
-        """For `predict`, which takes rows of every kind as `evaluate` does, and returns logits."""
-        test_dataset = self._rows_to_predict(test_dataset)
-        with self._collating(flat=bool(self.args.prediction_loss_only)):
-            return super().get_test_dataloader(test_dataset)
-
-    def _rows_to_predict(self, rows: Any) -> Any:
-        """Tokenised where they are not. Never packed: there is one prediction for each row."""
-        rows = as_dataset(rows)
-        if (
-            self._skip_prepare_dataset
-            or row_kind(next(iter(rows), {}), self.args.dataset_text_field) == "tokens"
-        ):
-            return rows
-        eval_packing, self._eval_packing = self._eval_packing, False
-        try:
-            return self._prepare_dataset(
-                rows, self.processing_class, self.args, False, self._formatting_func, "test"
-            )
-        finally:
-            self._eval_packing = eval_packing
 
     # --- loss -------------------------------------------------------------------------------------------------
 
@@ -275,11 +179,13 @@ class SFTTrainer(trl.SFTTrainer):
                 supervised=supervised_tokens(inputs), correct=output.num_correct, tokens=tokens
             )
         self._numbers.saw(inputs, normalizer, loss)
+        self._ledger.saw(loss, inputs.get("rows", ()))
         return loss
 
     def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
         norm = super()._get_grad_norm(*args, **kwargs)
         self._numbers.norm(norm)
+        self._ledger.norm(norm)
         return norm
 
     def _static_steps(self) -> StaticSteps:
@@ -405,6 +311,7 @@ class SFTTrainer(trl.SFTTrainer):
             if seconds > 0:
                 logs["tokens_per_second"] = round(sums.tokens / seconds, 1)
             logs["peak_memory_gib"] = round(peak_memory_gib(), 3)
+            self._ledger.read(self.accelerator)
             self._numbers.read(logs)
         super().log(logs, start_time)
 

@@ -1,0 +1,74 @@
+"""Every step's loss, gradient norm and rows, kept without asking the device for a number before a log is written."""
+
+from __future__ import annotations
+
+import math
+from array import array
+from collections import deque
+from typing import Any
+
+import torch
+from transformers.trainer_callback import TrainerCallback
+
+#: Steps whose rows are kept: what is told of a step is told within far fewer.
+REMEMBERED_STEPS = 4096
+
+
+class StepLedger(TrainerCallback):
+    """What logs only have as averages over `logging_steps`.
+
+    `losses` and `norms` are of the optimizer steps `steps`; NaN where a value is not known. `rows` are numbers of rows
+    in the data as given, of this process.
+    """
+
+    def __init__(self) -> None:
+        self.steps = array("q")
+        self.losses = array("d")
+        self.norms = array("d")
+        self._rows: deque[tuple[int, tuple[int, ...]]] = deque(maxlen=REMEMBERED_STEPS)
+        self._loss: torch.Tensor | None = None
+        self._norm: Any = None
+        self._of_step: list[int] = []
+        self._unread: list[tuple[int, torch.Tensor | None, Any]] = []
+
+    def saw(self, loss: torch.Tensor, rows: tuple[int, ...]) -> None:
+        """A micro-batch was run; `loss` is its share of the step's mean."""
+        loss = loss.detach().float()
+        self._loss = loss if self._loss is None else self._loss + loss
+        self._of_step += rows
+
+    def norm(self, norm: Any) -> None:
+        """The gradient's norm of a step, before clipping: a number or a tensor on the device."""
+        self._norm = norm.detach() if isinstance(norm, torch.Tensor) else norm
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._unread.append((state.global_step, self._loss, self._norm))
+        self._rows.append((state.global_step, tuple(self._of_step)))
+        self._loss, self._norm, self._of_step = None, None, []
+
+    def read(self, accelerator: Any) -> None:
+        """A log is written: take over what arrived since the last one, the mean over all processes (waits)."""
+        unread, self._unread = self._unread, []
+        if not unread:
+            return
+        values = [_scalar(value) for _, *pair in unread for value in pair]
+        device = next((value.device for value in values if value.device.type != "cpu"), torch.device("cpu"))
+        stacked = torch.stack([value.to(device) for value in values])
+        if accelerator.num_processes > 1:
+            stacked = accelerator.reduce(stacked.to(accelerator.device), reduction="mean")
+        read = stacked.tolist()
+        for (step, *_), loss, norm in zip(unread, read[::2], read[1::2], strict=True):
+            self.steps.append(step)
+            self.losses.append(loss)
+            self.norms.append(norm)
+
+    def rows_of(self, first: int, last: int) -> tuple[int, ...]:
+        """Rows of the steps from `first` to `last`, in their order, as far as they are remembered."""
+        return tuple(row for step, rows in self._rows if first <= step <= last for row in rows)
+
+
+def _scalar(value: Any) -> torch.Tensor:
+    """A 0-dim fp32 tensor, where the value is."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().float().reshape(())
+    return torch.tensor(math.nan if value is None else float(value))
