@@ -326,6 +326,8 @@ class ExportDiffers(PronghornError):
     """An export, opened again by what will run it, predicts otherwise than the model; it is kept and marked."""
 
     code = "PH611"
+    #: what was written (`pronghorn.export.Export`), where somebody wants to go on with it
+    export: object = None
 
 
 class RequestTooLong(PronghornError):
@@ -350,3 +352,15 @@ class EngineRefused(PronghornError):
     """The inference engine cannot run this model, or not as it is now; Transformers' own `generate` still can."""
 
     code = "PH804"
+
+
+class UploadFailed(PronghornError):
+    """An upload to the hub failed: no token, one without the right to write, or the network; nothing local is lost."""
+
+    code = "PH606"
+
+
+class CannotServe(PronghornError):
+    """The server cannot start: its address is taken, or would be open to others without a token."""
+
+    code = "PH810"

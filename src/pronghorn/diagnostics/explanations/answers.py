@@ -49,4 +49,17 @@ EXPLANATIONS: dict[str, Explanation] = {
             "使用 model.generate（此时运行 Transformers 自己的代码），或先合并适配器。",
         ),
     ),
+    "PH810": Explanation(
+        cause="Another program listens on the port, the address is not this machine's, or --host lets others in while "
+        "no token is set: anyone who reaches the port could use the model.",
+        fix="Choose another --port (0 takes a free one), set a token in PRONGHORN_TOKEN, or listen on 127.0.0.1 and "
+        "reach the server through ssh -L.",
+        example="[PH810] 0.0.0.0 can be reached by others, and there is no token. Fix: give one with --token or "
+        "PRONGHORN_TOKEN, or listen on 127.0.0.1",
+        zh=(
+            "服务器无法启动：地址已被占用，或没有令牌而对外开放。",
+            "端口已被其他程序占用，地址不属于本机，或 --host 允许他人访问却未设置令牌：能连到该端口的人都可使用模型。",
+            "更换 --port（0 表示任选空闲端口），用 PRONGHORN_TOKEN 设置令牌，或只监听 127.0.0.1 并通过 ssh -L 访问。",
+        ),
+    ),
 }

@@ -1,0 +1,156 @@
+"""What a request must be before anything is done with it: where it comes from, who sends it, how large and how slow."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import ipaddress
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from pronghorn.inference.server.problems import CallProblem
+
+#: Read without a token: whether the server runs, and the page that asks for the token.
+OPEN_PATHS = frozenset({"/", "/health"})
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one client may take of the server.
+
+    Args:
+        body_bytes: of a request.
+        body_seconds: for a request's body to arrive in.
+        head_seconds: for a request's head to arrive in.
+        write_seconds: for a client to read on, once it leaves its answer lying.
+        connections: at a time.
+        grace_seconds: for answers to end in, when the server is told to stop.
+    """
+
+    body_bytes: int = 8 << 20
+    body_seconds: float = 30.0
+    head_seconds: float = 15.0
+    write_seconds: float = 30.0
+    connections: int = 1024
+    grace_seconds: float = 20.0
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host name or address means this machine alone."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
+
+
+class Guard:
+    """ASGI middleware around the whole application.
+
+    Args:
+        token: what callers must show; None lets everyone in.
+        loopback: the server listens on this machine alone. Then the Host header must name this machine: a page of
+            another site whose name was made to point here (DNS rebinding) sends its own name.
+        origins: web pages elsewhere that may call, such as https://chat.example.org.
+    """
+
+    def __init__(
+        self, app: ASGIApp, *, token: str | None, loopback: bool, origins: frozenset[str], limits: Limits
+    ) -> None:
+        self._app = app
+        self._token = None if token is None else token.encode("utf-8")
+        self._loopback = loopback
+        self._origins = origins
+        self._limits = limits
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return
+        headers = Headers(scope=scope)
+        try:
+            self._check_place(headers)
+            self._check_token(scope, headers)
+            body = await self._read(headers, receive)
+        except CallProblem as problem:
+            # What is left of the body is not read, so the connection cannot be used for another request.
+            response = JSONResponse(
+                problem.as_dict(), problem.status, {**problem.headers, "Connection": "close"}
+            )
+            await response(scope, receive, send)
+            return
+        await self._app(scope, _replayed(body, receive), send)
+
+    def _check_place(self, headers: Headers) -> None:
+        host = headers.get("host", "")
+        name = urlsplit(f"//{host}").hostname or ""
+        if self._loopback and not is_loopback(name):
+            raise CallProblem(403, f"the host '{host}' is not this machine", code="wrong_host")
+        origin = headers.get("origin")
+        if origin is not None and origin not in self._origins and urlsplit(origin).netloc != host:
+            raise CallProblem(403, f"pages of {origin} may not call this server", code="wrong_origin")
+
+    def _check_token(self, scope: Scope, headers: Headers) -> None:
+        if self._token is None or scope["path"] in OPEN_PATHS:
+            return
+        kind, _, shown = headers.get("authorization", "").partition(" ")
+        # Header values are latin-1 in ASGI.
+        if kind.lower() != "bearer" or not hmac.compare_digest(shown.strip().encode("latin-1"), self._token):
+            raise CallProblem(401, "the token is missing or wrong", code="invalid_api_key")
+
+    async def _read(self, headers: Headers, receive: Receive) -> bytes:
+        """The whole body.
+
+        Raises:
+            CallProblem: 413 when it is too large, 408 when it takes too long, 415 when it is not said to be JSON.
+        """
+        try:
+            async with asyncio.timeout(self._limits.body_seconds):
+                return await self._collect(headers, receive)
+        except TimeoutError:
+            raise CallProblem(408, "the body did not arrive in time", code="timeout") from None
+
+    async def _collect(self, headers: Headers, receive: Receive) -> bytes:
+        most = self._limits.body_bytes
+        length = headers.get("content-length", "0")
+        announced = int(length) if length.isdigit() else 0
+        too_large = announced > most
+        # A client that waits for "100 Continue" sends nothing then, and one that sends far too much is cut off.
+        if too_large and (headers.get("expect") or announced > 8 * most):
+            raise self._too_large()
+        body, read = bytearray(), 0
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return b""
+            chunk = message.get("body", b"")
+            read += len(chunk)
+            too_large = too_large or read > most
+            # The rest is read, within limits, but not kept: a client that is still sending would see the connection
+            # break instead of the answer.
+            if not too_large:
+                body += chunk
+            if not message.get("more_body", False) or read > 8 * most:
+                break
+        if too_large:
+            raise self._too_large()
+        return bytes(body)
+
+    def _too_large(self) -> CallProblem:
+        return CallProblem(413, f"the body exceeds {self._limits.body_bytes} bytes", code="body_too_large")
+
+
+def _replayed(body: bytes, receive: Receive) -> Receive:
+    """Gives a body that was read already, then what comes after it."""
+    given = False
+
+    async def again() -> Message:
+        nonlocal given
+        if given:
+            return await receive()
+        given = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return again

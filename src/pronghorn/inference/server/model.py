@@ -1,0 +1,130 @@
+"""What a server serves: its names, its tokenizer, and what a call leaves to the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from pronghorn.errors import PronghornError, nearest
+from pronghorn.inference.generate import encode_chat
+from pronghorn.inference.requests import Request, SamplingParams
+from pronghorn.inference.server.calls import Call, ChatCall, Chosen, CompletionCall
+from pronghorn.inference.server.problems import CallProblem, wrong_field
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """One base model and its adapters.
+
+    Args:
+        names: the name in calls -> the engine's name of the adapter, None for the base. A call without a name means
+            the first.
+        base: the base's name.
+        context: tokens that a prompt and its answer may have together.
+        vocabulary: token ids are below it.
+        stop_tokens: end an answer.
+        chosen: the generation config's way of choosing tokens, for what a call leaves out.
+        created: seconds since 1970.
+    """
+
+    names: Mapping[str, str | None]
+    base: str
+    tokenizer: Any
+    context: int
+    vocabulary: int
+    stop_tokens: tuple[int, ...]
+    created: int
+    chosen: Chosen = field(default_factory=lambda: Chosen(None, None, None, None, None, None))
+
+    def name_of(self, asked: str | None) -> str:
+        """The name that a call means.
+
+        Raises:
+            CallProblem: 404 when there is no such model.
+        """
+        if asked is None:
+            return next(iter(self.names))
+        if asked not in self.names:
+            hint = nearest(asked, self.names) or f"one of {', '.join(self.names)}"
+            raise CallProblem(
+                404, f"there is no model '{asked}'; {hint}", param="model", code="model_not_found"
+            )
+        return asked
+
+    def prompts_of(self, call: Call) -> list[tuple[int, ...]]:
+        """The tokens of a call's prompts.
+
+        Raises:
+            CallProblem: 400 when the chat template refuses the messages, or a prompt has no tokens or unknown ones.
+        """
+        if isinstance(call, ChatCall):
+            return [self._chat_tokens(call)]
+        assert isinstance(call, CompletionCall)
+        return [self._tokens(prompt) for prompt in call.prompts]
+
+    def _chat_tokens(self, call: ChatCall) -> tuple[int, ...]:
+        from jinja2 import TemplateError
+
+        try:
+            return tuple(encode_chat(self.tokenizer, call.messages)["input_ids"][0].tolist())
+        except TemplateError as error:
+            raise wrong_field("messages", f"the chat template refuses the messages: {error}") from error
+        except PronghornError as error:
+            raise CallProblem(
+                400, f"{error.message}; use /v1/completions", code="no_chat_template"
+            ) from error
+
+    def _tokens(self, prompt: str | tuple[int, ...]) -> tuple[int, ...]:
+        if isinstance(prompt, str):
+            tokens = tuple(self.tokenizer(prompt)["input_ids"])
+        else:
+            tokens = prompt
+            if not all(0 <= token < self.vocabulary for token in tokens):
+                raise wrong_field("prompt", f"tokens must be from 0 to {self.vocabulary - 1}")
+        if not tokens:
+            raise wrong_field("prompt", "'prompt' has no tokens")
+        return tokens
+
+    def requests_of(self, call: Call, prompts: list[tuple[int, ...]]) -> list[Request]:
+        """What the engine is asked for: `call.choices` requests a prompt, in order.
+
+        Raises:
+            CallProblem: 400 when a prompt and its answer do not fit the context.
+        """
+        adapter = self.names[self.name_of(call.model)]
+        requests = []
+        for prompt in prompts:
+            room = self.context - len(prompt)
+            wanted = call.max_tokens or room
+            if wanted > room or room < 1:
+                asked = f" and {wanted} of its answer" if call.max_tokens else ""
+                raise CallProblem(
+                    400,
+                    f"{len(prompt)} tokens of the prompt{asked} exceed the context of {self.context} tokens",
+                    param="messages" if isinstance(call, ChatCall) else "prompt",
+                    code="context_length_exceeded",
+                )
+            for choice in range(call.choices):
+                requests.append(Request(prompt, self._sampling(call, wanted, choice), adapter))
+        return requests
+
+    def _sampling(self, call: Call, new_tokens: int, choice: int) -> SamplingParams:
+        asked, usual = call.chosen, self.chosen
+        return SamplingParams(
+            max_new_tokens=new_tokens,
+            temperature=_first(asked.temperature, usual.temperature, 1.0),
+            top_p=_first(asked.top_p, usual.top_p, 1.0),
+            top_k=_first(asked.top_k, usual.top_k, 0),
+            min_p=_first(asked.min_p, usual.min_p, 0.0),
+            repetition_penalty=_first(asked.repetition_penalty, usual.repetition_penalty, 1.0),
+            # Answers to one prompt differ, and the same call gives the same answers.
+            seed=None if asked.seed is None else (asked.seed + choice) % (1 << 63),
+            stop_token_ids=self.stop_tokens,
+            logprobs=call.logprobs,
+        )
+
+
+def _first(*values: Any) -> Any:
+    """The first value that is given."""
+    return next(value for value in values if value is not None)
