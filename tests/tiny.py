@@ -8,10 +8,20 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GemmaConfig,
+    GemmaForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -24,6 +34,11 @@ FAMILIES: dict[str, tuple[type, type]] = {
     "mistral": (MistralConfig, MistralForCausalLM),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+    "gemma": (GemmaConfig, GemmaForCausalLM),
+    "gemma2": (Gemma2Config, Gemma2ForCausalLM),
+    "gemma3_text": (Gemma3TextConfig, Gemma3ForCausalLM),
+    "phi3": (Phi3Config, Phi3ForCausalLM),
+    "granite": (GraniteConfig, GraniteForCausalLM),
 }
 
 #: 4 query heads share 2 key/value heads; every size is a multiple of 64, the smallest block of bitsandbytes' NF4.
@@ -73,7 +88,8 @@ def tiny_model(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if name.endswith("norm.weight"):
-                    parameter.uniform_(0.5, 1.5)
+                    # Gemma multiplies by 1 + w.
+                    parameter.uniform_(0.5, 1.5).sub_(1.0 if family.startswith("gemma") else 0.0)
                 elif name.endswith("bias"):
                     parameter.normal_(0.0, 0.1)
                 else:

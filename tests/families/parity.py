@@ -32,9 +32,36 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
     },
     "qwen3": {},
+    "gemma": {"tie_word_embeddings": True},
+    "gemma2": {
+        "layer_types": ["sliding_attention", "full_attention"],
+        "sliding_window": 6,
+        # Caps low enough to bend most of these models' logits.
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 3.0,
+        "query_pre_attn_scalar": 7,
+        "tie_word_embeddings": True,
+    },
+    "gemma3_text": {
+        "layer_types": ["sliding_attention", "full_attention"],
+        "sliding_window": 6,
+        "final_logit_softcapping": 3.0,
+        "query_pre_attn_scalar": 7,
+    },
+    "phi3": {"sliding_window": 5, "partial_rotary_factor": 0.75},
+    "granite": {
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.4,
+        "attention_multiplier": 0.2,
+        "logits_scaling": 1.7,
+        "attention_bias": True,
+        "mlp_bias": True,
+    },
 }
 
-TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+TARGETS = [
+    "q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "gate_proj", "up_proj", "gate_up_proj", "down_proj",
+]  # fmt: skip
 
 
 def add_adapter(model: Any, seed: int = 1, **options: Any) -> Any:

@@ -2,7 +2,7 @@
 
 from pronghorn.blocks.attention import AttentionBlock
 from pronghorn.blocks.glu import GluBlock
-from pronghorn.blocks.layer import DecoderLayer, LayerSaves
+from pronghorn.blocks.layer import DecoderLayer, LayerSaves, MlpBlock
 from pronghorn.blocks.levels import (
     LEVELS,
     LayerWidths,
@@ -23,6 +23,7 @@ from pronghorn.blocks.projection import (
     ModuleProjection,
     PackedAdapters,
     ProjectionGroup,
+    SplitGroup,
 )
 
 __all__ = [
@@ -36,10 +37,12 @@ __all__ = [
     "LayerWidths",
     "Level",
     "LinearProjection",
+    "MlpBlock",
     "ModuleProjection",
     "Norm",
     "PackedAdapters",
     "ProjectionGroup",
+    "SplitGroup",
     "check_level",
     "check_levels",
     "host_bytes_per_token",

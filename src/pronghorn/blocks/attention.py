@@ -1,4 +1,7 @@
-"""The attention block: norm, q/k/v, optional q/k norm, RoPE, attention, o. Explicit forward and backward."""
+"""The attention block: norm, q/k/v, optional q/k norm, RoPE, attention, o, optional norm or factor of what it gives.
+
+Explicit forward and backward.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +18,8 @@ from pronghorn.blocks.projection import GradientSink, ProjectionGroup
 from pronghorn.kernels.attention import AttentionCall, Documents, attention_forward
 from pronghorn.kernels.qkv_grads import unrotate_joined, unrotate_joined_fp8
 from pronghorn.kernels.rope import adapted_rope_, qk_rope_backward, qk_rope_forward
-from pronghorn.weights import DenseWeight, Fp8Weight, Int8Weight, Operand
-from pronghorn.weights.operand import as_operand
+from pronghorn.weights import DenseWeight, Fp8Weight, Int8Products, Operand
+from pronghorn.weights.operand import Turned, as_operand
 
 
 @dataclass
@@ -34,19 +37,26 @@ class AttentionSaves:
     v: Tensor | None = None
     xa_qkv: Tensor | None = None
     xa_o: Tensor | None = None
+    #: what the o-projection gave, where a norm of it follows
+    projected: Tensor | None = None
     normed: Tensor | None = None
 
     def trim(self, level: Level) -> None:
         """Drop what the level does not keep."""
         if not keeps(level, "attention"):
             self.q = self.k = self.v = self.out = self.lse = self.xa_qkv = self.xa_o = None
+            self.projected = None
         if not keeps(level, "all"):
             self.normed = None
 
 
 @dataclass(frozen=True)
 class AttentionBlock:
-    """One layer's attention. cos and sin are [T, D]; T tokens, H hidden, N heads, K kv-heads, D head size."""
+    """One layer's attention: scale · output_norm(o(attention(rotated q, k, v of norm(x)))).
+
+    cos and sin are [T, Drot] with Drot ≤ D; T tokens, H hidden, N heads, K kv-heads, D head size. `output_norm` and
+    `output_scale` come between the o-projection and the residual sum.
+    """
 
     norm: Norm
     qkv: ProjectionGroup
@@ -60,16 +70,27 @@ class AttentionBlock:
     call: AttentionCall
     q_norm: Norm | None = None
     k_norm: Norm | None = None
+    output_norm: Norm | None = None
+    output_scale: float = 1.0
 
     def trainable(self) -> list[Tensor]:
-        norms = [n for n in (self.norm, self.q_norm, self.k_norm) if n is not None]
+        norms = [n for n in (self.norm, self.q_norm, self.k_norm, self.output_norm) if n is not None]
         return [t for n in norms for t in n.trainable()] + self.qkv.trainable() + self.o.trainable()
 
     def output(self, saves: AttentionSaves) -> Tensor:
         """The block's output before the residual [T, H]: the o-projection of the kept attention output."""
-        assert saves.out is not None
-        (branch,), saves.xa_o = self.o.forward(saves.out.view(saves.out.shape[0], -1))
-        return branch
+        branch = saves.projected
+        if branch is None:
+            assert saves.out is not None
+            (branch,), saves.xa_o = self.o.forward(saves.out.view(saves.out.shape[0], -1))
+        if self.output_norm is not None:
+            saves.projected = branch
+            branch = self.output_norm.forward(branch, branch.dtype)[0].tensor
+        return branch if self.output_scale == 1.0 else branch * self.output_scale
+
+    def columns_of_dy(self) -> Tensor | Turned | None:
+        """`ProjectionGroup.columns_of_dy` of o, where the gradient of the residual sum is the one of its output."""
+        return self.o.columns_of_dy() if self.output_norm is None and self.output_scale == 1.0 else None
 
     def rebuild(self, x: Tensor, dtype: torch.dtype, saves: AttentionSaves) -> None:
         """Compute whatever is missing in `saves` up to the attention output."""
@@ -99,10 +120,12 @@ class AttentionBlock:
         q, k, v, xa = saves.q, saves.k, saves.v, saves.xa_qkv
         assert q is not None and k is not None and v is not None
         adapters = (self.qkv.deferred(0, xa), self.qkv.deferred(1, xa), self.qkv.deferred(2, xa))
-        if adapters == (None, None, None):
-            qk_rope_forward(q, k, self.cos, self.sin, inplace=True)
-            return
         apart = all(x.is_contiguous() for x in (q, k, v))
+        if adapters == (None, None, None):
+            rotated = qk_rope_forward(q, k, self.cos, self.sin, inplace=apart)
+            if not apart:
+                (saves.q, saves.k), saves.v = rotated, v.contiguous()
+            return
         into = None if apart else (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape))
         adapted_rope_(q, k, v, self.cos, self.sin, adapters, into=into)
         if into is not None:
@@ -136,7 +159,7 @@ class AttentionBlock:
         """dX [T, H] including the residual path (None unless `need`); `saves` rebuilt before, consumed here."""
         given = as_operand(dy)
         dy = given.tensor
-        dbranch = given if dy.dtype == dtype else Operand(dy.to(dtype))
+        dbranch = self._branch_grad(given, dtype, saves, sink)
         del given
         out, lse, v = saves.out, saves.lse, saves.v
         assert out is not None and lse is not None and v is not None
@@ -164,6 +187,18 @@ class AttentionBlock:
         dx = self.norm.backward(dnormed, x, dy, sink).tensor
         return dx if need else None
 
+    def _branch_grad(
+        self, dy: Operand, dtype: torch.dtype, saves: AttentionSaves, sink: GradientSink
+    ) -> Operand:
+        """The gradient of the o-projection's output, from that of the residual sum."""
+        if self.output_scale != 1.0:
+            dy = Operand(dy.tensor * self.output_scale)
+        if self.output_norm is None:
+            return dy if dy.tensor.dtype == dtype else Operand(dy.tensor.to(dtype))
+        projected, saves.projected = saves.projected, None
+        assert projected is not None
+        return self.output_norm.backward(dy.tensor, projected, None, sink, self.o.columns_of_dy())
+
     def _projection_grads(
         self, dq: Tensor, dk: Tensor, dv: Tensor, saves: AttentionSaves, sink: GradientSink, need_input: bool
     ) -> tuple[list[Tensor], Operand | None]:
@@ -174,10 +209,12 @@ class AttentionBlock:
             if columns is not None and isinstance(stack, Fp8Weight):
                 parts, rows = unrotate_joined_fp8(dq, dk, dv, self.cos, self.sin, stack.columns)
                 return parts, Operand(parts[0], rows, stack.columns)
-            if joining.QKV_INPUT_GRAD and isinstance(stack, DenseWeight | Int8Weight):
-                return unrotate_joined(dq, dk, dv, self.cos, self.sin), None
+            if self.qkv.is_one_matrix or (
+                joining.QKV_INPUT_GRAD and isinstance(stack, DenseWeight | Int8Products)
+            ):
+                return self.qkv.of_outputs(unrotate_joined(dq, dk, dv, self.cos, self.sin)), None
         dq, dk = self._rope_backward(dq, dk, saves, sink)
-        return [g.reshape(g.shape[0], -1) for g in (dq, dk, dv)], None
+        return self.qkv.of_outputs([g.reshape(g.shape[0], -1) for g in (dq, dk, dv)]), None
 
     def _rope_backward(
         self, dq: Tensor, dk: Tensor, saves: AttentionSaves, sink: GradientSink

@@ -1,4 +1,5 @@
-"""The GLU block: residual sum, norm, gate/up, activation, down, residual. Explicit forward and backward.
+"""The GLU block: residual sum, norm, gate/up, activation, down, optional norm or factor, residual. Explicit forward and
+backward.
 
 Gate, up and their gradients are the widest tensors of a layer (8B: 57 KB a token against 8 KB of a layer's input).
 Rows are independent, so for many tokens the block runs over tiles of rows, forward and backward, and the wide tensors
@@ -8,7 +9,7 @@ exist for one tile at a time.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -47,6 +48,8 @@ class GluSaves:
     up: Tensor | None = None
     xa_gate_up: Tensor | None = None
     xa_down: Tensor | None = None
+    #: what the down projection gave, where a norm of it follows
+    projected: Tensor | None = None
     normed: Tensor | None = None
     #: `normed` in 8 bits, from the kernel that made it until gate and up are there
     codes: Tensor | None = None
@@ -65,8 +68,11 @@ class GluSaves:
     def trim(self, level: Level) -> None:
         """Drop what the level does not keep."""
         self.codes = self.code_scales = None
-        if not keeps(level, "attention"):
+        # With the attention's own output kept for its norm, the residual sum is rebuilt from it.
+        if not keeps(level, "attention") or (self.projected is not None and not keeps(level, "all")):
             self.summed = None
+        if not keeps(level, "attention"):
+            self.projected = None
         if not keeps(level, "matmuls"):
             self.gate = self.up = self.xa_gate_up = self.xa_down = None
         if not keeps(level, "all"):
@@ -81,17 +87,29 @@ class GluSaves:
 class GluBlock:
     """out = y + down(act(gate(n)) · up(n)) with y = x + branch and n = norm(y); activation by name.
 
-    `tile_rows`: most rows that gate and up exist for at a time where no level keeps them.
+    `tile_rows`: most rows that gate and up exist for at a time where no level keeps them. `output_norm` and
+    `output_scale` come between the down projection and the residual sum; the attention block has a norm there where
+    this one has.
     """
+
+    Saves: ClassVar[type[GluSaves]] = GluSaves
 
     norm: Norm
     gate_up: ProjectionGroup
     down: ProjectionGroup
     activation: str
     tile_rows: int = TILE_ROWS
+    output_norm: Norm | None = None
+    output_scale: float = 1.0
 
     def trainable(self) -> list[Tensor]:
-        return self.norm.trainable() + self.gate_up.trainable() + self.down.trainable()
+        norms = self.norm.trainable() + ([] if self.output_norm is None else self.output_norm.trainable())
+        return norms + self.gate_up.trainable() + self.down.trainable()
+
+    @property
+    def _adds_down(self) -> bool:
+        """Whether the down projection's product is added to the residual sum as it is."""
+        return self.output_norm is None and self.output_scale == 1.0
 
     def tiles(self, tokens: int) -> list[slice]:
         """The rows of [tokens] in tiles of about equal height; one where tiles would change what is computed."""
@@ -126,7 +144,9 @@ class GluBlock:
         assert saves.summed is not None
         summed, tokens = saves.summed, saves.summed.shape[0]
         tiles = [slice(0, tokens)] if keeps(level, "matmuls") else self.tiles(tokens)
-        if len(tiles) > 1:
+        if not self._adds_down:
+            out = self._forward_apart(dtype, level, saves, tiles)
+        elif len(tiles) > 1:
             # The residual sum becomes the output in place where nothing keeps it.
             out = summed.clone() if keeps(level, "attention") else summed
             for at in tiles:
@@ -138,6 +158,37 @@ class GluBlock:
             saves.xa_down = self.down.forward_add_(out, *self._activated(dtype, level, saves))
         saves.trim(level)
         return out
+
+    def _forward_apart(self, dtype: torch.dtype, level: Level, saves: GluSaves, tiles: list[slice]) -> Tensor:
+        """The layer's output where something comes between the down projection and the residual sum."""
+        summed = saves.summed
+        assert summed is not None
+        # The residual sum becomes the output in place where nothing keeps it.
+        out = torch.empty_like(summed) if self._keeps_sum(level) else summed
+        keeps_projected = self.output_norm is not None and keeps(level, "attention")
+        projected = (
+            summed.new_empty(summed.shape, dtype=dtype) if keeps_projected and len(tiles) > 1 else None
+        )
+        for at in tiles:
+            rows = saves.rows(at) if len(tiles) > 1 else saves
+            act, xa = self._activated(dtype, level, rows)
+            (branch,), xa = self.down.forward(act, xa=xa)
+            del act
+            if projected is not None:
+                projected[at] = branch
+            elif keeps_projected:
+                projected = branch
+            if len(tiles) == 1:
+                saves.xa_down = xa
+            if self.output_norm is not None:
+                branch = self.output_norm.forward(branch, dtype)[0].tensor
+            torch.add(summed[at], branch, alpha=self.output_scale, out=out[at])
+        saves.projected = projected
+        return out
+
+    def _keeps_sum(self, level: Level) -> bool:
+        """Whether the residual sum itself is kept (`GluSaves.trim`)."""
+        return keeps(level, "attention" if self.output_norm is None else "all")
 
     def _activated(self, dtype: torch.dtype, level: Level, saves: GluSaves) -> tuple[Operand, Tensor | None]:
         """act [rows, I], and the down projection's XA where it was formed along the way; what the level does not keep
@@ -229,7 +280,7 @@ class GluBlock:
     ) -> Operand:
         self._rebuild(dtype, saves, whole)
         saves.codes = saves.code_scales = None
-        dbranch = dout if dout.dtype == dtype else dout.to(dtype)
+        dbranch = self._branch_grad(dout, dtype, saves, sink)
         gate, up, summed = saves.gate, saves.up, saves.summed
         assert gate is not None and up is not None and summed is not None
         saves.gate = saves.up = None
@@ -241,8 +292,10 @@ class GluBlock:
         stack, of_stack = self.gate_up.stack, None
         if row_max is not None and isinstance(stack, Fp8Weight):
             of_stack = Operand.joined([dgate, dup], stack.columns, row_max)
+        dys = self.gate_up.of_outputs([dgate, dup])
+        del dgate, dup
         dnormed, dxa = self.gate_up.input_grad(
-            [dgate, dup],
+            dys,
             normed,
             sink,
             xa=saves.xa_gate_up,
@@ -250,9 +303,22 @@ class GluBlock:
             of_stack=of_stack,
         )
         del of_stack
-        self.gate_up.parameter_grads([dgate, dup], normed, saves.xa_gate_up, dxa, sink)
+        self.gate_up.parameter_grads(dys, normed, saves.xa_gate_up, dxa, sink)
         assert dnormed is not None
         return self.norm.backward(dnormed, summed, dout, sink, columns)
+
+    def _branch_grad(self, dout: Tensor, dtype: torch.dtype, saves: GluSaves, sink: GradientSink) -> Tensor:
+        """The gradient of the down projection's output, from the one of the layer's output."""
+        if self.output_scale != 1.0:
+            dout = dout * self.output_scale
+        if self.output_norm is None:
+            return dout if dout.dtype == dtype else dout.to(dtype)
+        projected, saves.projected = saves.projected, None
+        if projected is None:
+            assert saves.gate is not None and saves.up is not None
+            act = self._act(saves.gate, saves.up, saves.xa_gate_up)
+            (projected,), saves.xa_down = self.down.forward(act)
+        return self.output_norm.backward(dout, projected, None, sink).tensor
 
     def _through_activation(
         self,

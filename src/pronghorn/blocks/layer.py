@@ -4,25 +4,50 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pronghorn.blocks.attention import AttentionBlock, AttentionSaves
-from pronghorn.blocks.glu import GluBlock, GluSaves
 from pronghorn.blocks.levels import Level, keeps, parks
 from pronghorn.blocks.projection import GradientSink
 from pronghorn.errors import BackwardTwice
+from pronghorn.weights import Operand
+from pronghorn.weights.operand import Turned
+
+
+class MlpBlock(Protocol):
+    """The second half of a layer, from the residual sum on; `GluBlock` is one.
+
+    `Saves` is a dataclass of tensors or None, `summed` [T, H] (the residual sum) among them.
+    """
+
+    Saves: ClassVar[type[Any]]
+
+    def trainable(self) -> list[Tensor]: ...
+
+    def add_residual(self, x: Tensor, branch: Tensor, dtype: torch.dtype, saves: Any) -> None: ...
+
+    def forward(self, dtype: torch.dtype, level: Level, saves: Any) -> Tensor: ...
+
+    def backward(
+        self,
+        dout: Tensor,
+        dtype: torch.dtype,
+        saves: Any,
+        sink: GradientSink,
+        columns: Tensor | Turned | None = None,
+    ) -> Operand: ...
 
 
 @dataclass
 class LayerSaves:
-    """What one layer keeps besides its input."""
+    """What one layer keeps besides its input; `glu` is what its MLP block keeps."""
 
     attention: AttentionSaves
-    glu: GluSaves
+    glu: Any
 
     def tensors(self) -> list[Tensor]:
         """All kept tensors, for counting and for moving them elsewhere."""
@@ -41,7 +66,7 @@ class LayerSaves:
 
         return put
 
-    def _held(self) -> list[tuple[AttentionSaves | GluSaves, str]]:
+    def _held(self) -> list[tuple[Any, str]]:
         parts = (self.attention, self.glu)
         return [(saves, name) for saves in parts for name, value in vars(saves).items() if value is not None]
 
@@ -56,14 +81,14 @@ class Stash(Protocol):
 
 @dataclass(frozen=True)
 class DecoderLayer:
-    """One layer of a pre-norm decoder, ready to run: x -> x + attention(norm(x)) -> y + glu(norm(y)).
+    """One layer of a decoder, ready to run: x -> y = x + attention(norm(x)) -> y + glu(norm(y)).
 
     `dtype` is the compute dtype; the residual stream keeps the dtype of the layer's input. Without a `stash` the levels
     that park keep the same tensors on their device.
     """
 
     attention: AttentionBlock
-    glu: GluBlock
+    glu: MlpBlock
     level: Level
     dtype: torch.dtype
     stash: Stash | None = None
@@ -72,7 +97,7 @@ class DecoderLayer:
     @staticmethod
     def build(
         attention: AttentionBlock,
-        glu: GluBlock,
+        glu: MlpBlock,
         level: Level,
         dtype: torch.dtype,
         stash: Stash | None = None,
@@ -87,7 +112,7 @@ class DecoderLayer:
         return _DecoderLayerFunction.apply(self, x, *self.parameters)  # type: ignore[no-any-return]
 
     def forward(self, x: Tensor, level: Level) -> tuple[Tensor, LayerSaves]:
-        saves = LayerSaves(AttentionSaves(), GluSaves())
+        saves = LayerSaves(AttentionSaves(), self.glu.Saves())
         self._attend(x, saves)
         saves.attention.trim(level)
         return self.glu.forward(self.dtype, level, saves.glu), saves
@@ -96,8 +121,8 @@ class DecoderLayer:
         self, dout: Tensor, x: Tensor, saves: LayerSaves, sink: GradientSink, need: bool
     ) -> Tensor | None:
         self._attend(x, saves)
-        dsummed = self.glu.backward(dout, self.dtype, saves.glu, sink, self.attention.o.columns_of_dy())
-        saves.glu = GluSaves()
+        dsummed = self.glu.backward(dout, self.dtype, saves.glu, sink, self.attention.columns_of_dy())
+        saves.glu = self.glu.Saves()
         return self.attention.backward(dsummed, x, self.dtype, saves.attention, sink, need)
 
     def _attend(self, x: Tensor, saves: LayerSaves) -> None:

@@ -10,6 +10,9 @@ input, which is always kept. At the levels that begin with "offload" everything 
 | matmuls, offload-matmuls     | + gate, up, XA                                       | norms, RoPE on normed q/k, act |
 | all                          | + norm outputs                                       | activation product             |
 
+Where norms follow the o- and the down-projection, what these gave is kept from "attention" on, and the residual sum,
+which the attention's is enough to rebuild, only at "all".
+
 XA are the adapters' products, a few columns. Per byte kept, all depths save about the same work: a matrix product with
 H inputs gives one element for 2 H operations.
 """
@@ -87,6 +90,7 @@ class LayerWidths:
     """The sizes that decide how many bytes a layer keeps: element counts per token, element size in bytes.
 
     `attention_ranks` and `glu_ranks` are the summed ranks of the adapters on q, k, v, o and on gate, up, down.
+    `output_norms`: norms follow the o- and the down-projection.
     """
 
     hidden: int
@@ -98,6 +102,7 @@ class LayerWidths:
     glu_ranks: int
     element: int
     residual_element: int
+    output_norms: bool = False
 
 
 def kept_bytes_per_token(level: Level, widths: LayerWidths) -> int:
@@ -107,11 +112,11 @@ def kept_bytes_per_token(level: Level, widths: LayerWidths) -> int:
     total = w.hidden * w.residual_element
     if keeps(level, "attention"):
         total += (2 * w.q + 2 * w.kv + w.attention_ranks) * w.element + 4 * w.heads
-        total += w.hidden * w.residual_element
+        total += 2 * w.hidden * w.element if w.output_norms else w.hidden * w.residual_element
     if keeps(level, "matmuls"):
         total += (2 * w.intermediate + w.glu_ranks) * w.element
     if keeps(level, "all"):
-        total += 2 * w.hidden * w.element
+        total += 2 * w.hidden * w.element + w.output_norms * w.hidden * w.residual_element
     return total
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,12 +58,12 @@ class Norm:
         self,
         dy: Tensor,
         x: Tensor,
-        residual_grad: Tensor,
+        residual_grad: Tensor | None,
         sink: GradientSink,
         columns: Tensor | Turned | None = None,
     ) -> Operand:
-        """Gradient of the normalised x plus `residual_grad`; the weight's goes to the sink. With `columns` the gradient
-        is quantised in the same pass, for the input gradient of the one weight that has these factors."""
+        """Gradient of the normalised x (plus `residual_grad`); the weight's goes to the sink. With `columns` the
+        gradient is quantised in the same pass, for the input gradient of the one weight that has these factors."""
         if columns is TURNED and not sink.wants(self.weight):
             dx, codes = rms_norm_backward_int8(
                 dy,
@@ -74,7 +75,7 @@ class Norm:
                 residual_grad=residual_grad,
             )
             return Operand(dx, int8=codes)
-        options = {
+        options: Any = {
             "eps": self.eps,
             "weight_offset": self.offset,
             "residual_grad": residual_grad,

@@ -41,9 +41,9 @@ def _replaced(layer: Any, parts: LayerParts) -> Iterator[tuple[str, nn.Module]]:
     """The modules of a layer whose forward the blocks never call."""
     # Children are looked up directly: nn.Module's attribute lookup, for every layer of every step, costs milliseconds.
     children = layer._modules
-    for name in (parts.attention, parts.mlp, parts.input_norm, parts.post_attention_norm):
+    for name in (parts.attention, parts.mlp, *parts.norms):
         yield name, children[name]
-    inner = (parts.attention, parts.q_norm), (parts.attention, parts.k_norm), (parts.mlp, "act_fn")
+    inner = (parts.attention, parts.q_norm), (parts.attention, parts.k_norm), (parts.mlp, parts.activation)
     for parent, child in inner:
         module = children[parent]._modules.get(child) if child else None
         if module is not None:
@@ -51,11 +51,13 @@ def _replaced(layer: Any, parts: LayerParts) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _projections(layer: Any, parts: LayerParts) -> Iterator[nn.Module]:
-    attention, mlp = layer._modules[parts.attention]._modules, layer._modules[parts.mlp]._modules
-    for name in (parts.q, parts.k, parts.v, parts.o):
-        yield attention[name]
-    for name in (parts.gate, parts.up, parts.down):
-        yield mlp[name]
+    for parent, groups in (
+        (parts.attention, parts.attention_projections),
+        (parts.mlp, parts.mlp_projections),
+    ):
+        children = layer._modules[parent]._modules
+        # A layer may have an MLP of another kind than the family's dense one.
+        yield from (children[name] for names in groups for name in names if name in children)
 
 
 def _why_altered(module: nn.Module) -> str | None:

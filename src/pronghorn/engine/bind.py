@@ -95,8 +95,9 @@ def _reasons_against(model: Any, family: DecoderFamily) -> list[str]:
     if all(cls.__name__ != expected for cls in type(model).__mro__):
         return [f"the {family.name} family was reviewed for {expected}, this is {type(model).__name__}"]
     reasons = []
-    if getattr(config, "hidden_act", None) not in ACTIVATIONS:
-        reasons.append(f"activation '{getattr(config, 'hidden_act', None)}' has no kernel")
+    activation = getattr(config, family.activation, None)
+    if activation not in ACTIVATIONS:
+        reasons.append(f"activation '{activation}' has no kernel")
     if getattr(config, "attention_dropout", 0.0):
         reasons.append(f"attention_dropout={config.attention_dropout}")
     devices = {str(p.device) for p in model.parameters()}
@@ -113,20 +114,21 @@ def _missing_parts(model: Any, family: DecoderFamily) -> list[str]:
     """Classes and submodules that differ from the ones the family was reviewed for."""
     parts, prefix = family.parts, family.prefix
     found = {
-        f"{prefix}Model": type(model.model).__name__,
+        family.decoder or f"{prefix}Model": type(model.model).__name__,
         f"{prefix}RotaryEmbedding": type(getattr(model.model, "rotary_emb", None)).__name__,
     }
-    for layer in model.model.layers:
+    for index, layer in enumerate(model.model.layers):
         attention, mlp = getattr(layer, parts.attention, None), getattr(layer, parts.mlp, None)
         found[f"{prefix}DecoderLayer"] = type(layer).__name__
         found[f"{prefix}Attention"] = type(attention).__name__
-        found[f"{prefix}MLP"] = type(mlp).__name__
+        if family.mlp(model.config, index) == "glu":
+            found[f"{prefix}MLP"] = type(mlp).__name__
         differing = [f"{name} is a {actual}" for name, actual in found.items() if name != actual]
-        wanted = [
-            (attention, n) for n in (parts.q, parts.k, parts.v, parts.o, parts.q_norm, parts.k_norm) if n
-        ]
-        wanted += [(mlp, n) for n in (parts.gate, parts.up, parts.down)]
-        wanted += [(layer, n) for n in (parts.input_norm, parts.post_attention_norm)]
+        wanted = [(attention, n) for names in parts.attention_projections for n in names]
+        wanted += [(attention, n) for n in (parts.q_norm, parts.k_norm) if n]
+        if family.mlp(model.config, index) == "glu":
+            wanted += [(mlp, n) for names in parts.mlp_projections for n in names]
+        wanted += [(layer, n) for n in parts.norms]
         absent = [name for parent, name in wanted if not hasattr(parent, name)]
         if differing or absent:
             return differing + [f"a layer lacks {name}" for name in absent]

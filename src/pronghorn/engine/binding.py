@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import product
 from typing import Any
 
@@ -13,11 +13,12 @@ import torch
 from torch import nn
 
 from pronghorn.blocks import LEVELS, Level, ModuleProjection, check_levels, parks
+from pronghorn.blocks.projection import Projection
 from pronghorn.engine.altered import altered_part
 from pronghorn.engine.flat import FlatAdapters
-from pronghorn.engine.read import Reading, read_groups
+from pronghorn.engine.read import Reading, group_names, read_groups
 from pronghorn.errors import AttentionUnavailable
-from pronghorn.families import ACTIVATIONS, DecoderFamily
+from pronghorn.families import ACTIVATIONS, DecoderFamily, Scales
 from pronghorn.kernels.attention import INSTALL_CUDNN, check_name, choose_backend
 from pronghorn.memory import HostPool, HostStash
 
@@ -56,7 +57,18 @@ class Binding:
 
     @property
     def activation(self) -> str:
-        return ACTIVATIONS[self.config.hidden_act]
+        return ACTIVATIONS[getattr(self.config, self.family.activation)]
+
+    @cached_property
+    def scales(self) -> Scales:
+        """Factors and caps that the config sets."""
+        return self.family.scales(self.config)
+
+    @cached_property
+    def rotations(self) -> tuple[str | None, ...]:
+        """The kinds of angles that layers rotate by, each once; None where some do not."""
+        count = self.config.num_hidden_layers
+        return tuple(dict.fromkeys(self.family.rotation(self.config, index) for index in range(count)))
 
     @property
     def layers(self) -> list[Any]:
@@ -66,7 +78,8 @@ class Binding:
     def weight_dtype(self) -> torch.dtype | None:
         """The dtype that the first query projection asks to be multiplied in: its own; of a 4-bit weight the 16-bit
         compute dtype it was loaded with; None when it leaves that to its input."""
-        projection = getattr(getattr(self.layers[0], self.family.parts.attention), self.family.parts.q)
+        parts = self.family.parts
+        projection = getattr(getattr(self.layers[0], parts.attention), parts.attention_projections[0][0])
         linear = getattr(projection, "base_layer", projection)
         if linear.weight.dtype.is_floating_point and getattr(linear.weight, "quant_state", None) is None:
             return linear.weight.dtype
@@ -81,11 +94,17 @@ class Binding:
         self, device: torch.device, dtype: torch.dtype, head_dim: int, *, window: bool = False
     ) -> str:
         """The attention implementation in use: `attention`, or the fastest. Why it is a slow one is told once."""
-        backend, reason = choose_backend(device, dtype, head_dim, window=window, wanted=self.attention)
+        backend, reason = self._choose_backend(device, dtype, head_dim, window, self.attention)
         slow = backend in ("sdpa", "eager") or (backend == "flash" and INSTALL_CUDNN in reason)
         if slow and self.attention is None:
             self.tell_once(f"attention: {reason}")
         return backend
+
+    def _choose_backend(
+        self, device: torch.device, dtype: torch.dtype, head_dim: int, window: bool, wanted: str | None
+    ) -> tuple[str, str]:
+        softcap = self.scales.attention_softcap is not None
+        return choose_backend(device, dtype, head_dim, window=window, softcap=softcap, wanted=wanted)
 
     def windowed(self) -> list[bool]:
         """The kinds of layers there are: without a window, with one, or both."""
@@ -116,7 +135,7 @@ class Binding:
             for device, dtype in product(devices, dtypes):
                 try:
                     for window in self.windowed():
-                        choose_backend(device, dtype, self._head_dim(), window=window, wanted=name)
+                        self._choose_backend(device, dtype, self._head_dim(), window, name)
                 except AttentionUnavailable as refusal:
                     refusals.append(refusal)
                 else:
@@ -138,8 +157,8 @@ class Binding:
         for window in self.windowed():
             which = "attention in a window" if window and len(self.windowed()) > 1 else "attention"
             try:
-                backend, why = choose_backend(
-                    device, self._attention_dtype(), self._head_dim(), window=window, wanted=self.attention
+                backend, why = self._choose_backend(
+                    device, self._attention_dtype(), self._head_dim(), window, self.attention
                 )
                 lines.append(f"  {which}: {backend} ({why})")
             except AttentionUnavailable as refusal:
@@ -229,14 +248,20 @@ class Binding:
 
     def projections(self) -> list[tuple[str, Any]]:
         """Every projection of the layers as a forward would read it now, with its path."""
-        parts = self.family.parts
-        names = (parts.q, parts.k, parts.v, parts.o, parts.gate, parts.up, parts.down)
         found = []
         for index, layer in enumerate(self.layers):
-            groups = read_groups(layer, parts, Reading(layer.training))
-            read = [projection for group in groups.values() for projection in group]
-            found += [(f"layers.{index}.{name}", p) for name, p in zip(names, read, strict=True)]
+            groups = self.groups(layer, Reading(layer.training))
+            for slot, (_, names) in group_names(self.family.parts, self.mlp_of(layer)).items():
+                found += [(f"layers.{index}.{name}", p) for name, p in zip(names, groups[slot], strict=True)]
         return found
+
+    def mlp_of(self, layer: Any) -> str:
+        """Which kind of MLP a layer has, a key of `engine.forward.MLP_BLOCKS`."""
+        return self.family.mlp(self.config, self.layer_index(layer))
+
+    def groups(self, layer: Any, reading: Reading) -> dict[int, list[Projection]]:
+        """A layer's projections, those that share their input together (`read_groups`)."""
+        return read_groups(layer, self.family.parts, reading, self.mlp_of(layer))
 
     def _module_projections(self) -> list[str]:
         """Projections outside the formulas, grouped by reason."""

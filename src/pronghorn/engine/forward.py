@@ -7,6 +7,7 @@ to the stock forward when a call asks for something it does not give (a KV cache
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,17 +16,29 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
-from pronghorn.blocks import AttentionBlock, DecoderLayer, GluBlock, Level, LinearProjection, ProjectionGroup
+from pronghorn.blocks import (
+    AttentionBlock,
+    DecoderLayer,
+    GluBlock,
+    Level,
+    LinearProjection,
+    MlpBlock,
+    Norm,
+    PackedAdapters,
+    ProjectionGroup,
+    SplitGroup,
+)
 from pronghorn.blocks.glu import TILE_ROWS
 from pronghorn.blocks.levels import is_roomy
+from pronghorn.blocks.projection import Projection
+from pronghorn.engine.angles import Angles, angles_of
 from pronghorn.engine.binding import Binding
 from pronghorn.engine.flat import FlatAdapters
-from pronghorn.engine.loss import shifted_loss, without_padding
+from pronghorn.engine.loss import scaled_logits, shifted_loss, without_padding
 from pronghorn.engine.read import (
     Reading,
     active_module,
     dropout_seed,
-    read_groups,
     read_norm,
     read_projection,
 )
@@ -35,6 +48,9 @@ from pronghorn.kernels.rms_norm import rms_norm
 from pronghorn.memory import HostStash
 
 logger = logging.getLogger("pronghorn")
+
+#: a layer's projections by slot, with the group's packed adapters while a `TrainingStep` runs
+ReadGroups = dict[int, tuple[list[Projection], PackedAdapters | None]]
 
 
 @dataclass
@@ -61,12 +77,11 @@ def compute_dtype(binding: Binding, hidden_states: Tensor) -> torch.dtype:
 
 @dataclass(frozen=True)
 class LayerCall:
-    """What the decoder's forward hands to every layer's."""
+    """What the decoder's forward hands to every layer's; angles by `DecoderFamily.rotation`."""
 
     binding: Binding
     stream: Stream
-    cos: Tensor
-    sin: Tensor
+    angles: Angles
     dtype: torch.dtype
     seed: int
     stash: HostStash | None = None
@@ -85,42 +100,72 @@ def layer_forward(
 def build_layer(layer: Any, call: LayerCall) -> DecoderLayer:
     """Read a layer's modules and make it ready to run."""
     binding, index = call.binding, call.binding.layer_index(layer)
-    parts, family = binding.family.parts, binding.family
-    attention = getattr(layer, parts.attention)
     reading = Reading(layer.training, call.seed + 64 * index)
-
-    groups = {
-        slot: ProjectionGroup(found, None if call.packed is None else call.packed.group((index, slot), found))
-        for slot, found in read_groups(layer, parts, reading).items()
+    read = {
+        slot: (found, None if call.packed is None else call.packed.group((index, slot), found))
+        for slot, found in binding.groups(layer, reading).items()
     }
-
-    head_dim = attention.head_dim
-    window = family.window(binding.config, index)
-    backend = binding.attention_backend(call.cos.device, call.dtype, head_dim, window=window is not None)
-    attention_block = AttentionBlock(
-        norm=read_norm(getattr(layer, parts.input_norm), family.norm_offset),
-        qkv=groups[0],
-        o=groups[3],
-        heads=binding.config.num_attention_heads,
-        kv_heads=binding.config.num_key_value_heads,
-        head_dim=head_dim,
-        cos=call.cos,
-        sin=call.sin,
-        docs=call.stream.docs,
-        call=AttentionCall(float(attention.scaling), window, backend),
-        q_norm=read_norm(getattr(attention, parts.q_norm), family.norm_offset) if parts.q_norm else None,
-        k_norm=read_norm(getattr(attention, parts.k_norm), family.norm_offset) if parts.k_norm else None,
-    )
-    glu_block = GluBlock(
-        norm=read_norm(getattr(layer, parts.post_attention_norm), family.norm_offset),
-        gate_up=groups[4],
-        down=groups[6],
-        activation=binding.activation,
-        tile_rows=binding.tile_rows or TILE_ROWS,
-    )
     asked_for_checkpointing = bool(getattr(layer, "gradient_checkpointing", False)) and layer.training
     level: Level = "none" if asked_for_checkpointing else binding.save_level(index)
-    return DecoderLayer.build(attention_block, glu_block, level, call.dtype, call.stash)
+    mlp = MLP_BLOCKS[binding.mlp_of(layer)](layer, call, read)
+    return DecoderLayer.build(_attention_block(layer, call, read), mlp, level, call.dtype, call.stash)
+
+
+def _attention_block(layer: Any, call: LayerCall, read: ReadGroups) -> AttentionBlock:
+    binding, parts = call.binding, call.binding.family.parts
+    attention, offset = getattr(layer, parts.attention), binding.family.norm_offset
+    config, index, scales = binding.config, binding.layer_index(layer), binding.scales
+    heads, kv_heads, head_dim = config.num_attention_heads, config.num_key_value_heads, attention.head_dim
+    cos, sin = call.angles[binding.family.rotation(config, index)]
+    window = binding.family.window(config, index)
+    backend = binding.attention_backend(cos.device, call.dtype, head_dim, window=window is not None)
+    widths = (heads * head_dim, kv_heads * head_dim, kv_heads * head_dim)
+    return AttentionBlock(
+        norm=read_norm(getattr(layer, parts.input_norm), offset),
+        qkv=_group(read[0], None if parts.qkv is None else widths),
+        o=_group(read[3]),
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        cos=cos,
+        sin=sin,
+        docs=call.stream.docs,
+        call=AttentionCall(float(attention.scaling), window, backend, scales.attention_softcap),
+        q_norm=_read_part_norm(attention, parts.q_norm, offset),
+        k_norm=_read_part_norm(attention, parts.k_norm, offset),
+        output_norm=_read_part_norm(layer, parts.attention_output_norm, offset),
+        output_scale=scales.residual,
+    )
+
+
+def _glu_block(layer: Any, call: LayerCall, read: ReadGroups) -> GluBlock:
+    binding, parts = call.binding, call.binding.family.parts
+    widths = (binding.config.intermediate_size,) * 2
+    return GluBlock(
+        norm=read_norm(getattr(layer, parts.mlp_norm), binding.family.norm_offset),
+        gate_up=_group(read[4], None if parts.gate_up is None else widths),
+        down=_group(read[6]),
+        activation=binding.activation,
+        tile_rows=binding.tile_rows or TILE_ROWS,
+        output_norm=_read_part_norm(layer, parts.mlp_output_norm, binding.family.norm_offset),
+        output_scale=binding.scales.residual,
+    )
+
+
+#: `DecoderFamily.mlp` -> what makes that kind of block of a layer
+MLP_BLOCKS: dict[str, Callable[[Any, LayerCall, ReadGroups], MlpBlock]] = {"glu": _glu_block}
+
+
+def _group(
+    read: tuple[list[Projection], PackedAdapters | None], widths: tuple[int, ...] | None = None
+) -> ProjectionGroup:
+    """Projections of one input; or, with `widths`, the one module that gives all of them."""
+    found, packed = read
+    return ProjectionGroup(found, packed) if widths is None else SplitGroup(found[0], widths, packed)
+
+
+def _read_part_norm(parent: Any, name: str | None, offset: float) -> Norm | None:
+    return None if name is None else read_norm(getattr(parent, name), offset)
 
 
 # --- decoder ---------------------------------------------------------------------------------------------------
@@ -162,12 +207,12 @@ def decoder_forward(
     if inputs_embeds is None:
         inputs_embeds = decoder.embed_tokens(input_ids)
     hidden_states, stream = flatten_rows(inputs_embeds, attention_mask, position_ids, kwargs)
-    cos, sin = decoder.rotary_emb(hidden_states[None], position_ids=stream.position_ids[None])
+    if binding.scales.embedding != 1.0:
+        hidden_states = hidden_states * binding.scales.embedding
     call = LayerCall(
         binding,
         stream,
-        cos[0],
-        sin[0],
+        angles_of(binding, decoder, hidden_states, stream.position_ids),
         compute_dtype(binding, hidden_states),
         dropout_seed(decoder.training),
         binding.new_stash(hidden_states.device) if torch.is_grad_enabled() else None,
@@ -243,12 +288,18 @@ def causal_lm_forward(
     if loss_rows is None and isinstance(attention_mask, Tensor) and attention_mask.shape == labels.shape:
         labels = without_padding(labels, attention_mask)
     loss, num_correct = shifted_loss(
-        head, hidden_states, labels, loss_rows, num_items_in_batch, is_roomy(binding.save_levels)
+        head,
+        hidden_states,
+        labels,
+        loss_rows,
+        num_items_in_batch,
+        is_roomy(binding.save_levels),
+        binding.scales,
     )
     wants_logits = not model.training if return_logits is None else return_logits
     return LossOutput(
         loss=loss,
-        logits=model.lm_head(hidden_states) if wants_logits else None,
+        logits=scaled_logits(model.lm_head(hidden_states), binding.scales) if wants_logits else None,
         past_key_values=outputs.past_key_values,
         hidden_states=outputs.hidden_states,
         attentions=outputs.attentions,

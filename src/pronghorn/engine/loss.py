@@ -9,7 +9,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pronghorn.blocks import LinearProjection
+from pronghorn.families import Scales
 from pronghorn.kernels.linear_cross_entropy import default_chunk_rows, linear_cross_entropy
+
+NO_SCALES = Scales()
 
 
 def without_padding(labels: Tensor, mask: Tensor) -> Tensor:
@@ -24,11 +27,12 @@ def shifted_loss(
     loss_rows: Tensor | None,
     num_items_in_batch: Tensor | int | None,
     roomy: bool = False,
+    scales: Scales = NO_SCALES,
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy over the rows that have a supervised successor; see `causal_lm_forward`.
 
     `loss_rows` may hold rows without one, to fill it up to a size: they count nothing and get a zero gradient.
-    `roomy`: memory is not short.
+    `roomy`: memory is not short. Of `scales` those of the logits count.
     """
     batch, length = labels.shape
     # Row t predicts label t + 1; the last position of each row predicts nothing.
@@ -51,8 +55,18 @@ def shifted_loss(
             bias=head.bias,
             lora=None if adapter is None else (adapter.a, adapter.b, adapter.scaling),
             normalizer=num_items_in_batch,
+            logit_scale=scales.logits,
+            softcap=scales.logit_softcap,
             chunk_rows=default_chunk_rows(stored.shape[0], dtype.itemsize, rows.device.type, roomy),
         )
+
+
+def scaled_logits(logits: Tensor, scales: Scales) -> Tensor:
+    """What a family makes of lm_head's output: c · tanh(scale · logits / c)."""
+    if scales.logits != 1.0:
+        logits = logits * scales.logits
+    cap = scales.logit_softcap
+    return logits if cap is None else torch.tanh(logits / cap) * cap
 
 
 class _TakeRows(torch.autograd.Function):

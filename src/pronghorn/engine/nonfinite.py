@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pronghorn.engine.angles import angles_of
 from pronghorn.engine.bind import binding_of
 from pronghorn.engine.binding import Binding, base_causal_lm
 from pronghorn.engine.forward import LayerCall, build_layer, compute_dtype, readable_head
@@ -140,9 +141,10 @@ class _Layers:
         found = self._embedding(hidden)
         if found is not None:
             return found
-        cos, sin = decoder.rotary_emb(hidden[None], position_ids=stream.position_ids[None])
+        hidden = hidden * self.binding.scales.embedding
+        angles = angles_of(self.binding, decoder, hidden, stream.position_ids)
         call = LayerCall(
-            self.binding, stream, cos[0], sin[0], compute_dtype(self.binding, hidden), dropout_seed(True)
+            self.binding, stream, angles, compute_dtype(self.binding, hidden), dropout_seed(True)
         )
         inputs = []
         for layer in decoder.layers[: decoder.config.num_hidden_layers]:
@@ -177,17 +179,21 @@ class _Layers:
         if _finite(out):
             return None, out
         parts, attention, glu = self.binding.family.parts, saves.attention, saves.glu
+        q, k, v = (parts.q, parts.k, parts.v) if parts.qkv is None else (parts.qkv,) * 3
+        gate, up = (parts.gate, parts.up) if parts.gate_up is None else (parts.gate_up,) * 2
         stages = [
             (f"{parts.input_norm}", "output of", attention.normed),
-            (f"{parts.attention}.{parts.q}", "output of", attention.q),
-            (f"{parts.attention}.{parts.k}", "output of", attention.k),
-            (f"{parts.attention}.{parts.v}", "output of", attention.v),
+            (f"{parts.attention}.{q}", "output of", attention.q),
+            (f"{parts.attention}.{k}", "output of", attention.k),
+            (f"{parts.attention}.{v}", "output of", attention.v),
             (f"{parts.attention}", "attention of", attention.out),
-            (f"{parts.attention}.{parts.o}", "residual sum after", glu.summed),
-            (f"{parts.post_attention_norm}", "output of", glu.normed),
-            (f"{parts.mlp}.{parts.gate}", "output of", glu.gate),
-            (f"{parts.mlp}.{parts.up}", "output of", glu.up),
-            (f"{parts.mlp}.{parts.down}", "residual sum after", out),
+            (f"{parts.attention}.{parts.o}", "output of", attention.projected),
+            (parts.attention_output_norm or f"{parts.attention}.{parts.o}", "residual sum after", glu.summed),
+            (f"{parts.mlp_norm}", "output of", glu.normed),
+            (f"{parts.mlp}.{gate}", "output of", glu.gate),
+            (f"{parts.mlp}.{up}", "output of", glu.up),
+            (f"{parts.mlp}.{parts.down}", "output of", glu.projected),
+            (parts.mlp_output_norm or f"{parts.mlp}.{parts.down}", "residual sum after", out),
         ]
         prefix = self._name_of_module(layer)
         looked_at: list[nn.Module] = []
@@ -233,7 +239,14 @@ class _Layers:
         labels = labels if mask is None else without_padding(labels, mask)
         with torch.enable_grad():
             rows = unflatten_rows(normed, stream)
-            loss, _ = shifted_loss(head, rows, labels, self.batch.get("loss_rows"), self.normalizer)
+            loss, _ = shifted_loss(
+                head,
+                rows,
+                labels,
+                self.batch.get("loss_rows"),
+                self.normalizer,
+                scales=self.binding.scales,
+            )
         if not _finite(loss):
             return self._loss(rows.detach().reshape(labels.numel(), -1), labels), None
         if not loss.requires_grad:

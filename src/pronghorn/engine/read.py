@@ -44,19 +44,24 @@ def read_projection(module: nn.Module, reading: Reading, slot: int) -> Projectio
     return _read_peft(module, reading, slot)
 
 
-def read_groups(layer: Any, parts: LayerParts, reading: Reading) -> dict[int, list[Projection]]:
-    """A layer's projections, those that share their input together, by the slot of the first: q k v at 0, o at 3, gate
-    and up at 4, down at 6."""
-    attention, mlp = getattr(layer, parts.attention), getattr(layer, parts.mlp)
-    members = {
-        0: (attention, parts.q, parts.k, parts.v),
-        3: (attention, parts.o),
-        4: (mlp, parts.gate, parts.up),
-        6: (mlp, parts.down),
-    }
+def group_names(parts: LayerParts, mlp: str = "glu") -> dict[int, tuple[str, tuple[str, ...]]]:
+    """The modules of a layer that share their input, with their parent, by the slot of the first: q k v at 0, o at 3,
+    gate and up at 4, down at 6. A kind of MLP other than "glu" reads its own weights."""
+    (qkv, o), (gate_up, down) = parts.attention_projections, parts.mlp_projections
+    found = {0: (parts.attention, qkv), 3: (parts.attention, o)}
+    return found | ({4: (parts.mlp, gate_up), 6: (parts.mlp, down)} if mlp == "glu" else {})
+
+
+def read_groups(
+    layer: Any, parts: LayerParts, reading: Reading, mlp: str = "glu"
+) -> dict[int, list[Projection]]:
+    """A layer's projections by the slots of `group_names`."""
     return {
-        slot: [read_projection(getattr(parent, name), reading, slot + i) for i, name in enumerate(names)]
-        for slot, (parent, *names) in members.items()
+        slot: [
+            read_projection(getattr(getattr(layer, parent), name), reading, slot + i)
+            for i, name in enumerate(names)
+        ]
+        for slot, (parent, names) in group_names(parts, mlp).items()
     }
 
 

@@ -29,7 +29,7 @@ from pronghorn.engine.flat import FlatAdapters, lay_out
 from pronghorn.engine.forward import readable_head
 from pronghorn.engine.joined import join_weights
 from pronghorn.engine.planning import reserve_host
-from pronghorn.engine.read import Reading, read_groups
+from pronghorn.engine.read import Reading
 from pronghorn.engine.signature import has_hooks, module_tree, state_of
 
 logger = logging.getLogger("pronghorn")
@@ -194,7 +194,7 @@ class TrainingStep:
         groups = {
             (self.binding.layer_index(layer), slot): found
             for layer in self.binding.layers
-            for slot, found in read_groups(layer, self.binding.family.parts, Reading(True)).items()
+            for slot, found in self.binding.groups(layer, Reading(True)).items()
         }
         join_weights(groups, roomy=is_roomy(self.binding.save_levels))
         self._flat = lay_out(groups, self._compute_dtype(device))

@@ -1,11 +1,21 @@
 """The model families with a fast path. Adding one: a `DecoderFamily` in a file of its own, listed here."""
 
-from pronghorn.families import llama, mistral, qwen
-from pronghorn.families.spec import ACTIVATIONS, DecoderFamily, LayerParts
+from pronghorn.families import gemma, granite, llama, mistral, phi, qwen
+from pronghorn.families.spec import ACTIVATIONS, DecoderFamily, LayerParts, Scales
 
-FAMILIES: tuple[DecoderFamily, ...] = (llama.FAMILY, mistral.FAMILY, qwen.QWEN2, qwen.QWEN3)
+FAMILIES: tuple[DecoderFamily, ...] = (
+    llama.FAMILY,
+    mistral.FAMILY,
+    qwen.QWEN2,
+    qwen.QWEN3,
+    gemma.GEMMA,
+    gemma.GEMMA2,
+    gemma.GEMMA3,
+    phi.FAMILY,
+    granite.FAMILY,
+)
 
-__all__ = ["ACTIVATIONS", "FAMILIES", "DecoderFamily", "LayerParts", "family_of"]
+__all__ = ["ACTIVATIONS", "FAMILIES", "DecoderFamily", "LayerParts", "Scales", "family_of"]
 
 
 def family_of(model_type: str) -> DecoderFamily | None:

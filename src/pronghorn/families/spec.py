@@ -9,21 +9,66 @@ from typing import Any
 
 @dataclass(frozen=True)
 class LayerParts:
-    """Paths inside a decoder layer. A part that a family lacks is None."""
+    """Paths inside a decoder layer. A part that a family lacks is None.
+
+    `qkv` and `gate_up` are one module for what others have apart; q, k, v or gate, up are then not looked at.
+    """
 
     input_norm: str = "input_layernorm"
     attention: str = "self_attn"
     q: str = "q_proj"
     k: str = "k_proj"
     v: str = "v_proj"
+    qkv: str | None = None
     o: str = "o_proj"
     q_norm: str | None = None
     k_norm: str | None = None
-    post_attention_norm: str = "post_attention_layernorm"
+    #: of what the attention gives, before the residual sum
+    attention_output_norm: str | None = None
+    #: of the residual sum, before the MLP
+    mlp_norm: str = "post_attention_layernorm"
     mlp: str = "mlp"
     gate: str = "gate_proj"
     up: str = "up_proj"
+    gate_up: str | None = None
     down: str = "down_proj"
+    activation: str = "act_fn"
+    #: of what the MLP gives, before the residual sum
+    mlp_output_norm: str | None = None
+
+    @property
+    def attention_projections(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Names of the modules that read the attention's input, and of the one that reads its output."""
+        return ((self.q, self.k, self.v) if self.qkv is None else (self.qkv,)), (self.o,)
+
+    @property
+    def mlp_projections(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Names of the modules that read the MLP's input, and of the one that reads the activation."""
+        return ((self.gate, self.up) if self.gate_up is None else (self.gate_up,)), (self.down,)
+
+    @property
+    def norms(self) -> tuple[str, ...]:
+        """Names of the norms of a layer, in the order of their use."""
+        found = (self.input_norm, self.attention_output_norm, self.mlp_norm, self.mlp_output_norm)
+        return tuple(name for name in found if name is not None)
+
+
+@dataclass(frozen=True)
+class Scales:
+    """Numbers that a config sets besides sizes; the defaults change nothing.
+
+    Args:
+        embedding: factor of the embedded tokens, where the decoder and not its embedding multiplies.
+        residual: factor of what attention and MLP give, before the residual sum.
+        logits: factor of the logits. `logit_softcap`: logits become c · tanh(logits / c) after it.
+        attention_softcap: the same for the attention's logits.
+    """
+
+    embedding: float = 1.0
+    residual: float = 1.0
+    logits: float = 1.0
+    logit_softcap: float | None = None
+    attention_softcap: float | None = None
 
 
 def no_window(config: Any, layer_index: int) -> int | None:
@@ -31,14 +76,45 @@ def no_window(config: Any, layer_index: int) -> int | None:
     return None
 
 
+def window_by_layer_type(config: Any, layer_index: int) -> int | None:
+    """The config's window in the layers that its `layer_types` call "sliding_attention"."""
+    layer_types = getattr(config, "layer_types", None)
+    sliding = layer_types is not None and layer_types[layer_index] == "sliding_attention"
+    return config.sliding_window if sliding else None
+
+
+def window_everywhere(config: Any, layer_index: int) -> int | None:
+    """The config's window, where it sets one, in every layer."""
+    return getattr(config, "sliding_window", None)
+
+
 def no_restriction(config: Any) -> str | None:
     """Every config of the family takes the fast path."""
     return None
 
 
+def no_scales(config: Any) -> Scales:
+    """Nothing is multiplied or capped."""
+    return Scales()
+
+
+#: `DecoderFamily.rotation` of layers whose angles the decoder's rotary module gives without being told a kind
+ONE_ROTATION = ""
+
+
+def one_rotation(config: Any, layer_index: int) -> str | None:
+    """The same angles in every layer."""
+    return ONE_ROTATION
+
+
+def gated_mlp(config: Any, layer_index: int) -> str:
+    """gate, up and down in every layer."""
+    return "glu"
+
+
 @dataclass(frozen=True)
 class DecoderFamily:
-    """A pre-norm decoder with rotary attention and a gated MLP.
+    """A decoder of residual layers with norms, rotary attention and a gated MLP.
 
     Args:
         name: shown by `describe()`.
@@ -46,22 +122,33 @@ class DecoderFamily:
         prefix: Transformers' class prefix; the classes that the fast path was reviewed for are
             `{prefix}ForCausalLM`, `{prefix}Model`, `{prefix}DecoderLayer`, `{prefix}Attention`, `{prefix}MLP`,
             `{prefix}RMSNorm` and `{prefix}RotaryEmbedding`.
+        decoder: the class of the decoder where it is not `{prefix}Model`.
         parts: where things are in a layer.
+        mlp: by config and layer which kind of MLP a layer has, a key of `engine.forward.MLP_BLOCKS`.
         window: sliding window in tokens of a layer, None for full attention.
+        rotation: by config and layer what the rotary module is asked for: `ONE_ROTATION`, the name of one of several
+            kinds of layers, or None for a layer that does not rotate.
+        scales: factors and caps that the config sets.
         norm_offset: 1.0 where norms multiply by (1 + weight).
+        activation: the config's key for the MLP's activation.
         unsupported: a reason why a config of this family cannot take the fast path, or None.
     """
 
     name: str
     model_types: tuple[str, ...]
     prefix: str
+    decoder: str = ""
     parts: LayerParts = field(default_factory=LayerParts)
+    mlp: Callable[[Any, int], str] = gated_mlp
     window: Callable[[Any, int], int | None] = no_window
+    rotation: Callable[[Any, int], str | None] = one_rotation
+    scales: Callable[[Any], Scales] = no_scales
     norm_offset: float = 0.0
+    activation: str = "hidden_act"
     unsupported: Callable[[Any], str | None] = no_restriction
 
 
-#: `config.hidden_act` -> the activation's name in `kernels.glu`
+#: a config's name of its activation -> the activation's name in `kernels.glu`
 ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",

@@ -21,6 +21,7 @@ from pronghorn.blocks.projection.parts import (
     Projection,
     product_for,
 )
+from pronghorn.blocks.projection.split import SplitGroup
 
 __all__ = [
     "Adapter",
@@ -31,5 +32,6 @@ __all__ = [
     "PackedAdapters",
     "Projection",
     "ProjectionGroup",
+    "SplitGroup",
     "product_for",
 ]

@@ -26,7 +26,7 @@ from pronghorn.blocks.projection.parts import (
     Projection,
 )
 from pronghorn.kernels import lora
-from pronghorn.weights import DenseWeight, Fp8Weight, Int8Weight, Weight, side_by_side, stacked
+from pronghorn.weights import DenseWeight, Fp8Weight, Int8Products, Weight, side_by_side, stacked
 from pronghorn.weights.operand import TURNED, Operand, Turned, as_operand
 
 
@@ -76,6 +76,15 @@ class ProjectionGroup(GroupParameters):
         if xa is not None and not deferring:
             self._add_late_adapters_(done, xa)
         return done, xa
+
+    @property
+    def is_one_matrix(self) -> bool:
+        """Whether the outputs are columns of one module's (`SplitGroup`)."""
+        return False
+
+    def of_outputs(self, dys: list[Tensor]) -> list[Tensor]:
+        """Gradients of `forward`'s outputs as `input_grad` and `parameter_grads` take them, one a projection."""
+        return dys
 
     def _biases_alike(self) -> bool:
         return len({p.bias is None for p in self._all_linear()}) == 1
@@ -356,8 +365,8 @@ class ProjectionGroup(GroupParameters):
         projection = self.projections[0]
         lone = len(self.projections) == 1 and isinstance(projection, LinearProjection)
         weight = projection.weight if lone and isinstance(projection, LinearProjection) else None
-        if isinstance(weight, Int8Weight):
-            return None if weight.back is None else TURNED
+        if isinstance(weight, Int8Products):
+            return TURNED if weight.turns_output_grads else None
         return weight.exponents if isinstance(weight, Fp8Weight) else None
 
     @property
@@ -368,7 +377,7 @@ class ProjectionGroup(GroupParameters):
     @property
     def turns_rows(self) -> bool:
         """Whether products of the forward pass take the rows of x in int8, turned."""
-        return any(isinstance(projection.weight, Int8Weight) for projection in self._all_linear())
+        return any(isinstance(projection.weight, Int8Products) for projection in self._all_linear())
 
     def _terms(
         self, operands: Sequence[Operand], joined: bool, of_stack: Operand | None
@@ -376,7 +385,7 @@ class ProjectionGroup(GroupParameters):
         """The products that dX is the sum of: one where the weights, and dY if they are to be read so, lie side by
         side."""
         stack, tensors = self.stack, [operand.tensor for operand in operands]
-        if isinstance(stack, Int8Weight):
+        if isinstance(stack, Int8Products):
             return [(LinearProjection(stack), of_stack or stack.operand_of(tensors))]
         if isinstance(stack, Fp8Weight):
             # dY are read once more anyway, to be quantised.
