@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from typing import Any
 
 
 class PronghornError(Exception):
@@ -326,8 +327,8 @@ class ExportDiffers(PronghornError):
     """An export, opened again by what will run it, predicts otherwise than the model; it is kept and marked."""
 
     code = "PH611"
-    #: what was written (`pronghorn.export.Export`), where somebody wants to go on with it
-    export: object = None
+    #: what was written (a `pronghorn.export.Export`), where somebody wants to go on with it
+    export: Any = None
 
 
 class RequestTooLong(PronghornError):
@@ -364,3 +365,9 @@ class CannotServe(PronghornError):
     """The server cannot start: its address is taken, or would be open to others without a token."""
 
     code = "PH810"
+
+
+class RunUnreadable(PronghornError):
+    """A folder or file holds no record of a training run, or a damaged one."""
+
+    code = "PH703"

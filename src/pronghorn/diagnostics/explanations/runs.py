@@ -240,4 +240,16 @@ EXPLANATIONS: dict[str, Explanation] = {
             "拷贝；NCCL_DEBUG=INFO 显示链路；准备数据时间长时增大 ddp_timeout。",
         ),
     ),
+    "PH703": Explanation(
+        cause="The folder is not the output_dir of a run, the run ended before its first log, its report was turned "
+        "off (report=False) and it saved no checkpoint, or the file was cut off.",
+        fix="Name the output_dir of the run, its run.json, or a checkpoint's trainer_state.json, of whichever trainer.",
+        example="[PH703] there is neither run.json nor trainer_state.json (outputs). Fix: name the output_dir of a run",
+        zh=(
+            "该文件夹或文件中没有训练运行的记录，或记录已损坏。",
+            "该文件夹不是某次运行的 output_dir；运行在第一次记录日志前就结束了；关闭了报告（report=False）"
+            "且没有保存检查点；或文件不完整。",
+            "请指定该运行的 output_dir、其中的 run.json，或任意训练器检查点中的 trainer_state.json。",
+        ),
+    ),
 }
