@@ -8,9 +8,9 @@ EXPLANATIONS: dict[str, Explanation] = {
     "PH801": Explanation(
         cause="The prompt and max_new_tokens together exceed the context the engine was made for, or more tokens than "
         "its cache has room for.",
-        fix="Shorten the prompt, lower max_new_tokens, or make the engine with a larger max_context or cache_tokens.",
-        example="[PH801] a prompt of 8,000 tokens and an answer of 500 exceed the context of 8,192 tokens. Fix: at most "
-        "192 new tokens, or a shorter prompt",
+        fix="Shorten the prompt, lower max_new_tokens, or give the engine a larger max_context or cache_tokens.",
+        example="[PH801] a prompt of 8,000 tokens and an answer of 500 exceed the context of 8,192 tokens. Fix: at "
+        "most 192 new tokens, or a shorter prompt",
         zh=(
             "提示词与回答的长度超过模型上下文或键值缓存。",
             "提示词与 max_new_tokens 之和超过引擎的上下文长度，或超过缓存能容纳的词元数。",
@@ -38,8 +38,8 @@ EXPLANATIONS: dict[str, Explanation] = {
         ),
     ),
     "PH804": Explanation(
-        cause="The model's family is unknown to the fast path, a module has hooks, or an adapter is of a kind that only "
-        "its own module computes (DoRA, several active at once).",
+        cause="The model's family is unknown to the fast path, a module has hooks, or an adapter is of a kind that "
+        "only its own module computes (DoRA, several active at once).",
         fix="Use model.generate, which runs Transformers' own code for such a model; or merge the adapter.",
         example="[PH804] the engine cannot run this model: model type 'gpt2' has no family file. Fix: model.generate "
         "of Transformers can",

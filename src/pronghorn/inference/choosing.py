@@ -1,0 +1,70 @@
+"""From the requests of a batch to how each row's token is chosen, and to what is told about it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Many
+
+import torch
+from torch import Tensor
+
+from pronghorn.inference.requests import Token
+from pronghorn.inference.sequences import Sequence
+from pronghorn.kernels.sampling import Choice, choose, uniform
+
+
+def is_plain(sequences: Many[Sequence]) -> bool:
+    """Whether every row takes the largest logit, and nothing is told about it."""
+    params = [sequence.request.sampling for sequence in sequences]
+    return all(p.temperature == 0 and p.repetition_penalty == 1 and p.logprobs is None for p in params)
+
+
+def choice_of(sequences: Many[Sequence], device: torch.device, vocabulary: int) -> Choice:
+    """How the next token of each sequence is chosen; its random number is that of its place in the answer."""
+    params = [sequence.request.sampling for sequence in sequences]
+
+    def column(values: list[float]) -> Tensor:
+        return torch.tensor(values, dtype=torch.float32, device=device)
+
+    numbers = [uniform(s.seed, s.generated) if s.request.sampling.temperature else 0.0 for s in sequences]
+    return Choice(
+        temperature=column([p.temperature for p in params]),
+        top_k=torch.tensor([p.top_k for p in params], dtype=torch.int32, device=device),
+        top_p=column([p.top_p for p in params]),
+        min_p=column([p.min_p for p in params]),
+        penalty=column([p.repetition_penalty for p in params]),
+        uniform=column(numbers),
+        seen=_seen(sequences, device, vocabulary),
+        draws=any(p.temperature > 0 for p in params),
+        cuts=any(p.top_k or p.top_p < 1 or p.min_p for p in params),
+    )
+
+
+def next_tokens(sequences: Many[Sequence], logits: Tensor) -> list[Token]:
+    """The next token of each sequence for fp32 logits [B, V]."""
+    if is_plain(sequences):
+        return [Token(token) for token in logits.argmax(-1).tolist()]
+    ids = choose(logits, choice_of(sequences, logits.device, logits.shape[1])).tolist()
+    return [_told(sequence, row, token) for sequence, row, token in zip(sequences, logits, ids, strict=True)]
+
+
+def _told(sequence: Sequence, logits: Tensor, token: int) -> Token:
+    """A token with the log-probabilities that its request asks for."""
+    count = sequence.request.sampling.logprobs
+    if count is None:
+        return Token(token)
+    logprobs = logits.log_softmax(-1)
+    best = logprobs.topk(min(count, len(logprobs)))
+    top = tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+    return Token(token, float(logprobs[token]), top)
+
+
+def _seen(sequences: Many[Sequence], device: torch.device, vocabulary: int) -> Tensor | None:
+    """bool [B, V]: the tokens of each row that has a repetition penalty."""
+    if all(s.request.sampling.repetition_penalty == 1 for s in sequences):
+        return None
+    seen = torch.zeros(len(sequences), vocabulary, dtype=torch.bool)
+    for row, sequence in enumerate(sequences):
+        if sequence.request.sampling.repetition_penalty != 1:
+            seen[row, sequence.tokens] = True
+            seen[row, list(sequence.also_seen)] = True
+    return seen.to(device)

@@ -1,0 +1,217 @@
+"""A bound model as inference reads it: its layers' weights in the trainer's own storage, and all of its adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pronghorn.blocks import Adapter, LinearProjection, Norm
+from pronghorn.engine import bind
+from pronghorn.engine.altered import altered_part
+from pronghorn.engine.angles import angles_of
+from pronghorn.engine.binding import Binding, base_causal_lm
+from pronghorn.engine.forward import compute_dtype
+from pronghorn.engine.read import Reading, active_module, group_names, read_norm, read_projection
+from pronghorn.errors import EngineRefused
+from pronghorn.inference.projections import Group
+from pronghorn.kernels.decode_attention import Heads, Rotation
+
+#: kinds of rotation whose angles depend on a position alone, not on how long the context is
+_FIXED_ROTATIONS = ("default", "linear", "llama3", "yarn", "proportional")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One decoder layer. `rotation` is a key of `Decoder.rotations`."""
+
+    norm: Norm
+    qkv: Group
+    heads: Heads
+    rotation: str | None
+    o: Group
+    mlp_norm: Norm
+    gate_up: Group
+    down: Group
+    attention_output_norm: Norm | None = None
+    mlp_output_norm: Norm | None = None
+
+
+class Decoder:
+    """What `Engine` runs.
+
+    Args:
+        model: a Transformers causal LM or a PEFT model of one; it is bound where it is not yet.
+        positions: how many positions the tables of angles hold.
+
+    Attributes:
+        adapters: names of the adapters that requests may choose.
+        active: the one that the model itself runs now, None for none.
+        only_active: adapters bring modules of their own besides LoRA pairs: requests have to name the active one.
+
+    Raises:
+        EngineRefused: only Transformers' own code can run this model.
+    """
+
+    def __init__(self, model: Any, positions: int) -> None:
+        self.base = base_causal_lm(model)
+        self.binding: Binding = bind(self.base)
+        refusal = why_not(self.base, self.binding)
+        if refusal is not None:
+            raise EngineRefused(
+                f"the engine cannot run this model: {refusal}", fix="model.generate of Transformers can"
+            )
+        self.positions = positions
+        self.embedding = self.base.get_input_embeddings()
+        self.device: torch.device = self.base.lm_head.weight.device
+        self.residual_dtype: torch.dtype = active_module(self.embedding).weight.dtype
+        self.dtype = compute_dtype(
+            self.binding, torch.empty(0, dtype=self.residual_dtype, device=self.device)
+        )
+        self.scales = self.binding.family.scales(self.base.config)
+        self.activation = self.binding.activation
+        self.vocabulary = int(self.base.lm_head.weight.shape[0])
+        self._signature: tuple[Any, ...] = ()
+        self.rotations = self._rotations()
+        self.refresh()
+
+    def refresh(self) -> bool:
+        """Read the model again if its weights, adapters or switches are other ones than before; True if so."""
+        signature = _signature(self.base)
+        if signature == self._signature:
+            return False
+        tuners = [m for m in self.base.modules() if "base_layer" in m._modules]
+        self.merged = any(bool(getattr(m, "merged", False)) for m in tuners)
+        self.only_active = any("modules_to_save" in m._modules for m in self.base.modules())
+        on = {tuple(m.active_adapters) for m in tuners if not m.disable_adapters}
+        self.several_active = any(len(names) > 1 for names in on) or len(on) > 1
+        self.active = next(iter(on))[0] if on and not self.merged and not self.several_active else None
+        names = {name for m in tuners if "lora_A" in m._modules for name in m._modules["lora_A"]._modules}
+        self.adapters = () if self.merged else tuple(sorted(names))
+        if self.only_active:
+            self.adapters = tuple(name for name in self.adapters if name == self.active)
+        self.layers = [self._layer(layer) for layer in self.base.model.layers]
+        self.norm = read_norm(self.base.model.norm, self.binding.family.norm_offset)
+        self.head = self._group([self.base.lm_head], self.residual_dtype)
+        # Weights of a group may have moved next to each other.
+        self._signature = _signature(self.base)
+        return True
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """[T] -> [T, H], as the decoder takes them."""
+        x: Tensor = self.embedding(ids)
+        return x if self.scales.embedding == 1.0 else x * self.scales.embedding
+
+    def _layer(self, layer: Any) -> Layer:
+        binding, family = self.binding, self.binding.family
+        parts, config, index = family.parts, self.base.config, binding.layer_index(layer)
+        attention = getattr(layer, parts.attention)
+        groups = {
+            slot: self._group([getattr(getattr(layer, parent), name) for name in names], self.dtype)
+            for slot, (parent, names) in group_names(parts, family.mlp(config, index)).items()
+        }
+
+        def norm(parent: Any, name: str | None) -> Norm | None:
+            return None if name is None else read_norm(getattr(parent, name), family.norm_offset)
+
+        q_norm, k_norm = norm(attention, parts.q_norm), norm(attention, parts.k_norm)
+        heads = Heads(
+            heads=config.num_attention_heads,
+            kv_heads=config.num_key_value_heads,
+            head_dim=attention.head_dim,
+            scale=float(attention.scaling),
+            window=family.window(config, index),
+            q_norm=None if q_norm is None else q_norm.weight.detach(),
+            k_norm=None if k_norm is None else k_norm.weight.detach(),
+            eps=1e-6 if q_norm is None else q_norm.eps,
+            norm_offset=family.norm_offset,
+            softcap=self.scales.attention_softcap,
+        )
+        return Layer(
+            norm=read_norm(getattr(layer, parts.input_norm), family.norm_offset),
+            qkv=groups[0],
+            heads=heads,
+            rotation=family.rotation(config, index),
+            o=groups[3],
+            mlp_norm=read_norm(getattr(layer, parts.mlp_norm), family.norm_offset),
+            gate_up=groups[4],
+            down=groups[6],
+            attention_output_norm=norm(layer, parts.attention_output_norm),
+            mlp_output_norm=norm(layer, parts.mlp_output_norm),
+        )
+
+    def _group(self, modules: Sequence[nn.Module], dtype: torch.dtype) -> Group:
+        projections = []
+        adapters: dict[str, dict[int, Adapter]] = {name: {} for name in self.adapters}
+        for i, module in enumerate(map(active_module, modules)):
+            read = read_projection(module, Reading(False), 0)
+            if not isinstance(read, LinearProjection):
+                raise EngineRefused(
+                    f"the engine cannot run this model: {read.reason}",
+                    fix="model.generate of Transformers can",
+                )
+            projections.append(LinearProjection(read.weight, read.bias))
+            for name, adapter in _adapters(module):
+                if name in adapters:
+                    adapters[name][i] = adapter
+        return Group(projections, adapters, dtype)
+
+    def _rotations(self) -> dict[str | None, Rotation]:
+        positions = torch.arange(self.positions, device=self.device)
+        like = torch.empty(1, 1, dtype=self.residual_dtype, device=self.device)
+        angles = angles_of(self.binding, self.base.model, like, positions)
+        return {kind: Rotation(cos.contiguous(), sin.contiguous()) for kind, (cos, sin) in angles.items()}
+
+
+def why_not(base: Any, binding: Binding) -> str | None:
+    """Why only Transformers' own code can run a model; None where the engine can."""
+    if not binding.bound:
+        return "; ".join(binding.reasons)
+    config, family = base.config, binding.family
+    altered = altered_part(base.model, family.parts)
+    if altered is not None:
+        return altered
+    kinds = {family.mlp(config, binding.layer_index(layer)) for layer in binding.layers}
+    if kinds != {"glu"}:
+        return f"it has layers of another kind ({', '.join(sorted(kinds - {'glu'}))})"
+    return _moving_rotation(getattr(config, "rope_parameters", None) or {})
+
+
+def _moving_rotation(parameters: Any) -> str | None:
+    """A kind of rotation whose angles change with the context's length, or None."""
+    nested = [p for p in parameters.values() if isinstance(p, dict)]
+    for found in nested or [parameters]:
+        kind = found.get("rope_type", "default")
+        if kind not in _FIXED_ROTATIONS:
+            return f"its angles depend on the context's length (rope_type '{kind}')"
+    return None
+
+
+def _adapters(module: Any) -> Iterator[tuple[str, Adapter]]:
+    """The LoRA pairs of a linear module by name, active or not."""
+    children = module._modules
+    if "base_layer" not in children or "lora_A" not in children:
+        return
+    for name, a in children["lora_A"]._modules.items():
+        b = children["lora_B"]._modules.get(name)
+        if name in module.lora_variant or not (isinstance(a, nn.Linear) and isinstance(b, nn.Linear)):
+            raise EngineRefused(
+                f"the engine cannot run this model: adapter '{name}' is of a kind that PEFT computes itself",
+                fix="model.generate of Transformers can; or merge the adapter",
+            )
+        yield name, Adapter(a.weight, b.weight, float(module.scaling[name]), b_bias=b.bias)
+
+
+def _signature(base: Any) -> tuple[Any, ...]:
+    """What changes when weights are trained, moved, merged or switched."""
+    tensors = [(p.data_ptr(), p._version) for p in base.parameters()]
+    switches = [
+        (tuple(m.active_adapters), m.disable_adapters, tuple(m.merged_adapters), tuple(m.scaling.values()))
+        for m in base.modules()
+        if "lora_A" in m._modules
+    ]
+    hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in base.modules())
+    return (*tensors, *switches, hooks)

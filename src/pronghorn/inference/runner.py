@@ -1,0 +1,107 @@
+"""Runs batches step by step with plain torch calls; the reference of captured steps, and what a CPU runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Many
+from itertools import groupby
+from typing import Protocol
+
+import torch
+
+from pronghorn.inference.choosing import next_tokens
+from pronghorn.inference.decoder import Decoder
+from pronghorn.inference.forward import Cache, Part, decode, logits_of, prefill
+from pronghorn.inference.projections import Segment
+from pronghorn.inference.requests import Token
+from pronghorn.inference.sequences import Sequence
+from pronghorn.kernels.decode_attention import Paged
+
+
+class Pending(Protocol):
+    """Tokens of a step that may still be on its way."""
+
+    def tokens(self) -> list[tuple[Sequence, Token]]:
+        """Waits for the step."""
+
+
+class Runner(Protocol):
+    """What the engine drives."""
+
+    #: whether the next step may be launched before the last one's tokens are read
+    runs_ahead: bool
+
+    def prefill(self, parts: Many[tuple[Sequence, int]]) -> list[tuple[Sequence, Token]]:
+        """Compute the tokens of each sequence from those cached up to the given length; the next token of each that
+        is complete then."""
+
+    def decode(self, sequences: Many[Sequence]) -> Pending:
+        """One more token of each sequence."""
+
+    def leave(self, sequence: Sequence) -> None:
+        """A sequence gives its slot away."""
+
+    def refresh(self) -> None:
+        """The decoder has been read again."""
+
+
+class Done:
+    """A step that is over."""
+
+    def __init__(self, chosen: list[tuple[Sequence, Token]]) -> None:
+        self._chosen = chosen
+
+    def tokens(self) -> list[tuple[Sequence, Token]]:
+        return self._chosen
+
+
+class EagerRunner:
+    """Every step launched operation by operation and waited for."""
+
+    runs_ahead = False
+
+    def __init__(self, decoder: Decoder, cache: Cache) -> None:
+        self.decoder, self.cache = decoder, cache
+
+    def prefill(self, parts: Many[tuple[Sequence, int]]) -> list[tuple[Sequence, Token]]:
+        ids = [token for sequence, end in parts for token in sequence.tokens[sequence.cached : end]]
+        adapter = parts[0][0].request.adapter
+        pieces = [Part(s.cached, end - s.cached, s.blocks) for s, end in parts]
+        hidden = prefill(self.decoder, self.cache, ids, pieces, adapter)
+        rows = [row for row, (sequence, end) in enumerate(parts) if end == len(sequence.tokens)]
+        if not rows:
+            return []
+        complete = [parts[row][0] for row in rows]
+        hidden = hidden if len(rows) == len(parts) else hidden[rows]
+        logits = logits_of(self.decoder, hidden, [Segment(adapter, slice(0, len(rows)))])
+        return list(zip(complete, next_tokens(complete, logits), strict=True))
+
+    def decode(self, sequences: Many[Sequence]) -> Pending:
+        ordered = sorted(sequences, key=lambda s: (s.request.adapter or "", s.id))
+        device = self.decoder.device
+        segments = segments_of(ordered)
+        host = [(sequence.blocks, len(sequence.tokens)) for sequence in ordered]
+        most = max(len(blocks) for blocks, _ in host)
+        tables = torch.tensor(
+            [[*b, *[0] * (most - len(b))] for b, _ in host], dtype=torch.int32, device=device
+        )
+        lengths = torch.tensor([length for _, length in host], dtype=torch.int32, device=device)
+        ids = torch.tensor([sequence.tokens[-1] for sequence in ordered], device=device)
+        hidden = decode(self.decoder, self.cache, ids, Paged(tables, lengths, host), segments)
+        logits = logits_of(self.decoder, hidden, segments)
+        return Done(list(zip(ordered, next_tokens(ordered, logits), strict=True)))
+
+    def leave(self, sequence: Sequence) -> None:
+        """Rows are made anew in every step."""
+
+    def refresh(self) -> None:
+        """Nothing is kept between steps."""
+
+
+def segments_of(ordered: Many[Sequence]) -> list[Segment]:
+    """Runs of rows with the same adapter."""
+    segments, start = [], 0
+    for adapter, group in groupby(ordered, key=lambda s: s.request.adapter):
+        count = len(list(group))
+        segments.append(Segment(adapter, slice(start, start + count)))
+        start += count
+    return segments
