@@ -20,13 +20,19 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     Phi3Config,
     Phi3ForCausalLM,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 FAMILIES: dict[str, tuple[type, type]] = {
@@ -39,6 +45,13 @@ FAMILIES: dict[str, tuple[type, type]] = {
     "gemma3_text": (Gemma3TextConfig, Gemma3ForCausalLM),
     "phi3": (Phi3Config, Phi3ForCausalLM),
     "granite": (GraniteConfig, GraniteForCausalLM),
+}
+
+#: families whose layers are mixtures of experts; `tests.families.mixtures` configures them
+MIXTURES: dict[str, tuple[type, type]] = {
+    "mixtral": (MixtralConfig, MixtralForCausalLM),
+    "qwen2_moe": (Qwen2MoeConfig, Qwen2MoeForCausalLM),
+    "qwen3_moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM),
 }
 
 #: 4 query heads share 2 key/value heads; every size is a multiple of 64, the smallest block of bitsandbytes' NF4.
@@ -73,7 +86,7 @@ _TEXT = [
 
 def tiny_config(family: str, **config: Any) -> Any:
     """The config of `tiny_model`; keyword arguments override `TINY`."""
-    return FAMILIES[family][0](**{**TINY, **config})
+    return (FAMILIES | MIXTURES)[family][0](**{**TINY, **config})
 
 
 def tiny_model(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **config: Any) -> Any:
@@ -84,7 +97,7 @@ def tiny_model(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = FAMILIES[family][1](tiny_config(family, **config))
+        model = (FAMILIES | MIXTURES)[family][1](tiny_config(family, **config))
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if name.endswith("norm.weight"):

@@ -10,8 +10,9 @@ from typing import Any
 
 from torch import nn
 
+from pronghorn.engine.mixture import why_stock_experts
 from pronghorn.engine.read import active_module, runs_more_than_its_class
-from pronghorn.families import LayerParts
+from pronghorn.families import LayerParts, MixtureParts
 
 #: What PEFT's forward hooks hand to an adapter together with rows [B, S, H], which one stream does not have.
 _ROW_ARGUMENTS = {
@@ -20,12 +21,15 @@ _ROW_ARGUMENTS = {
 }
 
 
-def altered_part(decoder: Any, parts: LayerParts) -> str | None:
+def altered_part(decoder: Any, parts: LayerParts, mixture: MixtureParts | None = None) -> str | None:
     """The first module of a decoder that only its own forward can run, and why; None when there is none."""
     reason = _why_altered(decoder.norm)
     if reason is not None:
         return f"norm {reason}"
     for index, layer in enumerate(decoder.layers):
+        reason = None if mixture is None else why_stock_experts(layer._modules[parts.mlp], mixture)
+        if reason is not None:
+            return f"layers.{index}.{parts.mlp}.{reason}"
         for name, module in _replaced(layer, parts):
             reason = _why_altered(module)
             if reason is not None:

@@ -10,6 +10,7 @@ from torch import nn
 
 from pronghorn.engine.binding import Binding, base_causal_lm
 from pronghorn.engine.forward import causal_lm_forward, decoder_forward, layer_forward
+from pronghorn.engine.mixture import mixture_classes
 from pronghorn.errors import BindingRefused
 from pronghorn.families import ACTIVATIONS, DecoderFamily, family_of
 from pronghorn.kernels.attention import check_name
@@ -123,6 +124,8 @@ def _missing_parts(model: Any, family: DecoderFamily) -> list[str]:
         found[f"{prefix}Attention"] = type(attention).__name__
         if family.mlp(model.config, index) == "glu":
             found[f"{prefix}MLP"] = type(mlp).__name__
+        elif family.mixture is not None:
+            found |= mixture_classes(mlp, prefix, family.mixture)
         differing = [f"{name} is a {actual}" for name, actual in found.items() if name != actual]
         wanted = [(attention, n) for names in parts.attention_projections for n in names]
         wanted += [(attention, n) for n in (parts.q_norm, parts.k_norm) if n]

@@ -204,14 +204,14 @@ class Binding:
         wants_cache = decoder.config.use_cache if use_cache is None else use_cache
         if cache is not None or (wants_cache and not decoder.training and "cu_seq_lens_q" not in kwargs):
             return ""
-        for request in ("output_hidden_states", "output_attentions"):
+        for request in ("output_hidden_states", "output_attentions", "output_router_logits"):
             if kwargs.get(request) or getattr(decoder.config, request, False):
                 return f"{request} was asked for: this call runs the stock decoder"
         if mask is not None and (not isinstance(mask, torch.Tensor) or mask.dim() != 2):
             return (
                 "the attention mask is not a [batch, sequence] padding mask: this call runs the stock decoder"
             )
-        altered = altered_part(decoder, self.family.parts)
+        altered = altered_part(decoder, self.family.parts, self.family.mixture)
         return altered and f"{altered}: this call runs the stock decoder"
 
     def undo(self) -> None:
@@ -241,7 +241,7 @@ class Binding:
             f"  save levels: {counts}",
             f"  weights: {', '.join(sorted({weight.storage for weight in linear}))}",
         ]
-        altered = altered_part(self.model.model, self.family.parts)
+        altered = altered_part(self.model.model, self.family.parts, self.family.mixture)
         if altered is not None:
             lines.append(f"  the stock decoder runs for now: {altered}")
         return "\n".join(lines + [f"  through its own module: {text}" for text in self._module_projections()])

@@ -13,7 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    MoeModelOutputWithPast,
+)
 from transformers.utils.generic import can_return_tuple
 
 from pronghorn.blocks import (
@@ -35,6 +39,7 @@ from pronghorn.engine.angles import Angles, angles_of
 from pronghorn.engine.binding import Binding
 from pronghorn.engine.flat import FlatAdapters
 from pronghorn.engine.loss import scaled_logits, shifted_loss, without_padding
+from pronghorn.engine.mixture import moe_block
 from pronghorn.engine.read import (
     Reading,
     active_module,
@@ -43,6 +48,7 @@ from pronghorn.engine.read import (
     read_projection,
 )
 from pronghorn.engine.stream import Stream, flatten_rows, unflatten_rows
+from pronghorn.families import MOE
 from pronghorn.kernels.attention import AttentionCall
 from pronghorn.kernels.rms_norm import rms_norm
 from pronghorn.memory import HostStash
@@ -153,7 +159,7 @@ def _glu_block(layer: Any, call: LayerCall, read: ReadGroups) -> GluBlock:
 
 
 #: `DecoderFamily.mlp` -> what makes that kind of block of a layer
-MLP_BLOCKS: dict[str, Callable[[Any, LayerCall, ReadGroups], MlpBlock]] = {"glu": _glu_block}
+MLP_BLOCKS: dict[str, Callable[[Any, LayerCall, ReadGroups], MlpBlock]] = {"glu": _glu_block, MOE: moe_block}
 
 
 def _group(
@@ -223,7 +229,8 @@ def decoder_forward(
         hidden_states = torch.nn.Module.__call__(layer, hidden_states, pronghorn=call)
     norm = read_norm(decoder.norm, binding.family.norm_offset)
     hidden_states = rms_norm(hidden_states, norm.weight, norm.eps, weight_offset=norm.offset)
-    return BaseModelOutputWithPast(last_hidden_state=unflatten_rows(hidden_states, stream))
+    output = BaseModelOutputWithPast if binding.family.mixture is None else MoeModelOutputWithPast
+    return output(last_hidden_state=unflatten_rows(hidden_states, stream))
 
 
 # --- causal LM -------------------------------------------------------------------------------------------------
@@ -312,6 +319,8 @@ def _loss_of_its_own(model: Any, binding: Binding, kwargs: dict[str, Any]) -> bo
     if "_loss_function" in model.__dict__:
         binding.tell_once("the model has a loss_function of its own, which takes full logits")
         return True
+    if kwargs.get("output_router_logits") or getattr(binding.config, "output_router_logits", False):
+        return True  # with an auxiliary loss of the routers' logits; the decoder says that it runs stock
     return kwargs.get("shift_labels") is not None
 
 

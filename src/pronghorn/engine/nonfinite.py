@@ -22,6 +22,7 @@ from pronghorn.engine.forward import LayerCall, build_layer, compute_dtype, read
 from pronghorn.engine.loss import shifted_loss, without_padding
 from pronghorn.engine.read import active_module, dropout_seed, read_norm
 from pronghorn.engine.stream import Stream, flatten_rows, unflatten_rows
+from pronghorn.families import MOE
 from pronghorn.kernels.rms_norm import rms_norm
 from pronghorn.weights import read_weight
 
@@ -180,7 +181,6 @@ class _Layers:
             return None, out
         parts, attention, glu = self.binding.family.parts, saves.attention, saves.glu
         q, k, v = (parts.q, parts.k, parts.v) if parts.qkv is None else (parts.qkv,) * 3
-        gate, up = (parts.gate, parts.up) if parts.gate_up is None else (parts.gate_up,) * 2
         stages = [
             (f"{parts.input_norm}", "output of", attention.normed),
             (f"{parts.attention}.{q}", "output of", attention.q),
@@ -190,10 +190,7 @@ class _Layers:
             (f"{parts.attention}.{parts.o}", "output of", attention.projected),
             (parts.attention_output_norm or f"{parts.attention}.{parts.o}", "residual sum after", glu.summed),
             (f"{parts.mlp_norm}", "output of", glu.normed),
-            (f"{parts.mlp}.{gate}", "output of", glu.gate),
-            (f"{parts.mlp}.{up}", "output of", glu.up),
-            (f"{parts.mlp}.{parts.down}", "output of", glu.projected),
-            (parts.mlp_output_norm or f"{parts.mlp}.{parts.down}", "residual sum after", out),
+            *self._mlp_stages(layer, glu, out),
         ]
         prefix = self._name_of_module(layer)
         looked_at: list[nn.Module] = []
@@ -207,6 +204,24 @@ class _Layers:
                     return self._at_token(weight, int(_first_row(tensor))), out
             return self._activation(f"the {what} {prefix}.{name}", index, tensor), out
         raise AssertionError("the layer's output is its last stage")
+
+    def _mlp_stages(self, layer: Any, saves: Any, out: Tensor) -> list[tuple[str, str, Tensor | None]]:
+        """What the second half of a layer makes after its norm, in this order."""
+        parts, mixture = self.binding.family.parts, self.binding.family.mixture
+        if mixture is not None and self.binding.mlp_of(layer) == MOE:
+            experts = f"{parts.mlp}.{mixture.experts}"
+            return [
+                (f"{parts.mlp}.{mixture.router}", "output of", saves.logits),
+                (experts, "gate and up of", saves.gate_up),
+                (parts.mlp, "residual sum after", out),
+            ]
+        gate, up = (parts.gate, parts.up) if parts.gate_up is None else (parts.gate_up,) * 2
+        return [
+            (f"{parts.mlp}.{gate}", "output of", saves.gate),
+            (f"{parts.mlp}.{up}", "output of", saves.up),
+            (f"{parts.mlp}.{parts.down}", "output of", saves.projected),
+            (parts.mlp_output_norm or f"{parts.mlp}.{parts.down}", "residual sum after", out),
+        ]
 
     def _bad_weight(self, module: nn.Module, layer: int | None) -> Finding | None:
         """The first weight of a module that is not finite, quantised ones by what they stand for."""

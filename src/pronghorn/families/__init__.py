@@ -1,6 +1,7 @@
 """The model families with a fast path. Adding one: a `DecoderFamily` in a file of its own, listed here."""
 
-from pronghorn.families import gemma, granite, llama, mistral, phi, qwen
+from pronghorn.families import gemma, granite, llama, mistral, mixtral, phi, qwen, qwen_moe
+from pronghorn.families.mixture import MOE, MixtureParts
 from pronghorn.families.spec import ACTIVATIONS, DecoderFamily, LayerParts, Scales
 
 FAMILIES: tuple[DecoderFamily, ...] = (
@@ -13,9 +14,21 @@ FAMILIES: tuple[DecoderFamily, ...] = (
     gemma.GEMMA3,
     phi.FAMILY,
     granite.FAMILY,
+    mixtral.FAMILY,
+    qwen_moe.QWEN2_MOE,
+    qwen_moe.QWEN3_MOE,
 )
 
-__all__ = ["ACTIVATIONS", "FAMILIES", "DecoderFamily", "LayerParts", "Scales", "family_of"]
+__all__ = [
+    "ACTIVATIONS",
+    "FAMILIES",
+    "MOE",
+    "DecoderFamily",
+    "LayerParts",
+    "MixtureParts",
+    "Scales",
+    "family_of",
+]
 
 
 def family_of(model_type: str) -> DecoderFamily | None:

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from pronghorn.families.mixture import MixtureParts
+
 
 @dataclass(frozen=True)
 class LayerParts:
@@ -125,6 +127,7 @@ class DecoderFamily:
         decoder: the class of the decoder where it is not `{prefix}Model`.
         parts: where things are in a layer.
         mlp: by config and layer which kind of MLP a layer has, a key of `engine.forward.MLP_BLOCKS`.
+        mixture: where things are in its layers with a mixture of experts, where it has such.
         window: sliding window in tokens of a layer, None for full attention.
         rotation: by config and layer what the rotary module is asked for: `ONE_ROTATION`, the name of one of several
             kinds of layers, or None for a layer that does not rotate.
@@ -140,6 +143,7 @@ class DecoderFamily:
     decoder: str = ""
     parts: LayerParts = field(default_factory=LayerParts)
     mlp: Callable[[Any, int], str] = gated_mlp
+    mixture: MixtureParts | None = None
     window: Callable[[Any, int], int | None] = no_window
     rotation: Callable[[Any, int], str | None] = one_rotation
     scales: Callable[[Any], Scales] = no_scales

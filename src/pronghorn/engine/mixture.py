@@ -1,0 +1,161 @@
+"""From a layer's live mixture of experts, its PEFT wrappers included, to the block that computes it.
+
+PEFT adapts stacked parameters by wrapping the module that holds them, once for each: `ParamWrapper(down_proj,
+base_layer=ParamWrapper(gate_up_proj, base_layer=experts))`. Its matrices are read here as they lie.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from pronghorn.blocks import Adapter, LinearProjection, ProjectionGroup
+from pronghorn.blocks.moe import ExpertAdapter, ExpertProjection, MoeBlock, SharedExpert
+from pronghorn.engine.read import Reading, active_module, read_norm, read_projection, runs_more_than_its_class
+from pronghorn.families import LayerParts, MixtureParts
+from pronghorn.weights.base import DenseWeight
+from pronghorn.weights.experts import read_experts
+
+if TYPE_CHECKING:
+    from pronghorn.engine.forward import LayerCall, ReadGroups
+
+STACKS = ("gate_up_proj", "down_proj")
+#: slots of the shared expert's dropout masks
+_SHARED, _SHARED_DOWN, _SHARED_GATE = 4, 6, 7
+
+
+def moe_block(layer: Any, call: LayerCall, read: ReadGroups) -> MoeBlock:
+    """The second half of a layer whose MLP is a mixture of experts."""
+    binding = call.binding
+    parts, mixture = binding.family.parts, binding.family.mixture
+    assert mixture is not None
+    mlp = getattr(layer, parts.mlp)
+    reading = Reading(layer.training, call.seed + 64 * binding.layer_index(layer))
+    gate_up, down = read_stacks(getattr(mlp, mixture.experts), mixture.transposed)
+    tiles = {} if binding.tile_rows is None else {"tile_tokens": binding.tile_rows}
+    return MoeBlock(
+        norm=read_norm(getattr(layer, parts.mlp_norm), binding.family.norm_offset),
+        router=ProjectionGroup([read_router(getattr(mlp, mixture.router))]),
+        scoring=mixture.scoring(binding.config),
+        gate_up=gate_up,
+        down=down,
+        gating=mixture.gating(binding.config, binding.activation),
+        shared=_read_shared(mlp, parts, mixture, reading, binding.activation),
+        **tiles,
+    )
+
+
+def read_stacks(module: Any, transposed: bool) -> tuple[ExpertProjection, ExpertProjection]:
+    """gate and up, and down, of a module of experts, possibly wrapped by PEFT."""
+    experts = inside(module)
+    found = []
+    for name in STACKS:
+        weight = read_experts(experts, name, transposed)
+        adapters = [
+            adapter for w in _wrappers(module, name) for adapter in _stacked_adapters(w, weight.shape[0])
+        ]
+        found.append(ExpertProjection(weight, experts._parameters.get(f"{name}_bias"), adapters))
+    return found[0], found[1]
+
+
+def read_router(module: Any) -> LinearProjection:
+    """A router's matrix [E, H] and bias, possibly wrapped by PEFT."""
+    module = active_module(module)
+    router = inside(module)
+    adapters = tuple(
+        Adapter(a.weight, b.weight, scaling)
+        for wrapper in _wrappers(module, "weight")
+        for a, b, scaling in _active(wrapper)
+    )
+    return LinearProjection(DenseWeight(router.weight), router._parameters.get("bias"), adapters)
+
+
+def _read_shared(
+    mlp: Any, parts: LayerParts, mixture: MixtureParts, reading: Reading, activation: str
+) -> SharedExpert | None:
+    if mixture.shared is None:
+        return None
+    shared = getattr(mlp, mixture.shared)
+    gate = None
+    if mixture.shared_gate is not None:
+        gate = ProjectionGroup([read_projection(getattr(mlp, mixture.shared_gate), reading, _SHARED_GATE)])
+    gate_up = [
+        read_projection(getattr(shared, name), reading, _SHARED + i)
+        for i, name in enumerate((parts.gate, parts.up))
+    ]
+    down = read_projection(getattr(shared, parts.down), reading, _SHARED_DOWN)
+    return SharedExpert(ProjectionGroup(gate_up), ProjectionGroup([down]), activation, gate)
+
+
+def inside(module: Any) -> Any:
+    """The module within PEFT's wrappers of its parameters."""
+    while _wraps(module):
+        module = module._modules["base_layer"]
+    return module
+
+
+def mixture_classes(mlp: Any, prefix: str, mixture: MixtureParts) -> dict[str, str]:
+    """The classes of a mixture that the fast path was reviewed for, and those of `mlp`."""
+    router, experts = (getattr(mlp, name, None) for name in (mixture.router, mixture.experts))
+    return {
+        f"{prefix}{mixture.block}": type(mlp).__name__,
+        f"{prefix}{mixture.router_class}": type(inside(active_module(router))).__name__
+        if router
+        else "missing",
+        f"{prefix}{mixture.experts_class}": type(inside(experts)).__name__ if experts else "missing",
+    }
+
+
+def why_stock_experts(mlp: Any, mixture: MixtureParts) -> str | None:
+    """Why only the stock forward can run a mixture, or None."""
+    for name in (mixture.experts, mixture.router):
+        if name not in mlp._modules:  # a dense layer in between
+            return None
+        module = active_module(mlp._modules[name])
+        while True:
+            if _has_foreign_hooks(module):
+                return f"{name} has hooks or a forward of its own"
+            if not _wraps(module):
+                break
+            if module.disable_adapters and module.merged:
+                return f"{name} has an adapter that is merged but switched off: PEFT has to unmerge it first"
+            module = module._modules["base_layer"]
+        if "base_layer" in module._modules:
+            return f"{name} is wrapped in a {type(module).__name__}"
+    return None
+
+
+def _wraps(module: Any) -> bool:
+    return type(module).__name__ == "ParamWrapper"
+
+
+def _has_foreign_hooks(module: Any) -> bool:
+    """Hooks beside those by which bitsandbytes holds a dequantised parameter during a call."""
+    if "parametrizations" not in module._modules:
+        return runs_more_than_its_class(module)
+    own = module.__dict__
+    hooks = (*own["_forward_hooks"].values(), *own["_forward_pre_hooks"].values())
+    foreign = [hook for hook in hooks if getattr(hook, "__module__", "") != "bitsandbytes.nn.parametrize"]
+    return bool(foreign or own["_backward_hooks"] or own["_backward_pre_hooks"] or "forward" in own)
+
+
+def _wrappers(module: Any, parameter: str) -> Iterator[Any]:
+    """The wrappers of one parameter that are switched on."""
+    while _wraps(module):
+        if module.parameter_name == parameter and not module.disable_adapters and not module.merged:
+            yield module
+        module = module._modules["base_layer"]
+
+
+def _active(wrapper: Any) -> Iterator[tuple[nn.Linear, nn.Linear, float]]:
+    """A, B and scaling of each active adapter."""
+    for name in wrapper.active_adapters:
+        if name in wrapper.lora_A:
+            yield wrapper.lora_A[name], wrapper.lora_B[name], wrapper.scaling[name]
+
+
+def _stacked_adapters(wrapper: Any, experts: int) -> Iterator[ExpertAdapter]:
+    for a, b, scaling in _active(wrapper):
+        yield ExpertAdapter(a.weight, b.weight, scaling, experts)

@@ -1,0 +1,44 @@
+"""How a family's layers with a mixture of experts are laid out: which submodule plays which part, and the router."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from pronghorn.kernels.grouped_glu import Gating
+from pronghorn.kernels.routing import Scoring
+
+#: `DecoderFamily.mlp` of a layer that is a mixture of experts
+MOE = "moe"
+
+
+@dataclass(frozen=True)
+class MixtureParts:
+    """Paths inside the MLP of such a layer, and the classes that the fast path was reviewed for.
+
+    Experts are one module with stacked parameters `gate_up_proj` [E, 2I, H] and `down_proj` [E, H, I].
+
+    Args:
+        block: class of the layer's MLP; `experts_class` and `router_class` of its parts, all after the family's prefix.
+        shared, shared_gate: the expert of every token and the gate of its output, None where there is none.
+        transposed: the stacks are [E, in, out].
+        scoring: what the router computes, by config.
+        gating: the experts' activation, by config and its name in `kernels.glu`.
+    """
+
+    scoring: Callable[[Any], Scoring]
+    gating: Callable[[Any, str], Gating]
+    block: str = "SparseMoeBlock"
+    experts_class: str = "Experts"
+    router_class: str = "TopKRouter"
+    router: str = "gate"
+    experts: str = "experts"
+    shared: str | None = None
+    shared_gate: str | None = None
+    transposed: bool = False
+
+
+def plain_gating(config: Any, activation: str) -> Gating:
+    """act(gate) · up, gate and up one after the other."""
+    return Gating(activation)

@@ -1,0 +1,147 @@
+"""Mixtures of experts: loss, logits and every gradient against Transformers + PEFT; see `test_parity` for the bound."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+
+from pronghorn.blocks import LEVELS
+from pronghorn.blocks.moe import block
+from pronghorn.engine import binding_of
+from tests.families.mixtures import MIXTURES, add_expert_adapter, tiny_mixture
+from tests.families.parity import assert_same, bound_copy, packed_batch, relative_error, rows_batch, run
+
+EXACT = 5e-6
+LENGTHS = (13, 7, 13, 1)
+
+
+def stock(family: str, mode: str = "lora", **options: Any) -> Any:
+    model = tiny_mixture(family, **options).double()
+    return add_expert_adapter(model) if mode == "lora" else model
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+@pytest.mark.parametrize("mode", ["lora", "full"])
+def test_rows_match_transformers_at_every_level(family: str, mode: str) -> None:
+    model = stock(family, mode)
+    batch = rows_batch(model.config.vocab_size, LENGTHS)
+    expected = run(model, batch)
+    fast = bound_copy(model)
+    for level in LEVELS:
+        binding_of(fast).set_save_levels(level)  # type: ignore[union-attr]
+        assert_same(run(fast, batch), expected, EXACT)
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_packed_stream_equals_rows(family: str) -> None:
+    model = stock(family)
+    rows = rows_batch(model.config.vocab_size, LENGTHS)
+    actual = run(bound_copy(model, "none"), packed_batch(rows))
+    actual.logits = actual.logits[0]  # type: ignore[index]
+    assert_same(actual, run(model, rows), EXACT)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["q_proj"], "target_parameters": ["gate.weight", "experts.down_proj"]},
+        {"modules_to_save": ["gate"]},
+        {"use_rslora": True, "layers_to_transform": [0]},
+    ],
+    ids=lambda options: "-".join(options),
+)
+def test_adapter_options(options: dict[str, Any]) -> None:
+    """The router is trained where it is asked for, by an adapter or whole."""
+    model = add_expert_adapter(tiny_mixture("qwen2_moe").double(), **options)
+    batch = rows_batch(model.config.vocab_size, LENGTHS)
+    expected = run(model, batch)
+    trains_router = "layers_to_transform" not in options
+    assert any(".gate." in name for name in expected.gradients) == trains_router
+    assert_same(run(bound_copy(model, "attention"), batch), expected, EXACT)
+
+
+def test_two_active_adapters() -> None:
+    from peft import LoraConfig
+
+    from tests.families.mixtures import STACKS
+
+    model = stock("qwen3_moe")
+    model.add_adapter(
+        "second", LoraConfig(r=2, lora_alpha=6, target_modules=["q_proj"], target_parameters=STACKS)
+    )
+    model.base_model.set_adapter(["default", "second"])
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "second" in name:
+                parameter.normal_(std=0.2, generator=generator)
+    batch = rows_batch(model.config.vocab_size, (9, 9))
+    assert_same(run(bound_copy(model, "none"), batch), run(model, batch), EXACT)
+
+
+def test_switched_off_and_merged_adapters_are_seen() -> None:
+    model = stock("mixtral")
+    fast = bound_copy(model)
+    inputs = {"input_ids": torch.arange(24).view(2, 12), "use_cache": False}
+    with torch.no_grad():
+        adapted = fast(**inputs).logits
+        with fast.disable_adapter(), model.disable_adapter():
+            plain = fast(**inputs).logits
+            assert relative_error(plain, model(**inputs).logits) < EXACT
+        fast.merge_adapter()
+        assert relative_error(fast(**inputs).logits, adapted) < EXACT
+        fast.unmerge_adapter()
+        assert relative_error(fast(**inputs).logits, adapted) < EXACT
+    assert relative_error(plain, adapted) > 1e-2
+
+
+def test_tiles_of_tokens_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = stock("qwen3_moe")
+    batch = packed_batch(rows_batch(model.config.vocab_size, (150, 140)))
+    whole, tiled = bound_copy(model, "none"), bound_copy(model, "attention")
+    expected = run(whole, batch)
+    seen = []
+    rows = block.MoeBlock._forward_rows
+    monkeypatch.setattr(block.MoeBlock, "_forward_rows", lambda *args: (seen.append(1), rows(*args))[1])
+    binding_of(tiled).tile_rows = 128  # type: ignore[union-attr]
+    assert_same(run(tiled, batch), expected, EXACT)
+    assert len(seen) > 2 * 2  # two mixtures, two calls
+
+
+def test_bf16_is_not_worse_than_transformers() -> None:
+    """As for the other families: our bf16 gradient errors against fp32 are at most 1.2 times those of Transformers.
+
+    All experts are taken, because a token that changes its experts is an error that has nothing to do with rounding.
+    """
+    ours, theirs = [], []
+    for seed in range(4):
+        truth = add_expert_adapter(tiny_mixture("qwen3_moe", num_experts_per_tok=6), seed=seed)
+        batch = rows_batch(truth.config.vocab_size, LENGTHS, seed=seed)
+        expected = run(truth, batch, logits=False).gradients
+        low = copy.deepcopy(truth).to(torch.bfloat16)
+        reference = run(low, batch, logits=False).gradients
+        actual = run(bound_copy(low, "matmuls"), batch, logits=False).gradients
+        ours.append([relative_error(actual[name], g) for name, g in expected.items()])
+        theirs.append([relative_error(reference[name], g) for name, g in expected.items()])
+    ratio = (torch.tensor(ours).pow(2).mean() / torch.tensor(theirs).pow(2).mean()).sqrt().item()
+    assert ratio <= 1.2, f"our bf16 errors are {ratio:.2f} times those of Transformers"
+
+
+def test_a_hook_on_the_experts_runs_the_stock_decoder() -> None:
+    fast = bound_copy(stock("mixtral"))
+    called = []
+    fast.base_model.model.model.layers[0].mlp.experts.register_forward_hook(lambda *args: called.append(1))
+    fast(input_ids=torch.arange(6)[None], use_cache=False)
+    assert called
+    assert "experts has hooks" in binding_of(fast).describe()  # type: ignore[union-attr]
+
+
+def test_an_auxiliary_loss_is_the_stock_models() -> None:
+    model = stock("mixtral", "full")
+    batch = {**rows_batch(model.config.vocab_size, (9, 5)), "output_router_logits": True}
+    fast = bound_copy(model)
+    expected, actual = model(**batch), fast(**batch)
+    assert actual.aux_loss is not None and torch.equal(actual.loss, expected.loss)
