@@ -92,7 +92,7 @@ def test_the_window_of_a_layer_takes_part_in_the_choice(monkeypatch: pytest.Monk
     """An implementation that knows no window is chosen for the layers without one alone."""
 
     def choose(
-        device: Any, dtype: Any, head_dim: int, *, window: bool, wanted: str | None
+        device: Any, dtype: Any, head_dim: int, *, window: bool, softcap: bool, wanted: str | None
     ) -> tuple[str, str]:
         return ("eager" if window else "cpu"), "pretended"
 

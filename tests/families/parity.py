@@ -46,7 +46,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "layer_types": ["sliding_attention", "full_attention"],
         "sliding_window": 6,
         "final_logit_softcapping": 3.0,
-        "query_pre_attn_scalar": 7,
+        "query_pre_attn_scalar": 24,
     },
     "phi3": {"sliding_window": 5, "partial_rotary_factor": 0.75},
     "granite": {

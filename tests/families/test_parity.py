@@ -17,6 +17,7 @@ from pronghorn.blocks import LEVELS
 from pronghorn.engine import bind, binding_of
 from tests.families.parity import (
     FAMILIES,
+    Outcome,
     add_adapter,
     assert_same,
     bound_copy,
@@ -36,6 +37,16 @@ def stock(family: str, dtype: torch.dtype = torch.float64, **options: Any) -> An
     return tiny_model(family, **{**FAMILIES[family], **options}).to(dtype)
 
 
+def expected_of(model: Any, rows: dict[str, Any]) -> Outcome:
+    """Transformers' numbers; Gemma 2's from the stream, because its eager attention gives a padding position whose whole
+    window is padding no number in fp64, and it has no other attention."""
+    if model.config.model_type != "gemma2":
+        return run(model, rows)
+    outcome = run(model, packed_batch(rows))
+    outcome.logits = outcome.logits[0]  # type: ignore[index]
+    return outcome
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("mode", ["lora", "full"])
@@ -45,7 +56,7 @@ def test_rows_match_transformers(family: str, level: str, mode: str) -> None:
         model = add_adapter(model)
     batch = rows_batch(model.config.vocab_size, LENGTHS)
     fast = bound_copy(model, level)
-    assert_same(run(fast, batch), run(model, batch), EXACT)
+    assert_same(run(fast, batch), expected_of(model, batch), EXACT)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -56,7 +67,7 @@ def test_packed_stream_equals_rows(family: str, mode: str) -> None:
         model = add_adapter(model)
     fast = bound_copy(model, ["none", "all"])
     rows = rows_batch(model.config.vocab_size, LENGTHS)
-    expected = run(model, rows)
+    expected = expected_of(model, rows)
     actual = run(fast, packed_batch(rows))
     actual.logits = actual.logits[0]  # type: ignore[index]
     assert_same(actual, expected, EXACT)
