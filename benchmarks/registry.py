@@ -95,8 +95,8 @@ class Side:
     def gates(self, workload: Workload) -> str:
         """How `benchmarks.gates` calls the mode of a side that multiplies 8-bit codes."""
         kind = self.load.get("load_in_fp8")
-        name = "nf4-fp8" if workload.four_bit else "fp8" if kind is True else f"fp8-{kind}"
-        name = "int8" if self.eight_bit == "int8" else name
+        name = "int8" if self.eight_bit == "int8" else "fp8" if kind is True else f"fp8-{kind}"
+        name = f"nf4-{name}" if workload.four_bit else name
         settings = ("fp8_skip_layers", "fp8_modules", "int8_skip_layers", "int8_modules")
         others = {key: value for key, value in self.load.items() if key in settings}
         if self.load.get("int8_copies") == 1:  # the input gradient is rounded another way
@@ -105,11 +105,10 @@ class Side:
 
     def label(self, workload: Workload) -> str:
         """What is rounded beyond the stock model's computing: nothing (exact), or storage and products (quantised)."""
-        if self.eight_bit == "int8":
-            return "quantised (INT8)"
         if self.eight_bit is None:
             return workload.label
-        return "quantised (NF4, FP8)" if workload.four_bit else "quantised (FP8)"
+        kinds = (["NF4"] if workload.four_bit else []) + [self.eight_bit.upper()]
+        return f"quantised ({', '.join(kinds)})"
 
 
 def _by_name(*items: Workload) -> dict[str, Workload]:

@@ -68,6 +68,9 @@ def test_int8_sides() -> None:
     assert side.gates(WORKLOADS["llama8b-lora"]) == "int8 int8_copies=1"
     assert parse_side("pronghorn-int8-copies2").gates(WORKLOADS["llama8b-lora"]) == "int8"
     assert side.label(WORKLOADS["llama8b-lora"]) == "quantised (INT8)"
+    side = SIDES["pronghorn-int8-all"]
+    assert side.label(WORKLOADS["llama8b-qlora"]) == "quantised (NF4, INT8)"
+    assert side.gates(WORKLOADS["llama8b-qlora"]) == "nf4-int8"
 
 
 def test_find() -> None:

@@ -8,10 +8,12 @@ from peft import PeftModel
 from torch import nn
 
 from pronghorn.engine import binding_of
+from pronghorn.engine.planning import keep_expanded_weights
 from pronghorn.errors import AdapterProblem, Int8Unavailable, UnknownArgument
 from pronghorn.hardware import Fact, Hardware, _int8_fact, probe
+from pronghorn.kernels.int8 import dequantise
 from pronghorn.loading import FastLanguageModel, fast
-from pronghorn.weights import Int8Linear, read_weight, stacked
+from pronghorn.weights import Int8FourBitWeight, Int8Linear, read_weight, stacked
 from tests.loading.stored import IDS, adapted, gradients, logits, stock
 from tests.tiny import save_tiny
 
@@ -165,7 +167,6 @@ def test_answers_are_the_stock_models(llama):
     [
         {"load_in_int8": "mixed"},
         {"load_in_8bit": True},
-        {"load_in_4bit": True},
         {"load_in_fp8": True},
         {"full_finetuning": True},
         {"int8_copies": 3},
@@ -177,6 +178,55 @@ def test_answers_are_the_stock_models(llama):
 def test_what_makes_no_sense_is_refused(llama, arguments):
     with pytest.raises(UnknownArgument, match=r"int8|fp8"):
         load(llama, **arguments)
+
+
+def four_bit(path, **arguments):
+    pytest.importorskip("bitsandbytes")
+    return load(path, load_in_4bit=True, **arguments)
+
+
+def test_four_bits_are_multiplied_in_int8(llama):
+    """Only scales are added; what the stock modules give and what the blocks multiply is the same 4-bit weight."""
+    model, _ = four_bit(llama)
+    plain, _ = load(llama, load_in_4bit=True, load_in_int8=False)
+    assert [*model.state_dict()] == [*plain.state_dict()] and not integers(model)
+    described = binding_of(model).describe()
+    assert "in int8 products" in described and "quantised" in described
+    layer = model.model.layers[0]
+    for names in (["q_proj", "k_proj", "v_proj"], ["gate_proj", "up_proj"]):
+        parent = layer.self_attn if "q_proj" in names else layer.mlp
+        whole = stacked([read_weight(getattr(parent, name)) for name in names])
+        assert isinstance(whole, Int8FourBitWeight) and len(whole.parts) == len(names)
+        codes, scales = whole.codes_forward()
+        assert dequantise(codes, scales, torch.float32).sub(whole.dense(torch.float32)).abs().max() < 0.01
+    reference = logits(plain)
+    divergence = nn.functional.kl_div(
+        logits(model).log_softmax(-1), reference.log_softmax(-1), log_target=True, reduction="none"
+    ).sum(-1)
+    assert 0 < divergence.mean() < 0.002
+
+
+def test_adapter_gradients_over_four_bits(llama):
+    """Expanded for each product, kept, and at every save level: the same, and near to 16-bit products."""
+    model, expected = adapted(four_bit(llama)[0]), None
+    near = gradients(adapted(load(llama, load_in_4bit=True, load_in_int8=False)[0]))
+    binding = binding_of(model)
+    for keep in (False, True):
+        held = keep_expanded_weights(binding, keep)
+        assert held == (keep and 2 * sum(m.weight.numel() * 2 for m in four_bit_modules(model)))
+        for level in ("all", "attention", "none"):
+            binding.set_save_levels(level)
+            found = gradients(model)
+            expected = expected or found
+            for name, gradient in found.items():
+                assert nn.functional.cosine_similarity(gradient.flatten(), near[name].flatten(), 0) > 0.99
+                torch.testing.assert_close(
+                    gradient, expected[name], rtol=0, atol=1e-3 * gradient.abs().max().item()
+                )
+
+
+def four_bit_modules(model):
+    return [m for m in model.modules() if getattr(m._parameters.get("weight"), "quant_state", None)]
 
 
 @pytest.mark.parametrize("settings", [{"use_dora": True}, {"modules_to_save": ["down_proj"]}])

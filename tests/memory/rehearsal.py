@@ -206,7 +206,9 @@ def in_fp8(model: Any, monkeypatch: pytest.MonkeyPatch, *, stacks: bool = False)
 
 
 def in_int8(model: Any, monkeypatch: pytest.MonkeyPatch, copies: int) -> Any:
-    """The linear weights under a PEFT model's adapters as int8 codes, groups side by side."""
+    """The linear weights under a PEFT model's adapters as int8 codes, groups side by side; with no copies stored in 4
+    bits."""
+    from pronghorn.weights.four_bit import INT8_BACK_SCALES, INT8_SCALES
     from pronghorn.weights.int8_linear import Int8Linear
 
     def product(left: Any, right: Any, *, dtype: torch.dtype, out: Any = None, **options: Any) -> Tensor:
@@ -215,6 +217,7 @@ def in_int8(model: Any, monkeypatch: pytest.MonkeyPatch, copies: int) -> Any:
 
     monkeypatch.setattr("pronghorn.weights.int8.product", product)
     monkeypatch.setattr("pronghorn.weights.int8.transpose_codes", lambda codes: codes.t().contiguous())
+    monkeypatch.setattr("pronghorn.weights.int8.four_bit_to_int8", lambda *given, out, **options: out)
     for layer in model.get_base_model().model.layers:
         of, mlp = layer.self_attn, layer.mlp
         groups = (
@@ -229,7 +232,12 @@ def in_int8(model: Any, monkeypatch: pytest.MonkeyPatch, copies: int) -> Any:
             codes, scales = empty(sum(outs), width), empty(sum(outs), 1, dtype=torch.float32)
             back, back_scales = empty(width, sum(outs)), empty(width, 1, dtype=torch.float32)
             parts = codes.split(outs), scales.split(outs), back.split(outs, 1)
-            for module, *forward, turned in zip(group, *parts, strict=True):
+            for module, part in zip(group, scales.split(outs), strict=True) if not copies else ():
+                module.base_layer = Linear4bit(module.base_layer)
+                module.base_layer.register_buffer(INT8_SCALES, part.view(torch.uint8))
+                module.base_layer.register_buffer(INT8_BACK_SCALES, back_scales.view(torch.uint8))
+                module.base_layer.pronghorn_int8_block = 64
+            for module, *forward, turned in zip(group, *parts, strict=True) if copies else ():
                 other = (turned, back_scales) if copies == 2 else None
                 module.base_layer = Int8Linear(tuple(forward), other, None, torch.bfloat16)
     return model

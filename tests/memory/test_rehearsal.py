@@ -78,7 +78,7 @@ def test_fp8_weights(level: str, stacks: bool, monkeypatch: pytest.MonkeyPatch) 
     compare(in_fp8(meta_model(LlamaConfig(**SIZES)), monkeypatch, stacks=stacks), level, 8192)
 
 
-@pytest.mark.parametrize("copies", [1, 2])
+@pytest.mark.parametrize("copies", [0, 1, 2])
 @pytest.mark.parametrize("level", ["offload", "none", "attention", "all"])
 def test_int8_weights(level: str, copies: int, monkeypatch: pytest.MonkeyPatch) -> None:
     prepare(monkeypatch, parking=True)

@@ -21,8 +21,8 @@ from pronghorn.weights import (
     read_weight,
     stacked,
 )
+from pronghorn.weights.four_bit import add_fp8_products
 from pronghorn.weights.fp8_linear import (
-    add_four_bit_products,
     add_fp8_input_grad,
     fits_fp8,
     renew_fp8_input_grads,
@@ -198,7 +198,7 @@ def test_four_bits_multiplied_in_fp8(double):
     module = module.to("cpu")
     module.support_avx512bf16_for_cpu = False
     plain = read_weight(module)
-    assert add_four_bit_products(module)
+    assert add_fp8_products(module)
     weight = read_weight(module)
     assert weight.storage.startswith("nf4") and weight.storage.endswith("in fp8 products")
     assert torch.equal(weight.dense(torch.float32), plain.dense(torch.float32))
@@ -218,12 +218,12 @@ def test_expanded_weights_are_kept_and_let_go(in_fp8):
     bnb = pytest.importorskip("bitsandbytes")
     module = bnb.nn.Linear4bit(128, 48, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4").to("cpu")
     if in_fp8:
-        add_four_bit_products(module)
+        add_fp8_products(module)
     x, dy = drawn(ROWS, 128).bfloat16(), drawn(ROWS, 48, seed=2).bfloat16()
     weight = read_weight(module)
     before = weight.matmul(x), weight.matmul_t(dy), weight.dense(torch.bfloat16)
     names = [*module.state_dict()]
-    assert keep_expanded(module, True) == 2 * 128 * 48
+    assert keep_expanded([module], True) == 2 * 128 * 48
     kept = read_weight(module)
     for one, other in zip(
         before, (kept.matmul(x), kept.matmul_t(dy), kept.dense(torch.bfloat16)), strict=True
@@ -232,5 +232,5 @@ def test_expanded_weights_are_kept_and_let_go(in_fp8):
     assert kept.storage == weight.storage and [*module.state_dict()] == names
     if not in_fp8:
         assert kept.dense(torch.bfloat16).data_ptr() == kept.dense(torch.bfloat16).data_ptr()
-    assert keep_expanded(module, False) == 0
+    assert keep_expanded([module], False) == 0
     assert torch.equal(read_weight(module).matmul(x), before[0])

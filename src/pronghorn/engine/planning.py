@@ -155,7 +155,6 @@ def plan_with_expanded(shape: ModelShape, limit: int, batch: Batch, rates: Rates
     """The plan with 4-bit weights also kept as their products multiply them; None where that is not possible."""
     if not shape.storage.startswith("nf4") or shape.layer_storages:
         return None
-    multiplied = "fp8 two" if shape.fp8_forward else shape.dtype
     # As torch's allocator counts them, in whole 512 bytes.
     four_bit = shape.layers * sum(
         -(-size // 512) * 512
@@ -166,7 +165,7 @@ def plan_with_expanded(shape: ModelShape, limit: int, batch: Batch, rates: Rates
         return None
     try:
         found = plan(
-            replace(shape, storage=multiplied), limit - four_bit, batch, rates=rates, host_limit=host
+            replace(shape, storage=shape.multiplied), limit - four_bit, batch, rates=rates, host_limit=host
         )
     except BudgetTooSmall:
         return None
@@ -185,13 +184,12 @@ def plan_with_expanded(shape: ModelShape, limit: int, batch: Batch, rates: Rates
 
 def keep_expanded_weights(binding: Binding, keep: bool) -> int:
     """Hold or let go what the products of 4-bit weights are made of; returns the bytes that are held."""
-    return sum(
-        keep_expanded(module, keep)
-        for layer in binding.layers
-        for module in layer.modules()
-        # PEFT's wrapper of such a module hands its weight on.
-        if getattr(module._parameters.get("weight"), "quant_state", None) is not None
-    )
+    return sum(keep_expanded(filter(_holds_four_bits, layer.modules()), keep) for layer in binding.layers)
+
+
+def _holds_four_bits(module: torch.nn.Module) -> bool:
+    # By its own parameter: PEFT's wrapper of such a module hands its weight on.
+    return getattr(module._parameters.get("weight"), "quant_state", None) is not None
 
 
 def apply(binding: Binding, found: Plan) -> None:

@@ -60,7 +60,7 @@ def rotate(x: Tensor, *, impl: Impl | None = None) -> Tensor:
         ValueError: where no block divides the width.
     """
     _checked_rotation(x.shape[-1])
-    if _has_kernels(x, impl):
+    if has_kernels(x, impl):
         from pronghorn.kernels.triton.int8 import rotate as run
 
         return run(x)
@@ -68,7 +68,7 @@ def rotate(x: Tensor, *, impl: Impl | None = None) -> Tensor:
     source, target = x.reshape(-1, x.shape[-1]), out.view(-1, x.shape[-1])
     rows = _step(source)
     for some, into in zip(source.split(rows), target.split(rows), strict=True):
-        into.copy_(_turned(some.to(torch.float32)))
+        into.copy_(turned(some.to(torch.float32)))
     return out
 
 
@@ -101,7 +101,7 @@ def quantise_joined(
         _checked_rotation(width)
         if columns is not None:
             raise ValueError("rows are either turned or multiplied with factors of columns")
-    if _has_kernels(parts[0], impl):
+    if has_kernels(parts[0], impl):
         from pronghorn.kernels.triton.int8 import quantise_joined as run
 
         return run(parts, columns, rotated)
@@ -113,7 +113,7 @@ def quantise_joined(
         wide = torch.cat([part[start : start + step] for part in parts], 1).to(torch.float32)
         if columns is not None:
             wide = wide * columns.view(-1)
-        wide = _turned(wide) if rotated else wide
+        wide = turned(wide) if rotated else wide
         scale = wide.abs().amax(1, keepdim=True).div_(LARGEST).clamp_(min=TINY)
         scales[start : start + step] = scale
         wide = wide.mul_(scale.reciprocal()).round_().nan_to_num_(0.0).clamp_(-LARGEST, LARGEST)
@@ -145,7 +145,7 @@ def dequantise(
     codes: Tensor, scales: Tensor, dtype: torch.dtype, rotated: bool = True, *, impl: Impl | None = None
 ) -> Tensor:
     """What codes stand for, in `dtype`: codes · scales, turned back."""
-    if rotation_of(codes.shape[1]) and _has_kernels(codes, impl):
+    if rotation_of(codes.shape[1]) and has_kernels(codes, impl):
         from pronghorn.kernels.triton.int8 import dequantise as run
 
         return run(codes, scales, dtype, rotated)
@@ -153,7 +153,7 @@ def dequantise(
     rows = _step(codes)
     for some, scale, into in zip(codes.split(rows), scales.split(rows), out.split(rows), strict=True):
         wide = some.to(torch.float32) * scale
-        into.copy_(_turned(wide) if rotated else wide)
+        into.copy_(turned(wide) if rotated else wide)
     return out
 
 
@@ -171,7 +171,7 @@ def rms_norm_forward_int8(
     The codes are those of the rounded y: the same as `quantise_rows(y, rotated=True)`.
     """
     _checked_rotation(x.shape[1])
-    if _has_kernels(x, impl):
+    if has_kernels(x, impl):
         from pronghorn.kernels.triton.int8_norm import holds, norm_forward
 
         if holds(x.shape[1]):
@@ -195,7 +195,7 @@ def rms_norm_backward_int8(
 ) -> tuple[Tensor, Codes]:
     """dx [T, H] of `kernels.rms_norm.rms_norm_backward` and its turned codes, those of the rounded dx."""
     _checked_rotation(x.shape[1])
-    if _has_kernels(x, impl):
+    if has_kernels(x, impl):
         from pronghorn.kernels.triton.int8_norm import holds, norm_backward
 
         if holds(x.shape[1]):
@@ -206,7 +206,7 @@ def rms_norm_backward_int8(
     return dx, quantise_rows(dx, rotated=True, impl=impl)
 
 
-def _has_kernels(x: Tensor, impl: Impl | None) -> bool:
+def has_kernels(x: Tensor, impl: Impl | None) -> bool:
     """Whether Triton's kernels run: their products need Ampere or later. Turing has the library's int8 product."""
     if impl is None and x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 0):
         return False
@@ -225,9 +225,9 @@ def _checked_rotation(width: int) -> int:
     return rotation
 
 
-def _turned(wide: Tensor) -> Tensor:
-    """x · H of fp32 rows [T, W]."""
-    size = rotation_of(wide.shape[1])
+def turned(wide: Tensor, block: int | None = None) -> Tensor:
+    """x · H of fp32 rows [T, W]; H's blocks are `rotation_of(W)` unless given."""
+    size = rotation_of(wide.shape[1]) if block is None else block
     matrix = hadamard(size, wide.device)
     return (wide.reshape(-1, size) @ matrix).mul_(size**-0.5).view(wide.shape)
 
@@ -257,7 +257,7 @@ def product(
     codes, other = left[0], right[0]
     if out is None:
         out = torch.empty(codes.shape[0], other.shape[0], dtype=dtype, device=codes.device)
-    if _has_kernels(codes, impl):
+    if has_kernels(codes, impl):
         from pronghorn.kernels.triton.gemm8 import product as run
 
         return run(left, right, low_rank, residual, out)

@@ -16,9 +16,9 @@ from pronghorn.export import save_merged
 from pronghorn.families import family_of
 from pronghorn.hardware import Hardware
 from pronghorn.weights import Int8Linear, StoredLinear, lay_side_by_side
+from pronghorn.weights.four_bit import add_fp8_products
 from pronghorn.weights.fp8_linear import (
     Fp8Linear,
-    add_four_bit_products,
     add_fp8_input_grad,
     fits_fp8,
     renew_fp8_input_grads,
@@ -208,7 +208,7 @@ def _quantise(
 ) -> bool:
     """One module; False when its shape does not fit."""
     if getattr(module.weight, "quant_state", None) is not None:
-        return options.both and add_four_bit_products(module, rowwise=options.rowwise)
+        return options.both and add_fp8_products(module, rowwise=options.rowwise)
     if not fits_fp8(module):
         return False
     module.weight.requires_grad_(False)

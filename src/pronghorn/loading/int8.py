@@ -16,6 +16,7 @@ from pronghorn.families import family_of
 from pronghorn.hardware import Hardware
 from pronghorn.loading.fp8 import decoder_layers, save_dequantised
 from pronghorn.weights import Int8Linear
+from pronghorn.weights.four_bit import add_int8_products, fits_int8_products
 from pronghorn.weights.int8_linear import fits_int8
 
 logger = logging.getLogger("pronghorn")
@@ -23,12 +24,13 @@ logger = logging.getLogger("pronghorn")
 
 @dataclass(frozen=True)
 class Int8Options:
-    """Which layers are stored and multiplied in int8.
+    """Which layers are multiplied in int8, stored so or in 4 bits.
 
     Attributes:
         skip_layers: decoder layers at either end that stay as they are.
         modules: last parts of names of the modules to choose; None for all linear ones of the decoder layers.
         copies: 2 stores codes for either direction; 1 half of that, and the input gradient turns the others round.
+            4-bit modules store neither and make them for each product.
     """
 
     skip_layers: int = 0
@@ -61,11 +63,11 @@ def choose_int8(
         raise UnknownArgument(
             "int8 weights cannot be trained", fix="leave out load_in_int8 or full_finetuning"
         )
-    if bits != 16 or fp8:
-        other = "load_in_fp8" if fp8 else f"load_in_{bits}bit"
+    if bits == 8 or fp8:
+        other = "load_in_fp8" if fp8 else "load_in_8bit"
         raise UnknownArgument(
             f"load_in_int8 and {other} exclude each other",
-            fix="leave out one of them; int8 weights take a byte (int8_copies=1) or two, 4-bit ones half a byte",
+            fix="leave out one of them; load_in_4bit=True with load_in_int8=True stores 4 bits and multiplies int8",
         )
     if copies not in (1, 2):
         raise UnknownArgument(f"int8_copies={copies!r} does not exist", fix="use 1 or 2")
@@ -82,7 +84,8 @@ def choose_int8(
 
 def quantise_to_int8(model: Any, options: Int8Options, device: torch.device | None = None) -> None:
     """Bring the linear modules of the decoder layers into int8, those with the same input together, and everything to
-    `device`. A model that lies on the CPU arrives on a GPU without ever being there in 16 bits.
+    `device`. A model that lies on the CPU arrives on a GPU without ever being there in 16 bits. Modules that hold 4
+    bits keep them and multiply int8.
 
     Args:
         device: None leaves everything where it is.
@@ -95,12 +98,15 @@ def quantise_to_int8(model: Any, options: Int8Options, device: torch.device | No
     chosen = range(options.skip_layers, len(layers) - options.skip_layers)
     for index in chosen:
         for paths in _groups(layers[index], model.config.model_type):
-            wanted = [path for path in paths if _is_chosen(path, options)]
-            fitting = [path for path in wanted if fits_int8(layers[index].get_submodule(path))]
-            kept += [f"layers.{index}.{path}" for path in wanted if path not in fitting]
-            if fitting:
-                _quantise(layers[index], fitting, options, device)
-                done += len(fitting)
+            wanted = {path: layers[index].get_submodule(path) for path in paths if _is_chosen(path, options)}
+            plain = [path for path, module in wanted.items() if fits_int8(module)]
+            four_bit = [path for path, module in wanted.items() if fits_int8_products(module)]
+            kept += [f"layers.{index}.{path}" for path in wanted if path not in (*plain, *four_bit)]
+            if plain:
+                _quantise(layers[index], plain, options, device)
+            if four_bit:
+                add_int8_products([wanted[path] for path in four_bit])
+            done += len(plain) + len(four_bit)
     if not done:
         raise UnknownArgument(
             f"no linear layer is left to quantise (int8_skip_layers={options.skip_layers}, "
@@ -115,7 +121,8 @@ def quantise_to_int8(model: Any, options: Int8Options, device: torch.device | No
         )
     if device is not None:
         model.to(device)
-    model.__dict__["save_pretrained"] = partial(save_dequantised, model)
+    if is_int8(model):
+        model.__dict__["save_pretrained"] = partial(save_dequantised, model)
 
 
 def _is_chosen(path: str, options: Int8Options) -> bool:

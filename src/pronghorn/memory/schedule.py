@@ -23,8 +23,6 @@ from pronghorn.memory.offload import bytes_in_flight
 from pronghorn.memory.shape import ModelShape
 
 QKV, OUT, GATE_UP, DOWN = ("q", "k", "v"), ("o",), ("gate", "up"), ("down",)
-#: what the norm's backward makes the codes of dY for, as o takes it
-_HANDS_ON = ("fp8", "fp8 two", "int8 two")
 _ATTENTION = ("q", "k", "v", "out", "lse", "xa_qkv", "xa_o")
 _GLU = ("gate", "up", "xa_gate_up", "xa_down")
 
@@ -241,7 +239,7 @@ class Step:
                 rebuilt = True
                 self._keep(saves, "normed_glu", rows * shape.hidden * e)
             dnormed = self._input_grad(GATE_UP, rows, True, True, self._joined_operand(GATE_UP, rows))
-            if len(tiles) == 1 and shape.storage in _HANDS_ON and shape.residual_element == e:
+            if len(tiles) == 1 and shape.hands_on and shape.residual_element == e:
                 codes = [self._new(rows * shape.hidden), self._new(4 * rows)]
             part = self._new(rows * shape.hidden * shape.residual_element)
             if not kept:
@@ -395,7 +393,7 @@ class Step:
             turned = self._new(shape.linear_parameters(*of) * shape.unpacked_backward)
             made, before = self._new(size), dx
             # Of one copy dX is turned back.
-            dx = self._new(size) if shape.unpacked_backward else made
+            dx = self._new(size) if shape.turns_back else made
             self._free(made if made != dx else -1, turned, before, *operand)
         return dx
 

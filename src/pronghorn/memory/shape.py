@@ -13,7 +13,7 @@ from pronghorn.blocks import LayerWidths
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 #: Bytes of an element of a plain dtype.
 ELEMENT = {"float32": 4, "bfloat16": 2, "float16": 2}
-_IN_FP8, _GRAD_IN_FP8 = " in fp8 products", ", input gradient in fp8"
+_IN_FP8, _IN_INT8, _GRAD_IN_FP8 = " in fp8 products", " in int8 products", ", input gradient in fp8"
 #: How linear weights can be stored, as `weights.Weight.storage` says it. "fp8 two" and "int8 two": also for the
 #: input gradient. "bitsandbytes int8" is multiplied in 16 bits.
 STORAGES = (
@@ -24,6 +24,8 @@ STORAGES = (
     "nf4 double",
     "nf4" + _IN_FP8,
     "nf4 double" + _IN_FP8,
+    "nf4" + _IN_INT8,
+    "nf4 double" + _IN_INT8,
     "bitsandbytes int8",
     "int8",
     "int8 two",
@@ -138,7 +140,7 @@ class ModelShape:
     @property
     def int8(self) -> bool:
         """Whether all products multiply int8 codes, which add an adapter's share themselves."""
-        return self.storage.startswith("int8")
+        return self.storage.startswith("int8") or self.storage.endswith(_IN_INT8)
 
     @property
     def eight_bit_forward(self) -> bool:
@@ -157,7 +159,7 @@ class ModelShape:
     @property
     def unpacked_forward(self) -> int:
         """Bytes per weight of a buffer that the stored weight is unpacked into for X Wᵀ."""
-        if self.storage.endswith(_IN_FP8):
+        if self.storage.endswith((_IN_FP8, _IN_INT8)):
             return 1
         dense = ELEMENT.get(self.storage.removesuffix(_GRAD_IN_FP8))
         if self.storage in ("nf4", "nf4 double", "bitsandbytes int8") or (
@@ -165,6 +167,25 @@ class ModelShape:
         ):
             return self.element
         return 0
+
+    @property
+    def multiplied(self) -> str:
+        """How weights are stored that are what the products multiply: for 4-bit ones, what they are expanded to."""
+        if self.storage.endswith(_IN_FP8):
+            return "fp8 two"
+        if self.storage.endswith(_IN_INT8):
+            return "int8 two"
+        return self.dtype if self.storage.startswith("nf4") else self.storage
+
+    @property
+    def hands_on(self) -> bool:
+        """Whether the norm's backward makes the codes of dY for the output projection."""
+        return self.storage in ("fp8", "fp8 two", "int8 two") or self.storage.endswith(_IN_INT8)
+
+    @property
+    def turns_back(self) -> bool:
+        """Whether an int8 input gradient is turned back at its end: that of a single set of codes."""
+        return self.storage == "int8"
 
     @property
     def unpacked_backward(self) -> int:
@@ -226,6 +247,10 @@ def stored_tensors(out: int, width: int, storage: str) -> Iterator[int]:
     elif storage.endswith(_IN_FP8):
         yield from stored_tensors(out, width, storage.removesuffix(_IN_FP8))
         yield out * 4
+    elif storage.endswith(_IN_INT8):
+        # A group shares the scales of its inputs, which are counted for each: 0.03 % more than there is.
+        yield from stored_tensors(out, width, storage.removesuffix(_IN_INT8))
+        yield from (out * 4, width * 4)
     elif storage in ELEMENT:
         yield count * ELEMENT[storage]
     elif storage.startswith("nf4"):

@@ -3,9 +3,10 @@
 from pronghorn.weights.adjacent import side_by_side
 from pronghorn.weights.base import DenseWeight, Weight
 from pronghorn.weights.dequantised import StoredLinear
+from pronghorn.weights.four_bit import keep_expanded
 from pronghorn.weights.fp8 import Fp8FourBitWeight, Fp8GradWeight, Fp8Weight
-from pronghorn.weights.fp8_linear import Fp8Linear, keep_expanded
-from pronghorn.weights.int8 import Int8Weight
+from pronghorn.weights.fp8_linear import Fp8Linear
+from pronghorn.weights.int8 import Int8FourBitWeight, Int8Products, Int8Weight
 from pronghorn.weights.int8_linear import Int8Linear
 from pronghorn.weights.operand import Operand
 from pronghorn.weights.quantised import BitsAndBytesInt8Weight, FourBitWeight
@@ -20,7 +21,9 @@ __all__ = [
     "Fp8GradWeight",
     "Fp8Linear",
     "Fp8Weight",
+    "Int8FourBitWeight",
     "Int8Linear",
+    "Int8Products",
     "Int8Weight",
     "Operand",
     "StoredLinear",

@@ -13,20 +13,15 @@ from pronghorn.kernels.fp8 import (
     MULTIPLE,
     dequantise,
     exponents_of,
-    four_bit_row_scales,
     quantise_weight,
     transpose_codes,
 )
 from pronghorn.weights.dequantised import StoredLinear
-from pronghorn.weights.fp8 import Fp8FourBitWeight, Fp8Weight
-from pronghorn.weights.quantised import FourBitWeight
+from pronghorn.weights.fp8 import Fp8Weight
 
 #: buffers on stock modules whose weight is multiplied in fp8: row scales, and the bytes of the transposed codes
 FP8_SCALES = "pronghorn_fp8_scales"
 FP8_TRANSPOSED = "pronghorn_fp8_transposed"
-#: buffers on 4-bit modules: what the products multiply, kept (`keep_expanded`)
-EXPANDED = "pronghorn_expanded"
-EXPANDED_TRANSPOSED = "pronghorn_expanded_transposed"
 
 
 class Fp8Linear(StoredLinear):
@@ -116,58 +111,6 @@ def renew_fp8_input_grads(model: nn.Module) -> None:
             assert scales is not None
             keep = module._buffers[FP8_TRANSPOSED] is not None
             add_fp8_input_grad(module, rowwise=scales.shape[0] > 1, keep_codes=keep)
-
-
-def add_four_bit_products(module: Any, *, rowwise: bool = True) -> bool:
-    """Let a bitsandbytes 4-bit module multiply in fp8; False where its blocks do not divide its rows."""
-    state = module.weight.quant_state
-    weight = FourBitWeight(module.weight.data, state)
-    if weight.shape[0] % MULTIPLE or weight.shape[1] % MULTIPLE:
-        return False
-    scales = four_bit_row_scales(state.absmax, weight.shape, state.blocksize, weight.nested)
-    if scales is None:
-        return False
-    module.register_buffer(FP8_SCALES, scales if rowwise else scales.amax().view(1, 1), persistent=False)
-    return True
-
-
-def keep_expanded(module: Any, keep: bool) -> int:
-    """Hold what a 4-bit module's products are made of beside its 4 bits, or let it go; for when memory is free.
-
-    That is the dequantised weight in the compute dtype, or for fp8 products the codes in both directions: the values
-    that the module computes with anyway.
-
-    Returns:
-        the bytes that are held.
-    """
-    for name in (EXPANDED, EXPANDED_TRANSPOSED):
-        module._buffers.pop(name, None)
-    if not keep:
-        return 0
-    weight = four_bit_weight(module)
-    if isinstance(weight, Fp8FourBitWeight):
-        held = {EXPANDED: weight.codes_forward(), EXPANDED_TRANSPOSED: weight.codes_input_grad()}
-    else:
-        held = {EXPANDED: weight.dense(module.compute_dtype or torch.bfloat16)}
-    for name, tensor in held.items():
-        # As bytes, which casts of the whole model leave alone.
-        module.register_buffer(name, tensor.view(torch.uint8), persistent=False)
-    return sum(tensor.nbytes for tensor in held.values())
-
-
-def four_bit_weight(module: Any) -> FourBitWeight:
-    """The weight of a bitsandbytes 4-bit module that has been quantised."""
-    packed, buffers = module.weight.data, module._buffers
-    state = getattr(module.weight, "quant_state", None) or module.quant_state
-    scales, kept = buffers.get(FP8_SCALES), buffers.get(EXPANDED)
-    if scales is not None:
-        transposed = buffers.get(EXPANDED_TRANSPOSED)
-        if kept is None or transposed is None:
-            return Fp8FourBitWeight(packed, state, scales)
-        return Fp8FourBitWeight(packed, state, scales, kept.view(E4M3), transposed.view(E4M3))
-    return FourBitWeight(
-        packed, state, None if kept is None else kept.view(module.compute_dtype or torch.bfloat16)
-    )
 
 
 def fits_fp8(linear: nn.Module) -> bool:

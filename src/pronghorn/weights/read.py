@@ -9,8 +9,9 @@ from torch import nn
 from pronghorn.kernels.fp8 import E4M3
 from pronghorn.weights.base import DenseWeight, Weight
 from pronghorn.weights.dequantised import StoredLinear
+from pronghorn.weights.four_bit import four_bit_weight
 from pronghorn.weights.fp8 import Fp8GradWeight
-from pronghorn.weights.fp8_linear import FP8_SCALES, FP8_TRANSPOSED, four_bit_weight
+from pronghorn.weights.fp8_linear import FP8_SCALES, FP8_TRANSPOSED
 from pronghorn.weights.quantised import BitsAndBytesInt8Weight
 
 

@@ -22,7 +22,7 @@ from pronghorn.weights.adjacent import side_by_side
 from pronghorn.weights.base import DenseWeight, Weight
 from pronghorn.weights.fp8 import Fp8Weight
 from pronghorn.weights.fp8_linear import Fp8Linear
-from pronghorn.weights.int8 import Int8Weight, stacked_int8
+from pronghorn.weights.int8 import Int8Products, stacked_int8
 
 
 def lay_side_by_side(modules: Sequence[Fp8Linear]) -> None:
@@ -75,16 +75,15 @@ def _may_join(tensors: Sequence[Tensor]) -> bool:
     return frozen and alike and whole and len({t.untyped_storage()._cdata for t in tensors}) == len(tensors)
 
 
-def stacked(weights: Sequence[Weight]) -> DenseWeight | Fp8Weight | Int8Weight | None:
+def stacked(weights: Sequence[Weight]) -> DenseWeight | Fp8Weight | Int8Products | None:
     """The weights as one [Σout, in], where they lie side by side; else None."""
     if len(weights) < 2:
         return None
     if all(type(weight) is DenseWeight and weight.parameter is None for weight in weights):
         wide = side_by_side([cast(DenseWeight, weight).weight.detach() for weight in weights], 0)
         return None if wide is None else DenseWeight(wide)
-    integers = [weight for weight in weights if type(weight) is Int8Weight]
-    if len(integers) == len(weights):
-        return stacked_int8(integers)
+    if all(isinstance(weight, Int8Products) for weight in weights):
+        return stacked_int8(weights)
     parts = [weight for weight in weights if type(weight) is Fp8Weight and weight.quantises_rows]
     return _stacked_fp8(parts) if len(parts) == len(weights) else None
 

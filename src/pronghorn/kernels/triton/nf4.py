@@ -18,7 +18,7 @@ TILE_BYTES = 2048
 
 
 @triton.jit
-def _scales(
+def block_scales(
     absmax_ptr, code2_ptr, absmax2_ptr, offset_ptr, block, known, blocksize2: tl.constexpr, NESTED: tl.constexpr
 ):  # fmt: skip
     if NESTED:
@@ -41,12 +41,12 @@ def _dequantize_words(
     start, word = first.to(tl.int64) * BLOCK_WORDS, tl.arange(0, WORDS)
     if BY_WORD:
         block = first + word // BLOCK_WORDS
-        scale = _scales(
+        scale = block_scales(
             absmax_ptr, code2_ptr, absmax2_ptr, offset_ptr, block, block < blocks, blocksize2, NESTED
         )
     else:
         block = first + tl.arange(0, BLOCKS)
-        scale = _scales(
+        scale = block_scales(
             absmax_ptr, code2_ptr, absmax2_ptr, offset_ptr, block, block < blocks, blocksize2, NESTED
         )
         scale = tl.reshape(tl.broadcast_to(scale[:, None], (BLOCKS, BLOCK_WORDS)), (WORDS,))
@@ -76,7 +76,9 @@ def _dequantize_bytes(
     blocksize2: tl.constexpr, NESTED: tl.constexpr, ROWS: tl.constexpr, BYTES: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    scale = _scales(absmax_ptr, code2_ptr, absmax2_ptr, offset_ptr, row, row < blocks, blocksize2, NESTED)
+    scale = block_scales(
+        absmax_ptr, code2_ptr, absmax2_ptr, offset_ptr, row, row < blocks, blocksize2, NESTED
+    )
     at = row[:, None] * BYTES + tl.arange(0, BYTES)[None, :]
     packed = tl.load(packed_ptr + at, mask=2 * at < size, other=0).to(tl.int32)
     high = tl.load(code_ptr + (packed >> 4)) * scale[:, None]
