@@ -6,7 +6,7 @@ import asyncio
 import hmac
 import ipaddress
 from dataclasses import dataclass
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
@@ -85,11 +85,10 @@ class Guard:
 
     def _check_place(self, headers: Headers) -> None:
         host = headers.get("host", "")
-        name = urlsplit(f"//{host}").hostname or ""
-        if self._loopback and not is_loopback(name):
+        if self._loopback and not is_loopback(_split(f"//{host}").hostname or ""):
             raise CallProblem(403, f"the host '{host}' is not this machine", code="wrong_host")
         origin = headers.get("origin")
-        if origin is not None and origin not in self._origins and urlsplit(origin).netloc != host:
+        if origin is not None and origin not in self._origins and _split(origin).netloc != host:
             raise CallProblem(403, f"pages of {origin} may not call this server", code="wrong_origin")
 
     def _check_token(self, scope: Scope, headers: Headers) -> None:
@@ -140,6 +139,14 @@ class Guard:
 
     def _too_large(self) -> CallProblem:
         return CallProblem(413, f"the body exceeds {self._limits.body_bytes} bytes", code="body_too_large")
+
+
+def _split(address: str) -> SplitResult:
+    """The parts of a URL; of none where it is no URL."""
+    try:
+        return urlsplit(address)
+    except ValueError:
+        return urlsplit("")
 
 
 def _replayed(body: bytes, receive: Receive) -> Receive:

@@ -52,6 +52,10 @@ class Server:
                 f"{host} can be reached by others, and there is no token",
                 fix="give one with --token or PRONGHORN_TOKEN, or listen on 127.0.0.1",
             )
+        if token and not (token.isascii() and token.isprintable() and " " not in token):
+            raise CannotServe(
+                "the token has characters that a header cannot carry", fix="use ASCII letters and digits"
+            )
         self._limits = limits
         self._socket = _bound(host, port)
         self.worker = Worker(load, most_open=most_open, on_end=self.stop)

@@ -17,7 +17,7 @@ from typing import Literal, Protocol
 from pronghorn.errors import PronghornError
 from pronghorn.inference.requests import Event, Request
 from pronghorn.inference.server.model import ServedModel
-from pronghorn.inference.server.problems import CallProblem
+from pronghorn.inference.server.problems import CallProblem, wrong_field
 
 log = logging.getLogger("pronghorn")
 
@@ -134,9 +134,11 @@ class Worker:
         """Begin requests.
 
         Raises:
-            CallProblem: 503 while the server starts or stops, 429 when too many are open.
+            CallProblem: 503 while the server starts or stops, 429 when too many are open, 400 when so many never fit.
         """
         self.check_ready()
+        if len(requests) > self._most_open:
+            raise wrong_field("n", f"'n' asks for {len(requests)} answers, and {self._most_open} may be open")
         if self.open_requests + len(requests) > self._most_open:
             raise CallProblem(
                 429,
