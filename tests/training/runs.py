@@ -58,6 +58,7 @@ def settings(folder: Path, **options: Any) -> SFTConfig:
         "logging_steps": 1,
         "save_strategy": "no",
         "report_to": "none",
+        "report": False,
         "disable_tqdm": True,
         "use_cpu": True,  # exact comparisons; test_gpu.py is for the GPU
         "dataloader_pin_memory": False,

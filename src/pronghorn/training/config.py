@@ -37,6 +37,8 @@ class SFTConfig(trl.SFTConfig):
     - `memory_budget` ("17.5GiB", bytes, or "auto" for all that is free) plans within that memory, also where save
       levels were chosen before.
     - `drop_unsupervised_rows` leaves out rows without a token to train on, instead of refusing them.
+    - `report` (on) leaves `report.html` and `run.json` in `output_dir`, with answers to `report_samples` prompts of the
+      evaluation data before and after training.
     """
 
     # Names, types and the metadata of --help are TRL's; only defaults change.
@@ -67,7 +69,16 @@ class SFTConfig(trl.SFTConfig):
         default=None,
         metadata={"help": "GPU memory a step may take, such as 17.5GiB, or 'auto': layers keep what fits."},
     )
+    report: bool = field(default=True, metadata={"help": "Leave report.html and run.json in output_dir."})
+    report_samples: int = field(
+        default=3,
+        metadata={
+            "help": "Prompts of the evaluation data answered before and after training for the report."
+        },
+    )
     max_seq_length: int | None = field(default=None, metadata={"help": "Older name of max_length."})
+    #: names of the arguments that somebody gave; the others are defaults
+    given: frozenset[str] = field(default=frozenset(), init=False, repr=False, compare=False)
 
     def __new__(cls, *args: Any, **kwargs: Any) -> SFTConfig:
         """Refuses unknown names with the nearest known one, before Python's own TypeError would."""
@@ -76,7 +87,9 @@ class SFTConfig(trl.SFTConfig):
             if name not in known:
                 hint = nearest(name, known)
                 raise TypeError(f"SFTConfig has no argument '{name}'" + (f": {hint}" if hint else ""))
-        return super().__new__(cls)
+        config = super().__new__(cls)
+        config.given = frozenset(kwargs)
+        return config
 
     def __post_init__(self) -> None:
         # Transformers turns None into False, which is another answer.
@@ -144,4 +157,15 @@ def as_sft_config(args: Any) -> SFTConfig:
         )
     if not isinstance(args, trl.SFTConfig):
         logger.warning("pronghorn: TrainingArguments are converted to SFTConfig; every value is kept")
-    return SFTConfig(**values)
+    config = SFTConfig(**values)
+    config.given = frozenset(
+        item.name for item in dataclasses.fields(args) if item.name in values and not _is_default(args, item)
+    )
+    return config
+
+
+def _is_default(args: Any, item: dataclasses.Field) -> bool:
+    value = getattr(args, item.name)
+    if item.default_factory is not dataclasses.MISSING:
+        return bool(value == item.default_factory())
+    return bool(value == item.default)

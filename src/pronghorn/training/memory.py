@@ -10,9 +10,9 @@ import torch
 
 from pronghorn.data.budgets import power_of_two
 from pronghorn.engine import AUTO, Binding, TrainingStep, binding_of
-from pronghorn.engine.planning import levels_without_gpu, plan_levels
+from pronghorn.engine.planning import levels_without_gpu, plan_levels, shape_of
 from pronghorn.errors import BudgetInvalid, OutOfMemory
-from pronghorn.memory import Batch, Plan, available_host_bytes
+from pronghorn.memory import Batch, Plan, available_host_bytes, estimate
 
 logger = logging.getLogger("pronghorn")
 
@@ -53,6 +53,12 @@ def largest_batch(trainer: Any) -> Batch | None:
         return None
     tokens = min(limits) * args.per_device_train_batch_size
     return Batch(tokens, tokens, args.per_device_train_batch_size)
+
+
+def planned_reserved(binding: Binding, batch: Batch, capability: tuple[int, int]) -> int:
+    """Bytes that a step of the largest batch is expected to reserve at the save levels as they are."""
+    shape, levels = shape_of(binding), binding.save_levels
+    return estimate(shape, levels, batch, tile_rows=binding.tile_rows, capability=capability).reserved
 
 
 def _longest_row(dataset: Any) -> int | None:

@@ -35,6 +35,15 @@ def peak_memory_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
+def memory_now_bytes(cuda: bool) -> int:
+    """Memory of this process as it is now: reserved on the GPU, or in the host's."""
+    if cuda:
+        return int(torch.cuda.memory_reserved())
+    import psutil  # type: ignore[import-untyped]
+
+    return int(psutil.Process().memory_info().rss)
+
+
 class ProgressTable(TrainerCallback):
     """One line a log, aligned under a header. On a terminal a bar with the remaining time stays below the lines."""
 

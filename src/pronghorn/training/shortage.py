@@ -12,7 +12,7 @@ from pronghorn.engine import binding_of
 from pronghorn.engine.planning import shape_of
 from pronghorn.errors import OutOfMemory
 from pronghorn.memory import Batch, ModelShape, estimate
-from pronghorn.training.memory import Memory, largest_batch, memory_now
+from pronghorn.training.memory import Memory, largest_batch, memory_now, planned_reserved
 
 _GIB = 2**30
 #: What others on the GPU may take without being named as the reason: a context and a desktop.
@@ -44,7 +44,7 @@ def shortage(trainer: Any, failure: str, memory: Memory | None = None) -> OutOfM
     if trainer.args.device.type == "cuda":
         capability = torch.cuda.get_device_capability(trainer.args.device)
     shape, levels = shape_of(binding), binding.save_levels
-    planned = estimate(shape, levels, batch, tile_rows=binding.tile_rows, capability=capability).reserved
+    planned = planned_reserved(binding, batch, capability)
     fitting = next(_fitting(shape, batch, memory.within_reach, capability), None)
     return OutOfMemory(
         f"memory ran out ({failure}): {planned / _GIB:.2f} GiB were to be expected for the largest batch of "

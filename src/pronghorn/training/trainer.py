@@ -6,7 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,8 @@ from pronghorn.training.logits import loss_from_logits, right_predictions
 from pronghorn.training.meter import Stopwatch, Tally, at_least_one, real_tokens, supervised_tokens
 from pronghorn.training.nonfinite import NumberWatch
 from pronghorn.training.progress import ProgressTable, peak_memory_gib
+from pronghorn.training.report import RunRecorder
+from pronghorn.training.report.facts import values_of
 from pronghorn.training.rows import RowsTrainer
 from pronghorn.training.setup import (
     hidden,
@@ -90,6 +92,7 @@ class SFTTrainer(RowsTrainer):
     ) -> None:
         args = as_sft_config(args)
         processing_class = take_older_arguments(older, args, processing_class)
+        asked = values_of(args)
         args.optim = usable_optimizer(str(getattr(args.optim, "value", args.optim)))
         resolve_max_length(args, model)
         match_precision(args, model)
@@ -146,6 +149,9 @@ class SFTTrainer(RowsTrainer):
             self.data_collator = self._collator()
         self.add_callback(self._numbers)
         self.add_callback(self._ledger)
+        self._recorder = RunRecorder(self, asked) if args.report else None
+        if self._recorder is not None:
+            self.add_callback(self._recorder)
         self._show_progress()
 
     # --- loss -------------------------------------------------------------------------------------------------
@@ -343,7 +349,8 @@ class SFTTrainer(RowsTrainer):
         if resume_from_checkpoint and 0 < self.args.max_steps <= step_of(Path(resume_from_checkpoint)):
             return self._already_trained(resume_from_checkpoint)
         try:
-            return super().train(resume_from_checkpoint or None, *args, **kwargs)
+            with self._recorder.of_run() if self._recorder is not None else nullcontext():
+                return super().train(resume_from_checkpoint or None, *args, **kwargs)
         finally:
             if self._progress is not None:
                 self._progress.close()

@@ -1,0 +1,333 @@
+"""A run as one HTML page, from its record alone. Every text of data, settings and models is escaped."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
+
+from pronghorn.pages import document, lines, short, shown, size, table, tiles
+from pronghorn.pages.chart import CHART_SCRIPT, CHART_STYLE, Mark, Series, chart
+from pronghorn.tuning.run_record import RunRecord, Sample, Setting
+
+_STYLE = (
+    CHART_STYLE
+    + """
+.findings { list-style: none; margin: 0; padding: 0; } .findings li { padding: 12px 0; display: grid;
+  grid-template-columns: 28px 1fr; gap: 0 10px; border-bottom: 1px solid var(--line); }
+.findings li:last-child { border-bottom: 0; } .findings .label { font-weight: 700; color: var(--soft); }
+.note { color: var(--soft); background: var(--page); border: 1px solid var(--line); }
+.answers { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(260px, 100%), 1fr)); gap: 0 18px; }
+.settings td:first-child { white-space: nowrap; } .settings td { overflow-wrap: anywhere; }
+.settings td:last-child { min-width: 90px; }
+h2 + .charts { margin-top: 4px; }
+@media (max-width: 560px) { main { padding: 24px 14px 48px; } .settings tr:first-child { display: none; }
+  .settings tr { display: grid; grid-template-columns: 1fr auto; border-bottom: 1px solid var(--line); padding: 6px 0; }
+  .settings td { border: 0; padding: 0; } .settings td:nth-child(2) { grid-column: 1 / -1; order: 3; }
+  .tiles { grid-template-columns: 1fr 1fr; } .tile b { font-size: 20px; } }
+"""
+)
+#: Width of the window of a smoothed curve, as a share of its points.
+_SMOOTHED = 1 / 25
+_DATA_NAMES = {
+    "supervised share": "trained on",
+    "median length": "median length, tokens",
+    "95 % up to": "95 % up to, tokens",
+    "longest": "longest, tokens",
+}
+_SOURCES = {"given": "given", "planned": "worked out", "default": "default"}
+
+
+def report_page(record: RunRecord) -> str:
+    """The page as text."""
+    marks = _marks(record.findings)
+    body = [
+        f"<h1>{shown(record.name or 'Training run', 200)}</h1>",
+        f'<p class="soft">{_verdict(record)}</p>',
+        _tiles(record),
+        *(["<h2>What the curves say</h2>", _findings(record)] if record.findings else []),
+        "<h2>Curves</h2>",
+        f'<div class="charts">{"".join(run_charts(record, marks))}</div>',
+        *(["<h2>Before and after</h2>", *map(_sample, record.samples)] if record.samples else []),
+        "<h2>Settings</h2>",
+        _settings(record.settings),
+        "<h2>Data</h2>",
+        _data(record.data),
+        "<h2>Model and machine</h2>",
+        _model(record.model),
+        _facts(record.environment),
+        *(f'<p class="soft small">{shown(note, 400)}</p>' for note in record.notes),
+    ]
+    return document(f"{record.name}: training run", body, style=_STYLE, script=CHART_SCRIPT)
+
+
+def _verdict(record: RunRecord) -> str:
+    level = (
+        "good" if record.state == "finished" else "error" if record.state.startswith("failed") else "warning"
+    )
+    model = str(record.model.get("name", ""))
+    steps = int(record.last("loss") is not None and record.curve("loss")[-1][0])
+    parts = [f"{steps:,} of {record.max_steps:,} steps", duration(record.seconds)]
+    if record.began:
+        parts.append(f"begun {record.began[:16].replace('T', ' ')} UTC")
+    return (
+        f'<span class="tag {level}">{shown(record.state or "unknown", 160)}</span> '
+        f"<code>{shown(model, 120)}</code>, {escape(', '.join(parts))}"
+    )
+
+
+def duration(seconds: float) -> str:
+    """``8.1 s``, ``3 min 20 s``, ``2 h 05 min``."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    if seconds < 3600:
+        minutes, rest = divmod(round(seconds), 60)
+        return f"{minutes} min {rest:02d} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes:02d} min"
+
+
+def _tiles(record: RunRecord) -> str:
+    facts = []
+    for key, name in (("loss", "training loss, last logged"), ("eval_loss", "evaluation loss, last")):
+        value = record.last(key)
+        if value is not None:
+            facts.append((_loss(value), name))
+    best = [(value, step) for step, value in record.curve("eval_loss") if math.isfinite(value)]
+    if len(best) > 1:
+        value, step = min(best)
+        facts.append((_loss(value), f"evaluation loss, best (step {step:,.0f})"))
+    speed = [value for _, value in record.curve("tokens_per_second")]
+    if speed:
+        facts.append((f"{sorted(speed)[len(speed) // 2]:,.0f}", "tokens a second, median"))
+    tokens = record.last("num_tokens")
+    if tokens:
+        facts.append((short(int(tokens)), "tokens trained on"))
+    if record.memory:
+        facts.append((_gib(max(most for *_, most in record.memory)), f"most {record.memory_of}"))
+    return tiles(facts)
+
+
+def _loss(value: float) -> str:
+    return f"{value:.4f}" if math.isfinite(value) else "not a number"
+
+
+def _gib(count: float) -> str:
+    return f"{count / 2**30:.2f} GiB"
+
+
+# --- curves -----------------------------------------------------------------------------------------------------------
+
+
+def run_charts(record: RunRecord, marks: Mapping[str, Sequence[Mark]]) -> list[str]:
+    """The charts of one run; `marks` by the curve they are on."""
+    return [
+        _loss_chart(record, [*marks.get("loss", ()), *marks.get("eval_loss", ())]),
+        chart(
+            "Gradient norm",
+            _noisy("gradient norm", norms_of(record), colour=3),
+            marks=marks.get("grad_norm", ()),
+            note=_span(norms_of(record)),
+        ),
+        chart(
+            "Learning rate",
+            [Series("learning rate", record.curve("learning_rate"), 2)],
+            marks=marks.get("learning_rate", ()),
+            from_zero=True,
+        ),
+        chart(
+            "Tokens per second",
+            [Series("tokens per second", record.curve("tokens_per_second"), 5)],
+            from_zero=True,
+        ),
+        _memory_chart(record),
+    ]
+
+
+def losses_of(record: RunRecord) -> list[tuple[float, float]]:
+    """(step, loss): of every step where they are known, else as logged."""
+    if record.steps:
+        return list(zip(map(float, record.steps), record.step_losses, strict=True))
+    return record.curve("loss")
+
+
+def norms_of(record: RunRecord) -> list[tuple[float, float]]:
+    if any(map(math.isfinite, record.step_norms)):
+        return list(zip(map(float, record.steps), record.step_norms, strict=True))
+    return record.curve("grad_norm")
+
+
+def evaluation_names(record: RunRecord) -> list[str]:
+    """Keys of the log that are losses on held-out rows."""
+    names = {
+        key for entry in record.log for key in entry if key.startswith("eval_") and key.endswith("_loss")
+    }
+    return sorted(names)
+
+
+def smoothed(points: Sequence[tuple[float, float]], width: int | None = None) -> list[tuple[float, float]]:
+    """Medians of a window around each point, which single steps do not move; few points stay as they are."""
+    width = max(int(len(points) * _SMOOTHED), 5) if width is None else width
+    if len(points) < 3 * width:
+        return list(points)
+    half, found = width // 2, []
+    stride = max(len(points) // 600, 1)
+    for at in [*range(0, len(points) - 1, stride), len(points) - 1]:
+        window = sorted(y for _, y in points[max(at - half, 0) : at + half + 1] if math.isfinite(y))
+        found.append((points[at][0], window[len(window) // 2] if window else math.nan))
+    return found
+
+
+def _noisy(name: str, points: Sequence[tuple[float, float]], colour: int) -> list[Series]:
+    """A curve of single steps: the steps faintly, their medians before them."""
+    median = smoothed(points)
+    if len(median) < 3 or median == list(points):
+        return [Series(name, points, colour)]
+    return [
+        Series(f"{name}, single steps", points, colour, "faint"),
+        Series(f"{name}, median", median, colour),
+    ]
+
+
+def _loss_chart(record: RunRecord, marks: Sequence[Mark]) -> str:
+    series = _noisy("training loss", losses_of(record), colour=0)
+    for number, name in enumerate(evaluation_names(record)):
+        told = "evaluation loss" if name == "eval_loss" else name.removesuffix("_loss").replace("_", " ", 1)
+        series.append(Series(told, record.curve(name), 1 + number, "dots"))
+    return chart(
+        "Loss", series, marks=marks, note=_span(record.curve("eval_loss") or losses_of(record)), wide=True
+    )
+
+
+def _memory_chart(record: RunRecord) -> str:
+    now = [(float(step), held / 2**30) for step, held, _ in record.memory]
+    most = [(float(step), peak / 2**30) for step, _, peak in record.memory]
+    planned = record.planned_memory
+    note = ""
+    if planned is not None and most:
+        peak = most[-1][1]
+        note = f"planned {planned / 2**30:.2f} GiB, at most {peak:.2f} GiB: {peak * 2**30 / planned - 1:+.1%}"
+    return chart(
+        f"{record.memory_of.capitalize()}, GiB",
+        [Series("now", now, 6), Series("most so far", most, 7)],
+        limit=None if planned is None else (planned / 2**30, "the plan for the largest batch"),
+        note=note,
+        from_zero=True,
+    )
+
+
+def _span(points: Sequence[tuple[float, float]]) -> str:
+    finite = [y for _, y in points if math.isfinite(y)]
+    return f"first {finite[0]:.4g}, last {finite[-1]:.4g}, least {min(finite):.4g}" if finite else ""
+
+
+# --- words ------------------------------------------------------------------------------------------------------------
+
+
+def _marks(findings: Sequence[Mapping[str, Any]]) -> dict[str, list[Mark]]:
+    found: dict[str, list[Mark]] = {}
+    for number, item in enumerate(findings, 1):
+        mark = Mark(float(item["first"]), float(item["last"]), str(item["level"]), str(number))
+        found.setdefault(str(item["curve"]), []).append(mark)
+    return found
+
+
+def _findings(record: RunRecord) -> str:
+    items = []
+    for number, item in enumerate(record.findings, 1):
+        level = item["level"] if item["level"] in ("error", "warning") else "note"
+        items.append(
+            f'<li><span class="label">{number}</span><div><span class="tag {level}">{escape(str(item["kind"]))}</span> '
+            f'{shown(str(item["what"]), 600)}<br><span class="soft">{shown(str(item["advice"]), 600)}</span></div></li>'
+        )
+    return f'<div class="card"><ul class="findings">{"".join(items)}</ul></div>'
+
+
+def _sample(sample: Sample) -> str:
+    parts = "".join(
+        f'<div><div class="field">{name}</div><pre>{lines(text)}</pre></div>'
+        for name, text in (
+            ("before", sample.before),
+            ("after", sample.after),
+            ("in the data", sample.expected),
+        )
+    )
+    prompt = f'<div class="field">prompt</div><pre>{lines(sample.prompt)}</pre>'
+    return f'<div class="card">{prompt}<div class="answers">{parts}</div></div>'
+
+
+def _settings(settings: Sequence[Setting]) -> str:
+    chosen = [item for item in settings if item.source != "default"]
+    others = [item for item in settings if item.source == "default"]
+    parts = [_setting_rows(chosen)] if chosen else []
+    if others:
+        parts.append(
+            f'<details class="card"><summary><b>{len(others)} defaults</b></summary>{_setting_rows(others)}</details>'
+        )
+    return f'<div class="settings">{"".join(parts)}</div>'
+
+
+def _setting_rows(settings: Sequence[Setting]) -> str:
+    rows = [
+        (
+            f"<code>{shown(item.name, 80)}</code>",
+            f"<code>{shown(value_text(item.value), 300)}</code>",
+            escape(_SOURCES.get(item.source, item.source))
+            + (f' <span class="soft small">{shown(item.note, 160)}</span>' if item.note else ""),
+        )
+        for item in settings
+    ]
+    return table(("setting", "value", "from"), rows)
+
+
+def value_text(value: Any) -> str:
+    """A setting's value as it would be written."""
+    if isinstance(value, float):
+        return f"{value:g}"
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _data(data: Mapping[str, Mapping[str, Any]]) -> str:
+    known = {name: facts for name, facts in data.items() if facts}
+    if not known:
+        return '<p class="soft">The data is a stream: nothing is counted before it is read.</p>'
+    keys = list(dict.fromkeys(key for facts in known.values() for key in facts))
+    rows = [
+        (
+            shown(name, 80),
+            *(_count(facts.get(key), key) for key in keys),
+        )
+        for name, facts in known.items()
+    ]
+    names = [_DATA_NAMES.get(key, key) for key in keys]
+    return table(("", *map(escape, names)), rows, numbers=range(1, len(keys) + 1))
+
+
+def _count(value: Any, key: str) -> str:
+    if not isinstance(value, int | float):
+        return ""
+    return f"{value:.1%}" if key == "supervised share" else f"{value:,}"
+
+
+def _model(model: Mapping[str, Any]) -> str:
+    if not model:
+        return ""
+    count, trained = int(model.get("parameters") or 0), int(model.get("trained parameters") or 0)
+    told = f"{short(count)} parameters, {short(trained)} of them trained, {model.get('dtype', '')}"
+    return (
+        f'<div class="card"><h3>{shown(str(model.get("name", "")), 160)}</h3><p class="soft">{shown(told, 200)}</p>'
+        f"<pre>{lines(str(model.get('engine', '')))}</pre></div>"
+    )
+
+
+def _facts(facts: Mapping[str, Any]) -> str:
+    rows = [
+        (
+            f"{shown(name, 60)}",
+            f"<code>{shown(size(value) if name == 'memory' and isinstance(value, int) else str(value), 200)}</code>",
+        )
+        for name, value in facts.items()
+    ]
+    return table(("what", "version or value"), rows) if rows else ""

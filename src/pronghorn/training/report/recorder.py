@@ -1,0 +1,153 @@
+"""Keeps what a run's report needs while it trains, and writes it: at every checkpoint, at the end, after an error."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.trainer_callback import TrainerCallback
+
+from pronghorn.engine import binding_of
+from pronghorn.pages import write_page
+from pronghorn.training.memory import largest_batch, planned_reserved
+from pronghorn.training.progress import memory_now_bytes, peak_memory_gib
+from pronghorn.training.report.facts import data_facts, environment_facts, model_facts, settings_of
+from pronghorn.training.report.page import report_page
+from pronghorn.training.report.samples import Prompt, answers, prompts_of, why_none
+from pronghorn.tuning.run_record import RunRecord, Sample
+
+logger = logging.getLogger("pronghorn")
+
+REPORT = "report.html"
+
+
+class RunRecorder(TrainerCallback):
+    """One trainer's report. A report that cannot be made is told once, and training goes on.
+
+    Args:
+        asked: the trainer's arguments as they were given, by `facts.values_of`.
+    """
+
+    def __init__(self, trainer: Any, asked: Mapping[str, Any]) -> None:
+        self._trainer, self._asked = trainer, asked
+        self._record = RunRecord()
+        self._began = 0.0
+        self._prompts: list[Prompt] = []
+        self._before: list[str] = []
+        self._ended = False
+
+    @contextmanager
+    def of_run(self) -> Iterator[None]:
+        """Around `train`: the report says how the run ended."""
+        self._record, self._ended, self._began = RunRecord(), False, time.perf_counter()
+        self._record.began = datetime.now(UTC).isoformat(timespec="seconds")
+        try:
+            yield
+        except BaseException as error:
+            stopped = isinstance(error, KeyboardInterrupt)
+            self._end("interrupted" if stopped else f"failed: {type(error).__name__}: {error}")
+            raise
+        state = self._trainer.state
+        self._end("finished" if state.global_step >= state.max_steps else "stopped early")
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not state.is_world_process_zero:
+            return
+        with self._telling("begun"):
+            record = self._record
+            record.name = Path(args.output_dir).resolve().name
+            record.max_steps = state.max_steps
+            record.data = {"training": data_facts(self._trainer.train_dataset)}
+            rows = self._trainer.eval_dataset
+            for name, part in rows.items() if isinstance(rows, dict) else [("evaluation", rows)]:
+                record.data[name] = data_facts(part) if part is not None else {}
+            record.environment = environment_facts(self._trainer)
+            cuda = args.device.type == "cuda"
+            record.memory_of = "memory reserved on the GPU" if cuda else "memory of the process"
+            reason = why_none(self._trainer)
+            if reason is None:
+                self._prompts = prompts_of(self._trainer.eval_dataset, args.report_samples)
+                self._before = self._answers()
+            else:
+                record.notes.append(f"No answers before and after: {reason}.")
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            most = int(peak_memory_gib() * 2**30)
+            now = memory_now_bytes(args.device.type == "cuda")
+            self._record.memory.append((state.global_step, now, most))
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._write()
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._ended:  # an evaluation of the trained model belongs to its run
+            self._write()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._prompts and self._before:
+            with self._telling("finished"):
+                texts = self._trainer.processing_class
+                self._record.samples = [
+                    Sample(texts.decode(prompt.ids), texts.decode(prompt.expected), before, after)
+                    for prompt, before, after in zip(
+                        self._prompts, self._before, self._answers(), strict=True
+                    )
+                ]
+
+    def _answers(self) -> list[str]:
+        trainer = self._trainer
+        if not self._prompts:
+            return []
+        return answers(
+            trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class, self._prompts
+        )
+
+    def _end(self, how: str) -> None:
+        self._record.state = how
+        self._write()
+        self._ended = True
+
+    def _write(self) -> None:
+        trainer = self._trainer
+        if not trainer.state.is_world_process_zero:
+            return
+        with self._telling("written"):
+            record = self._record
+            if not self._ended:
+                record.seconds = round(time.perf_counter() - self._began, 2)
+            record.settings = settings_of(trainer, self._asked)
+            record.model = model_facts(trainer.model)
+            record.log = list(trainer.state.log_history)
+            ledger = trainer._ledger
+            record.steps, record.step_losses = list(ledger.steps), list(ledger.losses)
+            record.step_norms = list(ledger.norms)
+            record.planned_memory = self._planned()
+            folder = Path(trainer.args.output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            record.save(folder)
+            write_page(report_page(record), folder / REPORT)
+
+    def _planned(self) -> int | None:
+        """Bytes that the memory plan expects to be reserved, where there is one for a GPU."""
+        trainer = self._trainer
+        binding, batch = binding_of(trainer.model), largest_batch(trainer)
+        if trainer.args.device.type != "cuda" or binding is None or not binding.bound or batch is None:
+            return None
+        return planned_reserved(binding, batch, torch.cuda.get_device_capability(trainer.args.device))
+
+    @contextmanager
+    def _telling(self, what: str) -> Iterator[None]:
+        """A report is beside the run: what goes wrong with it is said, and ends nothing."""
+        try:
+            yield
+        except Exception as error:
+            logger.warning(
+                "pronghorn: the run's report could not be %s: %s: %s", what, type(error).__name__, error
+            )
