@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import ipaddress
+from contextlib import suppress
 from dataclasses import dataclass
 from urllib.parse import SplitResult, urlsplit
 
@@ -16,6 +17,7 @@ from pronghorn.inference.server.problems import CallProblem
 
 #: Read without a token: whether the server runs, and the page that asks for the token.
 OPEN_PATHS = frozenset({"/", "/health"})
+LINGER_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -103,42 +105,43 @@ class Guard:
         """The whole body.
 
         Raises:
-            CallProblem: 413 when it is too large, 408 when it takes too long, 415 when it is not said to be JSON.
+            CallProblem: 413 when it is too large, 408 when it takes too long.
         """
-        try:
-            async with asyncio.timeout(self._limits.body_seconds):
-                return await self._collect(headers, receive)
-        except TimeoutError:
-            raise CallProblem(408, "the body did not arrive in time", code="timeout") from None
-
-    async def _collect(self, headers: Headers, receive: Receive) -> bytes:
         most = self._limits.body_bytes
         length = headers.get("content-length", "0")
         announced = int(length) if length.isdigit() else 0
-        too_large = announced > most
-        # A client that waits for "100 Continue" sends nothing then, and one that sends far too much is cut off.
-        if too_large and (headers.get("expect") or announced > 8 * most):
-            raise self._too_large()
-        body, read = bytearray(), 0
-        while True:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                return b""
-            chunk = message.get("body", b"")
-            read += len(chunk)
-            too_large = too_large or read > most
-            # The rest is read, within limits, but not kept: a client that is still sending would see the connection
-            # break instead of the answer.
-            if not too_large:
-                body += chunk
-            if not message.get("more_body", False) or read > 8 * most:
-                break
-        if too_large:
-            raise self._too_large()
-        return bytes(body)
+        body = bytearray()
+        try:
+            async with asyncio.timeout(self._limits.body_seconds):
+                more = announced <= most
+                while more:
+                    chunk, more = await _next_chunk(receive)
+                    body += chunk
+                    more = more and len(body) <= most
+        except TimeoutError:
+            raise CallProblem(408, "the body did not arrive in time", code="timeout") from None
+        if max(announced, len(body)) <= most:
+            return bytes(body)
+        # A client that waits for "100 Continue" sends nothing, and one that means to send far too much is cut off.
+        if "expect" not in headers and announced <= 8 * most:
+            await _discard(receive, 8 * most)
+        raise CallProblem(413, f"the body exceeds {most} bytes", code="body_too_large")
 
-    def _too_large(self) -> CallProblem:
-        return CallProblem(413, f"the body exceeds {self._limits.body_bytes} bytes", code="body_too_large")
+
+async def _next_chunk(receive: Receive) -> tuple[bytes, bool]:
+    """(what came of the body, whether there is more)."""
+    message = await receive()
+    return message.get("body", b""), message.get("more_body", False)
+
+
+async def _discard(receive: Receive, most: int) -> None:
+    """Read on for a moment: a client that is still sending would see the connection break instead of the answer."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(LINGER_SECONDS):
+            more = True
+            while more and most > 0:
+                chunk, more = await _next_chunk(receive)
+                most -= len(chunk)
 
 
 def _split(address: str) -> SplitResult:
