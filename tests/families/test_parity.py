@@ -38,8 +38,8 @@ def stock(family: str, dtype: torch.dtype = torch.float64, **options: Any) -> An
 
 
 def expected_of(model: Any, rows: dict[str, Any]) -> Outcome:
-    """Transformers' numbers; Gemma 2's from the stream, because its eager attention gives a padding position whose whole
-    window is padding no number in fp64, and it has no other attention."""
+    """Transformers' numbers; Gemma 2's from the stream, because in fp64 its eager attention, the only one it has, gives
+    no number to a padding position whose whole window is padding."""
     if model.config.model_type != "gemma2":
         return run(model, rows)
     outcome = run(model, packed_batch(rows))
@@ -104,6 +104,27 @@ def test_adapter_options(options: dict[str, Any]) -> None:
     batch = packed_batch(rows_batch(model.config.vocab_size, LENGTHS))
     fast = bound_copy(model, ["matmuls", "none"])
     assert_same(run(fast, batch), run(stock_on_stream(model), batch), EXACT)
+
+
+@pytest.mark.parametrize("lengths", [(13, 7, 13, 1), (12, 7)], ids=["long", "short"])
+def test_longrope_goes_by_the_longest_document(lengths: tuple[int, ...]) -> None:
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "original_max_position_embeddings": 12,
+        "partial_rotary_factor": 0.75,
+        "short_factor": [1.0, 1.1, 1.3, 1.6, 2.0, 2.5],
+        "long_factor": [1.0, 2.0, 4.0, 7.0, 11.0, 16.0],
+    }
+    options = {"original_max_position_embeddings": 12, "rope_parameters": rope}
+    model = add_adapter(tiny_model("phi3", **options).double())
+    rows = rows_batch(model.config.vocab_size, lengths)
+    expected = run(model, rows)
+    fast = bound_copy(model, "none")
+    assert_same(run(fast, rows), expected, EXACT)
+    packed = run(fast, packed_batch(rows))
+    packed.logits = packed.logits[0]  # type: ignore[index]
+    assert_same(packed, expected, EXACT)
 
 
 def test_padding_on_the_left_is_padding_on_the_right() -> None:

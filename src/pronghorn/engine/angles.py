@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from pronghorn.engine.binding import Binding
 from pronghorn.families.spec import ONE_ROTATION
@@ -18,13 +19,32 @@ def angles_of(binding: Binding, decoder: Any, hidden: Tensor, positions: Tensor)
     """The angles of the positions [T] in the dtype of hidden [T, H], as the decoder's own rotary module gives them."""
     found: Angles = {}
     for kind in binding.rotations:
-        if kind is None:
-            continue
-        which = () if kind == ONE_ROTATION else (kind,)
-        cos, sin = decoder.rotary_emb(hidden[None], positions[None], *which)
-        found[kind] = cos[0], sin[0]
+        if kind == ONE_ROTATION and getattr(decoder.rotary_emb, "rope_type", None) == "longrope":
+            found[kind] = _longrope(binding, decoder.rotary_emb, hidden, positions)
+        elif kind is not None:
+            which = () if kind == ONE_ROTATION else (kind,)
+            cos, sin = decoder.rotary_emb(hidden[None], positions[None], *which)
+            found[kind] = cos[0], sin[0]
     if None in binding.rotations:
         # A layer that does not rotate turns by no angle: x · 1 + x' · 0 is x.
         like = next(iter(found.values()))[0]
         found[None] = torch.ones_like(like), torch.zeros_like(like)
     return found
+
+
+def _longrope(binding: Binding, rotary: Any, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """LongRoPE (arXiv 2402.13753): one of two sets of frequencies, by the longest document of the stream.
+
+    Transformers' module asks the device for that length in some versions, which waits for it and cannot be recorded.
+    """
+    config, device = rotary.config, hidden.device
+    longest_short = config.rope_parameters["original_max_position_embeddings"]
+    if device not in binding.frequencies:
+        init = ROPE_INIT_FUNCTIONS["longrope"]
+        short, long = (init(config, device, seq_len=n)[0] for n in (longest_short, longest_short + 1))
+        binding.frequencies[device] = short, long
+    short, long = binding.frequencies[device]
+    angles = positions[:, None].float() * torch.where(positions.max() >= longest_short, long, short)
+    angles = torch.cat([angles, angles], 1)
+    scale = rotary.attention_scaling
+    return (angles.cos() * scale).to(hidden.dtype), (angles.sin() * scale).to(hidden.dtype)

@@ -10,7 +10,7 @@ from itertools import product
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pronghorn.blocks import LEVELS, Level, ModuleProjection, check_levels, parks
 from pronghorn.blocks.projection import Projection
@@ -44,6 +44,8 @@ class Binding:
     tile_rows: int | None = None
     #: the adapters' flat storage while a `TrainingStep` runs; else None, and every call reads PEFT's own tensors
     packed: FlatAdapters | None = None
+    #: LongRoPE's frequencies for short and for long streams, by device (`engine.angles`)
+    frequencies: dict[torch.device, tuple[Tensor, Tensor]] = field(default_factory=dict)
     _told: set[str] = field(default_factory=set)
     _undo: list[tuple[nn.Module, str, Any]] = field(default_factory=list)
 

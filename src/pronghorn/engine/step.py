@@ -253,8 +253,11 @@ class TrainingStep:
             if backend not in _CAPTURABLE:
                 return f"attention runs as '{backend}', document by document"
         rope = getattr(binding.config, "rope_parameters", None) or {}
-        if rope.get("rope_type") in ("dynamic", "longrope"):
-            return f"rope type '{rope['rope_type']}' depends on each batch's longest row"
+        # One kind of angles, or several by the layers' names.
+        if any(
+            kind.get("rope_type") == "dynamic" for kind in (rope, *rope.values()) if isinstance(kind, dict)
+        ):
+            return "rope type 'dynamic' depends on each batch's longest row"
         for _, projection in binding.projections():
             if isinstance(projection, ModuleProjection):
                 return f"a projection runs through its own module: {projection.reason}"

@@ -123,8 +123,8 @@ def _refusal(
             return f"{which} needs compute capability 8.0, this is {capability[0]}.{capability[1]}"
     if name == "cpu" and device.type != "cpu":
         return f"it runs on the CPU, not on {device.type}"
-    if name in ("cpu", "sdpa") and wishes.softcap:
-        return "torch's kernels know no softcap"
+    if name == "sdpa" and wishes.softcap:
+        return "scaled_dot_product_attention knows no softcap"
     if name == "sdpa" and wishes.sinks:
         return "scaled_dot_product_attention gives no statistics to add sinks to"
     return None

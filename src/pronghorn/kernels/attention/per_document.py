@@ -1,8 +1,8 @@
 """Attention document by document, equally long neighbours together: three implementations that need no packed kernel.
 
 "cpu": tiles of queries, whose logits stay in the caches. "sdpa": torch's scaled_dot_product_attention, recomputed in
-backward. "eager": the formula written out, for what the other two cannot do (softcap; sinks where there are no
-statistics); it holds a document's logits, one key-value head at a time.
+backward. "eager": the formula written out, where the other two do not go (another device's softcap, or sinks where
+there are no statistics); it holds a document's logits, one key-value head at a time.
 
 Statistics of "cpu" and "eager": [T, N] in at least fp32; "sdpa" has none.
 """
@@ -99,13 +99,21 @@ class _Grouped:
 
 
 def _tile_logits(
-    queries: Tensor, keys: Tensor, tile: _Tile, allowed: Tensor | None, wide: torch.dtype
+    queries: Tensor,
+    keys: Tensor,
+    tile: _Tile,
+    allowed: Tensor | None,
+    wide: torch.dtype,
+    softcap: float | None,
 ) -> Tensor:
-    """Masked logits [count, K, G, queries, keys] in `wide`; `keys` [count·K, length, D] are scaled and wide."""
+    """Capped and masked logits [count, K, G, queries, keys] in `wide`; `keys` [count·K, length, D] are scaled and
+    wide."""
     count, kv_heads, group, _, size = queries.shape
     part = queries[:, :, :, tile.start : tile.end].to(wide).reshape(count * kv_heads, -1, size)
     logits = torch.bmm(part, keys[:, tile.first : tile.last].transpose(1, 2))
     logits = logits.view(count, kv_heads, group, tile.end - tile.start, -1)
+    if softcap is not None:
+        logits.div_(softcap).tanh_().mul_(softcap)
     mask = tile.mask(allowed, logits)
     # A mask of each document is [count, 1, queries, keys].
     return logits.add_(mask if mask.dim() == 2 else mask.unsqueeze(1))
@@ -125,7 +133,7 @@ def cpu_forward(
         result, found = torch.empty_like(queries), queries.new_empty(queries.shape[:-1], dtype=wide)
         for tile in _tiles(run, docs, call, q.shape[1]):
             rows = slice(tile.start, tile.end)
-            logits = _tile_logits(queries, keys, tile, allowed, wide)
+            logits = _tile_logits(queries, keys, tile, allowed, wide, call.softcap)
             weights = torch.softmax(logits, -1)
             # log Σ exp, from the largest term's share of the sum: no exponential is computed twice.
             found[..., rows] = logits.amax(-1) - weights.amax(-1).log()
@@ -166,7 +174,7 @@ def cpu_backward(
         dqueries, dkeys, dvalues = torch.empty_like(queries), torch.zeros_like(keys), torch.zeros_like(values)
         for tile in _tiles(run, docs, call, q.shape[1]):
             rows, seen = slice(tile.start, tile.end), slice(tile.first, tile.last)
-            logits = _tile_logits(queries, keys, tile, allowed, wide)
+            logits = _tile_logits(queries, keys, tile, allowed, wide, call.softcap)
             weights = torch.softmax(logits, -1)
             if statistics is not None:
                 without_sink = logits.amax(-1, keepdim=True) - weights.amax(-1, keepdim=True).log()
@@ -175,7 +183,11 @@ def cpu_backward(
             shape = (keys.shape[0], -1, weights.shape[-1])
             dvalues[:, seen] += torch.bmm(weights.to(q.dtype).view(shape).transpose(1, 2), gradient)
             dweights = torch.bmm(gradient.to(wide), values[:, seen].transpose(1, 2)).view_as(weights)
-            dlogits = aten._softmax_backward_data(dweights, weights, -1, wide).to(q.dtype).view(shape)
+            dlogits = aten._softmax_backward_data(dweights, weights, -1, wide)
+            if call.softcap is not None:
+                # tanh' = 1 - tanh²; what the mask hides has no gradient anyway, and -∞ is not to make it one.
+                dlogits.mul_(1 - logits.clamp_(min=-call.softcap).div_(call.softcap).square_())
+            dlogits = dlogits.to(q.dtype).view(shape)
             dqueries[..., rows, :] = torch.bmm(dlogits, low_keys[:, seen]).view(*weights.shape[:-1], size)
             dkeys[:, seen] += torch.bmm(dlogits.transpose(1, 2), query)
         dkeys.mul_(call.scale)
