@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from pronghorn import __version__
-from pronghorn.cli.numbers import not_negative, positive, whole
+from pronghorn.cli.numbers import not_negative, positive
 from pronghorn.errors import PronghornError
 
 EXIT_USER_ERROR = 2
@@ -81,30 +81,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     chat.add_argument("--load-in-4bit", action="store_true")
 
-    plan = commands.add_parser("plan", help="what a training step will take, from the model's config alone")
-    plan.add_argument("model", metavar="MODEL", help="a folder with a config.json, a .gguf file or a hub id")
-    plan.add_argument(
-        "--budget", metavar="SIZE", help="GPU memory, such as 24GiB (default: what is free on the GPU here)"
-    )
-    plan.add_argument("--max-seq-length", type=positive, default=2048, metavar="N")
-    plan.add_argument("--batch", type=positive, default=1, metavar="N", help="rows of a step (default 1)")
-    plan.add_argument(
-        "--rank",
-        type=whole,
-        default=16,
-        metavar="R",
-        help="of the adapters (default 16); 0 trains all weights",
-    )
-    stored = plan.add_mutually_exclusive_group()
-    stored.add_argument("--load-in-4bit", action="store_true")
-    stored.add_argument("--load-in-int8", action="store_true")
-    plan.add_argument("--int8-copies", type=int, choices=[1, 2], default=2)
-    plan.add_argument("--no-offload", action="store_true", help="keep out of the host's memory")
-    plan.add_argument("--gpu", metavar="NAME", help="plan for this GPU, such as 4090 (default: the one here)")
-    plan.add_argument("--json", action="store_true", help="print the plan as JSON")
+    from pronghorn.cli import data, export, plan, run
 
-    from pronghorn.cli import data, export, run
-
+    plan.register(commands)
     data.register(commands)
     export.register(commands)
     run.register(commands)

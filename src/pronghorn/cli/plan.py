@@ -1,63 +1,111 @@
-"""``pronghorn plan``: what a training step will take, from the model's config alone."""
+"""``pronghorn plan``: the settings that fit a GPU and are fastest, from the model's config and the rows' lengths."""
 
 from __future__ import annotations
 
 import argparse
-import json
-from dataclasses import asdict
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from pronghorn.cli.console import first_line, say, table
+from pronghorn.cli.console import first_line
 from pronghorn.cli.models import resolve_model
+from pronghorn.cli.numbers import not_negative, positive, whole
 from pronghorn.errors import BudgetInvalid, CommandMisused, ModelNotFound
 
 if TYPE_CHECKING:
-    from pronghorn.memory import Batch, ModelShape, Plan, Rates
+    from pronghorn.memory import Gpu
+    from pronghorn.tuning.advice import Advice
+    from pronghorn.tuning.planner import Job
+    from pronghorn.tuning.workload import Workload
 
 GIB = 2**30
+#: Tokens of a row where neither the data nor anybody says.
+ROW_TOKENS = 2048
+RANK = 16
+
+
+def register(commands: Any) -> None:
+    """Add ``plan`` to the parser's commands."""
+    plan = commands.add_parser(
+        "plan",
+        help="the settings that fit a GPU and are fastest, with memory, time and cost",
+        description="Reads the model's config and the rows' lengths; no weights are loaded and no GPU is needed.",
+    )
+    plan.add_argument(
+        "model", nargs="?", metavar="MODEL", help="a folder with a config.json, a .gguf file, a hub id"
+    )
+    plan.add_argument("--model", dest="named", metavar="MODEL", help="the same by name")
+    plan.add_argument(
+        "--data", nargs="+", metavar="FILE", help="the rows: length, batch, rank and rate follow them"
+    )
+    plan.add_argument(
+        "--gpu",
+        action="append",
+        metavar="NAME",
+        help="such as 'RTX 4090', or all (repeatable; default: the one here)",
+    )
+    plan.add_argument(
+        "--price-per-hour",
+        action="append",
+        default=[],
+        metavar="[GPU=]PRICE",
+        help="adds the cost; with several GPUs one each (repeatable)",
+    )
+    plan.add_argument(
+        "--budget", metavar="SIZE", help="GPU memory for torch, such as 24GiB (default: the GPU's)"
+    )
+    plan.add_argument("--max-seq-length", type=positive, metavar="N", help="default: by the data, else 2048")
+    plan.add_argument(
+        "--batch", type=positive, metavar="N", help="rows of a micro-batch (default: what is fastest)"
+    )
+    plan.add_argument(
+        "--global-batch", type=positive, metavar="N", help="rows of an optimizer step (default: advised)"
+    )
+    plan.add_argument(
+        "--epochs", type=not_negative, metavar="N", help="passes over the data (default: advised)"
+    )
+    plan.add_argument(
+        "--rank", type=whole, metavar="R", help="of the adapters (default: advised); 0: all weights"
+    )
+    stored = plan.add_mutually_exclusive_group()
+    for name, value in (("16bit", "16-bit"), ("int8", "int8"), ("4bit", "4-bit")):
+        stored.add_argument(f"--load-in-{name}", dest="precision", action="store_const", const=value)
+    plan.add_argument("--no-offload", action="store_true", help="keep out of the host's memory")
+    plan.add_argument("--compare", action="store_true", help="beside Transformers and PEFT as they come")
+    plan.add_argument("--json", action="store_true", help="print the plan as JSON")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print the plan; a budget that cannot hold the step is an error with the way out."""
+    """Print the plan; a job that fits nowhere is an error with the way out."""
     from pronghorn.cli.quiet import quiet_libraries
 
     quiet_libraries()
-    from pronghorn.memory import Batch, plan
+    from pronghorn.cli import plan_output as output
+    from pronghorn.tuning.planner import PRECISIONS, choose, does_not_fit, settings
 
-    shape = _shape(options)
-    rates, budget, host = _machine(options)
-    tokens = options.batch * options.max_seq_length
-    batch = Batch(tokens, tokens - options.batch, options.batch)
-    found = plan(shape, budget, batch, rates=rates, host_limit=host, offload=not options.no_offload)
-    if options.json:
-        say(json.dumps(_as_dict(found, shape, rates), indent=2))
-    else:
-        _print(found, shape, rates, options)
+    name = options.named or options.model
+    if name is None:
+        raise CommandMisused("a model is missing", fix="pronghorn plan --model MODEL")
+    config = _config(name)
+    gpus, host_limit = _gpus(options)
+    prices = _prices(options.price_per_hour, [gpu for gpu, _ in gpus])
+    job, advice = _job(options, name, config, host_limit)
+    precisions = (options.precision,) if options.precision else PRECISIONS
+    if options.precision == "int8" and not job.rank:
+        raise CommandMisused("int8 weights cannot be trained", fix="give --rank, or leave out --load-in-int8")
+    if len(gpus) > 1:
+        rows = [
+            output.GpuRow(gpu, settings(job, gpu, budget, precisions), prices.get(gpu.name))
+            for gpu, budget in gpus
+        ]
+        output.show_gpus(name, job, rows, as_json=options.json)
+        return 0
+    gpu, budget = gpus[0]
+    found = settings(job, gpu, budget, precisions)
+    if not found:
+        raise does_not_fit(job, gpu, budget, precisions)
+    view = output.View(name, choose(found), found, budget, prices.get(gpu.name), advice, options.compare)
+    output.show(view, as_json=options.json)
     return 0
-
-
-def _shape(options: argparse.Namespace) -> ModelShape:
-    from pronghorn.engine.planning import shape_of_config
-
-    config = _config(options.model)
-    quantised = getattr(config, "quantization_config", None) or {}
-    quantised = quantised if isinstance(quantised, dict) else quantised.to_dict()
-    four_bit = options.load_in_4bit or bool(quantised.get("load_in_4bit"))
-    int8 = options.load_in_int8 and not four_bit
-    storage = "nf4 double" if four_bit else "bfloat16"
-    if int8:
-        if not options.rank:
-            raise CommandMisused(
-                "int8 weights cannot be trained", fix="give --rank, or leave out --load-in-int8"
-            )
-        storage = "int8" if options.int8_copies == 1 else "int8 two"
-    return shape_of_config(
-        config,
-        rank=options.rank,
-        storage=storage,
-        trained="adapters" if options.rank else "all",
-        joined=int8,
-    )
 
 
 def _config(name: str) -> Any:
@@ -81,100 +129,118 @@ def _config(name: str) -> Any:
         ) from error
 
 
-def _machine(options: argparse.Namespace) -> tuple[Rates, int, int | None]:
-    """(rates, budget, most pinned host memory): of the GPU here, or of one that is named."""
+def _gpus(options: argparse.Namespace) -> tuple[list[tuple[Gpu, int | None]], int | None]:
+    """((GPU, bytes that torch may reserve or None for all it has) each; most pinned host memory, None for any).
+
+    Raises:
+        BudgetInvalid: a GPU that is not listed, or none here and none named.
+    """
     import torch
 
-    from pronghorn.memory import HOST_SHARE, RATES, available_host_bytes, parse_budget, rates_of
+    from pronghorn.memory import GPUS, HOST_SHARE, available_host_bytes, gpu_of, parse_budget
 
-    here = torch.cuda.is_available()
-    if options.gpu is not None and not any(rates.name.lower() in options.gpu.lower() for rates in RATES):
-        known = ", ".join(rates.name for rates in RATES)
-        raise BudgetInvalid(f"no rates are known of a GPU '{options.gpu}'", fix=f"use one of {known}")
-    if options.gpu is not None:
-        rates = next(
-            r for r in sorted(RATES, key=lambda r: -len(r.name)) if r.name.lower() in options.gpu.lower()
-        )
-    else:
-        rates = rates_of(torch.cuda.get_device_name() if here else "H200")
-    budget = options.budget or ("auto" if here else None)
-    if budget is None:
-        raise BudgetInvalid(
-            "there is no GPU here to plan for", fix="name a memory size, such as --budget 24GiB"
-        )
-    free = torch.cuda.mem_get_info()[0] if here else None
-    return rates, parse_budget(budget, free), int(available_host_bytes() * HOST_SHARE) if here else None
+    if options.gpu:
+        budget = parse_budget(options.budget) if options.budget else None
+        found = []
+        for name in options.gpu:
+            one = gpu_of(name)
+            if name.lower() != "all" and one is None:
+                known = ", ".join(gpu.name for gpu in GPUS)
+                raise BudgetInvalid(
+                    f"no rates are known of a GPU '{name}'", fix=f"use all, or one of {known}"
+                )
+            found += [(gpu, budget) for gpu in (GPUS if one is None else (one,))]
+        return found, None
+    by_name = {gpu.name: gpu for gpu in GPUS}
+    if not torch.cuda.is_available():
+        if options.budget is None:
+            raise BudgetInvalid(
+                "there is no GPU here to plan for", fix="name one, such as --gpu 'RTX 4090', or --gpu all"
+            )
+        return [(by_name["H200"], parse_budget(options.budget))], None
+    name, (free, total) = torch.cuda.get_device_name(), torch.cuda.mem_get_info()
+    unlisted = replace(by_name["4090"], name=name, note="it is not listed: a 4090's rates are taken")
+    budget = parse_budget(options.budget or "auto", free)
+    return [(gpu_of(name, total) or unlisted, budget)], int(available_host_bytes() * HOST_SHARE)
 
 
-def _print(found: Plan, shape: ModelShape, rates: Rates, options: argparse.Namespace) -> None:
-    e, time, batch = found.estimate, found.time, found.batch
-    weights = f"{shape.parameters / 1e9:.2f} billion weights as {shape.storage}"
-    trained = f"adapters of rank {options.rank}" if options.rank else "all weights trained"
-    say(
-        f"{options.model}: {weights}, {trained}; {batch.documents} x {batch.tokens // batch.documents} tokens a step"
+def _prices(given: list[str], gpus: list[Gpu]) -> dict[str, float]:
+    """Prices an hour by GPU.
+
+    Raises:
+        CommandMisused: a price that is no number, or of no planned GPU.
+    """
+    from pronghorn.memory import gpu_of
+
+    prices = {}
+    for text in given:
+        name, _, price = text.rpartition("=")
+        gpu = gpu_of(name) if name else (gpus[0] if len(gpus) == 1 else None)
+        if gpu is None or gpu.name not in {one.name for one in gpus}:
+            raise CommandMisused(
+                f"--price-per-hour {text} does not say of which GPU", fix="give GPU=PRICE, such as H100=2.50"
+            )
+        try:
+            prices[gpu.name] = not_negative(price)
+        except (ValueError, argparse.ArgumentTypeError):
+            raise CommandMisused(f"'{price}' is no price", fix="give a number, such as 0.35") from None
+    return prices
+
+
+def _job(
+    options: argparse.Namespace, name: str, config: Any, host_limit: int | None
+) -> tuple[Job, list[Advice]]:
+    """The job, and the advice that what is left open in it was taken from."""
+    from pronghorn.tuning.advice import Facts, advise
+    from pronghorn.tuning.planner import GLOBAL_BATCH, Job
+    from pronghorn.tuning.workload import Workload
+
+    job = Job(
+        config,
+        Workload.full_rows(options.max_seq_length or ROW_TOKENS),
+        rank=RANK if options.rank is None else options.rank,
+        global_batch=max(options.global_batch or GLOBAL_BATCH, options.batch or 1),
+        epochs=options.epochs or 1,
+        offload=not options.no_offload,
+        host_limit=host_limit,
+        micro_batch=options.batch,
     )
-    table(
-        "Memory",
-        ("part", "GiB", "what it is"),
-        [
-            ("weights", _gib(e.weights), shape.storage),
-            (
-                "training state",
-                _gib(e.fixed - e.weights),
-                "adapters, gradients, optimizer, library workspaces",
-            ),
-            *((f"most in {name}", _gib(size), "with the above") for name, size in e.moments.items()),
-            ("reserved", _gib(e.reserved), f"by torch; the budget is {_gib(found.budget)}"),
-            ("host", _gib(e.host), "pinned"),
-        ],
+    if not options.data:
+        return job, []
+    work = _workload(options, name)
+    facts = Facts(
+        model_type=config.model_type,
+        hidden=config.hidden_size,
+        rank_parameters=replace(job, rank=1).adapter_parameters,
+        rows=work.rows or 0,
+        tokens=work.tokens / work.documents,
+        supervised=work.supervised * work.tokens / work.documents,
+        adapters=options.rank != 0,
+        rank=options.rank or None,
+        batch=options.global_batch,
+        epochs=options.epochs,
     )
-    table(
-        "Alternatives",
-        ("save levels", "reserved GiB", "host GiB", "ms a step", "rebuilt"),
-        _rows(found, shape, rates),
+    advice = advise(facts)
+    values = {one.name: one.value for one in advice}
+    # A packed sequence holds several rows.
+    sequences = options.global_batch or 1 << max(int(values["batch"] / work.documents).bit_length() - 1, 0)
+    job = replace(
+        job,
+        workload=work,
+        rank=values.get("r", 0),
+        epochs=values["num_train_epochs"],
+        global_batch=max(sequences, options.batch or 1),
     )
-    say()
-    for reason in (f"save levels, from the first layer to the last: {found.counts()}", *found.reasons):
-        say(f"- {reason}")
-    say(f"- about {batch.tokens / time.total:,.0f} tokens a second on one {rates.name}, by its rates alone")
+    return job, advice
 
 
-def _rows(found: Plan, shape: ModelShape, rates: Rates) -> list[tuple[str, str, str, str, str]]:
-    """The plan, and every level for all layers."""
-    from pronghorn.blocks import LEVELS
-    from pronghorn.memory import estimate
-    from pronghorn.memory.cost import step_time
+def _workload(options: argparse.Namespace, name: str) -> Workload:
+    """The rows of the data as this model's tokenizer counts them."""
+    from pronghorn.cli.data import progress_bar
+    from pronghorn.cli.tokenizers import tokenizer_named
+    from pronghorn.data.lengths import stats
+    from pronghorn.tuning.workload import Workload
 
-    rows = [_row("the plan", found.estimate, found.time, True)]
-    for level in LEVELS:
-        e = estimate(shape, level, found.batch, capability=rates.capability)
-        time = step_time(shape, (level,) * shape.layers, found.batch, rates)
-        rows.append(_row(level, e, time, e.reserved <= found.budget))
-    return rows
-
-
-def _row(name: str, e: Any, time: Any, fits: bool) -> tuple[str, str, str, str, str]:
-    reserved = _gib(e.reserved) + ("" if fits else " (too much)")
-    return name, reserved, _gib(e.host), f"{time.total * 1e3:.0f}", f"{time.recompute_share:.0%}"
-
-
-def _as_dict(found: Plan, shape: ModelShape, rates: Rates) -> dict[str, Any]:
-    batch: Batch = found.batch
-    return {
-        "levels": list(found.levels),
-        "tile_rows": found.tile_rows,
-        "budget_bytes": found.budget,
-        "tokens": batch.tokens,
-        "documents": batch.documents,
-        "estimate": asdict(found.estimate),
-        "seconds": asdict(found.time),
-        "recompute_share": found.time.recompute_share,
-        "gpu": rates.name,
-        "parameters": shape.parameters,
-        "storage": shape.storage,
-        "reasons": list(found.reasons),
-    }
-
-
-def _gib(size: int) -> str:
-    return f"{size / GIB:.2f}"
+    with progress_bar("Measuring") as progress:
+        report = stats(options.data, tokenizer_named(name), progress=progress)
+    return Workload.of(report, options.max_seq_length)

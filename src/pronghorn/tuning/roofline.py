@@ -1,0 +1,47 @@
+"""Seconds of a training step: `memory.cost`'s roofline, and what it leaves out because every save plan has it alike."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pronghorn.blocks import Level
+from pronghorn.blocks.glu import TILE_ROWS, tile_slices
+from pronghorn.memory import PROJECTIONS, Batch, ModelShape, Rates
+from pronghorn.memory.cost import step_time
+
+#: Kernels of a layer's forward and backward in a captured step, and the gap between two of them (docs/lab-notes.md).
+LAUNCHES, GAP = 65, 3e-6
+#: Host work beside the micro-batches of an optimizer step: data, clipping, schedule, logs.
+HOST_SECONDS = 1e-3
+#: Bytes that clipping and a fused AdamW move for a trained element: gradient twice, parameter and two states both ways,
+#: the copy in 16 bits.
+OPTIMIZER_BYTES = 34
+
+
+def micro_batch_seconds(
+    shape: ModelShape,
+    levels: Sequence[Level],
+    batch: Batch,
+    rates: Rates,
+    tile_rows: int | None = None,
+) -> float:
+    """One micro-batch forward and backward, in a captured step."""
+    tiles = len(tile_slices(batch.tokens, tile_rows or TILE_ROWS))
+    computed = step_time(shape, levels, batch, rates, tiles=tiles).total
+    return computed + quantising_seconds(shape, batch, rates) + shape.layers * LAUNCHES * GAP
+
+
+def quantising_seconds(shape: ModelShape, batch: Batch, rates: Rates) -> float:
+    """Reading X and dY of all products and writing their codes, where products multiply 8-bit codes."""
+    if not shape.eight_bit_forward:
+        return 0.0
+    # Forward: one input for q, k, v, one for o, one for gate and up, one for down. Backward: every dY.
+    inputs = sum(shape.linear(name)[1] for name in ("q", "o", "gate", "down"))
+    outputs = sum(shape.linear(name)[0] for name in PROJECTIONS)
+    return shape.layers * batch.tokens * (inputs + outputs) * (shape.element + 1) / rates.bandwidth
+
+
+def optimizer_seconds(shape: ModelShape, rates: Rates) -> float:
+    """Clipping, AdamW and the host's work between two optimizer steps."""
+    trained = shape.adapter_parameters if shape.trained == "adapters" else shape.parameters
+    return HOST_SECONDS + trained * OPTIMIZER_BYTES / rates.bandwidth
