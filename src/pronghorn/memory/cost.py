@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pronghorn.blocks import Level, host_bytes_per_token, keeps
 from pronghorn.memory.gpus import CUDNN_ATTENTION, Rates
 from pronghorn.memory.offload import bytes_in_flight
-from pronghorn.memory.schedule import DOWN, GATE_UP, OUT, QKV, Batch
+from pronghorn.memory.products import DOWN, GATE_UP, OUT, QKV
+from pronghorn.memory.schedule import Batch
 from pronghorn.memory.shape import PROJECTIONS, ModelShape
 
 #: Launches and shorter products of a further tile, forward and backward together; a guess.

@@ -13,16 +13,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pronghorn.blocks import Level, joining, keeps, parks
-from pronghorn.blocks.glu import tile_slices
 from pronghorn.blocks.head_groups import head_groups
 from pronghorn.blocks.levels import is_roomy
 from pronghorn.kernels.linear_cross_entropy import default_chunk_rows
-from pronghorn.kernels.lora import DEFERRED_RANK
 from pronghorn.memory.allocator import Allocator
 from pronghorn.memory.offload import bytes_in_flight
+from pronghorn.memory.products import DOWN, GATE_UP, OUT, QKV, Held, Products
 from pronghorn.memory.shape import ModelShape
 
-QKV, OUT, GATE_UP, DOWN = ("q", "k", "v"), ("o",), ("gate", "up"), ("down",)
 _ATTENTION = ("q", "k", "v", "out", "lse", "xa_qkv", "xa_o")
 _GLU = ("gate", "up", "xa_gate_up", "xa_down")
 
@@ -36,20 +34,19 @@ class Batch:
     documents: int = 1
 
 
-class Step:
+class Step(Products):
     """One forward and backward on an `Allocator`. `run` leaves nothing allocated; `moments` names the peaks."""
 
     def __init__(
         self, shape: ModelShape, levels: Sequence[Level], batch: Batch, memory: Allocator, tile_rows: int
     ) -> None:
-        self.shape, self.levels, self.batch, self.memory = shape, levels, batch, memory
-        self.tile_rows = tile_rows
-        self.element, self.tokens = shape.element, batch.tokens
-        self.kept: list[dict[str, tuple[int, int]]] = [{} for _ in levels]
+        super().__init__(shape, batch.tokens, memory, tile_rows)
+        self.levels, self.batch = levels, batch
+        self.kept: list[Held] = [{} for _ in levels]
         self.moments: dict[str, int] = {}
         self._leaving: deque[tuple[int, int, list[int]]] = deque()
         self._in_flight = 0
-        self._back: dict[int, dict[str, tuple[int, int]]] = {}
+        self._back: dict[int, Held] = {}
         self._parked: dict[int, dict[str, int]] = {}
 
     # --- the step ----------------------------------------------------------------------------------------------
@@ -106,7 +103,7 @@ class Step:
     # --- a layer, forward ---------------------------------------------------------------------------------------
 
     def _layer_forward(self, index: int, level: Level, x: int, embeddings: int) -> int:
-        saves: dict[str, tuple[int, int]] = {}
+        saves: Held = {}
         self._attend(level, saves)
         if not keeps(level, "attention"):
             self._drop(saves, *_ATTENTION)
@@ -118,7 +115,7 @@ class Step:
             self.kept[index] = kept
         return out
 
-    def _attend(self, level: Level, saves: dict[str, tuple[int, int]]) -> None:
+    def _attend(self, level: Level, saves: Held) -> None:
         """`DecoderLayer._attend`: up to the residual sum and its norm."""
         shape, t, e = self.shape, self.tokens, self.element
         if "q" not in saves:
@@ -150,7 +147,7 @@ class Step:
             self._free(rstd)
             self._drop(saves, "o")
 
-    def _glu_forward(self, level: Level, saves: dict[str, tuple[int, int]]) -> int:
+    def _glu_forward(self, level: Level, saves: Held) -> int:
         """The layer's output."""
         shape, e = self.shape, self.element
         keeps_all, keeps_wide, keeps_sum = (keeps(level, d) for d in ("all", "matmuls", "attention"))  # type: ignore[arg-type]
@@ -214,7 +211,7 @@ class Step:
         self._drop(saves, *list(saves))
         return dx
 
-    def _glu_backward(self, saves: dict[str, tuple[int, int]]) -> tuple[int, list[int] | None]:
+    def _glu_backward(self, saves: Held) -> tuple[int, list[int] | None]:
         """The gradient of the residual sum, and its codes where the norm's backward makes them for o."""
         shape, e = self.shape, self.element
         tiles = self._tiles()
@@ -267,152 +264,9 @@ class Step:
         sums = [4 * padded * heads, 4 * padded * heads * head]
         return parts + sums + ([t * q * e] * 2 if shape.heads != shape.kv_heads else [])
 
-    # --- products ------------------------------------------------------------------------------------------------
-
-    def _joins_qkv(self) -> bool:
-        """Whether q, k and v are made by one product."""
-        shape = self.shape
-        return shape.joined and self._defers(QKV) and joining.joins_qkv_forward(self.tokens, shape.kv)
-
-    def _project_gate_up(self, saves: dict[str, tuple[int, int]], rows: int) -> None:
-        """Gate and up from the norm's codes, which go then, or from rows that are quantised for them."""
-        shape = self.shape
-        added_later = self._defers(GATE_UP) or not shape.rank(*GATE_UP)
-        joined = shape.joined and joining.GATE_UP_FORWARD and added_later and not shape.int8
-        self._project(saves, GATE_UP, "xa_gate_up", rows, [] if "codes" in saves else None, joined)
-        self._drop(saves, "codes", "code_scales")
-
-    def _project(
-        self,
-        saves: dict[str, tuple[int, int]],
-        names: tuple[str, ...],
-        xa: str,
-        rows: int,
-        made: list[int] | None = None,
-        joined: bool = False,
-    ) -> None:
-        """`ProjectionGroup.forward`; outputs and XA are kept under their names. `made`: its rows in fp8 are there;
-        `joined`: the outputs are one matrix, by the first one's name."""
-        shape, e = self.shape, self.element
-        if shape.rank(*names):
-            self._keep(saves, xa, rows * shape.rank(*names) * e)
-        # The adapters' share is there first, where the product adds to it and nobody else takes it in on the way.
-        begun = bool(shape.rank(*names)) and not shape.eight_bit_forward and not self._defers(names)
-        for name in names if begun else ():
-            self._keep(saves, name, rows * shape.linear(name)[0] * e)
-        operand = self._operand(names[0], rows) if made is None else made
-        for part in (names,) if joined else ((name,) for name in names):
-            unpacked = self._new(shape.linear_parameters(*part) * shape.unpacked_forward)
-            if not begun:
-                self._keep(saves, part[0], rows * sum(shape.linear(name)[0] for name in part) * e)
-            self._free(unpacked)
-        self._free(*operand)
-
-    def _defers(self, names: tuple[str, ...]) -> bool:
-        """Whether the group's consumer adds the adapters' share: the activation, or a rotation without norms."""
-        if (names == QKV and self.shape.qk_norm) or self.shape.int8:
-            return False
-        ranks = [self.shape.ranks.get(name, 0) for name in names]
-        return names in (QKV, GATE_UP) and 0 < max(ranks) <= DEFERRED_RANK
-
-    def _operand(self, name: str, rows: int) -> list[int]:
-        """Rows of a product's input in 8 bits."""
-        width = self.shape.linear(name)[1]
-        return [self._new(rows * width), self._new(4 * rows)] if self.shape.eight_bit_forward else []
-
-    def _add_down(self, rows: int) -> None:
-        """The down projection onto what is there: a residual sum, or one with the adapter's share."""
-        shape = self.shape
-        operand = self._operand("down", rows)
-        unpacked = self._new(shape.linear_parameters("down") * shape.unpacked_forward)
-        # An fp8 product cannot add in place.
-        apart = self._new(rows * shape.hidden * self.element) if shape.fp8_forward else -1
-        self._free(unpacked, apart, *operand)
-
-    def _joined_operand(self, names: tuple[str, ...], rows: int) -> list[int] | None:
-        """dY of a stack in 8 bits, made before its products; None without one."""
-        if not (self.shape.joined and self.shape.eight_bit_forward):
-            return None
-        return [self._new(rows * sum(self.shape.linear(name)[0] for name in names)), self._new(4 * rows)]
-
-    def _input_grad(
-        self,
-        names: tuple[str, ...],
-        rows: int,
-        with_b: bool,
-        need: bool = True,
-        codes: list[int] | None = None,
-    ) -> int:
-        """`ProjectionGroup.input_grad`: dX [rows, in]; dXA is counted while dX is made. `codes`: of a stack's dY."""
-        shape, e = self.shape, self.element
-        width, rank = shape.linear(names[0])[1], shape.rank(*names)
-        dxa = self._new(rows * rank * e)
-        # The adapters' share of dX is made along with dXA, where products add to it.
-        starts = bool(rank) and need and not shape.fp8_backward and not shape.int8
-        dx = self._new(rows * width * e) if starts else -1
-        if rank:
-            self._free(*[self._new(size) for size in self._partial_sums(names, rows, with_b)])
-        if need and shape.int8:
-            dx = self._int8_input_grad(names, rows, codes)
-        elif need and shape.fp8_backward:
-            dx = self._quantised_input_grad(names, rows, rank > 0, codes)
-        else:
-            dx = self._new(rows * width * e) if need and not starts else dx
-            for name in names if need else ():
-                self._free(self._new(shape.linear_parameters(name) * shape.unpacked_backward))
-        self._free(dxa)
-        return dx
-
-    def _quantised_input_grad(
-        self, names: tuple[str, ...], rows: int, summed: bool, codes: list[int] | None
-    ) -> int:
-        """dX of products that cannot add in place: a part a weight or one of a stack, then (with adapters) their sum by
-        one kernel."""
-        shape = self.shape
-        size = rows * shape.linear(names[0])[1] * self.element
-        operands, parts = codes or [], []
-        for name in names if codes is None else (None,):
-            if name is not None:
-                operands += [self._new(rows * shape.linear(name)[0]), self._new(4 * rows)]
-            of = names if name is None else (name,)
-            unpacked = self._new(shape.linear_parameters(*of) * shape.unpacked_backward)
-            parts.append(self._new(size))
-            self._free(unpacked)
-            if not summed and len(parts) > 1:
-                self._free(parts.pop())
-        dx = self._new(size) if summed else parts.pop()
-        self._free(*operands, *parts)
-        return dx
-
-    def _int8_input_grad(self, names: tuple[str, ...], rows: int, codes: list[int] | None) -> int:
-        """dX of products that add: one of a stack, or one a weight onto the one before."""
-        shape = self.shape
-        size, dx = rows * shape.linear(names[0])[1] * self.element, -1
-        for of in [names] if codes is not None else [(name,) for name in names]:
-            operand = codes or [self._new(rows * shape.linear(of[0])[0]), self._new(4 * rows)]
-            turned = self._new(shape.linear_parameters(*of) * shape.unpacked_backward)
-            made, before = self._new(size), dx
-            # Of one copy dX is turned back.
-            dx = self._new(size) if shape.turns_back else made
-            self._free(made if made != dx else -1, turned, before, *operand)
-        return dx
-
-    def _partial_sums(self, names: tuple[str, ...], rows: int, with_b: bool) -> list[int]:
-        """Partial sums of the kernel that forms dXA and dB in one reading (kernels/triton/lora_grads)."""
-        shape = self.shape
-        ranks = [shape.ranks.get(name, 0) for name in names if shape.ranks.get(name, 0)]
-        if max(ranks) > 128:
-            return []
-        widths = [shape.linear(name)[0] for name in names if shape.ranks.get(name, 0)]
-        padded = max(16, 1 << (max(ranks) - 1).bit_length())
-        columns = {16: 512 if rows * sum(widths) >= 2**25 else 256, 32: 256, 64: 128}.get(padded, 64)
-        blocks = sum(-(-width // columns) for width in widths)
-        shares = max(1, min(-(-132 // blocks), rows // 64 or 1))
-        return [blocks * rows * padded * 4, shares * sum(widths) * padded * 4 if with_b else 0]
-
     # --- parking -------------------------------------------------------------------------------------------------
 
-    def _park(self, index: int, kept: dict[str, tuple[int, int]], embeddings: int) -> None:
+    def _park(self, index: int, kept: Held, embeddings: int) -> None:
         """`HostStash.park`: device memory stays until the copies of a later layer begin."""
         self._parked[index] = {name: size for name, (_, size) in kept.items()}
         size = sum(-(-size // 512) * 512 for _, size in kept.values())
@@ -425,7 +279,7 @@ class Step:
             self._free(*gone)
             self.kept[left] = {}
 
-    def _fetch(self, index: int) -> dict[str, tuple[int, int]]:
+    def _fetch(self, index: int) -> Held:
         saves = self._not_left(index)
         if saves is None:
             self._start_return(index)
@@ -434,7 +288,7 @@ class Step:
             self._start_return(index - 1)
         return saves
 
-    def _not_left(self, index: int) -> dict[str, tuple[int, int]] | None:
+    def _not_left(self, index: int) -> Held | None:
         for item in self._leaving:
             if item[0] == index:
                 self._leaving.remove(item)
@@ -450,35 +304,8 @@ class Step:
             return
         self._back[index] = {name: (self._new(size), size) for name, size in self._parked[index].items()}
 
-    # --- bookkeeping ---------------------------------------------------------------------------------------------
-
-    def _residual(self) -> int:
-        return self.tokens * self.shape.hidden * self.shape.residual_element
-
-    def _tiles(self) -> list[slice]:
-        return (
-            tile_slices(self.tokens, self.tile_rows)
-            if self.shape.trained == "adapters"
-            else [slice(0, self.tokens)]
-        )
-
     def _holds(self, handle: int) -> bool:
         return any(held == handle for saves in self.kept for held, _ in saves.values())
-
-    def _new(self, size: int) -> int:
-        return self.memory.new(size)
-
-    def _free(self, *handles: int) -> None:
-        self.memory.free(*handles)
-
-    def _keep(self, saves: dict[str, tuple[int, int]], name: str, size: int) -> None:
-        assert name not in saves, name
-        saves[name] = (self._new(size), size)
-
-    def _drop(self, saves: dict[str, tuple[int, int]], *names: str) -> None:
-        for name in names:
-            if name in saves:
-                self._free(saves.pop(name)[0])
 
     def _mark(self, moment: str) -> None:
         """The most that was allocated since the last mark."""

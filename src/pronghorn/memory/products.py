@@ -1,0 +1,189 @@
+"""The allocations of a projection group's products, as `blocks.projection` makes them."""
+
+from __future__ import annotations
+
+from pronghorn.blocks import joining
+from pronghorn.blocks.glu import tile_slices
+from pronghorn.kernels.lora import DEFERRED_RANK
+from pronghorn.memory.allocator import Allocator
+from pronghorn.memory.shape import ModelShape
+
+QKV, OUT, GATE_UP, DOWN = ("q", "k", "v"), ("o",), ("gate", "up"), ("down",)
+#: what a layer holds by name: handle and size
+Held = dict[str, tuple[int, int]]
+
+
+class Products:
+    """What products of a stream of `tokens` take on an `Allocator`."""
+
+    def __init__(self, shape: ModelShape, tokens: int, memory: Allocator, tile_rows: int) -> None:
+        self.shape, self.tokens, self.memory, self.tile_rows = shape, tokens, memory, tile_rows
+        self.element = shape.element
+
+    def _joins_qkv(self) -> bool:
+        """Whether q, k and v are made by one product."""
+        shape = self.shape
+        return shape.joined and self._defers(QKV) and joining.joins_qkv_forward(self.tokens, shape.kv)
+
+    def _project_gate_up(self, saves: Held, rows: int) -> None:
+        """Gate and up from the norm's codes, which go then, or from rows that are quantised for them."""
+        shape = self.shape
+        added_later = self._defers(GATE_UP) or not shape.rank(*GATE_UP)
+        joined = shape.joined and joining.GATE_UP_FORWARD and added_later and not shape.int8
+        self._project(saves, GATE_UP, "xa_gate_up", rows, [] if "codes" in saves else None, joined)
+        self._drop(saves, "codes", "code_scales")
+
+    def _project(
+        self,
+        saves: Held,
+        names: tuple[str, ...],
+        xa: str,
+        rows: int,
+        made: list[int] | None = None,
+        joined: bool = False,
+    ) -> None:
+        """`ProjectionGroup.forward`; outputs and XA are kept under their names. `made`: its rows in fp8 are there;
+        `joined`: the outputs are one matrix, by the first one's name."""
+        shape, e = self.shape, self.element
+        if shape.rank(*names):
+            self._keep(saves, xa, rows * shape.rank(*names) * e)
+        # The adapters' share is there first, where the product adds to it and nobody else takes it in on the way.
+        begun = bool(shape.rank(*names)) and not shape.eight_bit_forward and not self._defers(names)
+        for name in names if begun else ():
+            self._keep(saves, name, rows * shape.linear(name)[0] * e)
+        operand = self._operand(names[0], rows) if made is None else made
+        for part in (names,) if joined else ((name,) for name in names):
+            unpacked = self._new(shape.linear_parameters(*part) * shape.unpacked_forward)
+            if not begun:
+                self._keep(saves, part[0], rows * sum(shape.linear(name)[0] for name in part) * e)
+            self._free(unpacked)
+        self._free(*operand)
+
+    def _defers(self, names: tuple[str, ...]) -> bool:
+        """Whether the group's consumer adds the adapters' share: the activation, or a rotation without norms."""
+        if (names == QKV and self.shape.qk_norm) or self.shape.int8:
+            return False
+        ranks = [self.shape.ranks.get(name, 0) for name in names]
+        return names in (QKV, GATE_UP) and 0 < max(ranks) <= DEFERRED_RANK
+
+    def _operand(self, name: str, rows: int) -> list[int]:
+        """Rows of a product's input in 8 bits."""
+        width = self.shape.linear(name)[1]
+        return [self._new(rows * width), self._new(4 * rows)] if self.shape.eight_bit_forward else []
+
+    def _add_down(self, rows: int) -> None:
+        """The down projection onto what is there: a residual sum, or one with the adapter's share."""
+        shape = self.shape
+        operand = self._operand("down", rows)
+        unpacked = self._new(shape.linear_parameters("down") * shape.unpacked_forward)
+        # An fp8 product cannot add in place.
+        apart = self._new(rows * shape.hidden * self.element) if shape.fp8_forward else -1
+        self._free(unpacked, apart, *operand)
+
+    def _joined_operand(self, names: tuple[str, ...], rows: int) -> list[int] | None:
+        """dY of a stack in 8 bits, made before its products; None without one."""
+        if not (self.shape.joined and self.shape.eight_bit_forward):
+            return None
+        return [self._new(rows * sum(self.shape.linear(name)[0] for name in names)), self._new(4 * rows)]
+
+    def _input_grad(
+        self,
+        names: tuple[str, ...],
+        rows: int,
+        with_b: bool,
+        need: bool = True,
+        codes: list[int] | None = None,
+    ) -> int:
+        """`ProjectionGroup.input_grad`: dX [rows, in]; dXA is counted while dX is made. `codes`: of a stack's dY."""
+        shape, e = self.shape, self.element
+        width, rank = shape.linear(names[0])[1], shape.rank(*names)
+        dxa = self._new(rows * rank * e)
+        # The adapters' share of dX is made along with dXA, where products add to it.
+        starts = bool(rank) and need and not shape.fp8_backward and not shape.int8
+        dx = self._new(rows * width * e) if starts else -1
+        if rank:
+            self._free(*[self._new(size) for size in self._partial_sums(names, rows, with_b)])
+        if need and shape.int8:
+            dx = self._int8_input_grad(names, rows, codes)
+        elif need and shape.fp8_backward:
+            dx = self._quantised_input_grad(names, rows, rank > 0, codes)
+        else:
+            dx = self._new(rows * width * e) if need and not starts else dx
+            for name in names if need else ():
+                self._free(self._new(shape.linear_parameters(name) * shape.unpacked_backward))
+        self._free(dxa)
+        return dx
+
+    def _quantised_input_grad(
+        self, names: tuple[str, ...], rows: int, summed: bool, codes: list[int] | None
+    ) -> int:
+        """dX of products that cannot add in place: a part a weight or one of a stack, then (with adapters) their sum by
+        one kernel."""
+        shape = self.shape
+        size = rows * shape.linear(names[0])[1] * self.element
+        operands, parts = codes or [], []
+        for name in names if codes is None else (None,):
+            if name is not None:
+                operands += [self._new(rows * shape.linear(name)[0]), self._new(4 * rows)]
+            of = names if name is None else (name,)
+            unpacked = self._new(shape.linear_parameters(*of) * shape.unpacked_backward)
+            parts.append(self._new(size))
+            self._free(unpacked)
+            if not summed and len(parts) > 1:
+                self._free(parts.pop())
+        dx = self._new(size) if summed else parts.pop()
+        self._free(*operands, *parts)
+        return dx
+
+    def _int8_input_grad(self, names: tuple[str, ...], rows: int, codes: list[int] | None) -> int:
+        """dX of products that add: one of a stack, or one a weight onto the one before."""
+        shape = self.shape
+        size, dx = rows * shape.linear(names[0])[1] * self.element, -1
+        for of in [names] if codes is not None else [(name,) for name in names]:
+            operand = codes or [self._new(rows * shape.linear(of[0])[0]), self._new(4 * rows)]
+            turned = self._new(shape.linear_parameters(*of) * shape.unpacked_backward)
+            made, before = self._new(size), dx
+            # Of one copy dX is turned back.
+            dx = self._new(size) if shape.turns_back else made
+            self._free(made if made != dx else -1, turned, before, *operand)
+        return dx
+
+    def _partial_sums(self, names: tuple[str, ...], rows: int, with_b: bool) -> list[int]:
+        """Partial sums of the kernel that forms dXA and dB in one reading (kernels/triton/lora_grads)."""
+        shape = self.shape
+        ranks = [shape.ranks.get(name, 0) for name in names if shape.ranks.get(name, 0)]
+        if max(ranks) > 128:
+            return []
+        widths = [shape.linear(name)[0] for name in names if shape.ranks.get(name, 0)]
+        padded = max(16, 1 << (max(ranks) - 1).bit_length())
+        columns = {16: 512 if rows * sum(widths) >= 2**25 else 256, 32: 256, 64: 128}.get(padded, 64)
+        blocks = sum(-(-width // columns) for width in widths)
+        shares = max(1, min(-(-132 // blocks), rows // 64 or 1))
+        return [blocks * rows * padded * 4, shares * sum(widths) * padded * 4 if with_b else 0]
+
+    # --- bookkeeping ---------------------------------------------------------------------------------------------
+
+    def _residual(self) -> int:
+        return self.tokens * self.shape.hidden * self.shape.residual_element
+
+    def _tiles(self) -> list[slice]:
+        return (
+            tile_slices(self.tokens, self.tile_rows)
+            if self.shape.trained == "adapters"
+            else [slice(0, self.tokens)]
+        )
+
+    def _new(self, size: int) -> int:
+        return self.memory.new(size)
+
+    def _free(self, *handles: int) -> None:
+        self.memory.free(*handles)
+
+    def _keep(self, saves: Held, name: str, size: int) -> None:
+        assert name not in saves, name
+        saves[name] = (self._new(size), size)
+
+    def _drop(self, saves: Held, *names: str) -> None:
+        for name in names:
+            if name in saves:
+                self._free(saves.pop(name)[0])
