@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 from pronghorn.cli.export import read_held_out
 from pronghorn.cli.main import main
 from pronghorn.errors import CommandMisused
+from pronghorn.export.gate import Limits
 from tests.tiny import save_tiny, tiny_tokenizer
 
 pytest.importorskip("gguf")
@@ -50,19 +51,21 @@ def test_an_adapter_as_gguf(adapter, tmp_path, capsys):
         "out.F16.gguf",
         "out.F32.gguf",
     ]
-    assert all("KL" in line and "14 adapted weights" in line for line in said["checks"])
+    assert said["passed"] and all(found["adapted_weights"] == 14 for found in said["checks"])
+    assert all(item["divergence"] < 0.02 for found in said["checks"] for item in found["comparisons"])
     assert (tmp_path / "out" / "Modelfile").read_text().startswith("FROM ./out.Q8_0.gguf")
     # The command computes in bf16 where the machine likes it; the adapter's own effect is some units.
     found = reload(tmp_path / "out", "out.F32.gguf")
     torch.testing.assert_close(found, adapter[1], atol=0.05, rtol=0)
 
 
-@pytest.mark.parametrize("form", ["merged_16bit", "lora"])
+@pytest.mark.parametrize("form", ["merged_16bit", "merged_4bit", "fp8", "lora"])
 def test_other_forms(adapter, tmp_path, capsys, form):
     assert main(["export", str(adapter[0]), "--to", form, "--out", str(tmp_path / "out")]) == 0
     expected = "adapter_config.json" if form == "lora" else "model.safetensors"
     assert (tmp_path / "out" / expected).is_file()
-    assert ("KL" in capsys.readouterr().out) is (form != "lora")
+    out = capsys.readouterr().out
+    assert ("every tensor is the trained one" in out) if form == "lora" else ("KL" in out)
 
 
 def test_an_export_that_differs_is_kept_marked_and_the_status_is_not_zero(
@@ -78,9 +81,13 @@ def test_an_export_that_differs_is_kept_marked_and_the_status_is_not_zero(
 def test_a_merged_checkpoint_that_differs(adapter, tmp_path, monkeypatch, capsys):
     from pronghorn.export import checkpoint_gate
 
-    monkeypatch.setitem(checkpoint_gate.MOST_DIVERGENCE, "merged_16bit", -1.0)
-    assert main(["export", str(adapter[0]), "--to", "merged_16bit", "--out", str(tmp_path / "out")]) == 2
-    assert "PH611" in capsys.readouterr().err
+    monkeypatch.setitem(checkpoint_gate.LIMITS, "merged_16bit", Limits(-1.0, 0.0))
+    command = ["export", str(adapter[0]), "--to", "merged_16bit", "--out", str(tmp_path / "out"), "--json"]
+    assert main(command) == 2
+    said = capsys.readouterr()
+    assert "PH611" in said.err
+    report = json.loads(said.out.splitlines()[-1])
+    assert not report["passed"] and "at most -1 nats" in report["checks"][0]["problems"][0]
     assert (tmp_path / "out" / "export.failed.txt").is_file()
     assert (tmp_path / "out" / "model.safetensors").is_file()
 

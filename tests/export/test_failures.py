@@ -138,7 +138,7 @@ def test_a_new_export_replaces_the_old_one_and_nothing_else(tmp_path, model):
 
 
 def test_folders_above_are_made_and_the_result_has_ordinary_permissions(tmp_path, model):
-    out = save_adapter(model, tiny_tokenizer(), tmp_path / "a" / "b")
+    out = save_adapter(model, tiny_tokenizer(), tmp_path / "a" / "b").folder
     (tmp_path / "plain").mkdir()
     assert out.stat().st_mode == (tmp_path / "plain").stat().st_mode
 

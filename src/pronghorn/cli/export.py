@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from pronghorn.cli.console import duration, say
-from pronghorn.errors import CommandMisused
+from pronghorn.errors import CommandMisused, ExportDiffers
 
-FORMS = ("gguf", "merged_16bit", "merged_4bit", "lora")
+FORMS = ("gguf", "merged_16bit", "merged_4bit", "fp8", "lora")
 DEFAULT_QUANTIZATION = "q8_0"
 HELD_OUT_ROWS = 16
 
@@ -66,32 +67,52 @@ def run(options: argparse.Namespace) -> int:
     )
     model.eval()
     held_out = read_held_out(Path(options.held_out), tokenizer) if options.held_out else None
-    files, figures = _export(model, tokenizer, options, held_out)
-    for file in files:
+    failure = None
+    try:
+        done = _export(model, tokenizer, options, held_out)
+    except ExportDiffers as error:
+        failure, done = error, error.export
+    for file in done.files:
         say(f"{file} ({file.stat().st_size / 2**20:,.0f} MiB)" if file.is_file() else str(file))
-    for line in figures:
-        say(f"  {line}")
+    for found in done.checks:
+        say(f"  {found}")
     say(f"done in {duration(time.monotonic() - started)}")
     if options.json:
-        print(json.dumps({"files": [str(file) for file in files], "checks": [str(line) for line in figures]}))
+        print(json.dumps(_report(done)))
+    if failure is not None:
+        raise failure
     return 0
 
 
-def _export(
-    model: Any, tokenizer: Any, options: argparse.Namespace, held_out: list[str] | None
-) -> tuple[list[Path], list[Any]]:
-    from pronghorn.export import check_checkpoint, save_adapter, save_gguf, save_merged
+def _export(model: Any, tokenizer: Any, options: argparse.Namespace, held_out: list[str] | None) -> Any:
+    """Raises:
+    ExportDiffers: for an export that is not the model; what was written is on it.
+    """
+    from pronghorn.export import save_gguf, save_merged
 
     verify = not options.no_check
-    if options.to == "gguf":
-        asked = ",".join(options.quantization or [DEFAULT_QUANTIZATION])
-        methods = [name.strip() for name in asked.split(",") if name.strip()]
-        done = save_gguf(model, tokenizer, options.out, methods, verify=verify, held_out=held_out)
-        return done.files, list(done.checks)
-    if options.to == "lora":
-        return [save_adapter(model, tokenizer, options.out)], []  # the tensors themselves, not rounded again
-    folder = save_merged(model, tokenizer, options.out, options.to)
-    return [folder], [check_checkpoint(model, tokenizer, folder, options.to, held_out)] if verify else []
+    if options.to != "gguf":
+        return save_merged(model, tokenizer, options.out, options.to, verify=verify, held_out=held_out)
+    asked = ",".join(options.quantization or [DEFAULT_QUANTIZATION])
+    methods = [name.strip() for name in asked.split(",") if name.strip()]
+    return save_gguf(model, tokenizer, options.out, methods, verify=verify, held_out=held_out)
+
+
+def _report(done: Any) -> dict[str, Any]:
+    return {
+        "files": [str(file) for file in done.files],
+        "passed": not done.failed,
+        "checks": [
+            {
+                "name": found.name,
+                "passed": found.passed,
+                "adapted_weights": found.adapted,
+                "comparisons": [asdict(item) for item in found.comparisons],
+                "problems": found.problems,
+            }
+            for found in done.checks
+        ],
+    }
 
 
 def read_held_out(path: Path, tokenizer: Any) -> list[str]:

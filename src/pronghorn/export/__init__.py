@@ -1,13 +1,14 @@
-"""Models out: adapters, stock checkpoints with the adapter merged in, GGUF files."""
+"""Models out: adapters, stock checkpoints with the adapter merged in, GGUF files, uploads."""
 
 from pronghorn.export.adapter import save_adapter
 from pronghorn.export.checkpoint_gate import check_checkpoint
-from pronghorn.export.gguf import GgufExport, save_gguf, save_gguf_adapter
+from pronghorn.export.gguf import save_gguf, save_gguf_adapter
 from pronghorn.export.merged import save_merged
+from pronghorn.export.result import Export
 from pronghorn.export.verify import verify_export
 
 __all__ = [
-    "GgufExport",
+    "Export",
     "check_checkpoint",
     "save_adapter",
     "save_gguf",

@@ -2,32 +2,95 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from pronghorn.engine import base_causal_lm
 from pronghorn.errors import SaveFailed
 from pronghorn.export.folder import write_folder
+from pronghorn.export.gate import Checked
+from pronghorn.export.result import FOLDER_MARK, Export, mark_failed, settle
 
 
-def save_adapter(model: Any, tokenizer: Any, path: str | os.PathLike[str]) -> Path:
+def save_adapter(model: Any, tokenizer: Any, path: str | os.PathLike[str], *, verify: bool = True) -> Export:
     """Write the adapter (adapter_config.json, safetensors) and the tokenizer, completely or not at all.
 
-    Returns:
-        the folder.
+    Args:
+        verify: read it again with stock PEFT, on a base without weights, and compare every tensor; costs next to
+            nothing.
 
     Raises:
         SaveFailed: for a model without an adapter, a full disk, a folder that cannot be written.
+        ExportDiffers: when PEFT reads something else than what was trained; the folder is kept and marked.
     """
     if not hasattr(model, "peft_config"):
         raise SaveFailed(
             "the model has no adapter to save", fix="save it whole: save_merged, or model.save_pretrained"
         )
+    target = Path(path).expanduser().absolute()
+    export = Export(target, [target])
 
     def write(folder: Path) -> None:
         model.save_pretrained(str(folder), safe_serialization=True)
         if tokenizer is not None:
             tokenizer.save_pretrained(str(folder))
+        if verify:
+            found = check_adapter(model, folder)
+            found.name = target.name
+            export.checks.append(found)
+            mark_failed(folder / FOLDER_MARK, found)
 
-    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    return write_folder(path, trained, write)
+    needed = sum(tensor.nbytes for name in model.peft_config for tensor in _state(model, name).values())
+    write_folder(target, needed, write)
+    return settle(export, "report this with the output of pronghorn doctor")
+
+
+def check_adapter(model: Any, folder: Path) -> Checked:
+    """Read every adapter of a folder as stock PEFT does, and compare its tensors with the model's.
+
+    PEFT puts the folder's configuration on a base without weights (torch's meta device, so that this takes the
+    adapter's memory alone), which says what tensors it will look for. Those that are the trained ones bit for bit, on
+    modules of the same names, predict the same.
+    """
+    from peft import load_peft_weights
+
+    checked = Checked(folder.name, bit_for_bit=True)
+    for name in model.peft_config:
+        place = folder if name == "default" else folder / name
+        wanted, trained = _wanted(model, place), _state(model, name)
+        written = load_peft_weights(str(place), device="cpu")
+        for key in sorted(wanted.keys() | trained.keys()):
+            if key not in written:
+                checked.problems.append(f"{key} is missing")
+            elif key not in wanted or written[key].shape != wanted[key].shape:
+                checked.problems.append(f"PEFT has no place for {key}")
+            elif key not in trained or not torch.equal(written[key], trained[key].detach().cpu()):
+                checked.problems.append(f"{key} is not what was trained")
+        # All else that PEFT writes are embeddings that were resized.
+        foreign = sorted(key for key in written.keys() - wanted.keys() if "lora_" in key)
+        checked.problems += [f"PEFT has no place for {key}" for key in foreign]
+        checked.adapted += sum("lora_B" in key or "lora_embedding_B" in key for key in trained)
+    return checked
+
+
+def _wanted(model: Any, folder: Path) -> dict[str, Tensor]:
+    """What stock PEFT looks for in an adapter's folder: tensors without memory, by name."""
+    from peft import PeftConfig, get_peft_model
+
+    base = base_causal_lm(model)
+    config = copy.deepcopy(base.config)
+    config.__dict__.pop("quantization_config", None)
+    with torch.device("meta"):
+        bare = type(base)(config)
+    return _state(get_peft_model(bare, PeftConfig.from_pretrained(folder), low_cpu_mem_usage=True), "default")
+
+
+def _state(model: Any, name: str) -> dict[str, Tensor]:
+    from peft import get_peft_model_state_dict
+
+    return dict(get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False))

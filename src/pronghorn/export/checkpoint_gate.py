@@ -2,42 +2,101 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from pronghorn.engine import base_causal_lm
-from pronghorn.errors import ExportDiffers
-from pronghorn.export.gate import Comparison, compare, make_probe, torch_predictor
+import torch
+from torch import Tensor
 
-#: Most mean KL divergence in nats. Merging rounds a bf16 weight by at most 2⁻⁹ of its size, NF4 by a tenth.
-MOST_DIVERGENCE = {"merged_16bit": 0.02, "merged_4bit": 0.45}
-MARK = "export.failed.txt"
+from pronghorn.engine import base_causal_lm
+from pronghorn.errors import PronghornError
+from pronghorn.export.adapter_probe import look_for_changes
+from pronghorn.export.gate import (
+    Checked,
+    Limits,
+    compare,
+    make_blind_probe,
+    make_probe,
+    place_for_second,
+    torch_predictor,
+)
+from pronghorn.export.merge import adapted_weights
+from pronghorn.weights import read_weight
+
+logger = logging.getLogger("pronghorn")
+
+#: Merging rounds a bf16 weight by at most 2⁻⁹ of its size, e4m3 by at most 2⁻⁴, NF4 by a tenth of its block's largest.
+LIMITS = {
+    "merged_16bit": Limits(0.02, 0.02),
+    "fp8": Limits(0.10, 0.08),
+    "merged_4bit": Limits(0.45, 0.25),
+}
+#: Bytes a weight takes once stock Transformers has loaded it; fp8 is compared as it is stored, dequantised.
+_ELEMENT_BYTES = {"merged_16bit": 2.0, "fp8": 2.0, "merged_4bit": 0.75}
 
 
 def check_checkpoint(
     model: Any, tokenizer: Any, folder: Path, save_method: str, held_out: Sequence[str] | None = None
-) -> Comparison:
-    """Load a folder with `AutoModelForCausalLM` and compare it with the model it was made of.
+) -> Checked:
+    """Load a folder with `AutoModelForCausalLM`, compare it with the model it was made of, and look for every adapter.
+
+    It is loaded beside the model where the GPU has room, else into the host's memory; where neither has room it is not
+    opened, which is said. A folder that does not load is a problem of the folder.
+    """
+    checked = Checked(folder.name)
+    base = base_causal_lm(model)
+    device = place_for_second(model, _ELEMENT_BYTES[save_method] * (2 if base.dtype.itemsize == 4 else 1))
+    if device is None:
+        logger.warning("pronghorn: %s is not opened again: the memory is too small", folder.name)
+        return checked
+    live = torch_predictor(model)
+    probe = (
+        make_blind_probe(live, base.get_input_embeddings().weight.shape[0])
+        if tokenizer is None
+        else make_probe(live, tokenizer, held_out)
+    )
+    try:
+        again = _open(folder, base, save_method, device)
+        found = compare("transformers", torch_predictor(again), probe)
+    except (PronghornError, ValueError, KeyError, RuntimeError, OSError, AttributeError) as error:
+        checked.problems.append(f"cannot be opened: {type(error).__name__}: {error}")
+        return checked
+    checked.judge(found, LIMITS[save_method].against(model))
+    checked.adapted, lost = look_for_changes(_changed(model, again))
+    checked.problems += lost
+    return checked
+
+
+def _open(folder: Path, base: Any, save_method: str, device: torch.device) -> Any:
+    """The folder through stock Transformers.
 
     Raises:
-        ExportDiffers: when it predicts otherwise; the folder is kept, with export.failed.txt in it.
+        RuntimeError: for tensors that are missing or have no place.
     """
     from transformers import AutoModelForCausalLM
 
-    live = torch_predictor(model)
-    probe = make_probe(live, tokenizer, held_out)
-    dtype = base_causal_lm(model).config.dtype
-    device = model.get_input_embeddings().weight.device
-    again = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map={"": device})
-    found = compare("transformers", torch_predictor(again.eval()), probe)
-    mark = folder / MARK
-    if not found.divergence <= MOST_DIVERGENCE[save_method]:
-        mark.write_text(f"{found}\n", encoding="utf-8")
-        raise ExportDiffers(
-            f"the merged model differs from the model: {found}; at most {MOST_DIVERGENCE[save_method]} nats expected",
-            where=str(folder),
-            fix="save the adapter (--to lora), and report this with the output of pronghorn doctor",
-        )
-    mark.unlink(missing_ok=True)
-    return found
+    extra: dict[str, Any] = {}
+    if save_method == "fp8":
+        # Its fp8 products need a GPU and a kernel from the hub; here the stored weights are judged.
+        from transformers import FineGrainedFP8Config
+
+        extra["quantization_config"] = FineGrainedFP8Config(dequantize=True)
+    again, info = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=base.config.dtype, device_map={"": device}, output_loading_info=True, **extra
+    )
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info.get(kind):
+            raise RuntimeError(f"{kind.replace('_', ' ')}: {len(info[kind])}, first {sorted(info[kind])[0]}")
+    return again.eval()
+
+
+def _changed(model: Any, again: Any) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
+    """(name, W, W', what stock Transformers holds) of every weight that an adapter changes."""
+    for name, make_base, make_merged in adapted_weights(model):
+        owner, _, part = name.rpartition(".")
+        module = again.get_submodule(owner)
+        weight = read_weight(module) if part == "weight" else None
+        held = getattr(module, part).detach() if weight is None else weight.dense(torch.float32)
+        yield name, make_base(), make_merged(), held.to(torch.float32)

@@ -25,6 +25,7 @@ _OURS = (
     "vocab.txt",
     "merges.txt",
     "chat_template*",
+    "export.failed.txt",
 )
 
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}

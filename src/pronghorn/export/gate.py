@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from pronghorn.engine import base_causal_lm
+from pronghorn.memory.pool import available_host_bytes
+from pronghorn.weights import (
+    BitsAndBytesInt8Weight,
+    Fp8FourBitWeight,
+    Fp8Weight,
+    Int8Weight,
+    read_weight,
+)
+
+logger = logging.getLogger("pronghorn")
 
 #: Token ids [T] -> logits [T, V].
 Predict = Callable[[Sequence[int]], Tensor]
@@ -25,6 +38,40 @@ PROBE_QUESTION = "What does it mean that water boils at 100 degrees?"
 CLEAR = 0.1
 _ROW_TOKENS = 96
 _GREEDY_TOKENS = 16
+
+
+#: Rows of arbitrary tokens where there is no tokenizer.
+_BLIND_ROWS, _BLIND_SEED = 4, 0
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What an export may differ by. Wide at few bits, where small models suffer most; whether adapters are in it is
+    looked for weight by weight."""
+
+    divergence: float
+    """Most mean KL divergence, in nats."""
+    lost: float
+    """Most clear preferences lost (see `Comparison`)."""
+
+    def against(self, model: Any) -> Limits:
+        """Wider where the live model rounds what it multiplies, which its export does not."""
+        # PEFT's wrappers are called as what they wrap.
+        plain = (module for module in model.modules() if not hasattr(module, "base_layer"))
+        kinds = {type(read_weight(module)) for module in plain}
+        extra = [_LIVE_ROUNDING[kind] for kind in kinds & _LIVE_ROUNDING.keys()]
+        return Limits(
+            self.divergence + sum(item.divergence for item in extra), self.lost + sum(i.lost for i in extra)
+        )
+
+
+#: What a model's products differ by from those of its weights, where it multiplies in 8 bits.
+_LIVE_ROUNDING: dict[type, Limits] = {
+    Int8Weight: Limits(0.03, 0.03),
+    BitsAndBytesInt8Weight: Limits(0.03, 0.03),
+    Fp8Weight: Limits(0.15, 0.10),
+    Fp8FourBitWeight: Limits(0.15, 0.10),
+}
 
 
 @dataclass(frozen=True)
@@ -62,6 +109,38 @@ class Comparison:
         )
 
 
+@dataclass
+class Checked:
+    """What the gate found about one export: a file, or a folder."""
+
+    name: str
+    comparisons: list[Comparison] = field(default_factory=list)
+    adapted: int = 0
+    """Adapted weights that were looked for in it."""
+    problems: list[str] = field(default_factory=list)
+    bit_for_bit: bool = False
+    """Its tensors were compared themselves, which leaves nothing to predictions."""
+
+    @property
+    def passed(self) -> bool:
+        return not self.problems
+
+    def judge(self, found: Comparison, limits: Limits) -> None:
+        """Keep a comparison; one beyond the limits is a problem."""
+        self.comparisons.append(found)
+        if not found.divergence <= limits.divergence:
+            self.problems.append(f"{found}; at most {limits.divergence:g} nats expected")
+        elif found.lost > limits.lost:
+            self.problems.append(f"{found}; at most {limits.lost:.0%} clear preferences lost expected")
+
+    def __str__(self) -> str:
+        compared = "every tensor is the trained one" if self.bit_for_bit and self.passed else "not compared"
+        found = [str(item) for item in self.comparisons] or [compared]
+        if self.adapted:
+            found.append(f"{self.adapted} adapted weights looked for")
+        return f"{self.name}: {'; '.join([*found, *self.problems])}"
+
+
 def make_probe(predict: Predict, tokenizer: Any, texts: Sequence[str] | None = None) -> Probe:
     """Ask the live model once. Rows are texts; where there is a chat template, a question is among them."""
     rows = [tokenizer(text)["input_ids"][:_ROW_TOKENS] for text in texts or PROBE_TEXTS]
@@ -70,7 +149,16 @@ def make_probe(predict: Predict, tokenizer: Any, texts: Sequence[str] | None = N
         rows.append(
             tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]
         )
-    rows = [[int(token) for token in row] for row in rows if len(row) > 1]
+    return _ask(predict, [[int(token) for token in row] for row in rows if len(row) > 1])
+
+
+def make_blind_probe(predict: Predict, vocabulary: int) -> Probe:
+    """As `make_probe`, on arbitrary tokens: for a model without a tokenizer."""
+    generator = torch.Generator().manual_seed(_BLIND_SEED)
+    return _ask(predict, torch.randint(vocabulary, (_BLIND_ROWS, _ROW_TOKENS), generator=generator).tolist())
+
+
+def _ask(predict: Predict, rows: list[list[int]]) -> Probe:
     expected = [torch.log_softmax(predict(row).float().cpu(), dim=-1) for row in rows]
     return Probe(rows, expected, rows[-1], greedy(predict, rows[-1]))
 
@@ -110,6 +198,25 @@ def _same_text(predict: Predict, probe: Probe) -> int:
         place for place, pair in enumerate(zip(said, probe.continuation, strict=True)) if pair[0] != pair[1]
     )
     return next(differs, len(said))
+
+
+def place_for_second(model: Any, element_bytes: float) -> torch.device | None:
+    """Where a second model of these sizes has room: beside the first, else the host; None where neither has.
+
+    Args:
+        element_bytes: bytes a weight takes there.
+    """
+    base = base_causal_lm(model)
+    size = int(_elements(base) * element_bytes)
+    device = base.get_input_embeddings().weight.device
+    if device.type == "cuda" and torch.cuda.mem_get_info(device)[0] > 1.2 * size + (1 << 30):
+        return device
+    return torch.device("cpu") if available_host_bytes() > 1.2 * size + (1 << 28) else None
+
+
+def _elements(base: Any) -> int:
+    """Weights of a model. Four-bit ones lie two to a byte."""
+    return sum(p.numel() * (2 if p.dtype == torch.uint8 else 1) for p in base.parameters())
 
 
 def torch_predictor(model: Any) -> Predict:

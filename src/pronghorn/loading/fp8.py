@@ -230,7 +230,7 @@ def is_fp8(model: nn.Module) -> bool:
 
 def save_dequantised(model: Any, save_directory: str, max_shard_size: int | str = "5GB", **_: Any) -> None:
     """In the place of `save_pretrained`: a stock checkpoint of the model as it computes, its weights in 16 bits."""
-    save_merged(model, None, save_directory, max_shard_size=max_shard_size)
+    save_merged(model, None, save_directory, max_shard_size=max_shard_size, verify=False)
 
 
 def know_stored(config: Any, model: nn.Module) -> None:

@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from pronghorn.errors import UnknownArgument
-from pronghorn.export import GgufExport, save_adapter, save_gguf, save_gguf_adapter, save_merged
+from pronghorn.engine import base_causal_lm
+from pronghorn.errors import PronghornError, UnknownArgument
+from pronghorn.export import Export, save_gguf, save_gguf_adapter, save_merged
 from pronghorn.loading.fp8 import is_fp8
 from pronghorn.loading.int8 import is_int8
+from pronghorn.loading.tokenizer import load_tokenizer
 
 logger = logging.getLogger("pronghorn")
 
@@ -22,8 +24,11 @@ def save_pretrained_merged(
     save_method: str = "merged_16bit",
     *,
     max_shard_size: int | str = "5GB",
-) -> None:
-    """Write a stock checkpoint with the adapter merged in; see `pronghorn.export.save_merged`."""
+    verify: bool = True,
+    held_out: Sequence[str] | None = None,
+) -> Export:
+    """Write a stock checkpoint with the adapter merged in; see `pronghorn.export.save_merged`. Without a tokenizer, the
+    one that the model was loaded with is written."""
     stored = "fp8" if is_fp8(model) else "int8" if is_int8(model) else None
     if save_method != "lora" and stored is not None:
         logger.warning(
@@ -32,10 +37,27 @@ def save_pretrained_merged(
             stored,
             stored,
         )
-    if save_method == "lora":
-        save_adapter(model, tokenizer, save_directory)
-    else:
-        save_merged(model, tokenizer, save_directory, save_method, max_shard_size=max_shard_size)
+    return save_merged(
+        model,
+        _tokenizer_of(model) if tokenizer is None else tokenizer,
+        save_directory,
+        save_method,
+        max_shard_size,
+        verify=verify,
+        held_out=held_out,
+    )
+
+
+def _tokenizer_of(model: Any) -> Any:
+    """The tokenizer where the model was loaded from; None, which is said, where it is not there any more."""
+    source = base_causal_lm(model).__dict__.get("pronghorn_source")
+    try:
+        if source is not None and source.is_local:
+            return load_tokenizer(source)
+    except PronghornError as error:
+        logger.warning("pronghorn: %s", error.message)
+    logger.warning("pronghorn: no tokenizer is saved beside the model: none was given")
+    return None
 
 
 def save_pretrained_gguf(
@@ -47,14 +69,15 @@ def save_pretrained_gguf(
     save_method: str = "merged",
     verify: bool = True,
     held_out: Sequence[str] | None = None,
-) -> GgufExport:
+) -> Export:
     """Write GGUF files with the adapter merged in; see `pronghorn.export.save_gguf`. `save_method="lora"` writes the
     adapter alone, as a GGUF LoRA in fp32; see `pronghorn.export.save_gguf_adapter`."""
     if save_method == "lora":
         file = save_gguf_adapter(model, save_directory)
-        return GgufExport(file.parent, [file])
+        return Export(file.parent, [file])
     if save_method != "merged":
         raise UnknownArgument(f"save_method='{save_method}' does not exist", fix="use 'merged' or 'lora'")
+    tokenizer = _tokenizer_of(model) if tokenizer is None else tokenizer
     return save_gguf(model, tokenizer, save_directory, quantization_method, verify=verify, held_out=held_out)
 
 

@@ -185,6 +185,20 @@ EXPLANATIONS: dict[str, Explanation] = {
             "用 save_pretrained_merged（pronghorn export --to merged_16bit）保存标准检查点，不会有任何损失。",
         ),
     ),
+    "PH606": Explanation(
+        cause="There is no token, the token may not write to this repository, or the connection broke off. The files "
+        "are complete in the folder that the message names.",
+        fix="Log in with `hf auth login` using a token with the right to write (or pass token=...); after a broken "
+        "connection, send the folder with the command in the message: parts that arrived are not sent again.",
+        example="[PH606] the upload to me/my-model broke off (upload-k2j3/my-model). Fix: everything is in that "
+        "folder; go on with `hf upload me/my-model upload-k2j3/my-model`",
+        zh=(
+            "上传到 hub 失败：没有令牌、令牌没有写权限，或网络中断；本地文件没有丢失。",
+            "没有令牌，令牌无权写入该仓库，或连接中断。消息中指出的文件夹里有全部文件。",
+            "用具有写权限的令牌执行 `hf auth login`（或传入 token=...）；连接中断后，用消息中的命令继续上传该文件夹，"
+            "已到达的部分不会重传。",
+        ),
+    ),
     "PH610": Explanation(
         cause="Merging rounds to 16 bits; a difference beyond that means that weights or the tokenizer were "
         "mixed up.",

@@ -1,6 +1,6 @@
 """GGUF files for llama.cpp and Ollama."""
 
 from pronghorn.export.gguf.adapter import save_gguf_adapter
-from pronghorn.export.gguf.save import GgufExport, save_gguf
+from pronghorn.export.gguf.save import save_gguf
 
-__all__ = ["GgufExport", "save_gguf", "save_gguf_adapter"]
+__all__ = ["save_gguf", "save_gguf_adapter"]

@@ -6,7 +6,6 @@ import copy
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +14,13 @@ from torch import Tensor
 
 from pronghorn.engine import base_causal_lm
 from pronghorn.errors import PronghornError
-from pronghorn.export.gate import Comparison, Predict, Probe, compare, torch_predictor
+from pronghorn.export.adapter_probe import look_for_changes
+from pronghorn.export.gate import Checked, Limits, Predict, Probe, compare, place_for_second, torch_predictor
 from pronghorn.export.gguf import llama_cpp
 from pronghorn.export.gguf.architecture import Dialect, gguf_entries
 from pronghorn.export.gguf.methods import Method
 from pronghorn.export.merge import adapted_weights
 from pronghorn.export.safetensors_file import Entry
-from pronghorn.memory.pool import available_host_bytes
 
 logger = logging.getLogger("pronghorn")
 
@@ -34,28 +33,6 @@ _SIZES = {
     "attention.head_count": "num_attention_heads",
     "attention.head_count_kv": "num_key_value_heads",
 }
-#: A change that is in the file is found there with a factor of 1, one that was forgotten with 0.
-_FOUND, _SURE = 0.5, 0.15
-
-
-@dataclass
-class Checked:
-    """What the gate found about one file."""
-
-    file: str
-    comparisons: list[Comparison] = field(default_factory=list)
-    adapted: int = 0
-    problems: list[str] = field(default_factory=list)
-
-    @property
-    def passed(self) -> bool:
-        return not self.problems
-
-    def __str__(self) -> str:
-        found = [str(item) for item in self.comparisons] or ["not compared"]
-        if self.adapted:
-            found.append(f"{self.adapted} adapted weights looked for")
-        return f"{self.file}: {'; '.join([*found, *self.problems])}"
 
 
 def check_gguf(
@@ -69,6 +46,8 @@ def check_gguf(
 ) -> Checked:
     """Open a file with Transformers, and with llama.cpp where installed, and compare each with the live model.
 
+    Where Transformers does not read the family from GGUF, the file's tensors are put into its model class instead.
+
     Args:
         entries: what was to be written, by GGUF's names.
         probe: what the live model said.
@@ -80,40 +59,40 @@ def check_gguf(
 
     reader = GGUFReader(path)
     result.problems += _metadata_problems(reader, dialect, entries)
-    result.adapted = _look_for_adapters(reader, model, dialect, result.problems)
-    tied = "output.weight" not in entries
-    if _fits(model):
-        _compare(result, method, probe, lambda: _transformers(path, model, tied))
-    else:
+    result.adapted, lost = look_for_changes(_changed(reader, model, dialect, result.problems))
+    result.problems += lost
+    limits = method.limits.against(model)
+    if (device := place_for_second(model, base_causal_lm(model).dtype.itemsize)) is None:
         logger.warning("pronghorn: %s is not opened with Transformers: the memory is too small", path.name)
+    elif dialect.family.in_transformers:
+        tied = "output.weight" not in entries
+        _compare(result, limits, probe, lambda: _transformers(path, model, tied, device))
+    else:
+        _compare(result, limits, probe, lambda: _tensors(reader, model, dialect, device))
     if llama_cpp.available():
-        _compare(result, method, probe, lambda: _llama_cpp(path, tokenizer, probe, result.problems))
+        _compare(result, limits, probe, lambda: _llama_cpp(path, tokenizer, probe, result.problems))
+    elif not dialect.family.in_transformers:
+        logger.warning(
+            "pronghorn: neither llama.cpp nor a reader of Transformers opens %s here: its tensors are compared, its "
+            "metadata is not computed with (%s)",
+            path.name,
+            llama_cpp.INSTALL,
+        )
     return result
 
 
-def _compare(result: Checked, method: Method, probe: Probe, open_reader: Callable[[], Any]) -> None:
+def _compare(result: Checked, limits: Limits, probe: Probe, open_reader: Callable[[], Any]) -> None:
     try:
         with open_reader() as (reader, predict):
             found = compare(reader, predict, probe)
     except (PronghornError, ValueError, KeyError, RuntimeError, OSError) as error:
         result.problems.append(f"cannot be opened: {error}")
         return
-    result.comparisons.append(found)
-    if not found.divergence <= method.most_divergence:
-        result.problems.append(f"{found}; at most {method.most_divergence} nats expected")
-    elif found.lost > method.most_lost:
-        result.problems.append(f"{found}; at most {method.most_lost:.0%} clear preferences lost expected")
-
-
-def _fits(model: Any) -> bool:
-    """Whether a second copy of the model fits into the host's memory."""
-    base = base_causal_lm(model)
-    size = sum(p.numel() for p in base.parameters()) * (2 if base.dtype.itemsize == 2 else 4)
-    return available_host_bytes() > 1.5 * size + (1 << 28)
+    result.judge(found, limits)
 
 
 @contextmanager
-def _transformers(path: Path, model: Any, tied: bool) -> Iterator[tuple[str, Predict]]:
+def _transformers(path: Path, model: Any, tied: bool, device: torch.device) -> Iterator[tuple[str, Predict]]:
     """The file through stock Transformers, in the live model's dtype and on its device where that has room.
 
     Its GGUF reader knows neither RoPE scaling nor biases of Llama; those of the live config are used here (the file's
@@ -140,11 +119,27 @@ def _transformers(path: Path, model: Any, tied: bool) -> Iterator[tuple[str, Pre
     missing = sorted(info["missing_keys"])
     if missing:
         raise RuntimeError(f"Transformers misses {len(missing)} tensors, first {missing[0]}")
-    device = model.get_input_embeddings().weight.device
-    size = sum(p.numel() * p.element_size() for p in reopened.parameters())
-    if device.type == "cuda" and torch.cuda.mem_get_info(device)[0] > 1.2 * size + (1 << 30):
-        reopened.to(device)
-    yield "transformers", torch_predictor(reopened.eval())
+    yield "transformers", torch_predictor(reopened.to(device).eval())
+
+
+@contextmanager
+def _tensors(
+    reader: Any, model: Any, dialect: Dialect, device: torch.device
+) -> Iterator[tuple[str, Predict]]:
+    """The file's tensors, put back into a stock model of the live model's config."""
+    from gguf import dequantize
+
+    base = base_causal_lm(model)
+    config = copy.deepcopy(base.config)
+    config.__dict__.pop("quantization_config", None)
+    found = {tensor.name: tensor for tensor in reader.tensors}
+    config.tie_word_embeddings = "output.weight" not in found
+    stock = type(base)(config).to(base.config.dtype)
+    for name, parameter in stock.named_parameters():
+        tensor = found[dialect.name_of(name)]
+        written = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy()).view(parameter.shape)
+        parameter.data = dialect.restored(name, written).to(parameter.dtype)
+    yield "the file's tensors", torch_predictor(stock.to(device).eval())
 
 
 @contextmanager
@@ -180,50 +175,20 @@ def _metadata_problems(reader: Any, dialect: Dialect, entries: dict[str, Entry])
     return problems
 
 
-def _look_for_adapters(reader: Any, model: Any, dialect: Dialect, problems: list[str]) -> int:
-    """Look for what the adapters changed in every weight of the file; returns how many there are.
-
-        c = <F − W, Δ> / <Δ, Δ>,   Δ = W' − W
-
-    F the file's weight, W the base's, W' the merged one. Rounding errors are hardly correlated with Δ, so c is 1 up to
-    ‖F − W'‖ / (‖Δ‖ √n), and 0 where the adapter is not in the file: forgotten, or swallowed by the format, as when W
-    lies on the format's own steps already (a base that was quantised) and Δ is smaller than half a step. Where that
-    uncertainty is too large, as for an adapter that was hardly trained, nothing is concluded.
-    """
+def _changed(
+    reader: Any, model: Any, dialect: Dialect, problems: list[str]
+) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
+    """(name, W, W', the file's weight) of every weight that an adapter changes, in the file's order of rows."""
     from gguf import dequantize
 
     found = {tensor.name: tensor for tensor in reader.tensors}
-    count, unchanged, lost = 0, [], []
     for name, make_base, make_merged in adapted_weights(model):
         base = make_base()
         both = [Entry(name, tuple(base.shape), torch.float32, make) for make in (lambda: base, make_merged)]  # noqa: B023
         below, above = (gguf_entries(dialect, [entry])[-1] for entry in both)
         if above.name not in found:
-            continue  # named among the metadata's problems
-        count += 1
-        base, merged = below.make(), above.make()
-        change = merged - base
-        size = _sum(change * change)
-        if size == 0.0:
-            unchanged.append(name)
+            problems.append(f"{above.name}, which an adapter changes, is missing")
             continue
+        merged = above.make()
         written = torch.from_numpy(dequantize(found[above.name].data, found[above.name].tensor_type).copy())
-        written = written.view(merged.shape).to(merged.device)
-        factor = _sum((written - base) * change) / size
-        unsure = (_sum((written - merged) ** 2) / (size * change.numel())) ** 0.5
-        if factor < _FOUND and unsure < _SURE:
-            lost.append(f"{name}: {factor:.2f} of its adapter's change is left")
-    if lost:
-        problems.append(f"{len(lost)} of {count} adapted weights lost their adapter, first {lost[0]}")
-    if unchanged:
-        logger.warning(
-            "pronghorn: %d of %d adapters change nothing (B is zero), first %s",
-            len(unchanged),
-            count,
-            unchanged[0],
-        )
-    return count
-
-
-def _sum(tensor: Tensor) -> float:
-    return float(tensor.sum(dtype=torch.float64))
+        yield name, below.make(), merged, written.view(merged.shape)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from pronghorn.errors import UnknownArgument, nearest
+from pronghorn.export.gate import Limits
 
 #: Formats this package writes itself.
 NATIVE = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
@@ -45,17 +46,16 @@ AS_COMPUTED = "not_quantized"
 
 _OF_DTYPE = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 
-#: Most mean KL divergence in nats, and most clear preferences lost (see `gate.Comparison`), by the bits of a weight.
-#: Wide at few bits, where small models suffer most; that adapters are in the file is looked for weight by weight.
+#: By the bits of a weight.
 _LIMITS = {
-    32: (0.01, 0.02),
-    16: (0.01, 0.02),
-    8: (0.03, 0.04),
-    6: (0.06, 0.06),
-    5: (0.15, 0.10),
-    4: (0.45, 0.25),
-    3: (1.0, 0.45),
-    2: (3.0, 0.85),
+    32: Limits(0.01, 0.02),
+    16: Limits(0.01, 0.02),
+    8: Limits(0.03, 0.04),
+    6: Limits(0.06, 0.06),
+    5: Limits(0.15, 0.10),
+    4: Limits(0.45, 0.25),
+    3: Limits(1.0, 0.45),
+    2: Limits(3.0, 0.85),
 }
 
 
@@ -84,12 +84,9 @@ class Method:
         return int(self.name.lstrip("bfiq").split("_")[0])
 
     @property
-    def most_divergence(self) -> float:
-        return _LIMITS[self.bits][0]
-
-    @property
-    def most_lost(self) -> float:
-        return _LIMITS[self.bits][1]
+    def limits(self) -> Limits:
+        """What a file of this format may differ by from the model."""
+        return _LIMITS[self.bits]
 
     @property
     def file_type(self) -> int:

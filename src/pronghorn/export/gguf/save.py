@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.util import find_spec
 from math import prod
 from pathlib import Path
@@ -14,31 +13,19 @@ from typing import Any
 import torch
 
 from pronghorn.engine import base_causal_lm
-from pronghorn.errors import ExportDiffers, NotExportable, PackageMissing
+from pronghorn.errors import NotExportable, PackageMissing
 from pronghorn.export.folder import write_beside
 from pronghorn.export.gate import make_probe, torch_predictor
 from pronghorn.export.gguf import llama_cpp
 from pronghorn.export.gguf.architecture import Dialect, add_architecture, dialect_of, gguf_entries
-from pronghorn.export.gguf.check import Checked, check_gguf
+from pronghorn.export.gguf.check import check_gguf
 from pronghorn.export.gguf.file import write_gguf
 from pronghorn.export.gguf.methods import Method, resolve
 from pronghorn.export.gguf.modelfile import modelfile
 from pronghorn.export.gguf.vocabulary import add_vocabulary, read_vocabulary
 from pronghorn.export.merge import plan_merge
+from pronghorn.export.result import FAILED, Export, mark_failed, settle
 from pronghorn.export.safetensors_file import Entry
-
-logger = logging.getLogger("pronghorn")
-
-FAILED = ".failed.txt"
-
-
-@dataclass
-class GgufExport:
-    """What was written: the folder, the files in it in the order asked for, and what the gate found."""
-
-    folder: Path
-    files: list[Path] = field(default_factory=list)
-    checks: list[Checked] = field(default_factory=list)
 
 
 @dataclass
@@ -61,7 +48,7 @@ def save_gguf(
     *,
     verify: bool = True,
     held_out: Sequence[str] | None = None,
-) -> GgufExport:
+) -> Export:
     """Write GGUF files for llama.cpp and Ollama into a folder, each completely or not at all.
 
     Adapters are added to each weight in fp32, and the sum is quantised; memory holds one weight at a time beside the
@@ -86,7 +73,7 @@ def save_gguf(
     """
     work, methods = _prepare(model, tokenizer, path, quantization_method)
     probe = make_probe(torch_predictor(model), tokenizer, held_out) if verify else None
-    export = GgufExport(Path(path).expanduser().absolute())
+    export = Export(Path(path).expanduser().absolute())
     named = {entry.name: entry for entry in work.entries}
 
     def write(folder: Path) -> None:
@@ -98,12 +85,17 @@ def save_gguf(
                 continue
             found = check_gguf(file, method, model, tokenizer, work.dialect, named, probe)
             export.checks.append(found)
-            if not found.passed:
-                (folder / f"{file.name}{FAILED}").write_text(f"{found}\n", encoding="utf-8")
+            mark_failed(_mark(file), found)
 
     write_beside(path, _needed(work, methods), write)
-    _settle_marks(export)
-    return export
+    for file in export.files:  # an earlier export's marks
+        if file.name not in {found.name for found in export.failed}:
+            _mark(file).unlink(missing_ok=True)
+    return settle(export, "use a format with more bits, such as q8_0")
+
+
+def _mark(file: Path) -> Path:
+    return file.with_name(f"{file.name}{FAILED}")
 
 
 def _prepare(
@@ -182,27 +174,3 @@ def _needed(work: _Work, methods: Sequence[Method]) -> int:
         all_methods += [] if exact in methods else [exact]
     vocabulary = 64 * next(e.shape[0] for e in work.entries if e.name == "token_embd.weight")
     return sum(method.bytes_of(elements) + vocabulary for method in all_methods)
-
-
-def _settle_marks(export: GgufExport) -> None:
-    """Take marks of earlier exports away where the new file passed; raise for those that did not.
-
-    Raises:
-        ExportDiffers: naming each file that failed.
-    """
-    failed = [found for found in export.checks if not found.passed]
-    bad = {f"{found.file}{FAILED}" for found in failed}
-    for file in export.files:
-        mark = file.with_name(f"{file.name}{FAILED}")
-        if mark.name not in bad:
-            mark.unlink(missing_ok=True)
-    for found in export.checks:
-        logger.info("pronghorn: %s", found)
-    if failed:
-        raise ExportDiffers(
-            "; ".join(
-                f"{found.file} differs from the model: {', '.join(found.problems)}" for found in failed
-            ),
-            where=str(export.folder),
-            fix="use a format with more bits, such as q8_0; the files are kept and marked",
-        )

@@ -1,0 +1,157 @@
+"""How llama.cpp writes down each trained family: its architecture's name, what differs, and what it cannot compute."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from pronghorn.errors import NotExportable
+from pronghorn.families.spec import ACTIVATIONS
+
+logger = logging.getLogger("pronghorn")
+
+#: llama.cpp scales attention by the hidden size for the largest Gemmas, which it knows by their number of layers.
+_GEMMA_27B_LAYERS = {"gemma2": 46, "gemma3_text": 62}
+#: Every n-th layer of a Gemma attends to all tokens, the others to a window.
+_GEMMA_PATTERN = {"gemma2": 2, "gemma3_text": 6}
+
+
+def _nothing(*_: Any) -> None:
+    """A family with no check or metadata of its own."""
+
+
+@dataclass(frozen=True)
+class GgufFamily:
+    """One of llama.cpp's architectures, for one of Transformers' model types.
+
+    Args:
+        architecture: llama.cpp's name of it.
+        activation: what it computes in the MLP.
+        permutes: it rotates neighbouring pairs of q and k, where Transformers rotates the two halves of a head.
+        norm_offset: Transformers multiplies by (offset + weight) in norms; in a file the sum stands.
+        partial_rotary: it can rotate a part of each head.
+        in_transformers: whether Transformers reads such files.
+        check: raises `NotExportable` for settings of a config that it would compute otherwise.
+        describe: writes metadata that only this family has.
+    """
+
+    architecture: str
+    activation: str = "silu"
+    permutes: bool = False
+    norm_offset: float = 0.0
+    partial_rotary: bool = False
+    in_transformers: bool = True
+    check: Callable[[Any], None] = _nothing
+    describe: Callable[[Any, Any], None] = _nothing
+
+
+def _warn_of_window(config: Any) -> None:
+    window = getattr(config, "sliding_window", None)
+    used = window and getattr(config, "use_sliding_window", True)
+    if used and window < config.max_position_embeddings:
+        logger.warning(
+            "pronghorn: llama.cpp has no sliding window for %s models: beyond %d tokens its answers differ",
+            config.model_type,
+            window,
+        )
+
+
+def _check_gemma(config: Any) -> None:
+    """Raises:
+    NotExportable: for another attention scale, or another order of windowed layers, than llama.cpp has built in.
+    """
+    kind, layers = config.model_type, int(config.num_hidden_layers)
+    large = layers == _GEMMA_27B_LAYERS[kind]
+    scale = config.hidden_size // config.num_attention_heads if large else config.head_dim
+    if config.query_pre_attn_scalar != scale:
+        raise _computed_otherwise(kind, f"query_pre_attn_scalar={config.query_pre_attn_scalar}", f"{scale}")
+    every = _GEMMA_PATTERN[kind]
+    expected = ["sliding_attention" if (i + 1) % every else "full_attention" for i in range(layers)]
+    if list(config.layer_types) != expected:
+        raise _computed_otherwise(
+            kind, "other layers with a sliding window", f"full attention in every {every}. layer"
+        )
+
+
+def _describe_gemma(writer: Any, config: Any) -> None:
+    writer.add_sliding_window(int(config.sliding_window))
+    if (cap := getattr(config, "attn_logit_softcapping", None)) is not None:
+        writer.add_attn_logit_softcapping(float(cap))
+    if (cap := getattr(config, "final_logit_softcapping", None)) is not None:
+        writer.add_final_logit_softcapping(float(cap))
+
+
+def _check_gemma3(config: Any) -> None:
+    """Raises:
+    NotExportable: for what `_check_gemma` refuses, softcapping, and scaled RoPE in windowed layers.
+    """
+    _check_gemma(config)
+    for name in ("attn_logit_softcapping", "final_logit_softcapping"):
+        if getattr(config, name, None) is not None:
+            raise _computed_otherwise("gemma3_text", f"{name}={getattr(config, name)}", "none")
+    if config.rope_parameters["sliding_attention"].get("rope_type", "default") != "default":
+        raise _computed_otherwise("gemma3_text", "scaled RoPE in windowed layers", "no scaling there")
+
+
+def _describe_gemma3(writer: Any, config: Any) -> None:
+    _describe_gemma(writer, config)
+    writer.add_rope_freq_base_swa(float(config.rope_parameters["sliding_attention"]["rope_theta"]))
+
+
+def _describe_phi3(writer: Any, config: Any) -> None:
+    writer.add_sliding_window(int(config.sliding_window or 0))
+
+
+def _describe_granite(writer: Any, config: Any) -> None:
+    writer.add_embedding_scale(float(config.embedding_multiplier))
+    writer.add_residual_scale(float(config.residual_multiplier))
+    writer.add_attention_scale(float(config.attention_multiplier))
+    writer.add_logit_scale(float(config.logits_scaling))
+
+
+def _computed_otherwise(kind: str, given: str, built_in: str) -> NotExportable:
+    return NotExportable(
+        f"llama.cpp computes {kind} models with {built_in}, this one has {given}",
+        fix="save_pretrained_merged keeps it",
+    )
+
+
+#: Transformers' model type -> how it is written. Mistral is computed as Llama is.
+FAMILIES: dict[str, GgufFamily] = {
+    "llama": GgufFamily("llama", permutes=True),
+    "mistral": GgufFamily("llama", permutes=True, check=_warn_of_window),
+    "qwen2": GgufFamily("qwen2", check=_warn_of_window),
+    "qwen3": GgufFamily("qwen3", check=_warn_of_window),
+    "gemma": GgufFamily("gemma", activation="gelu_tanh", norm_offset=1.0, in_transformers=False),
+    "gemma2": GgufFamily(
+        "gemma2", activation="gelu_tanh", norm_offset=1.0, check=_check_gemma, describe=_describe_gemma
+    ),
+    "gemma3_text": GgufFamily(
+        "gemma3", activation="gelu_tanh", norm_offset=1.0, check=_check_gemma3, describe=_describe_gemma3
+    ),
+    "phi3": GgufFamily("phi3", partial_rotary=True, check=_warn_of_window, describe=_describe_phi3),
+    "granite": GgufFamily("granite", permutes=True, in_transformers=False, describe=_describe_granite),
+}
+
+
+def family_of(config: Any) -> GgufFamily:
+    """The family of a model's config.
+
+    Raises:
+        NotExportable: for a family without one, or settings that llama.cpp would compute otherwise.
+    """
+    kind = str(getattr(config, "model_type", ""))
+    if kind not in FAMILIES:
+        raise NotExportable(
+            f"models of the type '{kind}' cannot be written as GGUF; {', '.join(FAMILIES)} can",
+            fix="save_pretrained_merged, then llama.cpp's own converter",
+        )
+    family = FAMILIES[kind]
+    name = "hidden_activation" if getattr(config, "hidden_activation", None) else "hidden_act"
+    given = getattr(config, name, "silu")
+    if ACTIVATIONS.get(given) != family.activation:
+        raise _computed_otherwise(kind, f"{name}='{given}'", family.activation)
+    family.check(config)
+    return family

@@ -1,0 +1,196 @@
+"""Every trained family as GGUF: what the file says, and that llama.cpp (where it is installed) computes the same."""
+
+import logging
+
+import pytest
+import torch
+from gguf import GGUFReader, dequantize
+
+from pronghorn.errors import NotExportable
+from pronghorn.export import save_gguf, save_gguf_adapter
+from pronghorn.export.gguf import llama_cpp
+from pronghorn.export.gguf.architecture import deinterleave, interleave
+from pronghorn.export.gguf.families import FAMILIES
+from tests.export.test_merged import logits, trained
+from tests.tiny import tiny_model, tiny_tokenizer
+
+#: What llama.cpp has built in for Gemma: attention scaled by the head's size. Windows are shorter than the rows.
+SETTINGS = {
+    "gemma": {"tie_word_embeddings": True},
+    "gemma2": {"tie_word_embeddings": True, "query_pre_attn_scalar": 16, "sliding_window": 32},
+    "gemma3_text": {"query_pre_attn_scalar": 16, "sliding_window": 32, "num_hidden_layers": 7},
+    "granite": {
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.7,
+        "attention_multiplier": 0.3,
+        "logits_scaling": 1.7,
+    },
+}
+FUSED = {"phi3": 4}
+
+
+def family_model(family, **changes):
+    return tiny_model(family, **{**SETTINGS.get(family, {}), **changes})
+
+
+def read(path):
+    reader = GGUFReader(path)
+    found = {
+        tensor.name: torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())
+        for tensor in reader.tensors
+    }
+    return {name: field.contents() for name, field in reader.fields.items()}, found
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_the_trained_model_again(tmp_path, family):
+    model = trained(family_model(family))
+    expected = logits(model)
+    done = save_gguf(model, tiny_tokenizer(), tmp_path / "out", ["f32", "q8_0"])
+    layers = model.config.num_hidden_layers
+    for most, found in zip((2e-6, 3e-3), done.checks, strict=True):
+        assert found.passed and found.adapted == layers * FUSED.get(family, 7)
+        assert all(item.divergence < most for item in found.comparisons)
+    readers = [item.reader for item in done.checks[0].comparisons]
+    first = "transformers" if FAMILIES[family].in_transformers else "the file's tensors"
+    assert readers == ([first, "llama.cpp"] if llama_cpp.available() else [first])
+    assert torch.equal(logits(model), expected)  # still there, unmerged
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name not in ("gemma", "gemma2")])
+@pytest.mark.parametrize("tied", [False, True])
+def test_heads_tied_and_of_their_own(tmp_path, family, tied):
+    done = save_gguf(
+        family_model(family, tie_word_embeddings=tied), tiny_tokenizer(), tmp_path / "out", "f32"
+    )
+    assert ("output.weight" in read(done.files[0])[1]) is not tied
+    assert all(item.divergence < 2e-6 for item in done.checks[0].comparisons)
+
+
+@pytest.mark.parametrize("family", ["gemma", "gemma2"])
+def test_a_head_of_its_own_that_the_architecture_has_not_is_refused(tmp_path, family):
+    with pytest.raises(NotExportable, match=r"lm_head\.weight has no place"):
+        save_gguf(family_model(family, tie_word_embeddings=False), tiny_tokenizer(), tmp_path / "out", "f32")
+    assert not list(tmp_path.iterdir())
+
+
+def test_gemmas_norms_hold_what_is_multiplied_by_and_settings_are_keys(tmp_path):
+    model = family_model(
+        "gemma2", final_logit_softcapping=20.0, attn_logit_softcapping=30.0, num_hidden_layers=3
+    )
+    fields, found = read(save_gguf(model, tiny_tokenizer(), tmp_path / "out", "f32", verify=False).files[0])
+    layer = model.model.layers[0]
+    for name, norm in (
+        ("attn_norm", layer.input_layernorm),
+        ("post_attention_norm", layer.post_attention_layernorm),
+        ("ffn_norm", layer.pre_feedforward_layernorm),
+        ("post_ffw_norm", layer.post_feedforward_layernorm),
+    ):
+        assert torch.equal(found[f"blk.0.{name}.weight"], norm.weight + 1)
+    assert torch.equal(found["output_norm.weight"], model.model.norm.weight + 1)
+    assert fields["gemma2.final_logit_softcapping"] == 20.0
+    assert fields["gemma2.attn_logit_softcapping"] == 30.0
+    assert fields["gemma2.attention.sliding_window"] == 32
+
+
+def test_gemma_3_has_two_ropes(tmp_path):
+    ropes = {
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 50000.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 7000.0},
+    }
+    model = family_model("gemma3_text", rope_parameters=ropes)
+    done = save_gguf(model, tiny_tokenizer(), tmp_path / "out", "f32")
+    fields, found = read(done.files[0])
+    assert fields["gemma3.rope.freq_base"] == 50000.0 and fields["gemma3.rope.freq_base_swa"] == 7000.0
+    assert fields["gemma3.rope.scaling.factor"] == 8.0
+    weight = model.model.layers[0].self_attn.q_norm.weight
+    assert torch.equal(found["blk.0.attn_q_norm.weight"], weight + 1)
+    assert all(item.divergence < 2e-6 for item in done.checks[0].comparisons)
+
+
+@pytest.mark.parametrize(
+    "family, change, message",
+    [
+        ("gemma2", {"query_pre_attn_scalar": 24}, "query_pre_attn_scalar=24"),
+        ("gemma2", {"layer_types": ["full_attention"] * 2}, "sliding window"),
+        ("gemma3_text", {"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
+        ("gemma", {"hidden_act": "silu"}, "hidden_act='silu'"),
+        ("gemma2", {"hidden_activation": "gelu"}, "hidden_activation='gelu'"),
+    ],
+)
+def test_what_llama_cpp_has_built_in_otherwise_is_refused(tmp_path, family, change, message):
+    with pytest.raises(NotExportable, match=message):
+        save_gguf(family_model(family, **change), tiny_tokenizer(), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_granites_multipliers(tmp_path):
+    model = family_model("granite")
+    fields, found = read(save_gguf(model, tiny_tokenizer(), tmp_path / "out", "f32", verify=False).files[0])
+    expected = {"embedding_scale": 3.0, "residual_scale": 0.7, "attention.scale": 0.3, "logit_scale": 1.7}
+    assert {key: fields[f"granite.{key}"] for key in expected} == pytest.approx(expected)
+    stored = model.model.layers[1].self_attn.k_proj.weight
+    assert torch.equal(found["blk.1.attn_k.weight"], interleave(stored, 2))
+    assert torch.equal(deinterleave(interleave(stored, 2), 2), stored)
+
+
+@pytest.mark.parametrize("partial", [1.0, 0.5])
+def test_phi_3s_long_rope(tmp_path, partial):
+    half = int(16 * partial) // 2
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "partial_rotary_factor": partial,
+        "short_factor": [1.0 + 0.1 * i for i in range(half)],
+        "long_factor": [2.0 + i for i in range(half)],
+        "original_max_position_embeddings": 512,
+    }
+    model = trained(
+        family_model(
+            "phi3",
+            rope_parameters=rope,
+            max_position_embeddings=4096,
+            original_max_position_embeddings=512,
+            sliding_window=None,
+        )
+    )
+    done = save_gguf(model, tiny_tokenizer(), tmp_path / "out", "f32")
+    fields, found = read(done.files[0])
+    assert found["rope_factors_short.weight"].tolist() == pytest.approx(rope["short_factor"])
+    assert found["rope_factors_long.weight"].tolist() == pytest.approx(rope["long_factor"])
+    # sqrt(1 + ln(4096 / 512) / ln(512))
+    assert fields["phi3.rope.scaling.attn_factor"] == pytest.approx(1.1547, abs=1e-4)
+    assert fields["phi3.rope.scaling.original_context_length"] == 512
+    assert fields["phi3.rope.dimension_count"] == int(16 * partial)
+    assert found["blk.0.attn_qkv.weight"].shape == (128, 64) and found["blk.0.ffn_up.weight"].shape == (
+        256,
+        64,
+    )
+    assert all(item.divergence < 2e-6 for item in done.checks[0].comparisons)
+
+
+@pytest.mark.parametrize("family", ["mistral", "phi3"])
+def test_a_window_that_llama_cpp_does_not_compute_is_said(tmp_path, caplog, family):
+    with caplog.at_level(logging.WARNING, "pronghorn"):
+        save_gguf(
+            family_model(family, sliding_window=64), tiny_tokenizer(), tmp_path / "out", "f32", verify=False
+        )
+    assert f"no sliding window for {family} models: beyond 64 tokens" in caplog.text
+
+
+@pytest.mark.skipif(llama_cpp.unavailable() is not None, reason="llama.cpp's binding is not here")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_llama_cpp_adds_the_adapter_to_the_base(tmp_path, family):
+    base = family_model(family)
+    plain = save_gguf(base, tiny_tokenizer(), tmp_path / "base", "f32", verify=False).files[0]
+    model = trained(base)
+    file = save_gguf_adapter(model, tmp_path / "adapter")
+    ids = [1, 17, 90, 33, 250, 7]
+    with torch.no_grad():
+        expected = model.eval()(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
+    scale = float(expected.std())
+    with llama_cpp.LlamaCpp(plain, adapter=file) as opened:
+        # llama.cpp keeps keys and values in fp16: 2⁻¹¹ of values of some units.
+        torch.testing.assert_close(opened.logits(ids), expected, atol=0.02 * scale, rtol=0)
+    with llama_cpp.LlamaCpp(plain) as opened:
+        assert (opened.logits(ids) - expected).abs().max() > 0.3 * scale
