@@ -1,7 +1,7 @@
 """What the parity checks found, for the sources they found it with. A speed without a green check is no claim.
 
-`benchmarks.verify` (exact modes) and `benchmarks.gates` (FP8) write here, `benchmarks.run` reads. An entry holds for
-one state of src/pronghorn and one kind of hardware only.
+`benchmarks.verify` (exact modes) and `benchmarks.gates` (8-bit modes) write here, `benchmarks.run` reads. An entry holds
+for one state of what a training step is made of, and one kind of hardware only.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 DEFAULT_FILE = REPOSITORY / "benchmarks" / "results" / "parity.json"
+#: packages of the library that no training step runs
+NOT_IN_A_STEP = ("cli", "compat", "diagnostics", "experiments", "export", "inference", "tuning")
 #: entries of other sources kept in the file, the newest
 KEPT = 12
 
@@ -24,9 +26,11 @@ GREEN, RED, NOT_RUN = "green", "red", "not run"
 
 @cache
 def source_hash(folder: Path = REPOSITORY / "src" / "pronghorn") -> str:
-    """Twelve digits that stand for the content of every Python file of the library."""
+    """Twelve digits that stand for the content of every Python file that a training step may run."""
     digest = hashlib.sha256()
     for path in sorted(folder.rglob("*.py")):
+        if path.relative_to(folder).parts[0] in NOT_IN_A_STEP:
+            continue
         digest.update(str(path.relative_to(folder)).encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:12]
 

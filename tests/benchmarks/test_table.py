@@ -96,7 +96,12 @@ def test_the_source_hash_is_of_contents(tmp_path: Path) -> None:
     first = parity.source_hash(tmp_path)
     parity.source_hash.cache_clear()
     (tmp_path / "a.py").write_text("x = 2\n")
-    assert parity.source_hash(tmp_path) != first
+    second = parity.source_hash(tmp_path)
+    assert second != first
+    parity.source_hash.cache_clear()
+    (tmp_path / "cli").mkdir()
+    (tmp_path / "cli" / "b.py").write_text("x = 3\n")  # no step runs it
+    assert parity.source_hash(tmp_path) == second
     parity.source_hash.cache_clear()
 
 

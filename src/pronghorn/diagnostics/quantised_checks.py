@@ -21,6 +21,7 @@ from pronghorn.kernels import int8 as int8_kernels
 from pronghorn.kernels import nf4 as nf4_kernels
 from pronghorn.kernels import qkv_grads as joined_kernels
 from pronghorn.kernels import rms_norm as norm_kernels
+from pronghorn.kernels.four_bit_int8 import four_bit_to_int8
 from pronghorn.kernels.lora import LowRank
 
 #: NF4's sixteen numbers (Dettmers et al. 2023, appendix E)
@@ -157,11 +158,13 @@ def _needs_int8() -> None:
         raise NotHere("int8 matrices are multiplied from compute capability 7.5 on")
 
 
-def _int8_near(name: str, rows: tuple[Tensor, Tensor], exact: Tensor) -> None:
+def _int8_near(name: str, rows: tuple[Tensor, Tensor], exact: Tensor, allowed: float = 0.501) -> None:
     """Codes within half a scale, and what turning in 32 bits leaves."""
     off = (rows[0].double() * rows[1].double() - exact.double()).abs() / rows[1].double()
-    if not float(off.max()) <= 0.501:
-        raise Unsound(f"int8 codes of {name} are {float(off.max()):.2f} scales from the numbers, allowed 0.5")
+    if not float(off.max()) <= allowed:
+        raise Unsound(
+            f"int8 codes of {name} are {float(off.max()):.2f} scales from the numbers, allowed {allowed:.2g}"
+        )
 
 
 def int8_rows() -> str:
@@ -183,7 +186,18 @@ def int8_rows() -> str:
     plain, _ = norm_kernels.rms_norm_backward(dy, x, weight, rstd, eps=EPS)
     compared.near("dx", dx, plain.double(), slack=2.0)
     _int8_near("the norm's gradient", rows, _turned(dx))
+    _int8_codes_of_four_bits()
     return f"{said(compared)}; codes within half a scale"
+
+
+def _int8_codes_of_four_bits() -> None:
+    given, truth = _four_bit_case(torch.bfloat16)
+    del given["dtype"]
+    for input_grad, exact in ((False, _turned(truth)), (True, _turned(truth.t()))):
+        scales = exact.abs().amax(1, keepdim=True).float() / 127
+        codes = four_bit_to_int8(**given, scales=scales, input_grad=input_grad)
+        # On a GPU they are turned in 16 bits.
+        _int8_near("a 4-bit weight", (codes, scales), exact, allowed=0.6)
 
 
 def _turned(x: Tensor) -> Tensor:
