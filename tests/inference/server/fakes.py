@@ -8,11 +8,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from pronghorn.inference.requests import Event, Request, Token
-from pronghorn.inference.server.calls import Chosen
 from pronghorn.inference.server.model import ServedModel
+from pronghorn.inference.variants import Variant
 from tests.tiny import TINY, tiny_tokenizer
-
-NOTHING_CHOSEN = Chosen(None, None, None, None, None, None)
 
 
 class FakeEngine:
@@ -86,15 +84,14 @@ class FakeEngine:
 def served_model(tokenizer: Any = None, **changes: Any) -> ServedModel:
     """The base model `tiny` with an adapter `formal`."""
     tokenizer = tokenizer or tiny_tokenizer()
+    stops = (tokenizer.eos_token_id,)
+    variants = [Variant("tiny", None, tokenizer, stops), Variant("formal", "adapter0", tokenizer, stops)]
     values: dict[str, Any] = {
-        "names": {"tiny": None, "formal": "formal"},
+        "variants": {variant.name: variant for variant in variants},
         "base": "tiny",
-        "tokenizer": tokenizer,
         "context": 256,
         "vocabulary": TINY["vocab_size"],
-        "stop_tokens": (tokenizer.eos_token_id,),
         "created": 1_700_000_000,
-        "chosen": NOTHING_CHOSEN,
     }
     return ServedModel(**{**values, **changes})
 

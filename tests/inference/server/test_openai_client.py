@@ -10,6 +10,7 @@ openai = pytest.importorskip("openai")
 
 from tests.inference.server.fakes import FakeEngine, saying, served_model  # noqa: E402
 from tests.inference.server.running import running  # noqa: E402
+from tests.tiny import tiny_tokenizer  # noqa: E402
 
 TEXT = "Grass, sagebrush & «cactus» 🌵.\n\nThat is all."
 QUESTION = [{"role": "user", "content": "What does it eat?"}]
@@ -50,7 +51,7 @@ def test_a_chat(client, server):
     assert (choice.finish_reason, choice.logprobs) == ("stop", None)
     assert answer.model == "tiny" and answer.object == "chat.completion"
     request = server.engine.submitted[-1]
-    tokenizer = served_model().tokenizer
+    tokenizer = tiny_tokenizer()
     assert tokenizer.decode(request.prompt_ids) == (
         "<|im_start|>user\nWhat does it eat?<|im_end|>\n<|im_start|>assistant\n"
     )
@@ -90,7 +91,7 @@ def test_sampling_reaches_the_engine(client, server):
         extra_body={"top_k": 40, "min_p": 0.05, "repetition_penalty": 1.1},
     )
     first, second = server.engine.submitted[-2:]
-    assert (first.adapter, second.adapter) == ("formal", "formal")
+    assert (first.adapter, second.adapter) == ("adapter0", "adapter0")
     sampling = first.sampling
     assert (sampling.max_new_tokens, sampling.temperature, sampling.top_p) == (7, 0.5, 0.9)
     assert (sampling.top_k, sampling.min_p, sampling.repetition_penalty) == (40, 0.05, 1.1)
@@ -153,7 +154,7 @@ def test_completions(client, server):
     assert answer.choices[0].text == TEXT
     assert answer.choices[0].finish_reason == "stop"
     assert server.engine.submitted[-1].prompt_ids == tuple(
-        served_model().tokenizer("The pronghorn eats")["input_ids"]
+        tiny_tokenizer()("The pronghorn eats")["input_ids"]
     )
     streamed = client.completions.create(model="tiny", prompt="a", max_tokens=200, stream=True)
     assert "".join(chunk.choices[0].text for chunk in streamed) == TEXT
@@ -201,7 +202,7 @@ def test_errors_are_the_clients_own(client, changes, error, param, code):
 
 
 def test_unknown_tokens_are_refused(client):
-    with pytest.raises(openai.BadRequestError, match="from 0 to 319"):
+    with pytest.raises(openai.BadRequestError, match="not from 0 to 319"):
         client.completions.create(model="tiny", prompt=[320])
 
 

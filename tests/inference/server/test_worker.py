@@ -15,6 +15,7 @@ from pronghorn.inference.server.guard import Limits
 from pronghorn.inference.server.listen import Server
 from tests.inference.server.fakes import FakeEngine, saying, served_model
 from tests.inference.server.running import ask, call, connected, raw_request, running, until
+from tests.tiny import tiny_tokenizer
 
 LONG = [70] * 10_000
 MODEL = served_model(context=100_000)
@@ -101,7 +102,7 @@ def test_a_call_that_never_fits_the_queue():
 
 
 def test_a_stop_string_ends_the_request():
-    tokens = MODEL.tokenizer("one two ", add_special_tokens=False)["input_ids"] * 500
+    tokens = tiny_tokenizer()("one two ", add_special_tokens=False)["input_ids"] * 500
     engine = FakeEngine(lambda request: tokens, pause=0.001)
     with running(lambda: (engine, MODEL)) as server:
         answer = ask(server, stop="two")[2]

@@ -76,9 +76,6 @@ class Service:
         self._worker = worker
         # Long prompts take a while to encode; the event loop goes on meanwhile. One thread keeps their order.
         self._encoding = ThreadPoolExecutor(1, "pronghorn-encode")
-        self._names: TokenNames | None = None
-        self._page: bytes | None = None
-        self._answered = {"calls": 0, "prompt_tokens": 0}
 
     async def page(self, request: Request) -> Response:
         raise HTTPException(404)
@@ -89,11 +86,11 @@ class Service:
 
     async def models(self, request: Request) -> Response:
         model = self._worker.check_ready()
-        return JSONResponse({"object": "list", "data": [_described(model, name) for name in model.names]})
+        return JSONResponse({"object": "list", "data": [_described(model, name) for name in model.variants]})
 
     async def model(self, request: Request) -> Response:
         model = self._worker.check_ready()
-        return JSONResponse(_described(model, model.name_of(request.path_params["name"])))
+        return JSONResponse(_described(model, model.variant_of(request.path_params["name"]).name))
 
     async def metrics(self, request: Request) -> Response:
         counts = self._worker.counts
@@ -123,12 +120,12 @@ class Service:
         model = self._worker.check_ready()
         _check_json(request)
         call = parse(parse_object(await request.body()))
-        name = model.name_of(call.model)
+        variant = model.variant_of(call.model)
         prompts = await asyncio.get_running_loop().run_in_executor(self._encoding, model.prompts_of, call)
         requests = model.requests_of(call, prompts)
-        shape = shape_of(name, self._token_names(model), call.logprobs)
+        shape = shape_of(variant.name, TokenNames(variant.tokenizer), call.logprobs)
         before = [() if isinstance(call, ChatCall) else request.prompt_ids for request in requests]
-        answers = [Answer(model.tokenizer, call.stop, model.stop_tokens, tokens) for tokens in before]
+        answers = [Answer(variant.tokenizer, call.stop, variant.stop_tokens, tokens) for tokens in before]
         run = _Run(self._worker, self._worker.submit(requests), answers, sum(map(len, prompts)))
         streams = False
         try:
@@ -146,11 +143,6 @@ class Service:
         finally:
             if not streams:
                 run.close()
-
-    def _token_names(self, model: ServedModel) -> TokenNames:
-        if self._names is None:
-            self._names = TokenNames(model.tokenizer)
-        return self._names
 
 
 class _Run:

@@ -20,12 +20,15 @@ ROLES = {"system": "system", "developer": "system", "user": "user", "assistant":
 class Chosen:
     """How tokens are chosen; None leaves it to the model's generation config."""
 
-    temperature: float | None
-    top_p: float | None
-    top_k: int | None
-    min_p: float | None
-    repetition_penalty: float | None
-    seed: int | None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    seed: int | None = None
+
+
+NOTHING_CHOSEN = Chosen()
 
 
 @dataclass(frozen=True)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-from pronghorn.errors import PronghornError, nearest
-from pronghorn.inference.generate import encode_chat
+from pronghorn.errors import TokenizerProblem, nearest
 from pronghorn.inference.requests import Request, SamplingParams
-from pronghorn.inference.server.calls import Call, ChatCall, Chosen, CompletionCall
+from pronghorn.inference.server.calls import NOTHING_CHOSEN, Call, ChatCall, Chosen, CompletionCall
 from pronghorn.inference.server.problems import CallProblem, wrong_field
+from pronghorn.inference.variants import Variant
 
 
 @dataclass(frozen=True)
@@ -18,39 +18,35 @@ class ServedModel:
     """One base model and its adapters.
 
     Args:
-        names: the name in calls -> the engine's name of the adapter, None for the base. A call without a name means
-            the first.
+        variants: what can be asked, by name. A call without a name means the first.
         base: the base's name.
         context: tokens that a prompt and its answer may have together.
         vocabulary: token ids are below it.
-        stop_tokens: end an answer.
-        chosen: the generation config's way of choosing tokens, for what a call leaves out.
         created: seconds since 1970.
+        chosen: the generation config's way of choosing tokens, for what a call leaves out.
     """
 
-    names: Mapping[str, str | None]
+    variants: Mapping[str, Variant]
     base: str
-    tokenizer: Any
     context: int
     vocabulary: int
-    stop_tokens: tuple[int, ...]
     created: int
-    chosen: Chosen = field(default_factory=lambda: Chosen(None, None, None, None, None, None))
+    chosen: Chosen = NOTHING_CHOSEN
 
-    def name_of(self, asked: str | None) -> str:
-        """The name that a call means.
+    def variant_of(self, asked: str | None) -> Variant:
+        """What a call's `model` means.
 
         Raises:
             CallProblem: 404 when there is no such model.
         """
         if asked is None:
-            return next(iter(self.names))
-        if asked not in self.names:
-            hint = nearest(asked, self.names) or f"one of {', '.join(self.names)}"
+            return next(iter(self.variants.values()))
+        if asked not in self.variants:
+            hint = nearest(asked, self.variants) or f"there is {', '.join(self.variants)}"
             raise CallProblem(
                 404, f"there is no model '{asked}'; {hint}", param="model", code="model_not_found"
             )
-        return asked
+        return self.variants[asked]
 
     def prompts_of(self, call: Call) -> list[tuple[int, ...]]:
         """The tokens of a call's prompts.
@@ -58,30 +54,21 @@ class ServedModel:
         Raises:
             CallProblem: 400 when the chat template refuses the messages, or a prompt has no tokens or unknown ones.
         """
+        variant = self.variant_of(call.model)
         if isinstance(call, ChatCall):
-            return [self._chat_tokens(call)]
+            return [_chat_tokens(variant, call)]
         assert isinstance(call, CompletionCall)
-        return [self._tokens(prompt) for prompt in call.prompts]
+        return [self._tokens(variant, prompt) for prompt in call.prompts]
 
-    def _chat_tokens(self, call: ChatCall) -> tuple[int, ...]:
-        from jinja2 import TemplateError
-
-        try:
-            return tuple(encode_chat(self.tokenizer, call.messages)["input_ids"][0].tolist())
-        except TemplateError as error:
-            raise wrong_field("messages", f"the chat template refuses the messages: {error}") from error
-        except PronghornError as error:
-            raise CallProblem(
-                400, f"{error.message}; use /v1/completions", code="no_chat_template"
-            ) from error
-
-    def _tokens(self, prompt: str | tuple[int, ...]) -> tuple[int, ...]:
+    def _tokens(self, variant: Variant, prompt: str | tuple[int, ...]) -> tuple[int, ...]:
         if isinstance(prompt, str):
-            tokens = tuple(self.tokenizer(prompt)["input_ids"])
+            tokens = tuple(variant.tokenizer(prompt)["input_ids"])
         else:
             tokens = prompt
             if not all(0 <= token < self.vocabulary for token in tokens):
-                raise wrong_field("prompt", f"tokens must be from 0 to {self.vocabulary - 1}")
+                raise wrong_field(
+                    "prompt", f"'prompt' has tokens that are not from 0 to {self.vocabulary - 1}"
+                )
         if not tokens:
             raise wrong_field("prompt", "'prompt' has no tokens")
         return tokens
@@ -92,7 +79,7 @@ class ServedModel:
         Raises:
             CallProblem: 400 when a prompt and its answer do not fit the context.
         """
-        adapter = self.names[self.name_of(call.model)]
+        variant = self.variant_of(call.model)
         requests = []
         for prompt in prompts:
             room = self.context - len(prompt)
@@ -106,10 +93,11 @@ class ServedModel:
                     code="context_length_exceeded",
                 )
             for choice in range(call.choices):
-                requests.append(Request(prompt, self._sampling(call, wanted, choice), adapter))
+                sampling = self._sampling(call, variant, wanted, choice)
+                requests.append(Request(prompt, sampling, variant.adapter))
         return requests
 
-    def _sampling(self, call: Call, new_tokens: int, choice: int) -> SamplingParams:
+    def _sampling(self, call: Call, variant: Variant, new_tokens: int, choice: int) -> SamplingParams:
         asked, usual = call.chosen, self.chosen
         return SamplingParams(
             max_new_tokens=new_tokens,
@@ -120,9 +108,20 @@ class ServedModel:
             repetition_penalty=_first(asked.repetition_penalty, usual.repetition_penalty, 1.0),
             # Answers to one prompt differ, and the same call gives the same answers.
             seed=None if asked.seed is None else (asked.seed + choice) % (1 << 63),
-            stop_token_ids=self.stop_tokens,
+            stop_token_ids=variant.stop_tokens,
             logprobs=call.logprobs,
         )
+
+
+def _chat_tokens(variant: Variant, call: ChatCall) -> tuple[int, ...]:
+    from jinja2 import TemplateError
+
+    try:
+        return variant.chat_tokens(call.messages)
+    except TemplateError as error:
+        raise wrong_field("messages", f"the chat template refuses the messages: {error}") from error
+    except TokenizerProblem as error:
+        raise CallProblem(400, f"{error.message}; use /v1/completions", code="no_chat_template") from error
 
 
 def _first(*values: Any) -> Any:
