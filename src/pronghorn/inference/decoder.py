@@ -59,11 +59,8 @@ class Decoder:
     def __init__(self, model: Any, positions: int) -> None:
         self.base = base_causal_lm(model)
         self.binding: Binding = bind(self.base)
-        refusal = why_not(self.base, self.binding)
-        if refusal is not None:
-            raise EngineRefused(
-                f"the engine cannot run this model: {refusal}", fix="model.generate of Transformers can"
-            )
+        if not self.binding.bound:
+            raise _refused("; ".join(self.binding.reasons))
         self.positions = positions
         self.embedding = self.base.get_input_embeddings()
         self.device: torch.device = self.base.lm_head.weight.device
@@ -79,10 +76,17 @@ class Decoder:
         self.refresh()
 
     def refresh(self) -> bool:
-        """Read the model again if its weights, adapters or switches are other ones than before; True if so."""
+        """Read the model again if its weights, adapters or switches are other ones than before; True if so.
+
+        Raises:
+            EngineRefused: it has become one that only Transformers' own code can run.
+        """
         signature = _signature(self.base)
         if signature == self._signature:
             return False
+        refusal = why_not(self.base, self.binding)
+        if refusal is not None:
+            raise _refused(refusal)
         tuners = [m for m in self.base.modules() if "base_layer" in m._modules]
         self.merged = any(bool(getattr(m, "merged", False)) for m in tuners)
         self.only_active = any("modules_to_save" in m._modules for m in self.base.modules())
@@ -149,10 +153,7 @@ class Decoder:
         for i, module in enumerate(map(active_module, modules)):
             read = read_projection(module, Reading(False), 0)
             if not isinstance(read, LinearProjection):
-                raise EngineRefused(
-                    f"the engine cannot run this model: {read.reason}",
-                    fix="model.generate of Transformers can",
-                )
+                raise _refused(read.reason)
             projections.append(LinearProjection(read.weight, read.bias))
             for name, adapter in _adapters(module):
                 if name in adapters:
@@ -167,9 +168,7 @@ class Decoder:
 
 
 def why_not(base: Any, binding: Binding) -> str | None:
-    """Why only Transformers' own code can run a model; None where the engine can."""
-    if not binding.bound:
-        return "; ".join(binding.reasons)
+    """Why only Transformers' own code can run a bound model; None where the engine can."""
     config, family = base.config, binding.family
     altered = altered_part(base.model, family.parts)
     if altered is not None:
@@ -198,11 +197,14 @@ def _adapters(module: Any) -> Iterator[tuple[str, Adapter]]:
     for name, a in children["lora_A"]._modules.items():
         b = children["lora_B"]._modules.get(name)
         if name in module.lora_variant or not (isinstance(a, nn.Linear) and isinstance(b, nn.Linear)):
-            raise EngineRefused(
-                f"the engine cannot run this model: adapter '{name}' is of a kind that PEFT computes itself",
-                fix="model.generate of Transformers can; or merge the adapter",
-            )
+            raise _refused(f"adapter '{name}' is of a kind that PEFT computes itself")
         yield name, Adapter(a.weight, b.weight, float(module.scaling[name]), b_bias=b.bias)
+
+
+def _refused(reason: str) -> EngineRefused:
+    return EngineRefused(
+        f"the engine cannot run this model: {reason}", fix="Transformers' model.generate can"
+    )
 
 
 def _signature(base: Any) -> tuple[Any, ...]:

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -60,7 +61,7 @@ class Engine:
         limit = int(getattr(getattr(model, "config", None), "max_position_embeddings", 0) or 8192)
         self.max_context = max_context or limit
         self.max_batch = max_batch
-        with torch.no_grad():
+        with _outside_of_autograd():
             self._decoder = Decoder(model, self.max_context)
             wanted = max_batch * (self.max_context + BLOCK_TOKENS)
             tokens = cache_tokens or min(wanted, _room(self._decoder))
@@ -84,6 +85,16 @@ class Engine:
     def adapters(self) -> tuple[str, ...]:
         """Names that requests may give as their adapter."""
         return self._decoder.adapters
+
+    @property
+    def active_adapter(self) -> str | None:
+        """The adapter that the model itself runs when it is called; None for none."""
+        return self._decoder.active
+
+    @property
+    def several_active(self) -> bool:
+        """Whether the model runs several adapters at once, which a request cannot ask for."""
+        return self._decoder.several_active
 
     @property
     def has_work(self) -> bool:
@@ -153,14 +164,17 @@ class Engine:
 
         Only while nothing runs: answers under way would go on with other weights than they began with.
         """
-        with torch.no_grad():
+        with _outside_of_autograd():
             if self._decoder.refresh():
                 self._pool.forget_all()
                 self._runner.refresh()
 
-    @torch.no_grad()
     def step(self) -> list[Event]:
         """Prefill or decode once; what is new since the last call. [] where nothing is, or where it is on its way."""
+        with _outside_of_autograd():
+            return self._step()
+
+    def _step(self) -> list[Event]:
         events = [Event(number, (), "cancelled") for number in self._cancelled]
         self._cancelled.clear()
         decode_first = self._decode_first and self._running
@@ -291,6 +305,13 @@ class Engine:
                 self._drop(sequence)
             events.append(Event(sequence.id, (token,), reason))
         return events
+
+
+@contextmanager
+def _outside_of_autograd() -> Iterator[None]:
+    """No graph; and no inference mode either, whose tensors could not be trained on later."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 def _runner(decoder: Decoder, cache: Cache, max_batch: int, max_context: int) -> Runner:

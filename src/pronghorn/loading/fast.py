@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -281,13 +282,17 @@ class FastLanguageModel:
 
     @staticmethod
     def for_inference(model: Any) -> Any:
-        """Evaluation mode with the KV cache on. Returns the model."""
+        """Evaluation mode with the KV cache on; `model.generate` runs on the inference engine. Returns the model."""
         base_causal_lm(model).config.use_cache = True
+        # By name: answering stands above loading, which knows nothing of it until somebody asks for it here.
+        import_module("pronghorn.inference.model_generate").use_engine(model)
         return model.eval()
 
     @staticmethod
     def for_training(model: Any, use_gradient_checkpointing: bool | str | None = None) -> Any:
-        """Training mode; the save level stays unless another is given. Returns the model."""
+        """Training mode; the save level stays unless another is given. `model.generate` is Transformers' own again, and
+        the memory of its cache is free. Returns the model."""
+        import_module("pronghorn.inference.model_generate").undo_engine(model)
         if use_gradient_checkpointing is not None:
             bind_with(model, use_gradient_checkpointing)
         return model.train()
