@@ -1,7 +1,7 @@
 """What the parity checks found, for the sources they found it with. A speed without a green check is no claim.
 
-`benchmarks.verify` (exact modes) and `benchmarks.gates` (8-bit modes) write here, `benchmarks.run` reads. An entry holds
-for one state of what a training step is made of, and one kind of hardware only.
+`benchmarks.verify` (exact modes) and `benchmarks.gates` (8-bit modes) write here, `benchmarks.run` reads. An entry
+holds for one state of what a training step is made of, and one kind of hardware only.
 """
 
 from __future__ import annotations

@@ -50,3 +50,10 @@ def row_block(x: Tensor) -> int:
     """
     rows = max(1, x.shape[0])
     return min(rows, max(1, BLOCK_ELEMENTS // max(1, x.shape[-1]))) if x.device.type == "cpu" else rows
+
+
+def multiplies_in_triton(x: Tensor, impl: Impl | None) -> bool:
+    """`use_triton` for kernels with products inside: Triton has those from Ampere on."""
+    if impl is None and x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 0):
+        return False
+    return use_triton(x, impl)

@@ -12,8 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pronghorn.kernels.dispatch import Impl
-from pronghorn.kernels.int8 import LARGEST, has_kernels, rotation_of, turned
+from pronghorn.kernels.dispatch import Impl, multiplies_in_triton
+from pronghorn.kernels.int8 import LARGEST, rotation_of, turned
 from pronghorn.kernels.nf4 import Nested, dequantize_4bit
 
 
@@ -48,7 +48,7 @@ def four_bit_to_int8(
         raise ValueError(f"a weight of {shape[0]} x {shape[1]} cannot be cut into blocks of {block}")
     if out is None:
         out = torch.empty(shape[::-1] if input_grad else shape, dtype=torch.int8, device=packed.device)
-    if has_kernels(packed, impl):
+    if multiplies_in_triton(packed, impl):
         from pronghorn.kernels.triton.four_bit_int8 import from_four_bit
 
         return from_four_bit(packed, absmax, code, scales, blocksize, shape, nested, input_grad, block, out)

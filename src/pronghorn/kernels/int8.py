@@ -25,7 +25,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from pronghorn.kernels.dispatch import Impl, row_block, use_triton
+from pronghorn.kernels.dispatch import Impl, multiplies_in_triton, row_block
 from pronghorn.kernels.lora import LowRank
 from pronghorn.kernels.rms_norm import rms_norm_backward, rms_norm_forward
 
@@ -60,7 +60,7 @@ def rotate(x: Tensor, *, impl: Impl | None = None) -> Tensor:
         ValueError: where no block divides the width.
     """
     _checked_rotation(x.shape[-1])
-    if has_kernels(x, impl):
+    if multiplies_in_triton(x, impl):
         from pronghorn.kernels.triton.int8 import rotate as run
 
         return run(x)
@@ -101,7 +101,7 @@ def quantise_joined(
         _checked_rotation(width)
         if columns is not None:
             raise ValueError("rows are either turned or multiplied with factors of columns")
-    if has_kernels(parts[0], impl):
+    if multiplies_in_triton(parts[0], impl):
         from pronghorn.kernels.triton.int8 import quantise_joined as run
 
         return run(parts, columns, rotated)
@@ -145,7 +145,7 @@ def dequantise(
     codes: Tensor, scales: Tensor, dtype: torch.dtype, rotated: bool = True, *, impl: Impl | None = None
 ) -> Tensor:
     """What codes stand for, in `dtype`: codes · scales, turned back."""
-    if rotation_of(codes.shape[1]) and has_kernels(codes, impl):
+    if rotation_of(codes.shape[1]) and multiplies_in_triton(codes, impl):
         from pronghorn.kernels.triton.int8 import dequantise as run
 
         return run(codes, scales, dtype, rotated)
@@ -171,7 +171,7 @@ def rms_norm_forward_int8(
     The codes are those of the rounded y: the same as `quantise_rows(y, rotated=True)`.
     """
     _checked_rotation(x.shape[1])
-    if has_kernels(x, impl):
+    if multiplies_in_triton(x, impl):
         from pronghorn.kernels.triton.int8_norm import holds, norm_forward
 
         if holds(x.shape[1]):
@@ -195,7 +195,7 @@ def rms_norm_backward_int8(
 ) -> tuple[Tensor, Codes]:
     """dx [T, H] of `kernels.rms_norm.rms_norm_backward` and its turned codes, those of the rounded dx."""
     _checked_rotation(x.shape[1])
-    if has_kernels(x, impl):
+    if multiplies_in_triton(x, impl):
         from pronghorn.kernels.triton.int8_norm import holds, norm_backward
 
         if holds(x.shape[1]):
@@ -204,13 +204,6 @@ def rms_norm_backward_int8(
         dy, x, weight, rstd, eps=eps, weight_offset=weight_offset, residual_grad=residual_grad, impl=impl
     )
     return dx, quantise_rows(dx, rotated=True, impl=impl)
-
-
-def has_kernels(x: Tensor, impl: Impl | None) -> bool:
-    """Whether Triton's kernels run: their products need Ampere or later. Turing has the library's int8 product."""
-    if impl is None and x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 0):
-        return False
-    return use_triton(x, impl)
 
 
 def _step(x: Tensor) -> int:
@@ -257,7 +250,7 @@ def product(
     codes, other = left[0], right[0]
     if out is None:
         out = torch.empty(codes.shape[0], other.shape[0], dtype=dtype, device=codes.device)
-    if has_kernels(codes, impl):
+    if multiplies_in_triton(codes, impl):
         from pronghorn.kernels.triton.gemm8 import product as run
 
         return run(left, right, low_rank, residual, out)
