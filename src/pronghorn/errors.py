@@ -371,3 +371,15 @@ class RunUnreadable(PronghornError):
     """A folder or file holds no record of a training run, or a damaged one."""
 
     code = "PH703"
+
+
+class TrainerBusy(PronghornError):
+    """A trainer cannot be lent for short trainings: it is training, or makes a new model for every training."""
+
+    code = "PH704"
+
+
+class NoRateFound(PronghornError):
+    """At no learning rate of a test the loss fell."""
+
+    code = "PH705"

@@ -266,4 +266,26 @@ EXPLANATIONS: dict[str, Explanation] = {
             "请指定该运行的 output_dir、其中的 run.json，或任意训练器检查点中的 trainer_state.json。",
         ),
     ),
+    "PH704": Explanation(
+        cause="A learning-rate test or a scan trains for a few steps and puts everything back. It cannot do so from "
+        "inside a training, or for a trainer whose model_init makes another model each time.",
+        fix="Call it before trainer.train(), or after it; give the trainer a model.",
+        example="[PH704] this trainer is training now. Fix: ask before trainer.train(), or after it",
+        zh=(
+            "该训练器无法借给短训练使用。",
+            "学习率测试或扫描会训练若干步再恢复一切；训练进行中，或每次由 model_init 新建模型的训练器无法这样做。",
+            "请在 trainer.train() 之前或之后调用；直接给训练器一个模型。",
+        ),
+    ),
+    "PH705": Explanation(
+        cause="The loss of no batch fell at any rate: nothing is trained (all parameters frozen), the labels are the same "
+        "everywhere or random, or the highest rate of the test is too low.",
+        fix="`pronghorn data check` on the rows; trainer.model.print_trainable_parameters(); a higher --highest.",
+        example="[PH705] at no rate from 1e-06 to 1 the loss fell. Fix: check the rows and what is trained",
+        zh=(
+            "测试的所有学习率下损失都没有下降。",
+            "没有可训练的参数、各处标签相同或随机，或测试的最高学习率过低。",
+            "对数据运行 `pronghorn data check`；查看 trainer.model.print_trainable_parameters()；提高 --highest。",
+        ),
+    ),
 }
