@@ -81,11 +81,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     chat.add_argument("--load-in-4bit", action="store_true")
 
-    from pronghorn.cli import data, export, plan, run
+    from pronghorn.cli import data, export, plan, run, serve
 
     plan.register(commands)
     data.register(commands)
     export.register(commands)
+    serve.register(commands)
     run.register(commands)
 
     doctor = commands.add_parser(
@@ -140,6 +141,11 @@ def _commands() -> dict:
 
         return run(options)
 
+    def serve(options: argparse.Namespace) -> int:
+        from pronghorn.cli.serve import run
+
+        return run(options)
+
     def doctor(options: argparse.Namespace) -> int:
         from pronghorn.cli.doctor import run
 
@@ -157,6 +163,7 @@ def _commands() -> dict:
         "plan": plan,
         "data": data,
         "export": export,
+        "serve": serve,
         "run": run,
         "doctor": doctor,
         "explain": explain,

@@ -103,12 +103,18 @@ class Worker:
         self.state: State = "starting"
         self.error: Exception | None = None
         self.counts = Counts()
+        self._loaded = threading.Event()
 
     # The event loop's side.
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
         self._thread.start()
+
+    def wait_until_loaded(self) -> ServedModel | None:
+        """Waits, in any thread; what is served then, None when loading failed."""
+        self._loaded.wait()
+        return self._model
 
     def refuse_new(self) -> None:
         """From now on only what was begun is finished."""
@@ -121,10 +127,11 @@ class Worker:
                 self.state = after
 
     def stop(self) -> None:
-        """End the thread; returns when it has ended. What runs is cancelled."""
+        """End the thread; returns when it has ended, or at once where it is still loading. What runs is cancelled."""
         self.refuse_new()
         self._orders.put(None)
-        self._thread.join()
+        if self._loaded.is_set():
+            self._thread.join()
 
     @property
     def open_requests(self) -> int:
@@ -220,10 +227,12 @@ class Worker:
             self._engine, self._model = self._load()
             self._count(())
             self._move({"starting"}, "ready")
+            self._loaded.set()
             self._serve()
         except Exception as error:
             self.error = error
             self._move({"starting", "ready", "stopping"}, "failed")
+            self._loaded.set()
             self._fail_all(error)
             self._on_end()
             while (order := self._orders.get()) is not None:

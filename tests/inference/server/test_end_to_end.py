@@ -1,0 +1,167 @@
+"""The real engine behind the server: a tiny model with two adapters answers as Transformers and PEFT do."""
+
+from __future__ import annotations
+
+import threading
+
+import peft
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from pronghorn.errors import AdapterProblem, CommandMisused
+from pronghorn.inference.server.loading import load_served, usual_choice
+from pronghorn.inference.variants import load_variants
+from tests.inference.server.running import ask, call, connected, raw_request, running, until
+from tests.tiny import CHAT_TEMPLATE, save_tiny, tiny_tokenizer
+
+CHAT = "/v1/chat/completions"
+QUESTION = [{"role": "user", "content": "What does it eat?"}]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A base model and two adapters; the second has a chat template of its own."""
+    path = tmp_path_factory.mktemp("served")
+    save_tiny(path / "base", "llama")
+    for i, name in enumerate(["formal", "casual.v2"]):
+        model = AutoModelForCausalLM.from_pretrained(path / "base")
+        model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"]))
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.manual_seed(i)
+            for parameter_name, parameter in model.named_parameters():
+                if "lora_B" in parameter_name:
+                    parameter.normal_(0.0, 0.3)
+        model.save_pretrained(path / name)
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "Q: {{ messages[-1]['content'] }}\nA:"
+    tokenizer.save_pretrained(path / "casual.v2")
+    return path
+
+
+@pytest.fixture(scope="module")
+def server(folder):
+    adapters = {name: str(folder / name) for name in ("formal", "casual.v2")}
+
+    def load():
+        return load_served(str(folder / "base"), adapters, max_batch=4, load_in_4bit=False, dtype="float32")
+
+    with running(load) as found:
+        yield found
+
+
+def expected(folder, name: str, count: int) -> str:
+    """What stock Transformers and PEFT answer, greedily."""
+    model = AutoModelForCausalLM.from_pretrained(folder / "base")
+    if name != "base":
+        model = peft.PeftModel.from_pretrained(model, folder / name)
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = CHAT_TEMPLATE if name != "casual.v2" else "Q: {{ messages[-1]['content'] }}\nA:"
+    inputs = tokenizer.apply_chat_template(
+        QUESTION, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    output = model.generate(**inputs, max_new_tokens=count, do_sample=False)
+    return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("name", ["base", "formal", "casual.v2"])
+def test_answers_are_those_of_transformers_and_peft(server, folder, name):
+    _, _, answer = ask(server, model=name, messages=QUESTION, max_tokens=12, temperature=0)
+    assert answer["choices"][0]["message"]["content"] == expected(folder, name, 12)
+
+
+def test_adapters_answer_side_by_side(server, folder):
+    names = ["base", "formal", "casual.v2", "formal"]
+    answers: dict[int, str] = {}
+
+    def one(i: int) -> None:
+        _, _, answer = ask(server, model=names[i], messages=QUESTION, max_tokens=12, temperature=0)
+        answers[i] = answer["choices"][0]["message"]["content"]
+
+    threads = [threading.Thread(target=one, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert answers == {i: expected(folder, name, 12) for i, name in enumerate(names)}
+    assert len(set(answers.values())) == 3
+
+
+def test_a_seed_repeats_an_answer(server):
+    def content(**fields):
+        found = ask(server, messages=QUESTION, max_tokens=12, temperature=1.5, **fields)[2]
+        return [choice["message"]["content"] for choice in found["choices"]]
+
+    assert content(seed=5, n=2) == content(seed=5, n=2)
+    assert content(seed=5, n=2)[1] == content(seed=6)[0]
+    assert content(seed=5) != content(seed=7)
+
+
+def test_log_probabilities_are_the_models(server, folder):
+    _, _, answer = ask(
+        server, messages=QUESTION, max_tokens=3, temperature=0, logprobs=True, top_logprobs=320
+    )
+    assert answer["error"]["param"] == "top_logprobs"
+    _, _, answer = ask(server, messages=QUESTION, max_tokens=3, temperature=0, logprobs=True, top_logprobs=20)
+    model = AutoModelForCausalLM.from_pretrained(folder / "base")
+    ids = tiny_tokenizer().apply_chat_template(
+        QUESTION, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )["input_ids"]
+    with torch.no_grad():
+        logprobs = model(ids).logits[0, -1].log_softmax(-1)
+    told = answer["choices"][0]["logprobs"]["content"][0]
+    assert told["logprob"] == pytest.approx(float(logprobs.max()), abs=1e-4)
+    assert [t["logprob"] for t in told["top_logprobs"]] == pytest.approx(
+        logprobs.topk(20).values.tolist(), abs=1e-4
+    )
+
+
+def test_a_client_that_goes_away_frees_its_blocks(server):
+    with connected(server) as client:
+        body = {"messages": QUESTION, "stream": True, "max_tokens": 200, "n": 3, "stop": ["nowhere"]}
+        client.sendall(raw_request(CHAT, body))
+        until(lambda: server.worker.counts.free_blocks < server.worker.counts.total_blocks)
+    until(lambda: server.worker.counts.free_blocks == server.worker.counts.total_blocks)
+    assert server.worker.counts.running == 0
+
+
+def test_what_does_not_fit(server):
+    status, _, answer = ask(server, messages=QUESTION, max_tokens=250)
+    assert (status, answer["error"]["code"]) == (400, "context_length_exceeded")
+
+
+def test_models(server):
+    data = call(server, "GET", "/v1/models")[2]["data"]
+    assert [(item["id"], item.get("parent")) for item in data] == [
+        ("base", None),
+        ("formal", "base"),
+        ("casual.v2", "base"),
+    ]
+
+
+def test_an_adapter_stands_for_itself_and_its_base(folder):
+    _, variants = load_variants(
+        str(folder / "formal"), {"other": str(folder / "casual.v2")}, load_in_4bit=False
+    )
+    assert [variant.name for variant in variants] == ["formal", "base", "other"]
+    assert variants[0].adapter is not None and variants[1].adapter is None
+    assert variants[0].tokenizer is variants[1].tokenizer  # it has none of its own
+    assert variants[2].tokenizer.chat_template != variants[0].tokenizer.chat_template
+
+
+def test_names_and_folders_that_cannot_be(folder):
+    with pytest.raises(CommandMisused, match="same name"):
+        load_variants(str(folder / "base"), {"base": str(folder / "formal")})
+    with pytest.raises(AdapterProblem, match="'x' is no adapter"):
+        load_variants(str(folder / "base"), {"x": str(folder / "base")})
+
+
+def test_a_generation_config_that_draws_is_the_usual_choice():
+    class Model:
+        class generation_config:
+            do_sample, temperature, top_p, top_k = True, 0.7, 0.8, 20
+
+    chosen = usual_choice(Model)
+    assert (chosen.temperature, chosen.top_p, chosen.top_k, chosen.seed) == (0.7, 0.8, 20, None)
+    Model.generation_config.do_sample = False
+    assert usual_choice(Model).temperature is None
