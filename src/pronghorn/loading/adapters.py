@@ -21,13 +21,13 @@ from pronghorn.errors import (
     nearest,
 )
 from pronghorn.loading.checkpoint import check_safetensors, read_header
-from pronghorn.loading.experts import ALL_LINEAR, shown_as_plain, with_experts
 from pronghorn.loading.fp8 import know_stored
 from pronghorn.loading.source import ADAPTER_CONFIG, Source, read_json
 
 logger = logging.getLogger("pronghorn")
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ALL_LINEAR = "all-linear"
 DEFAULT_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _WHOLE = ("embed_tokens", "lm_head")
 
@@ -61,19 +61,15 @@ def add_adapter(model: Any, random_state: int, revision: str | None = None, **se
             "the model has an adapter already",
             fix="train that one, or load the base model again for a new one",
         )
-    targets, parameters = with_experts(
-        model, settings.get("target_modules"), settings.get("target_parameters"), DEFAULT_TARGETS
-    )
-    settings["target_parameters"] = parameters
     settings["target_modules"], settings["modules_to_save"] = check_targets(
-        model, targets, settings.get("modules_to_save"), alone=not parameters
+        model, settings.get("target_modules"), settings.get("modules_to_save")
     )
     _check_numbers(model, settings)
     settings.setdefault("task_type", TaskType.CAUSAL_LM)
     try:
         config = LoraConfig(**{name: value for name, value in settings.items() if value is not None})
         know_stored(config, model)
-        with shown_as_plain(model), torch.random.fork_rng(devices=_cuda_devices(model)):
+        with torch.random.fork_rng(devices=_cuda_devices(model)):
             torch.manual_seed(random_state)
             return get_peft_model(model, config, revision=revision)
     except (ValueError, TypeError, NotImplementedError, ImportError) as error:
@@ -91,16 +87,9 @@ def has_adapter(model: Any) -> bool:
 
 
 def check_targets(
-    model: Any,
-    target_modules: str | Iterable[str] | None,
-    modules_to_save: Iterable[str] | None,
-    *,
-    alone: bool = True,
+    model: Any, target_modules: str | Iterable[str] | None, modules_to_save: Iterable[str] | None
 ) -> tuple[str | list[str], list[str] | None]:
     """Names that exist. Embeddings and head go from the targets to `modules_to_save`: they are trained whole.
-
-    Args:
-        alone: no parameters are adapted besides the modules, so there has to be one.
 
     Raises:
         TargetModuleNotFound: for a name without a module, with the nearest; for a pattern that matches nothing.
@@ -122,7 +111,7 @@ def check_targets(
             logger.info("pronghorn: %s: trained whole (modules_to_save), without LoRA", ", ".join(moved))
             whole += [name for name in moved if name not in whole]
             wanted = [name for name in wanted if name not in moved]
-        if not wanted and alone:
+        if not wanted:
             raise TargetModuleNotFound(
                 "no module is left for LoRA", fix=f"give target_modules, for example {list(DEFAULT_TARGETS)}"
             )
