@@ -20,7 +20,7 @@ from tests.families.parity import add_adapter, assert_same, bound_copy, quantise
 from tests.tiny import tiny_config, tiny_model
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "granite"])
 def test_weights_are_counted_exactly(family: str) -> None:
     model = tiny_model(family, tie_word_embeddings=family == "qwen2")
     plain = sum(p.numel() for p in model.parameters())
@@ -32,12 +32,13 @@ def test_weights_are_counted_exactly(family: str) -> None:
     assert shape.adapter_parameters == sum(p.numel() for p in adapted.parameters() if p.requires_grad)
 
 
-def test_a_config_alone_gives_the_same_sizes() -> None:
-    model = add_adapter(tiny_model("qwen3"), r=8)
+@pytest.mark.parametrize("family", ["qwen3", "gemma2", "gemma3_text", "phi3", "granite"])
+def test_a_config_alone_gives_the_same_sizes(family: str) -> None:
+    model = add_adapter(tiny_model(family), r=8)
     bind(model)
     read = shape_of(binding_of(model))
     assert read == shape_of_config(
-        tiny_config("qwen3"), rank=8, storage="float32", dtype="float32", attention=read.attention
+        tiny_config(family), rank=8, storage="float32", dtype="float32", attention=read.attention
     )
 
 

@@ -5,7 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from transformers import LlamaConfig, Qwen3Config
+from transformers import (
+    Gemma2Config,
+    Gemma3TextConfig,
+    GraniteConfig,
+    LlamaConfig,
+    Phi3Config,
+    Qwen3Config,
+)
 
 from pronghorn.blocks import LEVELS, joining
 from pronghorn.engine import binding_of
@@ -89,6 +96,28 @@ def test_int8_weights(level: str, copies: int, monkeypatch: pytest.MonkeyPatch) 
 def test_normed_queries_and_keys(level: str, monkeypatch: pytest.MonkeyPatch) -> None:
     prepare(monkeypatch, parking=True)
     compare(meta_model(Qwen3Config(**SIZES)), level, 4096)
+
+
+#: families whose layers hold more, or other things, than Llama's
+OTHERS: dict[str, Any] = {
+    "gemma2": Gemma2Config(**SIZES),
+    "gemma3": Gemma3TextConfig(**SIZES),
+    "granite": GraniteConfig(**SIZES, residual_multiplier=0.2),
+    "phi3": Phi3Config(**SIZES, pad_token_id=0),
+}
+
+
+@pytest.mark.parametrize("level", ["none", "attention", "offload-matmuls", "all"])
+@pytest.mark.parametrize("family", OTHERS)
+def test_other_families(family: str, level: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepare(monkeypatch, parking=True)
+    compare(meta_model(OTHERS[family]), level, 4096, 1024 if level == "attention" else None)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "phi3"])
+def test_other_families_in_four_bits(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepare(monkeypatch, parking=True)
+    compare(in_four_bits(meta_model(OTHERS[family])), "none", 4096)
 
 
 @pytest.mark.parametrize("level", ["offload", "none"])

@@ -86,7 +86,7 @@ class AttentionBlock:
         if self.output_norm is not None:
             saves.projected = branch
             branch = self.output_norm.forward(branch, branch.dtype)[0].tensor
-        return branch if self.output_scale == 1.0 else branch * self.output_scale
+        return branch if self.output_scale == 1.0 else branch.mul_(self.output_scale)
 
     def columns_of_dy(self) -> Tensor | Turned | None:
         """`ProjectionGroup.columns_of_dy` of o, where the gradient of the residual sum is the one of its output."""
@@ -167,6 +167,7 @@ class AttentionBlock:
         dout, dxa_o = self.o.input_grad([dbranch], flat, sink, xa=saves.xa_o)
         self.o.parameter_grads([dbranch], flat, saves.xa_o, dxa_o, sink)
         dbranch.release()
+        del dbranch
         assert dout is not None
         q, k = self._rotated(saves)
         dq, dk, dv = grouped_attention_backward(dout.view_as(out), q, k, v, out, lse, self.docs, self.call)

@@ -318,6 +318,7 @@ class GluBlock:
             assert saves.gate is not None and saves.up is not None
             act = self._act(saves.gate, saves.up, saves.xa_gate_up)
             (projected,), saves.xa_down = self.down.forward(act)
+            del act
         return self.output_norm.backward(dout, projected, None, sink).tensor
 
     def _through_activation(

@@ -23,6 +23,7 @@ def joins(device: torch.device) -> bool:
 def weights_to_join(slot: int, projections: Sequence[Projection]) -> list[Weight]:
     """The plain weights of a group that products take as one, by its slot (`read_groups`); else none."""
     wanted = joining.QKV_INPUT_GRAD if slot == 0 else slot == 4 and joining.GATE_UP_FORWARD
+    wanted = wanted and len(projections) > 1
     linear = [p.weight for p in projections if isinstance(p, LinearProjection)]
     plain = all(type(weight) is DenseWeight and weight.parameter is None for weight in linear)
     return list(linear) if wanted and plain and len(linear) == len(projections) else []

@@ -11,7 +11,7 @@ import torch
 from pronghorn.blocks import Level, LinearProjection, host_bytes_per_token, kept_bytes_per_token, parks
 from pronghorn.engine.binding import Binding, host_pool
 from pronghorn.engine.joined import joins, weights_to_join
-from pronghorn.engine.read import Reading, read_groups
+from pronghorn.engine.read import Reading
 from pronghorn.errors import BudgetTooSmall, UnsupportedCheckpoint
 from pronghorn.families import family_of
 from pronghorn.memory import (
@@ -51,7 +51,11 @@ def shape_of_config(
             f"memory is planned for model types that take the fast path, and '{config.model_type}' does not",
             fix="train it without a budget: it runs Transformers' own forward",
         )
-    heads = config.num_attention_heads
+    heads, scales = config.num_attention_heads, family.scales(config)
+    rotations = {family.rotation(config, index) for index in range(config.num_hidden_layers)}
+    fused = family.parts.qkv is not None
+    if ranks is None:
+        ranks = {name: rank for name in PROJECTIONS if not fused or name not in ("k", "v", "up")}
     return ModelShape(
         layers=config.num_hidden_layers,
         hidden=config.hidden_size,
@@ -60,14 +64,18 @@ def shape_of_config(
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
         intermediate=config.intermediate_size,
         vocabulary=config.vocab_size,
-        ranks=dict.fromkeys(PROJECTIONS, rank) if ranks is None else ranks,
+        ranks=ranks,
         storage=storage,
         dtype=dtype,
         residual_element=2 if dtype != "float32" else 4,
         tied=bool(getattr(config, "tie_word_embeddings", False)),
         qk_norm=family.parts.q_norm is not None,
         qkv_bias=bool(getattr(config, "attention_bias", False)) or config.model_type == "qwen2",
-        attention=attention,
+        fused=fused,
+        output_norms=family.parts.mlp_output_norm is not None,
+        scaled_branches=scales.residual != 1.0,
+        rotations=len(rotations),
+        attention="flex" if attention == "flash" and scales.attention_softcap else attention,
         **more,
     )
 
@@ -76,14 +84,14 @@ def shape_of(binding: Binding, **more: Any) -> ModelShape:
     """Sizes of a bound model, read from its modules."""
     embedding = binding.model.get_input_embeddings().weight
     dtype = binding.weight_dtype or embedding.dtype
-    groups = read_groups(binding.layers[len(binding.layers) // 2], binding.family.parts, Reading(True))
-    projections = dict(zip(PROJECTIONS, (p for slot in sorted(groups) for p in groups[slot]), strict=True))
+    groups = binding.groups(binding.layers[len(binding.layers) // 2], Reading(True))
     ranks = {
-        name: sum(adapter.rank for adapter in projection.adapters)
-        for name, projection in projections.items()
+        PROJECTIONS[slot + i]: sum(adapter.rank for adapter in projection.adapters)
+        for slot, found in groups.items()
+        for i, projection in enumerate(found)
         if isinstance(projection, LinearProjection)
     }
-    gates = [read_groups(layer, binding.family.parts, Reading(True))[4][0] for layer in binding.layers]
+    gates = [binding.groups(layer, Reading(True))[4][0] for layer in binding.layers]
     storages = tuple(_storage(gate, dtype) for gate in gates)
     stored = max(set(storages), key=storages.count)
     head_dim = getattr(binding.layers[0], binding.family.parts.attention).head_dim
@@ -158,8 +166,8 @@ def plan_with_expanded(shape: ModelShape, limit: int, batch: Batch, rates: Rates
     # As torch's allocator counts them, in whole 512 bytes.
     four_bit = shape.layers * sum(
         -(-size // 512) * 512
-        for name in PROJECTIONS
-        for size in stored_tensors(*shape.linear(name), shape.storage)
+        for names in shape.modules
+        for size in stored_tensors(*shape.module_linear(names), shape.storage)
     )
     if limit <= four_bit:
         return None

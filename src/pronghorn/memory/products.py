@@ -23,13 +23,15 @@ class Products:
     def _joins_qkv(self) -> bool:
         """Whether q, k and v are made by one product."""
         shape = self.shape
+        if shape.fused:
+            return True
         return shape.joined and self._defers(QKV) and joining.joins_qkv_forward(self.tokens, shape.kv)
 
     def _project_gate_up(self, saves: Held, rows: int) -> None:
         """Gate and up from the norm's codes, which go then, or from rows that are quantised for them."""
         shape = self.shape
         added_later = self._defers(GATE_UP) or not shape.rank(*GATE_UP)
-        joined = shape.joined and joining.GATE_UP_FORWARD and added_later and not shape.int8
+        joined = shape.fused or (shape.joined and joining.GATE_UP_FORWARD and added_later and not shape.int8)
         self._project(saves, GATE_UP, "xa_gate_up", rows, [] if "codes" in saves else None, joined)
         self._drop(saves, "codes", "code_scales")
 
@@ -49,13 +51,14 @@ class Products:
             self._keep(saves, xa, rows * shape.rank(*names) * e)
         # The adapters' share is there first, where the product adds to it and nobody else takes it in on the way.
         begun = bool(shape.rank(*names)) and not shape.eight_bit_forward and not self._defers(names)
-        for name in names if begun else ():
-            self._keep(saves, name, rows * shape.linear(name)[0] * e)
+        parts = (names,) if joined else tuple((name,) for name in names)
+        for part in parts if begun else ():
+            self._keep(saves, part[0], rows * shape.module_linear(part)[0] * e)
         operand = self._operand(names[0], rows) if made is None else made
-        for part in (names,) if joined else ((name,) for name in names):
+        for part in parts:
             unpacked = self._new(shape.linear_parameters(*part) * shape.unpacked_forward)
             if not begun:
-                self._keep(saves, part[0], rows * sum(shape.linear(name)[0] for name in part) * e)
+                self._keep(saves, part[0], rows * shape.module_linear(part)[0] * e)
             self._free(unpacked)
         self._free(*operand)
 
@@ -82,7 +85,7 @@ class Products:
 
     def _joined_operand(self, names: tuple[str, ...], rows: int) -> list[int] | None:
         """dY of a stack in 8 bits, made before its products; None without one."""
-        if not (self.shape.joined and self.shape.eight_bit_forward):
+        if self.shape.fused or not (self.shape.joined and self.shape.eight_bit_forward):
             return None
         return [self._new(rows * sum(self.shape.linear(name)[0] for name in names)), self._new(4 * rows)]
 
@@ -109,10 +112,14 @@ class Products:
             dx = self._quantised_input_grad(names, rows, rank > 0, codes)
         else:
             dx = self._new(rows * width * e) if need and not starts else dx
-            for name in names if need else ():
-                self._free(self._new(shape.linear_parameters(name) * shape.unpacked_backward))
+            for part in self._modules_of(names) if need else ():
+                self._free(self._new(shape.linear_parameters(*part) * shape.unpacked_backward))
         self._free(dxa)
         return dx
+
+    def _modules_of(self, names: tuple[str, ...]) -> list[tuple[str, ...]]:
+        """The modules that give the projections of a group."""
+        return [part for part in self.shape.modules if part[0] in names]
 
     def _quantised_input_grad(
         self, names: tuple[str, ...], rows: int, summed: bool, codes: list[int] | None
@@ -122,10 +129,9 @@ class Products:
         shape = self.shape
         size = rows * shape.linear(names[0])[1] * self.element
         operands, parts = codes or [], []
-        for name in names if codes is None else (None,):
-            if name is not None:
-                operands += [self._new(rows * shape.linear(name)[0]), self._new(4 * rows)]
-            of = names if name is None else (name,)
+        for of in self._modules_of(names) if codes is None else [names]:
+            if codes is None:
+                operands += [self._new(rows * shape.module_linear(of)[0]), self._new(4 * rows)]
             unpacked = self._new(shape.linear_parameters(*of) * shape.unpacked_backward)
             parts.append(self._new(size))
             self._free(unpacked)
@@ -139,8 +145,8 @@ class Products:
         """dX of products that add: one of a stack, or one a weight onto the one before."""
         shape = self.shape
         size, dx = rows * shape.linear(names[0])[1] * self.element, -1
-        for of in [names] if codes is not None else [(name,) for name in names]:
-            operand = codes or [self._new(rows * shape.linear(of[0])[0]), self._new(4 * rows)]
+        for of in self._modules_of(names) if codes is None else [names]:
+            operand = codes or [self._new(rows * shape.module_linear(of)[0]), self._new(4 * rows)]
             turned = self._new(shape.linear_parameters(*of) * shape.unpacked_backward)
             made, before = self._new(size), dx
             # Of one copy dX is turned back.
@@ -151,10 +157,11 @@ class Products:
     def _partial_sums(self, names: tuple[str, ...], rows: int, with_b: bool) -> list[int]:
         """Partial sums of the kernel that forms dXA and dB in one reading (kernels/triton/lora_grads)."""
         shape = self.shape
-        ranks = [shape.ranks.get(name, 0) for name in names if shape.ranks.get(name, 0)]
+        adapted = [part for part in self._modules_of(names) if shape.rank(*part)]
+        ranks = [shape.rank(*part) for part in adapted]
         if max(ranks) > 128:
             return []
-        widths = [shape.linear(name)[0] for name in names if shape.ranks.get(name, 0)]
+        widths = [shape.module_linear(part)[0] for part in adapted]
         padded = max(16, 1 << (max(ranks) - 1).bit_length())
         columns = {16: 512 if rows * sum(widths) >= 2**25 else 256, 32: 256, 64: 128}.get(padded, 64)
         blocks = sum(-(-width // columns) for width in widths)

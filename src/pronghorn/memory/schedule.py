@@ -21,8 +21,8 @@ from pronghorn.memory.offload import bytes_in_flight
 from pronghorn.memory.products import DOWN, GATE_UP, OUT, QKV, Held, Products
 from pronghorn.memory.shape import ModelShape
 
-_ATTENTION = ("q", "k", "v", "out", "lse", "xa_qkv", "xa_o")
-_GLU = ("gate", "up", "xa_gate_up", "xa_down")
+_ATTENTION = ("q", "k", "v", "out", "lse", "xa_qkv", "xa_o", "projected_attention")
+_GLU = ("gate", "up", "xa_gate_up", "xa_down", "projected_glu")
 
 
 @dataclass(frozen=True)
@@ -78,14 +78,15 @@ class Step(Products):
 
     def _angles(self) -> list[int]:
         """cos and sin as Transformers makes them, through fp32."""
-        width = self.tokens * self.shape.head_dim
-        wide = [self._new(2 * width), self._new(4 * width)]
-        for _ in range(2):
-            unscaled = self._new(4 * width)
-            wide.append(self._new(4 * width))
-            self._free(unscaled)
-        angles = [self._new(width * self.element) for _ in range(2)]
-        self._free(*wide)
+        width, angles = self.tokens * self.shape.head_dim, []
+        for _ in range(self.shape.rotations):
+            wide = [self._new(2 * width), self._new(4 * width)]
+            for _ in range(2):
+                unscaled = self._new(4 * width)
+                wide.append(self._new(4 * width))
+                self._free(unscaled)
+            angles += [self._new(width * self.element) for _ in range(2)]
+            self._free(*wide)
         return angles
 
     def _loss(self, normed: int) -> int:
@@ -137,22 +138,40 @@ class Step(Products):
         if not keeps(level, "all"):
             self._drop(saves, "normed_attention")
         if "summed" not in saves:
-            self._project(saves, OUT, "xa_o", t)
+            branch = self._branch(saves)
             if len(self._tiles()) == 1 and shape.eight_bit_forward:
                 self._keep(saves, "codes", t * shape.hidden)
                 self._keep(saves, "code_scales", 4 * t)
             self._keep(saves, "normed_glu", t * shape.hidden * e)
             rstd = self._new(4 * t)
             self._keep(saves, "summed", self._residual())
-            self._free(rstd)
-            self._drop(saves, "o")
+            self._free(rstd, branch)
+
+    def _branch(self, saves: Held) -> int:
+        """`AttentionBlock.output`: what the residual sum adds."""
+        shape, size = self.shape, self.tokens * self.shape.hidden * self.element
+        if "projected_attention" not in saves:
+            self._project(saves, OUT, "xa_o", self.tokens)
+            saves["projected_attention"] = saves.pop("o")
+        branch = (
+            saves["projected_attention"][0] if shape.output_norms else saves.pop("projected_attention")[0]
+        )
+        if shape.output_norms:
+            branch = self._new(size)
+            self._free(self._new(4 * self.tokens))
+        return branch
 
     def _glu_forward(self, level: Level, saves: Held) -> int:
         """The layer's output."""
         shape, e = self.shape, self.element
         keeps_all, keeps_wide, keeps_sum = (keeps(level, d) for d in ("all", "matmuls", "attention"))  # type: ignore[arg-type]
+        apart = shape.output_norms or shape.scaled_branches
+        keeps_projected = shape.output_norms and keeps_sum
+        keeps_sum = keeps_all if shape.output_norms else keeps_sum
         tiles = self._tiles() if not keeps_wide else [slice(0, self.tokens)]
-        out = self._new(self._residual()) if keeps_sum and len(tiles) > 1 else -1
+        out = self._new(self._residual()) if keeps_sum and (apart or len(tiles) > 1) else -1
+        if keeps_projected and len(tiles) > 1:
+            self._keep(saves, "projected_glu", self.tokens * shape.hidden * e)
         for at in tiles:
             rows = at.stop - at.start
             self._project_gate_up(saves, rows)
@@ -161,11 +180,21 @@ class Step(Products):
             act = self._new(rows * shape.intermediate * e)
             if not keeps_wide:
                 self._drop(saves, "gate", "up", "xa_gate_up")
-            self._keep(saves, "xa_down", rows * shape.rank("down") * e)
-            if keeps_sum and len(tiles) == 1:
-                out = self._new(self._residual())
-            self._add_down(rows)
-            self._free(act)
+            if apart:
+                self._project(saves, DOWN, "xa_down", rows)
+                self._free(act)
+                normed = [self._new(rows * shape.hidden * e)] if shape.output_norms else []
+                self._free(*[self._new(4 * rows) for _ in normed])
+                if keeps_projected and len(tiles) == 1:
+                    saves["projected_glu"] = saves.pop("down")
+                self._drop(saves, "down")
+                self._free(*normed)
+            else:
+                self._keep(saves, "xa_down", rows * shape.rank("down") * e)
+                if keeps_sum and len(tiles) == 1:
+                    out = self._new(self._residual())
+                self._add_down(rows)
+                self._free(act)
             if not keeps_wide:
                 self._drop(saves, "xa_down")
         if not keeps_all:
@@ -182,7 +211,10 @@ class Step(Products):
         self._attend(level, saves)
         dsummed, codes = self._glu_backward(saves)
         self._drop(saves, "summed", "normed_glu", *_GLU)
-        dout_o = self._input_grad(OUT, t, "xa_o" in saves, True, codes)
+        dbranch = self._branch_grad(self.tokens) if shape.output_norms or shape.scaled_branches else -1
+        self._drop(saves, "projected_attention")
+        dout_o = self._input_grad(OUT, t, "xa_o" in saves, True, codes if dbranch == -1 else None)
+        self._free(dbranch)
         rotated = [self._new(t * width * e) for width in (shape.q, shape.kv)] if shape.qk_norm else []
         gradients = [self._new(t * width * e) for width in (shape.q, shape.kv, shape.kv)]
         for _ in range(head_groups(t, shape.kv_heads, shape.attention)):
@@ -195,7 +227,8 @@ class Step(Products):
             gradients = [*fresh, gradients[2]]
         need = index > 0 or shape.trained == "all"
         codes = None
-        if shape.joined and need and not shape.qk_norm and (joining.QKV_INPUT_GRAD or shape.fp8_forward):
+        joined = shape.joined and need and (joining.QKV_INPUT_GRAD or shape.fp8_forward)
+        if (joined or shape.fused) and not shape.qk_norm:
             wide = self._new(t * (shape.q + 2 * shape.kv) * e)
             codes = None if shape.int8 else self._joined_operand(QKV, t)
             self._free(*gradients)
@@ -230,6 +263,7 @@ class Step(Products):
                 self._project_gate_up(saves, rows)
             else:
                 rebuilt = False
+            dbranch = self._projected_grad(saves, rows)
             dact = self._input_grad(DOWN, rows, kept)
             self._free(dact)
             if kept and "normed_glu" not in saves:
@@ -241,7 +275,7 @@ class Step(Products):
             part = self._new(rows * shape.hidden * shape.residual_element)
             if not kept:
                 self._drop(saves, "gate", "up", "xa_gate_up")
-            self._free(dnormed)
+            self._free(dnormed, dbranch)
             if rebuilt:
                 self._drop(saves, "normed_glu")
             if len(tiles) > 1:
@@ -249,6 +283,35 @@ class Step(Products):
             else:
                 dsummed = part
         return dsummed, codes
+
+    def _branch_grad(self, rows: int) -> int:
+        """The gradient of what a norm or a factor made of a branch."""
+        size = rows * self.shape.hidden
+        scaled = self._new(size * self.shape.residual_element) if self.shape.scaled_branches else -1
+        if not self.shape.output_norms:
+            return scaled
+        found = self._new(size * self.element)
+        self._free(scaled)
+        return found
+
+    def _projected_grad(self, saves: Held, rows: int) -> int:
+        """`GluBlock._branch_grad`: the gradient of the down projection's output, which is made again where it is not
+        kept; -1 where it is the layer's."""
+        shape = self.shape
+        if not (shape.output_norms or shape.scaled_branches):
+            return -1
+        if not shape.output_norms or "projected_glu" in saves:
+            found = self._branch_grad(rows)
+            if len(self._tiles()) == 1:
+                self._drop(saves, "projected_glu")
+            return found
+        act = self._new(rows * shape.intermediate * self.element)
+        self._drop(saves, "xa_down")
+        self._project(saves, DOWN, "xa_down", rows)
+        self._free(act)
+        found = self._branch_grad(rows)
+        self._drop(saves, "down")
+        return found
 
     def _attention_workspace(self) -> list[int]:
         """What lives while the gradients of one group of heads are made, besides those of all heads."""

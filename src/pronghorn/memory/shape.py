@@ -47,6 +47,10 @@ class ModelShape:
         trained: "adapters", or "all" for full fine-tuning in the stored dtype.
         attention: the attention implementation ("flash", "cudnn", …), which decides its workspace.
         packed: adapters lie in flat storage, with a copy in the compute dtype.
+        fused: q, k, v are one module and gate, up another; the rank of its adapter stands under q or gate.
+        output_norms: norms follow the o- and the down-projection.
+        scaled_branches: what attention and MLP give is multiplied before the residual sum.
+        rotations: kinds of angles that layers rotate by.
         joined: the plain weights of q, k, v and of gate, up lie side by side (`weights.stack`).
         state_element: bytes of each of the optimizer's two states per trained element.
     """
@@ -66,6 +70,10 @@ class ModelShape:
     tied: bool = False
     qk_norm: bool = False
     qkv_bias: bool = False
+    fused: bool = False
+    output_norms: bool = False
+    scaled_branches: bool = False
+    rotations: int = 1
     trained: Literal["adapters", "all"] = "adapters"
     attention: str = "flash"
     packed: bool = True
@@ -97,6 +105,17 @@ class ModelShape:
             "down": (h, i),
         }[name]
 
+    @property
+    def modules(self) -> tuple[tuple[str, ...], ...]:
+        """The projections that each linear module gives."""
+        if self.fused:
+            return ("q", "k", "v"), ("o",), ("gate", "up"), ("down",)
+        return tuple((name,) for name in PROJECTIONS)
+
+    def module_linear(self, names: tuple[str, ...]) -> tuple[int, int]:
+        """(out, in) of a module."""
+        return sum(self.linear(name)[0] for name in names), self.linear(names[0])[1]
+
     def rank(self, *names: str) -> int:
         """Summed adapter ranks of some projections."""
         return sum(self.ranks.get(name, 0) for name in names)
@@ -108,7 +127,7 @@ class ModelShape:
     @property
     def adapter_parameters(self) -> int:
         """Trained adapter elements of the model."""
-        return self.layers * sum(self.ranks.get(name, 0) * sum(self.linear(name)) for name in PROJECTIONS)
+        return self.layers * sum(self.rank(*names) * sum(self.module_linear(names)) for names in self.modules)
 
     @property
     def parameters(self) -> int:
@@ -130,6 +149,7 @@ class ModelShape:
             glu_ranks=self.rank("gate", "up", "down"),
             element=self.element,
             residual_element=self.residual_element,
+            output_norms=self.output_norms,
         )
 
     @property
@@ -203,7 +223,8 @@ class ModelShape:
             self.hidden,
         ]
         for _ in range(self.layers):
-            sizes += [self.hidden] * 2 + ([self.head_dim] * 2 if self.qk_norm else [])
+            sizes += [self.hidden] * (4 if self.output_norms else 2)
+            sizes += [self.head_dim] * 2 if self.qk_norm else []
             sizes += [self.q, self.kv, self.kv] if self.qkv_bias else []
         yield from ((size, size * e) for size in sizes)
 
@@ -211,8 +232,8 @@ class ModelShape:
         """Bytes of every tensor that holds the model's weights."""
         yield from (size for _, size in self._dense_tensors())
         for storage in self.layer_storages or (self.storage,) * self.layers:
-            for name in PROJECTIONS:
-                yield from stored_tensors(*self.linear(name), storage)
+            for names in self.modules:
+                yield from stored_tensors(*self.module_linear(names), storage)
 
     def training_tensors(self) -> Iterator[int]:
         """Bytes of the tensors of adapters, gradients and optimizer states that live from step to step."""
@@ -220,8 +241,8 @@ class ModelShape:
             for size, _ in self._dense_tensors():
                 yield from (size * self.element,) * 3
             for _ in range(self.layers):
-                for name in PROJECTIONS:
-                    out, width = self.linear(name)
+                for names in self.modules:
+                    out, width = self.module_linear(names)
                     yield from (out * width * self.element,) * 3
             return
         total = self.adapter_parameters
@@ -230,9 +251,9 @@ class ModelShape:
         if self.packed:
             yield from (total * 4, total * 4, total * self.element)
         for _ in range(self.layers):
-            for name in PROJECTIONS:
-                rank = self.ranks.get(name, 0)
-                for width in self.linear(name) if rank else ():
+            for names in self.modules:
+                rank = self.rank(*names)
+                for width in self.module_linear(names) if rank else ():
                     yield from (rank * width * self.state_element,) * 2
                     if not self.packed:
                         yield from (rank * width * 4,) * 2
