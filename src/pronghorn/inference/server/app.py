@@ -21,6 +21,7 @@ from pronghorn.inference.server.calls import Call, ChatCall, chat_call, completi
 from pronghorn.inference.server.fields import parse_object
 from pronghorn.inference.server.guard import Guard, Limits
 from pronghorn.inference.server.model import ServedModel
+from pronghorn.inference.server.page import chat_page
 from pronghorn.inference.server.problems import CallProblem
 from pronghorn.inference.server.shapes import ChatShape, CompletionShape, Shape, Usage
 from pronghorn.inference.server.streams import ClientGone, EventStream, unless_gone
@@ -78,7 +79,7 @@ class Service:
         self._encoding = ThreadPoolExecutor(1, "pronghorn-encode")
 
     async def page(self, request: Request) -> Response:
-        raise HTTPException(404)
+        return chat_page()
 
     async def health(self, request: Request) -> Response:
         ready = self._worker.state == "ready"
