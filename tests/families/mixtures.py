@@ -23,7 +23,7 @@ MIXTURES: dict[str, dict[str, Any]] = {
         "num_experts": 5,
         "num_experts_per_tok": 3,
         "moe_intermediate_size": 64,
-        "shared_expert_intermediate_size": 96,
+        "shared_expert_intermediate_size": 128,
     },
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 5},
 }

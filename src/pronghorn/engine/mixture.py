@@ -10,13 +10,14 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
+from torch.nn.utils.parametrize import type_before_parametrizations
 
 from pronghorn.blocks import Adapter, LinearProjection, ProjectionGroup
 from pronghorn.blocks.moe import ExpertAdapter, ExpertProjection, MoeBlock, SharedExpert
 from pronghorn.engine.read import Reading, active_module, read_norm, read_projection, runs_more_than_its_class
 from pronghorn.families import LayerParts, MixtureParts
 from pronghorn.weights.base import DenseWeight
-from pronghorn.weights.experts import read_experts
+from pronghorn.weights.experts import read_experts, runs_its_own_forward
 
 if TYPE_CHECKING:
     from pronghorn.engine.forward import LayerCall, ReadGroups
@@ -49,7 +50,7 @@ def moe_block(layer: Any, call: LayerCall, read: ReadGroups) -> MoeBlock:
 
 def read_stacks(module: Any, transposed: bool) -> tuple[ExpertProjection, ExpertProjection]:
     """gate and up, and down, of a module of experts, possibly wrapped by PEFT."""
-    experts = inside(module)
+    experts = innermost(module)
     found = []
     for name in STACKS:
         weight = read_experts(experts, name, transposed)
@@ -63,7 +64,7 @@ def read_stacks(module: Any, transposed: bool) -> tuple[ExpertProjection, Expert
 def read_router(module: Any) -> LinearProjection:
     """A router's matrix [E, H] and bias, possibly wrapped by PEFT."""
     module = active_module(module)
-    router = inside(module)
+    router = innermost(module)
     adapters = tuple(
         Adapter(a.weight, b.weight, scaling)
         for wrapper in _wrappers(module, "weight")
@@ -89,7 +90,7 @@ def _read_shared(
     return SharedExpert(ProjectionGroup(gate_up), ProjectionGroup([down]), activation, gate)
 
 
-def inside(module: Any) -> Any:
+def innermost(module: Any) -> Any:
     """The module within PEFT's wrappers of its parameters."""
     while _wraps(module):
         module = module._modules["base_layer"]
@@ -101,11 +102,16 @@ def mixture_classes(mlp: Any, prefix: str, mixture: MixtureParts) -> dict[str, s
     router, experts = (getattr(mlp, name, None) for name in (mixture.router, mixture.experts))
     return {
         f"{prefix}{mixture.block}": type(mlp).__name__,
-        f"{prefix}{mixture.router_class}": type(inside(active_module(router))).__name__
+        f"{prefix}{mixture.router_class}": type(innermost(active_module(router))).__name__
         if router
         else "missing",
-        f"{prefix}{mixture.experts_class}": type(inside(experts)).__name__ if experts else "missing",
+        f"{prefix}{mixture.experts_class}": _class_of(innermost(experts)) if experts else "missing",
     }
+
+
+def _class_of(module: nn.Module) -> str:
+    """Its class's name, whatever parametrisations made of it."""
+    return type_before_parametrizations(module).__name__
 
 
 def why_stock_experts(mlp: Any, mixture: MixtureParts) -> str | None:
@@ -132,13 +138,10 @@ def _wraps(module: Any) -> bool:
 
 
 def _has_foreign_hooks(module: Any) -> bool:
-    """Hooks beside those by which bitsandbytes holds a dequantised parameter during a call."""
-    if "parametrizations" not in module._modules:
+    if not runs_its_own_forward(module):
         return runs_more_than_its_class(module)
     own = module.__dict__
-    hooks = (*own["_forward_hooks"].values(), *own["_forward_pre_hooks"].values())
-    foreign = [hook for hook in hooks if getattr(hook, "__module__", "") != "bitsandbytes.nn.parametrize"]
-    return bool(foreign or own["_backward_hooks"] or own["_backward_pre_hooks"] or "forward" in own)
+    return bool(own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"])
 
 
 def _wrappers(module: Any, parameter: str) -> Iterator[Any]:

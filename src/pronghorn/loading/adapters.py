@@ -21,13 +21,13 @@ from pronghorn.errors import (
     nearest,
 )
 from pronghorn.loading.checkpoint import check_safetensors, read_header
+from pronghorn.loading.experts import ALL_LINEAR, shown_as_plain, with_experts
 from pronghorn.loading.fp8 import know_stored
 from pronghorn.loading.source import ADAPTER_CONFIG, Source, read_json
 
 logger = logging.getLogger("pronghorn")
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-ALL_LINEAR = "all-linear"
 DEFAULT_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _WHOLE = ("embed_tokens", "lm_head")
 
@@ -61,15 +61,23 @@ def add_adapter(model: Any, random_state: int, revision: str | None = None, **se
             "the model has an adapter already",
             fix="train that one, or load the base model again for a new one",
         )
+    targets, parameters = with_experts(
+        model,
+        settings.get("target_modules"),
+        settings.get("target_parameters"),
+        DEFAULT_TARGETS,
+        settings.get("layers_to_transform"),
+    )
+    settings["target_parameters"] = parameters
     settings["target_modules"], settings["modules_to_save"] = check_targets(
-        model, settings.get("target_modules"), settings.get("modules_to_save")
+        model, targets, settings.get("modules_to_save"), alone=not parameters
     )
     _check_numbers(model, settings)
     settings.setdefault("task_type", TaskType.CAUSAL_LM)
     try:
         config = LoraConfig(**{name: value for name, value in settings.items() if value is not None})
         know_stored(config, model)
-        with torch.random.fork_rng(devices=_cuda_devices(model)):
+        with shown_as_plain(model), torch.random.fork_rng(devices=_cuda_devices(model)):
             torch.manual_seed(random_state)
             return get_peft_model(model, config, revision=revision)
     except (ValueError, TypeError, NotImplementedError, ImportError) as error:
@@ -87,9 +95,16 @@ def has_adapter(model: Any) -> bool:
 
 
 def check_targets(
-    model: Any, target_modules: str | Iterable[str] | None, modules_to_save: Iterable[str] | None
+    model: Any,
+    target_modules: str | Iterable[str] | None,
+    modules_to_save: Iterable[str] | None,
+    *,
+    alone: bool = True,
 ) -> tuple[str | list[str], list[str] | None]:
     """Names that exist. Embeddings and head go from the targets to `modules_to_save`: they are trained whole.
+
+    Args:
+        alone: no parameters are adapted besides the modules, so there has to be one.
 
     Raises:
         TargetModuleNotFound: for a name without a module, with the nearest; for a pattern that matches nothing.
@@ -111,7 +126,7 @@ def check_targets(
             logger.info("pronghorn: %s: trained whole (modules_to_save), without LoRA", ", ".join(moved))
             whole += [name for name in moved if name not in whole]
             wanted = [name for name in wanted if name not in moved]
-        if not wanted:
+        if not wanted and alone:
             raise TargetModuleNotFound(
                 "no module is left for LoRA", fix=f"give target_modules, for example {list(DEFAULT_TARGETS)}"
             )
@@ -233,14 +248,15 @@ def load_adapter(model: Any, source: Source, name: str = "default") -> Any:
     try:
         config = PeftConfig.from_pretrained(source.location)
         know_stored(config, model)
-        if isinstance(model, PeftModel):
-            model.add_adapter(name, config)
-            model.load_adapter(source.location, adapter_name=name)
-            wrapped = model
-        else:
-            wrapped = PeftModel.from_pretrained(
-                model, source.location, adapter_name=name, is_trainable=True, config=config
-            )
+        with shown_as_plain(model):
+            if isinstance(model, PeftModel):
+                model.add_adapter(name, config)
+                model.load_adapter(source.location, adapter_name=name)
+                wrapped = model
+            else:
+                wrapped = PeftModel.from_pretrained(
+                    model, source.location, adapter_name=name, is_trainable=True, config=config
+                )
     except (ValueError, TypeError, KeyError, RuntimeError) as error:
         raise CheckpointCorrupt(
             f"the adapter does not fit its base model: {' '.join(str(error).split())[:400]}",

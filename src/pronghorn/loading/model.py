@@ -18,6 +18,7 @@ from pronghorn.errors import (
 )
 from pronghorn.hardware import Hardware
 from pronghorn.loading.checkpoint import check_folder
+from pronghorn.loading.experts import has_experts, quantise_experts
 from pronghorn.loading.fp8 import Fp8Options, quantise_layers
 from pronghorn.loading.int8 import Int8Options, quantise_to_int8
 from pronghorn.loading.precision import quantisation
@@ -83,8 +84,8 @@ def load_model(source: Source, config: Any, options: Options, hardware: Hardware
     device_map = options.device_map or default_device_map(hardware, bits)
     stream_to = None
     replaced = options.int8 is not None or (options.fp8 is not None and options.fp8.both)
-    if replaced and not _is_four_bit(config, bits):
-        device_map, stream_to = _by_way_of_cpu(device_map)
+    if (replaced and not _is_four_bit(config, bits)) or (bits == 4 and has_experts(config)):
+        device_map, stream_to = _by_way_of_cpu(device_map, bits)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             source.location,
@@ -101,6 +102,8 @@ def load_model(source: Source, config: Any, options: Options, hardware: Hardware
     if source.gguf_file is not None:
         _forget_gguf(model)
     keep_four_bit_layout(model)
+    if bits == 4 and has_experts(config):
+        quantise_experts(model, options.quant_type, options.double_quant, stream_to)
     if options.fp8 is not None:
         quantise_layers(model, options.fp8, stream_to)
     if options.int8 is not None:
@@ -113,7 +116,7 @@ def _is_four_bit(config: Any, bits: int) -> bool:
     return bits == 4 or bool(stored and stored.get("load_in_4bit"))
 
 
-def _by_way_of_cpu(device_map: Any) -> tuple[Any, torch.device | None]:
+def _by_way_of_cpu(device_map: Any, bits: int) -> tuple[Any, torch.device | None]:
     """For a model that is to lie on one GPU: load it on the CPU, and the GPU to stream it to. Files are mapped into
     memory, so this costs the host little, and the GPU never holds the 16-bit model."""
     place = device_map.get("") if isinstance(device_map, dict) and len(device_map) == 1 else device_map
@@ -124,7 +127,7 @@ def _by_way_of_cpu(device_map: Any) -> tuple[Any, torch.device | None]:
     ):
         return device_map, None
     device = torch.device("cuda", place) if isinstance(place, int) else torch.device(place)
-    return None, device
+    return ({"": "cpu"} if bits == 4 else None), device
 
 
 def _quantisation(source: Source, options: Options, bits: int) -> Any:

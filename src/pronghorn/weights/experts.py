@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import type_before_parametrizations
+
+from pronghorn.weights.quantised import FourBitWeight
 
 
 class ExpertWeight:
@@ -24,14 +28,17 @@ class ExpertWeight:
         """The stack in `dtype`. May alias the stored tensor: never write to it."""
         raise NotImplementedError
 
+    def _sizes(self, stored: tuple[int, ...]) -> tuple[int, int, int]:
+        experts, rows, columns = stored
+        return (experts, columns, rows) if self.transposed else (experts, rows, columns)
+
 
 class DenseExperts(ExpertWeight):
     """Experts stored as they are used: bf16, fp16, fp32 or fp64."""
 
     def __init__(self, weight: Tensor, transposed: bool) -> None:
         self.weight, self.transposed = weight, transposed
-        experts, rows, columns = weight.shape
-        self.shape = (experts, columns, rows) if transposed else (experts, rows, columns)
+        self.shape = self._sizes(tuple(weight.shape))
         self.parameter = weight if weight.requires_grad else None
         self.storage = str(weight.dtype).removeprefix("torch.")
 
@@ -40,6 +47,98 @@ class DenseExperts(ExpertWeight):
         return weight if weight.dtype == dtype else weight.to(dtype)
 
 
-def read_experts(module: Any, name: str, transposed: bool) -> ExpertWeight:
-    """The stack `name` of a module of experts."""
-    return DenseExperts(getattr(module, name), transposed)
+class FourBitExperts(ExpertWeight):
+    """Experts in bitsandbytes' NF4 or FP4, the whole stack as one list of blocks; dequantised for each product."""
+
+    label = "quantised"
+
+    def __init__(self, packed: Tensor, state: Any, transposed: bool) -> None:
+        self.packed = FourBitWeight(packed, state)
+        # As one matrix, the experts below each other.
+        self.packed.shape = (state.shape[0] * state.shape[1], state.shape[2])
+        self.transposed, self.storage = transposed, self.packed.storage
+        self.shape = self._sizes(tuple(state.shape))
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        return self.packed.dense(dtype).view(self.packed.state.shape)
+
+
+def read_experts(module: nn.Module, name: str, transposed: bool) -> ExpertWeight:
+    """The stack `name` of a module of experts, plain or held in 4 bits."""
+    state = four_bit_states(module).get(name)
+    if state is None:
+        return DenseExperts(getattr(module, name), transposed)
+    return FourBitExperts(_packed(module, name), state, transposed)
+
+
+# --- stacks held in 4 bits -----------------------------------------------------------------------------------------
+
+
+def four_bit_states(module: nn.Module) -> dict[str, Any]:
+    """bitsandbytes' `QuantState` of each stack that a module holds in 4 bits."""
+    return module.__dict__.get("four_bit_states", {})
+
+
+def hold_in_four_bits(module: nn.Module, name: str, quant_type: str, double_quant: bool) -> None:
+    """Replace a stacked parameter by its 4-bit codes, on its device.
+
+    In the parameter's place stays a buffer of its shape that holds nothing, by which PEFT knows the sizes; the module's
+    own forward finds the dequantised stack instead (`_dequantised_forward`). bitsandbytes' parametrisation of
+    parameters would do the same, but PEFT stacks its own on it and does not find it again.
+    """
+    from bitsandbytes.functional import quantize_4bit
+
+    parameter = module._parameters.pop(name)
+    assert parameter is not None
+    packed, state = quantize_4bit(parameter.data, quant_type=quant_type, compress_statistics=double_quant)
+    module.register_buffer(f"{name}_packed", packed)
+    module.register_buffer(name, empty_stack(state, packed.device), persistent=False)
+    module.__dict__.setdefault("four_bit_states", {})[name] = state
+    if not runs_its_own_forward(module):
+        module.forward = partial(_dequantised_forward, module)
+        module.register_state_dict_post_hook(_without_empty_stacks)
+
+
+def empty_stack(state: Any, device: torch.device) -> Tensor:
+    """Zeros of a stack's shape that take the room of one."""
+    return torch.zeros((), dtype=state.dtype, device=device).expand(state.shape)
+
+
+def runs_its_own_forward(module: nn.Module) -> bool:
+    """Whether the forward on a module's instance is the one that `hold_in_four_bits` put there."""
+    return getattr(module.__dict__.get("forward"), "func", None) is _dequantised_forward
+
+
+def _without_empty_stacks(module: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """PEFT's parametrisation puts the buffers back as ones that are saved."""
+    for name in four_bit_states(module):
+        state_dict.pop(f"{prefix}{name}", None)
+
+
+def _packed(module: nn.Module, name: str) -> Tensor:
+    packed: Tensor = module._buffers[f"{name}_packed"]  # type: ignore[assignment]
+    state = four_bit_states(module)[name]
+    if state.absmax.device != packed.device:
+        state.to(packed.device)
+    return packed
+
+
+def _dequantised_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """The class's forward on dequantised stacks, with what PEFT adds to the empty ones meanwhile."""
+    kind = type_before_parametrizations(module)
+    twin = kind.__new__(kind)
+    twin.__dict__ = {
+        **module.__dict__,
+        "_parameters": dict(module._parameters),
+        "_modules": {},
+        "_buffers": {},
+    }
+    twin.__dict__.pop("forward")
+    added = module._modules.get("parametrizations")
+    twin._modules.update({n: m for n, m in module._modules.items() if m is not added})
+    for name, state in four_bit_states(module).items():
+        stack = FourBitExperts(_packed(module, name), state, False).dense(state.dtype)
+        if added is not None and name in added:  # type: ignore[operator]
+            stack = stack + getattr(module, name)
+        twin._buffers[name] = stack
+    return kind.forward(twin, *args, **kwargs)
