@@ -4,9 +4,6 @@ import copy
 import json
 import pickle
 import shutil
-from pathlib import Path
-from types import SimpleNamespace
-from typing import ClassVar
 
 import pytest
 import torch
@@ -18,6 +15,7 @@ from pronghorn.compat.models import FastLanguageModel, FastModel, FastVisionMode
 from pronghorn.compat.trainer import ScriptTrainer, UnslothVisionDataCollator, give_own_rate
 from pronghorn.errors import DropInUnavailable, GatedModel, HubUnreachable
 from pronghorn.loading import fast
+from tests.export.hub_server import WRITE, running_hub
 from tests.tiny import save_tiny
 
 QUIET = {
@@ -207,43 +205,28 @@ def test_the_learning_rate_finder_is_missing_and_says_so(tiny):
         trainer.get_best_learning_rate()
 
 
-class Hub:
-    """What the model's methods ask of huggingface_hub, noted."""
-
-    seen: ClassVar[dict] = {}
-
-    def __init__(self, token):
-        self.seen["token"] = token
-
-    def create_repo(self, repo_id, **options):
-        self.seen["repo"] = repo_id, options["exist_ok"], options["private"]
-        return SimpleNamespace(repo_id=f"me/{repo_id}")
-
-    def upload_folder(self, *, repo_id, folder_path, **_):
-        self.seen["to"] = repo_id
-        self.seen["files"] = {path.name: path.stat().st_size for path in Path(folder_path).iterdir()}
+@pytest.fixture
+def hub(monkeypatch):
+    """A stand-in of the hub's HTTP API."""
+    with running_hub() as running:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", running.url)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+        yield running
 
 
-def test_a_merged_model_is_uploaded(tmp_path, tiny, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
-    model, tokenizer = FastLanguageModel.from_pretrained(tiny, load_in_4bit=False)
-    model = FastLanguageModel.get_peft_model(model, r=2)
-    model.push_to_hub_merged("name", tokenizer, save_method="merged_16bit", token="secret", private=True)
-    assert Hub.seen["repo"] == ("name", True, True) and Hub.seen["to"] == "me/name"
-    assert Hub.seen["token"] == "secret"
-    assert {"config.json", "tokenizer.json", "model.safetensors"} <= set(Hub.seen["files"])
-    assert not list(tmp_path.glob("upload-*"))  # here nothing stays
-
-
-def test_gguf_through_the_model(tmp_path, tiny, monkeypatch):
+def test_models_of_scripts_are_uploaded(tmp_path, tiny, hub):
     pytest.importorskip("gguf")
-    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
     model, tokenizer = FastLanguageModel.from_pretrained(tiny, load_in_4bit=False)
     model = FastLanguageModel.get_peft_model(model, r=2)
+    model.push_to_hub_merged("name", tokenizer, save_method="merged_16bit", token=WRITE, private=True)
+    assert hub.private == {"me/name": True}
+    assert {"config.json", "tokenizer.json", "model.safetensors"} <= hub.files["me/name"].keys()
+    assert not list(tmp_path.glob("upload-*"))  # here nothing stays
     model.save_pretrained_gguf("files", tokenizer, quantization_method="f16")
     assert [path.name for path in (tmp_path / "files").glob("*.gguf")] == ["files.F16.gguf"]
-    model.push_to_hub_gguf("me/name", tokenizer, quantization_method="f16")
-    assert Hub.seen["files"]["name.F16.gguf"] > 100_000
+    model.push_to_hub_gguf("me/name", tokenizer, quantization_method="f16", token=WRITE)
+    assert len(hub.files["me/name"]["name.F16.gguf"]) > 100_000
 
 
 def test_generate_takes_what_the_chat_template_gives(tiny):

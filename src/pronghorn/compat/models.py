@@ -10,7 +10,6 @@ from typing import Any
 from pronghorn import loading
 from pronghorn.compat.generation import add_generate
 from pronghorn.compat.model_ids import meant_by
-from pronghorn.compat.publish import add_publishing
 from pronghorn.errors import (
     DropInUnavailable,
     HubUnreachable,
@@ -61,7 +60,6 @@ class FastLanguageModel(loading.FastLanguageModel):
                 f"'{meant.name}' is a model for images and text, and models are trained on text here",
                 fix="load a text model of its family, or train this one with its own library",
             ) from error
-        add_publishing(model)
         add_generate(model)
         return model, tokenizer
 
@@ -103,7 +101,6 @@ class FastLanguageModel(loading.FastLanguageModel):
             shared = {name: kwargs[name] for name in [*kwargs] if name in _SHARED}
             model, tokenizer = FastLanguageModel.from_pretrained(named, **loads, **shared)
         adapted = loading.FastLanguageModel.get_peft_model(model, *args, **kwargs)
-        add_publishing(adapted)
         add_generate(adapted)
         return adapted if tokenizer is None else (adapted, tokenizer)
 

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 from pronghorn.engine import base_causal_lm
 from pronghorn.errors import PronghornError, UnknownArgument
-from pronghorn.export import Export, save_gguf, save_gguf_adapter, save_merged
+from pronghorn.export import Export, check_save_method, push, save_gguf, save_gguf_adapter, save_merged
+from pronghorn.loading.arguments import note_without_effect, refuse_unknown
 from pronghorn.loading.fp8 import is_fp8
 from pronghorn.loading.int8 import is_int8
 from pronghorn.loading.tokenizer import load_tokenizer
 
 logger = logging.getLogger("pronghorn")
+
+COMMIT_MESSAGE = "Trained with pronghorn"
+#: Arguments of Transformers' and Unsloth's uploads that have nothing to switch here.
+NO_EFFECT_ON_UPLOADING = frozenset(
+    {"maximum_memory_usage", "safe_serialization", "tags", "temporary_location", "use_temp_dir"}
+)
 
 
 def save_pretrained_merged(
@@ -81,8 +89,97 @@ def save_pretrained_gguf(
     return save_gguf(model, tokenizer, save_directory, quantization_method, verify=verify, held_out=held_out)
 
 
+def push_to_hub(
+    model: Any,
+    repo_id: str,
+    tokenizer: Any = None,
+    *,
+    token: str | bool | None = None,
+    private: bool | None = None,
+    commit_message: str = COMMIT_MESSAGE,
+    **kwargs: Any,
+) -> str:
+    """Upload the adapter, or the whole model where it has none; see `pronghorn.export.push`."""
+    form = "lora" if hasattr(model, "peft_config") else "merged_16bit"
+    return push_to_hub_merged(
+        model,
+        repo_id,
+        tokenizer,
+        form,
+        token=token,
+        private=private,
+        commit_message=commit_message,
+        **kwargs,
+    )
+
+
+def push_to_hub_merged(
+    model: Any,
+    repo_id: str,
+    tokenizer: Any = None,
+    save_method: str = "merged_16bit",
+    *,
+    token: str | bool | None = None,
+    private: bool | None = None,
+    commit_message: str = COMMIT_MESSAGE,
+    **kwargs: Any,
+) -> str:
+    """`save_pretrained_merged` into a folder that is uploaded; see `pronghorn.export.push`. Further arguments are
+    `save_pretrained_merged`'s. Returns the repository's address."""
+    saving = _saving_arguments(kwargs, save_pretrained_merged, push_to_hub_merged)
+    check_save_method(save_method)
+
+    def write(folder: str) -> None:
+        save_pretrained_merged(model, folder, tokenizer, save_method, **saving)
+
+    return push(write, repo_id, token=token, private=private, commit_message=commit_message)
+
+
+def push_to_hub_gguf(
+    model: Any,
+    repo_id: str,
+    tokenizer: Any = None,
+    quantization_method: str | Sequence[str] = "fast_quantized",
+    *,
+    token: str | bool | None = None,
+    private: bool | None = None,
+    commit_message: str = COMMIT_MESSAGE,
+    **kwargs: Any,
+) -> str:
+    """`save_pretrained_gguf` into a folder that is uploaded; see `pronghorn.export.push`. Further arguments are
+    `save_pretrained_gguf`'s. Returns the repository's address."""
+    saving = _saving_arguments(kwargs, save_pretrained_gguf, push_to_hub_gguf)
+
+    def write(folder: str) -> None:
+        save_pretrained_gguf(model, folder, tokenizer, quantization_method, **saving)
+
+    return push(write, repo_id, token=token, private=private, commit_message=commit_message)
+
+
+def _saving_arguments(
+    given: Mapping[str, Any], saves: Callable[..., Any], function: Callable[..., Any]
+) -> dict[str, Any]:
+    """What is for the function that saves.
+
+    Raises:
+        UnknownArgument: for what neither has.
+    """
+    known = {*inspect.signature(saves).parameters}
+    refuse_unknown(given, function, known | NO_EFFECT_ON_UPLOADING)
+    note_without_effect(
+        {name: value for name, value in given.items() if name in NO_EFFECT_ON_UPLOADING}, function.__name__
+    )
+    return {name: value for name, value in given.items() if name in known}
+
+
 def add_save_methods(model: Any) -> None:
     """`model.save_pretrained_merged(folder, tokenizer)` and the others: partials of module-level functions, which
     survive deepcopy and pickle and point to the copy afterwards."""
-    for method in (save_pretrained_merged, save_pretrained_gguf):
+    for method in (
+        save_pretrained_merged,
+        save_pretrained_gguf,
+        push_to_hub,
+        push_to_hub_merged,
+        push_to_hub_gguf,
+    ):
         model.__dict__[method.__name__] = partial(method, model)
