@@ -14,7 +14,6 @@ from pronghorn.blocks import (
     saved_bytes_per_token,
 )
 from pronghorn.engine import bind, binding_of
-from pronghorn.engine.angles import angles_of
 from pronghorn.engine.forward import LayerCall, build_layer
 from pronghorn.engine.stream import flatten_rows
 from tests.families.parity import add_adapter
@@ -29,9 +28,7 @@ def test_declared_bytes_are_kept_bytes(family: str, level: str) -> None:
     base, config = model.get_base_model(), model.config
     embeddings = base.model.embed_tokens(torch.arange(12).view(2, 6))
     hidden_states, stream = flatten_rows(embeddings, None, None, {})
-    binding = binding_of(model)
-    angles = angles_of(binding, base.model, hidden_states, stream.position_ids)
-    layer = build_layer(base.model.layers[0], LayerCall(binding, stream, angles, hidden_states.dtype, 0))
+    layer = build_layer(base.model.layers[0], LayerCall.of(binding_of(model), hidden_states, stream, 0))
     _, saves = layer.forward(hidden_states, level)
     kept = saves.tensors()
     alive = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in kept}

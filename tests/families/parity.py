@@ -25,6 +25,19 @@ FAMILIES: dict[str, dict[str, Any]] = {
         }
     },
     "mistral": {"sliding_window": 5},
+    "ministral": {"sliding_window": 5, "layer_types": ["full_attention", "sliding_attention"]},
+    "ministral3": {
+        "sliding_window": 9,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 16.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "original_max_position_embeddings": 6,
+            "llama_4_scaling_beta": 0.3,
+        },
+    },
     "qwen2": {
         "use_sliding_window": True,
         "sliding_window": 6,

@@ -52,10 +52,10 @@ class AttentionSaves:
 
 @dataclass(frozen=True)
 class AttentionBlock:
-    """One layer's attention: scale · output_norm(o(attention(rotated q, k, v of norm(x)))).
+    """One layer's attention: output_scale · output_norm(o(attention(query_scale · Rq, Rk, v))) of q, k, v of norm(x).
 
-    cos and sin are [T, Drot] with Drot ≤ D; T tokens, H hidden, N heads, K kv-heads, D head size. `output_norm` and
-    `output_scale` come between the o-projection and the residual sum.
+    cos and sin are [T, Drot] with Drot ≤ D; T tokens, H hidden, N heads, K kv-heads, D head size. `query_scale` is
+    [T, 1, 1]. `output_norm` and `output_scale` come between the o-projection and the residual sum.
     """
 
     norm: Norm
@@ -70,6 +70,7 @@ class AttentionBlock:
     call: AttentionCall
     q_norm: Norm | None = None
     k_norm: Norm | None = None
+    query_scale: Tensor | None = None
     output_norm: Norm | None = None
     output_scale: float = 1.0
 
@@ -109,6 +110,7 @@ class AttentionBlock:
             del q, k, v
             if defers:
                 self._rotate(saves)
+                self._scale_(saves.q)
         if saves.out is None:
             assert saves.v is not None
             q, k = self._rotated(saves)
@@ -136,7 +138,7 @@ class AttentionBlock:
         assert saves.q is not None and saves.k is not None
         if self.q_norm is None or self.k_norm is None:
             return saves.q, saves.k
-        return qk_rope_forward(
+        q, k = qk_rope_forward(
             saves.q,
             saves.k,
             self.cos,
@@ -146,6 +148,13 @@ class AttentionBlock:
             eps=self.q_norm.eps,
             weight_offset=self.q_norm.offset,
         )
+        self._scale_(q)
+        return q, k
+
+    def _scale_(self, q: Tensor | None) -> None:
+        """Rotated queries by their factors, or the gradients of what these gave; in place."""
+        if self.query_scale is not None and q is not None:
+            q.mul_(self.query_scale)
 
     def backward(
         self,
@@ -171,6 +180,7 @@ class AttentionBlock:
         assert dout is not None
         q, k = self._rotated(saves)
         dq, dk, dv = grouped_attention_backward(dout.view_as(out), q, k, v, out, lse, self.docs, self.call)
+        self._scale_(dq)
         saves.out = saves.lse = saves.v = None
         del out, flat, dout, v, q, k
         need_normed = need or sink.wants(self.norm.weight)

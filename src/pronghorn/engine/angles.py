@@ -1,4 +1,4 @@
-"""cos and sin of a stream's positions, for every kind of layer that a family has."""
+"""What follows from a stream's positions: cos and sin for every kind of layer, and factors of queries."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from pronghorn.engine.binding import Binding
+from pronghorn.engine.stream import Stream
 from pronghorn.families.spec import ONE_ROTATION
 
 #: `DecoderFamily.rotation` -> cos and sin, each [T, Drot]
@@ -48,3 +49,13 @@ def _longrope(binding: Binding, rotary: Any, hidden: Tensor, positions: Tensor) 
     angles = torch.cat([angles, angles], 1)
     scale = rotary.attention_scaling
     return (angles.cos() * scale).to(hidden.dtype), (angles.sin() * scale).to(hidden.dtype)
+
+
+def query_scale_of(binding: Binding, stream: Stream, dtype: torch.dtype) -> Tensor | None:
+    """Factors [T, 1, 1] of rotated queries (`Scales.query_growth`); None where all are 1."""
+    growth = binding.scales.query_growth
+    if growth is None or stream.docs.max_seqlen <= growth[1]:
+        return None
+    beta, length = growth
+    factors = 1 + beta * torch.log(1 + torch.floor(stream.position_ids / length))
+    return factors.to(dtype)[:, None, None]

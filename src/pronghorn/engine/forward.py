@@ -35,7 +35,7 @@ from pronghorn.blocks import (
 from pronghorn.blocks.glu import TILE_ROWS
 from pronghorn.blocks.levels import is_roomy
 from pronghorn.blocks.projection import Projection
-from pronghorn.engine.angles import Angles, angles_of
+from pronghorn.engine.angles import Angles, angles_of, query_scale_of
 from pronghorn.engine.binding import Binding
 from pronghorn.engine.flat import FlatAdapters
 from pronghorn.engine.loss import scaled_logits, shifted_loss, without_padding
@@ -92,6 +92,28 @@ class LayerCall:
     seed: int
     stash: HostStash | None = None
     packed: FlatAdapters | None = None
+    query_scale: Tensor | None = None
+
+    @staticmethod
+    def of(
+        binding: Binding,
+        hidden_states: Tensor,
+        stream: Stream,
+        seed: int,
+        stash: HostStash | None = None,
+        packed: FlatAdapters | None = None,
+    ) -> LayerCall:
+        """For embedded tokens [T, H] of a stream."""
+        return LayerCall(
+            binding,
+            stream,
+            angles_of(binding, binding.model.model, hidden_states, stream.position_ids),
+            compute_dtype(binding, hidden_states),
+            seed,
+            stash,
+            packed,
+            query_scale_of(binding, stream, hidden_states.dtype),
+        )
 
 
 def layer_forward(
@@ -139,6 +161,7 @@ def _attention_block(layer: Any, call: LayerCall, read: ReadGroups) -> Attention
         call=AttentionCall(float(attention.scaling), window, backend, scales.attention_softcap),
         q_norm=_read_part_norm(attention, parts.q_norm, offset),
         k_norm=_read_part_norm(attention, parts.k_norm, offset),
+        query_scale=call.query_scale,
         output_norm=_read_part_norm(layer, parts.attention_output_norm, offset),
         output_scale=scales.residual,
     )
@@ -212,14 +235,13 @@ def decoder_forward(
         raise ValueError("give exactly one of input_ids and inputs_embeds")
     if inputs_embeds is None:
         inputs_embeds = decoder.embed_tokens(input_ids)
-    hidden_states, stream = flatten_rows(inputs_embeds, attention_mask, position_ids, kwargs)
     if binding.scales.embedding != 1.0:
-        hidden_states = hidden_states * binding.scales.embedding
-    call = LayerCall(
+        inputs_embeds = inputs_embeds * binding.scales.embedding
+    hidden_states, stream = flatten_rows(inputs_embeds, attention_mask, position_ids, kwargs)
+    call = LayerCall.of(
         binding,
+        hidden_states,
         stream,
-        angles_of(binding, decoder, hidden_states, stream.position_ids),
-        compute_dtype(binding, hidden_states),
         dropout_seed(decoder.training),
         binding.new_stash(hidden_states.device) if torch.is_grad_enabled() else None,
         binding.packed,

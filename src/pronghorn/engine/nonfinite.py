@@ -15,10 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pronghorn.engine.angles import angles_of
 from pronghorn.engine.bind import binding_of
 from pronghorn.engine.binding import Binding, base_causal_lm
-from pronghorn.engine.forward import LayerCall, build_layer, compute_dtype, readable_head
+from pronghorn.engine.forward import LayerCall, build_layer, readable_head
 from pronghorn.engine.loss import shifted_loss, without_padding
 from pronghorn.engine.read import active_module, dropout_seed, read_norm
 from pronghorn.engine.stream import Stream, flatten_rows, unflatten_rows
@@ -134,7 +133,7 @@ class _Layers:
         model = self.binding.model
         decoder, ids = model.model, self.batch["input_ids"]
         with torch.no_grad():
-            embedded = active_module(decoder.embed_tokens)(ids)
+            embedded = active_module(decoder.embed_tokens)(ids) * self.binding.scales.embedding
         extra = {name: value for name, value in self.batch.items() if name not in ("input_ids", "labels")}
         mask, positions = extra.pop("attention_mask", None), extra.pop("position_ids", None)
         hidden, stream = flatten_rows(embedded, mask, positions, extra)
@@ -142,11 +141,7 @@ class _Layers:
         found = self._embedding(hidden)
         if found is not None:
             return found
-        hidden = hidden * self.binding.scales.embedding
-        angles = angles_of(self.binding, decoder, hidden, stream.position_ids)
-        call = LayerCall(
-            self.binding, stream, angles, compute_dtype(self.binding, hidden), dropout_seed(True)
-        )
+        call = LayerCall.of(self.binding, hidden, stream, dropout_seed(True))
         inputs = []
         for layer in decoder.layers[: decoder.config.num_hidden_layers]:
             inputs.append(hidden)

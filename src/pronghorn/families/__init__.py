@@ -7,6 +7,8 @@ from pronghorn.families.spec import ACTIVATIONS, DecoderFamily, LayerParts, Scal
 FAMILIES: tuple[DecoderFamily, ...] = (
     llama.FAMILY,
     mistral.FAMILY,
+    mistral.MINISTRAL,
+    mistral.MINISTRAL3,
     qwen.QWEN2,
     qwen.QWEN3,
     gemma.GEMMA,

@@ -64,6 +64,7 @@ class Scales:
         residual: factor of what attention and MLP give, before the residual sum.
         logits: factor of the logits. `logit_softcap`: logits become c · tanh(logits / c) after it.
         attention_softcap: the same for the attention's logits.
+        query_growth: (β, length): rotated queries are multiplied by 1 + β ln(1 + ⌊position / length⌋).
     """
 
     embedding: float = 1.0
@@ -71,6 +72,7 @@ class Scales:
     logits: float = 1.0
     logit_softcap: float | None = None
     attention_softcap: float | None = None
+    query_growth: tuple[float, int] | None = None
 
 
 def no_window(config: Any, layer_index: int) -> int | None:
