@@ -10,9 +10,17 @@ import torch
 
 from pronghorn.blocks import LEVELS
 from pronghorn.blocks.moe import block
-from pronghorn.engine import binding_of
+from pronghorn.engine import TrainingStep, binding_of
 from tests.families.mixtures import MIXTURES, add_expert_adapter, tiny_mixture
-from tests.families.parity import assert_same, bound_copy, packed_batch, relative_error, rows_batch, run
+from tests.families.parity import (
+    Outcome,
+    assert_same,
+    bound_copy,
+    packed_batch,
+    relative_error,
+    rows_batch,
+    run,
+)
 
 EXACT = 5e-6
 LENGTHS = (13, 7, 13, 1)
@@ -145,3 +153,26 @@ def test_an_auxiliary_loss_is_the_stock_models() -> None:
     fast = bound_copy(model)
     expected, actual = model(**batch), fast(**batch)
     assert actual.aux_loss is not None and torch.equal(actual.loss, expected.loss)
+
+
+def test_a_step_of_static_shape_gives_autograds_gradients() -> None:
+    """With the adapters of attention in flat storage, and filling tokens that nobody learns from."""
+    from pronghorn.data.budgets import Budgets
+    from pronghorn.data.collator import BOOKKEEPING, Collator
+
+    rows = rows_batch(320, LENGTHS)
+    mask = rows["attention_mask"].bool()
+    data = [
+        {"input_ids": ids[kept].tolist(), "labels": labels[kept].tolist()}
+        for ids, labels, kept in zip(rows["input_ids"], rows["labels"], mask, strict=True)
+    ]
+    batch = Collator(pad_token_id=0, budgets=Budgets())(data)
+    model = stock("qwen2_moe")
+    expected = run(model, rows, logits=False)
+    fast = bound_copy(model, "attention").train()
+    output = TrainingStep(fast).run(
+        {name: value for name, value in batch.items() if name not in BOOKKEEPING}, batch["supervised"]
+    )
+    assert output is not None
+    gradients = {name: p.grad.clone() for name, p in fast.named_parameters() if p.grad is not None}
+    assert_same(Outcome(output.loss, None, gradients), expected, EXACT)
