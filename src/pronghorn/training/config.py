@@ -37,6 +37,9 @@ class SFTConfig(trl.SFTConfig):
     - `memory_budget` ("17.5GiB", bytes, or "auto" for all that is free) plans within that memory, also where save
       levels were chosen before.
     - `drop_unsupervised_rows` leaves out rows without a token to train on, instead of refusing them.
+    - `stop_early` ends a run that has nothing more to gain: its evaluation loss has turned, its loss has diverged or is
+      no number. With evaluations, the best of them is saved, and its weights are loaded at the end
+      (`load_best_model_at_end` and `save_strategy="best"`, unless either was given).
     - `report` (on) leaves `report.html` and `run.json` in `output_dir`, with answers to `report_samples` prompts of the
       evaluation data before and after training.
     """
@@ -68,6 +71,12 @@ class SFTConfig(trl.SFTConfig):
     memory_budget: str | int | None = field(
         default=None,
         metadata={"help": "GPU memory a step may take, such as 17.5GiB, or 'auto': layers keep what fits."},
+    )
+    stop_early: bool = field(
+        default=False,
+        metadata={
+            "help": "End a run whose evaluation loss turns or whose loss diverges; keep the best weights."
+        },
     )
     report: bool = field(default=True, metadata={"help": "Leave report.html and run.json in output_dir."})
     report_samples: int = field(
@@ -113,7 +122,25 @@ class SFTConfig(trl.SFTConfig):
                 logger.warning(
                     "pronghorn: fp16=True has no effect without a GPU: the model's own dtype is used"
                 )
+        if self.stop_early:
+            self._keep_the_best()
         super().__post_init__()
+
+    def _keep_the_best(self) -> None:
+        """Save and load the weights of the best evaluation, as far as nothing else was asked for."""
+        evaluated = str(getattr(self.eval_strategy, "value", self.eval_strategy))
+        if evaluated == "no" or "load_best_model_at_end" in self.given:
+            return
+        if "save_strategy" not in self.given:
+            self.save_strategy = "best"
+        saved = str(getattr(self.save_strategy, "value", self.save_strategy))
+        together = saved == evaluated and (saved != "steps" or self.save_steps == self.eval_steps)
+        self.load_best_model_at_end = saved == "best" or together
+        if not self.load_best_model_at_end:
+            logger.warning(
+                "pronghorn: stop_early: with save_strategy='%s' the best weights may not be saved, and are not loaded "
+                "at the end; save_strategy='best' does both", saved,
+            )  # fmt: skip
 
 
 def _check_length(length: Any) -> None:

@@ -62,9 +62,9 @@ class StepLedger(TrainerCallback):
             self.losses.append(loss)
             self.norms.append(norm)
 
-    def rows_of(self, first: int, last: int) -> tuple[int, ...]:
-        """Rows of the steps from `first` to `last`, in their order, as far as they are remembered."""
-        return tuple(row for step, rows in self._rows if first <= step <= last for row in rows)
+    def rows(self) -> dict[int, tuple[int, ...]]:
+        """Rows by step, in their order, of the steps that are remembered."""
+        return {step: rows for step, rows in self._rows if rows}
 
 
 def _scalar(value: Any) -> torch.Tensor:

@@ -83,6 +83,11 @@ class ProgressTable(TrainerCallback):
         elif any(key.endswith("_loss") and key != "train_loss" for key in logs):
             self.console.print(self._evaluation_line(logs, state))
 
+    def say(self, text: str, level: str) -> None:
+        """A sentence between the lines; `level` is "error", "warning" or "note"."""
+        style = {"error": "red", "warning": "yellow"}.get(level)
+        self.console.print(f"  {text}", style=style, markup=False)
+
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.close()
 

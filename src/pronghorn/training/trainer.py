@@ -30,9 +30,11 @@ from pronghorn.training.checkpoints import (
     step_of,
 )
 from pronghorn.training.config import as_sft_config
+from pronghorn.training.curve_watch import CurveWatch
 from pronghorn.training.given import as_dataset, training_rows, usable_collator
 from pronghorn.training.ledger import StepLedger
 from pronghorn.training.logits import loss_from_logits, right_predictions
+from pronghorn.training.lr_finder import get_best_learning_rate
 from pronghorn.training.meter import Stopwatch, Tally, at_least_one, real_tokens, supervised_tokens
 from pronghorn.training.nonfinite import NumberWatch
 from pronghorn.training.progress import ProgressTable, peak_memory_gib
@@ -70,6 +72,7 @@ class SFTTrainer(RowsTrainer):
 
     # compute_loss divides by the tokens of the whole step, so nothing is left to divide for accumulation.
     loss_is_scaled_for_ga = True
+    get_best_learning_rate = get_best_learning_rate
 
     def __init__(
         self,
@@ -91,6 +94,8 @@ class SFTTrainer(RowsTrainer):
         **older: Any,
     ) -> None:
         args = as_sft_config(args)
+        if args.stop_early and isinstance(eval_dataset, dict) and "metric_for_best_model" not in args.given:
+            args.metric_for_best_model = f"eval_{next(iter(eval_dataset))}_loss"
         processing_class = take_older_arguments(older, args, processing_class)
         asked = values_of(args)
         args.optim = usable_optimizer(str(getattr(args.optim, "value", args.optim)))
@@ -149,10 +154,12 @@ class SFTTrainer(RowsTrainer):
             self.data_collator = self._collator()
         self.add_callback(self._numbers)
         self.add_callback(self._ledger)
+        self._show_progress()
+        self._curves = CurveWatch(self)
+        self.add_callback(self._curves)
         self._recorder = RunRecorder(self, asked) if args.report else None
         if self._recorder is not None:
             self.add_callback(self._recorder)
-        self._show_progress()
 
     # --- loss -------------------------------------------------------------------------------------------------
 

@@ -51,7 +51,7 @@ class RunRecord:
     """One training run.
 
     Args:
-        state: "running", "finished", "stopped early", "interrupted" or "failed: …".
+        state: "running", "finished", "stopped early: …", "stopped" (by a callback), "interrupted" or "failed: …".
         log: Transformers' `log_history`.
         step_losses, step_norms: of each optimizer step of `steps`, where the trainer knew them.
         memory: (step, bytes now, most bytes so far), of what `memory_of` says.

@@ -53,8 +53,11 @@ class RunRecorder(TrainerCallback):
             stopped = isinstance(error, KeyboardInterrupt)
             self._end("interrupted" if stopped else f"failed: {type(error).__name__}: {error}")
             raise
-        state = self._trainer.state
-        self._end("finished" if state.global_step >= state.max_steps else "stopped early")
+        state, ended_by = self._trainer.state, self._trainer._curves.ended_by
+        if ended_by is not None:
+            self._end(f"stopped early: {ended_by.kind}")
+        else:
+            self._end("finished" if state.global_step >= state.max_steps else "stopped")
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not state.is_world_process_zero:
@@ -129,6 +132,11 @@ class RunRecorder(TrainerCallback):
             record.steps, record.step_losses = list(ledger.steps), list(ledger.losses)
             record.step_norms = list(ledger.norms)
             record.planned_memory = self._planned()
+            watch = trainer._curves
+            record.findings = [
+                finding.as_dict() for finding in watch.findings(over=record.state != "running")
+            ]
+            record.rows = watch.rows
             folder = Path(trainer.args.output_dir)
             folder.mkdir(parents=True, exist_ok=True)
             record.save(folder)
