@@ -81,12 +81,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     chat.add_argument("--load-in-4bit", action="store_true")
 
-    from pronghorn.cli import data, export, plan, run, serve
+    from pronghorn.cli import compare_adapters, data, export, plan, run, serve
 
     plan.register(commands)
     data.register(commands)
     export.register(commands)
     serve.register(commands)
+    compare_adapters.register(commands)
     run.register(commands)
 
     doctor = commands.add_parser(
@@ -146,6 +147,11 @@ def _commands() -> dict:
 
         return run(options)
 
+    def compare_adapters(options: argparse.Namespace) -> int:
+        from pronghorn.cli.compare_adapters import run
+
+        return run(options)
+
     def doctor(options: argparse.Namespace) -> int:
         from pronghorn.cli.doctor import run
 
@@ -164,6 +170,7 @@ def _commands() -> dict:
         "data": data,
         "export": export,
         "serve": serve,
+        "compare-adapters": compare_adapters,
         "run": run,
         "doctor": doctor,
         "explain": explain,

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import threading
 
-import peft
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from pronghorn.errors import AdapterProblem, CommandMisused
 from pronghorn.inference.server.loading import load_served, usual_choice
 from pronghorn.inference.variants import load_variants
+from tests.inference.adapters import save_base_and_adapters, stock_answer, stock_model
 from tests.inference.server.running import ask, call, connected, raw_request, running, until
-from tests.tiny import CHAT_TEMPLATE, save_tiny, tiny_tokenizer
+from tests.tiny import tiny_tokenizer
 
 CHAT = "/v1/chat/completions"
 QUESTION = [{"role": "user", "content": "What does it eat?"}]
@@ -21,22 +20,7 @@ QUESTION = [{"role": "user", "content": "What does it eat?"}]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A base model and two adapters; the second has a chat template of its own."""
-    path = tmp_path_factory.mktemp("served")
-    save_tiny(path / "base", "llama")
-    for i, name in enumerate(["formal", "casual.v2"]):
-        model = AutoModelForCausalLM.from_pretrained(path / "base")
-        model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"]))
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
-            torch.manual_seed(i)
-            for parameter_name, parameter in model.named_parameters():
-                if "lora_B" in parameter_name:
-                    parameter.normal_(0.0, 0.3)
-        model.save_pretrained(path / name)
-    tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = "Q: {{ messages[-1]['content'] }}\nA:"
-    tokenizer.save_pretrained(path / "casual.v2")
-    return path
+    return save_base_and_adapters(tmp_path_factory.mktemp("served"))
 
 
 @pytest.fixture(scope="module")
@@ -50,24 +34,10 @@ def server(folder):
         yield found
 
 
-def expected(folder, name: str, count: int) -> str:
-    """What stock Transformers and PEFT answer, greedily."""
-    model = AutoModelForCausalLM.from_pretrained(folder / "base")
-    if name != "base":
-        model = peft.PeftModel.from_pretrained(model, folder / name)
-    tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = CHAT_TEMPLATE if name != "casual.v2" else "Q: {{ messages[-1]['content'] }}\nA:"
-    inputs = tokenizer.apply_chat_template(
-        QUESTION, add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )
-    output = model.generate(**inputs, max_new_tokens=count, do_sample=False)
-    return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-
-
 @pytest.mark.parametrize("name", ["base", "formal", "casual.v2"])
 def test_answers_are_those_of_transformers_and_peft(server, folder, name):
     _, _, answer = ask(server, model=name, messages=QUESTION, max_tokens=12, temperature=0)
-    assert answer["choices"][0]["message"]["content"] == expected(folder, name, 12)
+    assert answer["choices"][0]["message"]["content"] == stock_answer(folder, name, QUESTION, 12)
 
 
 def test_adapters_answer_side_by_side(server, folder):
@@ -83,7 +53,7 @@ def test_adapters_answer_side_by_side(server, folder):
         thread.start()
     for thread in threads:
         thread.join(30)
-    assert answers == {i: expected(folder, name, 12) for i, name in enumerate(names)}
+    assert answers == {i: stock_answer(folder, name, QUESTION, 12) for i, name in enumerate(names)}
     assert len(set(answers.values())) == 3
 
 
@@ -103,7 +73,7 @@ def test_log_probabilities_are_the_models(server, folder):
     )
     assert answer["error"]["param"] == "top_logprobs"
     _, _, answer = ask(server, messages=QUESTION, max_tokens=3, temperature=0, logprobs=True, top_logprobs=20)
-    model = AutoModelForCausalLM.from_pretrained(folder / "base")
+    model = stock_model(folder, "base")
     ids = tiny_tokenizer().apply_chat_template(
         QUESTION, add_generation_prompt=True, return_tensors="pt", return_dict=True
     )["input_ids"]
