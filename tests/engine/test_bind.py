@@ -54,6 +54,7 @@ def test_unknown_family_stays_stock_and_says_so(caplog: pytest.LogCaptureFixture
     model = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=16, n_layer=1, n_head=2, n_positions=32))
     binding = bind(model)
     assert not binding.bound and "gpt2" in binding.describe()
+    assert "GPT2Block (LayerNorm, GPT2Attention, GPT2MLP) has LayerNorm with biases" in binding.describe()
     assert "stock forward" in caplog.text
     assert "forward" not in model.__dict__
     with pytest.raises(BindingRefused, match="gpt2"):
@@ -70,6 +71,35 @@ def test_changed_layer_class_is_refused() -> None:
     model.model.layers[1].mlp = nn.Identity()
     binding = bind(model)
     assert not binding.bound and "LlamaMLP is a Identity" in binding.reasons[0]
+
+
+def test_a_module_that_no_block_computes_is_named() -> None:
+    """A layer of a known class to which somebody added weights."""
+    model = tiny_model("llama")
+    model.model.layers[1].self_attn.gate = nn.Linear(64, 64)
+    reasons = bind(model).reasons
+    assert reasons == ["self_attn.gate is a Linear that the blocks do not compute"]
+    with pytest.raises(BindingRefused, match=r"self_attn\.gate is a Linear"):
+        bind(model, strict=True)
+
+
+def test_a_config_that_the_family_does_not_cover_is_refused() -> None:
+    assert bind(tiny_model("phi3", resid_pdrop=0.1)).reasons == ["resid_pdrop=0.1"]
+    assert bind(tiny_model("gemma3_text", use_bidirectional_attention=True)).reasons == [
+        "use_bidirectional_attention"
+    ]
+
+
+def test_a_reviewed_stock_family_says_what_is_missing() -> None:
+    from transformers import CohereConfig, CohereForCausalLM
+
+    sizes = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+    model = CohereForCausalLM(CohereConfig(**sizes, num_attention_heads=2, eos_token_id=2, bos_token_id=1))
+    binding = bind(model)
+    assert "CohereDecoderLayer" in binding.reasons[0] and "side by side" in binding.reasons[0]
+    loss = model(input_ids=torch.arange(6)[None], labels=torch.arange(6)[None]).loss
+    loss.backward()
+    assert loss.isfinite()
 
 
 def test_save_levels_are_checked() -> None:

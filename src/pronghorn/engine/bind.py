@@ -12,7 +12,7 @@ from pronghorn.engine.binding import Binding, base_causal_lm
 from pronghorn.engine.forward import causal_lm_forward, decoder_forward, layer_forward
 from pronghorn.engine.mixture import mixture_classes
 from pronghorn.errors import BindingRefused
-from pronghorn.families import ACTIVATIONS, DecoderFamily, family_of
+from pronghorn.families import ACTIVATIONS, STOCK, DecoderFamily, LayerParts, family_of
 from pronghorn.kernels.attention import check_name
 from pronghorn.weights import keep_four_bit_layout
 
@@ -91,7 +91,7 @@ def _reasons_against(model: Any, family: DecoderFamily) -> list[str]:
     """Everything that keeps a model off the fast path; empty when nothing does."""
     config = model.config
     if not family.prefix:
-        return [f"model type '{config.model_type}' has no family file"]
+        return [_why_unknown(model)]
     expected = f"{family.prefix}ForCausalLM"
     if all(cls.__name__ != expected for cls in type(model).__mro__):
         return [f"the {family.name} family was reviewed for {expected}, this is {type(model).__name__}"]
@@ -109,6 +109,18 @@ def _reasons_against(model: Any, family: DecoderFamily) -> list[str]:
         reasons.append(unsupported)
     reasons += _missing_parts(model, family)
     return reasons
+
+
+def _why_unknown(model: Any) -> str:
+    """What of a model without a family file stays stock: the classes of its layers, and what sets them apart."""
+    kind, layers = model.config.model_type, getattr(model.config, "num_hidden_layers", None)
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == layers]
+    reason = STOCK.get(kind, "not been reviewed")
+    if not lists:
+        return f"model type '{kind}' has no family file"
+    layer = lists[0][0]
+    parts = ", ".join(dict.fromkeys(type(child).__name__ for child in layer.children()))
+    return f"model type '{kind}' has no family file; {type(layer).__name__} ({parts}) has {reason}"
 
 
 def _missing_parts(model: Any, family: DecoderFamily) -> list[str]:
@@ -132,7 +144,23 @@ def _missing_parts(model: Any, family: DecoderFamily) -> list[str]:
         if family.mlp(model.config, index) == "glu":
             wanted += [(mlp, n) for names in parts.mlp_projections for n in names]
         wanted += [(layer, n) for n in parts.norms]
-        absent = [name for parent, name in wanted if not hasattr(parent, name)]
-        if differing or absent:
-            return differing + [f"a layer lacks {name}" for name in absent]
+        absent = [f"a layer lacks {name}" for parent, name in wanted if not hasattr(parent, name)]
+        found_wrong = differing + absent or _unread_parts(layer, parts, family.mlp(model.config, index))
+        if found_wrong:
+            return found_wrong
     return []
+
+
+def _unread_parts(layer: Any, parts: LayerParts, mlp: str) -> list[str]:
+    """Modules with weights that a layer has and no block computes."""
+    known: dict[str, set[str | None]] = {"": {parts.attention, parts.mlp, *parts.norms}}
+    inner = (name for names in parts.attention_projections for name in names)
+    known[parts.attention] = {*inner, parts.q_norm, parts.k_norm}
+    if mlp == "glu":
+        known[parts.mlp] = {name for names in parts.mlp_projections for name in names}
+    return [
+        f"{path}{'.' if path else ''}{name} is a {type(child).__name__} that the blocks do not compute"
+        for path, names in known.items()
+        for name, child in layer.get_submodule(path).named_children()
+        if name not in names and next(child.parameters(), None) is not None
+    ]

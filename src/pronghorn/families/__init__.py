@@ -3,6 +3,7 @@
 from pronghorn.families import gemma, granite, llama, mistral, mixtral, phi, qwen, qwen_moe
 from pronghorn.families.mixture import MOE, MixtureParts
 from pronghorn.families.spec import ACTIVATIONS, DecoderFamily, LayerParts, Scales
+from pronghorn.families.stock import STOCK
 
 FAMILIES: tuple[DecoderFamily, ...] = (
     llama.FAMILY,
@@ -25,6 +26,7 @@ __all__ = [
     "ACTIVATIONS",
     "FAMILIES",
     "MOE",
+    "STOCK",
     "DecoderFamily",
     "LayerParts",
     "MixtureParts",
