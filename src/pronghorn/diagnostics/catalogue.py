@@ -150,10 +150,15 @@ def write(path: Path) -> list[Path]:
     """Write the English page to `path` and the Chinese one beside it; returns both."""
     pages = {path: catalogue("en"), path.with_suffix(".zh-CN.md"): catalogue("zh")}
     for page, text in pages.items():
-        temporary = page.with_name(page.name + ".tmp")
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, page)
+        write_page(page, text)
     return list(pages)
+
+
+def write_page(page: Path, text: str) -> None:
+    """Put a generated page in its place, whole."""
+    temporary = page.with_name(page.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, page)
 
 
 def main() -> None:

@@ -10,10 +10,12 @@ from pronghorn.families.spec import DecoderFamily, LayerParts, Scales, window_by
 
 
 def _attends_both_ways(config: Any) -> str | None:
+    """`use_bidirectional_attention`."""
     return "use_bidirectional_attention" if getattr(config, "use_bidirectional_attention", None) else None
 
 
 def _caps(config: Any) -> Scales:
+    """Caps on the attention's logits and on the output's."""
     return Scales(
         logit_softcap=config.final_logit_softcapping,
         attention_softcap=config.attn_logit_softcapping,
@@ -21,11 +23,13 @@ def _caps(config: Any) -> Scales:
 
 
 def _final_cap(config: Any) -> Scales:
+    """A cap on the output's logits, where the config sets one."""
     # Transformers' Gemma 3 reads no cap of the attention's logits, whatever the config says.
     return Scales(logit_softcap=config.final_logit_softcapping)
 
 
 def _rotation_by_layer_type(config: Any, layer_index: int) -> str:
+    """Angles of their own for layers with a window."""
     return str(config.layer_types[layer_index])
 
 

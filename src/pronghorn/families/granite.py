@@ -7,6 +7,7 @@ from pronghorn.families.spec import DecoderFamily, Scales
 
 
 def _scales(config: Any) -> Scales:
+    """Factors of embeddings, both residual branches and output logits."""
     return Scales(
         embedding=float(config.embedding_multiplier),
         residual=float(config.residual_multiplier),

@@ -7,6 +7,7 @@ from pronghorn.families.spec import DecoderFamily, Scales, window_by_layer_type,
 
 
 def _growing_queries(config: Any) -> Scales:
+    """Queries that grow with their position."""
     rope = config.rope_parameters
     beta, length = rope.get("llama_4_scaling_beta"), rope.get("original_max_position_embeddings")
     return Scales(query_growth=(float(beta), int(length)) if beta and length else None)

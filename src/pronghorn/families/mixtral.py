@@ -16,6 +16,7 @@ def _scoring(config: Any) -> Scoring:
 
 
 def _unsupported(config: Any) -> str | None:
+    """`router_jitter_noise`."""
     noise = config.router_jitter_noise
     return f"router_jitter_noise={noise}: its noise is drawn by the stock block" if noise else None
 
@@ -25,7 +26,7 @@ FAMILY = DecoderFamily(
     model_types=("mixtral",),
     prefix="Mixtral",
     mlp=_mlp,
-    mixture=MixtureParts(_scoring, plain_gating),
+    mixture=MixtureParts(_scoring, plain_gating, intermediate="intermediate_size"),
     window=window_everywhere,
     unsupported=_unsupported,
 )

@@ -6,6 +6,7 @@ from pronghorn.families.spec import DecoderFamily, LayerParts, window_everywhere
 
 
 def _drops(config: Any) -> str | None:
+    """`resid_pdrop`."""
     return f"resid_pdrop={config.resid_pdrop}" if config.resid_pdrop else None
 
 

@@ -81,14 +81,14 @@ def no_window(config: Any, layer_index: int) -> int | None:
 
 
 def window_by_layer_type(config: Any, layer_index: int) -> int | None:
-    """The config's window in the layers that its `layer_types` call "sliding_attention"."""
+    """A sliding window in the layers that `layer_types` says have one."""
     layer_types = getattr(config, "layer_types", None)
     sliding = layer_types is not None and layer_types[layer_index] == "sliding_attention"
     return config.sliding_window if sliding else None
 
 
 def window_everywhere(config: Any, layer_index: int) -> int | None:
-    """The config's window, where it sets one, in every layer."""
+    """A sliding window in every layer, where the config sets one."""
     return getattr(config, "sliding_window", None)
 
 

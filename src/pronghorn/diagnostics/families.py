@@ -1,0 +1,144 @@
+"""docs/families.md, generated from the registry of families.
+
+python -m pronghorn.diagnostics.families --write docs/families.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+from pronghorn.diagnostics.catalogue import write_page
+from pronghorn.families import ACTIVATIONS, FAMILIES, STOCK, DecoderFamily
+
+_HEAD = """# Model families
+
+Written by `python -m pronghorn.diagnostics.families --write docs/families.md` from `pronghorn.families`; a test holds
+it to the code. How to add one: [adding-a-family.md](adding-a-family.md).
+
+## On the fast path
+
+Loss, logits and every gradient are compared with Transformers and PEFT for each of them: LoRA, 4-bit and full
+fine-tuning, rows and packed streams, every save level. All have what Llama has (RMSNorm before attention and MLP, RoPE
+of heads or of a part of them as Transformers' module gives it, grouped queries, a gated MLP), and besides:
+"""
+
+_OTHERWISE = """
+## What of these models runs otherwise, and why
+
+`binding_of(model).describe()` says it of a loaded model; each reason is logged once. `strict=True` refuses a model that
+would stay stock.
+"""
+
+_STOCK = """
+## Stock
+
+These types train on Transformers' forward, as any type does that is not on this page; their layers have what no block
+computes:
+"""
+
+#: what a known family meets, what runs then, and why
+_FALLBACKS = (
+    ("a config with attention dropout", "the whole model as stock", "no kernel"),
+    (f"an activation other than {', '.join(ACTIVATIONS)}", "the whole model as stock", "no kernel"),
+    (
+        "parts of other classes, or weights in modules of their own",
+        "the whole model as stock",
+        "not reviewed",
+    ),
+    ("generation with a KV cache", "this call as stock", "the blocks keep none"),
+    ("hidden states or attentions asked for", "this call as stock", "the blocks give none"),
+    ("an attention mask of four dimensions", "this call as stock", "attention goes by documents"),
+    (
+        "hooks, a replaced forward or PEFT's layers on a norm, an attention or an MLP",
+        "every call as stock",
+        "the blocks stand in for these modules",
+    ),
+    (
+        "DoRA, hooks on a projection, PEFT methods other than LoRA",
+        "the projection through its own module",
+        "outside the formulas",
+    ),
+    (
+        "capped attention logits on a GPU",
+        "FlexAttention; where it cannot compile, document by document",
+        "packed kernels know no cap",
+    ),
+    ("attention in fp32 on a GPU, or heads wider than 256", "document by document", "no packed kernel"),
+    (
+        "adapter dropout, projections through their own module, attention document by document, `dynamic` RoPE",
+        "steps kernel by kernel, not as one CUDA graph",
+        "they ask the host",
+    ),
+)
+
+
+def page() -> str:
+    """The page."""
+    rows = []
+    for family in FAMILIES:
+        types = ", ".join(f"`{kind}`" for kind in family.model_types)
+        besides = "; ".join(_differences(family)) or "nothing"
+        rows.append((family.name, types, besides, _told(family, "unsupported") or "nothing"))
+    stock = [(f"`{kind}`", what) for kind, what in sorted(STOCK.items())]
+    return "\n".join(
+        [
+            _HEAD,
+            *_table(("family", "`model_type`", "besides", "stays stock with"), rows),
+            _OTHERWISE,
+            *_table(("what", "runs", "why"), _FALLBACKS),
+            _STOCK,
+            *_table(("`model_type`", "what"), stock),
+            "",
+        ]
+    )
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
+
+
+def _differences(family: DecoderFamily) -> Iterator[str]:
+    parts = family.parts
+    if family.mixture is not None:
+        yield "mixture of experts"
+    if parts.qkv is not None:
+        yield "q, k, v in one module"
+    if parts.gate_up is not None:
+        yield "gate, up in one module"
+    if parts.q_norm is not None:
+        yield "norms of q and k"
+    if parts.attention_output_norm is not None:
+        yield "norms of what attention and MLP give"
+    if family.norm_offset:
+        yield "norms by 1 + w"
+    for name in ("window", "rotation", "scales"):
+        told = _told(family, name)
+        if told:
+            yield told
+
+
+def _told(family: DecoderFamily, name: str) -> str:
+    """What the docstring of a family's function says, in a table's cell; nothing where it has the default."""
+    function: Callable[..., object] = getattr(family, name)
+    if function is DecoderFamily.__dataclass_fields__[name].default:
+        return ""
+    text = " ".join((inspect.getdoc(function) or "").split("\n\n")[0].split()).rstrip(".")
+    return text[:1].lower() + text[1:]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Print the page of model families, or write it to its file.")
+    parser.add_argument("--write", type=Path, metavar="FILE")
+    options = parser.parse_args()
+    if options.write is None:
+        sys.stdout.write(page())
+        return
+    write_page(options.write, page())
+
+
+if __name__ == "__main__":
+    main()
