@@ -6,6 +6,8 @@ import sys
 import textwrap
 from collections.abc import Sequence
 
+from pronghorn.pages import duration as duration
+
 
 def is_terminal() -> bool:
     return sys.stdout.isatty()
@@ -52,14 +54,6 @@ def wrapped(text: str, indent: str, width: int = 100) -> str:
         for line in text.splitlines()
     ]
     return "\n".join(lines)
-
-
-def duration(seconds: float) -> str:
-    """``8.1 s`` below a minute, ``3 min 20 s`` above."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s"
 
 
 def first_line(error: BaseException) -> str:

@@ -81,7 +81,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     chat.add_argument("--load-in-4bit", action="store_true")
 
-    from pronghorn.cli import compare_adapters, data, export, plan, run, serve
+    from pronghorn.cli import compare, compare_adapters, curves, data, export, plan, run, serve
 
     plan.register(commands)
     data.register(commands)
@@ -89,6 +89,8 @@ def build_parser() -> argparse.ArgumentParser:
     serve.register(commands)
     compare_adapters.register(commands)
     run.register(commands)
+    curves.register(commands)
+    compare.register(commands)
 
     doctor = commands.add_parser(
         "doctor", help="versions and hardware, then run every kernel and a training step on this machine"
@@ -152,6 +154,16 @@ def _commands() -> dict:
 
         return run(options)
 
+    def curves(options: argparse.Namespace) -> int:
+        from pronghorn.cli.curves import run
+
+        return run(options)
+
+    def compare(options: argparse.Namespace) -> int:
+        from pronghorn.cli.compare import run
+
+        return run(options)
+
     def doctor(options: argparse.Namespace) -> int:
         from pronghorn.cli.doctor import run
 
@@ -172,6 +184,8 @@ def _commands() -> dict:
         "serve": serve,
         "compare-adapters": compare_adapters,
         "run": run,
+        "curves": curves,
+        "compare": compare,
         "doctor": doctor,
         "explain": explain,
     }

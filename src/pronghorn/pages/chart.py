@@ -16,6 +16,8 @@ from pronghorn.pages.text import shown
 DRAWN = 900
 #: A span of values that is wider than this factor is drawn on a logarithmic axis.
 LOGARITHMIC = 60.0
+#: Width of the window of a smoothed curve, as a share of its points.
+_SMOOTHED = 1 / 25
 
 CHART_STYLE = """
 :root { --c0: #b0622a; --c1: #2563a8; --c2: #2c7a4b; --c3: #8a3fa0; --c4: #a8852b; --c5: #0f7f86; --c6: #b23a5e;
@@ -265,6 +267,19 @@ def thinned(points: Sequence[tuple[float, float]], most: int = DRAWN) -> list[tu
         finite = [point for point in part if math.isfinite(point[1])]
         kept += sorted({min(finite, key=_y), max(finite, key=_y)}) if finite else [part[0]]
     return kept
+
+
+def smoothed(points: Sequence[tuple[float, float]], width: int | None = None) -> list[tuple[float, float]]:
+    """Medians of a window around each point, which single steps do not move; few points stay as they are."""
+    width = max(int(len(points) * _SMOOTHED), 5) if width is None else width
+    if len(points) < 3 * width:
+        return list(points)
+    half, found = width // 2, []
+    stride = max(len(points) // 600, 1)
+    for at in [*range(0, len(points) - 1, stride), len(points) - 1]:
+        window = sorted(y for _, y in points[max(at - half, 0) : at + half + 1] if math.isfinite(y))
+        found.append((points[at][0], window[len(window) // 2] if window else math.nan))
+    return found
 
 
 def _y(point: tuple[float, float]) -> float:

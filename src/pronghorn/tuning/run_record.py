@@ -35,6 +35,17 @@ class Setting:
     source: Source
     note: str = ""
 
+    @property
+    def text(self) -> str:
+        """The value as it would be written."""
+        if isinstance(self.value, float):
+            return f"{self.value:g}"
+        return (
+            self.value
+            if isinstance(self.value, str)
+            else json.dumps(self.value, ensure_ascii=False, default=str)
+        )
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -84,6 +95,25 @@ class RunRecord:
     def curve(self, key: str) -> list[tuple[float, float]]:
         """(step, value) of a key of the log."""
         return [(entry["step"], entry[key]) for entry in self.log if key in entry and "step" in entry]
+
+    def losses(self) -> list[tuple[float, float]]:
+        """(step, loss): of every step where they are known, else the averages that were logged."""
+        if self.steps:
+            return list(zip(map(float, self.steps), self.step_losses, strict=True))
+        return self.curve("loss")
+
+    def norms(self) -> list[tuple[float, float]]:
+        """(step, gradient norm) before clipping, likewise."""
+        if any(map(math.isfinite, self.step_norms)):
+            return list(zip(map(float, self.steps), self.step_norms, strict=True))
+        return self.curve("grad_norm")
+
+    def evaluations(self) -> list[str]:
+        """Keys of the log that are losses on held-out rows."""
+        names = {
+            key for entry in self.log for key in entry if key.startswith("eval_") and key.endswith("_loss")
+        }
+        return sorted(names)
 
     def last(self, key: str) -> float | None:
         """The last logged value of a key."""

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from pronghorn.pages import document, lines, short, shown, size, table, tiles
-from pronghorn.pages.chart import CHART_SCRIPT, CHART_STYLE, Mark, Series, chart
+from pronghorn.pages import document, duration, lines, short, shown, size, table, tiles
+from pronghorn.pages.chart import CHART_SCRIPT, CHART_STYLE, Mark, Series, chart, smoothed
 from pronghorn.tuning.run_record import RunRecord, Sample, Setting
 
 _STYLE = (
@@ -29,8 +28,6 @@ h2 + .charts { margin-top: 4px; }
   .tiles { grid-template-columns: 1fr 1fr; } .tile b { font-size: 20px; } }
 """
 )
-#: Width of the window of a smoothed curve, as a share of its points.
-_SMOOTHED = 1 / 25
 _DATA_NAMES = {
     "supervised share": "trained on",
     "median length": "median length, tokens",
@@ -78,17 +75,6 @@ def _verdict(record: RunRecord) -> str:
     )
 
 
-def duration(seconds: float) -> str:
-    """``8.1 s``, ``3 min 20 s``, ``2 h 05 min``."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    if seconds < 3600:
-        minutes, rest = divmod(round(seconds), 60)
-        return f"{minutes} min {rest:02d} s"
-    hours, minutes = divmod(round(seconds / 60), 60)
-    return f"{hours} h {minutes:02d} min"
-
-
 def _tiles(record: RunRecord) -> str:
     facts = []
     for key, name in (("loss", "training loss, last logged"), ("eval_loss", "evaluation loss, last")):
@@ -127,9 +113,9 @@ def run_charts(record: RunRecord, marks: Mapping[str, Sequence[Mark]]) -> list[s
         _loss_chart(record, [*marks.get("loss", ()), *marks.get("eval_loss", ())]),
         chart(
             "Gradient norm",
-            _noisy("gradient norm", norms_of(record), colour=3),
+            _noisy("gradient norm", record.norms(), colour=3),
             marks=marks.get("grad_norm", ()),
-            note=_span(norms_of(record)),
+            note=_span(record.norms()),
         ),
         chart(
             "Learning rate",
@@ -146,40 +132,6 @@ def run_charts(record: RunRecord, marks: Mapping[str, Sequence[Mark]]) -> list[s
     ]
 
 
-def losses_of(record: RunRecord) -> list[tuple[float, float]]:
-    """(step, loss): of every step where they are known, else as logged."""
-    if record.steps:
-        return list(zip(map(float, record.steps), record.step_losses, strict=True))
-    return record.curve("loss")
-
-
-def norms_of(record: RunRecord) -> list[tuple[float, float]]:
-    if any(map(math.isfinite, record.step_norms)):
-        return list(zip(map(float, record.steps), record.step_norms, strict=True))
-    return record.curve("grad_norm")
-
-
-def evaluation_names(record: RunRecord) -> list[str]:
-    """Keys of the log that are losses on held-out rows."""
-    names = {
-        key for entry in record.log for key in entry if key.startswith("eval_") and key.endswith("_loss")
-    }
-    return sorted(names)
-
-
-def smoothed(points: Sequence[tuple[float, float]], width: int | None = None) -> list[tuple[float, float]]:
-    """Medians of a window around each point, which single steps do not move; few points stay as they are."""
-    width = max(int(len(points) * _SMOOTHED), 5) if width is None else width
-    if len(points) < 3 * width:
-        return list(points)
-    half, found = width // 2, []
-    stride = max(len(points) // 600, 1)
-    for at in [*range(0, len(points) - 1, stride), len(points) - 1]:
-        window = sorted(y for _, y in points[max(at - half, 0) : at + half + 1] if math.isfinite(y))
-        found.append((points[at][0], window[len(window) // 2] if window else math.nan))
-    return found
-
-
 def _noisy(name: str, points: Sequence[tuple[float, float]], colour: int) -> list[Series]:
     """A curve of single steps: the steps faintly, their medians before them."""
     median = smoothed(points)
@@ -192,12 +144,12 @@ def _noisy(name: str, points: Sequence[tuple[float, float]], colour: int) -> lis
 
 
 def _loss_chart(record: RunRecord, marks: Sequence[Mark]) -> str:
-    series = _noisy("training loss", losses_of(record), colour=0)
-    for number, name in enumerate(evaluation_names(record)):
+    series = _noisy("training loss", record.losses(), colour=0)
+    for number, name in enumerate(record.evaluations()):
         told = "evaluation loss" if name == "eval_loss" else name.removesuffix("_loss").replace("_", " ", 1)
         series.append(Series(told, record.curve(name), 1 + number, "dots"))
     return chart(
-        "Loss", series, marks=marks, note=_span(record.curve("eval_loss") or losses_of(record)), wide=True
+        "Loss", series, marks=marks, note=_span(record.curve("eval_loss") or record.losses()), wide=True
     )
 
 
@@ -273,20 +225,13 @@ def _setting_rows(settings: Sequence[Setting]) -> str:
     rows = [
         (
             f"<code>{shown(item.name, 80)}</code>",
-            f"<code>{shown(value_text(item.value), 300)}</code>",
+            f"<code>{shown(item.text, 300)}</code>",
             escape(_SOURCES.get(item.source, item.source))
             + (f' <span class="soft small">{shown(item.note, 160)}</span>' if item.note else ""),
         )
         for item in settings
     ]
     return table(("setting", "value", "from"), rows)
-
-
-def value_text(value: Any) -> str:
-    """A setting's value as it would be written."""
-    if isinstance(value, float):
-        return f"{value:g}"
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
 def _data(data: Mapping[str, Mapping[str, Any]]) -> str:

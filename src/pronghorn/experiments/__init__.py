@@ -1,0 +1,1 @@
+"""What runs several trainings, or looks at several runs."""
