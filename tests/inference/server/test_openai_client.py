@@ -18,7 +18,7 @@ QUESTION = [{"role": "user", "content": "What does it eat?"}]
 
 @pytest.fixture(scope="module")
 def server():
-    engine = FakeEngine(saying(TEXT))
+    engine = FakeEngine(saying(TEXT), pause=0.001)
     with running(lambda: (engine, served_model()), token="secret") as found:
         found.engine = engine
         yield found

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
@@ -35,6 +35,7 @@ def fed(tokenizer, tokens, before=()):
     return [*(decoder.feed(token) for token in tokens), decoder.finish()]
 
 
+@settings(deadline=None)
 @given(st.text(max_size=30))
 def test_pieces_are_the_text_and_no_letter_is_cut(text):
     tokens = BYTE_LEVEL(text, add_special_tokens=False)["input_ids"]
@@ -42,9 +43,10 @@ def test_pieces_are_the_text_and_no_letter_is_cut(text):
     assert "".join(pieces) == text
     if "\ufffd" not in text:
         assert not any("\ufffd" in piece for piece in pieces)
-    assert pieces[-1] == ""  # a whole text leaves nothing behind
+        assert pieces[-1] == ""  # a whole text leaves nothing behind
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(5, 260), max_size=24))
 def test_any_tokens_give_what_decoding_gives(tokens):
     """Bytes in any order, most of which are no text."""
@@ -108,6 +110,7 @@ def test_the_text_before_a_stop_string(stops, text, expected):
     assert stopped(stops, list(text)) == (expected, expected != text)
 
 
+@settings(deadline=None)
 @given(
     st.text("ab\n", max_size=20),
     st.lists(st.text("ab\n", min_size=1, max_size=4), max_size=3),

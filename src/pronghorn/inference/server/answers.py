@@ -29,7 +29,7 @@ class Piece:
     def add(self, other: Piece) -> None:
         self.text += other.text
         self.tokens += other.tokens
-        self.finish = other.finish
+        self.finish = self.finish or other.finish
 
 
 class Answer:
@@ -50,17 +50,21 @@ class Answer:
         self._untold: list[tuple[Token, int]] = []
         self._decoded = 0
         self._told = 0
+        self._ended = False
         self.token_count = 0
 
     def feed(self, event: Event) -> Piece:
-        """The piece that an event adds. With a `finish` it is the last; the request may still be running then.
+        """The piece that an event adds. With a `finish` it is the last: the request may still be running then, and what
+        else comes of it adds nothing.
 
         Raises:
             CallProblem: 503 when the engine gave the request up.
         """
+        piece = Piece()
+        if self._ended:
+            return piece
         if event.finish_reason == "cancelled":
             raise CallProblem(503, "the answer was cancelled", code="cancelled")
-        piece = Piece()
         for token in event.tokens:
             self.token_count += 1
             if token.id in self._stop_tokens:
@@ -74,6 +78,7 @@ class Answer:
             piece.finish = event.finish_reason
         if self._stops.found:
             piece.finish = "stop"
+        self._ended = piece.finish is not None
         self._tell(piece)
         return piece
 

@@ -159,36 +159,42 @@ class _Run:
     def close(self) -> None:
         self._worker.close(self._job)
 
-    async def pieces(self) -> AsyncIterator[tuple[int, Piece]]:
-        """(which answer, what it gained) until all answers have ended."""
-        async for index, event in self._worker.events(self._job):
-            piece = self._answers[index].feed(event)
-            if piece.finish is not None:
-                self._worker.cancel(self._job, index)  # a stop string ends it before the engine knows
-            if piece.text or piece.tokens or piece.finish:
-                yield index, piece
+    async def pieces(self) -> AsyncIterator[list[tuple[int, Piece]]]:
+        """(which answer, what it gained since the last time) until all answers have ended."""
+        async for events in self._worker.events(self._job):
+            gained: dict[int, Piece] = {}
+            for index, event in events:
+                piece = self._answers[index].feed(event)
+                if piece.finish is not None:
+                    self._worker.cancel(self._job, index)  # a stop string ends it before the engine knows
+                gained.setdefault(index, Piece()).add(piece)
+            yield [(i, piece) for i, piece in gained.items() if piece.text or piece.tokens or piece.finish]
 
     async def whole(self, shape: Shape) -> dict[str, Any]:
-        pieces = [Piece() for _ in self._answers]
-        async for index, piece in self.pieces():
-            pieces[index].add(piece)
-        return shape.whole(pieces, self._usage())
+        answers = [Piece() for _ in self._answers]
+        async for pieces in self.pieces():
+            for index, piece in pieces:
+                answers[index].add(piece)
+        return shape.whole(answers, self._usage())
 
-    async def chunks(self, shape: Shape, include_usage: bool) -> AsyncIterator[dict[str, Any]]:
+    async def chunks(self, shape: Shape, include_usage: bool) -> AsyncIterator[list[dict[str, Any]]]:
+        """What a stream tells at a time. What came while the client was slow is told in one chunk an answer."""
         begun: set[int] = set()
         nothing = {"usage": None} if include_usage else {}
         try:
-            async for index, piece in self.pieces():
-                yield shape.chunk(index, piece, first=index not in begun) | nothing
-                begun.add(index)
+            async for pieces in self.pieces():
+                yield [
+                    shape.chunk(index, piece, first=index not in begun) | nothing for index, piece in pieces
+                ]
+                begun.update(index for index, _ in pieces)
         except Exception as error:
             # The status was sent long ago.
             if not isinstance(error, CallProblem):
                 log.exception("an answer ended early")
-            yield refusal(error).as_dict()
+            yield [refusal(error).as_dict()]
             return
         if include_usage:
-            yield shape.usage_chunk(self._usage())
+            yield [shape.usage_chunk(self._usage())]
 
     def _usage(self) -> Usage:
         return Usage(self._prompt_tokens, sum(answer.token_count for answer in self._answers))

@@ -47,11 +47,11 @@ class EventStream:
     """A response of server-sent events: each object a `data:` line, `[DONE]` the last.
 
     Args:
-        objects: what is sent; it turns its own errors into objects.
+        objects: what is sent, some at a time; it turns its own errors into objects.
         close: called once, whatever happens.
     """
 
-    def __init__(self, objects: AsyncIterator[dict[str, Any]], close: Callable[[], None]) -> None:
+    def __init__(self, objects: AsyncIterator[list[dict[str, Any]]], close: Callable[[], None]) -> None:
         self._objects = objects
         self._close = close
 
@@ -66,7 +66,10 @@ class EventStream:
     async def _send_all(self, send: Send) -> None:
         headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
-        async for item in self._objects:
-            line = f"data: {json.dumps(item, ensure_ascii=False, separators=(',', ':'))}\n\n"
-            await send({"type": "http.response.body", "body": line.encode("utf-8"), "more_body": True})
+        async for items in self._objects:
+            text = "".join(f"data: {_to_json(item)}\n\n" for item in items)
+            await send({"type": "http.response.body", "body": text.encode("utf-8"), "more_body": True})
         await send({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": False})
+
+
+_to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode

@@ -170,21 +170,24 @@ class Worker:
             raise CallProblem(503, text, code=f"server_{self.state}", retry_after=5)
         return self._model
 
-    async def events(self, job: Job) -> AsyncIterator[tuple[int, Event]]:
-        """(which request, its event) as they come, until all have finished.
+    async def events(self, job: Job) -> AsyncIterator[list[tuple[int, Event]]]:
+        """(which request, its event), all that have come since the last time, until all requests have finished.
 
         Raises:
             Exception: what the engine raised for a request, as it was.
         """
         while job.unfinished:
-            index, answered = await job.inbox.get()
-            if isinstance(answered, Exception):
-                raise answered
-            if answered is None or index not in job.unfinished:
-                continue
-            if answered.finish_reason is not None:
-                self._finished(job, index)
-            yield index, answered
+            arrived = [await job.inbox.get()]
+            while not job.inbox.empty():
+                arrived.append(job.inbox.get_nowait())
+            failure = next((answered for _, answered in arrived if isinstance(answered, Exception)), None)
+            events = [(index, answered) for index, answered in arrived if isinstance(answered, Event)]
+            for index, event in events:
+                if event.finish_reason is not None:
+                    self._finished(job, index)
+            yield events
+            if failure is not None:
+                raise failure
 
     async def taken(self, job: Job) -> None:
         """Returns when the engine has taken all requests.
