@@ -90,7 +90,8 @@ class LayerWidths:
     """The sizes that decide how many bytes a layer keeps: element counts per token, element size in bytes.
 
     `attention_ranks` and `glu_ranks` are the summed ranks of the adapters on q, k, v, o and on gate, up, down.
-    `output_norms`: norms follow the o- and the down-projection.
+    `output_norms`: norms follow the o- and the down-projection. `router`: logits, where the MLP is a mixture of experts;
+    `intermediate` and `glu_ranks` are then those of all experts of a token.
     """
 
     hidden: int
@@ -103,6 +104,7 @@ class LayerWidths:
     element: int
     residual_element: int
     output_norms: bool = False
+    router: int = 0
 
 
 def kept_bytes_per_token(level: Level, widths: LayerWidths) -> int:
@@ -113,6 +115,7 @@ def kept_bytes_per_token(level: Level, widths: LayerWidths) -> int:
     if keeps(level, "attention"):
         total += (2 * w.q + 2 * w.kv + w.attention_ranks) * w.element + 4 * w.heads
         total += 2 * w.hidden * w.element if w.output_norms else w.hidden * w.residual_element
+        total += w.router * w.element
     if keeps(level, "matmuls"):
         total += (2 * w.intermediate + w.glu_ranks) * w.element
     if keeps(level, "all"):

@@ -15,7 +15,7 @@ from torch.nn.utils.parametrize import type_before_parametrizations
 from pronghorn.blocks import Adapter, LinearProjection, ProjectionGroup
 from pronghorn.blocks.moe import ExpertAdapter, ExpertProjection, MoeBlock, SharedExpert
 from pronghorn.engine.read import Reading, active_module, read_norm, read_projection, runs_more_than_its_class
-from pronghorn.families import LayerParts, MixtureParts
+from pronghorn.families import DecoderFamily, LayerParts, MixtureParts
 from pronghorn.weights.base import DenseWeight
 from pronghorn.weights.experts import read_experts, runs_its_own_forward
 
@@ -59,6 +59,14 @@ def read_stacks(module: Any, transposed: bool) -> tuple[ExpertProjection, Expert
         ]
         found.append(ExpertProjection(weight, experts._parameters.get(f"{name}_bias"), adapters))
     return found[0], found[1]
+
+
+def stack_ranks(layer: Any, family: DecoderFamily) -> dict[str, int]:
+    """Ranks of the adapters on a layer's stacks, under the names of the projections they begin with."""
+    assert family.mixture is not None
+    experts = getattr(getattr(layer, family.parts.mlp), family.mixture.experts)
+    stacks = read_stacks(experts, family.mixture.transposed)
+    return dict(zip(("gate", "down"), (stack.total_rank for stack in stacks), strict=True))
 
 
 def read_router(module: Any) -> LinearProjection:

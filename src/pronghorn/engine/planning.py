@@ -11,13 +11,15 @@ import torch
 from pronghorn.blocks import Level, LinearProjection, host_bytes_per_token, kept_bytes_per_token, parks
 from pronghorn.engine.binding import Binding, host_pool
 from pronghorn.engine.joined import joins, weights_to_join
+from pronghorn.engine.mixture import stack_ranks
 from pronghorn.engine.read import Reading
 from pronghorn.errors import BudgetTooSmall, UnsupportedCheckpoint
-from pronghorn.families import family_of
+from pronghorn.families import MOE, family_of
 from pronghorn.memory import (
     HOST_SHARE,
     PROJECTIONS,
     Batch,
+    MixtureShape,
     ModelShape,
     Plan,
     Rates,
@@ -70,13 +72,32 @@ def shape_of_config(
         residual_element=2 if dtype != "float32" else 4,
         tied=bool(getattr(config, "tie_word_embeddings", False)),
         qk_norm=family.parts.q_norm is not None,
-        qkv_bias=bool(getattr(config, "attention_bias", False)) or config.model_type == "qwen2",
+        qkv_bias=any(getattr(config, name, False) for name in ("attention_bias", "qkv_bias"))
+        or config.model_type == "qwen2",
         fused=fused,
         output_norms=family.parts.mlp_output_norm is not None,
         scaled_branches=scales.residual != 1.0,
         rotations=len(rotations),
         attention="flex" if attention == "flash" and scales.attention_softcap else attention,
+        mixture=mixture_shape(config, ranks),
         **more,
+    )
+
+
+def mixture_shape(config: Any, ranks: Mapping[str, int]) -> MixtureShape | None:
+    """The mixture that most layers of a config are, or None; ranks of the stacks stand under gate and down."""
+    family, count = family_of(config.model_type), config.num_hidden_layers
+    assert family is not None
+    parts = family.mixture
+    if parts is None or 2 * sum(family.mlp(config, index) == MOE for index in range(count)) <= count:
+        return None
+    scoring, shared = parts.scoring(config), parts.shared_intermediate
+    return MixtureShape(
+        scoring.experts,
+        scoring.top_k,
+        getattr(config, parts.intermediate),
+        0 if shared is None else getattr(config, shared),
+        {"gate_up": ranks.get("gate", 0), "down": ranks.get("down", 0)},
     )
 
 
@@ -84,15 +105,19 @@ def shape_of(binding: Binding, **more: Any) -> ModelShape:
     """Sizes of a bound model, read from its modules."""
     embedding = binding.model.get_input_embeddings().weight
     dtype = binding.weight_dtype or embedding.dtype
-    groups = binding.groups(binding.layers[len(binding.layers) // 2], Reading(True))
+    mixtures = [layer for layer in binding.layers if binding.mlp_of(layer) == MOE]
+    layer = mixtures[0] if mixtures else binding.layers[len(binding.layers) // 2]
+    groups = binding.groups(layer, Reading(True))
     ranks = {
         PROJECTIONS[slot + i]: sum(adapter.rank for adapter in projection.adapters)
         for slot, found in groups.items()
         for i, projection in enumerate(found)
         if isinstance(projection, LinearProjection)
     }
-    gates = [binding.groups(layer, Reading(True))[4][0] for layer in binding.layers]
-    storages = tuple(_storage(gate, dtype) for gate in gates)
+    if mixtures:
+        ranks |= stack_ranks(layer, binding.family)
+    read = [binding.groups(layer, Reading(True)) for layer in binding.layers]
+    storages = tuple(_storage((found.get(4) or found[0])[0], dtype) for found in read)
     stored = max(set(storages), key=storages.count)
     head_dim = getattr(binding.layers[0], binding.family.parts.attention).head_dim
     return shape_of_config(
@@ -110,7 +135,7 @@ def shape_of(binding: Binding, **more: Any) -> ModelShape:
 
 def _joined(groups: dict[int, list[Any]], device: torch.device) -> bool:
     """Whether the weights of a layer's groups lie side by side, or will in a training step."""
-    for slot in (0, 4):
+    for slot in {0, 4} & {*groups}:
         weights = [p.weight for p in groups[slot] if isinstance(p, LinearProjection)]
         whole = len(weights) == len(groups[slot])
         if not (whole and stacked(weights)) and not (joins(device) and weights_to_join(slot, groups[slot])):

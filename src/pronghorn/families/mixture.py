@@ -23,6 +23,7 @@ class MixtureParts:
         block: class of the layer's MLP; `experts_class` and `router_class` of its parts, all after the family's prefix.
         shared, shared_gate: the expert of every token and the gate of its output, None where there is none.
         transposed: the stacks are [E, in, out].
+        intermediate, shared_intermediate: the config's keys for I of a routed expert and of the shared one.
         scoring: what the router computes, by config.
         gating: the experts' activation, by config and its name in `kernels.glu`.
     """
@@ -37,6 +38,8 @@ class MixtureParts:
     shared: str | None = None
     shared_gate: str | None = None
     transposed: bool = False
+    intermediate: str = "moe_intermediate_size"
+    shared_intermediate: str | None = None
 
 
 def plain_gating(config: Any, activation: str) -> Gating:

@@ -21,7 +21,13 @@ QWEN2_MOE = DecoderFamily(
     model_types=("qwen2_moe",),
     prefix="Qwen2Moe",
     mlp=_mlp,
-    mixture=MixtureParts(_scoring, plain_gating, shared="shared_expert", shared_gate="shared_expert_gate"),
+    mixture=MixtureParts(
+        _scoring,
+        plain_gating,
+        shared="shared_expert",
+        shared_gate="shared_expert_gate",
+        shared_intermediate="shared_expert_intermediate_size",
+    ),
     window=window_by_layer_type,
 )
 QWEN3_MOE = DecoderFamily(

@@ -6,7 +6,7 @@ from pronghorn.memory.offload import HostStash
 from pronghorn.memory.plan import Plan, longest_that_fits, parse_budget, plan
 from pronghorn.memory.pool import HOST_SHARE, HostPool, available_host_bytes
 from pronghorn.memory.schedule import Batch
-from pronghorn.memory.shape import PROJECTIONS, ModelShape
+from pronghorn.memory.shape import PROJECTIONS, MixtureShape, ModelShape
 
 __all__ = [
     "GPUS",
@@ -18,6 +18,7 @@ __all__ = [
     "Gpu",
     "HostPool",
     "HostStash",
+    "MixtureShape",
     "ModelShape",
     "Plan",
     "Rates",

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pronghorn.blocks import check_levels, host_bytes_per_token
 from pronghorn.blocks.glu import TILE_ROWS
 from pronghorn.memory.allocator import MIB, Allocator
+from pronghorn.memory.mixture import MixtureStep
 from pronghorn.memory.schedule import Batch, Step
 from pronghorn.memory.shape import ModelShape
 
@@ -43,10 +44,11 @@ def estimate(
     """Predict a step at the given save levels; see `Estimate`."""
     checked = check_levels(levels, shape.layers)
     memory, fixed, weights = with_model(shape, capability)
-    step = Step(shape, checked, batch, memory, tile_rows or TILE_ROWS)
+    kind = Step if shape.mixture is None else MixtureStep
+    step = kind(shape, checked, batch, memory, tile_rows or TILE_ROWS)
     step.run()
     # The second step meets the blocks that the first one left, in another order than they were made in.
-    Step(shape, checked, batch, memory, tile_rows or TILE_ROWS).run()
+    kind(shape, checked, batch, memory, tile_rows or TILE_ROWS).run()
     assert memory.allocated == fixed, "the schedule leaves something allocated"
     host = sum(host_bytes_per_token(level, shape.widths) for level in checked) * batch.tokens
     return Estimate(fixed, weights, max(step.moments.values()), memory.peak_reserved, host, step.moments)

@@ -35,6 +35,27 @@ STORAGES = (
 
 
 @dataclass(frozen=True)
+class MixtureShape:
+    """The MLP of a layer that is a mixture of experts.
+
+    Args:
+        experts, top_k: how many there are, and how many a token goes to.
+        intermediate: of one expert. `shared`: of the one that every token goes through besides, 0 without.
+        ranks: adapter rank of the stacks "gate_up" and "down".
+    """
+
+    experts: int
+    top_k: int
+    intermediate: int
+    shared: int = 0
+    ranks: Mapping[str, int] = field(default_factory=lambda: {"gate_up": 0, "down": 0})
+
+    def sizes(self, hidden: int) -> dict[str, tuple[int, int]]:
+        """(out, in) of an expert's matrices."""
+        return {"gate_up": (2 * self.intermediate, hidden), "down": (hidden, self.intermediate)}
+
+
+@dataclass(frozen=True)
 class ModelShape:
     """Sizes of a decoder model and of what is trained on it.
 
@@ -53,6 +74,7 @@ class ModelShape:
         rotations: kinds of angles that layers rotate by.
         joined: the plain weights of q, k, v and of gate, up lie side by side (`weights.stack`).
         state_element: bytes of each of the optimizer's two states per trained element.
+        mixture: the MLP of all layers, where they are mixtures of experts; `intermediate` is then not looked at.
     """
 
     layers: int
@@ -79,6 +101,7 @@ class ModelShape:
     packed: bool = True
     joined: bool = False
     state_element: int = 4
+    mixture: MixtureShape | None = None
 
     @property
     def element(self) -> int:
@@ -93,8 +116,10 @@ class ModelShape:
         return self.kv_heads * self.head_dim
 
     def linear(self, name: str) -> tuple[int, int]:
-        """(out, in) of a projection."""
-        h, i, q, kv = self.hidden, self.intermediate, self.q, self.kv
+        """(out, in) of a projection; of a mixture's, what all experts of a token come to."""
+        mixture = self.mixture
+        wide = self.intermediate if mixture is None else mixture.top_k * mixture.intermediate + mixture.shared
+        h, i, q, kv = self.hidden, wide, self.q, self.kv
         return {
             "q": (q, h),
             "k": (kv, h),
@@ -107,10 +132,21 @@ class ModelShape:
 
     @property
     def modules(self) -> tuple[tuple[str, ...], ...]:
-        """The projections that each linear module gives."""
+        """The projections that each linear module gives; a mixture has none."""
         if self.fused:
             return ("q", "k", "v"), ("o",), ("gate", "up"), ("down",)
-        return tuple((name,) for name in PROJECTIONS)
+        return tuple((name,) for name in (PROJECTIONS if self.mixture is None else PROJECTIONS[:4]))
+
+    @property
+    def storage_of_stacks(self) -> str:
+        """How a mixture's experts are stored: in 4 bits as the linear weights, or plain."""
+        return self.storage.split(" in ")[0] if self.storage.startswith("nf4") else self.dtype
+
+    def _stacks(self) -> Iterator[tuple[int, int, int]]:
+        """(elements, rank, out + in of all experts) of the stacks of one layer."""
+        mixture = self.mixture
+        for name, (out, width) in {} if mixture is None else mixture.sizes(self.hidden).items():  # type: ignore[union-attr]
+            yield mixture.experts * out * width, mixture.ranks[name], mixture.experts * (out + width)  # type: ignore[union-attr]
 
     def module_linear(self, names: tuple[str, ...]) -> tuple[int, int]:
         """(out, in) of a module."""
@@ -127,26 +163,31 @@ class ModelShape:
     @property
     def adapter_parameters(self) -> int:
         """Trained adapter elements of the model."""
-        return self.layers * sum(self.rank(*names) * sum(self.module_linear(names)) for names in self.modules)
+        linear = sum(self.rank(*names) * sum(self.module_linear(names)) for names in self.modules)
+        return self.layers * (linear + sum(rank * sides for _, rank, sides in self._stacks()))
 
     @property
     def parameters(self) -> int:
         """Elements of the model without adapters."""
-        return sum(size for size, _ in self._dense_tensors()) + self.layers * self.linear_parameters(
-            *PROJECTIONS
-        )
+        names = [name for module in self.modules for name in module]
+        layer = self.linear_parameters(*names) + sum(size for size, _, _ in self._stacks())
+        return sum(size for size, _ in self._dense_tensors()) + self.layers * layer
 
     @cached_property
     def widths(self) -> LayerWidths:
         """What the save levels' declared bytes depend on."""
+        mixture = self.mixture
         return LayerWidths(
             hidden=self.hidden,
             q=self.q,
             kv=self.kv,
             heads=self.heads,
-            intermediate=self.intermediate,
+            intermediate=self.intermediate if mixture is None else mixture.top_k * mixture.intermediate,
             attention_ranks=self.rank("q", "k", "v", "o"),
-            glu_ranks=self.rank("gate", "up", "down"),
+            glu_ranks=self.rank("gate", "up", "down")
+            if mixture is None
+            else mixture.top_k * sum(mixture.ranks.values()),
+            router=0 if mixture is None else mixture.experts,
             element=self.element,
             residual_element=self.residual_element,
             output_norms=self.output_norms,
@@ -226,6 +267,8 @@ class ModelShape:
             sizes += [self.hidden] * (4 if self.output_norms else 2)
             sizes += [self.head_dim] * 2 if self.qk_norm else []
             sizes += [self.q, self.kv, self.kv] if self.qkv_bias else []
+            if self.mixture is not None:
+                sizes += [self.mixture.experts * self.hidden, 3 * self.mixture.shared * self.hidden]
         yield from ((size, size * e) for size in sizes)
 
     def weight_tensors(self) -> Iterator[int]:
@@ -234,6 +277,8 @@ class ModelShape:
         for storage in self.layer_storages or (self.storage,) * self.layers:
             for names in self.modules:
                 yield from stored_tensors(*self.module_linear(names), storage)
+            for size, _, _ in self._stacks():
+                yield from stored_tensors(1, size, self.storage_of_stacks)
 
     def training_tensors(self) -> Iterator[int]:
         """Bytes of the tensors of adapters, gradients and optimizer states that live from step to step."""
@@ -248,7 +293,11 @@ class ModelShape:
         total = self.adapter_parameters
         if not total:
             return
+        stacked = [rank * sides for _, rank, sides in self._stacks()]
+        for size in stacked * self.layers:  # values and gradient, two states
+            yield from (size * 4, size * 4, size * self.state_element, size * self.state_element)
         if self.packed:
+            total -= self.layers * sum(stacked)
             yield from (total * 4, total * 4, total * self.element)
         for _ in range(self.layers):
             for names in self.modules:
