@@ -30,7 +30,7 @@ def running(load: Callable[[], Any], *, wait: bool = True, **arguments: Any) -> 
     thread.start()
     try:
         if wait:
-            until(lambda: server.worker.state != "starting")
+            until(lambda: server.worker.state != "starting", 60)
         yield server
     finally:
         server.stop()
