@@ -14,6 +14,8 @@ from transformers import (
     Gemma3TextConfig,
     GemmaConfig,
     GemmaForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
     GraniteConfig,
     GraniteForCausalLM,
     LlamaConfig,
@@ -55,6 +57,7 @@ FAMILIES: dict[str, tuple[type, type]] = {
 
 #: families whose layers are mixtures of experts; `tests.families.mixtures` configures them
 MIXTURES: dict[str, tuple[type, type]] = {
+    "gpt_oss": (GptOssConfig, GptOssForCausalLM),
     "mixtral": (MixtralConfig, MixtralForCausalLM),
     "qwen2_moe": (Qwen2MoeConfig, Qwen2MoeForCausalLM),
     "qwen3_moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM),

@@ -91,9 +91,7 @@ def test_binding_again_keeps_the_choice_unless_another_is_named() -> None:
 def test_the_window_of_a_layer_takes_part_in_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     """An implementation that knows no window is chosen for the layers without one alone."""
 
-    def choose(
-        device: Any, dtype: Any, head_dim: int, *, window: bool, softcap: bool, wanted: str | None
-    ) -> tuple[str, str]:
+    def choose(device: Any, dtype: Any, head_dim: int, *, window: bool, **wishes: Any) -> tuple[str, str]:
         return ("eager" if window else "cpu"), "pretended"
 
     monkeypatch.setattr(binding_module, "choose_backend", choose)

@@ -25,6 +25,14 @@ MIXTURES: dict[str, dict[str, Any]] = {
         "moe_intermediate_size": 64,
         "shared_expert_intermediate_size": 128,
     },
+    "gpt_oss": {
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "intermediate_size": 64,
+        "sliding_window": 5,
+        # Low enough to cut many of these models' gates and ups.
+        "swiglu_limit": 0.5,
+    },
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 5},
 }
 
@@ -36,6 +44,8 @@ def tiny_mixture(family: str, **options: Any) -> Any:
     """A random model; the experts run one by one, as the formulas say."""
     model = tiny_model(family, **{**MIXTURES[family], **options})
     model.config._experts_implementation = "eager"
+    if family == "gpt_oss":
+        model.config._attn_implementation = "eager"
     return model
 
 

@@ -15,7 +15,7 @@ from pronghorn.blocks.head_groups import grouped_attention_backward
 from pronghorn.blocks.levels import Level, keeps
 from pronghorn.blocks.norm import Norm
 from pronghorn.blocks.projection import GradientSink, ProjectionGroup
-from pronghorn.kernels.attention import AttentionCall, Documents, attention_forward
+from pronghorn.kernels.attention import AttentionCall, Documents, attention_forward, attention_sink_grad
 from pronghorn.kernels.qkv_grads import unrotate_joined, unrotate_joined_fp8
 from pronghorn.kernels.rope import adapted_rope_, qk_rope_backward, qk_rope_forward
 from pronghorn.weights import DenseWeight, Fp8Weight, Int8Products, Operand
@@ -76,7 +76,9 @@ class AttentionBlock:
 
     def trainable(self) -> list[Tensor]:
         norms = [n for n in (self.norm, self.q_norm, self.k_norm, self.output_norm) if n is not None]
-        return [t for n in norms for t in n.trainable()] + self.qkv.trainable() + self.o.trainable()
+        sinks = self.call.sinks
+        own = [] if sinks is None or not sinks.requires_grad else [sinks]
+        return own + [t for n in norms for t in n.trainable()] + self.qkv.trainable() + self.o.trainable()
 
     def output(self, saves: AttentionSaves) -> Tensor:
         """The block's output before the residual [T, H]: the o-projection of the kept attention output."""
@@ -178,6 +180,8 @@ class AttentionBlock:
         dbranch.release()
         del dbranch
         assert dout is not None
+        if sink.wants(self.call.sinks):
+            sink.add(self.call.sinks, attention_sink_grad(dout.view_as(out), out, lse, self.call))
         q, k = self._rotated(saves)
         dq, dk, dv = grouped_attention_backward(dout.view_as(out), q, k, v, out, lse, self.docs, self.call)
         self._scale_(dq)

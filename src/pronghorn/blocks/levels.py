@@ -90,8 +90,8 @@ class LayerWidths:
     """The sizes that decide how many bytes a layer keeps: element counts per token, element size in bytes.
 
     `attention_ranks` and `glu_ranks` are the summed ranks of the adapters on q, k, v, o and on gate, up, down.
-    `output_norms`: norms follow the o- and the down-projection. `router`: logits, where the MLP is a mixture of experts;
-    `intermediate` and `glu_ranks` are then those of all experts of a token.
+    `output_norms`: norms follow the o- and the down-projection. `router`: logits, where the MLP is a mixture of
+    experts; `intermediate` and `glu_ranks` are then those of all experts of a token.
     """
 
     hidden: int

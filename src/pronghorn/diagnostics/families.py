@@ -111,6 +111,8 @@ def _differences(family: DecoderFamily) -> Iterator[str]:
         yield "gate, up in one module"
     if parts.q_norm is not None:
         yield "norms of q and k"
+    if parts.sinks is not None:
+        yield "attention sinks"
     if parts.attention_output_norm is not None:
         yield "norms of what attention and MLP give"
     if family.norm_offset:

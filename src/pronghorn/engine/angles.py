@@ -25,12 +25,21 @@ def angles_of(binding: Binding, decoder: Any, hidden: Tensor, positions: Tensor)
         elif kind is not None:
             which = () if kind == ONE_ROTATION else (kind,)
             cos, sin = decoder.rotary_emb(hidden[None], positions[None], *which)
+            if cos.shape[-1] == _frequencies(decoder.rotary_emb):
+                # gpt-oss gives each angle once, where others repeat them for the second half.
+                cos, sin = torch.cat([cos, cos], -1), torch.cat([sin, sin], -1)
             found[kind] = cos[0], sin[0]
     if None in binding.rotations:
         # A layer that does not rotate turns by no angle: x · 1 + x' · 0 is x.
         like = next(iter(found.values()))[0]
         found[None] = torch.ones_like(like), torch.zeros_like(like)
     return found
+
+
+def _frequencies(rotary: Any) -> int:
+    """How many a rotary module has; 0 for one with several kinds of angles."""
+    held = getattr(rotary, "inv_freq", None)
+    return held.numel() if isinstance(held, Tensor) else 0
 
 
 def _longrope(binding: Binding, rotary: Any, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:

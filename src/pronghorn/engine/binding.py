@@ -106,7 +106,10 @@ class Binding:
         self, device: torch.device, dtype: torch.dtype, head_dim: int, window: bool, wanted: str | None
     ) -> tuple[str, str]:
         softcap = self.scales.attention_softcap is not None
-        return choose_backend(device, dtype, head_dim, window=window, softcap=softcap, wanted=wanted)
+        sinks = self.family.parts.sinks is not None
+        return choose_backend(
+            device, dtype, head_dim, window=window, softcap=softcap, sinks=sinks, wanted=wanted
+        )
 
     def windowed(self) -> list[bool]:
         """The kinds of layers there are: without a window, with one, or both."""

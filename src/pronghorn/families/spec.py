@@ -25,6 +25,8 @@ class LayerParts:
     o: str = "o_proj"
     q_norm: str | None = None
     k_norm: str | None = None
+    #: a logit per head in the softmax's denominator
+    sinks: str | None = None
     #: of what the attention gives, before the residual sum
     attention_output_norm: str | None = None
     #: of the residual sum, before the MLP

@@ -71,10 +71,9 @@ class ExpertProjection:
     ) -> tuple[Tensor, Tensor | None]:
         """(y [S, out], x Aᵀ [S, ΣR] or None) of x [S, in]; `bias_weights` [S] are factors of the bias."""
         xa = self.down(x, groups)
-        low_rank = None if xa is None else LowRankRows(xa, self._b(x.dtype))
-        y = grouped_matmul(
-            x, self.weight.dense(x.dtype), groups, transposed=self.weight.transposed, low_rank=low_rank
-        )
+        transposed = self.weight.transposed
+        low_rank = None if xa is None else _low_rank(xa, self._b(x.dtype), transposed)
+        y = grouped_matmul(x, self.weight.dense(x.dtype), groups, transposed=transposed, low_rank=low_rank)
         if self.bias is not None:
             rows = self.bias.detach()[groups.experts]
             y += rows if bias_weights is None else (rows * bias_weights[:, None]).to(y.dtype)
@@ -87,12 +86,10 @@ class ExpertProjection:
     def input_grad(self, dy: Tensor, groups: Groups) -> tuple[Tensor, Tensor | None]:
         """(dx [S, in], dxa [S, ΣR] or None) of dy [S, out]."""
         dxa, low_rank = None, None
+        weight, transposed = self.weight.dense(dy.dtype), not self.weight.transposed
         if self.adapters:
             dxa = grouped_matmul(dy, self._b(dy.dtype), groups, transposed=True)
-            low_rank = LowRankRows(dxa, self._a(dy.dtype))
-        weight, transposed = self.weight.dense(dy.dtype), not self.weight.transposed
-        if low_rank is not None and not transposed:
-            low_rank = LowRankRows(low_rank.left, low_rank.right.transpose(1, 2))
+            low_rank = _low_rank(dxa, self._a(dy.dtype).transpose(1, 2), transposed)
         return grouped_matmul(dy, weight, groups, transposed=transposed, low_rank=low_rank), dxa
 
     def parameter_grads(
@@ -143,3 +140,8 @@ class ExpertProjection:
                 torch.mul(b, adapter.scaling, out=torch.empty(b.shape, dtype=dtype, device=b.device))
             )
         return stacks[0] if len(stacks) == 1 else torch.cat(stacks, 2)
+
+
+def _low_rank(left: Tensor, right: Tensor, transposed: bool) -> LowRankRows:
+    """An adapter's share by left [S, R] and right [E, outputs, R] of a product whose weights may lie transposed."""
+    return LowRankRows(left, right.transpose(1, 2) if transposed else right)

@@ -1,0 +1,38 @@
+"""gpt-oss: attention sinks, alternating windows, and a mixture of clamped SwiGLU experts with biases.
+
+gate and up lie in alternating columns of one stack, which is stored [E, in, out].
+"""
+
+from typing import Any
+
+from pronghorn.families.mixture import MOE, MixtureParts
+from pronghorn.families.spec import DecoderFamily, LayerParts, window_by_layer_type
+from pronghorn.kernels.grouped_glu import CLAMPED, Gating
+from pronghorn.kernels.routing import Scoring
+
+
+def _mlp(config: Any, layer_index: int) -> str:
+    return MOE
+
+
+def _scoring(config: Any) -> Scoring:
+    return Scoring(config.num_local_experts, config.num_experts_per_tok)
+
+
+def _gating(config: Any, activation: str) -> Gating:
+    # Transformers before 5.18 has these numbers in its code.
+    alpha, limit = getattr(config, "swiglu_alpha", 1.702), getattr(config, "swiglu_limit", 7.0)
+    return Gating(CLAMPED, interleaved=True, alpha=alpha, limit=limit)
+
+
+FAMILY = DecoderFamily(
+    name="gpt-oss",
+    model_types=("gpt_oss",),
+    prefix="GptOss",
+    parts=LayerParts(sinks="sinks"),
+    mlp=_mlp,
+    mixture=MixtureParts(
+        _scoring, _gating, block="MLP", router="router", transposed=True, intermediate="intermediate_size"
+    ),
+    window=window_by_layer_type,
+)
