@@ -24,7 +24,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.libraries import TARGETS
 from benchmarks.parity import DEFAULT_FILE, record
 from benchmarks.registry import LEVELS
 from benchmarks.table import plain_table
@@ -41,10 +40,25 @@ SIZES: dict[str, dict[str, Any]] = {
     "mid": {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 4, "num_attention_heads": 8,
             "num_key_value_heads": 2, "head_dim": 128, "vocab_size": 32000},
 }  # fmt: skip
+#: the linear modules of all families' layers; those that a model has are adapted
+TARGETS = (
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "qkv_proj",
+    "o_proj",
+    "gate_proj",
+    "up_proj",
+    "gate_up_proj",
+    "down_proj",
+)
 LENGTHS = {"tiny": (37, 5, 64, 1, 20), "mid": (700, 33, 512, 64, 129)}
 WINDOWS = {"tiny": 9, "mid": 200}
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+FAMILIES = (
+    "llama", "mistral", "ministral", "ministral3", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3",
+    "granite",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -82,22 +96,37 @@ def family_config(family: str, size: str) -> Any:
     """A config with what makes the family different switched on."""
     from transformers import AutoConfig
 
-    changes: dict[str, Any] = {}
-    if family == "llama":
-        changes["rope_parameters"] = {
-            "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0, "original_max_position_embeddings": 64,
-        }  # fmt: skip
-    if family == "mistral":
-        changes["sliding_window"] = WINDOWS[size]
-    if family == "qwen2":
-        changes |= {"use_sliding_window": True, "sliding_window": WINDOWS[size], "max_window_layers": 1}
     sizes = dict(SIZES[size])
     if family == "qwen2":
         del sizes["head_dim"]  # it has none: hidden_size / num_attention_heads
-    return AutoConfig.for_model(
-        family, **sizes, max_position_embeddings=2048, tie_word_embeddings=False, **changes
-    )
+    settings = {"max_position_embeddings": 2048, "tie_word_embeddings": False, "pad_token_id": 0}
+    differences = _differences(family, WINDOWS[size], sizes["num_hidden_layers"])
+    return AutoConfig.for_model(family, **sizes, **settings, **differences)
+
+
+def _differences(family: str, window: int, layers: int) -> dict[str, Any]:
+    """What a family's config has besides sizes."""
+    caps = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
+    by_layer = {
+        "sliding_window": window,
+        "layer_types": ["sliding_attention", "full_attention"] * (layers // 2),
+    }
+    llama3 = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
+              "high_freq_factor": 4.0, "original_max_position_embeddings": 64}  # fmt: skip
+    yarn = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 16.0, "llama_4_scaling_beta": 0.1,
+            "original_max_position_embeddings": 32}  # fmt: skip
+    return {
+        "llama": {"rope_parameters": llama3},
+        "mistral": {"sliding_window": window},
+        "ministral": by_layer,
+        "ministral3": {"sliding_window": window, "rope_parameters": yarn},
+        "qwen2": {"use_sliding_window": True, "sliding_window": window, "max_window_layers": 1},
+        "gemma2": {**by_layer, **caps, "query_pre_attn_scalar": 24},
+        "gemma3_text": {**by_layer, "query_pre_attn_scalar": 24},
+        "phi3": {"sliding_window": window, "partial_rotary_factor": 0.75},
+        "granite": {"embedding_multiplier": 2.0, "residual_multiplier": 0.3, "attention_multiplier": 0.1,
+                    "logits_scaling": 2.0},
+    }.get(family, {})  # fmt: skip
 
 
 def build_model(case: Case, device: str) -> Any:
@@ -108,22 +137,30 @@ def build_model(case: Case, device: str) -> Any:
     dtype = torch.float32 if case.precision == "fp32" else torch.bfloat16
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(
-            family_config(case.family, case.size), dtype=dtype, attn_implementation="sdpa"
+            family_config(case.family, case.size),
+            dtype=dtype,
+            # Transformers caps logits in its eager attention only.
+            attn_implementation="eager" if case.family == "gemma2" else "sdpa",
         )
     generator = torch.Generator(device).manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("norm.weight"):
                 parameter.uniform_(0.5, 1.5, generator=generator)
+                if case.family.startswith("gemma"):  # multiplies by 1 + w
+                    parameter.sub_(1.0)
             elif name.endswith("bias"):
                 parameter.normal_(0.0, 0.1, generator=generator)
             else:
                 parameter.normal_(0.0, 0.6 * parameter.shape[-1] ** -0.5, generator=generator)
-        # Embeddings of unit size: the residual stream starts at the scale real models have.
-        model.get_input_embeddings().weight.normal_(0.0, 1.0, generator=generator)
+        # Embeddings of unit size: the residual stream starts at the scale real models have. Gemma's scale themselves.
+        embeddings = model.get_input_embeddings()
+        embeddings.weight.normal_(
+            0.0, 1.0 / getattr(embeddings, "scalar_embed_scale", 1.0), generator=generator
+        )
     if case.precision == "nf4":
         quantise_4bit(model)
-    options = {"r": 8, "lora_alpha": 16, "target_modules": TARGETS, "task_type": "CAUSAL_LM"}
+    options = {"r": 8, "lora_alpha": 16, "target_modules": list(TARGETS), "task_type": "CAUSAL_LM"}
     adapted = get_peft_model(model, LoraConfig(**options))
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():

@@ -383,3 +383,9 @@ class NoRateFound(PronghornError):
     """At no learning rate of a test the loss fell."""
 
     code = "PH705"
+
+
+class AdapterMismatch(CheckpointCorrupt):
+    """An adapter was made for a model with other modules, or modules of other sizes, than the one it is put on."""
+
+    code = "PH108"

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks import parity
-from benchmarks.verify import Case, Outcome, check, judge, kind_of, main
+from benchmarks.verify import FAMILIES, SIZES, Case, Outcome, check, family_config, judge, kind_of, main
 
 LEVELS = ("all", "none")
 
@@ -20,6 +20,18 @@ def test_parity_holds_on_the_cpu(precision: str) -> None:
     assert not any(verdict.failures for verdict in verdicts)
     if precision != "fp32":
         assert verdicts[0].stock_error > 1e-3, "the stock bf16 model's own error is what ours is held to"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_has_a_config_of_each_size(family: str) -> None:
+    for size in SIZES:
+        assert family_config(family, size).model_type == family
+
+
+@pytest.mark.parametrize("family", ["gemma2", "phi3"])
+def test_parity_holds_for_other_layers(family: str) -> None:
+    (verdict,) = check(Case(family, "tiny", "fp32"), "cpu", ("attention",))
+    assert not verdict.failures
 
 
 def test_a_wrong_gradient_is_named() -> None:

@@ -40,11 +40,11 @@ def logits(model):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_default_adapts_seven_projections_and_trains_nothing_else(family):
+def test_the_default_adapts_every_projection_and_trains_nothing_else(family):
     model = adapted(family)
     assert isinstance(model, PeftModel)
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
-    assert len(trained) == 2 * 7 * 2
+    assert len(trained) == 2 * 2 * (4 if family == "phi3" else 7)
     assert all("lora_" in name for name in trained)
     assert binding_of(model).bound
     assert set(binding_of(model).save_levels) == {"offload"}
@@ -265,16 +265,23 @@ def test_an_adapter_on_itself(saved):
 
 def test_an_adapter_of_another_rank(saved):
     edit(saved[0], r=8)
-    refused(saved[0], "PH102", str(saved[0]))
+    refused(saved[0], "PH108", str(saved[0]))
 
 
 def test_an_adapter_of_another_model(saved, tmp_path):
     other = save_tiny(tmp_path / "other", "qwen2", num_hidden_layers=1)
     edit(saved[0], base_model_name_or_path=str(other))
-    refused(saved[0], "PH102", "layers.1.")
+    refused(saved[0], "PH108", "layers.1.")
     deeper = save_tiny(tmp_path / "deeper", "qwen2", num_hidden_layers=3)
     edit(saved[0], base_model_name_or_path=str(deeper))
     refused(saved[0], "PH102", "layers.2.")
+
+
+@pytest.mark.parametrize("family,sizes", [("phi3", {}), ("gemma2", {"head_dim": 32})], ids=["phi3", "gemma2"])
+def test_an_adapter_of_another_family(saved, tmp_path, family, sizes):
+    other = save_tiny(tmp_path / "other", family, **sizes)
+    edit(saved[0], base_model_name_or_path=str(other))
+    refused(saved[0], "PH108", f"another model than this {family} one")
 
 
 def test_a_truncated_adapter(saved):

@@ -193,6 +193,25 @@ def test_missing_weight(copy_of, whole):
     refused(path, "PH105", "model.layers.1.mlp.up_proj.weight")
 
 
+@pytest.mark.parametrize(
+    "family,change,first",
+    [
+        ("llama", {"num_hidden_layers": 1}, "model.layers.1.input_layernorm.weight"),
+        ("llama", {"num_hidden_layers": 3}, "model.layers.2.input_layernorm.weight"),
+        ("llama", {"model_type": "gemma2"}, "model.layers.0.post_feedforward_layernorm.weight"),
+        ("qwen2", {"model_type": "llama"}, "model.layers.0.self_attn.k_proj.bias"),
+    ],
+    ids=["fewer-layers", "more-layers", "another-family", "biases"],
+)
+def test_a_config_of_another_model(tmp_path, family, change, first):
+    """Weights that would be left out are as wrong as those that would be random."""
+    path = save_tiny(tmp_path / "model", family)
+    config = json.loads((path / "config.json").read_text())
+    config = {key: value for key, value in config.items() if key not in ("architectures", "layer_types")}
+    (path / "config.json").write_text(json.dumps(config | change))
+    refused(path, "PH105", first)
+
+
 def test_missing_head_of_an_untied_model(copy_of, whole):
     path = copy_of(whole)
     weights = load_file(path / "model.safetensors")

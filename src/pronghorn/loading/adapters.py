@@ -13,6 +13,7 @@ import torch
 
 from pronghorn.engine import base_causal_lm
 from pronghorn.errors import (
+    AdapterMismatch,
     AdapterProblem,
     CheckpointCorrupt,
     TargetModuleNotFound,
@@ -229,6 +230,15 @@ def check_adapter_files(source: Source) -> dict[str, Any]:
     return config
 
 
+def _made_for_another(model: Any, detail: str, where: str) -> AdapterMismatch:
+    kind = base_causal_lm(model).config.model_type
+    return AdapterMismatch(
+        f"the adapter was made for another model than this {kind} one: {detail}",
+        where=where,
+        fix="load it on the model it was trained on; check base_model_name_or_path in adapter_config.json",
+    )
+
+
 def load_adapter(model: Any, source: Source, name: str = "default") -> Any:
     """Put a saved adapter on its base model, ready to be trained on; or on a PEFT model, beside those it has, frozen.
 
@@ -239,7 +249,8 @@ def load_adapter(model: Any, source: Source, name: str = "default") -> Any:
         the PEFT model; an adapter that was active stays so.
 
     Raises:
-        CheckpointCorrupt: when its weights do not belong to this base model.
+        AdapterMismatch: when its weights do not belong to this base model.
+        CheckpointCorrupt: when some are missing.
     """
     from peft import PeftConfig, PeftModel
     from peft.utils import get_peft_model_state_dict
@@ -258,20 +269,20 @@ def load_adapter(model: Any, source: Source, name: str = "default") -> Any:
                     model, source.location, adapter_name=name, is_trainable=True, config=config
                 )
     except (ValueError, TypeError, KeyError, RuntimeError) as error:
-        raise CheckpointCorrupt(
-            f"the adapter does not fit its base model: {' '.join(str(error).split())[:400]}",
-            where=source.location,
-            fix="check base_model_name_or_path in adapter_config.json",
-        ) from error
+        text = " ".join(str(error).split())
+        shapes = re.search(
+            r"size mismatch for (\S+): .*? shape (\S.*?) from checkpoint, .*? is (\S.*?\))", text
+        )
+        if shapes is not None:
+            name, stored_shape, shape = shapes.groups()
+            text = f"{name} is {stored_shape} in it and {shape} here"
+        raise _made_for_another(model, text[:400], source.location) from error
     stored = set(read_header(Path(source.location) / ADAPTER_WEIGHTS))
     expected = set(get_peft_model_state_dict(wrapped, adapter_name=name, save_embedding_layers=False))
     foreign = sorted(name for name in stored - expected if "lora_" in name)
     if foreign:
-        raise CheckpointCorrupt(
-            f"{len(foreign)} adapter weights have no place in the base model, first {foreign[0]}",
-            where=str(source.path / ADAPTER_WEIGHTS),
-            fix="check base_model_name_or_path in adapter_config.json",
-        )
+        detail = f"{len(foreign)} of its weights have no place here, first {foreign[0]}"
+        raise _made_for_another(wrapped, detail, str(source.path / ADAPTER_WEIGHTS))
     if expected - stored:
         absent = sorted(expected - stored)
         raise CheckpointCorrupt(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -26,6 +27,9 @@ from pronghorn.loading.source import Source
 from pronghorn.weights import keep_four_bit_layout
 
 logger = logging.getLogger("pronghorn")
+
+#: weights of the decoder's layers; older checkpoints also hold their rotary frequencies
+_OF_LAYERS = re.compile(r"(model\.)?layers\.\d+\.(?!.*inv_freq$)")
 
 
 @dataclass(frozen=True)
@@ -275,7 +279,7 @@ def _check_loaded(info: dict[str, Any], source: Source) -> None:
             fix="set tie_word_embeddings to true in config.json if this model shares the head with the embedding; else "
             "download or save it again"
             if head and len(missing) == 1
-            else "download or save the model again",
+            else "use the config.json that belongs to these weights, or download or save the model again",
         )
     mismatched = sorted(
         str(item[0] if isinstance(item, tuple) else item) for item in info.get("mismatched_keys") or []
@@ -287,6 +291,14 @@ def _check_loaded(info: dict[str, Any], source: Source) -> None:
             fix="use the config.json that belongs to these weights",
         )
     unexpected = sorted(info.get("unexpected_keys") or [])
+    of_layers = [name for name in unexpected if _OF_LAYERS.match(name)]
+    if of_layers:
+        raise WeightsMismatch(
+            f"{len(of_layers)} weights of the checkpoint's layers have no place in the model that config.json "
+            f"describes, first {of_layers[0]}",
+            where=source.name,
+            fix="use the config.json that belongs to these weights",
+        )
     if unexpected:
         logger.warning(
             "pronghorn: %d weights of the checkpoint have no place in the model, first %s",

@@ -92,6 +92,22 @@ EXPLANATIONS: dict[str, Explanation] = {
             "本不需要这一步。",
         ),
     ),
+    "PH108": Explanation(
+        cause="The adapter was trained on a model of another family or size: its weights have no modules to go to, or "
+        "other shapes than these have. base_model_name_or_path in adapter_config.json may name a folder whose model "
+        "has changed since.",
+        fix="Load it on the model it was trained on; base_model_name_or_path names that. Train a new adapter for "
+        "another model.",
+        example="[PH108] the adapter was made for another model: 20 of its weights have no place in this phi3 model, "
+        "first model.layers.0.mlp.gate_proj.lora_A.weight. Fix: load it on the model that base_model_name_or_path in "
+        "adapter_config.json named when it was trained",
+        zh=(
+            "适配器是为另一个模型训练的：模块名称或尺寸与当前模型不符。",
+            "适配器在另一系列或另一尺寸的模型上训练，其权重在当前模型中没有对应的模块，或形状不同；也可能 "
+            "adapter_config.json 中 base_model_name_or_path 指向的文件夹里的模型后来换过。",
+            "把它加载到训练时所用的模型上（见 base_model_name_or_path）；换模型则重新训练适配器。",
+        ),
+    ),
     "PH107": Explanation(
         cause="There is no network, a proxy or firewall is in between, or HF_HUB_OFFLINE is set.",
         fix="Give a local folder, or download on another machine (`hf download NAME`) and copy it. Unset "
