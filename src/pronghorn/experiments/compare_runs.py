@@ -51,14 +51,14 @@ class Figure:
         return duration(value) if self.form == "duration" else format(value, self.form)
 
     def winner(self) -> int | None:
-        """The run with the best figure, where there is one and it is one alone."""
+        """The run with the best figure, where it is better than the others' by what is shown of it."""
         known = [
             (value, at) for at, value in enumerate(self.values) if value is not None and math.isfinite(value)
         ]
         if not self.best or len(known) < 2:
             return None
         value, at = min(known) if self.best == "least" else max(known)
-        return at if [other for other, _ in known].count(value) == 1 else None
+        return at if self.texts().count(self._text(value)) == 1 else None
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
 
 from pronghorn.pages.text import shown
 
@@ -172,7 +171,7 @@ def chart(
         keys.append(f'<span class="key">┄ {shown(limit[1], 80)}</span>')
     return (
         f'<figure class="chart{" wide" if wide else ""}" data-low="{_exact(across.low)}" '
-        f'data-high="{_exact(across.high)}" data-x="{escape(x)}">'
+        f'data-high="{_exact(across.high)}" data-x="{shown(x, 40)}">'
         f"<figcaption><h3>{shown(title, 120)}</h3>{''.join(keys)}</figcaption>"
         f'<div class="plot"><svg viewBox="0 0 1000 1000" preserveAspectRatio="none" role="img" '
         f'aria-label="{shown(title, 120)}">{"".join(parts)}</svg>{"".join(texts)}</div>'

@@ -7,7 +7,6 @@ import hashlib
 import os
 import secrets
 from collections.abc import Iterable, Sequence
-from html import escape
 from pathlib import Path
 
 from pronghorn.pages.text import shown
@@ -101,7 +100,8 @@ def write_page(text: str, path: Path) -> None:
 def tiles(facts: Iterable[tuple[str, str]]) -> str:
     """The page's main figures: (figure, what it is), both plain text."""
     cells = "".join(
-        f'<div class="tile"><b>{escape(value)}</b><span>{escape(name)}</span></div>' for value, name in facts
+        f'<div class="tile"><b>{shown(value, 80)}</b><span>{shown(name, 120)}</span></div>'
+        for value, name in facts
     )
     return f'<div class="tiles">{cells}</div>'
 

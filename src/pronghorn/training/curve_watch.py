@@ -8,6 +8,7 @@ from typing import Any
 from transformers.trainer_callback import TrainerCallback
 
 from pronghorn.tuning.curves import Curve, Finding, History, read_curves
+from pronghorn.tuning.run_record import evaluation_keys
 
 logger = logging.getLogger("pronghorn")
 
@@ -36,7 +37,7 @@ class CurveWatch(TrainerCallback):
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
-        evaluated = any(key.startswith("eval_") and key.endswith("_loss") for key in logs or ())
+        evaluated = bool(evaluation_keys([logs or {}]))
         known = len(self._trainer._ledger.steps)
         if not evaluated and known - self._read_at < max(_AT_LEAST, _READ_AGAIN * known):
             return

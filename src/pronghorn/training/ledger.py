@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from array import array
 from collections import deque
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -40,6 +41,22 @@ class StepLedger(TrainerCallback):
     def norm(self, norm: Any) -> None:
         """The gradient's norm of a step, before clipping: a number or a tensor on the device."""
         self._norm = norm.detach() if isinstance(norm, torch.Tensor) else norm
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """A run begins at its first step, or goes on from the step of its checkpoint."""
+        kept = sum(step <= state.global_step for step in self.steps)
+        for series in (self.steps, self.losses, self.norms):
+            del series[kept:]
+        self._unread, self._of_step = [], []
+        self._loss = self._norm = None
+        self._rows.clear()
+
+    def take_over(self, steps: Sequence[int], losses: Sequence[float], norms: Sequence[float]) -> None:
+        """What another process knew of the steps before, if this one knows nothing."""
+        if not self.steps:
+            self.steps.extend(steps)
+            self.losses.extend(losses)
+            self.norms.extend(norms)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._unread.append((state.global_step, self._loss, self._norm))

@@ -326,6 +326,8 @@ class SFTTrainer(RowsTrainer):
             logs["peak_memory_gib"] = round(peak_memory_gib(), 3)
             self._ledger.read(self.accelerator)
             self._numbers.read(logs)
+        elif "train_loss" in logs:  # the end: steps since the last log
+            self._ledger.read(self.accelerator)
         super().log(logs, start_time)
 
     @contextmanager

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import os
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -110,10 +111,7 @@ class RunRecord:
 
     def evaluations(self) -> list[str]:
         """Keys of the log that are losses on held-out rows."""
-        names = {
-            key for entry in self.log for key in entry if key.startswith("eval_") and key.endswith("_loss")
-        }
-        return sorted(names)
+        return evaluation_keys(self.log)
 
     def last(self, key: str) -> float | None:
         """The last logged value of a key."""
@@ -142,6 +140,13 @@ class RunRecord:
             temporary.unlink(missing_ok=True)
             raise
         return path
+
+
+def evaluation_keys(log: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Keys of a log that are losses on held-out rows."""
+    return sorted(
+        {key for entry in log for key in entry if key.startswith("eval_") and key.endswith("_loss")}
+    )
 
 
 def load_run(place: str | os.PathLike[str]) -> RunRecord:

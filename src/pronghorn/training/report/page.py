@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from html import escape
 from typing import Any
 
 from pronghorn.pages import document, duration, lines, short, shown, size, table, tiles
@@ -71,7 +70,7 @@ def _verdict(record: RunRecord) -> str:
         parts.append(f"begun {record.began[:16].replace('T', ' ')} UTC")
     return (
         f'<span class="tag {level}">{shown(record.state or "unknown", 160)}</span> '
-        f"<code>{shown(model, 120)}</code>, {escape(', '.join(parts))}"
+        f"<code>{shown(model, 120)}</code>, {shown(', '.join(parts), 200)}"
     )
 
 
@@ -148,9 +147,9 @@ def _loss_chart(record: RunRecord, marks: Sequence[Mark]) -> str:
     for number, name in enumerate(record.evaluations()):
         told = "evaluation loss" if name == "eval_loss" else name.removesuffix("_loss").replace("_", " ", 1)
         series.append(Series(told, record.curve(name), 1 + number, "dots"))
-    return chart(
-        "Loss", series, marks=marks, note=_span(record.curve("eval_loss") or record.losses()), wide=True
-    )
+    evaluated, trained = record.curve("eval_loss"), record.losses()
+    note = f"evaluation: {_span(evaluated)}" if evaluated else f"training: {_span(trained)}"
+    return chart("Loss", series, marks=marks, note=note, wide=True)
 
 
 def _memory_chart(record: RunRecord) -> str:
@@ -191,7 +190,8 @@ def _findings(record: RunRecord) -> str:
     for number, item in enumerate(record.findings, 1):
         level = item["level"] if item["level"] in ("error", "warning") else "note"
         items.append(
-            f'<li><span class="label">{number}</span><div><span class="tag {level}">{escape(str(item["kind"]))}</span> '
+            f'<li><span class="label">{number}</span><div>'
+            f'<span class="tag {level}">{shown(str(item["kind"]), 40)}</span> '
             f'{shown(str(item["what"]), 600)}<br><span class="soft">{shown(str(item["advice"]), 600)}</span></div></li>'
         )
     return f'<div class="card"><ul class="findings">{"".join(items)}</ul></div>'
@@ -226,7 +226,7 @@ def _setting_rows(settings: Sequence[Setting]) -> str:
         (
             f"<code>{shown(item.name, 80)}</code>",
             f"<code>{shown(item.text, 300)}</code>",
-            escape(_SOURCES.get(item.source, item.source))
+            shown(_SOURCES.get(item.source, item.source), 20)
             + (f' <span class="soft small">{shown(item.note, 160)}</span>' if item.note else ""),
         )
         for item in settings
@@ -247,7 +247,7 @@ def _data(data: Mapping[str, Mapping[str, Any]]) -> str:
         for name, facts in known.items()
     ]
     names = [_DATA_NAMES.get(key, key) for key in keys]
-    return table(("", *map(escape, names)), rows, numbers=range(1, len(keys) + 1))
+    return table(("", *(shown(name, 60) for name in names)), rows, numbers=range(1, len(keys) + 1))
 
 
 def _count(value: Any, key: str) -> str:

@@ -14,13 +14,14 @@ import torch
 from transformers.trainer_callback import TrainerCallback
 
 from pronghorn.engine import binding_of
+from pronghorn.errors import RunUnreadable
 from pronghorn.pages import write_page
 from pronghorn.training.memory import largest_batch, planned_reserved
 from pronghorn.training.progress import memory_now_bytes, peak_memory_gib
 from pronghorn.training.report.facts import data_facts, environment_facts, model_facts, settings_of
 from pronghorn.training.report.page import report_page
 from pronghorn.training.report.samples import Prompt, answers, prompts_of, why_none
-from pronghorn.tuning.run_record import RunRecord, Sample
+from pronghorn.tuning.run_record import RECORD, RunRecord, Sample, load_run
 
 logger = logging.getLogger("pronghorn")
 
@@ -66,6 +67,8 @@ class RunRecorder(TrainerCallback):
             record = self._record
             record.name = Path(args.output_dir).resolve().name
             record.max_steps = state.max_steps
+            if state.global_step:
+                self._go_on(Path(args.output_dir), state.global_step)
             record.data = {"training": data_facts(self._trainer.train_dataset)}
             rows = self._trainer.eval_dataset
             for name, part in rows.items() if isinstance(rows, dict) else [("evaluation", rows)]:
@@ -79,6 +82,20 @@ class RunRecorder(TrainerCallback):
                 self._before = self._answers()
             else:
                 record.notes.append(f"No answers before and after: {reason}.")
+
+    def _go_on(self, folder: Path, step: int) -> None:
+        """Take over what the record of the run knows of the steps before its checkpoint."""
+        self._record.notes.append(f"Resumed at step {step:,}; answers before training are from there.")
+        try:
+            earlier = load_run(folder / RECORD)
+        except RunUnreadable:
+            return
+        count = sum(known <= step for known in earlier.steps)
+        self._trainer._ledger.take_over(
+            earlier.steps[:count], earlier.step_losses[:count], earlier.step_norms[:count]
+        )
+        self._trainer._curves.rows |= {known: rows for known, rows in earlier.rows.items() if known <= step}
+        self._record.memory = [entry for entry in earlier.memory if entry[0] <= step]
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:

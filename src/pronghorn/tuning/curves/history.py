@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from pronghorn.tuning.run_record import RunRecord
+from pronghorn.tuning.run_record import RunRecord, evaluation_keys
 
 #: Logs about a run as a whole, which are no points of a curve.
 _SUMMARY = "train_runtime"
@@ -95,12 +95,6 @@ class History:
         """From Transformers' `log_history`, with each step's values where the trainer knew them."""
         entries = [entry for entry in log if "step" in entry and _SUMMARY not in entry]
         logged = _points(entries, "loss")
-        names = {
-            key
-            for entry in entries
-            for key in entry
-            if key == "eval_loss" or (key.startswith("eval_") and key.endswith("_loss"))
-        }
         norm = step_norm if len(step_norm.finite) else _points(entries, "grad_norm")
         gaps = np.diff(logged.steps)
         epochs = [entry["step"] / entry["epoch"] for entry in entries if (entry.get("epoch") or 0) > 0]
@@ -108,7 +102,7 @@ class History:
             loss=step_loss if len(step_loss) else logged,
             grad_norm=norm,
             rate=_points(entries, "learning_rate").finite,
-            evaluations={name: _points(entries, name) for name in sorted(names)},
+            evaluations={name: _points(entries, name) for name in evaluation_keys(entries)},
             averaged=1 if len(step_loss) or not len(gaps) else int(np.median(gaps)),
             steps_per_epoch=float(np.median(epochs)) if epochs else 0.0,
             **known,

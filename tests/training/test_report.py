@@ -1,0 +1,276 @@
+"""What a run leaves: run.json and report.html, after success, failure and interruption, and what they tell."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import TrainerCallback
+
+from pronghorn import SFTConfig
+from pronghorn.pages import write_page
+from pronghorn.training.report.page import report_page
+from pronghorn.training.report.samples import Prompt, answers, prompts_of
+from pronghorn.tuning.run_record import RunRecord, load_run
+from tests.pages.browser import ask, needs_chromium
+from tests.pages.test_pages import EVIL
+from tests.tiny import tiny_model, tiny_tokenizer
+from tests.training.runs import adapter_model, chats, losses, trainer
+
+TOLD = {"report": True, "optim": "adamw_torch", "learning_rate": 5e-3, "warmup_steps": 2}
+
+
+def source_of(record: RunRecord, name: str) -> tuple[Any, str]:
+    setting = next(item for item in record.settings if item.name == name)
+    return setting.value, setting.source
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory) -> Any:
+    """A run of 22 steps with evaluations, and the folder it left."""
+    folder = tmp_path_factory.mktemp("report")
+    run = trainer(
+        folder, max_steps=22, eval_dataset=chats(4), eval_strategy="steps", eval_steps=8, logging_steps=3,
+        hub_token="hf_secret", max_length="auto", **TOLD,
+    )  # fmt: skip
+    run.train()
+    return run
+
+
+def test_what_the_record_holds(done):
+    record = load_run(done.args.output_dir)
+    assert record.state == "finished" and record.max_steps == 22 and record.seconds > 0
+    assert record.steps == list(range(1, 23)) and record.step_losses == list(done._ledger.losses)
+    # Every step's loss, where logs have averages of three.
+    assert losses(done)[0] == pytest.approx(sum(record.step_losses[:3]) / 3, rel=1e-5)
+    assert all(norm > 0 for norm in record.step_norms)
+    assert source_of(record, "learning_rate") == (5e-3, "given")
+    assert source_of(record, "weight_decay")[1] == "default"
+    assert source_of(record, "max_length") == (done.args.max_length, "planned")
+    assert source_of(record, "adapter r") == (4, "given")
+    assert source_of(record, "save levels of the layers")[1] in ("planned", "given")
+    training = record.data["training"]
+    lengths = [len(row["input_ids"]) for row in done.train_dataset]
+    assert (training["rows"], training["tokens"], training["longest"]) == (12, sum(lengths), max(lengths))
+    supervised = sum(label != -100 for row in done.train_dataset for label in row["labels"])
+    assert training["supervised share"] == pytest.approx(supervised / sum(lengths), abs=1e-4)
+    assert record.data["evaluation"]["rows"] == 4
+    assert record.model["trained parameters"] == sum(
+        p.numel() for p in done.model.parameters() if p.requires_grad
+    )
+    assert "attention" in record.model["engine"] and record.environment["torch"]
+    assert len(record.memory) >= 7 and all(0 < now <= most * 1.01 for _, now, most in record.memory)
+    assert record.planned_memory is None  # a plan is for a GPU's memory
+    assert len(record.samples) == 3 and all(sample.prompt and sample.expected for sample in record.samples)
+    assert any(sample.before != sample.after for sample in record.samples)
+
+
+def test_no_secret_is_written(done):
+    for name in ("run.json", "report.html"):
+        assert "hf_secret" not in (Path(done.args.output_dir) / name).read_text()
+
+
+def test_the_page_needs_nothing_else(done):
+    page = (Path(done.args.output_dir) / "report.html").read_text()
+    assert "http" not in page.replace("http-equiv", "")
+    for text in (
+        "Loss",
+        "Gradient norm",
+        "Learning rate",
+        "Tokens per second",
+        "Before and after",
+        "learning_rate",
+    ):
+        assert text in page
+    assert page.count("<figure") == 5 and "nan" not in page.split("<h2>Settings")[0]
+
+
+def test_an_evaluation_afterwards_belongs_to_the_run(done):
+    seconds = load_run(done.args.output_dir).seconds
+    value = done.evaluate()["eval_loss"]
+    record = load_run(done.args.output_dir)
+    assert record.log[-1]["eval_loss"] == value and record.seconds == seconds and record.state == "finished"
+
+
+def test_a_report_changes_nothing(done, tmp_path):
+    """Answers are generated before training: neither weights nor the order of random numbers may notice."""
+    plain = trainer(
+        tmp_path, max_steps=22, eval_dataset=chats(4), eval_strategy="steps", eval_steps=8, logging_steps=3,
+        **{**TOLD, "report": False},
+    )  # fmt: skip
+    plain.train()
+    assert losses(plain) == losses(done)[: len(losses(plain))]
+    assert list(tmp_path.iterdir()) == []
+
+
+class Ends(TrainerCallback):
+    def __init__(self, how: BaseException | None) -> None:
+        self.how = how
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 3:
+            if self.how is not None:
+                raise self.how
+            control.should_training_stop = True
+
+
+@pytest.mark.parametrize(
+    "how,state",
+    [
+        (KeyboardInterrupt(), "interrupted"),
+        (ValueError(f"broken {EVIL}"), "failed: ValueError"),
+        (None, "stopped"),
+    ],
+)
+def test_a_run_that_ends_otherwise_says_how(tmp_path, how, state):
+    run = trainer(tmp_path, max_steps=9, callbacks=[Ends(how)], **TOLD)
+    if how is None:
+        run.train()
+    else:
+        with pytest.raises(type(how)):
+            run.train()
+    assert load_run(tmp_path).state.startswith(state)
+    assert "no held-out data set to take prompts from" in load_run(tmp_path).notes[0]
+    page = (tmp_path / "report.html").read_text()
+    assert state.split(":")[0] in page and "<script>window" not in page
+
+
+def test_a_report_that_cannot_be_written_ends_nothing(tmp_path, caplog):
+    (tmp_path / "report.html").mkdir()
+    run = trainer(tmp_path, max_steps=2, **TOLD)
+    with caplog.at_level(logging.WARNING, "pronghorn"):
+        run.train()
+    assert run.state.global_step == 2 and "report could not be written" in caplog.text
+
+
+def test_a_resumed_run_keeps_what_was_before(tmp_path):
+    first = trainer(tmp_path, max_steps=4, save_strategy="steps", save_steps=2, **TOLD)
+    first.train()
+    before = load_run(tmp_path)
+    run = trainer(tmp_path, max_steps=6, save_strategy="steps", save_steps=2, **TOLD)
+    run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    record = load_run(tmp_path)
+    assert record.steps == [1, 2, 3, 4, 5, 6] and record.step_losses[:2] == before.step_losses[:2]
+    assert [step for step, *_ in record.memory] == [
+        1,
+        2,
+        3,
+        4,
+        5,
+        6,
+        6,
+    ] and "Resumed at step 2" in record.notes[0]
+
+
+def test_arguments_of_another_kind_keep_their_sources(tmp_path):
+    import trl
+
+    from pronghorn.training.config import as_sft_config
+
+    args = trl.SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, learning_rate=3e-4, max_steps=7)
+    given = as_sft_config(args).given
+    assert {"learning_rate", "max_steps", "output_dir"} <= given and "weight_decay" not in given
+    assert SFTConfig(output_dir=str(tmp_path), seed=1).given == {"output_dir", "seed"}
+
+
+@pytest.mark.parametrize("to", ["none", "tensorboard"])
+def test_other_reports_go_on_working(tmp_path, to):
+    if to == "tensorboard" and not any(map(importlib.util.find_spec, ("tensorboard", "tensorboardX"))):
+        pytest.skip("tensorboard is not installed")
+    run = trainer(tmp_path, max_steps=2, **{**TOLD, "report_to": to})
+    run.train()
+    names = {type(callback).__name__ for callback in run.callback_handler.callbacks}
+    assert ("TensorBoardCallback" in names) == (to == "tensorboard")
+    assert (tmp_path / "report.html").is_file()
+
+
+def test_callbacks_of_others_see_every_log(tmp_path):
+    """W&B, trackio and the others are such callbacks, given what Transformers logs and what this trainer adds."""
+    seen: list[dict[str, Any]] = []
+
+    class Others(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            seen.append(dict(logs))
+
+    run = trainer(tmp_path, max_steps=3, callbacks=[Others()], **TOLD)
+    run.train()
+    assert len(seen) == 4
+    assert all(
+        {"loss", "grad_norm", "learning_rate", "tokens_per_second"} <= logs.keys() for logs in seen[:3]
+    )
+    assert all(isinstance(value, int | float) for logs in seen for value in logs.values())
+
+
+def test_prompts_are_what_stands_before_an_answer():
+    tokens = {"input_ids": [5, 6, 7, 8, 9, 5], "labels": [-100, -100, 7, 8, -100, 5]}
+    text = {"input_ids": [1, 2, 3, 4], "labels": [-100, 2, 3, 4]}
+    packed = {"input_ids": [5, 6, 7, 8], "labels": [-100, 6, -100, 8], "seq_lengths": [2, 2]}
+    nothing = {"input_ids": [5, 6], "labels": [-100, -100]}
+    assert prompts_of([tokens, nothing, text], 9) == [Prompt((5, 6), (7, 8)), Prompt((1, 2), (3, 4))]
+    assert prompts_of([packed], 1) == [Prompt((5,), (6,))]
+
+
+def test_answers_leave_model_and_random_numbers_as_they_were():
+    model = tiny_model("llama").train()
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    prompts = [Prompt((5, 6, 7), (8,)), Prompt((9,), (8,))]
+    first = answers(model, tiny_tokenizer(), prompts)
+    assert model.training and torch.equal(torch.rand(2), expected)
+    # A prompt's answer does not depend on the ones beside it.
+    assert answers(model, tiny_tokenizer(), prompts[1:]) == first[1:]
+
+
+def evil_record() -> RunRecord:
+    from pronghorn.tuning.run_record import Sample, Setting
+
+    return RunRecord(
+        name=EVIL, state=f"failed: {EVIL}", began=EVIL, max_steps=9, seconds=3.0,
+        settings=[Setting(EVIL, EVIL, "given", EVIL), Setting(EVIL, {EVIL: [EVIL]}, "default")],
+        data={EVIL: {"rows": 3, EVIL: 4}}, model={"name": EVIL, "engine": EVIL, "parameters": 3, "dtype": EVIL},
+        environment={EVIL: EVIL}, notes=[EVIL], samples=[Sample(EVIL, EVIL, EVIL, EVIL)],
+        log=[{"step": step, "loss": 2.0 / step, f"eval_{EVIL}_loss": 1.0, "grad_norm": 1.0} for step in range(1, 9)],
+        findings=[{"kind": EVIL, "level": EVIL, "curve": "loss", "first": 2, "last": 4, "what": EVIL, "advice": EVIL}],
+        memory=[(1, 2**30, 2**31), (8, 2**30, 2**31)], memory_of=EVIL, planned_memory=2**31,
+    )  # fmt: skip
+
+
+def test_nothing_of_others_texts_acts_in_the_page():
+    page = report_page(evil_record())
+    assert page.count("<script") == 1 and "<img" not in page and "\u202e" not in page
+    assert "+0.0%" in page  # memory against the plan
+
+
+@needs_chromium
+@pytest.mark.parametrize("width,dark", [(1200, False), (360, True)])
+def test_in_a_browser(done, tmp_path, width, dark):
+    said = ask(Path(done.args.output_dir) / "report.html", tmp_path, width=width, dark=dark)
+    assert said["needs"] <= width, "the page is wider than the window"
+    assert said["small"] == 0, "texts too small to read"
+    assert said["links"] == said["images"] == 0
+    shade = [int(part) for part in said["background"].removeprefix("rgb(").rstrip(")").split(",")]
+    assert (max(shade) < 60) == dark
+    assert "evaluation: first" in said["before"] and said["after"] == said["before"]
+    assert said["readout"].startswith("step 1") and "training loss" in said["readout"]
+
+
+@needs_chromium
+def test_nothing_of_others_texts_acts_in_a_browser(tmp_path):
+    write_page(report_page(evil_record()), tmp_path / "evil.html")
+    said = ask(tmp_path / "evil.html", tmp_path, width=360)
+    assert not said["ran"] and said["images"] == 0 and said["links"] == 0
+    assert said["needs"] <= 360 and said["readout"].startswith("step")
+
+
+def test_a_stock_forward_is_reported_too(tmp_path):
+    run = trainer(
+        tmp_path, adapter_model(bound=False), max_steps=1, rows=Dataset.from_list(chats(4).to_list()), **TOLD
+    )
+    run.train()
+    assert load_run(tmp_path).state == "finished"
