@@ -87,7 +87,7 @@ def test_a_merged_checkpoint_that_differs(adapter, tmp_path, monkeypatch, capsys
     said = capsys.readouterr()
     assert "PH611" in said.err
     report = json.loads(said.out.splitlines()[-1])
-    assert not report["passed"] and "at most -1 nats" in report["checks"][0]["problems"][0]
+    assert not report["passed"] and "at most -1 expected" in report["checks"][0]["problems"][0]
     assert (tmp_path / "out" / "export.failed.txt").is_file()
     assert (tmp_path / "out" / "model.safetensors").is_file()
 

@@ -1,14 +1,17 @@
 """A merged checkpoint, loaded by stock Transformers, is the trained model."""
 
+import gc
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM
 
-from pronghorn.errors import PronghornError, SaveFailed, UnknownArgument
-from pronghorn.export import save_adapter, save_merged
+from pronghorn.errors import ExportDiffers, PronghornError, SaveFailed, UnknownArgument
+from pronghorn.export import save_adapter, save_gguf, save_merged
 from pronghorn.export.merge import plan_merge
 from pronghorn.export.merged import parse_size
 from pronghorn.loading import FastLanguageModel
@@ -156,6 +159,108 @@ def test_a_trained_half_of_a_tie_breaks_it_in_the_checkpoint(tmp_path, whole):
     assert not merged.config.tie_word_embeddings
     torch.testing.assert_close(logits(merged), expected, atol=1e-5, rtol=1e-5)
     assert model.config.tie_word_embeddings  # the model in memory is as it was
+
+
+@pytest.mark.parametrize("targets", [["lm_head", "q_proj"], ["embed_tokens", "q_proj"]])
+def test_lora_on_a_half_of_a_tie(tmp_path, targets):
+    """PEFT's own adapters of head and embedding, which are not trained whole."""
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(
+        tiny_model("qwen2", tie_word_embeddings=True),
+        LoraConfig(r=4, target_modules=targets, init_lora_weights=False),
+    )
+    expected = logits(model)
+    done = save_merged(model, tiny_tokenizer(), tmp_path / "out")
+    assert done.checks[0].passed and done.checks[0].adapted == 3
+    merged = reload(tmp_path / "out")
+    assert not merged.config.tie_word_embeddings
+    torch.testing.assert_close(logits(merged), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("whole", [["lm_head"], ["embed_tokens"]])
+def test_what_is_trained_whole_is_looked_for(tmp_path, monkeypatch, whole):
+    model = trained(tiny_model("llama"), modules_to_save=whole, target_modules=["q_proj"])
+    done = save_merged(model, tiny_tokenizer(), tmp_path / "out")
+    assert done.checks[0].adapted == 3  # two layers' q_proj, and one whole
+    monkeypatch.setattr("pronghorn.export.merge._trained_copy", lambda wrapper: wrapper.original_module)
+    with pytest.raises(ExportDiffers):
+        save_merged(model, tiny_tokenizer(), tmp_path / "lost")
+
+
+def test_untouched_tensors_are_those_of_the_checkpoint_byte_for_byte(tmp_path):
+    path = save_tiny(tmp_path / "base", "qwen2", dtype=torch.bfloat16)
+    model, tokenizer = FastLanguageModel.from_pretrained(str(path), dtype="bfloat16", load_in_4bit=False)
+    model = trained(model, target_modules=["q_proj"], layers_to_transform=[1])
+    save_merged(model, tokenizer, tmp_path / "out")
+    before, after = load_file(path / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+    changed = "model.layers.1.self_attn.q_proj.weight"
+    assert before.keys() == after.keys() and not torch.equal(before.pop(changed), after.pop(changed))
+    for name, tensor in before.items():
+        assert torch.equal(tensor.view(torch.uint8), after[name].view(torch.uint8)), name
+
+
+@pytest.mark.parametrize("source", ["nf4", "int8", "fp8", "gguf"])
+@pytest.mark.parametrize("method", ["merged_16bit", "fp8"])
+def test_every_storage_of_the_base_is_dequantised_right(tmp_path, source, method):
+    path = save_tiny(tmp_path / "base", "llama")
+    how = {
+        "nf4": {"load_in_4bit": True},
+        "int8": {"load_in_int8": True},
+        "fp8": {"load_in_fp8": True, "fp8_skip_layers": 0},
+    }
+    if source == "gguf":
+        pytest.importorskip("gguf")
+        path = save_gguf(
+            tiny_model("llama"), tiny_tokenizer(), tmp_path / "base.gguf", "q8_0", verify=False
+        ).files[0]
+    model, tokenizer = FastLanguageModel.from_pretrained(str(path), dtype="float32", **how.get(source, {}))
+    model = trained(model)
+    done = save_merged(model, tokenizer, tmp_path / "out", method)
+    assert done.checks[0].passed and done.checks[0].adapted == 14
+
+
+@pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(), reason="memory is measured as Linux counts it"
+)
+@pytest.mark.parametrize("method", ["merged_16bit", "fp8"])
+def test_host_memory_stays_within_two_shards(tmp_path, method):
+    shard = 4_000_000
+    model = tiny_model("llama", hidden_size=256, intermediate_size=1024, num_hidden_layers=12, head_dim=64)
+    model = trained(model.to(torch.bfloat16))
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    save_merged(model, None, tmp_path / "warm", method, shard, verify=False)
+
+    def measured(field):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = measured("VmRSS:")
+    done = save_merged(model, None, tmp_path / "out", method, shard, verify=False)
+    grown = measured("VmHWM:") - before
+    assert len(list(done.folder.glob("*.safetensors"))) > 3 and size > 5 * shard
+    assert grown <= 2 * shard, f"{grown:,} bytes"
+
+
+def test_a_published_generation_config_that_transformers_would_not_save_comes_along(tmp_path):
+    model = trained(tiny_model("llama"))
+    settings = model.get_base_model().generation_config
+    settings.do_sample, settings.temperature, settings.top_p = False, 0.6, 0.9
+    save_merged(model, tiny_tokenizer(), tmp_path / "out")
+    found = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert found["temperature"] == 0.6 and found["top_p"] == 0.9
+    assert reload(tmp_path / "out").generation_config.temperature == 0.6
+
+
+def test_merge_and_unload_gives_the_same_weights(tmp_path):
+    model = trained(tiny_model("llama"))
+    save_merged(model, None, tmp_path / "out")
+    merged = reload(tmp_path / "out")
+    plain = model.merge_and_unload()
+    for name, parameter in plain.named_parameters():
+        torch.testing.assert_close(merged.get_parameter(name), parameter, atol=1e-6, rtol=1e-6)
 
 
 def test_shards_and_their_index(tmp_path):

@@ -129,9 +129,13 @@ class Checked:
         """Keep a comparison; one beyond the limits is a problem."""
         self.comparisons.append(found)
         if not found.divergence <= limits.divergence:
-            self.problems.append(f"{found}; at most {limits.divergence:g} nats expected")
+            self.problems.append(
+                f"KL {found.divergence:.2g} nats with {found.reader}, at most {limits.divergence:g} expected"
+            )
         elif found.lost > limits.lost:
-            self.problems.append(f"{found}; at most {limits.lost:.0%} clear preferences lost expected")
+            self.problems.append(
+                f"{found.lost:.1%} of clear preferences lost with {found.reader}, at most {limits.lost:.0%} expected"
+            )
 
     def __str__(self) -> str:
         compared = "every tensor is the trained one" if self.bit_for_bit and self.passed else "not compared"

@@ -91,7 +91,10 @@ def save_merged(
     # 4-bit goes by way of the unquantised checkpoint on the disk, so that memory never holds that.
     needed = plan.nbytes * 3 // 2 if save_method == "merged_4bit" else plan.nbytes
     write_folder(target, needed + _TOKEN_BYTES * int(getattr(tokenizer, "vocab_size", 0)), write)
-    return settle(export, "save the adapter (save_method='lora')")
+    exact = "save the adapter (save_method='lora')"
+    return settle(
+        export, exact if save_method == "merged_16bit" else f"{exact}, or save_method='merged_16bit'"
+    )
 
 
 def check_save_method(save_method: str) -> None:

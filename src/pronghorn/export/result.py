@@ -60,7 +60,7 @@ def settle(export: Export, fix: str) -> Export:
             f"{found.name} differs from the model: {', '.join(found.problems)}" for found in export.failed
         ),
         where=str(export.folder),
-        fix=f"{fix}; what was written is kept and marked ({FAILED.lstrip('.')} beside it)",
+        fix=f"{fix}; what was written is kept and marked (*{FAILED})",
     )
     error.export = export
     raise error
