@@ -45,6 +45,12 @@ def test_a_port_that_is_taken(capsys):
     assert main(["serve", "nowhere", "--port", "70000"]) == 2
 
 
+@pytest.mark.parametrize("origin", ["*", "chat.example.org", "https://chat.example.org/", "ftp://a"])
+def test_origins_that_are_none(origin, capsys):
+    assert main(["serve", "nowhere", "--allow-origin", origin]) == 2
+    assert "no web origin" in capsys.readouterr().err
+
+
 def test_a_model_that_is_not_there_ends_it(capsys):
     assert main(["serve", "./nowhere", "--port", "0"]) == 2
     assert "[PH101]" in capsys.readouterr().err

@@ -7,6 +7,7 @@ import os
 import threading
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from pronghorn.cli.console import say
 from pronghorn.cli.numbers import positive, whole
@@ -98,6 +99,12 @@ def run(options: argparse.Namespace) -> int:
     """Serve until it is told to stop; 0 when it was, what went wrong otherwise."""
     if options.port > HIGHEST_PORT:
         raise CommandMisused(f"there is no port {options.port}", fix=f"use 0 to {HIGHEST_PORT}")
+    for origin in options.allow_origin:
+        parts = urlsplit(origin)
+        if parts.scheme not in ("http", "https") or f"{parts.scheme}://{parts.netloc}" != origin:
+            raise CommandMisused(
+                f"'{origin}' is no web origin", fix="write it as browsers do: https://chat.example.org"
+            )
     server = _server(options)
     host = f"[{options.host}]" if ":" in options.host else options.host
     say(f"http://{host}:{server.port} is taken; loading {options.model}")
@@ -144,4 +151,4 @@ def _tell_when_ready(server: Server, host: str) -> None:
         say(f"ready: {', '.join(model.variants)}")
         say(f"  chat page  http://{host}:{server.port}/")
         say(f"  API        http://{host}:{server.port}/v1")
-        say("Ctrl-C stops it, once what is being answered is done; a second one at once.")
+        say("Ctrl-C stops it once what is being answered is done; a second one ends the answers.")

@@ -65,6 +65,7 @@ def test_a_seed_repeats_an_answer(server):
     assert content(seed=5, n=2) == content(seed=5, n=2)
     assert content(seed=5, n=2)[1] == content(seed=6)[0]
     assert content(seed=5) != content(seed=7)
+    assert content() != content()
 
 
 def test_log_probabilities_are_the_models(server, folder):

@@ -100,6 +100,8 @@ def test_a_page_that_was_allowed(locked):
     status, headers, _ = call(locked, "POST", CHAT, HELLO, Origin=friend, Authorization="Bearer secret")
     assert (status, headers["access-control-allow-origin"]) == (200, friend)
     assert call(locked, "POST", CHAT, HELLO, Origin="https://evil.example")[0] == 403
+    for host, expected in (("friend.example", 200), ("evil.example", 403)):
+        assert call(locked, "GET", "/health", Host=host)[0] == expected
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import signal
 import threading
 import time
 from contextlib import suppress
@@ -231,6 +232,21 @@ def test_stopping_does_not_wait_for_ever():
         assert status == 200
         assert json.loads(text.split("\n\n")[-3][6:])["error"]["code"] == "server_stopping"
         until(lambda: not engine.has_work)
+
+
+def test_a_second_signal_ends_answers_and_a_third_waits_for_nothing():
+    engine = endless()
+    with running(lambda: (engine, MODEL)) as server:
+        thread, results = in_background(ask, server, stream=True)
+        until(lambda: engine.has_work)
+        server._http.handle_exit(signal.SIGINT, None)
+        until(lambda: server.worker.state == "stopping")
+        assert engine.has_work
+        server._http.handle_exit(signal.SIGINT, None)
+        thread.join(20)
+        assert "server_stopping" in results[0][2]
+        server._http.handle_exit(signal.SIGINT, None)
+        until(lambda: server._http.force_exit)
 
 
 def test_metrics():

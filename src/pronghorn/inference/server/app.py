@@ -219,8 +219,9 @@ async def _problem(request: Request, error: Exception) -> Response:
 
 async def _http_problem(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    text = {404: f"there is no {request.url.path}", 405: f"{request.url.path} does not take {request.method}"}
-    problem = CallProblem(error.status_code, text.get(error.status_code, error.detail), code="not_found")
+    path, method = request.url.path, request.method
+    text = {404: f"there is no {path}", 405: f"{path} does not take {method}"}
+    problem = CallProblem(error.status_code, text.get(error.status_code, error.detail))
     return JSONResponse(problem.as_dict(), error.status_code, error.headers)
 
 

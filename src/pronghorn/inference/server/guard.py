@@ -56,7 +56,8 @@ class Guard:
         token: what callers must show; None lets everyone in.
         loopback: the server listens on this machine alone. Then the Host header must name this machine: a page of
             another site whose name was made to point here (DNS rebinding) sends its own name.
-        origins: web pages elsewhere that may call, such as https://chat.example.org.
+        origins: web pages elsewhere that may call, such as https://chat.example.org; their hosts may be this one, too
+            (behind a proxy that passes the Host header on).
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class Guard:
         self._token = None if token is None else token.encode("utf-8")
         self._loopback = loopback
         self._origins = origins
+        self._hosts = {_split(origin).hostname for origin in origins}
         self._limits = limits
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -87,7 +89,8 @@ class Guard:
 
     def _check_place(self, headers: Headers) -> None:
         host = headers.get("host", "")
-        if self._loopback and not is_loopback(_split(f"//{host}").hostname or ""):
+        name = _split(f"//{host}").hostname or ""
+        if self._loopback and not is_loopback(name) and name not in self._hosts:
             raise CallProblem(403, f"the host '{host}' is not this machine", code="wrong_host")
         origin = headers.get("origin")
         if origin is not None and origin not in self._origins and _split(origin).netloc != host:

@@ -60,8 +60,9 @@ class Server:
         self._socket = _bound(host, port)
         self.worker = Worker(load, most_open=most_open, on_end=self.stop)
         app = build_app(self.worker, token=token, loopback=loopback, origins=origins, limits=limits)
-        self._http = _Http(self._config(app, limits), self._drain)
+        self._http = _Http(self._config(app, limits), lambda: self._from_anywhere(self._stop_harder))
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._ended_answers = False
 
     @property
     def port(self) -> int:
@@ -79,8 +80,32 @@ class Server:
 
     def stop(self) -> None:
         """End `run`, from any thread, once what is being answered is done or the time of grace is over."""
+        self._from_anywhere(self._stop_gently)
+
+    def _from_anywhere(self, action: Callable[[], None]) -> None:
+        """Run it in the event loop; from another thread or a signal's handler."""
         if self._loop is not None and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._http.request_stop)
+            self._loop.call_soon_threadsafe(action)
+
+    def _stop_gently(self) -> None:
+        """Nothing new, and an end to what takes too long."""
+        if not self._http.should_exit and self._loop is not None:
+            self._http.should_exit = True
+            self.worker.refuse_new()
+            self._loop.call_later(self._limits.grace_seconds, self._end_answers)
+
+    def _end_answers(self) -> None:
+        self._ended_answers = True
+        self.worker.fail_open(CallProblem(503, "the server is stopping", code="server_stopping"))
+
+    def _stop_harder(self) -> None:
+        """What a signal does: stop; at the second one end all answers; at the third one do not even wait for that."""
+        if not self._http.should_exit:
+            self._stop_gently()
+        elif not self._ended_answers:
+            self._end_answers()
+        else:
+            self._http.force_exit = True
 
     async def _serve(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -89,13 +114,6 @@ class Server:
             await self._http.serve(sockets=[self._socket])
         finally:
             await asyncio.to_thread(self.worker.stop)
-
-    def _drain(self) -> None:
-        """What begins with a signal to stop: nothing new, and an end to what takes too long."""
-        self.worker.refuse_new()
-        assert self._loop is not None
-        problem = CallProblem(503, "the server is stopping", code="server_stopping")
-        self._loop.call_later(self._limits.grace_seconds, self.worker.fail_open, problem)
 
     @staticmethod
     def _config(app: Any, limits: Limits) -> uvicorn.Config:
@@ -120,21 +138,14 @@ class Server:
 
 
 class _Http(uvicorn.Server):
-    """uvicorn's server, which leaves signals to us: the first stops, the second stops at once, none is raised again."""
+    """uvicorn's server, which leaves it to us what a signal means and does not raise it again at the end."""
 
-    def __init__(self, config: uvicorn.Config, drain: Callable[[], None]) -> None:
+    def __init__(self, config: uvicorn.Config, signalled: Callable[[], None]) -> None:
         super().__init__(config)
-        self._drain = drain
+        self._signalled = signalled
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if self.should_exit:
-            self.force_exit = True
-        self.request_stop()
-
-    def request_stop(self) -> None:
-        if not self.should_exit:
-            self.should_exit = True
-            self._drain()
+        self._signalled()
 
 
 class _PatientConnection(H11Protocol):

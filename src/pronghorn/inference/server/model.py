@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -107,7 +108,7 @@ class ServedModel:
             min_p=_first(asked.min_p, usual.min_p, 0.0),
             repetition_penalty=_first(asked.repetition_penalty, usual.repetition_penalty, 1.0),
             # Answers to one prompt differ, and the same call gives the same answers.
-            seed=None if asked.seed is None else (asked.seed + choice) % (1 << 63),
+            seed=secrets.randbits(62) if asked.seed is None else (asked.seed + choice) % (1 << 63),
             stop_token_ids=variant.stop_tokens,
             logprobs=call.logprobs,
         )
