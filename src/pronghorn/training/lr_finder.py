@@ -50,8 +50,8 @@ class RateTest:
         return {
             "learning_rate": found.rate,
             "reason": found.reason,
-            "steepest": found.steepest,
-            "lowest": found.lowest,
+            "first": found.first,
+            "last": found.last,
             "fall": found.fall,
             "seconds": round(self.seconds, 1),
             "rates": self.rates,
