@@ -85,7 +85,9 @@ def assert_same(
 
 
 @pytest.mark.parametrize("budgets", [None, Budgets(), Budgets(limit=2 * 64)])
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize(
+    "family", ["llama", "qwen2", "qwen3", "ministral3", "gemma2", "gemma3_text", "phi3", "granite"]
+)
 def test_a_step_has_the_loss_and_gradients_of_autograd(family: str, budgets: Budgets | None) -> None:
     model = adapted(family)
     loss, expected = by_autograd(model, rows())
@@ -96,7 +98,7 @@ def test_a_step_has_the_loss_and_gradients_of_autograd(family: str, budgets: Bud
 
 
 @pytest.mark.parametrize("copies", [1, 2])
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma2"])
 def test_a_step_on_int8_weights_is_near_the_one_on_their_values(family: str, copies: int) -> None:
     """Products round what they multiply, by about 1 % of its rows: so do losses and gradients differ."""
     model = adapted(family, copies)
@@ -113,7 +115,7 @@ def test_a_step_on_int8_weights_is_near_the_one_on_their_values(family: str, cop
     assert_same(found, gradients(model), 0.3 if ON_GPU else 0.1)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma3_text"])
 def test_joined_weights_change_nothing_but_their_place(
     family: str, monkeypatch: pytest.MonkeyPatch, tmp_path
 ) -> None:
@@ -312,7 +314,10 @@ class TestCaptured:
     pytestmark = gpu_only
 
     @pytest.mark.parametrize("level", ["none", "matmuls", "all"])
-    @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+    @pytest.mark.parametrize(
+        "family",
+        ["llama", "mistral", "qwen2", "qwen3", "ministral3", "gemma2", "gemma3_text", "phi3", "granite"],
+    )
     def test_captured_equals_eager_to_the_bit(self, family: str, level: str) -> None:
         self.compare(adapted(family), level)
 

@@ -282,8 +282,9 @@ def test_dropout_matches_peft_under_the_same_masks(monkeypatch: pytest.MonkeyPat
     assert relative_error(run(without, batch).loss, run(fast, batch).loss) > 1e-4
 
 
-def test_generation_is_stock() -> None:
-    model = stock("llama", torch.float32).eval()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_generation_is_stock(family: str) -> None:
+    model = stock(family, torch.float32).eval()
     fast = bound_copy(model)
     prompt = torch.arange(5)[None]
     with torch.no_grad():
