@@ -16,6 +16,7 @@ from pronghorn.blocks import LEVELS, Level, ModuleProjection, check_levels, park
 from pronghorn.blocks.projection import Projection
 from pronghorn.engine.altered import altered_part
 from pronghorn.engine.flat import FlatAdapters
+from pronghorn.engine.mixture import read_mixture
 from pronghorn.engine.read import Reading, group_names, read_groups
 from pronghorn.errors import AttentionUnavailable
 from pronghorn.families import ACTIVATIONS, DecoderFamily, Scales
@@ -239,12 +240,18 @@ class Binding:
             f"{self.save_levels.count(level)}x {level}" for level in LEVELS if level in self.save_levels
         )
         linear = [p.weight for _, p in self.projections() if not isinstance(p, ModuleProjection)]
-        label = "quantised" if any(weight.label == "quantised" for weight in linear) else "exact"
+        mixture = read_mixture(self)
+        label = (
+            "quantised"
+            if any(weight.label == "quantised" for weight in (*linear, *mixture.weights))
+            else "exact"
+        )
         lines = [
             f"{name} ({self.family.name} family): {len(self.layers)} layers in attention and GLU blocks, {label}",
             *self._describe_attention(),
             f"  save levels: {counts}",
             f"  weights: {', '.join(sorted({weight.storage for weight in linear}))}",
+            *mixture.lines,
         ]
         altered = altered_part(self.model.model, self.family.parts, self.family.mixture)
         if altered is not None:
@@ -256,7 +263,7 @@ class Binding:
         found = []
         for index, layer in enumerate(self.layers):
             groups = self.groups(layer, Reading(layer.training))
-            for slot, (_, names) in group_names(self.family.parts, self.mlp_of(layer)).items():
+            for slot, (_, names) in self._group_names(layer).items():
                 found += [(f"layers.{index}.{name}", p) for name, p in zip(names, groups[slot], strict=True)]
         return found
 
@@ -266,7 +273,10 @@ class Binding:
 
     def groups(self, layer: Any, reading: Reading) -> dict[int, list[Projection]]:
         """A layer's projections, those that share their input together (`read_groups`)."""
-        return read_groups(layer, self.family.parts, reading, self.mlp_of(layer))
+        return read_groups(layer, self.family.parts, reading, self.mlp_of(layer), self.family.mixture)
+
+    def _group_names(self, layer: Any) -> dict[int, tuple[str, tuple[str, ...]]]:
+        return group_names(self.family.parts, self.mlp_of(layer), self.family.mixture)
 
     def _module_projections(self) -> list[str]:
         """Projections outside the formulas, grouped by reason."""

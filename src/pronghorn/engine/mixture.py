@@ -7,6 +7,7 @@ base_layer=ParamWrapper(gate_up_proj, base_layer=experts))`. Its matrices are re
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -14,17 +15,16 @@ from torch.nn.utils.parametrize import type_before_parametrizations
 
 from pronghorn.blocks import Adapter, LinearProjection, ProjectionGroup
 from pronghorn.blocks.moe import ExpertAdapter, ExpertProjection, MoeBlock, SharedExpert
-from pronghorn.engine.read import Reading, active_module, read_norm, read_projection, runs_more_than_its_class
-from pronghorn.families import DecoderFamily, LayerParts, MixtureParts
+from pronghorn.engine.read import active_module, read_norm, runs_more_than_its_class
+from pronghorn.families import MOE, DecoderFamily, MixtureParts
 from pronghorn.weights.base import DenseWeight
-from pronghorn.weights.experts import read_experts, runs_its_own_forward
+from pronghorn.weights.experts import ExpertWeight, read_experts, runs_its_own_forward
 
 if TYPE_CHECKING:
+    from pronghorn.engine.binding import Binding
     from pronghorn.engine.forward import LayerCall, ReadGroups
 
 STACKS = ("gate_up_proj", "down_proj")
-#: slots of the shared expert's dropout masks
-_SHARED, _SHARED_DOWN, _SHARED_GATE = 4, 6, 7
 
 
 def moe_block(layer: Any, call: LayerCall, read: ReadGroups) -> MoeBlock:
@@ -33,7 +33,6 @@ def moe_block(layer: Any, call: LayerCall, read: ReadGroups) -> MoeBlock:
     parts, mixture = binding.family.parts, binding.family.mixture
     assert mixture is not None
     mlp = getattr(layer, parts.mlp)
-    reading = Reading(layer.training, call.seed + 64 * binding.layer_index(layer))
     gate_up, down = read_stacks(getattr(mlp, mixture.experts), mixture.transposed)
     tiles = {} if binding.tile_rows is None else {"tile_tokens": binding.tile_rows}
     return MoeBlock(
@@ -43,7 +42,7 @@ def moe_block(layer: Any, call: LayerCall, read: ReadGroups) -> MoeBlock:
         gate_up=gate_up,
         down=down,
         gating=mixture.gating(binding.config, binding.activation),
-        shared=_read_shared(mlp, parts, mixture, reading, binding.activation),
+        shared=None if mixture.shared is None else _shared_expert(read, binding.activation),
         **tiles,
     )
 
@@ -81,21 +80,37 @@ def read_router(module: Any) -> LinearProjection:
     return LinearProjection(DenseWeight(router.weight), router._parameters.get("bias"), adapters)
 
 
-def _read_shared(
-    mlp: Any, parts: LayerParts, mixture: MixtureParts, reading: Reading, activation: str
-) -> SharedExpert | None:
-    if mixture.shared is None:
-        return None
-    shared = getattr(mlp, mixture.shared)
-    gate = None
-    if mixture.shared_gate is not None:
-        gate = ProjectionGroup([read_projection(getattr(mlp, mixture.shared_gate), reading, _SHARED_GATE)])
-    gate_up = [
-        read_projection(getattr(shared, name), reading, _SHARED + i)
-        for i, name in enumerate((parts.gate, parts.up))
+def _shared_expert(read: ReadGroups, activation: str) -> SharedExpert:
+    groups = {slot: ProjectionGroup(found, packed) for slot, (found, packed) in read.items()}
+    return SharedExpert(groups[4], groups[6], activation, groups.get(7))
+
+
+@dataclass(frozen=True)
+class ReadMixture:
+    """The experts' weights of all layers, and what `describe` says of them."""
+
+    weights: list[ExpertWeight]
+    lines: list[str]
+
+
+def read_mixture(binding: Binding) -> ReadMixture:
+    """The mixtures of a bound model; nothing of one without."""
+    family, mixture = binding.family, binding.family.mixture
+    if mixture is None:
+        return ReadMixture([], [])
+    stacks = [
+        stack
+        for layer in binding.layers
+        if binding.mlp_of(layer) == MOE
+        for stack in read_stacks(
+            getattr(getattr(layer, family.parts.mlp), mixture.experts), mixture.transposed
+        )
     ]
-    down = read_projection(getattr(shared, parts.down), reading, _SHARED_DOWN)
-    return SharedExpert(ProjectionGroup(gate_up), ProjectionGroup([down]), activation, gate)
+    scoring, weights = mixture.scoring(binding.config), [stack.weight for stack in stacks]
+    stored = ", ".join(sorted({weight.storage for weight in weights}))
+    adapted = sum(stack.total_rank > 0 for stack in stacks)
+    line = f"  experts: {scoring.top_k} of {scoring.experts} a token in {len(stacks) // 2} layers, {stored}"
+    return ReadMixture(weights, [f"{line}; adapters on {adapted} of {len(stacks)} stacks"])
 
 
 def innermost(module: Any) -> Any:

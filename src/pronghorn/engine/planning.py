@@ -111,6 +111,7 @@ def shape_of(binding: Binding, **more: Any) -> ModelShape:
     ranks = {
         PROJECTIONS[slot + i]: sum(adapter.rank for adapter in projection.adapters)
         for slot, found in groups.items()
+        if slot < len(PROJECTIONS)
         for i, projection in enumerate(found)
         if isinstance(projection, LinearProjection)
     }

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pronghorn.blocks import Adapter, LinearProjection, ModuleProjection, Norm
 from pronghorn.blocks.projection import Projection
-from pronghorn.families import LayerParts
+from pronghorn.families import MOE, LayerParts, MixtureParts
 from pronghorn.weights import read_weight
 
 
@@ -44,24 +44,37 @@ def read_projection(module: nn.Module, reading: Reading, slot: int) -> Projectio
     return _read_peft(module, reading, slot)
 
 
-def group_names(parts: LayerParts, mlp: str = "glu") -> dict[int, tuple[str, tuple[str, ...]]]:
+def group_names(
+    parts: LayerParts, mlp: str = "glu", mixture: MixtureParts | None = None
+) -> dict[int, tuple[str, tuple[str, ...]]]:
     """The modules of a layer that share their input, with their parent, by the slot of the first: q k v at 0, o at 3,
-    gate and up at 4, down at 6. A kind of MLP other than "glu" reads its own weights."""
+    gate and up at 4, down at 6, the gate of a shared expert at 7. A kind of MLP other than "glu" reads its own weights,
+    but for a mixture's shared expert."""
     (qkv, o), (gate_up, down) = parts.attention_projections, parts.mlp_projections
     found = {0: (parts.attention, qkv), 3: (parts.attention, o)}
-    return found | ({4: (parts.mlp, gate_up), 6: (parts.mlp, down)} if mlp == "glu" else {})
+    if mlp == "glu":
+        return found | {4: (parts.mlp, gate_up), 6: (parts.mlp, down)}
+    if mlp == MOE and mixture is not None and mixture.shared is not None:
+        shared = f"{parts.mlp}.{mixture.shared}"
+        found |= {4: (shared, gate_up), 6: (shared, down)}
+        found |= {7: (parts.mlp, (mixture.shared_gate,))} if mixture.shared_gate is not None else {}
+    return found
 
 
 def read_groups(
-    layer: Any, parts: LayerParts, reading: Reading, mlp: str = "glu"
+    layer: Any,
+    parts: LayerParts,
+    reading: Reading,
+    mlp: str = "glu",
+    mixture: MixtureParts | None = None,
 ) -> dict[int, list[Projection]]:
     """A layer's projections by the slots of `group_names`."""
     return {
         slot: [
-            read_projection(getattr(getattr(layer, parent), name), reading, slot + i)
+            read_projection(getattr(layer.get_submodule(parent), name), reading, slot + i)
             for i, name in enumerate(names)
         ]
-        for slot, (parent, names) in group_names(parts, mlp).items()
+        for slot, (parent, names) in group_names(parts, mlp, mixture).items()
     }
 
 
