@@ -14,6 +14,7 @@ from pronghorn.engine import base_causal_lm
 from pronghorn.errors import SaveFailed
 from pronghorn.export.safetensors_file import Entry
 from pronghorn.weights import read_weight
+from pronghorn.weights.experts import four_bit_states, held_stack
 
 
 @dataclass
@@ -104,6 +105,9 @@ def _walk(module: nn.Module, prefix: str, dtype: torch.dtype) -> Iterator[_Found
     if weight is not None:
         name = f"{prefix}weight"
         yield _Found(Entry(name, weight.shape, dtype, lambda: weight.dense(torch.float32).to(dtype)))
+    for name, state in four_bit_states(module).items():
+        make = partial(_dequantised_stack, module, name, dtype)
+        yield _Found(Entry(f"{prefix}{name}", tuple(state.shape), dtype, make))
     for name, tensor in _own_tensors(module):
         if weight is None or name == "bias":
             yield _plain(f"{prefix}{name}", tensor, dtype)
@@ -116,11 +120,16 @@ def _is_quantised(module: nn.Module) -> bool:
     return isinstance(weight, Tensor) and not weight.dtype.is_floating_point
 
 
+def _dequantised_stack(module: nn.Module, name: str, dtype: torch.dtype) -> Tensor:
+    return held_stack(module, name).dense(torch.float32).to(dtype)
+
+
 def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and persistent buffers of a module itself."""
+    """Parameters and persistent buffers of a module itself, but for stacks of experts in 4 bits."""
     yield from module.named_parameters(recurse=False)
+    held = {part for name in four_bit_states(module) for part in (name, f"{name}_packed")}
     for name, buffer in module.named_buffers(recurse=False):
-        if name not in module._non_persistent_buffers_set:
+        if name not in module._non_persistent_buffers_set and name not in held:
             yield name, buffer
 
 
@@ -226,6 +235,8 @@ def _rounded(merged: Tensor, dtype: torch.dtype, prefix: str) -> Tensor:
 def _plain_weight(module: Any) -> Tensor:
     """The weight without adapters, in fp32."""
     if hasattr(module, "get_param"):
+        if module.parameter_name in four_bit_states(module.get_base_layer()):
+            return _dequantised_stack(module.get_base_layer(), module.parameter_name, torch.float32)
         return module.get_param().detach().to(torch.float32)
     stored = read_weight(module.base_layer)
     return (

@@ -65,10 +65,9 @@ class FourBitExperts(ExpertWeight):
 
 def read_experts(module: nn.Module, name: str, transposed: bool) -> ExpertWeight:
     """The stack `name` of a module of experts, plain or held in 4 bits."""
-    state = four_bit_states(module).get(name)
-    if state is None:
-        return DenseExperts(getattr(module, name), transposed)
-    return FourBitExperts(_packed(module, name), state, transposed)
+    if name in four_bit_states(module):
+        return held_stack(module, name, transposed)
+    return DenseExperts(getattr(module, name), transposed)
 
 
 # --- stacks held in 4 bits -----------------------------------------------------------------------------------------
@@ -115,12 +114,13 @@ def _without_empty_stacks(module: nn.Module, state_dict: dict[str, Any], prefix:
         state_dict.pop(f"{prefix}{name}", None)
 
 
-def _packed(module: nn.Module, name: str) -> Tensor:
+def held_stack(module: nn.Module, name: str, transposed: bool = False) -> FourBitExperts:
+    """The stack that a module holds in 4 bits, wherever the module has moved to."""
     packed: Tensor = module._buffers[f"{name}_packed"]  # type: ignore[assignment]
     state = four_bit_states(module)[name]
     if state.absmax.device != packed.device:
         state.to(packed.device)
-    return packed
+    return FourBitExperts(packed, state, transposed)
 
 
 def _dequantised_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -137,7 +137,7 @@ def _dequantised_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     added = module._modules.get("parametrizations")
     twin._modules.update({n: m for n, m in module._modules.items() if m is not added})
     for name, state in four_bit_states(module).items():
-        stack = FourBitExperts(_packed(module, name), state, False).dense(state.dtype)
+        stack = held_stack(module, name).dense(state.dtype)
         if added is not None and name in added:  # type: ignore[operator]
             stack = stack + getattr(module, name)
         twin._buffers[name] = stack
