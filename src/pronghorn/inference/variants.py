@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +34,11 @@ class Variant:
             TokenizerProblem: the tokenizer has no chat template.
         """
         return tuple(encode_chat(self.tokenizer, messages)["input_ids"][0].tolist())
+
+    def special_tokens(self, texts: Sequence[str]) -> list[int]:
+        """Those of the texts that are tokens of their own, such as <|im_end|>: they have no text in an answer."""
+        added = self.tokenizer.get_added_vocab()
+        return [added[text] for text in texts if text in added]
 
 
 def load_variants(

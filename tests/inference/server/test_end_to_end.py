@@ -7,9 +7,7 @@ import threading
 import pytest
 import torch
 
-from pronghorn.errors import AdapterProblem, CommandMisused
 from pronghorn.inference.server.loading import load_served, usual_choice
-from pronghorn.inference.variants import load_variants
 from tests.inference.adapters import save_base_and_adapters, stock_answer, stock_model
 from tests.inference.server.running import ask, call, connected, raw_request, running, until
 from tests.tiny import tiny_tokenizer
@@ -108,23 +106,6 @@ def test_models(server):
         ("formal", "base"),
         ("casual.v2", "base"),
     ]
-
-
-def test_an_adapter_stands_for_itself_and_its_base(folder):
-    _, variants = load_variants(
-        str(folder / "formal"), {"other": str(folder / "casual.v2")}, load_in_4bit=False
-    )
-    assert [variant.name for variant in variants] == ["formal", "base", "other"]
-    assert variants[0].adapter is not None and variants[1].adapter is None
-    assert variants[0].tokenizer is variants[1].tokenizer  # it has none of its own
-    assert variants[2].tokenizer.chat_template != variants[0].tokenizer.chat_template
-
-
-def test_names_and_folders_that_cannot_be(folder):
-    with pytest.raises(CommandMisused, match="same name"):
-        load_variants(str(folder / "base"), {"base": str(folder / "formal")})
-    with pytest.raises(AdapterProblem, match="'x' is no adapter"):
-        load_variants(str(folder / "base"), {"x": str(folder / "base")})
 
 
 def test_a_generation_config_that_draws_is_the_usual_choice():

@@ -129,6 +129,15 @@ def test_stop_strings(client, server, stop, expected, stream):
     assert (text, finish) == (expected, "stop")
 
 
+def test_a_special_token_as_a_stop_string(client, server):
+    client.chat.completions.create(model="tiny", messages=QUESTION, stop=["<|im_end|>", "word"])
+    tokenizer = tiny_tokenizer()
+    assert server.engine.submitted[-1].sampling.stop_token_ids == (
+        tokenizer.eos_token_id,
+        tokenizer.convert_tokens_to_ids("<|im_end|>"),
+    )
+
+
 def test_log_probabilities_of_a_chat(client):
     answer = client.chat.completions.create(
         model="tiny", messages=QUESTION, logprobs=True, top_logprobs=2, stop="\n\n"

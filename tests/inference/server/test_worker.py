@@ -151,6 +151,18 @@ def test_what_the_engine_refuses(stream):
         assert "at most 7" in answer["error"]["message"]
 
 
+class Broken(FakeEngine):
+    def submit(self, request):
+        raise KeyError("a mistake of ours")
+
+
+def test_a_mistake_of_ours_is_logged(caplog):
+    with running(lambda: (Broken(saying("")), MODEL)) as server:
+        status, _, answer = ask(server)
+    assert (status, answer["error"]["type"]) == (500, "server_error")
+    assert "mistake" not in answer["error"]["message"] and "a mistake of ours" in caplog.text
+
+
 class Failing(FakeEngine):
     """Fails in its third step, and if `again` in every one from then on."""
 

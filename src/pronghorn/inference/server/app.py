@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -28,8 +27,6 @@ from pronghorn.inference.server.streams import ClientGone, EventStream, unless_g
 from pronghorn.inference.server.text import TokenNames
 from pronghorn.inference.server.worker import Job, Worker, refusal
 
-log = logging.getLogger("pronghorn")
-
 GONE = 499
 
 
@@ -45,16 +42,13 @@ def build_app(
     service = Service(worker)
     middleware = [Middleware(Guard, token=token, loopback=loopback, origins=origins, limits=limits)]
     if origins:
-        allowed = CORSMiddleware
-        middleware.insert(
-            0,
-            Middleware(
-                allowed,
-                allow_origins=sorted(origins),
-                allow_methods=["GET", "POST"],
-                allow_headers=["Authorization", "Content-Type"],
-            ),
+        asked_first = Middleware(
+            CORSMiddleware,
+            allow_origins=sorted(origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=["Authorization", "Content-Type"],
         )
+        middleware.insert(0, asked_first)
     return Starlette(
         routes=[
             Route("/", service.page),
@@ -125,8 +119,15 @@ class Service:
         prompts = await asyncio.get_running_loop().run_in_executor(self._encoding, model.prompts_of, call)
         requests = model.requests_of(call, prompts)
         shape = shape_of(variant.name, TokenNames(variant.tokenizer), call.logprobs)
-        before = [() if isinstance(call, ChatCall) else request.prompt_ids for request in requests]
-        answers = [Answer(variant.tokenizer, call.stop, variant.stop_tokens, tokens) for tokens in before]
+        answers = [
+            Answer(
+                variant.tokenizer,
+                call.stop,
+                asked.sampling.stop_token_ids,
+                before=() if isinstance(call, ChatCall) else asked.prompt_ids,
+            )
+            for asked in requests
+        ]
         run = _Run(self._worker, self._worker.submit(requests), answers, sum(map(len, prompts)))
         streams = False
         try:
@@ -137,8 +138,6 @@ class Service:
             return JSONResponse(await unless_gone(request.receive, run.whole(shape)))
         except ClientGone:
             return Response(status_code=GONE)  # nobody reads it
-        except CallProblem:
-            raise
         except Exception as error:
             raise refusal(error) from error
         finally:
@@ -188,10 +187,7 @@ class _Run:
                 ]
                 begun.update(index for index, _ in pieces)
         except Exception as error:
-            # The status was sent long ago.
-            if not isinstance(error, CallProblem):
-                log.exception("an answer ended early")
-            yield [refusal(error).as_dict()]
+            yield [refusal(error).as_dict()]  # the status was sent long ago
             return
         if include_usage:
             yield [shape.usage_chunk(self._usage())]

@@ -109,7 +109,7 @@ class ServedModel:
             repetition_penalty=_first(asked.repetition_penalty, usual.repetition_penalty, 1.0),
             # Answers to one prompt differ, and the same call gives the same answers.
             seed=secrets.randbits(62) if asked.seed is None else (asked.seed + choice) % (1 << 63),
-            stop_token_ids=variant.stop_tokens,
+            stop_token_ids=(*variant.stop_tokens, *variant.special_tokens(call.stop)),
             logprobs=call.logprobs,
         )
 

@@ -11,6 +11,8 @@ from typing import Any, ClassVar
 from pronghorn.inference.server.answers import Piece
 from pronghorn.inference.server.text import TokenNames
 
+LEAST_LOGPROB = -9999.0
+
 
 @dataclass(frozen=True)
 class Usage:
@@ -98,7 +100,11 @@ class ChatShape(Shape):
         return {"logprobs": told, "finish_reason": piece.finish}
 
     def _named(self, token: int, logprob: float | None) -> dict[str, Any]:
-        return {"token": self.names.text(token), "logprob": logprob, "bytes": self.names.bytes(token)}
+        return {
+            "token": self.names.text(token),
+            "logprob": _finite(logprob),
+            "bytes": self.names.bytes(token),
+        }
 
 
 class CompletionShape(Shape):
@@ -110,8 +116,10 @@ class CompletionShape(Shape):
         if self.logprobs is not None:
             told = {
                 "tokens": [self.names.text(token.id) for token, _ in answer.tokens],
-                "token_logprobs": [token.logprob for token, _ in answer.tokens],
-                "top_logprobs": [{self.names.text(t): p for t, p in token.top} for token, _ in answer.tokens]
+                "token_logprobs": [_finite(token.logprob) for token, _ in answer.tokens],
+                "top_logprobs": [
+                    {self.names.text(t): _finite(p) for t, p in token.top} for token, _ in answer.tokens
+                ]
                 if self.logprobs
                 else None,
                 "text_offset": [at for _, at in answer.tokens],
@@ -120,3 +128,8 @@ class CompletionShape(Shape):
 
     def _delta(self, index: int, piece: Piece, first: bool) -> dict[str, Any]:
         return self._choice(index, piece)
+
+
+def _finite(logprob: float | None) -> float | None:
+    """As OpenAI writes the impossible: JSON has no infinity."""
+    return logprob if logprob is None or logprob > LEAST_LOGPROB else LEAST_LOGPROB

@@ -64,7 +64,11 @@ class EventStream:
             self._close()
 
     async def _send_all(self, send: Send) -> None:
-        headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
+        headers = [
+            (b"content-type", b"text/event-stream; charset=utf-8"),
+            (b"cache-control", b"no-cache"),
+            (b"x-accel-buffering", b"no"),  # a proxy is to pass each piece on at once
+        ]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         async for items in self._objects:
             text = "".join(f"data: {_to_json(item)}\n\n" for item in items)

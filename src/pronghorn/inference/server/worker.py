@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
-from pronghorn.errors import PronghornError
+from pronghorn.errors import PronghornError, RequestTooLong
 from pronghorn.inference.requests import Event, Request
 from pronghorn.inference.server.model import ServedModel
 from pronghorn.inference.server.problems import CallProblem, wrong_field
@@ -25,6 +25,7 @@ State = Literal["starting", "ready", "stopping", "failed"]
 #: Failures of the engine's step, one after another, after which the server gives up.
 MOST_FAILURES = 2
 RETRY_AFTER = 1
+_ENGINE_FAILED = CallProblem(500, "the engine failed; the server's log says more", code="engine_failed")
 
 
 class EngineLike(Protocol):
@@ -174,7 +175,7 @@ class Worker:
         """(which request, its event), all that have come since the last time, until all requests have finished.
 
         Raises:
-            Exception: what the engine raised for a request, as it was.
+            CallProblem: the engine failed, or the server stops.
         """
         while job.unfinished:
             arrived = [await job.inbox.get()]
@@ -236,7 +237,7 @@ class Worker:
             self.error = error
             self._move({"starting", "ready", "stopping"}, "failed")
             self._loaded.set()
-            self._fail_all(error)
+            self._fail_all()
             self._on_end()
             while (order := self._orders.get()) is not None:
                 order()
@@ -248,12 +249,12 @@ class Worker:
             try:
                 events = self._engine.step()
                 failures = 0
-            except Exception as error:
+            except Exception:
                 log.exception("the engine failed")
                 failures += 1
                 if failures == MOST_FAILURES:
                     raise
-                self._fail_all(error)
+                self._fail_all()
                 continue
             self._count(events)
             for event in events:
@@ -277,7 +278,7 @@ class Worker:
         for index, request in enumerate(job.requests):
             try:
                 if self.error is not None:
-                    raise self.error
+                    raise _ENGINE_FAILED
                 self._owners[self._engine.submit(request)] = (job, index)
             except Exception as error:
                 self._outgoing.append((job, index, error))
@@ -299,10 +300,10 @@ class Worker:
             del self._owners[event.request_id]
         self._outgoing.append((*owner, event))
 
-    def _fail_all(self, error: Exception) -> None:
-        """Every request that runs ends with the error, and leaves the engine if that still can."""
+    def _fail_all(self) -> None:
+        """Every request that runs ends with an error, and leaves the engine if that still can."""
         for request_id, owner in self._owners.items():
-            self._outgoing.append((*owner, error))
+            self._outgoing.append((*owner, _ENGINE_FAILED))
             try:
                 self._engine.cancel(request_id)
             except Exception:
@@ -338,11 +339,12 @@ class Worker:
 
 
 def refusal(error: Exception) -> CallProblem:
-    """What the engine raised, as an answer to the client."""
+    """An error in the course of an answer, as it is told to the client."""
     if isinstance(error, CallProblem):
         return error
-    if isinstance(error, PronghornError):
+    if isinstance(error, PronghornError):  # the engine does not take the request
         fix = f". {error.fix}" if error.fix else ""
-        code = "context_length_exceeded" if error.code == "PH801" else error.code
+        code = "context_length_exceeded" if isinstance(error, RequestTooLong) else error.code
         return CallProblem(400, f"{error.message}{fix}", code=code)
-    return CallProblem(500, "the engine failed; the server's log says more", code="engine_failed")
+    log.error("an answer failed", exc_info=error)
+    return CallProblem(500, "unexpected; the server's log says more")
