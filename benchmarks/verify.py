@@ -57,7 +57,7 @@ WINDOWS = {"tiny": 9, "mid": 200}
 
 FAMILIES = (
     "llama", "mistral", "ministral", "ministral3", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3",
-    "granite",
+    "granite", "smollm3",
 )  # fmt: skip
 
 
@@ -123,6 +123,7 @@ def _differences(family: str, window: int, layers: int) -> dict[str, Any]:
         "qwen2": {"use_sliding_window": True, "sliding_window": window, "max_window_layers": 1},
         "gemma2": {**by_layer, **caps, "query_pre_attn_scalar": 24},
         "gemma3_text": {**by_layer, "query_pre_attn_scalar": 24},
+        "smollm3": {**by_layer, "use_sliding_window": True, "no_rope_layers": [1, 0] * (layers // 2)},
         "phi3": {"sliding_window": window, "partial_rotary_factor": 0.75},
         "granite": {"embedding_multiplier": 2.0, "residual_multiplier": 0.3, "attention_multiplier": 0.1,
                     "logits_scaling": 2.0},

@@ -39,6 +39,8 @@ from transformers import (
     Qwen3ForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
 )
 
 FAMILIES: dict[str, tuple[type, type]] = {
@@ -53,6 +55,7 @@ FAMILIES: dict[str, tuple[type, type]] = {
     "gemma3_text": (Gemma3TextConfig, Gemma3ForCausalLM),
     "phi3": (Phi3Config, Phi3ForCausalLM),
     "granite": (GraniteConfig, GraniteForCausalLM),
+    "smollm3": (SmolLM3Config, SmolLM3ForCausalLM),
 }
 
 #: families whose layers are mixtures of experts; `tests.families.mixtures` configures them

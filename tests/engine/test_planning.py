@@ -16,11 +16,19 @@ from pronghorn.engine.planning import (
 )
 from pronghorn.errors import BudgetInvalid, BudgetTooSmall, UnsupportedCheckpoint
 from pronghorn.memory import Batch, estimate
-from tests.families.parity import add_adapter, assert_same, bound_copy, quantise_4bit, rows_batch, run
+from tests.families.parity import (
+    FAMILIES,
+    add_adapter,
+    assert_same,
+    bound_copy,
+    quantise_4bit,
+    rows_batch,
+    run,
+)
 from tests.tiny import tiny_config, tiny_model
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "granite"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_weights_are_counted_exactly(family: str) -> None:
     model = tiny_model(family, tie_word_embeddings=family == "qwen2")
     plain = sum(p.numel() for p in model.parameters())
@@ -32,7 +40,7 @@ def test_weights_are_counted_exactly(family: str) -> None:
     assert shape.adapter_parameters == sum(p.numel() for p in adapted.parameters() if p.requires_grad)
 
 
-@pytest.mark.parametrize("family", ["qwen3", "gemma2", "gemma3_text", "phi3", "granite"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_config_alone_gives_the_same_sizes(family: str) -> None:
     model = add_adapter(tiny_model(family), r=8)
     bind(model)

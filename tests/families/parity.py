@@ -62,6 +62,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "query_pre_attn_scalar": 24,
     },
     "phi3": {"sliding_window": 5, "partial_rotary_factor": 0.75},
+    "smollm3": {
+        "no_rope_layers": [1, 0],
+        "use_sliding_window": True,
+        "sliding_window": 6,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
     "granite": {
         "embedding_multiplier": 3.0,
         "residual_multiplier": 0.4,

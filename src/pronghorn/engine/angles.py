@@ -19,7 +19,8 @@ Angles = dict[str | None, tuple[Tensor, Tensor]]
 def angles_of(binding: Binding, decoder: Any, hidden: Tensor, positions: Tensor) -> Angles:
     """The angles of the positions [T] in the dtype of hidden [T, H], as the decoder's own rotary module gives them."""
     found: Angles = {}
-    for kind in binding.rotations:
+    # Layers that do not rotate take the width of the others' angles.
+    for kind in binding.rotations if any(k is not None for k in binding.rotations) else (ONE_ROTATION,):
         if kind == ONE_ROTATION and getattr(decoder.rotary_emb, "rope_type", None) == "longrope":
             found[kind] = _longrope(binding, decoder.rotary_emb, hidden, positions)
         elif kind is not None:

@@ -1,6 +1,6 @@
 """The model families with a fast path. Adding one: a `DecoderFamily` in a file of its own, listed here."""
 
-from pronghorn.families import gemma, gpt_oss, granite, llama, mistral, mixtral, phi, qwen, qwen_moe
+from pronghorn.families import gemma, gpt_oss, granite, llama, mistral, mixtral, phi, qwen, qwen_moe, smollm
 from pronghorn.families.mixture import MOE, MixtureParts
 from pronghorn.families.spec import ACTIVATIONS, DecoderFamily, LayerParts, Scales
 from pronghorn.families.stock import STOCK
@@ -17,6 +17,7 @@ FAMILIES: tuple[DecoderFamily, ...] = (
     gemma.GEMMA3,
     phi.FAMILY,
     granite.FAMILY,
+    smollm.FAMILY,
     mixtral.FAMILY,
     qwen_moe.QWEN2_MOE,
     qwen_moe.QWEN3_MOE,
