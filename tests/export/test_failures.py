@@ -3,24 +3,32 @@
 import errno
 import shutil
 from collections import namedtuple
+from pathlib import Path
 
 import pytest
 import torch
 
 from pronghorn.errors import ExportMismatch, SaveFailed
 from pronghorn.export import merged as merged_module
-from pronghorn.export import safetensors_file, save_adapter, save_merged, verify_export
+from pronghorn.export import (
+    safetensors_file,
+    save_adapter,
+    save_gguf,
+    save_gguf_adapter,
+    save_merged,
+    verify_export,
+)
 from pronghorn.export.folder import write_folder
 from pronghorn.export.safetensors_file import Entry, write_safetensors
 from pronghorn.loading import FastLanguageModel
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.tiny import save_tiny, tiny_model, tiny_tokenizer
 
 Usage = namedtuple("Usage", "total used free")
 
 
 @pytest.fixture
 def model():
-    return FastLanguageModel.get_peft_model(tiny_model("llama"), r=2)
+    return FastLanguageModel.get_peft_model(tiny_model("llama"), r=4)
 
 
 def contents(folder):
@@ -104,6 +112,71 @@ def test_a_folder_that_cannot_be_written(monkeypatch, tmp_path, model):
     with pytest.raises(SaveFailed, match="cannot be written"):
         save_merged(model, None, tmp_path / "file" / "out")
     assert contents(tmp_path) == {"file": b"x"}
+
+
+def test_a_folder_that_must_not_be_taken_the_place_of(monkeypatch, tmp_path):
+    base = save_tiny(tmp_path / "base", "llama")
+    loaded, tokenizer = FastLanguageModel.from_pretrained(str(base), dtype="float32", load_in_4bit=False)
+    loaded = FastLanguageModel.get_peft_model(loaded, r=2)
+    (tmp_path / "here" / "inner").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here" / "inner")
+    before = contents(tmp_path)
+    for method in ("merged_16bit", "lora"):
+        for path, message in (
+            (base, "loaded from"),
+            (tmp_path / "base" / ".." / "base", "loaded from"),
+            ("", "no folder"),
+            (".", "working directory"),
+            (tmp_path / "here", "working directory"),
+        ):
+            with pytest.raises(SaveFailed, match=message):
+                loaded.save_pretrained_merged(path, tokenizer, method)
+    assert contents(tmp_path) == before
+    save_merged(loaded, tokenizer, "merged", verify=False)
+    with pytest.raises(SaveFailed, match="whole model"):
+        save_adapter(loaded, tokenizer, "merged")
+    save_adapter(loaded, tokenizer, "adapter")
+    save_adapter(loaded, tokenizer, "adapter")  # an adapter takes an adapter's place
+
+
+@pytest.mark.parametrize("method", ["merged_16bit", "lora"])
+@pytest.mark.parametrize("text", ["No space left on device (os error 28)", "I/O error: Quota (os error 122)"])
+def test_a_full_disk_in_the_words_of_other_libraries(monkeypatch, target, model, method, text):
+    class Tokenizer:
+        def save_pretrained(self, path):
+            raise Exception(text)
+
+    before = contents(target.parent)
+    with pytest.raises(SaveFailed, match=r"filled up|whole model"):
+        save_merged(model, Tokenizer(), target, method)
+    assert contents(target.parent) == before
+
+
+@pytest.fixture
+def small_files():
+    """No file grows beyond 30 kB: writes fail as on a disk that fills up, in whatever library they are."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("method", ["merged_16bit", "merged_4bit", "fp8", "lora", "gguf", "gguf lora"])
+def test_writes_that_stop_midway_in_every_form(small_files, tmp_path, model, method):
+    save = {
+        "gguf": lambda path: save_gguf(model, tiny_tokenizer(), path, ["f32", "q8_0"]),
+        "gguf lora": lambda path: save_gguf_adapter(model, path),
+    }.get(method, lambda path: save_merged(model, None, path, method))
+    with pytest.raises(SaveFailed, match="filled up"):
+        save(tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="a folder that nobody may write to")
+def test_a_folder_that_is_read_only(model):
+    with pytest.raises(SaveFailed, match="cannot be written"):
+        save_merged(model, None, "/proc/nowhere/out")
 
 
 def test_a_failing_rename_brings_the_old_export_back(monkeypatch, tmp_path):

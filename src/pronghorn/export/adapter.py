@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pronghorn.engine import base_causal_lm
 from pronghorn.errors import SaveFailed
-from pronghorn.export.folder import write_folder
+from pronghorn.export.folder import folder_of, write_folder
 from pronghorn.export.gate import Checked
 from pronghorn.export.result import FOLDER_MARK, Export, mark_failed, settle
 
@@ -32,7 +32,13 @@ def save_adapter(model: Any, tokenizer: Any, path: str | os.PathLike[str], *, ve
         raise SaveFailed(
             "the model has no adapter to save", fix="save it whole: save_merged, or model.save_pretrained"
         )
-    target = Path(path).expanduser().absolute()
+    target = not_the_base(model, path)
+    if (target / "config.json").is_file() and any(target.glob("model*.safetensors")):
+        raise SaveFailed(
+            "the folder holds a whole model, which the adapter would take the place of",
+            where=str(target),
+            fix="name another folder",
+        )
     export = Export(target, [target])
 
     def write(folder: Path) -> None:
@@ -48,6 +54,21 @@ def save_adapter(model: Any, tokenizer: Any, path: str | os.PathLike[str], *, ve
     needed = sum(tensor.nbytes for name in model.peft_config for tensor in _state(model, name).values())
     write_folder(target, needed, write)
     return settle(export, "report this with the output of pronghorn doctor")
+
+
+def not_the_base(model: Any, path: str | os.PathLike[str]) -> Path:
+    """The folder to save to.
+
+    Raises:
+        SaveFailed: for the one that the base was loaded from: adapters that name it would be put on something else.
+    """
+    target = folder_of(path)
+    base = Path(str(getattr(base_causal_lm(model), "name_or_path", None) or ""))
+    if base.is_absolute() and target.resolve() == base.resolve():
+        raise SaveFailed(
+            "this is the folder that the model was loaded from", where=str(target), fix="name another folder"
+        )
+    return target
 
 
 def check_adapter(model: Any, folder: Path) -> Checked:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -42,8 +43,14 @@ def write_folder(path: str | os.PathLike[str], needed: int, write: Callable[[Pat
         needed: bytes the new files take, about; checked against the free space first.
 
     Raises:
-        SaveFailed: when the disk is full or the folder cannot be written.
+        SaveFailed: when the disk is full or the folder cannot be written, and for the working directory, which would be
+            taken away from under the process.
     """
+    target = folder_of(path).resolve()
+    if target == Path.cwd() or target in Path.cwd().parents:
+        raise SaveFailed(
+            "the working directory cannot be replaced", where=str(target), fix="name a folder in it"
+        )
     return _write(path, needed, write, _put_in_place)
 
 
@@ -59,7 +66,7 @@ def _write(
     write: Callable[[Path], None],
     put: Callable[[Path, Path], None],
 ) -> Path:
-    target = Path(path).expanduser().absolute()
+    target = folder_of(path)
     if target.exists() and not target.is_dir():
         raise SaveFailed("the place to save to is a file", where=str(target), fix="name a folder")
     try:
@@ -72,11 +79,34 @@ def _write(
     try:
         write(temporary)
         put(temporary, target)
-    except OSError as error:
-        raise _failed(error, target, needed) from error
+    except Exception as error:
+        if (known := _as_os_error(error)) is None:
+            raise
+        raise _failed(known, target, needed) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return target
+
+
+def folder_of(path: str | os.PathLike[str]) -> Path:
+    """The folder to save to, as an absolute path.
+
+    Raises:
+        SaveFailed: for no name at all, which would be the working directory.
+    """
+    if not os.fspath(path):
+        raise SaveFailed("no folder to save to is named", fix="name one")
+    return Path(path).expanduser().absolute()
+
+
+def _as_os_error(error: Exception) -> OSError | None:
+    """The failure of a write: tokenizers and safetensors wrap it into exceptions of their own, and numpy leaves its
+    number out."""
+    if isinstance(error, OSError):
+        short = error.errno is None and re.search(r"\d+ requested and \d+ written", str(error))
+        return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) if short else error
+    number = re.search(r"\(os error (\d+)\)", str(error))
+    return OSError(int(number[1]), os.strerror(int(number[1]))) if number else None
 
 
 def _put_in_place(temporary: Path, target: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Callable, Sequence
 from math import prod
 from pathlib import Path
@@ -48,8 +50,11 @@ def write_gguf(
         writer.write_ti_data_to_file()
         for entry in entries:
             writer.write_tensor_data(encode(entry.make(), kinds[entry.name], entry.name))
+        end = writer.fout[0].tell()
     finally:
         writer.close()
+    if path.stat().st_size < end:  # numpy does not see that its last bytes were not written
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def _kind(entry: Entry, method: Method, entries: Sequence[Entry]) -> Any:
