@@ -81,7 +81,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     chat.add_argument("--load-in-4bit", action="store_true")
 
-    from pronghorn.cli import compare, compare_adapters, curves, data, export, plan, run, serve
+    from pronghorn.cli import compare, compare_adapters, curves, data, export, plan, run, serve, stress
 
     plan.register(commands)
     data.register(commands)
@@ -91,6 +91,7 @@ def build_parser() -> argparse.ArgumentParser:
     run.register(commands)
     curves.register(commands)
     compare.register(commands)
+    stress.register(commands)
 
     doctor = commands.add_parser(
         "doctor", help="versions and hardware, then run every kernel and a training step on this machine"
@@ -164,6 +165,11 @@ def _commands() -> dict:
 
         return run(options)
 
+    def stress(options: argparse.Namespace) -> int:
+        from pronghorn.cli.stress import run
+
+        return run(options)
+
     def doctor(options: argparse.Namespace) -> int:
         from pronghorn.cli.doctor import run
 
@@ -186,6 +192,7 @@ def _commands() -> dict:
         "run": run,
         "curves": curves,
         "compare": compare,
+        "stress": stress,
         "doctor": doctor,
         "explain": explain,
     }

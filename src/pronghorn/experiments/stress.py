@@ -1,0 +1,262 @@
+"""How much a held-out score moves when labels are wrong, beside how much it moves by itself from seed to seed.
+
+The same short training is run with shares of the answers replaced by those of other rows, for several seeds each. A
+seed decides the adapter's beginning, the order of the rows, and which rows are wrong; at every share the seeds are the
+same, so that runs are compared in pairs.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+import statistics
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft.tuners.lora import LoraLayer
+
+from pronghorn.data.rows import IGNORED
+from pronghorn.errors import DatasetUnusable
+from pronghorn.training import SFTConfig, SFTTrainer
+
+#: What a run of a series does not need.
+_QUIET: dict[str, Any] = {
+    "eval_strategy": "no",
+    "save_strategy": "no",
+    "load_best_model_at_end": False,
+    "stop_early": False,
+    "push_to_hub": False,
+    "report": False,
+    "report_to": [],
+    "disable_tqdm": True,
+}
+
+
+@dataclass(frozen=True)
+class Score:
+    """One training's outcome on the held-out rows.
+
+    Args:
+        share: of the training rows, whose answers are wrong.
+        wrong: how many rows that are.
+        loss, accuracy: per supervised token of the held-out rows.
+    """
+
+    share: float
+    seed: int
+    wrong: int
+    loss: float
+    accuracy: float
+
+
+@dataclass(frozen=True)
+class Level:
+    """All seeds at one share of wrong answers; `shift` is the mean difference of each seed's loss to its clean one."""
+
+    share: float
+    wrong: int
+    loss: float
+    spread: float
+    accuracy: float
+    shift: float
+    shift_spread: float
+
+
+@dataclass(frozen=True)
+class StressReport:
+    """The outcome of a series; the first level is the clean one."""
+
+    scores: tuple[Score, ...]
+    steps: int
+    rows: int
+    held_out: int
+
+    @property
+    def levels(self) -> list[Level]:
+        clean = {score.seed: score.loss for score in self.scores if score.share == 0.0}
+        found = []
+        for share in dict.fromkeys(score.share for score in self.scores):
+            scores = [score for score in self.scores if score.share == share]
+            losses = [score.loss for score in scores]
+            shifts = [score.loss - clean[score.seed] for score in scores]
+            found.append(
+                Level(
+                    share,
+                    round(statistics.mean(score.wrong for score in scores)),
+                    statistics.mean(losses),
+                    _spread(losses),
+                    statistics.mean(score.accuracy for score in scores),
+                    statistics.mean(shifts),
+                    _spread(shifts),
+                )
+            )
+        return found
+
+    def sentences(self) -> list[str]:
+        """What wrong answers do, beside the seeds."""
+        clean, *others = self.levels
+        said = [
+            f"By itself the held-out loss varies by {clean.spread:.4f} (standard deviation of "
+            f"{len([s for s in self.scores if s.share == 0.0])} seeds)."
+        ]
+        for level in others:
+            times = abs(level.shift) / clean.spread if clean.spread else float("inf")
+            moved = "raise" if level.shift > 0 else "lower"
+            said.append(
+                f"{level.share:.0%} wrong answers {moved} it by {abs(level.shift):.4f} "
+                f"({abs(level.shift) / clean.loss:.1%}), "
+                + ("less than that." if times < 1 else f"{times:.1f} times that.")
+            )
+        return said
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "steps": self.steps,
+            "rows": self.rows,
+            "held_out_rows": self.held_out,
+            "levels": [vars(level) for level in self.levels],
+            "runs": [vars(score) for score in self.scores],
+            "sentences": self.sentences(),
+        }
+
+
+def _spread(values: Sequence[float]) -> float:
+    return statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def stress(
+    model: Any,
+    tokenizer: Any,
+    rows: Any,
+    held_out: Any,
+    settings: SFTConfig,
+    *,
+    shares: Sequence[float] = (0.1, 0.2),
+    seeds: Sequence[int] = (0, 1, 2),
+    on_score: Callable[[Score], None] | None = None,
+) -> StressReport:
+    """Train once for every seed and share, the clean rows first; the model ends with the weights it came with.
+
+    Args:
+        model: with an adapter, or all its weights to train; loaded once for all runs.
+        settings: of a short training; what they say of evaluating, saving and reporting has no effect.
+        on_score: is told each outcome as it comes.
+
+    Raises:
+        DatasetUnusable: rows without prompts, or all with the same answer.
+        PronghornError: rows that cannot be trained on.
+    """
+    start = _Start(model)
+    scores = []
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            trainer = _trainer(model, tokenizer, rows, held_out, settings, folder, packing=False)
+            prepared, evaluated = trainer.train_dataset, trainer.eval_dataset
+            if not isinstance(prepared, Dataset):
+                raise DatasetUnusable("a stream of rows cannot be trained on again", fix="give a Dataset")
+            for share in (0.0, *(share for share in shares if share > 0)):
+                for seed in seeds:
+                    wrong = swap_answers(prepared, share, seed)
+                    start.begin(seed)
+                    options = {"seed": seed, "data_seed": seed}
+                    trainer = _trainer(model, tokenizer, wrong.rows, evaluated, settings, folder, **options)
+                    trainer.train()
+                    metrics = trainer.evaluate()
+                    scores.append(
+                        Score(
+                            share,
+                            seed,
+                            wrong.count,
+                            metrics["eval_loss"],
+                            metrics["eval_mean_token_accuracy"],
+                        )
+                    )
+                    if on_score is not None:
+                        on_score(scores[-1])
+                    steps = trainer.state.global_step
+    finally:
+        start.restore()
+    return StressReport(tuple(scores), steps, len(prepared), len(evaluated))
+
+
+def _trainer(
+    model: Any, tokenizer: Any, rows: Any, held_out: Any, settings: SFTConfig, folder: str, **options: Any
+) -> SFTTrainer:
+    args = copy.copy(settings)
+    for name, value in {**_QUIET, "output_dir": folder, "eval_packing": False, **options}.items():
+        setattr(args, name, value)
+    return SFTTrainer(
+        model=model, args=args, train_dataset=rows, eval_dataset=held_out, processing_class=tokenizer
+    )
+
+
+class _Start:
+    """The weights that every run begins with, put back as they were at the end."""
+
+    def __init__(self, model: Any) -> None:
+        self._trained = {p: p.detach().clone() for p in model.parameters() if p.requires_grad}
+        self._layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+        # A's random beginning is part of a seed; an adapter that was trained before begins where it is.
+        self._anew = all(not b.weight.any() for layer in self._layers for b in layer.lora_B.values()) and all(
+            config.init_lora_weights is True for config in getattr(model, "peft_config", {}).values()
+        )
+
+    def begin(self, seed: int) -> None:
+        self.restore()
+        if self._anew:
+            torch.manual_seed(seed)
+            for layer in self._layers:
+                for name in layer.lora_A:
+                    layer.reset_lora_parameters(name, True)
+
+    def restore(self) -> None:
+        with torch.no_grad():
+            for parameter, value in self._trained.items():
+                parameter.copy_(value)
+                parameter.grad = None
+
+
+@dataclass(frozen=True)
+class Swapped:
+    """Rows, `count` of which have another row's answer."""
+
+    rows: Dataset
+    count: int
+
+
+def swap_answers(rows: Dataset, share: float, seed: int) -> Swapped:
+    """Token rows of which a share, chosen by the seed, has the answer of a row that answers otherwise.
+
+    An answer is what follows from the first supervised token of a row on. With the same seed, rows that are wrong at a
+    share are wrong at a larger one, too.
+
+    Raises:
+        DatasetUnusable: rows without prompts, or all with the same answer.
+    """
+    count = round(share * len(rows))
+    if not count:
+        return Swapped(rows, 0)
+    ids, labels = rows["input_ids"], rows["labels"]
+    starts = [next((at for at, label in enumerate(row) if label != IGNORED), len(row)) for row in labels]
+    if all(start <= 1 for start in starts):
+        raise DatasetUnusable(
+            "these rows are text without prompts, so that no answer of theirs can be wrong",
+            fix="give chat, prompt/completion or Alpaca rows, trained on their answers only",
+        )
+    answers = [tuple(row[start:]) for row, start in zip(ids, starts, strict=True)]
+    if len(set(answers)) < 2:
+        raise DatasetUnusable("all rows have the same answer", fix="give rows with different answers")
+    draw = random.Random(seed)
+    order = draw.sample(range(len(rows)), len(rows))
+    made_ids, made_labels = list(ids), list(labels)
+    for at in order[:count]:
+        other = at
+        while answers[other] == answers[at]:
+            other = draw.choice(order)
+        made_ids[at] = [*ids[at][: starts[at]], *ids[other][starts[other] :]]
+        made_labels[at] = [*labels[at][: starts[at]], *labels[other][starts[other] :]]
+    return Swapped(Dataset.from_dict({"input_ids": made_ids, "labels": made_labels}), count)
