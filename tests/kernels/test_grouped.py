@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from pronghorn.kernels.grouped_adapters import stack_b, unstack_b
 from pronghorn.kernels.grouped_glu import CLAMPED, Gating, grouped_glu_backward_, grouped_glu_forward
 from pronghorn.kernels.grouped_matmul import Groups, LowRankRows, grouped_matmul, grouped_outer
 from pronghorn.kernels.grouped_rows import gather_rows, spread_rows
@@ -108,6 +109,41 @@ def test_operands_may_be_strided(impl: str, device: torch.device) -> None:
     right = wide[:, :16]
     same = grouped_outer(x.contiguous(), right.contiguous(), groups, impl=impl)
     assert_near(grouped_outer(x, right, groups, impl=impl), same)
+
+
+def test_tiles_copied_by_tma(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
+    """The kernel's other way of loading, whose tiles may begin in one expert and end in the next."""
+    module = pytest.importorskip("pronghorn.kernels.triton.grouped_matmul")
+    if device.type != "cuda":
+        monkeypatch.setattr(module, "is_wide", lambda x: False)
+        monkeypatch.setattr(module, "_copies_tiles", lambda x: True)
+    groups = groups_of(COUNTS["uneven"], device)
+    dtype = torch.float32 if device.type != "cuda" else torch.bfloat16
+    for n, k in ((40, 56), (64, 96), (8, 72)):
+        x = random(len(groups.experts), k, dtype=dtype, device=device)
+        weight = random(groups.count, n, k, dtype=dtype, device=device, seed=1)
+        left = random(len(groups.experts), 5, dtype=dtype, device=device, seed=2)
+        right = random(groups.count, n, 5, dtype=dtype, device=device, seed=3)
+        expected = torch.einsum("sk,snk->sn", x.double(), per_row(weight, groups))
+        expected += torch.einsum("sr,snr->sn", left.double(), per_row(right, groups))
+        tiles = module.Tiles(32, 32, 32, 4, 2)
+        plain = module.matmul(x, weight, groups, False, LowRankRows(left, right), tiles)
+        assert_near(plain, expected, slack=2)
+        turned = weight.transpose(1, 2).contiguous(), LowRankRows(left, right.transpose(1, 2))
+        assert_near(module.matmul(x, turned[0], groups, True, turned[1], tiles), expected, slack=2)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_adapters_between_two_orders(impl: str, dtype: torch.dtype, device: torch.device) -> None:
+    experts, out, rank = 5, 37, 3
+    b = random(out, rank * experts, dtype=torch.float32, device=device)
+    expected = b.double().view(out, rank, experts).permute(2, 0, 1) * 1.5
+    stacked = stack_b(b, experts, 1.5, dtype, impl=impl)
+    assert stacked.is_contiguous()
+    assert_near(stacked, expected)
+    again = unstack_b(expected.float().contiguous(), 2.0, impl=impl)
+    assert_near(again, b.double() * 3.0)
 
 
 # --- the gated unit --------------------------------------------------------------------------------------------

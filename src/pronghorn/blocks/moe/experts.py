@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from pronghorn.blocks.projection import GradientSink
+from pronghorn.kernels.grouped_adapters import stack_b, unstack_b
 from pronghorn.kernels.grouped_matmul import Groups, LowRankRows, grouped_matmul, grouped_outer
 from pronghorn.weights.experts import ExpertWeight
 
@@ -37,9 +38,9 @@ class ExpertAdapter:
         """A [E, R, in], a view."""
         return self.a.detach().view(self.experts, self.rank, -1)
 
-    def stacked_b(self) -> Tensor:
-        """B [E, out, R], a view."""
-        return self.b.detach().view(-1, self.rank, self.experts).permute(2, 0, 1)
+    def stacked_b(self, dtype: torch.dtype) -> Tensor:
+        """c · B [E, out, R]."""
+        return stack_b(self.b.detach(), self.experts, self.scaling, dtype)
 
     def give_a(self, gradient: Tensor, sink: GradientSink) -> None:
         """dA [E, R, in] to the sink."""
@@ -47,7 +48,7 @@ class ExpertAdapter:
 
     def give_b(self, gradient: Tensor, sink: GradientSink) -> None:
         """dB [E, out, R], yet without the scaling, to the sink."""
-        sink.add(self.b, (gradient.permute(1, 2, 0) * self.scaling).reshape(self.b.shape))
+        sink.add(self.b, unstack_b(gradient, self.scaling))
 
 
 class ExpertProjection:
@@ -133,12 +134,7 @@ class ExpertProjection:
 
     def _b(self, dtype: torch.dtype) -> Tensor:
         """c · B of all adapters, [E, out, ΣR]."""
-        stacks = []
-        for adapter in self.adapters:
-            b = adapter.stacked_b()
-            stacks.append(
-                torch.mul(b, adapter.scaling, out=torch.empty(b.shape, dtype=dtype, device=b.device))
-            )
+        stacks = [adapter.stacked_b(dtype) for adapter in self.adapters]
         return stacks[0] if len(stacks) == 1 else torch.cat(stacks, 2)
 
 
