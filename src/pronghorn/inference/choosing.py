@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Many
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,12 +24,15 @@ def choice_of(sequences: Many[Sequence], device: torch.device, vocabulary: int) 
     params = [sequence.request.sampling for sequence in sequences]
 
     def column(values: list[float]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float32, device=device)
+        return on_device(values, torch.float32, device)
 
-    numbers = [uniform(s.seed, s.generated) if s.request.sampling.temperature else 0.0 for s in sequences]
+    numbers = [
+        uniform(s.seed, s.generated + s.in_flight) if s.request.sampling.temperature else 0.0
+        for s in sequences
+    ]
     return Choice(
         temperature=column([p.temperature for p in params]),
-        top_k=torch.tensor([p.top_k for p in params], dtype=torch.int32, device=device),
+        top_k=on_device([p.top_k for p in params], torch.int32, device),
         top_p=column([p.top_p for p in params]),
         min_p=column([p.min_p for p in params]),
         penalty=column([p.repetition_penalty for p in params]),
@@ -37,6 +41,13 @@ def choice_of(sequences: Many[Sequence], device: torch.device, vocabulary: int) 
         draws=any(p.temperature > 0 for p in params),
         cuts=any(p.top_k or p.top_p < 1 or p.min_p for p in params),
     )
+
+
+def on_device(values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Numbers of the host on a device, without waiting for it."""
+    if device.type != "cuda":
+        return torch.tensor(values, dtype=dtype, device=device)
+    return torch.tensor(values, dtype=dtype, pin_memory=True).to(device, non_blocking=True)
 
 
 def next_tokens(sequences: Many[Sequence], logits: Tensor) -> list[Token]:
@@ -67,4 +78,4 @@ def _seen(sequences: Many[Sequence], device: torch.device, vocabulary: int) -> T
         if sequence.request.sampling.repetition_penalty != 1:
             seen[row, sequence.tokens] = True
             seen[row, list(sequence.also_seen)] = True
-    return seen.to(device)
+    return seen.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else seen

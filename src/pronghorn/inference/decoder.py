@@ -104,6 +104,10 @@ class Decoder:
         self._signature = _signature(self.base)
         return True
 
+    def places(self) -> list[int]:
+        """Where the parameters lie, adapters' apart."""
+        return [p.data_ptr() for name, p in self.base.named_parameters() if ".lora_" not in name]
+
     def embed(self, ids: Tensor) -> Tensor:
         """[T] -> [T, H], as the decoder takes them."""
         x: Tensor = self.embedding(ids)

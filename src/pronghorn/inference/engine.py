@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from pronghorn.hardware import probe
+from pronghorn.inference.captured import CapturedRunner
 from pronghorn.inference.checks import check_request
 from pronghorn.inference.decoder import Decoder
 from pronghorn.inference.forward import Cache, cache_bytes_per_token
@@ -247,7 +249,12 @@ class Engine:
             # Who has ended, and what the others' tokens are, has to be known before anybody gives up blocks.
             events += self._collect()
             self._make_room()
+        if self._pending is not None and self._waits_for_tokens():
+            events += self._collect()
         batch = [s for s in self._in_order() if s.left]
+        if self._runner.is_sparse(batch):
+            events += self._collect()
+            batch = self._pack_slots()
         pending, self._pending = self._pending, None
         if batch:
             self._pending = self._runner.decode(batch)
@@ -256,6 +263,19 @@ class Engine:
         if not self._runner.runs_ahead:
             pending, self._pending = self._pending, None
         return events + (self._take(pending.tokens()) if pending is not None else [])
+
+    def _waits_for_tokens(self) -> bool:
+        """Whether the next step needs the last one's tokens on the host, for a penalty on them."""
+        return any(s.request.sampling.repetition_penalty != 1 for s in self._running.values())
+
+    def _pack_slots(self) -> list[Sequence]:
+        """Move the running sequences to the lowest slots; the last step's tokens have been read."""
+        batch = [s for s in self._in_order() if s.left]
+        for sequence in self._running.values():
+            self._runner.leave(sequence)
+        for slot, sequence in enumerate(self._in_order()):
+            sequence.slot = slot
+        return batch
 
     def _in_order(self) -> list[Sequence]:
         return [self._running[number] for number in sorted(self._running)]
@@ -315,7 +335,14 @@ def _outside_of_autograd() -> Iterator[None]:
 
 
 def _runner(decoder: Decoder, cache: Cache, max_batch: int, max_context: int) -> Runner:
-    return EagerRunner(decoder, cache)
+    """Recorded steps where there is a GPU that kernels can be compiled for."""
+    if decoder.device.type != "cuda" or not probe().triton.value:
+        return EagerRunner(decoder, cache)
+    try:
+        return CapturedRunner(decoder, cache, max_batch, max_context)
+    except ValueError as reason:
+        logger.warning("pronghorn: decoding runs operation by operation: %s", reason)
+        return EagerRunner(decoder, cache)
 
 
 def _room(decoder: Decoder) -> int:

@@ -40,6 +40,9 @@ class Runner(Protocol):
     def leave(self, sequence: Sequence) -> None:
         """A sequence gives its slot away."""
 
+    def is_sparse(self, sequences: Many[Sequence]) -> bool:
+        """Whether the sequences would take a smaller step in other slots."""
+
     def refresh(self) -> None:
         """The decoder has been read again."""
 
@@ -92,6 +95,9 @@ class EagerRunner:
 
     def leave(self, sequence: Sequence) -> None:
         """Rows are made anew in every step."""
+
+    def is_sparse(self, sequences: Many[Sequence]) -> bool:
+        return False
 
     def refresh(self) -> None:
         """Nothing is kept between steps."""

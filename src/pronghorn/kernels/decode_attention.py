@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pronghorn.kernels.dispatch import math_dtype
+from pronghorn.kernels.dispatch import Impl, math_dtype, use_triton
 
 
 @dataclass(frozen=True)
@@ -113,11 +113,17 @@ def decode_attention(
     paged: Paged,
     heads: Heads,
     rotation: Rotation,
+    *,
+    impl: Impl | None = None,
 ) -> Tensor:
     """out [B, N·D] in qkv's dtype for qkv [B, (N + 2K)·D], which may be overwritten; the cache takes k and v in.
 
     Rows that hold no sequence are undefined.
     """
+    if use_triton(qkv, impl):
+        from pronghorn.kernels.triton.decode_attention import decode_attention as by_triton
+
+        return by_triton(qkv, cache, paged.tables, paged.lengths, heads, rotation)
     batch, size = qkv.shape[0], heads.head_dim
     by_head = qkv.view(batch, heads.heads + 2 * heads.kv_heads, size)
     turned = by_head[:, : heads.heads + heads.kv_heads]

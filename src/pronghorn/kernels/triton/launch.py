@@ -7,6 +7,7 @@ from functools import cache
 import torch
 import triton
 from torch import Tensor
+from triton.language.extra import cuda
 
 
 def row_block(width: int) -> tuple[int, int]:
@@ -31,3 +32,22 @@ def programs(rows: int, device: torch.device, per_processor: int) -> int:
 def unit_rows(x: Tensor) -> Tensor:
     """x with unit stride along the row; copied only where it has another."""
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+@triton.jit
+def launch_next():
+    """Let the next kernel's programs begin as soon as all of this one's have (they wait before they read)."""
+    cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def wait_for_last():
+    """Wait until the kernel before has ended and all that it wrote can be read."""
+    cuda.gdc_wait()
+
+
+def dependent_launch(device: torch.device) -> dict[str, bool]:
+    """The launch argument under which `wait_for_last` means something, where the GPU knows it; else nothing."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0):
+        return {}
+    return {"launch_pdl": True}

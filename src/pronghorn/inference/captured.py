@@ -1,0 +1,225 @@
+"""Decoding steps recorded as CUDA graphs, one for every size of batch, launched before the last one's tokens are read.
+
+Rows are slots: a sequence keeps its own while it runs. What a step reads lies in buffers that stay where they are:
+tokens (each step writes the next ones itself), lengths, block tables, adapters. The host sends lengths with every step,
+and of tables what has changed; it waits for nothing but the tokens of the step before.
+
+On a CPU the same steps run without being recorded, which is how they are tested there.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence as Many
+
+import torch
+from torch import Tensor
+
+from pronghorn.inference.choosing import choice_of, is_plain, on_device
+from pronghorn.inference.decoder import Decoder
+from pronghorn.inference.forward import Cache
+from pronghorn.inference.fused import FusedDecoder, Table
+from pronghorn.inference.paging import BLOCK_TOKENS
+from pronghorn.inference.requests import Token
+from pronghorn.inference.runner import EagerRunner, Pending
+from pronghorn.inference.sequences import Sequence
+from pronghorn.kernels.decode_attention import Paged
+from pronghorn.kernels.sampling import choose
+
+logger = logging.getLogger("pronghorn")
+
+#: sizes of batches that steps are recorded for
+SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+
+
+class InFlight:
+    """A step whose tokens are on their way to the host."""
+
+    def __init__(self, sequences: Many[Sequence], chosen: Tensor, tops: _Tops | None) -> None:
+        self.sequences, self.tops = sequences, tops
+        self.ids = _to_host(chosen)
+        self.ready = None
+        if chosen.is_cuda:
+            self.ready = torch.cuda.Event()
+            self.ready.record()
+
+    def tokens(self) -> list[tuple[Sequence, Token]]:
+        if self.ready is not None:
+            self.ready.synchronize()
+        tokens = [Token(token) for token in self.ids.tolist()]
+        if self.tops is not None:
+            tokens = self.tops.tell(self.sequences, tokens)
+        return list(zip(self.sequences, tokens, strict=True))
+
+
+class _Tops:
+    """Log-probabilities of a step's tokens and of the most likely ones."""
+
+    def __init__(self, logits: Tensor, chosen: Tensor, most: int) -> None:
+        logprobs = logits.log_softmax(-1)
+        best = logprobs.topk(min(max(most, 1), logits.shape[1]))
+        self.own = _to_host(logprobs.gather(1, chosen[:, None]).squeeze(1))
+        self.best, self.best_ids = _to_host(best.values), _to_host(best.indices)
+
+    def tell(self, sequences: Many[Sequence], tokens: list[Token]) -> list[Token]:
+        told = []
+        rows = zip(self.own.tolist(), self.best.tolist(), self.best_ids.tolist(), strict=True)
+        for sequence, token, (own, best, ids) in zip(sequences, tokens, rows, strict=True):
+            count = sequence.request.sampling.logprobs
+            top = tuple(zip(ids, best, strict=True))[:count]
+            told.append(token if count is None else Token(token.id, own, top))
+        return told
+
+
+class CapturedRunner(EagerRunner):
+    """Prefills eagerly and decodes in recorded steps.
+
+    Args:
+        max_batch: number of slots. max_context: tokens of a sequence at most.
+    """
+
+    runs_ahead = True
+
+    def __init__(self, decoder: Decoder, cache: Cache, max_batch: int, max_context: int) -> None:
+        super().__init__(decoder, cache)
+        device = decoder.device
+        self.fused = FusedDecoder(decoder)
+        self.sizes = sorted({min(size, max_batch) for size in SIZES} | {max_batch})
+        blocks = -(-max_context // BLOCK_TOKENS) + 1
+        #: by row: tokens of the context, the new one included, or 0; the adapter's slot; a token the host knows, or -1
+        self.state = torch.zeros(3, max_batch, dtype=torch.int32, device=device)
+        self.tables = torch.zeros(max_batch, blocks, dtype=torch.int32, device=device)
+        self.tokens = torch.zeros(max_batch, dtype=torch.int64, device=device)
+        #: by row what its table holds: the sequence's number and how many blocks
+        self._held: dict[int, tuple[int, int]] = {}
+        self._steps: dict[int, _Step] = {}
+        self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+
+    def decode(self, sequences: Many[Sequence]) -> Pending:
+        size = self._size(1 + max(_slot(sequence) for sequence in sequences))
+        self._send(sequences, size)
+        step = self._steps.get(size)
+        if step is None:
+            step = self._steps[size] = _Step(self, size)
+        logits = step.run()
+        rows = [_slot(sequence) for sequence in sequences]
+        index = None
+        if rows != list(range(size)):
+            index = on_device(rows, torch.int64, self.decoder.device)
+        if is_plain(sequences):
+            chosen = self.tokens[:size] if index is None else self.tokens.index_select(0, index)
+            return InFlight(sequences, chosen, None)
+        logits = logits if index is None else logits.index_select(0, index)
+        chosen = choose(logits, choice_of(sequences, logits.device, logits.shape[1]))
+        if index is None:
+            self.tokens[:size] = chosen
+        else:
+            self.tokens.index_copy_(0, index, chosen)
+        asked = [n for s in sequences if (n := s.request.sampling.logprobs) is not None]
+        return InFlight(sequences, chosen, _Tops(logits, chosen, max(asked)) if asked else None)
+
+    def is_sparse(self, sequences: Many[Sequence]) -> bool:
+        """Whether the sequences would take a smaller step in other slots."""
+        return bool(sequences) and self._size(len(sequences)) < self._size(1 + max(map(_slot, sequences)))
+
+    def leave(self, sequence: Sequence) -> None:
+        self._held.pop(_slot(sequence), None)
+
+    def refresh(self) -> None:
+        """Take the decoder as it was read again; recorded steps stay where only adapters' numbers have changed."""
+        before, after = self.fused, FusedDecoder(self.decoder)
+        kept = before.weights == after.weights and _fill(before.tables(), after.tables())
+        if not kept:
+            self.fused = after
+            self._steps.clear()
+
+    def _size(self, rows: int) -> int:
+        return next(size for size in self.sizes if size >= rows)
+
+    def _send(self, sequences: Many[Sequence], size: int) -> None:
+        """Lengths, adapters and tokens of all rows, and tables that have changed."""
+        state = [[0] * size, [0] * size, [-1] * size]
+        for sequence in sequences:
+            row = _slot(sequence)
+            adapter = sequence.request.adapter
+            state[0][row] = sequence.length
+            state[1][row] = 0 if adapter is None else 1 + self.decoder.adapters.index(adapter)
+            if not sequence.in_flight:
+                state[2][row] = sequence.tokens[-1]
+            held = sequence.id, len(sequence.blocks)
+            if self._held.get(row) != held:
+                self._held[row] = held
+                blocks = on_device(sequence.blocks, torch.int32, self.tables.device)
+                self.tables[row, : len(sequence.blocks)].copy_(blocks)
+        self.state[:, :size].copy_(on_device(state, torch.int32, self.state.device))
+
+    def compute(self, size: int) -> Tensor:
+        """Logits [size, V] of the rows' next tokens, and the likeliest ones into `tokens`."""
+        lengths, slots, known = self.state[:, :size].unbind(0)
+        ids = torch.where(known >= 0, known.long(), self.tokens[:size])
+        logits = self.fused.logits(ids, self.cache, Paged(self.tables[:size], lengths), slots)
+        torch.argmax(logits, -1, out=self.tokens[:size])
+        return logits
+
+
+class _Step:
+    """One size's step: recorded when it is first needed, or computed each time where nothing can be recorded."""
+
+    def __init__(self, runner: CapturedRunner, size: int) -> None:
+        self.runner, self.size = runner, size
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._logits: Tensor | None = None
+        if runner.decoder.device.type == "cuda":
+            self._record()
+
+    def _record(self) -> None:
+        """Kernels are compiled and chosen in a first run, for which no row holds a sequence."""
+        runner, size = self.runner, self.size
+        sent = runner.state.clone()
+        tokens = runner.tokens.clone()
+        runner.state.zero_()
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            runner.compute(size)
+        torch.cuda.current_stream().wait_stream(side)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph, pool=runner._pool):
+            self._logits = runner.compute(size)
+        runner.state.copy_(sent)
+        runner.tokens.copy_(tokens)
+
+    def run(self) -> Tensor:
+        if self._graph is None:
+            return self.runner.compute(self.size)
+        self._graph.replay()
+        assert self._logits is not None
+        return self._logits
+
+
+def _slot(sequence: Sequence) -> int:
+    assert sequence.slot is not None
+    return sequence.slot
+
+
+def _to_host(values: Tensor) -> Tensor:
+    """A copy on the host, there once the stream has come so far."""
+    if not values.is_cuda:
+        return values.clone()
+    return torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)
+
+
+def _fill(kept: Many[Table | None], new: Many[Table | None]) -> bool:
+    """Copy new tables over kept ones; False, and nothing copied, where shapes differ."""
+    pairs = list(zip(kept, new, strict=True))
+    if any(_shapes(old) != _shapes(table) for old, table in pairs):
+        return False
+    for old, table in pairs:
+        if old is not None and table is not None:
+            old.a.copy_(table.a)
+            old.b.copy_(table.b)
+    return True
+
+
+def _shapes(table: Table | None) -> object:
+    return None if table is None else (table.a.shape, table.b.shape)

@@ -1,0 +1,174 @@
+"""A weight times few rows, as decoding does it: bound by reading the weight once, so all else is done on the way.
+
+    y = norm(x) Wᵀ + bias + share (+ residual),      or with an activation   act = f(gate) · up,  [gate | up] = y
+
+The norm's weight multiplies x on the way in and its 1/rms the sums on the way out, so that it needs no pass of its own.
+Each row may take an adapter of its own: share[b] = s · (norm(x)[b] A_bᵀ) B_bᵀ with A and B out of tables.
+
+Shapes: B rows, `in` and `out` of W [out, in]; sums are fp32, one rounding at the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pronghorn.kernels.dispatch import Impl, math_dtype, use_triton
+from pronghorn.kernels.glu import APPROXIMATE
+from pronghorn.kernels.nf4 import Nested, dequantize_4bit
+
+#: rows that one launch takes
+MOST_ROWS = 16
+
+
+class RowNorm(NamedTuple):
+    """RMSNorm of x: x / rms(x) · (weight + offset)."""
+
+    weight: Tensor
+    eps: float
+    offset: float = 0.0
+
+
+class RowShare(NamedTuple):
+    """What each row's adapter adds: xa fp32 [B, parts · R] from `adapter_down`; b [slots, out, R] with the scaling in
+    it; slots int32 [B], 0 for none. Output i of part p (`ends`: where each part ends) takes columns p·R to (p+1)·R."""
+
+    xa: Tensor
+    b: Tensor
+    slots: Tensor
+    ends: tuple[int, ...]
+
+
+class FourBit(NamedTuple):
+    """A weight [rows, in] in bitsandbytes' 4-bit layout, see `kernels.nf4`; `in` is a multiple of `blocksize`, and
+    `numbers` is what `code` holds, on the host."""
+
+    packed: Tensor
+    absmax: Tensor
+    code: Tensor
+    numbers: tuple[float, ...]
+    blocksize: int
+    rows: int
+    nested: Nested | None = None
+
+
+def matvec(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    norm: RowNorm | None = None,
+    bias: Tensor | None = None,
+    share: RowShare | None = None,
+    residual: Tensor | None = None,
+    activation: str | None = None,
+    out_dtype: torch.dtype | None = None,
+    impl: Impl | None = None,
+) -> Tensor:
+    """y [B, out] for x [B, in] with B ≤ `MOST_ROWS`, or act [B, out / 2].
+
+    Args:
+        bias: [out]. residual: [B, out], written over with the result, which has its dtype then.
+        activation: of `kernels.glu`; the first half of the outputs is gate, the second up.
+        out_dtype: None is x's.
+    """
+    if use_triton(x, impl):
+        from pronghorn.kernels.triton.matvec import dense
+
+        return dense(x, weight, norm, bias, share, residual, activation, out_dtype or x.dtype)
+    y = _normed(x, norm) @ weight.to(math_dtype(x.dtype)).t()
+    return _finished(y, x, bias, share, residual, activation, out_dtype)
+
+
+def matvec_4bit(
+    x: Tensor,
+    parts: Sequence[FourBit],
+    *,
+    norm: RowNorm | None = None,
+    bias: Tensor | None = None,
+    share: RowShare | None = None,
+    residual: Tensor | None = None,
+    activation: str | None = None,
+    out_dtype: torch.dtype | None = None,
+    impl: Impl | None = None,
+) -> Tensor:
+    """`matvec` by up to three weights with the same input; the codes are read as they are."""
+    if use_triton(x, impl):
+        from pronghorn.kernels.triton.matvec_4bit import four_bit
+
+        return four_bit(x, parts, norm, bias, share, residual, activation, out_dtype or x.dtype)
+    dtype = math_dtype(x.dtype)
+    weights = [
+        dequantize_4bit(
+            part.packed, part.absmax, part.code,
+            blocksize=part.blocksize, shape=(part.rows, x.shape[1]), dtype=dtype, nested=part.nested, impl="torch",
+        )
+        for part in parts
+    ]  # fmt: skip
+    y = _normed(x, norm) @ torch.cat(weights).t()
+    return _finished(y, x, bias, share, residual, activation, out_dtype)
+
+
+def adapter_down(
+    x: Tensor, a: Tensor, slots: Tensor, norm: RowNorm | None = None, *, impl: Impl | None = None
+) -> Tensor:
+    """xa fp32 [B, J] = norm(x)[b] a[slots[b]]ᵀ for a [slots, J, in]; zero where the slot is 0."""
+    if use_triton(x, impl):
+        from pronghorn.kernels.triton.matvec import down
+
+        return down(x, a, slots, norm)
+    normed = _normed(x, norm)
+    xa = torch.einsum("bi,bji->bj", normed, a[slots.long()].to(normed.dtype))
+    return xa.masked_fill(slots[:, None] == 0, 0.0).float()
+
+
+def adapter_up_(y: Tensor, share: RowShare, *, impl: Impl | None = None) -> Tensor:
+    """y [B, out] += share, in place, for any number of rows."""
+    if use_triton(y, impl):
+        from pronghorn.kernels.triton.matvec import up_
+
+        return up_(y, share)
+    return y.copy_(y.to(math_dtype(y.dtype)) + _shares(share, math_dtype(y.dtype)))
+
+
+def _normed(x: Tensor, norm: RowNorm | None) -> Tensor:
+    wide = x.to(math_dtype(x.dtype))
+    if norm is None:
+        return wide
+    return F.rms_norm(wide, (x.shape[1],), norm.weight.to(wide.dtype) + norm.offset, norm.eps)
+
+
+def _shares(share: RowShare, dtype: torch.dtype) -> Tensor:
+    """[B, out]."""
+    b, rank = share.b[share.slots.long()], share.b.shape[2]
+    starts = (0, *share.ends[:-1])
+    parts = [
+        torch.einsum(
+            "bor,br->bo", b[:, start:end].to(dtype), share.xa[:, p * rank : (p + 1) * rank].to(dtype)
+        )
+        for p, (start, end) in enumerate(zip(starts, share.ends, strict=True))
+    ]
+    return torch.cat(parts, 1).masked_fill(share.slots[:, None] == 0, 0.0)
+
+
+def _finished(
+    y: Tensor,
+    x: Tensor,
+    bias: Tensor | None,
+    share: RowShare | None,
+    residual: Tensor | None,
+    activation: str | None,
+    out_dtype: torch.dtype | None,
+) -> Tensor:
+    y = y if bias is None else y + bias.to(y.dtype)
+    y = y if share is None else y + _shares(share, y.dtype)
+    if activation is not None:
+        gate, up = y.chunk(2, 1)
+        value = F.silu(gate) if activation == "silu" else F.gelu(gate, approximate=APPROXIMATE[activation])
+        y = value * up
+    if residual is not None:
+        return residual.copy_(y + residual.to(y.dtype))
+    return y.to(out_dtype or x.dtype)

@@ -1,0 +1,218 @@
+"""Attention of one new token a sequence in Triton: rotation, the cache's new entry and attention in one launch.
+
+A program takes one sequence, one key/value head with all query heads that share it, and a run of the context's tiles
+(flash-decoding). The first program of a head adds the new token from registers; partial results go through memory, and
+the last program of a head to arrive combines them.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pronghorn.kernels.decode_attention import Heads, Rotation
+from pronghorn.kernels.triton.launch import dependent_launch, launch_next, processors, wait_for_last
+from pronghorn.kernels.triton.lora import dot, is_wide
+
+#: the matrix units take at least so many query heads
+LEAST_GROUP = 16
+
+
+@triton.jit
+def _turned(
+    x_ptr, head, d, partner, sign, cos, sin, known, weight_ptr, size, eps, offset, NORM: tl.constexpr
+):
+    """Heads [G, D] of q or k normalised and rotated, fp32."""
+    at = head[:, None] * size
+    mask = known[:, None] & (d < size)[None, :]
+    x = tl.load(x_ptr + at + d[None, :], mask=mask, other=0.0).to(tl.float32)
+    y = tl.load(x_ptr + at + partner[None, :], mask=mask, other=0.0).to(tl.float32)
+    if NORM:
+        rstd = (1.0 / tl.sqrt(tl.sum(x * x, 1) / size + eps))[:, None]
+        x = x * rstd * (tl.load(weight_ptr + d, mask=d < size, other=0.0).to(tl.float32) + offset)[None, :]
+        y = (
+            y
+            * rstd
+            * (tl.load(weight_ptr + partner, mask=d < size, other=0.0).to(tl.float32) + offset)[None, :]
+        )
+    return x * cos[None, :] + y * (sin * sign)[None, :]
+
+
+@triton.jit
+def _capped(logits, softcap, CAPPED: tl.constexpr):
+    if CAPPED:
+        return softcap * (2.0 * tl.sigmoid(2.0 * logits / softcap) - 1.0)
+    return logits
+
+
+@triton.jit
+def _decode(
+    qkv_ptr, cache_ptr, tables_ptr, lengths_ptr, cos_ptr, sin_ptr, q_norm_ptr, k_norm_ptr,
+    out_ptr, partial_ptr, stats_ptr, arrived_ptr,
+    qkv_stride, table_stride, scale, window, softcap, eps, offset,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, SIZE: tl.constexpr, D: tl.constexpr, TURNED: tl.constexpr,
+    GROUP: tl.constexpr, BLOCK_TOKENS: tl.constexpr, TILE: tl.constexpr, SPLITS: tl.constexpr,
+    NORM: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr, WIDE: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    b, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    kind: tl.constexpr = cache_ptr.dtype.element_ty
+    SHARED: tl.constexpr = HEADS // KV_HEADS
+    if PDL:
+        launch_next()
+    length = tl.load(lengths_ptr + b)
+    past = length - 1
+    begin = 0
+    if WINDOWED:
+        begin = tl.maximum(length - window, 0)
+    first_tile = begin // TILE
+    tiles = tl.cdiv(past, TILE) - first_tile
+    each = tl.maximum(tl.cdiv(tiles, SPLITS), 1)
+    active = tl.maximum(tl.cdiv(tiles, each), 1)
+    if PDL:
+        wait_for_last()
+    if (length > 0) & (split < active):
+        d = tl.arange(0, D)
+        g = tl.arange(0, GROUP)
+        inside = d < SIZE
+        # Rotate-half: the first TURNED elements of a head in pairs that lie half of them apart.
+        half: tl.constexpr = TURNED // 2
+        rotated = d < TURNED
+        partner = tl.where(rotated, tl.where(d < half, d + half, d - half), d)
+        sign = tl.where(d < half, -1.0, 1.0)
+        cos = tl.load(cos_ptr + past * TURNED + d, mask=rotated, other=1.0).to(tl.float32)
+        sin = tl.load(sin_ptr + past * TURNED + d, mask=rotated, other=0.0).to(tl.float32)
+        row = qkv_ptr + b * qkv_stride
+        q = _turned(
+            row,
+            kv_head * SHARED + g,
+            d,
+            partner,
+            sign,
+            cos,
+            sin,
+            g < SHARED,
+            q_norm_ptr,
+            SIZE,
+            eps,
+            offset,
+            NORM,
+        ).to(kind)
+        top = tl.full([GROUP], float("-inf"), tl.float32)
+        total = tl.zeros([GROUP], tl.float32)
+        sums = tl.zeros([GROUP, D], tl.float32)
+        token_stride: tl.constexpr = 2 * KV_HEADS * SIZE
+        if split == 0:
+            one = tl.arange(0, 1)
+            k = _turned(
+                row + HEADS * SIZE, kv_head + one, d, partner, sign, cos, sin, one == 0, k_norm_ptr, SIZE, eps,
+                offset, NORM,
+            ).to(kind)  # fmt: skip
+            v = tl.load(row + (HEADS + KV_HEADS + kv_head) * SIZE + d, mask=inside, other=0.0).to(kind)
+            block = tl.load(tables_ptr + b * table_stride + past // BLOCK_TOKENS)
+            at = (block.to(tl.int64) * BLOCK_TOKENS + past % BLOCK_TOKENS) * token_stride + kv_head * SIZE
+            tl.store(cache_ptr + at + d[None, :], k, mask=inside[None, :])
+            tl.store(cache_ptr + at + KV_HEADS * SIZE + d, v, mask=inside)
+            top = _capped(tl.sum(q.to(tl.float32) * k.to(tl.float32), 1) * scale, softcap, CAPPED)
+            total += 1.0
+            sums += v.to(tl.float32)[None, :]
+        t = tl.arange(0, TILE)
+        start = first_tile + split * each
+        for tile in range(start, tl.minimum(start + each, first_tile + tiles)):
+            position = tile * TILE + t
+            seen = position < past
+            if WINDOWED:
+                seen = seen & (position >= begin)
+            block = tl.load(tables_ptr + b * table_stride + tile * TILE // BLOCK_TOKENS)
+            token = block.to(tl.int64) * BLOCK_TOKENS + position % BLOCK_TOKENS
+            at = cache_ptr + token[:, None] * token_stride + kv_head * SIZE + d[None, :]
+            mask = seen[:, None] & inside[None, :]
+            k = tl.load(at, mask=mask, other=0.0)
+            v = tl.load(at + KV_HEADS * SIZE, mask=mask, other=0.0)
+            logits = _capped(dot(q, tl.trans(k), WIDE) * scale, softcap, CAPPED)
+            logits = tl.where(seen[None, :], logits, float("-inf"))
+            higher = tl.maximum(top, tl.max(logits, 1))
+            weights = tl.exp(logits - higher[:, None])
+            shrink = tl.exp(top - higher)
+            total = total * shrink + tl.sum(weights, 1)
+            sums = sums * shrink[:, None] + dot(weights.to(kind), v, WIDE)
+            top = higher
+        to = out_ptr + b * (HEADS * SIZE) + (kv_head * SHARED + g)[:, None] * SIZE + d[None, :]
+        mine = (g < SHARED)[:, None] & inside[None, :]
+        if active == 1:
+            tl.store(to, (sums / total[:, None]).to(out_ptr.dtype.element_ty), mask=mine)
+        else:
+            head = b * KV_HEADS + kv_head
+            slot = (head * SPLITS + split) * GROUP + g
+            tl.store(partial_ptr + slot[:, None] * D + d[None, :], sums)
+            tl.store(stats_ptr + 2 * slot, top)
+            tl.store(stats_ptr + 2 * slot + 1, total)
+            tl.debug_barrier()
+            before = tl.atomic_add(arrived_ptr + head, 1, sem="acq_rel")
+            if before == active - 1:
+                tl.debug_barrier()
+                # The others' results are read past the first cache, which knows nothing of them.
+                top = tl.full([GROUP], float("-inf"), tl.float32)
+                total = tl.zeros([GROUP], tl.float32)
+                sums = tl.zeros([GROUP, D], tl.float32)
+                for other in range(active):
+                    slot = (head * SPLITS + other) * GROUP + g
+                    their_top = tl.load(stats_ptr + 2 * slot, cache_modifier=".cg")
+                    theirs = tl.load(stats_ptr + 2 * slot + 1, cache_modifier=".cg")
+                    part = tl.load(partial_ptr + slot[:, None] * D + d[None, :], cache_modifier=".cg")
+                    higher = tl.maximum(top, their_top)
+                    shrink, grow = tl.exp(top - higher), tl.exp(their_top - higher)
+                    total = total * shrink + theirs * grow
+                    sums = sums * shrink[:, None] + part * grow[:, None]
+                    top = higher
+                tl.store(to, (sums / total[:, None]).to(out_ptr.dtype.element_ty), mask=mine)
+                tl.store(arrived_ptr + head, 0)
+
+
+def splits(batch: int, kv_heads: int, most_tiles: int, device: torch.device) -> int:
+    """Programs a head: enough for two on every processor, no more than there are tiles."""
+    count = processors((device.index or 0) if device.type == "cuda" else -1)
+    wanted = triton.cdiv(2 * count, batch * kv_heads)
+    return max(1, min(triton.next_power_of_2(wanted), triton.next_power_of_2(most_tiles), 64))
+
+
+def tile_tokens(batch: int, block_tokens: int) -> int:
+    """Tokens of a tile: small ones spread a single sequence over more processors."""
+    return min(32 if batch <= 2 else 64, block_tokens)
+
+
+@cache
+def _arrived(device: torch.device, batch: int, heads: int) -> Tensor:
+    """Counters of programs that have arrived, zero between launches."""
+    return torch.zeros(batch * heads, dtype=torch.int32, device=device)
+
+
+def decode_attention(
+    qkv: Tensor, cache_: Tensor, tables: Tensor, lengths: Tensor, heads: Heads, rotation: Rotation
+) -> Tensor:
+    batch, size = qkv.shape[0], heads.head_dim
+    block_tokens = cache_.shape[1]
+    tile = tile_tokens(batch, block_tokens)
+    parts = splits(batch, heads.kv_heads, tables.shape[1] * block_tokens // tile, qkv.device)
+    group = max(LEAST_GROUP, triton.next_power_of_2(heads.heads // heads.kv_heads))
+    wide = max(16, triton.next_power_of_2(size))
+    out = torch.empty(batch, heads.heads * size, dtype=qkv.dtype, device=qkv.device)
+    count = batch * heads.kv_heads * parts * group
+    partial = torch.empty(count * wide if parts > 1 else 0, dtype=torch.float32, device=qkv.device)
+    stats = torch.empty(2 * count if parts > 1 else 0, dtype=torch.float32, device=qkv.device)
+    pdl = dependent_launch(qkv.device)
+    _decode[(batch, heads.kv_heads, parts)](
+        qkv, cache_, tables, lengths, rotation.cos, rotation.sin,
+        qkv if heads.q_norm is None else heads.q_norm, qkv if heads.k_norm is None else heads.k_norm,
+        out, partial, stats, _arrived(qkv.device, batch, heads.kv_heads),
+        qkv.stride(0), tables.stride(0), heads.scale, heads.window or 0, heads.softcap or 1.0, heads.eps,
+        heads.norm_offset,
+        HEADS=heads.heads, KV_HEADS=heads.kv_heads, SIZE=size, D=wide, TURNED=rotation.cos.shape[1], GROUP=group,
+        BLOCK_TOKENS=block_tokens, TILE=tile, SPLITS=parts, NORM=heads.q_norm is not None,
+        WINDOWED=heads.window is not None, CAPPED=heads.softcap is not None, WIDE=is_wide(qkv), PDL=bool(pdl),
+        num_warps=4, num_stages=2, **pdl,
+    )  # fmt: skip
+    return out

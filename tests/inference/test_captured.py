@@ -1,0 +1,129 @@
+"""Decoding in recorded steps that run ahead of the host, and fused products with adapters by row: the same answers.
+
+Without a GPU the steps are computed anew each time, with the torch reference of every kernel.
+"""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from pronghorn.inference import engine as engine_module
+from pronghorn.inference.captured import CapturedRunner
+from pronghorn.inference.engine import Engine
+from pronghorn.inference.requests import Request, SamplingParams
+from tests.inference.test_engine import NEW, PROMPTS, assert_same, greedy, prompt, run, run_tokens, sampled
+from tests.inference.test_engine_adapters import fp8, int8, nf4, with_adapters
+from tests.tiny import FAMILIES, tiny_model
+
+
+@pytest.fixture
+def captured(monkeypatch):
+    """Engines made from here on decode in recorded steps."""
+    monkeypatch.setattr(engine_module, "_runner", CapturedRunner)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return with_adapters(tiny_model("llama"), {"first": 4, "second": 8})
+
+
+ADAPTERS = [None, "first", "second", "first", None]
+REQUESTS = [sampled(ids, adapter) for ids, adapter in zip(PROMPTS, ADAPTERS, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def alone(model):
+    """Each request's answer from an eager engine of its own."""
+    return [run_tokens(Engine(model, max_context=256), [request])[0] for request in REQUESTS]
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_families(family, captured, monkeypatch):
+    model = tiny_model(family, seed=1)
+    requests = [sampled(ids) for ids in PROMPTS[1:4]]
+    found = run_tokens(Engine(model, max_batch=4, max_context=256), requests)
+    monkeypatch.undo()
+    assert_same(found, run_tokens(Engine(model, max_batch=4, max_context=256), requests))
+
+
+@pytest.mark.parametrize("blocks", [4, 9, 64])
+def test_adapters_arrivals_and_few_blocks(model, alone, blocks, captured):
+    numbers = random.Random(blocks)
+    engine = Engine(model, max_batch=3, max_context=256, cache_tokens=blocks * 64)
+    assert engine._runner.runs_ahead
+    arrivals = [numbers.randrange(20) for _ in REQUESTS]
+    assert_same(run_tokens(engine, REQUESTS, arrivals), alone)
+
+
+def test_slots_are_packed_when_most_have_left(model, alone, captured):
+    engine = Engine(model, max_batch=8, max_context=256)
+    short = [Request(ids, SamplingParams(max_new_tokens=2)) for ids in PROMPTS]
+    sizes = []
+    step = engine._runner._send
+    engine._runner._send = lambda sequences, size: (sizes.append(size), step(sequences, size))
+    assert_same(run_tokens(engine, [*short[:4], REQUESTS[4]])[4:], alone[4:])
+    assert sizes[0] == 8 and sizes[-1] == 1
+
+
+def test_a_stop_is_seen_one_step_late_and_nothing_follows_it(model, captured, monkeypatch):
+    engine = Engine(model, max_context=256)
+    free = run(engine, [greedy(PROMPTS[0])])[0]
+    stop = free[3]
+    request = Request(PROMPTS[0], SamplingParams(max_new_tokens=NEW, stop_token_ids=(stop,)))
+    assert run(engine, [request, greedy(PROMPTS[1])])[0] == free[: free.index(stop) + 1]
+
+
+def test_penalties_see_the_token_before(model, captured, monkeypatch):
+    requests = [
+        Request(ids, SamplingParams(max_new_tokens=12, repetition_penalty=1.8)) for ids in PROMPTS[:2]
+    ]
+    found = run(Engine(model, max_context=256), requests)
+    monkeypatch.undo()
+    assert found == run(Engine(model, max_context=256), requests)
+
+
+def test_cancelling_with_a_step_on_its_way(model, alone, captured):
+    engine = Engine(model, max_context=256)
+    first, second = engine.submit(REQUESTS[4]), engine.submit(REQUESTS[1])
+    answer = []
+    for _ in range(4):
+        answer += [t for e in engine.step() if e.request_id == second for t in e.tokens]
+    engine.cancel(first)
+    third = engine.submit(REQUESTS[0])  # takes the slot and the blocks
+    others = []
+    while engine.has_work:
+        for event in engine.step():
+            answer += event.tokens if event.request_id == second else ()
+            others += event.tokens if event.request_id == third else ()
+    assert_same([answer, others], [alone[1], alone[0]])
+
+
+@pytest.mark.parametrize("store", [nf4, fp8, int8])
+def test_weights_in_codes(store, captured, monkeypatch):
+    model = with_adapters(store(tiny_model("llama")), {"first": 4, "second": 8})
+    found = run_tokens(Engine(model, max_batch=3, max_context=256), REQUESTS[:3], [0, 1, 1])
+    monkeypatch.undo()
+    assert_same(found, [run_tokens(Engine(model, max_context=256), [request])[0] for request in REQUESTS[:3]])
+
+
+def test_trained_adapters_are_put_in_the_tables_that_steps_read(captured):
+    model = with_adapters(tiny_model("llama"), {"first": 4, "second": 8})
+    engine = Engine(model, max_context=256)
+    request = sampled(prompt(3, 40), "first")
+    before = run(engine, [request])
+    steps, places = dict(engine._runner._steps), [t.a.data_ptr() for t in engine._runner.fused.tables() if t]
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B.first" in name:
+                parameter.mul_(-1.0)
+    after = run(engine, [request])
+    assert after != before and after == run(Engine(model, max_context=256), [request])
+    assert engine._runner._steps == steps
+    assert places == [t.a.data_ptr() for t in engine._runner.fused.tables() if t]
+    with torch.no_grad():
+        model.get_base_model().lm_head.weight.data = model.get_base_model().lm_head.weight.data.clone()
+    engine.refresh()
+    assert not engine._runner._steps

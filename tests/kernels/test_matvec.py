@@ -1,0 +1,189 @@
+"""A weight times few rows: norm, bias, adapters, activation and residual on the way, against the formula in fp64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from pronghorn.kernels.matvec import (
+    FourBit,
+    RowNorm,
+    RowShare,
+    adapter_down,
+    adapter_up_,
+    matvec,
+    matvec_4bit,
+)
+from tests.kernels.compare import DTYPES, IMPLS, RELATIVE, random
+
+#: (rows, in, out): a partial tile of rows and of columns; whole tiles; fewer columns than a tile
+SHAPES = [(1, 600, 52), (1, 512, 64), (2, 96, 33), (7, 520, 66), (16, 256, 32)]
+
+
+def assert_sums_near(actual, expected, terms, dtype) -> None:
+    """fp32 sums of `terms` products, a rounding of the norm's product to 16 bits for the matrix units (its error over
+    the sum of |x W|), and one rounding at the end."""
+    bound = RELATIVE[dtype] * expected.abs() + 2 * RELATIVE[dtype] * terms + 1e-5 * terms
+    difference = (actual.double() - expected).abs()
+    assert not actual.isnan().any(), "NaN: memory that nobody wrote, or a wrong formula"
+    assert (difference <= bound).all(), f"off by {(difference / bound).max():.2f} times the bound"
+
+
+def normed(x, norm):
+    x = x.double()
+    if norm is None:
+        return x
+    rstd = (x.square().mean(1, keepdim=True) + norm.eps).rsqrt()
+    return x * rstd * (norm.weight.double() + norm.offset)
+
+
+def shared(x, a, b, slots, ends, rank):
+    """What the adapters add, row by row."""
+    out = torch.zeros(len(x), ends[-1], dtype=torch.float64, device=x.device)
+    for i, slot in enumerate(slots.tolist()):
+        for p, (start, end) in enumerate(zip((0, *ends), ends, strict=False)):
+            if slot:
+                xa = a[slot, p * rank : (p + 1) * rank].double() @ x[i]
+                out[i, start:end] = b[slot, start:end].double() @ xa
+    return out
+
+
+def case(rows, width, outs, dtype, device, with_norm=True, parts=1):
+    x = random(rows, width, dtype=dtype, device=device)
+    norm = RowNorm(random(width, dtype=dtype, device=device, seed=1), 1e-5, 1.0) if with_norm else None
+    bias = random(outs, dtype=dtype, device=device, seed=2)
+    slots = torch.tensor([i % 3 for i in range(1, rows + 1)], dtype=torch.int32, device=device)
+    rank, ends = 16, (*(outs * (p + 1) // parts // 4 * 4 for p in range(parts - 1)), outs)
+    a = random(3, parts * rank, width, dtype=dtype, device=device, seed=3, scale=0.1)
+    b = random(3, outs, rank, dtype=dtype, device=device, seed=4, scale=0.1)
+    return x, norm, bias, slots, a, b, ends
+
+
+def finished(y, up, activation, residual):
+    if activation is not None:
+        gate, up = y.chunk(2, 1)
+        value = F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")
+        y = value * up
+    return y if residual is None else y + residual.double()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows,width,outs", SHAPES)
+def test_norm_bias_and_residual(impl, dtype, rows, width, outs, device):
+    x, norm, bias, *_ = case(rows, width, outs, dtype, device)
+    weight = random(outs, width, dtype=dtype, device=device, seed=5, scale=0.05)
+    residual = random(rows, outs, dtype=dtype, device=device, seed=6)
+    exact = normed(x, norm)
+    expected = exact @ weight.double().t() + bias.double() + residual.double()
+    terms = exact.abs() @ weight.double().abs().t()
+    out = residual.clone()
+    found = matvec(x, weight, norm=norm, bias=bias, residual=out, impl=impl)
+    assert found.data_ptr() == out.data_ptr()
+    assert_sums_near(found, expected, terms, dtype)
+    plain = matvec(x, weight, out_dtype=torch.float32, impl=impl)
+    assert plain.dtype == torch.float32
+    assert_sums_near(
+        plain, x.double() @ weight.double().t(), x.double().abs() @ weight.double().abs().t(), dtype
+    )
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_activation_and_adapters(impl, dtype, rows, activation, device):
+    width, outs = 130, 48
+    x, norm, bias, slots, a, b, _ = case(rows, width, outs, dtype, device)
+    ends = (outs // 2, outs)
+    a = random(3, 32, width, dtype=dtype, device=device, seed=3, scale=0.1)
+    weight = random(outs, width, dtype=dtype, device=device, seed=5, scale=0.05)
+    exact = normed(x, norm)
+    xa = adapter_down(x, a, slots, norm, impl=impl)
+    assert xa.dtype == torch.float32 and not xa[slots == 0].any()
+    pre = exact @ weight.double().t() + bias.double() + shared(exact, a, b, slots, ends, 16)
+    expected = finished(pre, None, activation, None)
+    found = matvec(
+        x, weight, norm=norm, bias=bias, share=RowShare(xa, b, slots, ends), activation=activation, impl=impl
+    )
+    terms = exact.abs() @ weight.double().abs().t() + 1.0
+    gate, up = terms.chunk(2, 1)
+    assert_sums_near(found, expected, gate * (1 + up) + up, dtype)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("rows", [1, 5])
+def test_three_parts_with_adapters_of_their_own(impl, rows, device):
+    width, dtype = 96, torch.float32
+    x, norm, bias, slots, a, b, ends = case(rows, width, 64, dtype, device, parts=3)
+    weight = random(64, width, dtype=dtype, device=device, seed=5, scale=0.05)
+    exact = normed(x, norm)
+    expected = exact @ weight.double().t() + bias.double() + shared(exact, a, b, slots, ends, 16)
+    share = RowShare(adapter_down(x, a, slots, norm, impl=impl), b, slots, ends)
+    found = matvec(x, weight, norm=norm, bias=bias, share=share, impl=impl)
+    assert_sums_near(found, expected, exact.abs() @ weight.double().abs().t() + 1.0, dtype)
+    apart = adapter_up_((exact @ weight.double().t() + bias.double()).float(), share, impl=impl)
+    assert_sums_near(apart, expected, exact.abs() @ weight.double().abs().t() + 1.0, dtype)
+
+
+bnb = pytest.importorskip("bitsandbytes.functional")
+
+
+def quantised(weight, double):
+    packed, state = bnb.quantize_4bit(weight, blocksize=64, quant_type="nf4", compress_statistics=double)
+    nested = (
+        (state.state2.code, state.state2.absmax, state.offset, state.state2.blocksize) if double else None
+    )
+    part = FourBit(
+        packed.view(-1), state.absmax, state.code, tuple(state.code.tolist()), 64, weight.shape[0], nested
+    )
+    from pronghorn.kernels.nf4 import dequantize_4bit
+
+    dense = dequantize_4bit(
+        part.packed, part.absmax, part.code, blocksize=64, shape=tuple(weight.shape), dtype=torch.float64,
+        nested=nested, impl="torch",
+    )  # fmt: skip
+    return part, dense
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize("rows", [1, 3, 8])
+@pytest.mark.parametrize("widths", [(48,), (32, 16, 16)])
+def test_four_bits(impl, double, rows, widths, device):
+    width, dtype = 192, torch.bfloat16
+    outs = sum(widths)
+    x, norm, bias, slots, a, b, _ = case(rows, width, outs, dtype, device)
+    ends = tuple(sum(widths[: i + 1]) for i in range(len(widths)))
+    a = random(3, 16 * len(widths), width, dtype=dtype, device=device, seed=3, scale=0.1)
+    made = [
+        quantised(random(n, width, dtype=torch.float32, device=device, seed=i, scale=0.05), double)
+        for i, n in enumerate(widths)
+    ]
+    weight = torch.cat([dense for _, dense in made])
+    exact = normed(x, norm)
+    share = RowShare(adapter_down(x, a, slots, norm, impl=impl), b, slots, ends)
+    residual = random(rows, outs, dtype=dtype, device=device, seed=6)
+    expected = exact @ weight.t() + bias.double() + shared(exact, a, b, slots, ends, 16) + residual.double()
+    found = matvec_4bit(
+        x, [part for part, _ in made], norm=norm, bias=bias, share=share, residual=residual.clone(), impl=impl
+    )
+    assert_sums_near(found, expected, exact.abs() @ weight.abs().t() + 1.0, dtype)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("rows", [1, 4])
+def test_four_bits_with_an_activation(impl, rows, device):
+    width, outs, dtype = 192, 20, torch.float32
+    x, norm, *_ = case(rows, width, 2 * outs, dtype, device)
+    made = [
+        quantised(random(outs, width, dtype=torch.float32, device=device, seed=i, scale=0.05), True)
+        for i in range(2)
+    ]
+    weight = torch.cat([dense for _, dense in made])
+    exact = normed(x, norm)
+    expected = finished(exact @ weight.t(), None, "silu", None)
+    found = matvec_4bit(x, [part for part, _ in made], norm=norm, activation="silu", impl=impl)
+    gate, up = (exact.abs() @ weight.abs().t()).chunk(2, 1)
+    assert_sums_near(found, expected, gate * (1 + up) + up, dtype)
