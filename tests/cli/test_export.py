@@ -59,13 +59,14 @@ def test_an_adapter_as_gguf(adapter, tmp_path, capsys):
     torch.testing.assert_close(found, adapter[1], atol=0.05, rtol=0)
 
 
-@pytest.mark.parametrize("form", ["merged_16bit", "merged_4bit", "fp8", "lora"])
+@pytest.mark.parametrize("form", ["merged_16bit", "merged_4bit", "fp8", "lora", "gguf_lora"])
 def test_other_forms(adapter, tmp_path, capsys, form):
     assert main(["export", str(adapter[0]), "--to", form, "--out", str(tmp_path / "out")]) == 0
-    expected = "adapter_config.json" if form == "lora" else "model.safetensors"
+    expected = {"lora": "adapter_config.json", "gguf_lora": "out.lora.gguf"}.get(form, "model.safetensors")
     assert (tmp_path / "out" / expected).is_file()
     out = capsys.readouterr().out
-    assert ("every tensor is the trained one" in out) if form == "lora" else ("KL" in out)
+    assert ("every tensor is the trained one" in out) if form.endswith("lora") else ("KL" in out)
+    assert "14 adapted weights looked for" in out
 
 
 def test_an_export_that_differs_is_kept_marked_and_the_status_is_not_zero(

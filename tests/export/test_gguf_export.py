@@ -5,7 +5,16 @@ import logging
 import pytest
 import torch
 from gguf import GGMLQuantizationType, GGUFReader, TokenType, dequantize, quants
-from tokenizers import Tokenizer, decoders, models, normalizers, processors
+from tokenizers import (
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -23,7 +32,7 @@ from pronghorn.export.gguf.architecture import interleave
 from pronghorn.export.gguf.methods import ALIASES, BY_LLAMA_CPP, NATIVE, Method, resolve
 from pronghorn.export.gguf.modelfile import modelfile, read_turns
 from pronghorn.export.gguf.rope import rope_factors
-from pronghorn.export.gguf.vocabulary import pre_tokenizer_name, read_vocabulary
+from pronghorn.export.gguf.vocabulary import PRE_TOKENIZERS, pre_tokenizer_name, read_vocabulary
 from pronghorn.loading import FastLanguageModel
 from tests.export.test_merged import KINDS, logits, trained
 from tests.tiny import CHAT_TEMPLATE, save_tiny, tiny_model, tiny_tokenizer
@@ -358,30 +367,67 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path):
         export(tiny_model("llama", vocab_size=256), tmp_path / "out")
 
 
-LLAMA_3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
-    r"\s+(?!\S)|\s+"
-)
+DIGITS = {"type": "Digits", "individual_digits": True}
+WORDS = {"type": "ByteLevel", "use_regex": True}
 NO_WORDS = {"type": "ByteLevel", "use_regex": False}
+#: How texts are cut, whether words that are tokens are taken whole, and llama.cpp's name of that.
+CUTS = {
+    "gpt-2": ([WORDS], False),
+    "smollm": ([DIGITS, WORDS], False),
+    **{
+        name: ([{"type": "Split", "pattern": {"Regex": pattern[0]}}, NO_WORDS], name == "llama-bpe")
+        for pattern, name in PRE_TOKENIZERS.items()
+        if name not in ("gpt-2", "smollm")
+    },
+}
+CUTS["dbrx"] = (CUTS["llama-bpe"][0], False)
 
 
-@pytest.mark.parametrize(
-    "steps, name",
-    [
-        ([{"type": "ByteLevel", "use_regex": True}], "gpt-2"),
-        ([{"type": "Digits", "individual_digits": True}, {"type": "ByteLevel", "use_regex": True}], "smollm"),
-        ([{"type": "Split", "pattern": {"Regex": LLAMA_3}}, NO_WORDS], "llama-bpe"),
-        ([{"type": "Split", "pattern": {"Regex": LLAMA_3.replace("{1,3}", "")}}, NO_WORDS], "qwen2"),
-    ],
-)
-def test_how_words_are_cut_has_llama_cpps_name(steps, name):
-    assert pre_tokenizer_name({"pre_tokenizer": {"type": "Sequence", "pretokenizers": steps}}) == name
+@pytest.mark.parametrize("name", CUTS)
+def test_how_words_are_cut_has_llama_cpps_name(tmp_path, name):
+    """Trained on text whose words hold figures, capitals and endings; llama.cpp's tokens are compared by the gate."""
+    steps, whole = CUTS[name]
+    described = {
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps},
+        "model": {"ignore_merges": whole},
+    }
+    assert pre_tokenizer_name(described) == name
+    cuts = [
+        pre_tokenizers.Split(Regex(step["pattern"]["Regex"]), "isolated")
+        if step["type"] == "Split"
+        else pre_tokenizers.Digits(individual_digits=True)
+        if step["type"] == "Digits"
+        else pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=step["use_regex"])
+        for step in steps
+    ]
+    backend = Tokenizer(models.BPE(ignore_merges=whole))
+    backend.pre_tokenizer = pre_tokenizers.Sequence(cuts)
+    backend.decoder = decoders.ByteLevel()
+    texts = [
+        "In 2026 HTTPServer's 123456 camelCase words don't\n\n  match 1,234.50 /* x */",
+        "We'll see: ABCdef 77",
+    ]
+    trainer = trainers.BpeTrainer(
+        vocab_size=420,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=["<|end|>"],
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts * 3, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>")
+    model = tiny_model("qwen2", vocab_size=420)
+    done = save_gguf(model, tokenizer, tmp_path / "out", "f32", held_out=texts)
+    assert fields(done.files[0])["tokenizer.ggml.pre"] == name and done.checks[0].passed
+
+
+def test_a_way_of_cutting_words_that_llama_cpp_has_no_name_for_is_refused():
     with pytest.raises(NotExportable, match="Whitespace"):
         pre_tokenizer_name({"pre_tokenizer": {"type": "Whitespace"}})
 
 
-def sentencepiece_like():
-    """As Llama 2's: bytes, single letters, then merges in order; a space is the letter below."""
+def sentencepiece_like(prefix):
+    """As Llama 2's: bytes, single letters, then merges in order; a space is the letter below. Gemma's puts none before
+    a text."""
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     letters = ["\u2581", *"abcdefghijklmnopqrstuvwxyz."]
     merges = [
@@ -397,21 +443,26 @@ def sentencepiece_like():
     for left, right in merges:
         vocab.setdefault(left + right, len(vocab))
     backend = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
-    backend.normalizer = normalizers.Sequence(
-        [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
-    )
+    begin = [normalizers.Prepend("\u2581")] if prefix else []
+    backend.normalizer = normalizers.Sequence([*begin, normalizers.Replace(" ", "\u2581")])
     backend.decoder = decoders.Sequence(
-        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        [
+            decoders.Replace("\u2581", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            *([decoders.Strip(" ", 1, 0)] if prefix else []),
+        ]
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
     )
 
 
-def test_a_sentencepiece_vocabulary_has_scores_in_the_order_of_its_merges(tmp_path):
-    tokenizer = sentencepiece_like()
+@pytest.mark.parametrize("prefix", [True, False])
+def test_a_sentencepiece_vocabulary_has_scores_in_the_order_of_its_merges(tmp_path, prefix):
+    tokenizer = sentencepiece_like(prefix)
     found = read_vocabulary(tokenizer, 320)
-    assert found.model == "llama" and found.space_prefix and not found.merges
+    assert found.model == "llama" and found.space_prefix is prefix and not found.merges
     index = {token: place for place, token in enumerate(found.tokens)}
     order = sorted(
         ("th", "the", "\u2581the", "an", "\u2581t", "ant", "te"), key=lambda t: -found.scores[index[t]]
@@ -514,7 +565,7 @@ def test_an_adapter_that_the_format_swallows_is_found(tmp_path):
 def test_an_adapter_as_gguf_lora(tmp_path, family, kind):
     base = tiny_model(family)
     model = trained(base, **KINDS[kind])
-    file = save_gguf_adapter(model, tmp_path / "out")
+    file = save_gguf_adapter(model, tmp_path / "out").files[0]
     assert file == tmp_path / "out" / "out.lora.gguf" and [p.name for p in file.parent.iterdir()] == [
         file.name
     ]

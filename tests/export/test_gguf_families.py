@@ -184,7 +184,7 @@ def test_llama_cpp_adds_the_adapter_to_the_base(tmp_path, family):
     base = family_model(family)
     plain = save_gguf(base, tiny_tokenizer(), tmp_path / "base", "f32", verify=False).files[0]
     model = trained(base)
-    file = save_gguf_adapter(model, tmp_path / "adapter")
+    file = save_gguf_adapter(model, tmp_path / "adapter").files[0]
     ids = [1, 17, 90, 33, 250, 7]
     with torch.no_grad():
         expected = model.eval()(input_ids=torch.tensor([ids]), use_cache=False).logits[0]

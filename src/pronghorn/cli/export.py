@@ -12,7 +12,7 @@ from typing import Any
 from pronghorn.cli.console import duration, say
 from pronghorn.errors import CommandMisused, ExportDiffers
 
-FORMS = ("gguf", "merged_16bit", "merged_4bit", "fp8", "lora")
+FORMS = ("gguf", "gguf_lora", "merged_16bit", "merged_4bit", "fp8", "lora")
 DEFAULT_QUANTIZATION = "q8_0"
 HELD_OUT_ROWS = 16
 
@@ -88,9 +88,11 @@ def _export(model: Any, tokenizer: Any, options: argparse.Namespace, held_out: l
     """Raises:
     ExportDiffers: for an export that is not the model; what was written is on it.
     """
-    from pronghorn.export import save_gguf, save_merged
+    from pronghorn.export import save_gguf, save_gguf_adapter, save_merged
 
     verify = not options.no_check
+    if options.to == "gguf_lora":
+        return save_gguf_adapter(model, options.out)
     if options.to != "gguf":
         return save_merged(model, tokenizer, options.out, options.to, verify=verify, held_out=held_out)
     asked = ",".join(options.quantization or [DEFAULT_QUANTIZATION])

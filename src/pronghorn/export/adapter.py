@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pronghorn.engine import base_causal_lm
 from pronghorn.errors import SaveFailed
+from pronghorn.export.adapter_probe import warn_of_unchanged
 from pronghorn.export.folder import folder_of, write_folder
 from pronghorn.export.gate import Checked
 from pronghorn.export.result import FOLDER_MARK, Export, mark_failed, settle
@@ -95,7 +96,9 @@ def check_adapter(model: Any, folder: Path) -> Checked:
         # All else that PEFT writes are embeddings that were resized.
         foreign = sorted(key for key in written.keys() - wanted.keys() if "lora_" in key)
         checked.problems += [f"PEFT has no place for {key}" for key in foreign]
-        checked.adapted += sum("lora_B" in key or "lora_embedding_B" in key for key in trained)
+        adapted = [key for key in trained if "lora_B" in key or "lora_embedding_B" in key]
+        warn_of_unchanged([key for key in adapted if not trained[key].any()], len(adapted))
+        checked.adapted += len(adapted)
     return checked
 
 

@@ -45,6 +45,14 @@ def look_for_changes(
         unsure = (_sum((written - merged) ** 2) / (size * change.numel())) ** 0.5
         if factor < _FOUND and unsure < _SURE:
             lost.append(f"{name}: {factor:.2f} of its adapter's change is left")
+    warn_of_unchanged(unchanged, count)
+    return count, [
+        f"{len(lost)} of {count} adapted weights lost their adapter, first {lost[0]}"
+    ] if lost else []
+
+
+def warn_of_unchanged(unchanged: list[str], count: int) -> None:
+    """Say that adapters are as they were initialised."""
     if unchanged:
         logger.warning(
             "pronghorn: %d of %d adapters change nothing (B is zero), first %s",
@@ -52,9 +60,6 @@ def look_for_changes(
             count,
             unchanged[0],
         )
-    return count, [
-        f"{len(lost)} of {count} adapted weights lost their adapter, first {lost[0]}"
-    ] if lost else []
 
 
 def _sum(tensor: Tensor) -> float:

@@ -81,8 +81,7 @@ def save_pretrained_gguf(
     """Write GGUF files with the adapter merged in; see `pronghorn.export.save_gguf`. `save_method="lora"` writes the
     adapter alone, as a GGUF LoRA in fp32; see `pronghorn.export.save_gguf_adapter`."""
     if save_method == "lora":
-        file = save_gguf_adapter(model, save_directory)
-        return Export(file.parent, [file])
+        return save_gguf_adapter(model, save_directory)
     if save_method != "merged":
         raise UnknownArgument(f"save_method='{save_method}' does not exist", fix="use 'merged' or 'lora'")
     tokenizer = _tokenizer_of(model) if tokenizer is None else tokenizer

@@ -14,25 +14,26 @@ from torch import Tensor, nn
 
 from pronghorn.engine import base_causal_lm
 from pronghorn.errors import ExportMismatch, NotExportable, PackageMissing
-from pronghorn.export.folder import write_beside
+from pronghorn.export.adapter_probe import warn_of_unchanged
+from pronghorn.export.folder import folder_of, write_beside
+from pronghorn.export.gate import Checked
 from pronghorn.export.gguf.architecture import Dialect, dialect_of, gguf_entries
 from pronghorn.export.gguf.file import write_gguf
 from pronghorn.export.gguf.methods import Method
+from pronghorn.export.result import Export
 from pronghorn.export.safetensors_file import Entry
 
 
-def save_gguf_adapter(model: Any, path: str | os.PathLike[str]) -> Path:
+def save_gguf_adapter(model: Any, path: str | os.PathLike[str]) -> Export:
     """Write the active adapter as FOLDER.lora.gguf into a folder, in fp32, completely or not at all.
 
     llama.cpp computes W x + (alpha / r) B A x with one alpha for all; where scalings differ (rank patterns, rsLoRA),
     the difference is in B.
 
-    Returns:
-        the file.
-
     Raises:
         NotExportable: for anything but plain LoRA on linear layers.
         SaveFailed: for a full disk, or a folder that cannot be written.
+        ExportMismatch: where a tensor reads back otherwise; nothing is replaced then.
     """
     if find_spec("gguf") is None:
         raise PackageMissing(
@@ -46,7 +47,7 @@ def save_gguf_adapter(model: Any, path: str | os.PathLike[str]) -> Path:
     entries = [
         entry for name, module, adapter in found for entry in _pair(dialect, name, module, adapter, alpha)
     ]
-    target = Path(path).expanduser().absolute()
+    target = folder_of(path)
     file_name = f"{target.name}.lora.gguf"
 
     def describe(writer: Any) -> None:
@@ -59,7 +60,11 @@ def save_gguf_adapter(model: Any, path: str | os.PathLike[str]) -> Path:
         write_gguf(folder / file_name, dialect.architecture, describe, entries, Method("f32"))
         _check(folder / file_name, entries)
 
-    return write_beside(target, sum(entry.nbytes for entry in entries), write) / file_name
+    write_beside(target, sum(entry.nbytes for entry in entries), write)
+    warn_of_unchanged(
+        [name for name, module, part in found if not module.lora_B[part].weight.any()], len(found)
+    )
+    return Export(target, [target / file_name], [Checked(file_name, adapted=len(found), bit_for_bit=True)])
 
 
 def _adapted(model: Any) -> Iterator[tuple[str, Any, str]]:

@@ -14,7 +14,7 @@ import torch
 
 from pronghorn.engine import base_causal_lm
 from pronghorn.errors import NotExportable, PackageMissing
-from pronghorn.export.folder import write_beside
+from pronghorn.export.folder import folder_of, write_beside
 from pronghorn.export.gate import make_probe, torch_predictor
 from pronghorn.export.gguf import llama_cpp
 from pronghorn.export.gguf.architecture import Dialect, add_architecture, dialect_of, gguf_entries
@@ -73,7 +73,7 @@ def save_gguf(
     """
     work, methods = _prepare(model, tokenizer, path, quantization_method)
     probe = make_probe(torch_predictor(model), tokenizer, held_out) if verify else None
-    export = Export(Path(path).expanduser().absolute())
+    export = Export(folder_of(path))
     named = {entry.name: entry for entry in work.entries}
 
     def write(folder: Path) -> None:
@@ -118,7 +118,7 @@ def _prepare(
     vocabulary = read_vocabulary(tokenizer, rows)
     stop = getattr(getattr(base, "generation_config", None), "eos_token_id", None)
     stop_ids = stop if isinstance(stop, list) else [stop] if stop is not None else []
-    name = Path(path).expanduser().absolute().name or "model"
+    name = folder_of(path).name or "model"
 
     def describe(writer: Any, method: Method) -> None:
         writer.add_type("model")

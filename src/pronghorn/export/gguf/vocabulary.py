@@ -19,11 +19,19 @@ _CASED = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|"
     r"\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_CASED_O200K = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|"
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|"
+    r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+#: llama.cpp takes a word that is a token as it is under this name, and merges it step by step under the other.
+_WHOLE_WORDS, _MERGED_WORDS = "llama-bpe", "dbrx"
 #: How a byte-level tokenizer cuts text into words -> llama.cpp's name of that.
 PRE_TOKENIZERS = {
-    (_WORDS + r"\p{N}{1,3}" + _REST,): "llama-bpe",
+    (_WORDS + r"\p{N}{1,3}" + _REST,): _WHOLE_WORDS,
     (_WORDS + r"\p{N}" + _REST,): "qwen2",
     (_CASED,): "tekken",
+    (_CASED_O200K,): "gpt-4o",
     (_GPT2,): "gpt-2",
     ("digits", _GPT2): "smollm",
 }
@@ -133,7 +141,8 @@ def pre_tokenizer_name(described: dict[str, Any]) -> str:
     name = PRE_TOKENIZERS.get(tuple(cuts))
     if name is None:
         raise _no_form(f"llama.cpp's name for how its tokenizer cuts words is not known here ({cuts})")
-    return name
+    ignores_merges = described.get("model", {}).get("ignore_merges", False)
+    return _MERGED_WORDS if name == _WHOLE_WORDS and not ignores_merges else name
 
 
 def add_vocabulary(writer: Any, vocabulary: Vocabulary, tokenizer: Any, stop_ids: list[int]) -> None:
