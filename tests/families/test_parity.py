@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from pronghorn.blocks import LEVELS
+from pronghorn.blocks import LEVELS, parks
 from pronghorn.engine import bind, binding_of
 from tests.families.parity import (
     FAMILIES,
@@ -47,8 +47,11 @@ def expected_of(model: Any, rows: dict[str, Any]) -> Outcome:
     return outcome
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("level", LEVELS)
+#: on a CPU what a level parks stays where it is, which one family shows
+CASES = [(family, level) for family in FAMILIES for level in LEVELS if family == "llama" or not parks(level)]
+
+
+@pytest.mark.parametrize("family,level", CASES)
 @pytest.mark.parametrize("mode", ["lora", "full"])
 def test_rows_match_transformers(family: str, level: str, mode: str) -> None:
     model = stock(family)
