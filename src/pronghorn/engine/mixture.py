@@ -33,7 +33,8 @@ def moe_block(layer: Any, call: LayerCall, read: ReadGroups) -> MoeBlock:
     parts, mixture = binding.family.parts, binding.family.mixture
     assert mixture is not None
     mlp = getattr(layer, parts.mlp)
-    gate_up, down = read_stacks(getattr(mlp, mixture.experts), mixture.transposed)
+    experts = getattr(mlp, mixture.experts)
+    gate_up, down = read_stacks(experts, mixture.transposed)
     tiles = {} if binding.tile_rows is None else {"tile_tokens": binding.tile_rows}
     return MoeBlock(
         norm=read_norm(getattr(layer, parts.mlp_norm), binding.family.norm_offset),
@@ -41,7 +42,7 @@ def moe_block(layer: Any, call: LayerCall, read: ReadGroups) -> MoeBlock:
         scoring=mixture.scoring(binding.config),
         gate_up=gate_up,
         down=down,
-        gating=mixture.gating(binding.config, binding.activation),
+        gating=mixture.gating(innermost(experts), binding.activation),
         shared=None if mixture.shared is None else _shared_expert(read, binding.activation),
         **tiles,
     )

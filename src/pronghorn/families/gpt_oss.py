@@ -19,10 +19,8 @@ def _scoring(config: Any) -> Scoring:
     return Scoring(config.num_local_experts, config.num_experts_per_tok)
 
 
-def _gating(config: Any, activation: str) -> Gating:
-    # Transformers before 5.18 has these numbers in its code.
-    alpha, limit = getattr(config, "swiglu_alpha", 1.702), getattr(config, "swiglu_limit", 7.0)
-    return Gating(CLAMPED, interleaved=True, alpha=alpha, limit=limit)
+def _gating(experts: Any, activation: str) -> Gating:
+    return Gating(CLAMPED, interleaved=True, alpha=experts.alpha, limit=experts.limit)
 
 
 FAMILY = DecoderFamily(

@@ -25,7 +25,7 @@ class MixtureParts:
         transposed: the stacks are [E, in, out].
         intermediate, shared_intermediate: the config's keys for I of a routed expert and of the shared one.
         scoring: what the router computes, by config.
-        gating: the experts' activation, by config and its name in `kernels.glu`.
+        gating: what experts compute of gate and up, by their module and the activation's name in `kernels.glu`.
     """
 
     scoring: Callable[[Any], Scoring]
@@ -42,6 +42,6 @@ class MixtureParts:
     shared_intermediate: str | None = None
 
 
-def plain_gating(config: Any, activation: str) -> Gating:
+def plain_gating(experts: Any, activation: str) -> Gating:
     """act(gate) · up, gate and up one after the other."""
     return Gating(activation)
