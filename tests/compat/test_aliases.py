@@ -40,7 +40,7 @@ def test_a_script_and_its_own_modules_see_ours_and_libraries_the_real_one(tmp_pa
             "import transformers.models.llama.modeling_llama as modeling\n"
             "import trl.trainer.sft_trainer as inside\n"
             "import helper\n"
-            "from pronghorn.training import trainer as ours\n"
+            "from pronghorn.training import rows as ours\n"
             "library = ours.trl.SFTTrainer if ours.trl is not trl else None\n"
             "from unsloth import UnslothTrainer\n",
         )

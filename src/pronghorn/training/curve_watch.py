@@ -78,8 +78,11 @@ class CurveWatch(TrainerCallback):
 
     def _say_once(self, finding: Finding) -> None:
         key = (finding.kind, finding.first if finding.kind in _SINGLE else 0)
-        if key not in self._said:
-            self._said.add(key)
+        if key in self._said:
+            return
+        self._said.add(key)
+        # The number watch has said more about that already.
+        if finding.kind != "not-a-number" or not self._trainer._numbers.told:
             self._say(f"{finding.kind}: {finding}", finding.level)
 
     def _say(self, text: str, level: str) -> None:

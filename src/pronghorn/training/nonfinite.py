@@ -61,7 +61,9 @@ class NumberWatch(TrainerCallback):
         self._of_step: deque[tuple[dict[str, Any], Any]] = deque(maxlen=_UNREAD)
         self._losses: torch.Tensor | None = None
         self._norm: torch.Tensor | None = None
-        self._told, self._looks = False, 0
+        #: the warning that was given, if any
+        self.told = ""
+        self._looks = 0
 
     # --- what the trainer shows -------------------------------------------------------------------------------------
 
@@ -164,8 +166,8 @@ class NumberWatch(TrainerCallback):
         return work() if trainer._steps is None else trainer._steps.beside(work)
 
     def _warn(self, text: str) -> None:
-        if not self._told:
-            self._told = True
+        if not self.told:
+            self.told = text
             logger.warning("pronghorn: %s", text)
 
     # --- words --------------------------------------------------------------------------------------------------------

@@ -154,6 +154,9 @@ class RunRecorder(TrainerCallback):
                 finding.as_dict() for finding in watch.findings(over=record.state != "running")
             ]
             record.rows = watch.rows
+            told = trainer._numbers.told
+            if told and told not in record.notes:
+                record.notes.append(told)
             folder = Path(trainer.args.output_dir)
             folder.mkdir(parents=True, exist_ok=True)
             record.save(folder)
