@@ -43,7 +43,7 @@ def test_what_people_read(folder, capsys):
     assert asked(folder, "--data", str(folder / "rows.jsonl"), "--rows", "1") == 0
     text = capsys.readouterr().out
     assert "== Hi" in text and "(the row):\n  the deer" in text
-    assert "1 held-out rows" in text and "perplexity" in text
+    assert "held-out rows: 1" in text and "perplexity" in text
 
 
 def test_questions_of_our_own(folder, capsys):

@@ -165,7 +165,7 @@ def _show_scores(compared: Compared) -> None:
         for name, score in compared.scores.items()
     ]
     some = next(iter(compared.scores.values()))
-    title = f"{some.rows} held-out rows, {some.tokens:,} tokens of answers"
+    title = f"held-out rows: {some.rows}, tokens of their answers: {some.tokens:,}"
     table(title, ["model", "loss", "perplexity", "exact match", "word F1"], rows)
 
 

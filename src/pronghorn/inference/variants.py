@@ -82,7 +82,7 @@ def load_variants(
         model = load_adapter(model, source, f"adapter{i}")
         used = _tokenizer_of(source, [variant.tokenizer for variant in variants])
         variants.append(Variant(name, f"adapter{i}", used, _stops(model, used)))
-    FastLanguageModel.for_inference(model)
+    model.eval()
     if _brings_modules(model, len(sources)):
         return model, tuple(variants[1:])
     return model, tuple([*variants[1:2], variants[0], *variants[2:]] if own else variants)

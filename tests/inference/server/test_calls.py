@@ -101,6 +101,7 @@ def test_prompts(prompt, expected):
         ("seed", 1 << 63, "seed"),
         ("stop", ["a"] * 17, "stop"),
         ("stop", [""], "stop"),
+        ("stop", "a" * 501, "stop"),
         ("stop", [1], "stop"),
         ("stream", "yes", "stream"),
         ("stream_options", {"include_usage": True}, "stream_options"),

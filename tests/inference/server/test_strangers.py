@@ -146,6 +146,7 @@ def test_an_address_that_is_taken(server):
 def test_unknown_paths_and_methods(server):
     status, _, answer = call(server, "GET", "/v2/models")
     assert (status, answer["error"]["type"]) == (404, "invalid_request_error")
+    assert call(server, "GET", "/health/")[0] == 404
     status, headers, answer = call(server, "GET", CHAT)
     assert (status, headers["allow"]) == (405, "POST")
     assert "GET" in answer["error"]["message"]

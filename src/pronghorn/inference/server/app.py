@@ -49,7 +49,7 @@ def build_app(
             allow_headers=["Authorization", "Content-Type"],
         )
         middleware.insert(0, asked_first)
-    return Starlette(
+    app = Starlette(
         routes=[
             Route("/", service.page),
             Route("/health", service.health),
@@ -62,6 +62,8 @@ def build_app(
         middleware=middleware,
         exception_handlers={CallProblem: _problem, HTTPException: _http_problem, Exception: _unexpected},
     )
+    app.router.redirect_slashes = False  # to wherever the Host header says
+    return app
 
 
 class Service:

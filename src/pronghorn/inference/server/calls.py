@@ -10,6 +10,7 @@ from pronghorn.inference.server.fields import Fields
 
 MOST_CHOICES = 128
 MOST_STOPS = 16
+MOST_STOP_LETTERS = 500
 MOST_LOGPROBS = 20
 #: Longer than any context. The engine says what this model's is.
 MOST_TOKENS = 1 << 24
@@ -165,8 +166,8 @@ def _stops(fields: Fields) -> tuple[str, ...]:
     if len(stops) > MOST_STOPS:
         raise fields.wrong("stop", f"must be at most {MOST_STOPS} strings")
     texts = tuple(fields.checked_text("stop", stop) for stop in stops)
-    if "" in texts:
-        raise fields.wrong("stop", "must not be empty")
+    if not all(1 <= len(text) <= MOST_STOP_LETTERS for text in texts):
+        raise fields.wrong("stop", f"must be strings of 1 to {MOST_STOP_LETTERS} letters")
     return texts
 
 
