@@ -322,6 +322,9 @@ class Step(Products):
         parts = [t * width * e for width in (q, q, q, kv, kv)] if groups > 1 else []
         if shape.attention == "cudnn":
             return [*parts, 12 * t * q]
+        if shape.attention == "flex":
+            # The forward pass again with its statistics, their share of the gradients, and gradients heads first.
+            return [t * q * e, 4 * t * heads, 4 * t * heads, *(t * width * e for width in (q, kv, kv))]
         padded = t + 128 * self.batch.documents
         head = -(-shape.head_dim // 32) * 32
         sums = [4 * padded * heads, 4 * padded * heads * head]
