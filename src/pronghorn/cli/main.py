@@ -81,9 +81,21 @@ def build_parser() -> argparse.ArgumentParser:
     )
     chat.add_argument("--load-in-4bit", action="store_true")
 
-    from pronghorn.cli import compare, compare_adapters, curves, data, export, plan, run, serve, stress
+    from pronghorn.cli import (
+        compare,
+        compare_adapters,
+        curves,
+        data,
+        export,
+        lr_find,
+        plan,
+        run,
+        serve,
+        stress,
+    )
 
     plan.register(commands)
+    lr_find.register(commands)
     data.register(commands)
     export.register(commands)
     serve.register(commands)
@@ -127,6 +139,11 @@ def _commands() -> dict:
 
     def plan(options: argparse.Namespace) -> int:
         from pronghorn.cli.plan import run
+
+        return run(options)
+
+    def lr_find(options: argparse.Namespace) -> int:
+        from pronghorn.cli.lr_find import run
 
         return run(options)
 
@@ -185,6 +202,7 @@ def _commands() -> dict:
         "quickstart": quickstart,
         "chat": chat,
         "plan": plan,
+        "lr-find": lr_find,
         "data": data,
         "export": export,
         "serve": serve,

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import time
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 from pronghorn.cli.console import duration, first_line, heading, say, table
 from pronghorn.cli.folders import output_folder
@@ -14,6 +14,9 @@ from pronghorn.cli.models import resolve_model
 from pronghorn.cli.quiet import quiet_libraries
 from pronghorn.config import RunConfig, arguments, load_config, section_arguments
 from pronghorn.errors import ConfigInvalid, nearest
+
+if TYPE_CHECKING:
+    from pronghorn.cli.rows import Rows
 
 
 def run(config_path: str, overrides: list[str], *, resume: bool = False, as_json: bool = False) -> int:
@@ -24,6 +27,32 @@ def run(config_path: str, overrides: list[str], *, resume: bool = False, as_json
     settings = training_settings(config)
     output_folder(settings.output_dir, "output.folder")
     checkpoint = _newest_checkpoint(settings.output_dir) if resume else None
+    trainer, rows = make_trainer(config, settings)
+    if checkpoint is not None:
+        say(f"resuming from {checkpoint}")
+    started = time.perf_counter()
+    result = _train(trainer, checkpoint)
+    seconds = time.perf_counter() - started
+    trained = checkpoint is None or checkpoint.name != f"checkpoint-{result.global_step}"
+    summary: dict[str, Any] = {
+        "steps": result.global_step,
+        "seconds": round(seconds, 2),
+        "train_loss": result.training_loss if trained else None,
+        "eval_loss": _final_loss(trainer) if rows.held_back is not None else None,
+        "train_rows": len(rows.train),
+        "eval_rows": len(rows.held_back) if rows.held_back is not None else 0,
+        "peak_memory_bytes": _peak_memory(),
+        "resumed_from": str(checkpoint) if checkpoint else None,
+        **save_results(config, trainer.model, trainer.processing_class),
+    }
+    _show(summary)
+    if as_json:
+        say(json.dumps(summary))
+    return 0
+
+
+def make_trainer(config: RunConfig, settings: Any) -> tuple[Any, Rows]:
+    """The trainer of a run, and its rows."""
     from pronghorn.cli.rows import load_rows
 
     rows = load_rows(config)
@@ -40,27 +69,7 @@ def run(config_path: str, overrides: list[str], *, resume: bool = False, as_json
             train_dataset=rows.train,
             eval_dataset=rows.held_back,
         )
-    if checkpoint is not None:
-        say(f"resuming from {checkpoint}")
-    started = time.perf_counter()
-    result = _train(trainer, checkpoint)
-    seconds = time.perf_counter() - started
-    trained = checkpoint is None or checkpoint.name != f"checkpoint-{result.global_step}"
-    summary: dict[str, Any] = {
-        "steps": result.global_step,
-        "seconds": round(seconds, 2),
-        "train_loss": result.training_loss if trained else None,
-        "eval_loss": _final_loss(trainer) if rows.held_back is not None else None,
-        "train_rows": len(rows.train),
-        "eval_rows": len(rows.held_back) if rows.held_back is not None else 0,
-        "peak_memory_bytes": _peak_memory(),
-        "resumed_from": str(checkpoint) if checkpoint else None,
-        **save_results(config, trainer.model, tokenizer),
-    }
-    _show(summary)
-    if as_json:
-        say(json.dumps(summary))
-    return 0
+    return trainer, rows
 
 
 def training_settings(config: RunConfig) -> Any:

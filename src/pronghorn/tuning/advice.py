@@ -37,7 +37,7 @@ class Facts:
         rank_parameters: adapter elements of rank 1, on all linear layers.
         rows: of the data, with `tokens` and `supervised` tokens on average.
         adapters: False for full fine-tuning.
-        rank, alpha, rslora, batch, epochs: as somebody chose them, None for what is advised.
+        rank, alpha, rslora, batch, epochs, steps: as somebody chose them, None for what is advised.
     """
 
     model_type: str
@@ -52,6 +52,7 @@ class Facts:
     rslora: bool = False
     batch: int | None = None
     epochs: float | None = None
+    steps: int | None = None
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def advise(facts: Facts) -> list[Advice]:
     """Advice on everything that has a rule, in the order in which one follows from the other."""
     batch, epochs = batch_rows(facts), passes(facts)
     found = [epochs, batch]
-    steps = math.ceil(facts.rows * epochs.value / batch.value)
+    steps = facts.steps or math.ceil(facts.rows * epochs.value / batch.value)
     rank = adapter_rank(facts) if facts.adapters else None
     if rank is not None:
         found += [rank, adapter_alpha(facts, rank.value), adapter_modules()]
