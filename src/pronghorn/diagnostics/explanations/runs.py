@@ -278,8 +278,8 @@ EXPLANATIONS: dict[str, Explanation] = {
         ),
     ),
     "PH705": Explanation(
-        cause="The loss of no batch fell at any rate: nothing is trained (all parameters frozen), the labels are the same "
-        "everywhere or random, or the highest rate of the test is too low.",
+        cause="The loss of no batch fell at any rate: nothing is trained (all parameters frozen), the labels are the "
+        "same everywhere or random, or the highest rate of the test is too low.",
         fix="`pronghorn data check` on the rows; trainer.model.print_trainable_parameters(); a higher --highest.",
         example="[PH705] at no rate from 1e-06 to 1 the loss fell. Fix: check the rows and what is trained",
         zh=(
