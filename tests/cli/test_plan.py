@@ -133,7 +133,17 @@ def test_a_model_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 def test_every_family_of_the_fast_path_is_planned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for family in ("llama", "mistral", "qwen2", "qwen3"):
+    for family in (
+        "llama",
+        "mistral",
+        "qwen2",
+        "qwen3",
+        "gemma2",
+        "gemma3_text",
+        "phi3",
+        "granite",
+        "smollm3",
+    ):
         tiny_config(family).save_pretrained(tmp_path / family)
         assert main(["plan", str(tmp_path / family), "--budget", "1GiB", "--json"]) == 0
         assert json.loads(capsys.readouterr().out)["levels"] == ["all", "all"]

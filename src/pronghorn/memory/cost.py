@@ -82,10 +82,12 @@ def layer_times(shape: ModelShape, batch: Batch, rates: Rates) -> LayerTimes:
     input_grads = product(*PROJECTIONS, fp8=shape.fp8_backward, unpacked=shape.unpacked_backward)
     backward = input_grads + weight_grads + 2.5 * attention_flop / on_attention[1]
     backward += passes(6 * i + 8 * h + 2 * heads)
+    # A norm's backward wants what the down projection gave, which the levels from "attention" on keep.
+    down_again = product(*DOWN) + passes(3 * i) if shape.output_norms else 0.0
     return LayerTimes(
         forward=forward,
         backward=backward,
-        rebuild_attention=product(*QKV, *OUT) + attend + passes(2 * heads + 2 * h),
+        rebuild_attention=product(*QKV, *OUT) + attend + passes(2 * heads + 2 * h) + down_again,
         rebuild_glu=product(*GATE_UP),
         rebuild_norms=passes(4 * h),
         per_tile=3 * unpack(*GATE_UP, *DOWN) + TILE_SECONDS,
