@@ -66,6 +66,15 @@ def test_learning_rates_start_alike_and_end_apart(tiny):
     assert last == sorted(last, reverse=True) and last[0] - last[-1] > 0.3
 
 
+def test_best_learning_rate_is_found_and_trains(tiny, capsys):
+    seen = run("best_learning_rate", tiny)
+    assert 1e-5 < seen["best"] < 1 and seen["trainer"].args.learning_rate == seen["best"]
+    assert f"best learning rate: {seen['best']:.1e}" in capsys.readouterr().out
+    curve = losses(seen["trainer"])
+    assert len(curve) == 16 and falls(curve)
+    assert Path("outputs/dropin/best_learning_rate/lr_finder.svg").exists()
+
+
 def test_merge_answers_as_the_adapter_did(tiny):
     seen = run("merge", tiny)
     assert seen["same_answer"] is True
