@@ -19,7 +19,7 @@ LORA_FACTOR, SHORT_FACTOR, SHORT_STEPS = 10.0, 1.5, 100
 #: The scale α/r that the fit was made with, times r.
 PUBLISHED_ALPHA = 32
 #: Supervised tokens of a step at which the fit is taken as it is, and the most that the batch changes it.
-BASE_TOKENS, MOST_BATCH = 16_384, 2.0
+BASE_TOKENS, MOST_BATCH = 16_384, 1.5
 #: Steps that a run should have, the most passes over the same rows, rows of a batch.
 FEWEST_STEPS, MOST_EPOCHS = 200, 3
 SMALLEST_BATCH, LARGEST_BATCH = 4, 32
@@ -97,7 +97,7 @@ def learning_rate(facts: Facts, batch: int, steps: int, rank: int | None) -> Adv
     tokens = batch * facts.supervised
     of_batch = min(max(math.sqrt(tokens / BASE_TOKENS), 1 / MOST_BATCH), MOST_BATCH)
     rate *= of_batch
-    rule += f" · {of_batch:.2g} for {tokens:,.0f} supervised tokens a step (their root over 16,384, within 0.5 to 2)"
+    rule += f" · {of_batch:.2g} for {tokens:,.0f} supervised tokens a step (√ of a share of 16,384; 0.67 to 1.5)"
     if rank is not None:
         alpha = facts.alpha or PUBLISHED_ALPHA
         scale = alpha / math.sqrt(rank) if facts.rslora else alpha / rank
