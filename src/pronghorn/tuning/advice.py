@@ -97,7 +97,9 @@ def learning_rate(facts: Facts, batch: int, steps: int, rank: int | None) -> Adv
     tokens = batch * facts.supervised
     of_batch = min(max(math.sqrt(tokens / BASE_TOKENS), 1 / MOST_BATCH), MOST_BATCH)
     rate *= of_batch
-    rule += f" · {of_batch:.2g} for {tokens:,.0f} supervised tokens a step (√ of a share of 16,384; 0.67 to 1.5)"
+    rule += (
+        f" · {of_batch:.2g} for {tokens:,.0f} supervised tokens a step (√ of a share of 16,384; 0.67 to 1.5)"
+    )
     if rank is not None:
         alpha = facts.alpha or PUBLISHED_ALPHA
         scale = alpha / math.sqrt(rank) if facts.rslora else alpha / rank
@@ -203,8 +205,8 @@ def warm_up(steps: int) -> Advice:
         "warmup_steps",
         count,
         f"3 % of {steps:,} steps, 2 to {MOST_WARMUP}",
-        "the share that Stanford Alpaca (2023) and QLoRA trained with; an adapter starts at B = 0, which is a warm-up "
-        f"of its own ({WITHOUT_REGRET})",
+        "the share that Stanford Alpaca (2023) and QLoRA (Dettmers et al., 2023) trained with; an adapter starts at "
+        "B = 0, so that its first steps are small by themselves",
         "full fine-tuning at a high rate may need more",
     )
 
