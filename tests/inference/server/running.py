@@ -39,7 +39,7 @@ def running(load: Callable[[], Any], *, wait: bool = True, **arguments: Any) -> 
     server.failures = failures  # type: ignore[attr-defined]
 
 
-def until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
+def until(condition: Callable[[], bool], seconds: float = 30.0) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it did not come true in time"

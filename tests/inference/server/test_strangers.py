@@ -16,7 +16,7 @@ from pronghorn.inference.server.listen import Server
 from tests.inference.server.fakes import FakeEngine, saying, served_model
 from tests.inference.server.running import ask, call, connected, raw_request, running, until
 
-SMALL = Limits(body_bytes=4000, body_seconds=0.4, head_seconds=0.4, write_seconds=0.4)
+SMALL = Limits(body_bytes=4000, body_seconds=0.7, head_seconds=0.7, write_seconds=0.7)
 CHAT = "/v1/chat/completions"
 HELLO = {"messages": [{"role": "user", "content": "Hi"}]}
 
