@@ -10,14 +10,14 @@ import torch
 
 from pronghorn.blocks import LEVELS, kept_bytes_per_token, saved_bytes_per_token
 from pronghorn.engine import bind, binding_of
-from pronghorn.engine.planning import shape_of
+from pronghorn.engine.planning import shape_of, shape_of_config
 from pronghorn.kernels.linear_cross_entropy import default_chunk_rows
 from pronghorn.memory import PROJECTIONS, Batch, ModelShape, estimate
 from pronghorn.memory.allocator import Allocator
 from pronghorn.memory.schedule import Step
 from tests.families.parity import add_adapter, packed_batch, rows_batch
 from tests.memory.live import LiveBytes
-from tests.tiny import tiny_model
+from tests.tiny import tiny_config, tiny_model
 
 LLAMA_8B: dict[str, Any] = {
     "layers": 32,
@@ -180,3 +180,14 @@ def test_reserved_on_the_gpu_within_three_per_cent(level: str) -> None:
         shape, level, Batch(8192, len(batch["loss_rows"]), 4), capability=torch.cuda.get_device_capability()
     )
     assert found.reserved == pytest.approx(torch.cuda.max_memory_reserved(), rel=0.03)
+
+
+@pytest.mark.parametrize("storage", ["bfloat16", "nf4", "int8", "fp8 two"])
+@pytest.mark.parametrize("family", ["gemma2", "phi3", "granite"])
+def test_every_tensor_of_other_layers_is_given_back(family: str, storage: str) -> None:
+    """Branches with norms or factors and fused projections, at every level, with tiles and without: the estimate itself
+    refuses a step that leaves something allocated."""
+    shape = shape_of_config(tiny_config(family), storage=storage)
+    for level in LEVELS:
+        for tile_rows in (None, 256):
+            assert estimate(shape, level, Batch(1024, 512, 4), tile_rows=tile_rows).reserved > 0

@@ -165,11 +165,10 @@ class Step(Products):
         """The layer's output."""
         shape, e = self.shape, self.element
         keeps_all, keeps_wide, keeps_sum = (keeps(level, d) for d in ("all", "matmuls", "attention"))  # type: ignore[arg-type]
-        apart = shape.output_norms or shape.scaled_branches
         keeps_projected = shape.output_norms and keeps_sum
         keeps_sum = keeps_all if shape.output_norms else keeps_sum
         tiles = self._tiles() if not keeps_wide else [slice(0, self.tokens)]
-        out = self._new(self._residual()) if keeps_sum and (apart or len(tiles) > 1) else -1
+        out = self._new(self._residual()) if keeps_sum and (self._apart or len(tiles) > 1) else -1
         if keeps_projected and len(tiles) > 1:
             self._keep(saves, "projected_glu", self.tokens * shape.hidden * e)
         for at in tiles:
@@ -180,7 +179,7 @@ class Step(Products):
             act = self._new(rows * shape.intermediate * e)
             if not keeps_wide:
                 self._drop(saves, "gate", "up", "xa_gate_up")
-            if apart:
+            if self._apart:
                 self._project(saves, DOWN, "xa_down", rows)
                 self._free(act)
                 normed = [self._new(rows * shape.hidden * e)] if shape.output_norms else []
@@ -211,9 +210,11 @@ class Step(Products):
         self._attend(level, saves)
         dsummed, codes = self._glu_backward(saves)
         self._drop(saves, "summed", "normed_glu", *_GLU)
-        dbranch = self._branch_grad(self.tokens) if shape.output_norms or shape.scaled_branches else -1
+        dbranch = self._branch_grad(t) if self._apart else -1
+        if shape.output_norms and shape.hands_on:
+            codes = [self._new(t * shape.hidden), self._new(4 * t)]
         self._drop(saves, "projected_attention")
-        dout_o = self._input_grad(OUT, t, "xa_o" in saves, True, codes if dbranch == -1 else None)
+        dout_o = self._input_grad(OUT, t, "xa_o" in saves, True, codes)
         self._free(dbranch)
         rotated = [self._new(t * width * e) for width in (shape.q, shape.kv)] if shape.qk_norm else []
         gradients = [self._new(t * width * e) for width in (shape.q, shape.kv, shape.kv)]
@@ -270,7 +271,7 @@ class Step(Products):
                 rebuilt = True
                 self._keep(saves, "normed_glu", rows * shape.hidden * e)
             dnormed = self._input_grad(GATE_UP, rows, True, True, self._joined_operand(GATE_UP, rows))
-            if len(tiles) == 1 and shape.hands_on and shape.residual_element == e:
+            if len(tiles) == 1 and shape.hands_on and shape.residual_element == e and not self._apart:
                 codes = [self._new(rows * shape.hidden), self._new(4 * rows)]
             part = self._new(rows * shape.hidden * shape.residual_element)
             if not kept:
@@ -283,6 +284,11 @@ class Step(Products):
             else:
                 dsummed = part
         return dsummed, codes
+
+    @property
+    def _apart(self) -> bool:
+        """Whether something comes between a branch's projection and the residual sum."""
+        return self.shape.output_norms or self.shape.scaled_branches
 
     def _branch_grad(self, rows: int) -> int:
         """The gradient of what a norm or a factor made of a branch."""
@@ -298,7 +304,7 @@ class Step(Products):
         """`GluBlock._branch_grad`: the gradient of the down projection's output, which is made again where it is not
         kept; -1 where it is the layer's."""
         shape = self.shape
-        if not (shape.output_norms or shape.scaled_branches):
+        if not self._apart:
             return -1
         if not shape.output_norms or "projected_glu" in saves:
             found = self._branch_grad(rows)
