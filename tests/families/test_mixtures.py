@@ -10,7 +10,7 @@ import torch
 
 from pronghorn.blocks import LEVELS
 from pronghorn.blocks.moe import block
-from pronghorn.engine import TrainingStep, binding_of
+from pronghorn.engine import TrainingStep, base_causal_lm, binding_of
 from tests.families.mixtures import MIXTURES, add_expert_adapter, tiny_mixture
 from tests.families.parity import (
     Outcome,
@@ -147,12 +147,49 @@ def test_a_hook_on_the_experts_runs_the_stock_decoder() -> None:
     assert "experts has hooks" in binding_of(fast).describe()  # type: ignore[union-attr]
 
 
-def test_an_auxiliary_loss_is_the_stock_models() -> None:
-    model = stock("mixtral", "full")
-    batch = {**rows_batch(model.config.vocab_size, (9, 5)), "output_router_logits": True}
-    fast = bound_copy(model)
-    expected, actual = model(**batch), fast(**batch)
-    assert actual.aux_loss is not None and torch.equal(actual.loss, expected.loss)
+@pytest.mark.parametrize("family", ["qwen2_moe", "mixtral", "gpt_oss"])
+@pytest.mark.parametrize("mode", ["lora", "full"])
+def test_the_auxiliary_loss_and_its_gradients(family: str, mode: str) -> None:
+    """By argument and by config; weighed so that its gradients count."""
+    model = stock(family, mode, router_aux_loss_coef=0.7)
+    batch = {**rows_batch(model.config.vocab_size, LENGTHS), "output_router_logits": True}
+    fast = bound_copy(model, ["none", "all"])
+    expected = run(model, batch, logits=False)
+    assert_same(run(fast, batch, logits=False), expected, EXACT)
+    aux_loss = model(**batch).aux_loss
+    assert relative_error(fast(**batch).aux_loss, aux_loss) < EXACT
+    assert (
+        relative_error(run(fast, {**batch, "output_router_logits": False}, logits=False).loss, expected.loss)
+        > 0.01
+    )
+    fast.config.output_router_logits = model.config.output_router_logits = True
+    del batch["output_router_logits"]
+    assert_same(run(fast, batch, logits=False), run(model, batch, logits=False), EXACT)
+    handle = base_causal_lm(fast).model.layers[0].mlp.register_forward_hook(lambda *args: None)
+    assert_same(run(fast, batch, logits=False), expected, EXACT)  # through the stock decoder
+    handle.remove()
+    with torch.no_grad():
+        assert relative_error(fast.eval()(**batch).aux_loss, aux_loss) < EXACT
+
+
+def test_the_auxiliary_loss_counts_tokens_that_somebody_learns_from() -> None:
+    """Documents that fill a stream up count nothing, and the parts of a step weigh as their tokens do."""
+    model = stock("qwen2_moe", router_aux_loss_coef=0.7)
+    model.config.output_router_logits = True
+    rows = rows_batch(model.config.vocab_size, (13, 7, 13))
+    fast = bound_copy(model, "attention")
+    expected = run(model, rows, logits=False)
+    packed = packed_batch(rows)
+    assert_same(run(fast, packed, logits=False), expected, EXACT)
+    binding_of(fast).tile_rows = 128  # type: ignore[union-attr]
+    filled = {name: torch.nn.functional.pad(packed[name], (0, 130)) for name in ("input_ids", "position_ids")}
+    filled["labels"] = torch.nn.functional.pad(packed["labels"], (0, 130), value=-100)
+    bounds = torch.cat([packed["cu_seq_lens_q"], packed["cu_seq_lens_q"][-1:] + 130])
+    more = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": 130, "max_length_k": 130}
+    assert_same(run(fast, {**filled, **more}, logits=False), expected, EXACT)
+    supervised = int((rows["labels"][:, 1:] != -100).sum())
+    half = run(fast, {**packed, "num_items_in_batch": 2 * supervised}, logits=False)
+    assert relative_error(half.loss, expected.loss / 2) < EXACT
 
 
 def test_a_step_of_static_shape_gives_autograds_gradients() -> None:

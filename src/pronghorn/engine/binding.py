@@ -204,13 +204,21 @@ class Binding:
             logger.warning("pronghorn: %s", reason)
 
     def why_stock(
-        self, decoder: Any, mask: Any, cache: Any, use_cache: bool | None, kwargs: dict[str, Any]
+        self,
+        decoder: Any,
+        mask: Any,
+        cache: Any,
+        use_cache: bool | None,
+        kwargs: dict[str, Any],
+        balanced: bool = False,
     ) -> str | None:
-        """Why a call takes the stock decoder: None for the fast path, "" for an expected case (generation)."""
+        """Why a call takes the stock decoder: None for the fast path, "" for an expected case (generation). `balanced`:
+        of routers only their balance is wanted."""
         wants_cache = decoder.config.use_cache if use_cache is None else use_cache
         if cache is not None or (wants_cache and not decoder.training and "cu_seq_lens_q" not in kwargs):
             return ""
-        for request in ("output_hidden_states", "output_attentions", "output_router_logits"):
+        requests = ["output_hidden_states", "output_attentions"]
+        for request in requests if balanced else [*requests, "output_router_logits"]:
             if kwargs.get(request) or getattr(decoder.config, request, False):
                 return f"{request} was asked for: this call runs the stock decoder"
         if mask is not None and (not isinstance(mask, torch.Tensor) or mask.dim() != 2):

@@ -34,12 +34,13 @@ from pronghorn.blocks import (
 )
 from pronghorn.blocks.glu import TILE_ROWS
 from pronghorn.blocks.levels import is_roomy
+from pronghorn.blocks.moe import RouterBalance
 from pronghorn.blocks.projection import Projection
 from pronghorn.engine.angles import Angles, angles_of, query_scale_of
 from pronghorn.engine.binding import Binding
 from pronghorn.engine.flat import FlatAdapters
 from pronghorn.engine.loss import scaled_logits, shifted_loss, without_padding
-from pronghorn.engine.mixture import moe_block
+from pronghorn.engine.mixture import BALANCE, balance_of, moe_block, with_balance
 from pronghorn.engine.read import (
     Reading,
     active_module,
@@ -61,9 +62,11 @@ ReadGroups = dict[int, tuple[list[Projection], PackedAdapters | None]]
 
 @dataclass
 class LossOutput(CausalLMOutputWithPast):
-    """Transformers' output with the number of supervised tokens whose most likely prediction was right."""
+    """Transformers' output with the number of supervised tokens whose most likely prediction was right; `aux_loss` is
+    the balance of experts, where it was asked for."""
 
     num_correct: Tensor | None = None
+    aux_loss: Tensor | None = None
 
     def to_tuple(self) -> tuple[Any, ...]:
         """What Transformers' output has, in its order."""
@@ -93,6 +96,7 @@ class LayerCall:
     stash: HostStash | None = None
     packed: FlatAdapters | None = None
     query_scale: Tensor | None = None
+    balance: RouterBalance | None = None
 
     @staticmethod
     def of(
@@ -102,6 +106,7 @@ class LayerCall:
         seed: int,
         stash: HostStash | None = None,
         packed: FlatAdapters | None = None,
+        balance: RouterBalance | None = None,
     ) -> LayerCall:
         """For embedded tokens [T, H] of a stream."""
         return LayerCall(
@@ -113,6 +118,7 @@ class LayerCall:
             stash,
             packed,
             query_scale_of(binding, stream, hidden_states.dtype),
+            balance,
         )
 
 
@@ -222,7 +228,10 @@ def decoder_forward(
     Shapes: input_ids [B, S] -> last_hidden_state [B, S, H]. With `cu_seq_lens_q` the single row is a packed stream.
     """
     binding: Binding = decoder.pronghorn_binding
-    reason = binding.why_stock(decoder, attention_mask, past_key_values, use_cache, kwargs)
+    balance = kwargs.pop(BALANCE, None)
+    reason = binding.why_stock(
+        decoder, attention_mask, past_key_values, use_cache, kwargs, balanced=balance is not None
+    )
     if reason is not None:
         if reason:
             binding.tell_once(reason)
@@ -251,6 +260,7 @@ def decoder_forward(
         dropout_seed(decoder.training),
         binding.new_stash(hidden_states.device) if torch.is_grad_enabled() else None,
         binding.packed,
+        balance,
     )
     for layer in decoder.layers[: decoder.config.num_hidden_layers]:
         # Module.__call__, so that hooks run but Transformers' checkpoint wrapper does not: saves are ours to plan.
@@ -285,6 +295,8 @@ def causal_lm_forward(
 
         loss = Σ_{t: labels[t+1] ≠ -100} CE(logits[t], labels[t+1]) / num_items_in_batch   (None: their number)
 
+    With `output_router_logits` a mixture's balance is added (`engine.mixture.with_balance`).
+
     Args:
         loss_rows: flat positions t with a supervised successor, where the caller knows them without asking the GPU.
         return_logits: compute logits beside the loss; None does so in evaluation mode only.
@@ -309,6 +321,7 @@ def causal_lm_forward(
             return_dict=True,
             **kwargs,
         )
+    balance = balance_of(binding, labels, kwargs)
     outputs = model.model(
         input_ids=input_ids,
         attention_mask=attention_mask,
@@ -317,7 +330,7 @@ def causal_lm_forward(
         inputs_embeds=inputs_embeds,
         use_cache=use_cache,
         return_dict=True,
-        **kwargs,
+        **(kwargs if balance is None else {**kwargs, "output_router_logits": True, BALANCE: balance}),
     )
     hidden_states = outputs.last_hidden_state
     if loss_rows is None and isinstance(attention_mask, Tensor) and attention_mask.shape == labels.shape:
@@ -331,6 +344,11 @@ def causal_lm_forward(
         is_roomy(binding.save_levels),
         binding.scales,
     )
+    aux_loss = None
+    if balance is not None:
+        loss, aux_loss = with_balance(
+            model, balance, loss, labels, num_items_in_batch, outputs.router_logits, attention_mask
+        )
     wants_logits = not model.training if return_logits is None else return_logits
     return LossOutput(
         loss=loss,
@@ -339,6 +357,7 @@ def causal_lm_forward(
         hidden_states=outputs.hidden_states,
         attentions=outputs.attentions,
         num_correct=num_correct,
+        aux_loss=aux_loss,
     )
 
 
@@ -347,8 +366,6 @@ def _loss_of_its_own(model: Any, binding: Binding, kwargs: dict[str, Any]) -> bo
     if "_loss_function" in model.__dict__:
         binding.tell_once("the model has a loss_function of its own, which takes full logits")
         return True
-    if kwargs.get("output_router_logits") or getattr(binding.config, "output_router_logits", False):
-        return True  # with an auxiliary loss of the routers' logits; the decoder says that it runs stock
     return kwargs.get("shift_labels") is not None
 
 

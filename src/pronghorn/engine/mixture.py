@@ -6,15 +6,17 @@ base_layer=ParamWrapper(gate_up_proj, base_layer=experts))`. Its matrices are re
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 
 from pronghorn.blocks import Adapter, LinearProjection, ProjectionGroup
-from pronghorn.blocks.moe import ExpertAdapter, ExpertProjection, MoeBlock, SharedExpert
+from pronghorn.blocks.moe import ExpertAdapter, ExpertProjection, MoeBlock, RouterBalance, SharedExpert
 from pronghorn.engine.read import active_module, read_norm, runs_more_than_its_class
 from pronghorn.families import MOE, DecoderFamily, MixtureParts
 from pronghorn.weights.base import DenseWeight
@@ -43,6 +45,7 @@ def moe_block(layer: Any, call: LayerCall, read: ReadGroups) -> MoeBlock:
         gate_up=gate_up,
         down=down,
         gating=mixture.gating(innermost(experts), binding.activation),
+        balance=call.balance,
         shared=None if mixture.shared is None else _shared_expert(read, binding.activation),
         **tiles,
     )
@@ -186,3 +189,59 @@ def _active(wrapper: Any) -> Iterator[tuple[nn.Linear, nn.Linear, float]]:
 def _stacked_adapters(wrapper: Any, experts: int) -> Iterator[ExpertAdapter]:
     for a, b, scaling in _active(wrapper):
         yield ExpertAdapter(a.weight, b.weight, scaling, experts)
+
+
+# --- the auxiliary loss ----------------------------------------------------------------------------------------
+
+#: under which a `RouterBalance` comes to the decoder
+BALANCE = "pronghorn_balance"
+
+
+def balance_of(binding: Binding, labels: Tensor, kwargs: dict[str, Any]) -> RouterBalance | None:
+    """Where routers are to take down what they do, or None where nobody asks for it.
+
+    Of a packed stream the tokens count whose documents somebody learns from: others may be there to fill it up.
+    """
+    asked = kwargs.get("output_router_logits")
+    wanted = getattr(binding.config, "output_router_logits", False) if asked is None else asked
+    if binding.family.mixture is None or not wanted:
+        return None
+    bounds = kwargs.get("cu_seq_lens_q")
+    if bounds is None:
+        return RouterBalance()
+    supervised = labels.reshape(-1) != -100
+    tokens = torch.arange(supervised.numel(), device=bounds.device, dtype=bounds.dtype)
+    documents = torch.searchsorted(bounds[1:].contiguous(), tokens, right=True)
+    learned = torch.zeros(bounds.numel(), device=bounds.device).scatter_add_(0, documents, supervised.float())
+    return RouterBalance(learned[documents] > 0)
+
+
+def with_balance(
+    model: Any,
+    balance: RouterBalance,
+    loss: Tensor,
+    labels: Tensor,
+    num_items_in_batch: Tensor | int | None,
+    router_logits: Any,
+    attention_mask: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The loss with the balance of experts added, and the balance L.
+
+        loss + router_aux_loss_coef · L · (supervised tokens here / num_items_in_batch)
+
+    so that the parts of a step weigh as their tokens do, and a step's weights add up to one.
+
+    Args:
+        router_logits: of all layers, where the stock decoder ran.
+    """
+    share: Tensor | float = 1.0
+    if num_items_in_batch is not None:
+        share = (labels[:, 1:] != -100).sum() / num_items_in_batch
+    weight = model.config.router_aux_loss_coef * share
+    if not router_logits:
+        return balance.added_to(loss, weight), balance.loss()
+    stock = sys.modules[type(model).__module__].load_balancing_loss_func
+    mixture = model.pronghorn_binding.family.mixture
+    scoring = mixture.scoring(model.config)
+    found = stock(router_logits, scoring.experts, scoring.top_k, attention_mask)
+    return loss + weight * found.to(loss.device), found

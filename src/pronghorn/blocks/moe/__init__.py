@@ -1,5 +1,6 @@
 """Mixtures of experts with hand-derived backward passes and declared saves."""
 
+from pronghorn.blocks.moe.balance import RouterBalance
 from pronghorn.blocks.moe.block import MoeBlock, MoeSaves
 from pronghorn.blocks.moe.experts import ExpertAdapter, ExpertProjection
 from pronghorn.blocks.moe.shared import SharedExpert
@@ -9,5 +10,6 @@ __all__ = [
     "ExpertProjection",
     "MoeBlock",
     "MoeSaves",
+    "RouterBalance",
     "SharedExpert",
 ]

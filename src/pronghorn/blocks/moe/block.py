@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pronghorn.blocks.glu import tile_slices
 from pronghorn.blocks.levels import Level, keeps
+from pronghorn.blocks.moe.balance import RouterBalance
 from pronghorn.blocks.moe.experts import ExpertProjection
 from pronghorn.blocks.moe.shared import SharedExpert
 from pronghorn.blocks.norm import Norm
@@ -64,7 +65,8 @@ class MoeSaves:
 class MoeBlock:
     """The second half of a layer whose MLP is a mixture of experts.
 
-    `tile_tokens`: most tokens whose rows exist at a time where no level keeps them.
+    `tile_tokens`: most tokens whose rows exist at a time where no level keeps them. `balance`: takes down what the
+    router does, for the auxiliary loss.
     """
 
     norm: Norm
@@ -75,6 +77,7 @@ class MoeBlock:
     gating: Gating
     shared: SharedExpert | None = None
     tile_tokens: int = TILE_TOKENS
+    balance: RouterBalance | None = None
 
     Saves: ClassVar[type[MoeSaves]] = MoeSaves
 
@@ -100,21 +103,23 @@ class MoeBlock:
         tokens = saves.summed.shape[0]
         tiles = [slice(0, tokens)] if keeps(level, "matmuls") else self.tiles(tokens)
         if len(tiles) == 1:
-            out = self._forward_rows(dtype, level, saves)
+            out = self._forward_rows(dtype, level, saves, tiles[0])
         else:
             out = torch.empty_like(saves.summed)
             logits = []
             for at in tiles:
                 part = saves.rows(at)
-                out[at] = self._forward_rows(dtype, level, part)
+                out[at] = self._forward_rows(dtype, level, part, at)
                 logits.append(part.logits)
             if keeps(level, "attention"):
                 saves.logits = torch.cat([t for t in logits if t is not None])
         saves.trim(level)
         return out
 
-    def _forward_rows(self, dtype: torch.dtype, level: Level, saves: MoeSaves) -> Tensor:
+    def _forward_rows(self, dtype: torch.dtype, level: Level, saves: MoeSaves, at: slice) -> Tensor:
         routing = self._rebuild(dtype, saves)
+        if self.balance is not None and saves.logits is not None:
+            self.balance.saw(saves.logits, routing.indices, at)
         assert saves.summed is not None and saves.gate_up is not None and saves.normed is not None
         shared = None if self.shared is None else self.shared.forward(saves.normed)
         if not keeps(level, "all"):
@@ -159,10 +164,10 @@ class MoeBlock:
         tiles = self.tiles(tokens) if saves.gate_up is None else [slice(0, tokens)]
         if len(tiles) == 1:
             same = saves.summed.dtype == dtype
-            return self._backward_rows(dout, dtype, saves, sink, columns if same else None)
+            return self._backward_rows(dout, dtype, saves, sink, tiles[0], columns if same else None)
         dsummed = torch.empty_like(saves.summed)
         for at in tiles:
-            dsummed[at] = self._backward_rows(dout[at], dtype, saves.rows(at), sink).tensor
+            dsummed[at] = self._backward_rows(dout[at], dtype, saves.rows(at), sink, at).tensor
         return Operand(dsummed)
 
     def _backward_rows(
@@ -171,6 +176,7 @@ class MoeBlock:
         dtype: torch.dtype,
         saves: MoeSaves,
         sink: GradientSink,
+        at: slice,
         columns: Tensor | Turned | None = None,
     ) -> Operand:
         routing = self._rebuild(dtype, saves)
@@ -184,7 +190,9 @@ class MoeBlock:
         del rows, dgate_up
         dnormed = gather_rows(drows, routing.places)
         del drows
-        dlogits = self.scoring.backward(routing.by_token(dweights), logits, routing).to(dtype)
+        dlogits = self.scoring.backward(routing.by_token(dweights), logits, routing)
+        dbalance = None if self.balance is None else self.balance.logits_grad(logits, at)
+        dlogits = (dlogits if dbalance is None else dlogits + dbalance).to(dtype)
         drouter, dxa = self.router.input_grad([dlogits], normed, sink)
         assert drouter is not None
         self.router.parameter_grads([dlogits], normed, None, dxa, sink)
