@@ -21,8 +21,11 @@ class Sampling:
     repetition_penalty: float = 1.0
 
 
-def encode_chat(tokenizer: Any, messages: Messages) -> Any:
+def encode_chat(tokenizer: Any, messages: Messages, **template: Any) -> Any:
     """Token ids [1, T] and mask of the conversation, up to where the assistant speaks.
+
+    Args:
+        template: what else the chat template asks for, such as enable_thinking.
 
     Raises:
         TokenizerProblem: the tokenizer has no chat template.
@@ -33,7 +36,7 @@ def encode_chat(tokenizer: Any, messages: Messages) -> Any:
             fix="use an instruction-tuned model, or set tokenizer.chat_template",
         )
     return tokenizer.apply_chat_template(
-        messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+        messages, add_generation_prompt=True, return_dict=True, return_tensors="pt", **template
     )
 
 

@@ -27,13 +27,13 @@ class Variant:
     tokenizer: Any
     stop_tokens: tuple[int, ...]
 
-    def chat_tokens(self, messages: Messages) -> tuple[int, ...]:
-        """The conversation up to where the assistant speaks.
+    def chat_tokens(self, messages: Messages, **template: Any) -> tuple[int, ...]:
+        """The conversation up to where the assistant speaks; `template` is for the chat template.
 
         Raises:
             TokenizerProblem: the tokenizer has no chat template.
         """
-        return tuple(encode_chat(self.tokenizer, messages)["input_ids"][0].tolist())
+        return tuple(encode_chat(self.tokenizer, messages, **template)["input_ids"][0].tolist())
 
     def special_tokens(self, texts: Sequence[str]) -> list[int]:
         """Those of the texts that are tokens of their own, such as <|im_end|>: they have no text in an answer."""

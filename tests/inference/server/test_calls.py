@@ -114,6 +114,10 @@ def test_prompts(prompt, expected):
         ("logit_bias", {"5": 1}, "logit_bias"),
         ("presence_penalty", 0.5, "presence_penalty"),
         ("temprature", 1, "temprature"),
+        ("chat_template_kwargs", [], "chat_template_kwargs"),
+        ("chat_template_kwargs", {"chat_template": "x"}, "chat_template_kwargs.chat_template"),
+        ("chat_template_kwargs", {"tokenize": False}, "chat_template_kwargs.tokenize"),
+        ("chat_template_kwargs", {"words": ["a"]}, "chat_template_kwargs.words"),
     ],
 )
 def test_the_field_that_is_wrong_is_named(field, value, named):

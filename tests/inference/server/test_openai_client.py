@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 
 openai = pytest.importorskip("openai")
 
+from pronghorn.inference.variants import Variant  # noqa: E402
 from tests.inference.server.fakes import FakeEngine, saying, served_model  # noqa: E402
 from tests.inference.server.running import running  # noqa: E402
 from tests.tiny import tiny_tokenizer  # noqa: E402
@@ -19,7 +21,11 @@ QUESTION = [{"role": "user", "content": "What does it eat?"}]
 @pytest.fixture(scope="module")
 def server():
     engine = FakeEngine(saying(TEXT), pause=0.001)
-    with running(lambda: (engine, served_model()), token="secret") as found:
+    model, tokenizer = served_model(), tiny_tokenizer()
+    tokenizer.chat_template = "{% if enable_thinking is not defined %}{{ raise_exception('no') }}{% endif %}thinking: {{ enable_thinking }}"
+    thinker = Variant("thinker", "adapter1", tokenizer, ())
+    model = replace(model, variants={**model.variants, "thinker": thinker})
+    with running(lambda: (engine, model), token="secret") as found:
         found.engine = engine
         yield found
 
@@ -38,6 +44,7 @@ def test_models(client):
     assert [(m.id, m.owned_by) for m in client.models.list()] == [
         ("tiny", "pronghorn"),
         ("formal", "pronghorn"),
+        ("thinker", "pronghorn"),
     ]
     assert client.models.retrieve("formal").parent == "tiny"
     with pytest.raises(openai.NotFoundError, match="did you mean 'formal'"):
@@ -127,6 +134,14 @@ def test_stop_strings(client, server, stop, expected, stream):
     else:
         text, finish = answer.choices[0].message.content, answer.choices[0].finish_reason
     assert (text, finish) == (expected, "stop")
+
+
+def test_what_the_chat_template_is_told(client, server):
+    extra = {"chat_template_kwargs": {"enable_thinking": False}}
+    client.chat.completions.create(model="thinker", messages=QUESTION, extra_body=extra)
+    assert tiny_tokenizer().decode(server.engine.submitted[-1].prompt_ids) == "thinking: False"
+    with pytest.raises(openai.BadRequestError, match="the chat template refuses the messages: no"):
+        client.chat.completions.create(model="thinker", messages=QUESTION)
 
 
 def test_a_special_token_as_a_stop_string(client, server):

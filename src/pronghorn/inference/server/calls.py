@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 from pronghorn.inference.generate import Messages
@@ -57,7 +58,10 @@ class Call:
 
 @dataclass(frozen=True)
 class ChatCall(Call):
+    """`template` is for the chat template, such as {"enable_thinking": false}."""
+
     messages: Messages
+    template: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -93,6 +97,7 @@ def chat_call(body: dict[str, Any]) -> ChatCall:
         max_tokens=older_name if tokens is None else tokens,
         logprobs=(top or 0) if wanted else None,
         messages=messages,
+        template=_template(fields),
     )
     fields.nothing_left()
     return call
@@ -169,6 +174,24 @@ def _stops(fields: Fields) -> tuple[str, ...]:
     if not all(1 <= len(text) <= MOST_STOP_LETTERS for text in texts):
         raise fields.wrong("stop", f"must be strings of 1 to {MOST_STOP_LETTERS} letters")
     return texts
+
+
+def _template(fields: Fields) -> dict[str, Any]:
+    """Values for the chat template; not what else Transformers would take, such as another template."""
+    from transformers import PreTrainedTokenizerBase
+
+    given = fields.take("chat_template_kwargs")
+    if given is None:
+        return {}
+    if not isinstance(given, dict):
+        raise fields.wrong("chat_template_kwargs", "must be an object")
+    taken = signature(PreTrainedTokenizerBase.apply_chat_template).parameters
+    for name, value in given.items():
+        if name in taken or name == "messages" or not isinstance(value, bool | int | float | str):
+            raise fields.wrong(
+                f"chat_template_kwargs.{name}", "must be a truth value, number or text for the template"
+            )
+    return given
 
 
 def _messages(fields: Fields) -> Messages:

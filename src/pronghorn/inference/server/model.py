@@ -118,7 +118,7 @@ def _chat_tokens(variant: Variant, call: ChatCall) -> tuple[int, ...]:
     from jinja2 import TemplateError
 
     try:
-        return variant.chat_tokens(call.messages)
+        return variant.chat_tokens(call.messages, **call.template)
     except TemplateError as error:
         raise wrong_field("messages", f"the chat template refuses the messages: {error}") from error
     except TokenizerProblem as error:
