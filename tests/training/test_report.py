@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 
 from pronghorn import SFTConfig
 from pronghorn.pages import write_page
+from pronghorn.training.ledger import StepLedger
 from pronghorn.training.report.page import report_page
 from pronghorn.training.report.samples import Prompt, answers, prompts_of
 from pronghorn.tuning.run_record import RunRecord, load_run
@@ -135,7 +136,7 @@ def test_a_run_that_ends_otherwise_says_how(tmp_path, how, state):
         with pytest.raises(type(how)):
             run.train()
     assert load_run(tmp_path).state.startswith(state)
-    assert "no held-out data set to take prompts from" in load_run(tmp_path).notes[0]
+    assert "no held-out rows to take prompts from" in load_run(tmp_path).notes[0]
     page = (tmp_path / "report.html").read_text()
     assert state.split(":")[0] in page and "<script>window" not in page
 
@@ -274,3 +275,11 @@ def test_a_stock_forward_is_reported_too(tmp_path):
     )
     run.train()
     assert load_run(tmp_path).state == "finished"
+
+
+def test_long_runs_are_kept_as_averages():
+    ledger = StepLedger()
+    ledger.take_over(range(1, 11), [float(n) for n in range(10)], [1.0] * 10)
+    assert ledger.averaged(10) == (list(range(1, 11)), list(map(float, range(10))), [1.0] * 10)
+    assert ledger.averaged(5) == ([2, 4, 6, 8, 10], [0.5, 2.5, 4.5, 6.5, 8.5], [1.0] * 5)
+    assert ledger.averaged(4)[0] == [3, 6, 9]

@@ -43,6 +43,7 @@ def run(config_path: str, overrides: list[str], *, resume: bool = False, as_json
         "eval_rows": len(rows.held_back) if rows.held_back is not None else 0,
         "peak_memory_bytes": _peak_memory(),
         "resumed_from": str(checkpoint) if checkpoint else None,
+        "report": _report(settings),
         **save_results(config, trainer.model, trainer.processing_class),
     }
     _show(summary)
@@ -190,6 +191,14 @@ def _newest_checkpoint(output_dir: str) -> Path:
     return newest_checkpoint(output_dir)
 
 
+def _report(settings: Any) -> str | None:
+    """The page that the run has left, if any."""
+    from pronghorn.training.report import REPORT
+
+    page = Path(settings.output_dir) / REPORT
+    return str(page) if settings.report and page.is_file() else None
+
+
 def _peak_memory() -> int | None:
     """Most bytes that were reserved on the GPU; None without one."""
     import torch
@@ -208,5 +217,5 @@ def _show(summary: dict[str, Any]) -> None:
         rows.append(("held-back loss", f"{summary['eval_loss']:.4f} ({summary['eval_rows']} rows)"))
     if summary["peak_memory_bytes"]:
         rows.append(("peak memory", f"{summary['peak_memory_bytes'] / 2**30:.2f} GiB"))
-    rows += [(kind, summary[kind]) for kind in ("adapter", "model", "merged") if summary[kind]]
+    rows += [(kind, summary[kind]) for kind in ("adapter", "model", "merged", "report") if summary[kind]]
     table("Run", ("what", "value"), rows)

@@ -9,6 +9,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from pronghorn.pages.text import shown
 
 #: Points of a drawn series; of more, the least and the greatest of each of half as many runs are drawn.
@@ -67,7 +69,7 @@ for (const figure of document.querySelectorAll('figure[data-low]')) {
   const at = x => low + (high - low) * x;
   const told = value => Math.abs(value) >= 1e5 || (value && Math.abs(value) < 1e-3) ? value.toExponential(2)
     : String(+value.toPrecision(4));
-  plot.addEventListener('pointermove', event => {
+  for (const kind of ['pointermove', 'pointerdown']) plot.addEventListener(kind, event => {
     const box = plot.getBoundingClientRect();
     const share = Math.min(Math.max((event.clientX - box.left) / box.width, 0), 1), x = at(share);
     readout.textContent = '';
@@ -273,11 +275,13 @@ def smoothed(points: Sequence[tuple[float, float]], width: int | None = None) ->
     width = max(int(len(points) * _SMOOTHED), 5) if width is None else width
     if len(points) < 3 * width:
         return list(points)
+    values = np.array([y for _, y in points], dtype=float)
     half, found = width // 2, []
     stride = max(len(points) // 600, 1)
     for at in [*range(0, len(points) - 1, stride), len(points) - 1]:
-        window = sorted(y for _, y in points[max(at - half, 0) : at + half + 1] if math.isfinite(y))
-        found.append((points[at][0], window[len(window) // 2] if window else math.nan))
+        window = values[max(at - half, 0) : at + half + 1]
+        window = window[np.isfinite(window)]
+        found.append((points[at][0], float(np.median(window)) if len(window) else math.nan))
     return found
 
 

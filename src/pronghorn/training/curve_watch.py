@@ -12,9 +12,11 @@ from pronghorn.tuning.run_record import evaluation_keys
 
 logger = logging.getLogger("pronghorn")
 
-#: New steps after which curves are read again: a twentieth of those there are, so that all readings of a run together
-#: cost about twenty times the last one, and at least this many.
-_READ_AGAIN, _AT_LEAST = 0.05, 10
+#: New steps after which curves are read again: a tenth of those there are, so that all readings of a run together cost
+#: about ten times the last one, and at least this many. Counted, not timed: all processes read at the same steps.
+_READ_AGAIN, _AT_LEAST = 0.1, 20
+#: Points of a curve that is read; of a longer run they are averages.
+MOST_POINTS = 20_000
 #: Kinds that may be said several times, for other steps each time.
 _SINGLE = ("spike", "gradient-spike")
 
@@ -58,21 +60,23 @@ class CurveWatch(TrainerCallback):
         """What the curves show by now."""
         trainer = self._trainer
         ledger = trainer._ledger
+        steps, losses, norms = ledger.averaged(MOST_POINTS)
+        remembered = ledger.rows()
         found = read_curves(
             History.of_log(
                 trainer.state.log_history,
-                step_loss=Curve.of(zip(ledger.steps, ledger.losses, strict=True)),
-                step_norm=Curve.of(zip(ledger.steps, ledger.norms, strict=True)),
+                step_loss=Curve.of(zip(steps, losses, strict=True)),
+                step_norm=Curve.of(zip(steps, norms, strict=True)),
                 max_steps=trainer.state.max_steps,
                 max_grad_norm=float(trainer.args.max_grad_norm or 0.0),
-                rows={**self.rows, **ledger.rows()},
+                rows={**self.rows, **remembered},
                 over=over,
             )
         )
         for finding in found:
             if finding.rows:
                 for step in range(finding.first, finding.last + 1):
-                    if step not in self.rows and (rows := ledger.rows().get(step)):
+                    if step not in self.rows and (rows := remembered.get(step)):
                         self.rows[step] = list(rows)
         return found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from array import array
 from collections import deque
 from collections.abc import Sequence
@@ -78,6 +79,17 @@ class StepLedger(TrainerCallback):
             self.steps.append(step)
             self.losses.append(loss)
             self.norms.append(norm)
+
+    def averaged(self, most: int) -> tuple[list[int], list[float], list[float]]:
+        """Steps, losses and norms, at most `most` of each; of more, averages of equal stretches at their last steps."""
+        width = max(-(-len(self.steps) // most), 1)
+        ends = range(width - 1, len(self.steps), width)
+        steps = [self.steps[end] for end in ends]
+        losses, norms = (
+            [statistics.fmean(series[end + 1 - width : end + 1]) for end in ends]
+            for series in (self.losses, self.norms)
+        )
+        return steps, losses, norms
 
     def rows(self) -> dict[int, tuple[int, ...]]:
         """Rows by step, in their order, of the steps that are remembered."""

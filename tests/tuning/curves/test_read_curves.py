@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -244,5 +245,7 @@ def test_a_curve_keeps_the_last_value_of_a_step():
     assert curve.at(0) == 4.0 and curve.at(7) == 6.0
 
 
-def test_kinds_are_named_once():
-    assert all(kind.id == name for name, kind in KINDS.items())
+def test_kinds_are_named_once_and_described():
+    page = (Path(__file__).parents[3] / "docs" / "reading-curves.md").read_text(encoding="utf-8")
+    for name, kind in KINDS.items():
+        assert kind.id == name and f"| `{name}` |" in page

@@ -10,15 +10,18 @@ from typing import Any
 
 import numpy as np
 
+from pronghorn import __version__
 from pronghorn.data.rows import IGNORED
-from pronghorn.engine import binding_of
+from pronghorn.engine import base_causal_lm, binding_of
 from pronghorn.hardware import probe
 from pronghorn.training.config import SFTConfig
 from pronghorn.tuning.run_record import Setting
 
 #: Rows of the data whose tokens are counted; of more, this many evenly spread ones.
 COUNTED_ROWS = 20_000
-_PACKAGES = ("pronghorn", "torch", "transformers", "trl", "peft", "datasets", "bitsandbytes", "triton")
+_PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "bitsandbytes", "triton")
+#: Set by the trainer for its own batches.
+_INTERNAL = ("accelerator_config",)
 _SECRETS = ("token", "password", "secret", "key")
 
 
@@ -26,7 +29,11 @@ def values_of(args: SFTConfig) -> dict[str, Any]:
     """The arguments by name as plain values, without what may be a secret."""
     plain = args.to_dict()
     names = [item.name for item in dataclasses.fields(args) if item.init]
-    return {name: plain.get(name) for name in names if not any(name.endswith(end) for end in _SECRETS)}
+    return {
+        name: plain.get(name)
+        for name in names
+        if name not in _INTERNAL and not any(name.endswith(end) for end in _SECRETS)
+    }
 
 
 def settings_of(trainer: Any, asked: Mapping[str, Any]) -> list[Setting]:
@@ -62,7 +69,10 @@ def _adapter_settings(model: Any) -> list[Setting]:
     for name in shown:
         if name in names:
             value = plain[name]
-            value = sorted(value) if isinstance(value, set) else getattr(value, "value", value)
+            if isinstance(value, set | list | tuple) and name == "target_modules":
+                # PEFT may spell out the module of every layer.
+                value = sorted({str(path).rpartition(".")[2] for path in value})
+            value = getattr(value, "value", value)
             source = "default" if not value or value == names[name].default else "given"
             found.append(Setting(f"adapter {name}", value, source))  # type: ignore[arg-type]
     return found
@@ -111,7 +121,7 @@ def model_facts(model: Any) -> dict[str, Any]:
     binding = binding_of(model)
     parameters = list(model.parameters())
     return {
-        "name": str(getattr(model.config, "_name_or_path", "") or type(model).__name__),
+        "name": str(getattr(model.config, "_name_or_path", "") or type(base_causal_lm(model)).__name__),
         "type": str(getattr(model.config, "model_type", "")),
         "parameters": sum(p.numel() for p in parameters),
         "trained parameters": sum(p.numel() for p in parameters if p.requires_grad),
@@ -124,7 +134,8 @@ def environment_facts(trainer: Any) -> dict[str, Any]:
     import torch
 
     hardware = probe()
-    facts: dict[str, Any] = {name: found for name in _PACKAGES if (found := _version(name))}
+    facts: dict[str, Any] = {"pronghorn": __version__}
+    facts |= {name: found for name in _PACKAGES if (found := _version(name))}
     facts["python"] = platform.python_version()
     if torch.version.cuda and trainer.args.device.type == "cuda":
         facts["CUDA"] = torch.version.cuda

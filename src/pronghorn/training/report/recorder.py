@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +17,19 @@ from transformers.trainer_callback import TrainerCallback
 from pronghorn.engine import binding_of
 from pronghorn.errors import RunUnreadable
 from pronghorn.pages import write_page
+from pronghorn.training.curve_watch import MOST_POINTS
 from pronghorn.training.memory import largest_batch, planned_reserved
 from pronghorn.training.progress import memory_now_bytes, peak_memory_gib
 from pronghorn.training.report.facts import data_facts, environment_facts, model_facts, settings_of
 from pronghorn.training.report.page import report_page
-from pronghorn.training.report.samples import Prompt, answers, prompts_of, why_none
+from pronghorn.training.report.samples import Prompt, answers, held_out_rows, prompts_of, why_none
 from pronghorn.tuning.run_record import RECORD, RunRecord, Sample, load_run
 
 logger = logging.getLogger("pronghorn")
 
 REPORT = "report.html"
+#: At a checkpoint a report is written when this many times as long has gone by as writing the last one took.
+_TIMES_WRITING = 200
 
 
 class RunRecorder(TrainerCallback):
@@ -42,6 +46,7 @@ class RunRecorder(TrainerCallback):
         self._prompts: list[Prompt] = []
         self._before: list[str] = []
         self._ended = False
+        self._next_write = 0.0
 
     @contextmanager
     def of_run(self) -> Iterator[None]:
@@ -78,7 +83,7 @@ class RunRecorder(TrainerCallback):
             record.memory_of = "memory reserved on the GPU" if cuda else "memory of the process"
             reason = why_none(self._trainer)
             if reason is None:
-                self._prompts = prompts_of(self._trainer.eval_dataset, args.report_samples)
+                self._prompts = prompts_of(held_out_rows(self._trainer), args.report_samples)
                 self._before = self._answers()
             else:
                 record.notes.append(f"No answers before and after: {reason}.")
@@ -104,7 +109,8 @@ class RunRecorder(TrainerCallback):
             self._record.memory.append((state.global_step, now, most))
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._write()
+        if time.perf_counter() >= self._next_write:
+            self._write()
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._ended:  # an evaluation of the trained model belongs to its run
@@ -125,9 +131,9 @@ class RunRecorder(TrainerCallback):
         trainer = self._trainer
         if not self._prompts:
             return []
-        return answers(
-            trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class, self._prompts
-        )
+        model, texts = trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class
+        work = partial(answers, model, texts, self._prompts)
+        return work() if trainer._steps is None else trainer._steps.beside(work)
 
     def _end(self, how: str) -> None:
         self._record.state = how
@@ -138,6 +144,7 @@ class RunRecorder(TrainerCallback):
         trainer = self._trainer
         if not trainer.state.is_world_process_zero:
             return
+        began = time.perf_counter()
         with self._telling("written"):
             record = self._record
             if not self._ended:
@@ -145,9 +152,7 @@ class RunRecorder(TrainerCallback):
             record.settings = settings_of(trainer, self._asked)
             record.model = model_facts(trainer.model)
             record.log = list(trainer.state.log_history)
-            ledger = trainer._ledger
-            record.steps, record.step_losses = list(ledger.steps), list(ledger.losses)
-            record.step_norms = list(ledger.norms)
+            record.steps, record.step_losses, record.step_norms = trainer._ledger.averaged(MOST_POINTS)
             record.planned_memory = self._planned()
             watch = trainer._curves
             record.findings = [
@@ -161,6 +166,8 @@ class RunRecorder(TrainerCallback):
             folder.mkdir(parents=True, exist_ok=True)
             record.save(folder)
             write_page(report_page(record), folder / REPORT)
+        now = time.perf_counter()
+        self._next_write = now + _TIMES_WRITING * (now - began)
 
     def _planned(self) -> int | None:
         """Bytes that the memory plan expects to be reserved, where there is one for a GPU."""

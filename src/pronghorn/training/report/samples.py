@@ -82,13 +82,21 @@ def answers(model: Any, tokenizer: Any, prompts: list[Prompt]) -> list[str]:
     return [tokenizer.decode(row, skip_special_tokens=True) for row in output[:, width:].tolist()]
 
 
+def held_out_rows(trainer: Any) -> Any:
+    """The evaluation data, the first of several."""
+    rows = trainer.eval_dataset
+    return next(iter(rows.values()), None) if isinstance(rows, dict) else rows
+
+
 def why_none(trainer: Any) -> str | None:
     """Why a run leaves no samples, or None."""
-    args, rows = trainer.args, trainer.eval_dataset
+    args, rows = trainer.args, held_out_rows(trainer)
     if args.report_samples < 1:
         return "report_samples=0"
-    if rows is None or isinstance(rows, dict) or not hasattr(rows, "__getitem__"):
-        return "there is no held-out data set to take prompts from"
+    if "labels" not in (getattr(rows, "column_names", None) or ()):
+        return "there are no held-out rows to take prompts from"
+    if args.push_to_hub:
+        return "the folder goes to the hub, and the data with them would"
     if trainer.state.max_steps < LEAST_STEPS:
         return f"the run has fewer than {LEAST_STEPS} steps"
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or args.n_gpu > 1:

@@ -96,14 +96,14 @@ class History:
         entries = [entry for entry in log if "step" in entry and _SUMMARY not in entry]
         logged = _points(entries, "loss")
         norm = step_norm if len(step_norm.finite) else _points(entries, "grad_norm")
-        gaps = np.diff(logged.steps)
+        gaps = np.diff((step_loss if len(step_loss) else logged).steps)
         epochs = [entry["step"] / entry["epoch"] for entry in entries if (entry.get("epoch") or 0) > 0]
         return cls(
             loss=step_loss if len(step_loss) else logged,
             grad_norm=norm,
             rate=_points(entries, "learning_rate").finite,
             evaluations={name: _points(entries, name) for name in evaluation_keys(entries)},
-            averaged=1 if len(step_loss) or not len(gaps) else int(np.median(gaps)),
+            averaged=int(np.median(gaps)) if len(gaps) else 1,
             steps_per_epoch=float(np.median(epochs)) if epochs else 0.0,
             **known,
         )
