@@ -148,19 +148,23 @@ def _alternatives(view: View) -> None:
             (f"Transformers + PEFT, {stock.precision}", *_alternative(stock, view.price), stock.label)
         )
     if len(rows) > 1:
-        heads = ("method", "micro-batch", "peak GiB", "tokens/s", "in all", "cost", "")
-        table("Alternatives", heads, rows)
+        table("Alternatives", ("method", *_heads(view.chosen.job), ""), rows)
 
 
 def _alternative(setting: Setting | StockSetting, price: float | None) -> tuple[str, ...]:
-    total = setting.total_seconds
+    seconds = setting.total_seconds or 1e6 / setting.tokens_per_second
     return (
         f"{setting.accumulation} x {setting.micro_batch}",
         _gib(setting.peak),
         f"{setting.tokens_per_second:,.0f}",
-        "-" if total is None else duration(total),
-        "-" if total is None or price is None else f"{price * total / 3600:,.2f}",
+        duration(seconds),
+        "-" if price is None else f"{price * seconds / 3600:,.2f}",
     )
+
+
+def _heads(job: Job) -> tuple[str, ...]:
+    """Heads of the columns of `_alternative`."""
+    return "steps x rows", "peak GiB", "tokens/s", "in all" if job.steps else "1M tokens", "cost"
 
 
 def _levels(view: View) -> None:
@@ -198,26 +202,14 @@ def show_gpus(model: str, job: Job, rows: Sequence[GpuRow], *, as_json: bool) ->
         return
     work = job.workload
     say(f"{model}, rank {job.rank}, rows of at most {work.length:,} tokens, {job.global_batch} a step")
-    heads = (
-        "GPU",
-        "GiB",
-        "GB/s",
-        "16-bit TFLOP/s",
-        "weights",
-        "micro-batch",
-        "peak GiB",
-        "tokens/s",
-        "in all",
-        "cost",
-    )
+    heads = ("GPU", "GiB", "GB/s", "TFLOP/s 16-bit, fp8, int8", "weights", *_heads(job))
     cells = []
     for row in rows:
-        facts = (
-            row.gpu.name,
-            f"{row.gpu.memory:g}",
-            f"{row.gpu.bandwidth:,}",
-            f"{row.gpu.bf16 or row.gpu.fp16:,}",
+        gpu = row.gpu
+        rates = ", ".join(
+            f"{rate:,.0f}" if rate else "-" for rate in (gpu.bf16 or gpu.fp16, gpu.fp8, gpu.int8)
         )
+        facts = (gpu.name, f"{gpu.memory:g}", f"{gpu.bandwidth:,}", rates)
         if not row.found:
             cells.append((*facts, "does not fit", *[""] * 5))
             continue
