@@ -25,14 +25,18 @@ from pronghorn.kernels.dispatch import Impl, math_dtype, use_triton
 
 @dataclass(frozen=True)
 class Groups:
-    """Which rows are whose: `experts` [S] ascending, int64; `count` experts in all."""
+    """Which rows are whose: `experts` [S] ascending, int64; `count` experts in all. `known_ends`: `ends`, where they
+    are known already."""
 
     experts: Tensor
     count: int
+    known_ends: Tensor | None = None
 
     @cached_property
     def ends(self) -> Tensor:
         """[E] int32: the rows of e are ends[e - 1] to ends[e] - 1."""
+        if self.known_ends is not None:
+            return self.known_ends
         numbers = torch.arange(self.count, device=self.experts.device, dtype=self.experts.dtype)
         return torch.searchsorted(self.experts, numbers, right=True, out_int32=True)
 

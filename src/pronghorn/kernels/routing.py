@@ -2,19 +2,19 @@
 
     scores = softmax(logits) or σ(logits) [T, E];   the k highest are taken;   w = c · score / Σ score, or c · score
 
-Sorted by expert, the T · k pairs of a token and an expert are the rows that the experts work on.
+Sorted by expert, the T · k pairs of a token and an expert are the rows that the experts work on; an expert's rows are
+in the order of the tokens.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from pronghorn.kernels.dispatch import math_dtype
+from pronghorn.kernels.dispatch import Impl, math_dtype, use_triton
 from pronghorn.kernels.grouped_matmul import Groups
 
 
@@ -33,16 +33,26 @@ class Scoring:
     normalised: bool = True
     scale: float = 1.0
 
-    def route(self, logits: Tensor) -> Routing:
+    def route(self, logits: Tensor, *, impl: Impl | None = None) -> Routing:
         """logits [T, E] -> the experts of each token and their weights, in fp32 (fp64 of fp64)."""
-        scores = self._scores(logits)
-        values, experts = torch.topk(scores, self.top_k, dim=-1)
-        return Routing(experts, self._weights(values), self.experts)
+        if use_triton(logits, impl):
+            from pronghorn.kernels.triton.routing import route
 
-    def backward(self, dweights: Tensor, logits: Tensor, routing: Routing) -> Tensor:
-        """Gradient of the logits [T, E] in fp32 from that of the weights [T, k]."""
+            return route(logits, self)
+        values, indices = torch.topk(self._scores(logits), self.top_k, dim=-1)
+        weights = (values / _total(values) if self.normalised else values) * self.scale
+        return Routing.by_sorting(indices, weights, self.experts)
+
+    def backward(
+        self, dweights: Tensor, logits: Tensor, routing: Routing, *, impl: Impl | None = None
+    ) -> Tensor:
+        """Gradient of the logits [T, E] in fp32 from that of the rows' weights [S]."""
+        if use_triton(logits, impl):
+            from pronghorn.kernels.triton.routing import backward
+
+            return backward(dweights, logits, routing, self)
         weights, chosen = routing.weights / self.scale, routing.indices
-        grad = dweights * self.scale
+        grad = dweights[routing.places] * self.scale
         if self.kind == "softmax" and self.normalised:
             # The chosen softmax values over their sum are a softmax of the chosen logits.
             grad = weights * (grad - (grad * weights).sum(1, keepdim=True))
@@ -58,14 +68,9 @@ class Scoring:
 
     def _scores(self, logits: Tensor) -> Tensor:
         wide = math_dtype(logits.dtype)
-        return (
-            torch.softmax(logits, -1, dtype=wide)
-            if self.kind == "softmax"
-            else torch.sigmoid(logits.to(wide))
-        )
-
-    def _weights(self, values: Tensor) -> Tensor:
-        return (values / _total(values) if self.normalised else values) * self.scale
+        if self.kind == "softmax":
+            return torch.softmax(logits, -1, dtype=wide)
+        return torch.sigmoid(logits.to(wide))
 
 
 def _total(values: Tensor) -> Tensor:
@@ -75,39 +80,29 @@ def _total(values: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Routing:
-    """The experts `indices` [T, k] and their `weights` [T, k], and the rows that come of them, sorted by expert."""
+    """Experts and weights of the tokens, and the S = T · k rows that come of them, sorted by expert.
+
+    Args:
+        indices, weights: [T, k].
+        groups: which of the sorted rows are whose.
+        tokens: [S] the token of each row. `places`: [T, k] where the rows of each token are.
+        row_weights: [S] the weight of each row.
+    """
 
     indices: Tensor
     weights: Tensor
-    experts: int
+    groups: Groups
+    tokens: Tensor
+    places: Tensor
+    row_weights: Tensor
 
-    @cached_property
-    def _sorted(self) -> tuple[Tensor, Tensor]:
-        experts, order = torch.sort(self.indices.reshape(-1), stable=True)
-        return experts, order
-
-    @cached_property
-    def groups(self) -> Groups:
-        """Which of the sorted rows are whose."""
-        return Groups(self._sorted[0], self.experts)
-
-    @cached_property
-    def tokens(self) -> Tensor:
-        """[S] the token of each sorted row."""
-        return self._sorted[1] // self.indices.shape[1]
-
-    @cached_property
-    def places(self) -> Tensor:
-        """[T, k] where the rows of each token are."""
-        order = self._sorted[1]
+    @staticmethod
+    def by_sorting(indices: Tensor, weights: Tensor, count: int) -> Routing:
+        """The rows of experts [T, k] with weights [T, k]."""
+        experts, order = torch.sort(indices.reshape(-1), stable=True)
         numbers = torch.arange(order.numel(), device=order.device)
-        return torch.empty_like(order).scatter_(0, order, numbers).view(self.indices.shape)
-
-    @cached_property
-    def row_weights(self) -> Tensor:
-        """[S] the weight of each sorted row."""
-        return self.weights.reshape(-1)[self._sorted[1]]
-
-    def by_token(self, rows: Tensor) -> Tensor:
-        """A number of each sorted row [S] -> [T, k]."""
-        return rows[self.places.view(-1)].view(self.indices.shape)
+        places = torch.empty_like(order).scatter_(0, order, numbers).view(indices.shape)
+        row_weights = weights.reshape(-1)[order]
+        return Routing(
+            indices, weights, Groups(experts, count), order // indices.shape[1], places, row_weights
+        )

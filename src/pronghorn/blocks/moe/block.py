@@ -190,7 +190,7 @@ class MoeBlock:
         del rows, dgate_up
         dnormed = gather_rows(drows, routing.places)
         del drows
-        dlogits = self.scoring.backward(routing.by_token(dweights), logits, routing)
+        dlogits = self.scoring.backward(dweights, logits, routing)
         dbalance = None if self.balance is None else self.balance.logits_grad(logits, at)
         dlogits = (dlogits if dbalance is None else dlogits + dbalance).to(dtype)
         drouter, dxa = self.router.input_grad([dlogits], normed, sink)

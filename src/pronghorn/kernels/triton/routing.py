@@ -1,0 +1,194 @@
+"""Routing in Triton: choosing experts, and sorting the rows by counting. See `kernels.routing`.
+
+Three launches: scores, the k highest and each block's counts of tokens by expert; sums of the counts over the blocks
+before; places. Nothing is sorted: a row's place is where its expert's rows begin, plus how many tokens of the blocks
+before and of the block went there before it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pronghorn.kernels.grouped_matmul import Groups
+
+if TYPE_CHECKING:
+    from pronghorn.kernels.routing import Routing, Scoring
+
+#: elements [tokens, experts] of a program
+TILE = 4096
+#: experts and blocks that a program of `_scan` takes at a time
+_SCANNED = (16, 128)
+
+
+@triton.jit
+def _scores(logits_ptr, rows, e, tokens, experts, SIGMOID: tl.constexpr):
+    """Scores [BT, E] in fp32; zero where there is no expert."""
+    known = (rows < tokens)[:, None] & (e < experts)[None, :]
+    at = logits_ptr + rows.to(tl.int64)[:, None] * experts + e[None, :]
+    logits = tl.load(at, mask=known, other=float("-inf")).to(tl.float32)
+    if SIGMOID:
+        return tl.sigmoid(logits)
+    logits = tl.where((rows < tokens)[:, None], logits, 0.0)
+    value = tl.exp(logits - tl.max(logits, 1)[:, None])
+    return value / tl.sum(value, 1)[:, None]
+
+
+@triton.jit
+def _choose(
+    logits_ptr, indices_ptr, weights_ptr, counts_ptr, tokens, experts, scale,
+    SIGMOID: tl.constexpr, NORMALISED: tl.constexpr, K: tl.constexpr, E: tl.constexpr, BT: tl.constexpr,
+):  # fmt: skip
+    block = tl.program_id(0)
+    rows, e = block * BT + tl.arange(0, BT), tl.arange(0, E)
+    known = rows < tokens
+    scores = _scores(logits_ptr, rows, e, tokens, experts, SIGMOID)
+    # A score that is no number is chosen last, so that every token has k different experts.
+    comparable = tl.where(scores == scores, scores, 0.0)
+    rest = tl.where((e < experts)[None, :], comparable, -1.0)
+    total = tl.zeros([BT], tl.float32)
+    chosen = tl.zeros([BT, E], tl.int32)
+    for j in tl.static_range(K):
+        index = tl.argmax(rest, 1)
+        mine = e[None, :] == index[:, None]
+        value = tl.sum(tl.where(mine, scores, 0.0), 1)
+        rest, chosen, total = tl.where(mine, -1.0, rest), chosen + mine.to(tl.int32), total + value
+        at = rows.to(tl.int64) * K + j
+        tl.store(indices_ptr + at, index, mask=known)
+        if not NORMALISED:
+            tl.store(weights_ptr + at, value * scale, mask=known)
+    if NORMALISED:
+        # Once more, now that the sum is known.
+        rest = tl.where((e < experts)[None, :], comparable, -1.0)
+        for j in tl.static_range(K):
+            mine = e[None, :] == tl.argmax(rest, 1)[:, None]
+            value = tl.sum(tl.where(mine, scores, 0.0), 1)
+            rest = tl.where(mine, -1.0, rest)
+            tl.store(weights_ptr + rows.to(tl.int64) * K + j, value / total * scale, mask=known)
+    chosen = tl.where(known[:, None], chosen, 0)
+    tl.store(counts_ptr + block * experts + e, tl.sum(chosen, 0), mask=e < experts)
+
+
+@triton.jit
+def _scan(counts_ptr, totals_ptr, blocks, experts, E: tl.constexpr, B: tl.constexpr):
+    """counts [blocks, experts] become the sums of the blocks before; totals [experts]."""
+    e = tl.program_id(0) * E + tl.arange(0, E)
+    known = e < experts
+    before = tl.zeros([E], tl.int32)
+    for start in range(0, blocks, B):
+        block = start + tl.arange(0, B)
+        inside = (block < blocks)[:, None] & known[None, :]
+        at = counts_ptr + block[:, None] * experts + e[None, :]
+        counts = tl.load(at, mask=inside, other=0)
+        tl.store(at, before[None, :] + tl.cumsum(counts, 0) - counts, mask=inside)
+        before += tl.sum(counts, 0)
+    tl.store(totals_ptr + e, before, mask=known)
+
+
+@triton.jit
+def _place(
+    indices_ptr, weights_ptr, before_ptr, totals_ptr,
+    ends_ptr, experts_ptr, tokens_ptr, places_ptr, row_weights_ptr, tokens, experts,
+    K: tl.constexpr, E: tl.constexpr, BT: tl.constexpr,
+):  # fmt: skip
+    block = tl.program_id(0)
+    rows, e = block * BT + tl.arange(0, BT), tl.arange(0, E)
+    known = rows < tokens
+    totals = tl.load(totals_ptr + e, mask=e < experts, other=0)
+    ends = tl.cumsum(totals, 0)
+    if block == 0:
+        tl.store(ends_ptr + e, ends, mask=e < experts)
+    before = tl.load(before_ptr + block * experts + e, mask=e < experts, other=0)
+    chosen = tl.zeros([BT, E], tl.int32)
+    for j in tl.static_range(K):
+        index = tl.load(indices_ptr + rows.to(tl.int64) * K + j, mask=known, other=-1)
+        chosen += (e[None, :] == index[:, None]).to(tl.int32)
+    place_of = (ends - totals + before)[None, :] + tl.cumsum(chosen, 0) - chosen
+    for j in tl.static_range(K):
+        at = rows.to(tl.int64) * K + j
+        index = tl.load(indices_ptr + at, mask=known, other=-1)
+        place = tl.sum(tl.where(e[None, :] == index[:, None], place_of, 0), 1)
+        tl.store(places_ptr + at, place, mask=known)
+        tl.store(tokens_ptr + place, rows, mask=known)
+        tl.store(experts_ptr + place, index, mask=known)
+        tl.store(row_weights_ptr + place, tl.load(weights_ptr + at, mask=known, other=0.0), mask=known)
+
+
+def _blocks(tokens: int, experts: int) -> tuple[int, int, int]:
+    """Padded experts, tokens of a block, blocks."""
+    e = triton.next_power_of_2(experts)
+    height = max(4, TILE // e)
+    return e, height, triton.cdiv(tokens, height)
+
+
+def route(logits: Tensor, scoring: Scoring) -> Routing:
+    from pronghorn.kernels.routing import Routing
+
+    (tokens, experts), k, device = logits.shape, scoring.top_k, logits.device
+    e, height, blocks = _blocks(tokens, experts)
+    logits = logits.contiguous()
+    indices = torch.empty(tokens, k, dtype=torch.int64, device=device)
+    weights = torch.empty(tokens, k, dtype=torch.float32, device=device)
+    counts = torch.empty(blocks, experts, dtype=torch.int32, device=device)
+    totals, ends = (torch.empty(experts, dtype=torch.int32, device=device) for _ in range(2))
+    of_rows, row_tokens = (torch.empty(tokens * k, dtype=torch.int64, device=device) for _ in range(2))
+    places, row_weights = torch.empty_like(indices), torch.empty_like(weights).view(-1)
+    _choose[(blocks,)](
+        logits, indices, weights, counts, tokens, experts, scoring.scale,
+        SIGMOID=scoring.kind == "sigmoid", NORMALISED=scoring.normalised, K=k, E=e, BT=height, num_warps=4,
+    )  # fmt: skip
+    _scan[(triton.cdiv(experts, _SCANNED[0]),)](
+        counts, totals, blocks, experts, E=_SCANNED[0], B=_SCANNED[1], num_warps=4
+    )
+    _place[(blocks,)](
+        indices, weights, counts, totals, ends, of_rows, row_tokens, places, row_weights, tokens, experts,
+        K=k, E=e, BT=height, num_warps=4,
+    )  # fmt: skip
+    return Routing(indices, weights, Groups(of_rows, experts, ends), row_tokens, places, row_weights)
+
+
+# --- backward --------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _backward(
+    dweights_ptr, logits_ptr, indices_ptr, places_ptr, out_ptr, tokens, experts, scale,
+    SIGMOID: tl.constexpr, NORMALISED: tl.constexpr, K: tl.constexpr, E: tl.constexpr, BT: tl.constexpr,
+):  # fmt: skip
+    rows, e = tl.program_id(0) * BT + tl.arange(0, BT), tl.arange(0, E)
+    known = rows < tokens
+    scores = _scores(logits_ptr, rows, e, tokens, experts, SIGMOID)
+    grad, chosen = tl.zeros([BT, E], tl.float32), tl.zeros([BT, E], tl.float32)
+    for j in tl.static_range(K):
+        at = rows.to(tl.int64) * K + j
+        index = tl.load(indices_ptr + at, mask=known, other=-1)
+        place = tl.load(places_ptr + at, mask=known, other=0)
+        dweight = tl.load(dweights_ptr + place, mask=known, other=0.0) * scale
+        mine = e[None, :] == index[:, None]
+        grad, chosen = tl.where(mine, dweight[:, None], grad), tl.where(mine, scores, chosen)
+    if NORMALISED:
+        total = tl.where(known, tl.sum(chosen, 1), 1.0)[:, None]
+        inner = tl.sum(grad * chosen, 1)[:, None] / total
+        grad = tl.where(chosen > 0.0, (grad - inner) / total, 0.0)
+    if SIGMOID:
+        grad = grad * scores * (1.0 - scores)
+    else:
+        grad = scores * (grad - tl.sum(grad * scores, 1)[:, None])
+    to = out_ptr + rows.to(tl.int64)[:, None] * experts + e[None, :]
+    tl.store(to, grad, mask=known[:, None] & (e < experts)[None, :])
+
+
+def backward(dweights: Tensor, logits: Tensor, routing: Routing, scoring: Scoring) -> Tensor:
+    tokens, experts = logits.shape
+    e, height, blocks = _blocks(tokens, experts)
+    out = torch.empty(tokens, experts, dtype=torch.float32, device=logits.device)
+    _backward[(blocks,)](
+        dweights.contiguous(), logits.contiguous(), routing.indices, routing.places, out, tokens, experts,
+        scoring.scale, SIGMOID=scoring.kind == "sigmoid", NORMALISED=scoring.normalised,
+        K=scoring.top_k, E=e, BT=height, num_warps=4,
+    )  # fmt: skip
+    return out
