@@ -50,6 +50,14 @@ def test_the_default_adapts_every_projection_and_trains_nothing_else(family):
     assert set(binding_of(model).save_levels) == {"offload"}
 
 
+def test_names_of_separate_projections_mean_the_module_that_gives_them():
+    """Scripts name q_proj and gate_proj whatever the model; Phi-3 has them in one module."""
+    names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    model = adapted("phi3", target_modules=names)
+    expected = {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"}
+    assert set(model.peft_config["default"].target_modules) == expected
+
+
 def test_adapters_are_fp32_on_a_16_bit_base():
     model = adapted(model=tiny_model("llama", dtype=torch.bfloat16))
     assert {p.dtype for n, p in model.named_parameters() if "lora_" in n} == {torch.float32}

@@ -21,6 +21,7 @@ from pronghorn.errors import (
     UnsupportedCheckpoint,
     nearest,
 )
+from pronghorn.families import family_of
 from pronghorn.loading.checkpoint import check_safetensors, read_header
 from pronghorn.loading.experts import ALL_LINEAR, shown_as_plain, with_experts
 from pronghorn.loading.fp8 import know_stored
@@ -121,7 +122,7 @@ def check_targets(
             f"target_modules={target_modules!r} are no names", fix=f"use such as {list(DEFAULT_TARGETS)}"
         )
     else:
-        wanted = list(dict.fromkeys(target_modules))
+        wanted = list(dict.fromkeys(_in_one_module(model, target_modules)))
         moved = [name for name in wanted if name.rsplit(".", 1)[-1] in _WHOLE]
         if moved:
             logger.info("pronghorn: %s: trained whole (modules_to_save), without LoRA", ", ".join(moved))
@@ -135,6 +136,24 @@ def check_targets(
         _check_names(wanted, names, "target_modules")
     _check_names(whole, names, "modules_to_save")
     return targets, whole or None
+
+
+def _in_one_module(model: Any, names: Iterable[str]) -> list[str]:
+    """Names of projections as other families have them, by the module that gives several at once (Phi-3's q, k, v)."""
+    family = family_of(base_causal_lm(model).config.model_type)
+    if family is None:
+        return list(names)
+    parts = family.parts
+    held: dict[str, str] = {}
+    if parts.qkv is not None:
+        held |= dict.fromkeys((parts.q, parts.k, parts.v), parts.qkv)
+    if parts.gate_up is not None:
+        held |= dict.fromkeys((parts.gate, parts.up), parts.gate_up)
+    found = [held.get(name, name) for name in names]
+    if found != list(names):
+        joined = ", ".join(dict.fromkeys(held.values()))
+        logger.info("pronghorn: %s models have %s: one adapter for what each gives", family.name, joined)
+    return found
 
 
 def _default_targets(names: Sequence[str]) -> str | Iterable[str]:
