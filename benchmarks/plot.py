@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -17,6 +18,8 @@ from xml.sax.saxutils import escape
 
 WIDTH, LEFT, GAP, RIGHT = 960, 208, 36, 24
 ROW, BAR, HEAD, TITLE = 22, 13, 34, 66
+#: characters of a line below
+FOOTNOTE = 130
 
 STYLE = """
   .card { fill: #ffffff; stroke: #d0d7de }
@@ -123,7 +126,8 @@ def _bar(side: str, rows: list[dict[str, str]]) -> Bar:
 def draw(groups: dict[str, list[Bar]], title: str, footnote: str) -> str:
     """The whole picture."""
     plot = (WIDTH - LEFT - GAP - RIGHT - 140) / 2
-    height = TITLE + sum(HEAD + ROW * len(bars) for bars in groups.values()) + 40
+    lines = textwrap.wrap(footnote, FOOTNOTE)
+    height = TITLE + sum(HEAD + ROW * len(bars) for bars in groups.values()) + 24 + 16 * len(lines)
     middle = LEFT + plot + GAP + 100
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}" '
@@ -146,7 +150,8 @@ def draw(groups: dict[str, list[Bar]], title: str, footnote: str) -> str:
             parts += _row(bar, y, plot, middle, 1 / most, bar.gib / largest)
             y += ROW
         y += 6
-    parts.append(f'<text class="quiet" x="20" y="{height - 14}">{escape(footnote)}</text>')
+    for number, line in enumerate(reversed(lines)):
+        parts.append(f'<text class="quiet" x="20" y="{height - 14 - 16 * number}">{escape(line)}</text>')
     return "\n".join([*parts, "</svg>", ""])
 
 
@@ -180,19 +185,19 @@ def main(argv: list[str] | None = None) -> int:
         "--title", default="LoRA and QLoRA fine-tuning, one NVIDIA H200, all sides in one job"
     )
     parser.add_argument(
-        "--footnote",
-        default="Longer is faster on the left; shorter is smaller on the right. Hollow: the comparison with "
-        "Transformers was not recorded for exactly these sources.",
+        "--footnote", default="Longer is faster on the left; shorter is smaller on the right."
     )
     options = parser.parse_args(argv)
     chosen = [names.split(",") if names else None for names in (options.workloads, options.sides)]
     groups = read_bars(options.results, *chosen)
     if not groups:
         raise SystemExit(f"{options.results} has no result of these workloads and sides")
-    known = any(bar.ceiling for bars in groups.values() for bar in bars)
-    footnote = options.footnote + (
-        " A tick: what the machine's measured rates allow at most." if known else ""
-    )
+    bars = [bar for group in groups.values() for bar in group]
+    footnote = options.footnote
+    if not all(bar.claimed for bar in bars):
+        footnote += " Hollow: the comparison with Transformers was not recorded for exactly these sources."
+    if any(bar.ceiling for bar in bars):
+        footnote += " A tick: what the machine's measured rates allow at most."
     options.picture.write_text(draw(groups, options.title, footnote), encoding="utf-8")
     print(f"{options.picture}: {sum(map(len, groups.values()))} bars")
     return 0

@@ -157,7 +157,6 @@ def parse_side(name: str) -> Side:
     | fp8, fp8-mixed, fp8-backward         | pronghorn | `load_in_fp8`: which products run in FP8               |
     | int8                                 | pronghorn | `load_in_int8`                                         |
     | skip0, copies2                       | pronghorn | `fp8_skip_layers`, `fp8_copies`; so for int8           |
-    | noqk                                 | pronghorn | `int8_modules`: all but q and k                        |
     | eager                                | pronghorn | no CUDA graphs                                         |
     | cudnn, flash, flex, sdpa             | pronghorn | attention by name                                      |
     | tuned                                | unsloth   | no checkpointing                                       |
@@ -203,8 +202,6 @@ def _with(side: Side, part: str) -> Side:
         return replace(side, load={**side.load, "load_in_fp8": True})
     if ours and part == "int8":
         return replace(side, load={**side.load, "load_in_int8": True})
-    if ours and part == "noqk" and side.eight_bit == "int8":
-        return replace(side, load={**side.load, "int8_modules": list(BUT_QK)})
     if ours and part in ("mixed", "backward") and side.eight_bit == "fp8":
         return replace(side, load={**side.load, "load_in_fp8": part})
     numbered = EIGHT_BIT_NUMBER.fullmatch(part)
@@ -215,9 +212,6 @@ def _with(side: Side, part: str) -> Side:
         return replace(side, train={**side.train, "cuda_graphs": False})
     raise ValueError(f"'{part}' says nothing about a side of {side.library}")
 
-
-#: what multiplies int8 over 4 bits with green gates: queries and keys stay in 16-bit products
-BUT_QK = ("v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 NOTES = {
     "hf": "Transformers, PEFT and TRL as they come (checkpointing on)",
@@ -247,8 +241,8 @@ NOTES = {
     "pronghorn-int8-none": "frozen weights in INT8, layer inputs kept",
     "pronghorn-int8-copies1-17.5GiB": "INT8 codes for one direction, planned within Unsloth's memory at 8B LoRA",
     "pronghorn-int8-17.5GiB": "frozen weights in INT8, planned within Unsloth's memory at 8B LoRA",
-    "pronghorn-int8-noqk-130GiB": "INT8 products but for q and k, codes kept where there is room",
-    "pronghorn-int8-noqk-7.0GiB": "INT8 products but for q and k, planned within Unsloth's memory at 8B QLoRA",
+    "pronghorn-int8-130GiB": "INT8 products of 4-bit weights, codes kept where there is room",
+    "pronghorn-int8-7.0GiB": "INT8 products of 4-bit weights, planned within Unsloth's memory at 8B QLoRA",
     "pronghorn-int8-packing": "frozen weights in INT8, with packing",
     "pronghorn-fp8": "frozen weights in FP8",
     "pronghorn-fp8-all": "frozen weights in FP8, nothing rebuilt",

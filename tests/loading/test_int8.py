@@ -18,6 +18,7 @@ from tests.loading.stored import IDS, adapted, gradients, logits, stock
 from tests.tiny import save_tiny
 
 LAYERS = 3
+PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 @pytest.fixture(scope="module")
@@ -182,7 +183,20 @@ def test_what_makes_no_sense_is_refused(llama, arguments):
 
 def four_bit(path, **arguments):
     pytest.importorskip("bitsandbytes")
-    return load(path, load_in_4bit=True, **arguments)
+    return load(path, load_in_4bit=True, **{"int8_modules": PROJECTIONS, **arguments})
+
+
+def test_queries_and_keys_of_four_bits_are_multiplied_in_16_bits(llama):
+    model, _ = four_bit(llama, int8_modules=None)
+    layer = model.model.layers[0]
+    storage = {
+        name.rpartition(".")[2]: read_weight(module).storage
+        for name, module in layer.named_modules()
+        if name.endswith("_proj")
+    }
+    assert [name for name in storage if storage[name] == "nf4 double"] == ["q_proj", "k_proj"]
+    assert all("int8" in storage[name] for name in storage if name not in ("q_proj", "k_proj"))
+    gradients(adapted(model))
 
 
 def test_four_bits_are_multiplied_in_int8(llama):

@@ -134,9 +134,11 @@ class FastLanguageModel:
             fp8_modules: names of the linear layers to choose, such as ["gate_proj", "up_proj", "down_proj"], which are
                 those of "mixed"; None otherwise is all in the decoder layers (never the head).
             fp8_copies: 2 also stores the codes transposed, a byte more a weight for a backward a few per cent faster.
-            load_in_int8: store frozen linear layers as 8-bit integers and multiply them so, labelled quantised.
+            load_in_int8: store frozen linear layers as 8-bit integers and multiply them so, labelled quantised; with
+                load_in_4bit=True they are stored in 4 bits and multiplied so.
             int8_skip_layers: decoder layers at either end that stay as they are.
-            int8_modules: names of the linear layers to choose; None is all in the decoder layers (never the head).
+            int8_modules: names of the linear layers to choose; None is all in the decoder layers (never the head), over
+                4 bits all but those of queries and keys.
             int8_copies: 2 stores codes for both directions; 1 takes half the memory and a few per cent more time.
             kwargs: arguments of older scripts without effect here.
 
