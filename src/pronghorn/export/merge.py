@@ -68,11 +68,14 @@ def plan_merge(model: Any, dtype: torch.dtype | None = None) -> Plan:
 def adapted_weights(model: Any) -> Iterator[tuple[str, Callable[[], Tensor], Callable[[], Tensor]]]:
     """Weights that active adapters change or replace: the name, and what makes it without and with them, in fp32."""
     for name, module in base_causal_lm(model).named_modules():
-        prefix = f"{name}."
-        if hasattr(module, "base_layer") and not hasattr(module, "get_param"):
+        prefix = (
+            f"{name.replace('.base_layer', '')}."  # wrappers of several parameters stand one inside the other
+        )
+        if hasattr(module, "base_layer"):
             if adapters := _adapters_of(module, prefix):
+                weight = f"{prefix}{getattr(module, 'parameter_name', 'weight')}"
                 merged = _merged_weight(module, adapters, prefix, torch.float32)
-                yield f"{prefix}weight", partial(_plain_weight, module), merged
+                yield weight, partial(_plain_weight, module), merged
         elif hasattr(module, "modules_to_save") and hasattr(module, "original_module"):
             trained = dict(_trained_copy(module).named_parameters())
             for part, before in module.original_module.named_parameters():

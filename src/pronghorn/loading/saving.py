@@ -13,6 +13,7 @@ from pronghorn.errors import PronghornError, UnknownArgument
 from pronghorn.export import Export, check_save_method, push, save_gguf, save_gguf_adapter, save_merged
 from pronghorn.loading.arguments import note_without_effect, refuse_unknown
 from pronghorn.loading.fp8 import is_fp8
+from pronghorn.loading.hub import download
 from pronghorn.loading.int8 import is_int8
 from pronghorn.loading.tokenizer import load_tokenizer
 
@@ -57,14 +58,17 @@ def save_pretrained_merged(
 
 
 def _tokenizer_of(model: Any) -> Any:
-    """The tokenizer where the model was loaded from; None, which is said, where it is not there any more."""
+    """The tokenizer where the base was loaded from; None where it is not there any more. Either is said."""
     source = base_causal_lm(model).__dict__.get("pronghorn_source")
     try:
-        if source is not None and source.is_local:
-            return load_tokenizer(source)
+        if source is not None:
+            here = source if source.is_local else download(source, token=None, trust_remote_code=False)
+            tokenizer = load_tokenizer(here)
+            logger.warning("pronghorn: no tokenizer was given: the one of %s is saved", source.name)
+            return tokenizer
     except PronghornError as error:
         logger.warning("pronghorn: %s", error.message)
-    logger.warning("pronghorn: no tokenizer is saved beside the model: none was given")
+    logger.warning("pronghorn: no tokenizer was given, and none is saved")
     return None
 
 
