@@ -214,3 +214,17 @@ def test_a_step_of_static_shape_gives_autograds_gradients() -> None:
     assert output is not None
     gradients = {name: p.grad.clone() for name, p in fast.named_parameters() if p.grad is not None}
     assert_same(Outcome(output.loss, None, gradients), expected, EXACT)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_the_triton_kernels_together(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole block through its Triton kernels, against Transformers in fp32."""
+    from pronghorn.kernels import grouped_adapters, grouped_glu, grouped_matmul, grouped_rows, routing
+
+    model = add_expert_adapter(tiny_mixture(family, num_hidden_layers=1, mlp_only_layers=[]))
+    batch = rows_batch(model.config.vocab_size, (5, 3))
+    expected = run(model, batch, logits=False)
+    for module in (grouped_adapters, grouped_glu, grouped_matmul, grouped_rows, routing):
+        monkeypatch.setattr(module, "use_triton", lambda tensor, impl: True)
+    # fp32: 2⁻²⁴ per operation over sums of some hundred terms.
+    assert_same(run(bound_copy(model, "attention"), batch, logits=False), expected, 2e-5)
