@@ -41,6 +41,11 @@ CHECKS: list[Check] = [
         },
     ),
     *_group(
+        "kernels",
+        "mixture_checks",
+        {"experts' products": "products", "experts' gated units": "unit", "routing to experts": "routing"},
+    ),
+    *_group(
         "quantised",
         "quantised_checks",
         {
