@@ -47,6 +47,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3": {},
     "gemma": {"tie_word_embeddings": True},
     "gemma2": {
+        # Some versions of Transformers choose another, which leaves the cap out.
+        "attn_implementation": "eager",
         "layer_types": ["sliding_attention", "full_attention"],
         "sliding_window": 6,
         # Caps low enough to bend most of these models' logits.

@@ -38,8 +38,8 @@ def stock(family: str, dtype: torch.dtype = torch.float64, **options: Any) -> An
 
 
 def expected_of(model: Any, rows: dict[str, Any]) -> Outcome:
-    """Transformers' numbers; Gemma 2's from the stream, because in fp64 its eager attention, the only one it has, gives
-    no number to a padding position whose whole window is padding."""
+    """Transformers' numbers; Gemma 2's from the stream, because in fp64 its eager attention, which alone caps, gives no
+    number to a padding position whose whole window is padding."""
     if model.config.model_type != "gemma2":
         return run(model, rows)
     outcome = run(model, packed_batch(rows))

@@ -233,6 +233,12 @@ def test_an_unknown_family_trains_stock_or_is_refused(tmp_path):
         load(tmp_path / "cohere", strict=True)
 
 
+def test_capped_attention_is_computed_by_what_caps(tmp_path):
+    """Generation runs Transformers' attention, of which only the eager one knows the cap in every version."""
+    model, _ = load(save_tiny(tmp_path / "gemma2", "gemma2"))
+    assert model.config._attn_implementation == "eager"
+
+
 def test_inference_and_training_modes(llama):
     model, _ = load(llama)
     model.config.use_cache = False

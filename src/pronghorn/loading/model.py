@@ -17,6 +17,7 @@ from pronghorn.errors import (
     UnsupportedCheckpoint,
     WeightsMismatch,
 )
+from pronghorn.families import family_of
 from pronghorn.hardware import Hardware
 from pronghorn.loading.checkpoint import check_folder
 from pronghorn.loading.experts import has_experts, quantise_experts
@@ -83,8 +84,9 @@ def load_model(source: Source, config: Any, options: Options, hardware: Hardware
     bits = _settle_bits(source, config, options)
     extra: dict[str, Any] = {"quantization_config": _quantisation(source, options, bits)}
     extra |= {"gguf_file": source.gguf_file} if source.gguf_file else {"use_safetensors": True}
-    if options.attn_implementation:
-        extra["attn_implementation"] = options.attn_implementation
+    implementation = options.attn_implementation or _attention_that_caps(config)
+    if implementation:
+        extra["attn_implementation"] = implementation
     device_map = options.device_map or default_device_map(hardware, bits)
     stream_to = None
     replaced = options.int8 is not None or (options.fp8 is not None and options.fp8.both)
@@ -113,6 +115,13 @@ def load_model(source: Source, config: Any, options: Options, hardware: Hardware
     if options.int8 is not None:
         quantise_to_int8(model, options.int8, stream_to)
     return model
+
+
+def _attention_that_caps(config: Any) -> str | None:
+    """Transformers' eager attention for logits with a cap: some versions choose one that leaves the cap out, and answer
+    with another model than the one that was trained."""
+    family = family_of(config.model_type)
+    return "eager" if family is not None and family.scales(config).attention_softcap is not None else None
 
 
 def _is_four_bit(config: Any, bits: int) -> bool:
