@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 import sys
 
@@ -70,4 +71,5 @@ def test_neither_loads_torch(runs):
             "import sys; from pronghorn.cli.main import main; "
             f"main({command!r}); sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
         )
-        assert subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=".").returncode == 0
+        known = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+        assert subprocess.run([sys.executable, "-c", code], capture_output=True, env=known).returncode == 0

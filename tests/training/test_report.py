@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import logging
 from pathlib import Path
@@ -176,7 +177,20 @@ def test_arguments_of_another_kind_keep_their_sources(tmp_path):
     args = trl.SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, learning_rate=3e-4, max_steps=7)
     given = as_sft_config(args).given
     assert {"learning_rate", "max_steps", "output_dir"} <= given and "weight_decay" not in given
-    assert SFTConfig(output_dir=str(tmp_path), seed=1).given == {"output_dir", "seed"}
+    config = SFTConfig(output_dir=str(tmp_path), seed=1, stop_early=False)
+    assert config.given == {"output_dir", "seed", "stop_early"}
+    # Who gives every name, as a parser does, has chosen what differs from the defaults.
+    assert {"output_dir", "seed"} <= dataclasses.replace(config).given
+    assert "stop_early" not in dataclasses.replace(config).given
+
+
+def test_a_run_that_never_began_leaves_the_report_of_the_one_before(done, monkeypatch):
+    before = load_run(done.args.output_dir)
+    run = trainer(Path(done.args.output_dir), max_steps=2, **TOLD)
+    monkeypatch.setattr(run, "get_train_dataloader", lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run.train()
+    assert load_run(done.args.output_dir) == before
 
 
 @pytest.mark.parametrize("to", ["none", "tensorboard"])

@@ -41,13 +41,17 @@ def run(options: argparse.Namespace) -> int:
         f"{visible(record.name)}: {history.last_step:,} steps, {len(history.loss):,} losses, "
         f"{len(history.grad_norm):,} gradient norms, {evaluations:,} evaluations"
     )
+    advised: set[str] = set()
     for finding in found:
         steps = (
             f"step {finding.first}"
             if finding.first == finding.last
             else f"steps {finding.first} to {finding.last}"
         )
-        say(f"\n{finding.level}: {finding.kind}, {steps}\n  {finding.what}\n  {finding.advice}")
+        say(f"\n{finding.level}: {finding.kind}, {steps}\n  {finding.what}")
+        if finding.advice not in advised:
+            say(f"  {finding.advice}")
+            advised.add(finding.advice)
     if not found:
         say("Nothing is wrong that a curve would show.")
     return 0

@@ -222,10 +222,10 @@ class _Axis:
 
 def _axis(values: Sequence[float], from_zero: bool) -> _Axis:
     low, high = min(values), max(values)
-    if low > 0 and high > LOGARITHMIC * low:
-        return _Axis(low / 1.1, high * 1.1, logarithmic=True)
     if from_zero and low >= 0:
         return _Axis(0.0, high * 1.06 or 1.0)
+    if low > 0 and high > LOGARITHMIC * low:
+        return _Axis(low / 1.1, high * 1.1, logarithmic=True)
     room = (high - low) * 0.06 or abs(high) * 0.05 or 1.0
     return _Axis(low - room if low < 0 or low - room > 0 else 0.0, high + room)
 

@@ -12,7 +12,6 @@ import transformers
 import trl
 
 from pronghorn.errors import UnknownArgument, nearest
-from pronghorn.tuning.recommend import recommended_arguments
 
 logger = logging.getLogger("pronghorn")
 
@@ -92,24 +91,18 @@ class SFTConfig(trl.SFTConfig):
 
     def __new__(cls, *args: Any, **kwargs: Any) -> SFTConfig:
         """Refuses unknown names with the nearest known one, before Python's own TypeError would."""
-        known = {item.name for item in dataclasses.fields(cls) if item.init}
+        known = {item.name: item for item in dataclasses.fields(cls) if item.init}
         for name in kwargs:
             if name not in known:
                 hint = nearest(name, known)
                 raise TypeError(f"SFTConfig has no argument '{name}'" + (f": {hint}" if hint else ""))
         config = super().__new__(cls)
         config.given = frozenset(kwargs)
+        if config.given == known.keys():  # a parser gives every name, and dataclasses.replace does
+            config.given = frozenset(
+                name for name, value in kwargs.items() if not _is_default(value, known[name])
+            )
         return config
-
-    @classmethod
-    def recommended(cls, model: Any, dataset: Any, processing_class: Any = None, **given: Any) -> SFTConfig:
-        """The configuration that the rules of docs/tuning.md advise for this model and these rows.
-
-        Args:
-            processing_class: the tokenizer, to count tokens; without one four characters are taken for one.
-            given: arguments that are taken as they are, and that the others follow.
-        """
-        return cls(**recommended_arguments(model, dataset, processing_class, given), **given)
 
     def __post_init__(self) -> None:
         # Transformers turns None into False, which is another answer.
@@ -197,13 +190,14 @@ def as_sft_config(args: Any) -> SFTConfig:
         logger.warning("pronghorn: TrainingArguments are converted to SFTConfig; every value is kept")
     config = SFTConfig(**values)
     config.given = frozenset(
-        item.name for item in dataclasses.fields(args) if item.name in values and not _is_default(args, item)
+        item.name
+        for item in dataclasses.fields(args)
+        if item.name in values and not _is_default(getattr(args, item.name), item)
     )
     return config
 
 
-def _is_default(args: Any, item: dataclasses.Field) -> bool:
-    value = getattr(args, item.name)
+def _is_default(value: Any, item: dataclasses.Field) -> bool:
     if item.default_factory is not dataclasses.MISSING:
         return bool(value == item.default_factory())
     return bool(value == item.default)

@@ -187,7 +187,7 @@ class NumberWatch(TrainerCallback):
         return f"{found}; the first token it concerns is number {found.position}{text} (id {found.token}) of {place}"
 
     def _row_of_data(self, row_of_batch: int, batch: dict[str, Any]) -> int | None:
-        """The row of the training data that holds a document of the batch, by its tokens."""
+        """The row of the training data, as it was given, that is a document of the batch, by its tokens."""
         offsets, ids = batch.get("cu_seq_lens_q"), batch["input_ids"]
         if offsets is not None:
             start, end = offsets.tolist()[row_of_batch : row_of_batch + 2]
@@ -204,8 +204,9 @@ class NumberWatch(TrainerCallback):
             row = dataset[number]
             if "input_ids" not in row:
                 return None
-            if any(part.ids.tolist() == document for part in documents_of(row)):
-                return number
+            for at, part in enumerate(documents_of(row)):
+                if part.ids.tolist() == document:
+                    return int(row["rows"][at]) if row.get("rows") else number
         return None
 
     def _advice(self, found: Finding | None) -> str:

@@ -16,6 +16,7 @@ _STYLE = (
 .findings { list-style: none; margin: 0; padding: 0; } .findings li { padding: 12px 0; display: grid;
   grid-template-columns: 28px 1fr; gap: 0 10px; border-bottom: 1px solid var(--line); }
 .findings li:last-child { border-bottom: 0; } .findings .label { font-weight: 700; color: var(--soft); }
+.tile b { font-size: 21px; white-space: nowrap; }
 .note { color: var(--soft); background: var(--page); border: 1px solid var(--line); }
 .answers { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(260px, 100%), 1fr)); gap: 0 18px; }
 .settings td:first-child { white-space: nowrap; } .settings td { overflow-wrap: anywhere; }
@@ -24,7 +25,7 @@ h2 + .charts { margin-top: 4px; }
 @media (max-width: 560px) { main { padding: 24px 14px 48px; } .settings tr:first-child { display: none; }
   .settings tr { display: grid; grid-template-columns: 1fr auto; border-bottom: 1px solid var(--line); padding: 6px 0; }
   .settings td { border: 0; padding: 0; } .settings td:nth-child(2) { grid-column: 1 / -1; order: 3; }
-  .tiles { grid-template-columns: 1fr 1fr; } .tile b { font-size: 20px; } }
+  .tiles { grid-template-columns: 1fr 1fr; } }
 """
 )
 _DATA_NAMES = {
@@ -145,7 +146,8 @@ def _noisy(name: str, points: Sequence[tuple[float, float]], colour: int) -> lis
 def _loss_chart(record: RunRecord, marks: Sequence[Mark]) -> str:
     series = _noisy("training loss", record.losses(), colour=0)
     for number, name in enumerate(record.evaluations()):
-        told = "evaluation loss" if name == "eval_loss" else name.removesuffix("_loss").replace("_", " ", 1)
+        of = name.removeprefix("eval_").removesuffix("loss").removesuffix("_")
+        told = f"evaluation loss, {of}" if of else "evaluation loss"
         series.append(Series(told, record.curve(name), 1 + number, "dots"))
     evaluated, trained = record.curve("eval_loss"), record.losses()
     note = f"evaluation: {_span(evaluated)}" if evaluated else f"training: {_span(trained)}"
@@ -161,7 +163,7 @@ def _memory_chart(record: RunRecord) -> str:
         peak = most[-1][1]
         note = f"planned {planned / 2**30:.2f} GiB, at most {peak:.2f} GiB: {peak * 2**30 / planned - 1:+.1%}"
     return chart(
-        f"{record.memory_of.capitalize()}, GiB",
+        f"{record.memory_of[:1].upper()}{record.memory_of[1:]}, GiB",
         [Series("now", now, 6), Series("most so far", most, 7)],
         limit=None if planned is None else (planned / 2**30, "the plan for the largest batch"),
         note=note,
@@ -186,13 +188,20 @@ def _marks(findings: Sequence[Mapping[str, Any]]) -> dict[str, list[Mark]]:
 
 
 def _findings(record: RunRecord) -> str:
-    items = []
+    items: list[str] = []
+    advised: set[str] = set()
     for number, item in enumerate(record.findings, 1):
+        advice = (
+            ""
+            if item["advice"] in advised
+            else f'<br><span class="soft">{shown(str(item["advice"]), 600)}</span>'
+        )
+        advised.add(item["advice"])
         level = item["level"] if item["level"] in ("error", "warning") else "note"
         items.append(
             f'<li><span class="label">{number}</span><div>'
             f'<span class="tag {level}">{shown(str(item["kind"]), 40)}</span> '
-            f'{shown(str(item["what"]), 600)}<br><span class="soft">{shown(str(item["advice"]), 600)}</span></div></li>'
+            f"{shown(str(item['what']), 600)}{advice}</div></li>"
         )
     return f'<div class="card"><ul class="findings">{"".join(items)}</ul></div>'
 

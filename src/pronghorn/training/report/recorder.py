@@ -137,7 +137,8 @@ class RunRecorder(TrainerCallback):
 
     def _end(self, how: str) -> None:
         self._record.state = how
-        self._write()
+        if self._trainer.state.global_step:  # a run that never began leaves the report of the one before it
+            self._write()
         self._ended = True
 
     def _write(self) -> None:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 Level = Literal["error", "warning", "note"]
-#: the curve that shows it, as a log names it; "eval_loss" is any loss on held-out rows
-CurveName = Literal["loss", "eval_loss", "grad_norm", "learning_rate"]
+#: the curve that shows it, as a log names it; "eval_loss" is any loss on held-out rows; "" none
+CurveName = Literal["loss", "eval_loss", "grad_norm", ""]
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ KINDS: dict[str, Kind] = {
         Kind("setback", "warning", "loss", "the loss rose for a while and came back"),
         Kind("overfitting", "warning", "eval_loss", "the evaluation loss has turned", hopeless=True),
         Kind("spike", "warning", "loss", "the loss of single steps jumped"),
-        Kind("spike-rows", "warning", "loss", "the same rows were in several spikes"),
+        Kind("spike-rows", "warning", "", "the same rows were in several spikes"),
         Kind("oscillation", "warning", "loss", "the loss swings up and down"),
         Kind("gradient-spike", "warning", "grad_norm", "the gradient of single steps jumped"),
         Kind("gradient-growth", "warning", "grad_norm", "gradients grow while the loss does not fall"),
