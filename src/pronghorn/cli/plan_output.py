@@ -91,27 +91,29 @@ def _headline(view: View) -> None:
 
 
 def _settings(view: View) -> list[tuple[str, str, str]]:
-    chosen, work = view.chosen, view.chosen.job.workload
-    rows = [
-        ("weights", chosen.precision, chosen.label),
-        ("max_length", f"{work.length:,}", work.reason),
-        ("per_device_train_batch_size", str(chosen.micro_batch), "the fastest that fits"),
+    chosen, job, work = view.chosen, view.chosen.job, view.chosen.job.workload
+    rows = [("weights", chosen.precision, chosen.label), ("max_length", f"{work.length:,}", work.reason)]
+    if work.rows is not None:
+        why = (
+            f"{work.documents:.1f} rows a sequence"
+            if work.packing
+            else "the rows fill the length well enough"
+        )
+        rows.append(("packing", str(work.packing), why))
+    rows += [
+        ("r", str(job.rank), "rank of the adapters" if job.rank else "no adapters"),
         (
-            "gradient_accumulation_steps",
-            str(chosen.accumulation),
-            f"{chosen.job.global_batch} rows a step",
+            "per_device_train_batch_size",
+            str(chosen.micro_batch),
+            "the fastest that fits" if job.micro_batch is None else "as asked",
         ),
+        ("gradient_accumulation_steps", str(chosen.accumulation), f"{job.global_batch} rows a step"),
         (
             "save levels",
             chosen.plan.counts(),
             "from the first layer to the last; the trainer plans them itself",
         ),
     ]
-    if chosen.job.micro_batch is not None:
-        rows[2] = (*rows[2][:2], "as asked")
-    if work.rows is not None:
-        why = f"{work.documents:.1f} rows a sequence" if work.packing else "rows fill the length well enough"
-        rows.insert(2, ("packing", str(work.packing), why))
     return rows
 
 
