@@ -17,7 +17,7 @@ from pronghorn.errors import ExportMismatch, NotExportable, PackageMissing
 from pronghorn.export.adapter_probe import warn_of_unchanged
 from pronghorn.export.folder import folder_of, write_beside
 from pronghorn.export.gate import Checked
-from pronghorn.export.gguf.architecture import Dialect, dialect_of, gguf_entries
+from pronghorn.export.gguf.architecture import Dialect, dialect_of
 from pronghorn.export.gguf.file import write_gguf
 from pronghorn.export.gguf.methods import Method
 from pronghorn.export.result import Export
@@ -95,9 +95,7 @@ def _adapted(model: Any) -> Iterator[tuple[str, Any, str]]:
 def _pair(dialect: Dialect, name: str, module: Any, adapter: str, alpha: float) -> list[Entry]:
     a, b = (getattr(module, part)[adapter].weight for part in ("lora_A", "lora_B"))
     scale = module.scaling[adapter] * module.r[adapter] / alpha
-    right = gguf_entries(dialect, [Entry(name, tuple(b.shape), torch.float32, partial(_scaled, b, scale))])[
-        -1
-    ]
+    right = dialect.entries(Entry(name, tuple(b.shape), torch.float32, partial(_scaled, b, scale)))[0]
     left = Entry(f"{right.name}.lora_a", tuple(a.shape), torch.float32, partial(_scaled, a, 1.0))
     return [left, Entry(f"{right.name}.lora_b", right.shape, right.dtype, right.make)]
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -14,6 +14,12 @@ from pronghorn.errors import NotExportable
 from pronghorn.export.gguf.families import GgufFamily, family_of
 from pronghorn.export.gguf.rope import add_rope, rope_factors
 from pronghorn.export.safetensors_file import Entry
+
+#: Experts' gate and up [E, 2I, H], which stand apart in a file; experts' down, whose name has no ".weight".
+_JOINED, _JOINED_PARTS = "experts.gate_up_proj", ("experts.gate_proj.weight", "experts.up_proj.weight")
+_STACKED = "experts.down_proj"
+#: A matrix of one row, which is a vector in a file.
+_ROW = "shared_expert_gate.weight"
 
 
 @dataclass(frozen=True)
@@ -39,24 +45,59 @@ class Dialect:
     def head_dim(self) -> int:
         return int(getattr(self.config, "head_dim", None) or self.config.hidden_size // self.heads)
 
-    def name_of(self, name: str) -> str | None:
-        """GGUF's name of a checkpoint's tensor; None where it has no place."""
-        found: str | None = _names(self.architecture, int(self.config.num_hidden_layers)).get_name(
-            name, try_suffixes=(".weight", ".bias")
-        )
-        return found
+    def places(self, name: str) -> list[str]:
+        """GGUF's names of a checkpoint's tensor: none where it has no place, two for experts' joined gate and up."""
+        table = _names(self.architecture, int(self.config.num_hidden_layers))
+        parts = [f"{name}.weight" if name.endswith(_STACKED) else name]
+        if name.endswith(_JOINED):
+            parts = [f"{name.removesuffix(_JOINED)}{part}" for part in _JOINED_PARTS]
+        found = [table.get_name(part, try_suffixes=(".weight", ".bias")) for part in parts]
+        return [] if None in found else found
 
-    def written(self, name: str, tensor: Tensor) -> Tensor:
-        """A checkpoint's tensor as it stands in the file."""
+    def written(self, name: str, tensor: Tensor) -> list[Tensor]:
+        """A checkpoint's tensor as it stands in the file, one for each of its places."""
+        if name.endswith(_JOINED):
+            return list(tensor.chunk(2, dim=1))
+        if name.endswith(_ROW):
+            return [tensor[0]]
         if (heads := self._rotated_heads(name)) is not None:
-            return interleave(tensor, heads)
-        return tensor + self.family.norm_offset if self._is_offset_norm(name) else tensor
+            return [interleave(tensor, heads)]
+        return [tensor + self.family.norm_offset if self._is_offset_norm(name) else tensor]
 
-    def restored(self, name: str, tensor: Tensor) -> Tensor:
+    def restored(self, name: str, tensors: list[Tensor]) -> Tensor:
         """The way back from `written`; `name` is the checkpoint's."""
+        if name.endswith(_JOINED):
+            return torch.cat(tensors, dim=1)
+        if name.endswith(_ROW):
+            return tensors[0][None]
         if (heads := self._rotated_heads(name)) is not None:
-            return deinterleave(tensor, heads)
-        return tensor - self.family.norm_offset if self._is_offset_norm(name) else tensor
+            return deinterleave(tensors[0], heads)
+        return tensors[0] - self.family.norm_offset if self._is_offset_norm(name) else tensors[0]
+
+    def entries(self, entry: Entry) -> list[Entry]:
+        """What a checkpoint's tensor becomes, in fp32.
+
+        Raises:
+            NotExportable: where it has no place.
+        """
+        places = self.places(entry.name)
+        if not places:
+            raise NotExportable(
+                f"the tensor {entry.name} has no place in a GGUF file of {self.architecture}",
+                fix="save_pretrained_merged keeps it",
+            )
+        shape = entry.shape
+        if entry.name.endswith(_JOINED):
+            shape = (shape[0], shape[1] // 2, shape[2])
+        elif entry.name.endswith(_ROW):
+            shape = shape[1:]
+        return [
+            Entry(place, shape, torch.float32, partial(self._made, entry, index))
+            for index, place in enumerate(places)
+        ]
+
+    def _made(self, entry: Entry, index: int) -> Tensor:
+        return self.written(entry.name, entry.make())[index]
 
     def _rotated_heads(self, name: str) -> int | None:
         part = name.split(".")[-2] if "." in name else ""
@@ -84,19 +125,7 @@ def gguf_entries(dialect: Dialect, entries: Sequence[Entry]) -> list[Entry]:
     """
     factors = rope_factors(dialect.config, dialect.head_dim)
     found = [Entry(name, tuple(f.shape), torch.float32, lambda f=f: f) for name, f in factors.items()]  # type: ignore[misc]
-    for entry in entries:
-        name = dialect.name_of(entry.name)
-        if name is None:
-            raise NotExportable(
-                f"the tensor {entry.name} has no place in a GGUF file of {dialect.architecture}",
-                fix="save_pretrained_merged keeps it",
-            )
-        found.append(Entry(name, entry.shape, torch.float32, _written(dialect, entry)))
-    return found
-
-
-def _written(dialect: Dialect, entry: Entry) -> Callable[[], Tensor]:
-    return lambda: dialect.written(entry.name, entry.make())
+    return found + [written for entry in entries for written in dialect.entries(entry)]
 
 
 @lru_cache(maxsize=4)
@@ -130,7 +159,8 @@ def add_architecture(writer: Any, dialect: Dialect, vocabulary: int) -> None:
     writer.add_block_count(int(config.num_hidden_layers))
     writer.add_context_length(int(config.max_position_embeddings))
     writer.add_embedding_length(int(config.hidden_size))
-    writer.add_feed_forward_length(int(config.intermediate_size))
+    if (inner := getattr(config, "intermediate_size", None)) is not None:
+        writer.add_feed_forward_length(int(inner))
     writer.add_head_count(dialect.heads)
     writer.add_head_count_kv(dialect.kv_heads)
     writer.add_layer_norm_rms_eps(float(config.rms_norm_eps))

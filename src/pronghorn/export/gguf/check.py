@@ -17,7 +17,7 @@ from pronghorn.errors import PronghornError
 from pronghorn.export.adapter_probe import look_for_changes
 from pronghorn.export.gate import Checked, Limits, Predict, Probe, compare, place_for_second, torch_predictor
 from pronghorn.export.gguf import llama_cpp
-from pronghorn.export.gguf.architecture import Dialect, gguf_entries
+from pronghorn.export.gguf.architecture import Dialect
 from pronghorn.export.gguf.methods import Method
 from pronghorn.export.merge import adapted_weights
 from pronghorn.export.safetensors_file import Entry
@@ -136,8 +136,13 @@ def _tensors(
     config.tie_word_embeddings = "output.weight" not in found
     stock = type(base)(config).to(base.config.dtype)
     for name, parameter in stock.named_parameters():
-        tensor = found[dialect.name_of(name)]
-        written = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy()).view(parameter.shape)
+        parts = [found[place] for place in dialect.places(name)]
+        written = [
+            torch.from_numpy(dequantize(part.data, part.tensor_type).copy()).view(
+                *(int(size) for size in reversed(part.shape))
+            )
+            for part in parts
+        ]
         parameter.data = dialect.restored(name, written).to(parameter.dtype)
     yield "the file's tensors", torch_predictor(stock.to(device).eval())
 
@@ -185,10 +190,11 @@ def _changed(
     for name, make_base, make_merged in adapted_weights(model):
         base = make_base()
         both = [Entry(name, tuple(base.shape), torch.float32, make) for make in (lambda: base, make_merged)]  # noqa: B023
-        below, above = (gguf_entries(dialect, [entry])[-1] for entry in both)
-        if above.name not in found:
-            problems.append(f"{above.name}, which an adapter changes, is missing")
-            continue
-        merged = above.make()
-        written = torch.from_numpy(dequantize(found[above.name].data, found[above.name].tensor_type).copy())
-        yield name, below.make(), merged, written.view(merged.shape)
+        for below, above in zip(*(dialect.entries(entry) for entry in both), strict=True):
+            if above.name not in found:
+                problems.append(f"{above.name}, which an adapter changes, is missing")
+                continue
+            merged = above.make()
+            tensor = found[above.name]
+            written = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())
+            yield name, below.make(), merged, written.view(merged.shape)

@@ -17,6 +17,9 @@ _GEMMA_27B_LAYERS = {"gemma2": 46, "gemma3_text": 62}
 #: Every n-th layer of a Gemma attends to all tokens, the others to a window.
 _GEMMA_PATTERN = {"gemma2": 2, "gemma3_text": 6}
 
+#: Whether the weights of the chosen experts are made to sum to one.
+_NORMALISES = {"qwen2_moe": False, "qwen3_moe": True}
+
 
 def _nothing(*_: Any) -> None:
     """A family with no check or metadata of its own."""
@@ -111,6 +114,28 @@ def _describe_granite(writer: Any, config: Any) -> None:
     writer.add_logit_scale(float(config.logits_scaling))
 
 
+def _check_experts(config: Any) -> None:
+    """Raises:
+    NotExportable: for layers without experts, or weights of chosen experts that are summed otherwise.
+    """
+    kind = config.model_type
+    normalised = _NORMALISES[kind]
+    if bool(config.norm_topk_prob) is not normalised:
+        raise _computed_otherwise(kind, f"norm_topk_prob={config.norm_topk_prob}", f"{normalised}")
+    if config.decoder_sparse_step != 1 or config.mlp_only_layers:
+        raise _computed_otherwise(kind, "layers without experts", "experts in every layer")
+    _warn_of_window(config)
+
+
+def _describe_experts(writer: Any, config: Any) -> None:
+    writer.add_expert_count(int(getattr(config, "num_experts", None) or config.num_local_experts))
+    writer.add_expert_used_count(int(config.num_experts_per_tok))
+    if (inner := getattr(config, "moe_intermediate_size", None)) is not None:
+        writer.add_expert_feed_forward_length(int(inner))
+    if (shared := getattr(config, "shared_expert_intermediate_size", None)) is not None:
+        writer.add_expert_shared_feed_forward_length(int(shared))
+
+
 def _computed_otherwise(kind: str, given: str, built_in: str) -> NotExportable:
     return NotExportable(
         f"llama.cpp computes {kind} models with {built_in}, this one has {given}",
@@ -133,6 +158,11 @@ FAMILIES: dict[str, GgufFamily] = {
     ),
     "phi3": GgufFamily("phi3", partial_rotary=True, check=_warn_of_window, describe=_describe_phi3),
     "granite": GgufFamily("granite", permutes=True, in_transformers=False, describe=_describe_granite),
+    "mixtral": GgufFamily(
+        "llama", permutes=True, in_transformers=False, check=_warn_of_window, describe=_describe_experts
+    ),
+    "qwen2_moe": GgufFamily("qwen2moe", check=_check_experts, describe=_describe_experts),
+    "qwen3_moe": GgufFamily("qwen3moe", check=_check_experts, describe=_describe_experts),
 }
 
 
