@@ -80,6 +80,25 @@ def test_a_weight_of_a_layer(family, place, index, layer):
     assert "has a value that is nan (first at" in str(found)
 
 
+@pytest.mark.parametrize(
+    "family,place,index",
+    [
+        ("gemma3_text", "post_attention_layernorm.weight", (5,)),
+        ("gemma3_text", "pre_feedforward_layernorm.weight", (0,)),
+        ("gemma3_text", "post_feedforward_layernorm.weight", (63,)),
+        ("gemma3_text", "self_attn.o_proj.base_layer.weight", (4, 2)),
+        ("phi3", "self_attn.qkv_proj.base_layer.weight", (2, 5)),
+        ("phi3", "mlp.gate_up_proj.lora_B.default.weight", (200, 1)),
+    ],
+)
+def test_a_weight_of_another_kind_of_layer(family, place, index):
+    model = adapted(family)
+    name = f"{INNER}model.layers.1.{place}"
+    plant(model, name, index)
+    found = find_nonfinite(model, packed())
+    assert (found.tensor, found.layer, found.index) == (name, 1, index)
+
+
 def test_the_first_of_two_layers_is_named():
     model = adapted()
     for layer in (0, 1):

@@ -109,6 +109,15 @@ def test_adapter_options(options: dict[str, Any]) -> None:
     assert_same(run(fast, batch), run(stock_on_stream(model), batch), EXACT)
 
 
+@pytest.mark.parametrize(
+    "options", [{"use_dora": True}, {"lora_bias": True}, {"r": 64}], ids=lambda o: "-".join(o)
+)
+def test_adapter_options_where_one_module_gives_several(options: dict[str, Any]) -> None:
+    model = add_adapter(stock("phi3"), **options)
+    rows = rows_batch(model.config.vocab_size, LENGTHS)
+    assert_same(run(bound_copy(model, ["matmuls", "none"]), rows), run(model, rows), EXACT)
+
+
 @pytest.mark.parametrize("lengths", [(13, 7, 13, 1), (12, 7)], ids=["long", "short"])
 def test_longrope_goes_by_the_longest_document(lengths: tuple[int, ...]) -> None:
     rope = {
