@@ -15,10 +15,10 @@ from pronghorn.kernels.matvec import (
     matvec,
     matvec_4bit,
 )
-from tests.kernels.compare import DTYPES, IMPLS, RELATIVE, random
+from tests.kernels.compare import IMPLS, RELATIVE, random
 
 #: (rows, in, out): a partial tile of rows and of columns; whole tiles; fewer columns than a tile
-SHAPES = [(1, 600, 52), (1, 512, 64), (2, 96, 33), (7, 520, 66), (16, 256, 32)]
+SHAPES = [(1, 600, 21), (1, 512, 16), (2, 96, 33), (7, 520, 18), (16, 256, 32)]
 
 
 def assert_sums_near(actual, expected, terms, dtype) -> None:
@@ -69,7 +69,7 @@ def finished(y, up, activation, residual):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows,width,outs", SHAPES)
 def test_norm_bias_and_residual(impl, dtype, rows, width, outs, device):
     x, norm, bias, *_ = case(rows, width, outs, dtype, device)
@@ -94,7 +94,7 @@ def test_norm_bias_and_residual(impl, dtype, rows, width, outs, device):
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_activation_and_adapters(impl, dtype, rows, activation, device):
-    width, outs = 130, 48
+    width, outs = 130, 24
     x, norm, bias, slots, a, b, _ = case(rows, width, outs, dtype, device)
     ends = (outs // 2, outs)
     a = random(3, 32, width, dtype=dtype, device=device, seed=3, scale=0.1)
@@ -149,8 +149,8 @@ def quantised(weight, double):
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("double", [False, True])
-@pytest.mark.parametrize("rows", [1, 3, 8])
-@pytest.mark.parametrize("widths", [(48,), (32, 16, 16)])
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("widths", [(24,), (16, 8, 8)])
 def test_four_bits(impl, double, rows, widths, device):
     width, dtype = 192, torch.bfloat16
     outs = sum(widths)
@@ -175,7 +175,7 @@ def test_four_bits(impl, double, rows, widths, device):
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("rows", [1, 4])
 def test_four_bits_with_an_activation(impl, rows, device):
-    width, outs, dtype = 192, 20, torch.float32
+    width, outs, dtype = 192, 12, torch.float32
     x, norm, *_ = case(rows, width, 2 * outs, dtype, device)
     made = [
         quantised(random(outs, width, dtype=torch.float32, device=device, seed=i, scale=0.05), True)

@@ -15,10 +15,11 @@ from collections.abc import Sequence as Many
 import torch
 from torch import Tensor
 
-from pronghorn.inference.choosing import choice_of, is_plain, on_device
+from pronghorn.inference.choosing import choice_of, is_plain
 from pronghorn.inference.decoder import Decoder
 from pronghorn.inference.forward import Cache
 from pronghorn.inference.fused import FusedDecoder, Table
+from pronghorn.inference.moving import on_device, to_host
 from pronghorn.inference.paging import BLOCK_TOKENS
 from pronghorn.inference.requests import Token
 from pronghorn.inference.runner import EagerRunner, Pending
@@ -37,7 +38,7 @@ class InFlight:
 
     def __init__(self, sequences: Many[Sequence], chosen: Tensor, tops: _Tops | None) -> None:
         self.sequences, self.tops = sequences, tops
-        self.ids = _to_host(chosen)
+        self.ids = to_host(chosen)
         self.ready = None
         if chosen.is_cuda:
             self.ready = torch.cuda.Event()
@@ -58,8 +59,8 @@ class _Tops:
     def __init__(self, logits: Tensor, chosen: Tensor, most: int) -> None:
         logprobs = logits.log_softmax(-1)
         best = logprobs.topk(min(max(most, 1), logits.shape[1]))
-        self.own = _to_host(logprobs.gather(1, chosen[:, None]).squeeze(1))
-        self.best, self.best_ids = _to_host(best.values), _to_host(best.indices)
+        self.own = to_host(logprobs.gather(1, chosen[:, None]).squeeze(1))
+        self.best, self.best_ids = to_host(best.values), to_host(best.indices)
 
     def tell(self, sequences: Many[Sequence], tokens: list[Token]) -> list[Token]:
         told = []
@@ -200,13 +201,6 @@ class _Step:
 def _slot(sequence: Sequence) -> int:
     assert sequence.slot is not None
     return sequence.slot
-
-
-def _to_host(values: Tensor) -> Tensor:
-    """A copy on the host, there once the stream has come so far."""
-    if not values.is_cuda:
-        return values.clone()
-    return torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)
 
 
 def _fill(kept: Many[Table | None], new: Many[Table | None]) -> bool:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Many
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from pronghorn.inference.moving import on_device
 from pronghorn.inference.requests import Token
 from pronghorn.inference.sequences import Sequence
 from pronghorn.kernels.sampling import Choice, choose, uniform
@@ -38,16 +38,10 @@ def choice_of(sequences: Many[Sequence], device: torch.device, vocabulary: int) 
         penalty=column([p.repetition_penalty for p in params]),
         uniform=column(numbers),
         seen=_seen(sequences, device, vocabulary),
+        most=max(p.top_k for p in params) if all(p.top_k or not p.temperature for p in params) else 0,
         draws=any(p.temperature > 0 for p in params),
         cuts=any(p.top_k or p.top_p < 1 or p.min_p for p in params),
     )
-
-
-def on_device(values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Numbers of the host on a device, without waiting for it."""
-    if device.type != "cuda":
-        return torch.tensor(values, dtype=dtype, device=device)
-    return torch.tensor(values, dtype=dtype, pin_memory=True).to(device, non_blocking=True)
 
 
 def next_tokens(sequences: Many[Sequence], logits: Tensor) -> list[Token]:
@@ -78,4 +72,4 @@ def _seen(sequences: Many[Sequence], device: torch.device, vocabulary: int) -> T
         if sequence.request.sampling.repetition_penalty != 1:
             seen[row, sequence.tokens] = True
             seen[row, list(sequence.also_seen)] = True
-    return seen.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else seen
+    return on_device(seen, torch.bool, device)

@@ -213,7 +213,8 @@ def _refused(reason: str) -> EngineRefused:
 
 def _signature(base: Any) -> tuple[Any, ...]:
     """What changes when weights are trained, moved, merged or switched."""
-    tensors = [(p.data_ptr(), p._version) for p in base.parameters()]
+    # A model loaded in inference mode counts no versions, and cannot be trained either.
+    tensors = [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in base.parameters()]
     switches = [
         (tuple(m.active_adapters), m.disable_adapters, tuple(m.merged_adapters), tuple(m.scaling.values()))
         for m in base.modules()

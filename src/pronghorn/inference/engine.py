@@ -124,16 +124,17 @@ class Engine:
 
     # --- requests ------------------------------------------------------------------------------------------------
 
-    def submit(self, request: Request, *, also_seen: Iterable[int] = ()) -> int:
+    def submit(self, request: Request, *, also_seen: Iterable[int] = (), refresh: bool = True) -> int:
         """Queue a request; returns its number.
 
         Args:
             also_seen: tokens that the repetition penalty counts as seen besides the request's own.
+            refresh: look whether the model has changed, if the engine is idle; False where the caller just has.
 
         Raises:
             SamplingInvalid, RequestTooLong, AdapterUnknown: see `checks.check_request`.
         """
-        if not self.has_work:
+        if refresh and not self.has_work:
             self.refresh()
         decoder = self._decoder
         only = decoder.active if decoder.only_active else None

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from pronghorn.blocks import Norm
 from pronghorn.inference.decoder import Decoder, Layer
+from pronghorn.inference.moving import on_device
 from pronghorn.inference.paging import BLOCK_TOKENS
 from pronghorn.inference.projections import Group, Segment
 from pronghorn.kernels.attention import AttentionCall, Documents, attention_forward
@@ -62,7 +63,7 @@ def prefill(
     All sequences take the same adapter.
     """
     attend = _PackedAttention(decoder, cache, parts)
-    x = decoder.embed(torch.tensor(ids, device=decoder.device))
+    x = decoder.embed(on_device(ids, torch.int64, decoder.device))
     x = run_layers(decoder, x, [Segment(adapter, slice(0, len(ids)))], attend)
     return x.index_select(0, attend.last_rows)
 
@@ -142,18 +143,17 @@ class _PackedAttention:
         device = decoder.device
         ends = list(accumulate(part.count for part in parts))
         self.slices = [slice(end - part.count, end) for part, end in zip(parts, ends, strict=True)]
-        self.last_rows = torch.tensor([end - 1 for end in ends], device=device)
-        positions = [p for part in parts for p in range(part.begin, part.begin + part.count)]
+        self.last_rows = on_device([end - 1 for end in ends], torch.int64, device)
+        positions = [torch.arange(part.begin, part.begin + part.count) for part in parts]
         places = [
-            part.blocks[p // BLOCK_TOKENS] * BLOCK_TOKENS + p % BLOCK_TOKENS
-            for part in parts
-            for p in range(part.begin, part.begin + part.count)
+            torch.tensor(part.blocks)[p // BLOCK_TOKENS] * BLOCK_TOKENS + p % BLOCK_TOKENS
+            for part, p in zip(parts, positions, strict=True)
         ]
-        self.places = torch.tensor(places, device=device)
-        at = torch.tensor(positions, device=device)
+        self.places = on_device(torch.cat(places), torch.int64, device)
+        at = on_device(torch.cat(positions), torch.int64, device)
         self.angles = {kind: (r.cos[at], r.sin[at]) for kind, r in decoder.rotations.items()}
         lengths = tuple(part.count for part in parts)
-        offsets = torch.tensor((0, *ends), dtype=torch.int32, device=device)
+        offsets = on_device((0, *ends), torch.int32, device)
         self.docs = Documents(offsets, max(lengths), lengths)
         self.continues = any(part.begin for part in parts)
 

@@ -266,7 +266,7 @@ def _answers(
     answers: dict[int, list[int]] = {}
     try:
         for request, padding in zip(requests, paddings, strict=True):
-            answers[engine.submit(request, also_seen=padding)] = []
+            answers[engine.submit(request, also_seen=padding, refresh=False)] = []
         while engine.has_work:
             for event in engine.step():
                 for token in event.tokens:

@@ -130,16 +130,14 @@ def decode_attention(
     _normalise_(turned, heads)
     _rotate_(turned, *paged.rotation(rotation))
     rows, places = paged.places(cache.shape[1])
-    new = by_head[:, heads.heads :].unflatten(1, (2, heads.kv_heads))
-    flat = cache.flatten(0, 1)
-    flat.index_copy_(0, places, new if len(rows) == batch else new[rows])
-    out = torch.zeros_like(qkv[:, : heads.heads * size])
+    new = by_head[:, heads.heads :].view(batch, 2, heads.kv_heads, size)
+    cache.view(-1, *cache.shape[2:]).index_copy_(0, places, new if len(rows) == batch else new[rows])
+    outs = []
     for row, (blocks, length) in enumerate(paged.on_host()):
-        if length:
-            context = gather_context(cache, blocks, length, heads.window)
-            attended = _attend(by_head[row, : heads.heads], context, heads)
-            out[row].view(heads.heads, size).copy_(attended)
-    return out
+        q = by_head[row, : heads.heads]
+        attended = _attend(q, gather_context(cache, blocks, length, heads.window), heads) if length else q
+        outs.append(attended.reshape(1, -1))
+    return outs[0] if batch == 1 else torch.cat(outs)
 
 
 def gather_context(cache: Tensor, blocks: Sequence[int], length: int, window: int | None = None) -> Tensor:

@@ -32,6 +32,7 @@ class Choice:
         penalty: fp32, 1 changes nothing.
         uniform: fp32 in [0, 1).
         seen: bool [B, V], what the penalty applies to; None where no row has one.
+        most: the largest `top_k`, where every row that draws has one; else 0.
         draws: whether any row has a temperature. cuts: whether any row cuts.
     """
 
@@ -42,6 +43,7 @@ class Choice:
     penalty: Tensor
     uniform: Tensor
     seen: Tensor | None
+    most: int
     draws: bool
     cuts: bool
 
@@ -73,8 +75,10 @@ def penalised(scores: Tensor, seen: Tensor, penalty: Tensor) -> Tensor:
 
 def threshold(scores: Tensor, choice: Choice) -> Tensor:
     """The smallest score [B] that stays."""
-    ordered = scores.sort(-1, descending=True).values
-    last = scores.shape[1] - 1
+    # Where all rows take a few, the rest need not be put in order.
+    taken = min(choice.most, scores.shape[1])
+    ordered = scores.topk(taken, -1).values if taken else scores.sort(-1, descending=True).values
+    last = ordered.shape[1] - 1
     k = torch.where(choice.top_k > 0, choice.top_k.long() - 1, last).clamp(max=last)
     smallest = ordered.gather(1, k[:, None])
     ordered = ordered.masked_fill(ordered < smallest, float("-inf"))
@@ -82,7 +86,8 @@ def threshold(scores: Tensor, choice: Choice) -> Tensor:
     before = probabilities.cumsum(-1) - probabilities
     # What comes before a token has less than top_p: it belongs to the smallest set that reaches it.
     count = (before < choice.top_p[:, None]).sum(-1, keepdim=True).clamp_(min=1)
-    nucleus = ordered.gather(1, count - 1)
+    # Rounding would let the last few of a whole vocabulary go.
+    nucleus = ordered.gather(1, count - 1).masked_fill(choice.top_p[:, None] >= 1, float("-inf"))
     likely = ordered[:, :1] + choice.min_p.log()[:, None]
     return torch.maximum(torch.maximum(smallest, nucleus), likely).squeeze(1)
 

@@ -124,7 +124,7 @@ def _one_row(
     x_ptr, code_ptr, l0, l1, l2, l3, h0, h1, h2, h3, packed0, packed1, packed2, absmax0, absmax1, absmax2,
     coarse0, coarse1, coarse2, shift0, shift1, shift2, fine0, fine1, fine2,
     norm_ptr, bias_ptr, residual_ptr, out_ptr, slots_ptr, xa_ptr, b_ptr,
-    rows, rows0, rows1, width, outs, end0, end1, parts_rank, eps, offset,
+    rows, rows0, rows1, words, outs, end0, end1, parts_rank, eps, offset,
     NORM: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, GLU: tl.constexpr, R: tl.constexpr,
     PARTS: tl.constexpr, NESTED: tl.constexpr, SIZE: tl.constexpr, SIZE2: tl.constexpr, TABLE: tl.constexpr,
     ROWS: tl.constexpr, WORDS: tl.constexpr, PDL: tl.constexpr,
@@ -148,7 +148,8 @@ def _one_row(
         shift = tl.load(shift_ptr)
         if GLU != "":
             shift_up = tl.load(shift1)
-    words, blocks = width // 8, width // SIZE
+    # In words, as the launcher gives it, the width is known to keep loads of four words aligned.
+    width, blocks = words * 8, words // (SIZE // 8)
     own = (first - begin).to(tl.int64)
     word = tl.arange(0, WORDS)
     if PDL:
@@ -228,7 +229,7 @@ def _few_rows(
     x_ptr, code_ptr, l0, l1, l2, l3, h0, h1, h2, h3, packed0, packed1, packed2, absmax0, absmax1, absmax2,
     coarse0, coarse1, coarse2, shift0, shift1, shift2, fine0, fine1, fine2,
     norm_ptr, bias_ptr, residual_ptr, out_ptr, slots_ptr, xa_ptr, b_ptr,
-    rows, rows0, rows1, width, x_stride, out_stride, batch, outs, end0, end1, parts_rank, eps, offset,
+    rows, rows0, rows1, words, x_stride, out_stride, batch, outs, end0, end1, parts_rank, eps, offset,
     NORM: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, GLU: tl.constexpr, R: tl.constexpr,
     PARTS: tl.constexpr, NESTED: tl.constexpr, SIZE: tl.constexpr, SIZE2: tl.constexpr, TABLE: tl.constexpr,
     WIDE: tl.constexpr, BATCH: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr, PDL: tl.constexpr,
@@ -252,7 +253,8 @@ def _few_rows(
         shift = tl.load(shift_ptr)
         if GLU != "":
             shift_up = tl.load(shift1)
-    words, blocks = width // 8, width // SIZE
+    # In words, as the launcher gives it, the width is known to keep loads of four words aligned.
+    width, blocks = words * 8, words // (SIZE // 8)
     own = (row - begin).to(tl.int64)
     word, b = tl.arange(0, WORDS), tl.arange(0, BATCH)
     there = b < batch
@@ -373,11 +375,20 @@ def four_bit(
     grid = (triton.cdiv(rows, config["ROWS"]),)
     if batch == 1:
         _one_row[grid](
-            *codes, *pointers, rows, padded[0].rows, padded[1].rows, width, *numbers, **kinds, **config, **pdl
+            *codes,
+            *pointers,
+            rows,
+            padded[0].rows,
+            padded[1].rows,
+            width // 8,
+            *numbers,
+            **kinds,
+            **config,
+            **pdl,
         )
         return out
     _few_rows[grid](
-        *codes, *pointers, rows, padded[0].rows, padded[1].rows, width, x.stride(0), out.stride(0), batch, *numbers,
+        *codes, *pointers, rows, padded[0].rows, padded[1].rows, width // 8, x.stride(0), out.stride(0), batch, *numbers,
         **kinds, WIDE=is_wide(x), BATCH=PADDED_ROWS, **config, **pdl,
     )  # fmt: skip
     return out
