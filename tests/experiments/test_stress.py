@@ -8,8 +8,7 @@ from datasets import Dataset
 
 from pronghorn.errors import DatasetUnusable
 from pronghorn.experiments.stress import Score, StressReport, stress, swap_answers
-from tests.tiny import tiny_tokenizer
-from tests.training.runs import adapter_model, settings, trained
+from tests.training.runs import adapter_model, trained, trainer
 
 QUESTIONS = [("how many", "seven"), ("what colour", "green"), ("which way", "north")]
 
@@ -58,20 +57,11 @@ def test_wrong_labels_move_the_score(tmp_path):
         if "lora_B" in name:
             torch.nn.init.zeros_(parameter)
     before, told = trained(model), []
-    config = settings(
-        tmp_path / "out", max_steps=25, optim="adamw_torch", learning_rate=2e-2, per_device_train_batch_size=8,
-        report=True, save_strategy="steps", save_steps=1,
+    run = trainer(
+        tmp_path / "out", model, chats(48), eval_dataset=chats(9), max_steps=25, optim="adamw_torch",
+        learning_rate=2e-2, per_device_train_batch_size=8, report=True, save_strategy="steps", save_steps=1,
     )  # fmt: skip
-    report = stress(
-        model,
-        tiny_tokenizer(),
-        chats(48),
-        chats(9),
-        config,
-        shares=(0.5,),
-        seeds=(0, 1),
-        on_score=told.append,
-    )
+    report = stress(run, shares=(0.5,), seeds=(0, 1), on_score=told.append)
     assert [(score.share, score.seed) for score in report.scores] == [(0.0, 0), (0.0, 1), (0.5, 0), (0.5, 1)]
     assert list(report.scores) == told and report.steps == 25 and (report.rows, report.held_out) == (48, 9)
     clean, wrong = report.levels
@@ -79,14 +69,15 @@ def test_wrong_labels_move_the_score(tmp_path):
     assert wrong.shift > 2 * clean.spread and wrong.accuracy < clean.accuracy
     assert "50% wrong answers raise it by" in report.sentences()[1]
     assert all(torch.equal(value, before[name]) for name, value in trained(model).items())
-    assert not (tmp_path / "out").exists(), "runs of a series leave nothing"
+    assert not list((tmp_path / "out").iterdir()), "runs of a series leave nothing"
 
 
 def test_the_same_seed_gives_the_same_score(tmp_path):
     """Whatever ran before it on the model that is loaded once."""
-    config = settings(tmp_path, max_steps=3, optim="adamw_torch", learning_rate=1e-2)
-    model, seeds = adapter_model(), (5, 6, 5)
-    scores = stress(model, tiny_tokenizer(), chats(12), chats(3), config, shares=(), seeds=seeds).scores
+    run = trainer(
+        tmp_path, rows=chats(12), eval_dataset=chats(3), max_steps=3, optim="adamw_torch", learning_rate=1e-2
+    )
+    scores = stress(run, shares=(), seeds=(5, 6, 5)).scores
     assert scores[0].loss == scores[2].loss != scores[1].loss
 
 
@@ -104,3 +95,18 @@ def test_words():
     ]
     assert report.levels[1].shift_spread == pytest.approx(0.0)
     assert report.as_dict()["levels"][2]["shift"] == pytest.approx(0.5)
+
+
+def test_packed_rows_are_taken_apart(tmp_path):
+    run = trainer(tmp_path, rows=chats(12), eval_dataset=chats(3), max_steps=1, packing=True, max_length=200)
+    assert len(run.train_dataset) < 12
+    report = stress(run, shares=(0.5,), seeds=(0,))
+    assert report.rows == 12 and report.scores[1].wrong == 6
+
+
+def test_what_cannot_be_scored(tmp_path):
+    with pytest.raises(DatasetUnusable, match="no held-out rows"):
+        stress(trainer(tmp_path, rows=chats(12)))
+    stream = trainer(tmp_path, rows=chats(12).to_iterable_dataset(), eval_dataset=chats(3))
+    with pytest.raises(DatasetUnusable, match="stream"):
+        stress(stream)

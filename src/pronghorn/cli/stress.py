@@ -51,8 +51,7 @@ def _percents(text: str) -> tuple[float, ...]:
 
 def run(options: argparse.Namespace) -> int:
     from pronghorn.cli.quiet import quiet_libraries
-    from pronghorn.cli.rows import load_rows
-    from pronghorn.cli.train import load_model, training_settings
+    from pronghorn.cli.train import make_trainer, training_settings
     from pronghorn.config import load_config
 
     config = load_config(options.config, options.overrides)
@@ -65,28 +64,19 @@ def run(options: argparse.Namespace) -> int:
     quiet_libraries()
     steps = options.steps or max(config.training.max_steps or 0, 0) or _STEPS
     config = dataclasses.replace(config, training=dataclasses.replace(config.training, max_steps=steps))
-    settings = training_settings(config)
-    rows = load_rows(config)
-    if "assistant_only_loss" not in config.training.other:
-        settings.assistant_only_loss = config.data.responses_only and rows.are_chats
-    model, tokenizer = load_model(config)
+    trainer, _ = make_trainer(config, training_settings(config))
     from pronghorn.experiments.stress import Score, stress
 
     def tell(score: Score) -> None:
         outcome = f"held-out loss {score.loss:.4f}, accuracy {score.accuracy:.1%}"
         say(f"  {score.share:4.0%} wrong, seed {score.seed}: {outcome}")
 
-    with rows.naming_lines():
-        report = stress(
-            model,
-            tokenizer,
-            rows.train,
-            rows.held_back,
-            settings,
-            shares=options.shares,
-            seeds=[config.training.seed + at for at in range(options.seeds)],
-            on_score=None if options.json else tell,
-        )
+    report = stress(
+        trainer,
+        shares=options.shares,
+        seeds=[config.training.seed + at for at in range(options.seeds)],
+        on_score=None if options.json else tell,
+    )
     if options.json:
         say(json.dumps(report.as_dict()))
         return 0

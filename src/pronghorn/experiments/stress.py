@@ -19,9 +19,11 @@ import torch
 from datasets import Dataset
 from peft.tuners.lora import LoraLayer
 
+from pronghorn.data.collator import documents_of
 from pronghorn.data.rows import IGNORED
 from pronghorn.errors import DatasetUnusable
-from pronghorn.training import SFTConfig, SFTTrainer
+from pronghorn.training import SFTTrainer
+from pronghorn.training.report.samples import held_out_rows
 
 #: What a run of a series does not need.
 _QUIET: dict[str, Any] = {
@@ -129,11 +131,7 @@ def _spread(values: Sequence[float]) -> float:
 
 
 def stress(
-    model: Any,
-    tokenizer: Any,
-    rows: Any,
-    held_out: Any,
-    settings: SFTConfig,
+    trainer: SFTTrainer,
     *,
     shares: Sequence[float] = (0.1, 0.2),
     seeds: Sequence[int] = (0, 1, 2),
@@ -142,30 +140,27 @@ def stress(
     """Train once for every seed and share, the clean rows first; the model ends with the weights it came with.
 
     Args:
-        model: with an adapter, or all its weights to train; loaded once for all runs.
-        settings: of a short training; what they say of evaluating, saving and reporting has no effect.
+        trainer: of a short training, with rows to train on and held-out ones. Each run has its model, loaded once, and
+            its arguments; what these say of evaluating, saving and reporting has no effect.
         on_score: is told each outcome as it comes.
 
     Raises:
-        DatasetUnusable: rows without prompts, or all with the same answer.
-        PronghornError: rows that cannot be trained on.
+        DatasetUnusable: a stream, no held-out rows, rows without prompts, or all with the same answer.
     """
-    start = _Start(model)
+    rows, held_out = _documents(trainer.train_dataset), held_out_rows(trainer)
+    if held_out is None:
+        raise DatasetUnusable("there are no held-out rows to score on", fix="give an eval_dataset")
+    start = _Start(trainer.model)
     scores = []
     try:
         with tempfile.TemporaryDirectory() as folder:
-            trainer = _trainer(model, tokenizer, rows, held_out, settings, folder, packing=False)
-            prepared, evaluated = trainer.train_dataset, trainer.eval_dataset
-            if not isinstance(prepared, Dataset):
-                raise DatasetUnusable("a stream of rows cannot be trained on again", fix="give a Dataset")
             for share in (0.0, *(share for share in shares if share > 0)):
                 for seed in seeds:
-                    wrong = swap_answers(prepared, share, seed)
+                    wrong = swap_answers(rows, share, seed)
                     start.begin(seed)
-                    options = {"seed": seed, "data_seed": seed}
-                    trainer = _trainer(model, tokenizer, wrong.rows, evaluated, settings, folder, **options)
-                    trainer.train()
-                    metrics = trainer.evaluate()
+                    run = _run(trainer, wrong.rows, held_out, seed, folder)
+                    run.train()
+                    metrics = run.evaluate()
                     scores.append(
                         Score(
                             share,
@@ -177,20 +172,34 @@ def stress(
                     )
                     if on_score is not None:
                         on_score(scores[-1])
-                    steps = trainer.state.global_step
     finally:
         start.restore()
-    return StressReport(tuple(scores), steps, len(prepared), len(evaluated))
+    return StressReport(tuple(scores), run.state.global_step, len(rows), len(held_out))
 
 
-def _trainer(
-    model: Any, tokenizer: Any, rows: Any, held_out: Any, settings: SFTConfig, folder: str, **options: Any
-) -> SFTTrainer:
-    args = copy.copy(settings)
-    for name, value in {**_QUIET, "output_dir": folder, "eval_packing": False, **options}.items():
+def _documents(rows: Any) -> Dataset:
+    """Prepared rows one document each: a packed row's documents have answers of their own."""
+    if not isinstance(rows, Dataset):
+        raise DatasetUnusable("a stream of rows cannot be trained on again and again", fix="give a Dataset")
+    documents = [document for row in rows for document in documents_of(row)]
+    return Dataset.from_dict(
+        {
+            "input_ids": [document.ids.tolist() for document in documents],
+            "labels": [document.labels.tolist() for document in documents],
+        }
+    )
+
+
+def _run(trainer: SFTTrainer, rows: Dataset, held_out: Any, seed: int, folder: str) -> SFTTrainer:
+    args = copy.copy(trainer.args)
+    for name, value in {**_QUIET, "output_dir": folder, "seed": seed, "data_seed": seed}.items():
         setattr(args, name, value)
     return SFTTrainer(
-        model=model, args=args, train_dataset=rows, eval_dataset=held_out, processing_class=tokenizer
+        model=trainer.model,
+        args=args,
+        train_dataset=rows,
+        eval_dataset=held_out,
+        processing_class=trainer.processing_class,
     )
 
 

@@ -53,6 +53,7 @@ details > summary::before { content: "▸"; color: var(--soft); } details[open] 
 details .item { border-top: 1px solid var(--line); padding: 8px 0; overflow-wrap: anywhere; }
 details .item:first-of-type { margin-top: 10px; }
 .field { color: var(--soft); font-size: 13px; margin-top: 8px; }
+@media (max-width: 560px) { main { padding: 24px 14px 48px; } }
 """
 
 

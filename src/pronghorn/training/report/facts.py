@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from pronghorn import __version__
 from pronghorn.data.rows import IGNORED
 from pronghorn.engine import base_causal_lm, binding_of
 from pronghorn.hardware import probe
@@ -19,7 +18,7 @@ from pronghorn.tuning.run_record import Setting
 
 #: Rows of the data whose tokens are counted; of more, this many evenly spread ones.
 COUNTED_ROWS = 20_000
-_PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "bitsandbytes", "triton")
+_PACKAGES = ("pronghorn", "torch", "transformers", "trl", "peft", "datasets", "bitsandbytes", "triton")
 #: Set by the trainer for its own batches.
 _INTERNAL = ("accelerator_config",)
 _SECRETS = ("token", "password", "secret", "key")
@@ -134,8 +133,7 @@ def environment_facts(trainer: Any) -> dict[str, Any]:
     import torch
 
     hardware = probe()
-    facts: dict[str, Any] = {"pronghorn": __version__}
-    facts |= {name: found for name in _PACKAGES if (found := _version(name))}
+    facts: dict[str, Any] = {name: found for name in _PACKAGES if (found := _version(name))}
     facts["python"] = platform.python_version()
     if torch.version.cuda and trainer.args.device.type == "cuda":
         facts["CUDA"] = torch.version.cuda

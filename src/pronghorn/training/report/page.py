@@ -22,7 +22,7 @@ _STYLE = (
 .settings td:first-child { white-space: nowrap; } .settings td { overflow-wrap: anywhere; }
 .settings td:last-child { min-width: 90px; }
 h2 + .charts { margin-top: 4px; }
-@media (max-width: 560px) { main { padding: 24px 14px 48px; } .settings tr:first-child { display: none; }
+@media (max-width: 560px) { .settings tr:first-child { display: none; }
   .settings tr { display: grid; grid-template-columns: 1fr auto; border-bottom: 1px solid var(--line); padding: 6px 0; }
   .settings td { border: 0; padding: 0; } .settings td:nth-child(2) { grid-column: 1 / -1; order: 3; }
   .tiles { grid-template-columns: 1fr 1fr; } }
