@@ -197,6 +197,13 @@ class GluBlock:
         saves.codes = saves.code_scales = None
         if not keeps(level, "all"):
             saves.normed = None
+        activated = self._act_and_xa(saves)
+        if not keeps(level, "matmuls"):
+            saves.gate = saves.up = None
+        return activated
+
+    def _act_and_xa(self, saves: GluSaves) -> tuple[Operand, Tensor | None]:
+        """act [rows, I] of gate and up, and the down projection's XA where one kernel makes both."""
         assert saves.gate is not None and saves.up is not None
         a, xa_down = self.down.a_for_producer(saves.gate), None
         row_max = None
@@ -215,8 +222,6 @@ class GluBlock:
                 up_adapter=up_adapter,
                 row_max=row_max,
             )
-        if not keeps(level, "matmuls"):
-            saves.gate = saves.up = None
         return Operand(act, row_max=row_max), xa_down
 
     def _rebuild(self, dtype: torch.dtype, saves: GluSaves, whole: bool = True) -> None:
@@ -315,9 +320,8 @@ class GluBlock:
             return dout if dout.dtype == dtype else dout.to(dtype)
         projected, saves.projected = saves.projected, None
         if projected is None:
-            assert saves.gate is not None and saves.up is not None
-            act = self._act(saves.gate, saves.up, saves.xa_gate_up)
-            (projected,), saves.xa_down = self.down.forward(act)
+            act, xa = self._act_and_xa(saves)
+            (projected,), saves.xa_down = self.down.forward(act, xa=xa)
             del act
         return self.output_norm.backward(dout, projected, None, sink).tensor
 
