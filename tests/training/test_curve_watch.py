@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import random
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,8 @@ from peft import LoraConfig, get_peft_model
 
 from pronghorn import SFTConfig
 from pronghorn.engine import bind
+from pronghorn.training.curve_watch import CurveWatch
+from pronghorn.training.ledger import StepLedger
 from pronghorn.training.progress import ProgressTable
 from pronghorn.tuning.curves import Finding
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -150,3 +153,22 @@ def test_what_stop_early_keeps(tmp_path, given, best, saved):
     """What was asked for about saving stays as it is."""
     config = SFTConfig(output_dir=str(tmp_path), use_cpu=True, report_to="none", stop_early=True, **given)
     assert config.load_best_model_at_end == best and config.save_strategy == saved
+
+
+def test_curves_are_read_seldom(monkeypatch):
+    """So seldom that all readings of a run cost about ten times the last one."""
+    ledger, read = StepLedger(), []
+    state = SimpleNamespace(log_history=[], max_steps=5000, is_world_process_zero=True)
+    args = SimpleNamespace(max_grad_norm=1.0, stop_early=False)
+    lent = SimpleNamespace(_ledger=ledger, state=state, args=args, is_in_train=True)
+    watch = CurveWatch(lent)
+    monkeypatch.setattr(watch, "findings", lambda over: read.append(len(ledger.steps)) or [])
+    for step in range(1, 5001):
+        ledger.steps.append(step)
+        watch.on_log(args, state, None, {"loss": 1.0})
+    assert len(read) < 60 and sum(read) < 11.5 * 5000
+    watch.on_log(args, state, None, {"eval_loss": 1.0})
+    assert read[-1] == 5000, "an evaluation is always looked at"
+    lent.is_in_train = False
+    watch.on_log(args, state, None, {"eval_loss": 1.0})
+    assert len(read) < 61

@@ -297,3 +297,13 @@ def test_long_runs_are_kept_as_averages():
     assert ledger.averaged(10) == (list(range(1, 11)), list(map(float, range(10))), [1.0] * 10)
     assert ledger.averaged(5) == ([2, 4, 6, 8, 10], [0.5, 2.5, 4.5, 6.5, 8.5], [1.0] * 5)
     assert ledger.averaged(4)[0] == [3, 6, 9]
+
+
+def test_a_steps_loss_is_that_of_all_its_micro_batches(tmp_path):
+    run = trainer(tmp_path, max_steps=2, per_device_train_batch_size=2, gradient_accumulation_steps=3)
+    run.train()
+    assert list(run._ledger.losses) == pytest.approx(losses(run), rel=1e-5)
+    norms = [entry["grad_norm"] for entry in run.state.log_history if "grad_norm" in entry]
+    assert list(run._ledger.norms) == pytest.approx(norms, rel=1e-5)
+    rows = run._ledger.rows()
+    assert sorted(rows[1] + rows[2]) == list(range(12))

@@ -101,14 +101,12 @@ class Series:
     Args:
         colour: one of eight.
         style: "line", "faint" (single values behind a smoothed line), or "dots" (a line with its points marked).
-        told: whether a pointer shows its values.
     """
 
     name: str
     points: Sequence[tuple[float, float]]
     colour: int = 0
     style: str = "line"
-    told: bool = True
 
 
 @dataclass(frozen=True)
@@ -242,7 +240,7 @@ def _drawn(item: Series, across: _Axis, up: _Axis) -> str:
     runs = [run for run in runs if run]
     classes = f"s{item.colour % 8}" + (" faint" if item.style == "faint" else "")
     values = " ".join(f"{_exact(x)},{y:.6g}" for x, y in points if math.isfinite(y))
-    told = f' data-name="{shown(item.name, 80)}" data-points="{values}"' if item.told else ""
+    told = f' data-name="{shown(item.name, 80)}" data-points="{values}"'
     drawn = []
     for number, run in enumerate(runs):
         # A point alone is drawn as the round end of a line without length.

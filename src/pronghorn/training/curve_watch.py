@@ -39,6 +39,8 @@ class CurveWatch(TrainerCallback):
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
+        if not self._trainer.is_in_train:  # an evaluation before or after
+            return
         evaluated = bool(evaluation_keys([logs or {}]))
         known = len(self._trainer._ledger.steps)
         if not evaluated and known - self._read_at < max(_AT_LEAST, _READ_AGAIN * known):

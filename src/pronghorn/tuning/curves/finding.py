@@ -23,27 +23,26 @@ class Kind:
     id: str
     level: Level
     curve: CurveName
-    title: str
     hopeless: bool = False
 
 
 KINDS: dict[str, Kind] = {
     kind.id: kind
     for kind in (
-        Kind("not-a-number", "error", "loss", "losses or gradients are no numbers", hopeless=True),
-        Kind("rate-too-large", "error", "loss", "training makes the model worse than it was", hopeless=True),
-        Kind("divergence", "error", "loss", "the loss rose and stayed up", hopeless=True),
-        Kind("setback", "warning", "loss", "the loss rose for a while and came back"),
-        Kind("overfitting", "warning", "eval_loss", "the evaluation loss has turned", hopeless=True),
-        Kind("spike", "warning", "loss", "the loss of single steps jumped"),
-        Kind("spike-rows", "warning", "", "the same rows were in several spikes"),
-        Kind("oscillation", "warning", "loss", "the loss swings up and down"),
-        Kind("gradient-spike", "warning", "grad_norm", "the gradient of single steps jumped"),
-        Kind("gradient-growth", "warning", "grad_norm", "gradients grow while the loss does not fall"),
-        Kind("gradient-zero", "error", "grad_norm", "nothing is learned from some steps"),
-        Kind("clipping", "note", "grad_norm", "every gradient is cut far down"),
-        Kind("plateau", "note", "loss", "the loss has stopped falling"),
-        Kind("rate-too-small", "warning", "loss", "the loss hardly moves"),
+        Kind("not-a-number", "error", "loss", hopeless=True),
+        Kind("rate-too-large", "error", "loss", hopeless=True),
+        Kind("divergence", "error", "loss", hopeless=True),
+        Kind("setback", "warning", "loss"),
+        Kind("overfitting", "warning", "eval_loss", hopeless=True),
+        Kind("spike", "warning", "loss"),
+        Kind("spike-rows", "warning", ""),
+        Kind("oscillation", "warning", "loss"),
+        Kind("gradient-spike", "warning", "grad_norm"),
+        Kind("gradient-growth", "warning", "grad_norm"),
+        Kind("gradient-zero", "error", "grad_norm"),
+        Kind("clipping", "note", "grad_norm"),
+        Kind("plateau", "note", "loss"),
+        Kind("rate-too-small", "warning", "loss"),
     )
 }
 
