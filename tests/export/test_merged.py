@@ -377,6 +377,27 @@ def test_without_a_tokenizer_the_bases_own_is_saved(tmp_path, caplog):
     assert "none is saved" in caplog.text
 
 
+@pytest.mark.parametrize("where", ["place_for_second", "_open"])
+def test_where_a_second_model_has_no_room_it_is_said_and_nothing_is_marked(
+    tmp_path, monkeypatch, caplog, where
+):
+    def short(*arguments):
+        if where == "_open":
+            raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(f"pronghorn.export.checkpoint_gate.{where}", short)
+    done = save_merged(trained(tiny_model("llama")), tiny_tokenizer(), tmp_path / "out")
+    assert done.checks[0].passed and not done.checks[0].comparisons and "not compared" in str(done.checks[0])
+    assert "the memory is too small" in caplog.text and not (tmp_path / "out" / "export.failed.txt").exists()
+
+
+def test_a_template_that_refuses_a_question_alone_is_no_obstacle(tmp_path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{{ raise_exception('system first') }}"
+    done = save_merged(trained(tiny_model("llama")), tokenizer, tmp_path / "out")
+    assert done.checks[0].passed and done.checks[0].comparisons
+
+
 def test_what_has_no_merged_form_is_refused_before_anything_is_written(tmp_path):
     from peft import LoraConfig, get_peft_model
 

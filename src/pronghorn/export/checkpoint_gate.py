@@ -48,25 +48,40 @@ def check_checkpoint(
     checked = Checked(folder.name)
     base = base_causal_lm(model)
     device = place_for_second(model, _ELEMENT_BYTES[save_method] * (2 if base.dtype.itemsize == 4 else 1))
-    if device is None:
-        logger.warning("pronghorn: %s is not opened again: the memory is too small", folder.name)
-        return checked
-    live = torch_predictor(model)
-    probe = (
-        make_blind_probe(live, base.get_input_embeddings().weight.shape[0])
-        if tokenizer is None
-        else make_probe(live, tokenizer, held_out)
-    )
+    try:
+        if device is None:
+            raise torch.OutOfMemoryError
+        _compare(checked, model, tokenizer, folder, save_method, held_out, device)
+    except torch.OutOfMemoryError:
+        logger.warning("pronghorn: %s is not compared with the model: the memory is too small", folder.name)
+    return checked
+
+
+def _compare(
+    checked: Checked,
+    model: Any,
+    tokenizer: Any,
+    folder: Path,
+    save_method: str,
+    held_out: Sequence[str] | None,
+    device: torch.device,
+) -> None:
+    base, live = base_causal_lm(model), torch_predictor(model)
+    if tokenizer is None:
+        probe = make_blind_probe(live, base.get_input_embeddings().weight.shape[0])
+    else:
+        probe = make_probe(live, tokenizer, held_out)
     try:
         again = _open(folder, base, save_method, device)
         found = compare("transformers", torch_predictor(again), probe)
+    except torch.OutOfMemoryError:
+        raise
     except (PronghornError, ValueError, KeyError, RuntimeError, OSError, AttributeError) as error:
         checked.problems.append(f"cannot be opened: {type(error).__name__}: {error}")
-        return checked
+        return
     checked.judge(found, LIMITS[save_method].against(model))
     checked.adapted, lost = look_for_changes(_changed(model, again))
     checked.problems += lost
-    return checked
 
 
 def _open(folder: Path, base: Any, save_method: str, device: torch.device) -> Any:

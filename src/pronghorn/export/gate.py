@@ -150,9 +150,11 @@ def make_probe(predict: Predict, tokenizer: Any, texts: Sequence[str] | None = N
     rows = [tokenizer(text)["input_ids"][:_ROW_TOKENS] for text in texts or PROBE_TEXTS]
     if getattr(tokenizer, "chat_template", None):
         chat = [{"role": "user", "content": PROBE_QUESTION}]
-        rows.append(
-            tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]
-        )
+        try:
+            asked = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)
+            rows.append(asked["input_ids"])
+        except Exception as error:  # a template raises what it likes for turns it does not take
+            logger.info("pronghorn: no question is among the texts compared: %s", error)
     return _ask(predict, [[int(token) for token in row] for row in rows if len(row) > 1])
 
 

@@ -85,6 +85,9 @@ def _compare(result: Checked, limits: Limits, probe: Probe, open_reader: Callabl
     try:
         with open_reader() as (reader, predict):
             found = compare(reader, predict, probe)
+    except torch.OutOfMemoryError:
+        logger.warning("pronghorn: %s is not compared with the model: the memory is too small", result.name)
+        return
     except (PronghornError, ValueError, KeyError, RuntimeError, OSError) as error:
         result.problems.append(f"cannot be opened: {error}")
         return
