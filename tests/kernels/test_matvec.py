@@ -79,10 +79,10 @@ def test_norm_bias_and_residual(impl, dtype, rows, width, outs, device):
     expected = exact @ weight.double().t() + bias.double() + residual.double()
     terms = exact.abs() @ weight.double().abs().t()
     out = residual.clone()
-    found = matvec(x, weight, norm=norm, bias=bias, residual=out, impl=impl)
+    found = matvec(x, [weight], norm=norm, bias=bias, residual=out, impl=impl)
     assert found.data_ptr() == out.data_ptr()
     assert_sums_near(found, expected, terms, dtype)
-    plain = matvec(x, weight, out_dtype=torch.float32, impl=impl)
+    plain = matvec(x, [weight], out_dtype=torch.float32, impl=impl)
     assert plain.dtype == torch.float32
     assert_sums_near(
         plain, x.double() @ weight.double().t(), x.double().abs() @ weight.double().abs().t(), dtype
@@ -105,7 +105,13 @@ def test_activation_and_adapters(impl, dtype, rows, activation, device):
     pre = exact @ weight.double().t() + bias.double() + shared(exact, a, b, slots, ends, 16)
     expected = finished(pre, None, activation, None)
     found = matvec(
-        x, weight, norm=norm, bias=bias, share=RowShare(xa, b, slots, ends), activation=activation, impl=impl
+        x,
+        weight.split(outs // 2) if rows == 1 else [weight],
+        norm=norm,
+        bias=bias,
+        share=RowShare(xa, b, slots, ends),
+        activation=activation,
+        impl=impl,
     )
     terms = exact.abs() @ weight.double().abs().t() + 1.0
     gate, up = terms.chunk(2, 1)
@@ -114,17 +120,19 @@ def test_activation_and_adapters(impl, dtype, rows, activation, device):
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("rows", [1, 5])
-def test_three_parts_with_adapters_of_their_own(impl, rows, device):
+@pytest.mark.parametrize("apart", [False, True])
+def test_three_parts_with_adapters_of_their_own(impl, rows, apart, device):
     width, dtype = 96, torch.float32
     x, norm, bias, slots, a, b, ends = case(rows, width, 64, dtype, device, parts=3)
     weight = random(64, width, dtype=dtype, device=device, seed=5, scale=0.05)
     exact = normed(x, norm)
     expected = exact @ weight.double().t() + bias.double() + shared(exact, a, b, slots, ends, 16)
     share = RowShare(adapter_down(x, a, slots, norm, impl=impl), b, slots, ends)
-    found = matvec(x, weight, norm=norm, bias=bias, share=share, impl=impl)
+    parts = weight.split([32, 16, 16]) if apart else [weight]
+    found = matvec(x, parts, norm=norm, bias=bias, share=share, impl=impl)
     assert_sums_near(found, expected, exact.abs() @ weight.double().abs().t() + 1.0, dtype)
-    apart = adapter_up_((exact @ weight.double().t() + bias.double()).float(), share, impl=impl)
-    assert_sums_near(apart, expected, exact.abs() @ weight.double().abs().t() + 1.0, dtype)
+    added = adapter_up_((exact @ weight.double().t() + bias.double()).float(), share, impl=impl)
+    assert_sums_near(added, expected, exact.abs() @ weight.double().abs().t() + 1.0, dtype)
 
 
 bnb = pytest.importorskip("bitsandbytes.functional")

@@ -31,7 +31,7 @@ from pronghorn.kernels.matvec import (
     matvec,
     matvec_4bit,
 )
-from pronghorn.weights import FourBitWeight, Weight
+from pronghorn.weights import DenseWeight, FourBitWeight, Weight
 
 
 @dataclass
@@ -74,6 +74,7 @@ class RowGroup:
     def __init__(self, group: Group, names: Sequence[str]) -> None:
         self.group = group
         self.table = Table.of(group, names)
+        self.dense = _dense_parts(group)
         self.four_bit = _four_bit_parts(group)
 
     def __call__(
@@ -94,14 +95,13 @@ class RowGroup:
             xa = adapter_down(x, self.table.a, slots, row_norm)
             share = RowShare(xa, self.table.b, slots, self.table.ends)
         fits = len(x) <= MOST_ROWS and x.dtype == group.dtype
-        if fits and (group.dense is not None or self.four_bit is not None):
+        if fits and (self.dense or self.four_bit):
             options = {
                 "norm": row_norm, "bias": group.stacked_bias, "share": share, "residual": residual,
                 "activation": activation, "out_dtype": out_dtype,
             }  # fmt: skip
-            if group.dense is not None:
-                return matvec(x, group.dense, **options)
-            assert self.four_bit is not None
+            if self.dense:
+                return matvec(x, self.dense, **options)
             return matvec_4bit(x, self.four_bit, **options)
         normed = x if norm is None else normalised(norm, x, group.dtype, group)
         if residual is not None:
@@ -183,12 +183,21 @@ class FusedDecoder:
         return logits
 
 
-def _four_bit_parts(group: Group) -> tuple[FourBit, ...] | None:
-    """The group's weights as the 4-bit kernels take them, or None."""
+def _dense_parts(group: Group) -> tuple[Tensor, ...]:
+    """The group's weights as `matvec` takes them; none where they are stored otherwise."""
+    if group.dense is not None:
+        return (group.dense,) if group.dense.is_contiguous() else ()
+    found = [w.weight.detach() for w in group.weights if type(w) is DenseWeight]
+    fits = len(found) == len(group.weights) <= 3
+    return tuple(found) if fits and all(w.is_contiguous() and w.dtype == group.dtype for w in found) else ()
+
+
+def _four_bit_parts(group: Group) -> tuple[FourBit, ...]:
+    """The group's weights as the 4-bit kernels take them; none where they do not."""
     parts = [_four_bit(weight) for weight in group.weights]
     found = [part for part in parts if part is not None]
     alike = len({(part.blocksize, part.nested is None) for part in found}) == 1
-    return tuple(found) if len(found) == len(parts) <= 3 and alike else None
+    return tuple(found) if len(found) == len(parts) <= 3 and alike else ()
 
 
 def _four_bit(weight: Weight) -> FourBit | None:

@@ -58,7 +58,7 @@ class FourBit(NamedTuple):
 
 def matvec(
     x: Tensor,
-    weight: Tensor,
+    weights: Sequence[Tensor],
     *,
     norm: RowNorm | None = None,
     bias: Tensor | None = None,
@@ -71,6 +71,7 @@ def matvec(
     """y [B, out] for x [B, in] with B ≤ `MOST_ROWS`, or act [B, out / 2].
 
     Args:
+        weights: up to three [out_i, in] with out = Σ out_i; with an activation one, or gate and up.
         bias: [out]. residual: [B, out], written over with the result, which has its dtype then.
         activation: of `kernels.glu`; the first half of the outputs is gate, the second up.
         out_dtype: None is x's.
@@ -78,8 +79,9 @@ def matvec(
     if use_triton(x, impl):
         from pronghorn.kernels.triton.matvec import dense
 
-        return dense(x, weight, norm, bias, share, residual, activation, out_dtype or x.dtype)
-    y = _normed(x, norm) @ weight.to(math_dtype(x.dtype)).t()
+        return dense(x, weights, norm, bias, share, residual, activation, out_dtype or x.dtype)
+    wide = [weight.to(math_dtype(x.dtype)) for weight in weights]
+    y = _normed(x, norm) @ torch.cat(wide).t()
     return _finished(y, x, bias, share, residual, activation, out_dtype)
 
 

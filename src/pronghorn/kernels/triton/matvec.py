@@ -7,6 +7,7 @@ tiles of outputs on the matrix units, the rows padded to 16.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -38,28 +39,45 @@ def own_share(xa_ptr, b_ptr, slots_ptr, batch, row, known, outs, end0, end1, par
 
 
 @triton.jit
+def part_of(first, w0, w1, w2, rows0, rows1, PARTS: tl.constexpr):
+    """The weight that a program's outputs belong to, which begin with `first`, and the first of that weight's."""
+    w_ptr, begin = w0, first * 0
+    if PARTS > 1:
+        if first >= rows0:
+            w_ptr = w1
+            begin += rows0
+        if PARTS > 2:  # noqa: SIM102  (one is known at compile time, the other is not)
+            if first >= rows0 + rows1:
+                w_ptr = w2
+                begin += rows1
+    return w_ptr, begin
+
+
+@triton.jit
 def _one_row(
-    x_ptr, w_ptr, norm_ptr, bias_ptr, residual_ptr, out_ptr, slots_ptr, xa_ptr, b_ptr,
-    rows, width, x_stride, out_stride, table_stride, outs, end0, end1, parts_rank, eps, offset,
+    x_ptr, w0, w1, w2, norm_ptr, bias_ptr, residual_ptr, out_ptr, slots_ptr, xa_ptr, b_ptr,
+    rows, rows0, rows1, width, x_stride, out_stride, table_stride, outs, end0, end1, parts_rank, eps, offset,
     NORM: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, GLU: tl.constexpr, R: tl.constexpr,
-    OWN: tl.constexpr, WHOLE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    PARTS: tl.constexpr, OWN: tl.constexpr, WHOLE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """out[b] of one row b a program column. OWN: every row has a weight of its own out of a table, none for slot 0."""
     batch = tl.program_id(1)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)
     known = row < rows
+    w_ptr, begin = part_of(tl.program_id(0) * ROWS, w0, w1, w2, rows0, rows1, PARTS if GLU == "" else 1)
     if OWN:
         slot = tl.load(slots_ptr + batch)
         w_ptr += slot.to(tl.int64) * table_stride
-    at = w_ptr + row.to(tl.int64)[:, None] * width + column[None, :]
+    at = w_ptr + (row - begin).to(tl.int64)[:, None] * width + column[None, :]
     here = known[:, None] & (column < width)[None, :]
     if WHOLE:
         w = tl.load(at, eviction_policy="evict_first")
     else:
         w = tl.load(at, mask=here, other=0.0, eviction_policy="evict_first")
     if GLU != "":
-        second = at + tl.cast(rows, tl.int64) * width
+        second = w1 + row.to(tl.int64)[:, None] * width + column[None, :]
         if WHOLE:
             v = tl.load(second, eviction_policy="evict_first")
         else:
@@ -113,17 +131,19 @@ def _one_row(
 
 @triton.jit
 def _few_rows(
-    x_ptr, w_ptr, norm_ptr, bias_ptr, residual_ptr, out_ptr, slots_ptr, xa_ptr, b_ptr,
-    rows, width, x_stride, out_stride, outs, end0, end1, parts_rank, batch, eps, offset,
+    x_ptr, w0, w1, w2, norm_ptr, bias_ptr, residual_ptr, out_ptr, slots_ptr, xa_ptr, b_ptr,
+    rows, rows0, rows1, width, x_stride, out_stride, outs, end0, end1, parts_rank, batch, eps, offset,
     NORM: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, GLU: tl.constexpr, R: tl.constexpr,
-    WIDE: tl.constexpr, BATCH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
-    PDL: tl.constexpr,
+    PARTS: tl.constexpr, WIDE: tl.constexpr, BATCH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     b = tl.arange(0, BATCH)
     column = tl.arange(0, BLOCK)
     known, there = row < rows, b < batch
-    at = w_ptr + row.to(tl.int64)[:, None] * width + column[None, :]
+    w_ptr, begin = part_of(tl.program_id(0) * ROWS, w0, w1, w2, rows0, rows1, PARTS if GLU == "" else 1)
+    at = w_ptr + (row - begin).to(tl.int64)[:, None] * width + column[None, :]
+    second = w1 + row.to(tl.int64)[:, None] * width + column[None, :]
     from_x = x_ptr + b[:, None] * x_stride + column[None, :]
     if PDL:
         launch_next()
@@ -144,12 +164,7 @@ def _few_rows(
         turned = tl.trans(x)
         sums += dot(w, turned, WIDE)
         if GLU != "":
-            v = tl.load(
-                at + tl.cast(rows, tl.int64) * width + start,
-                mask=mask,
-                other=0.0,
-                eviction_policy="evict_first",
-            )
+            v = tl.load(second + start, mask=mask, other=0.0, eviction_policy="evict_first")
             other += dot(v, turned, WIDE)
     if NORM:
         rstd = 1.0 / tl.sqrt(square / width + eps)
@@ -205,7 +220,7 @@ def few_rows_config(rows: int, width: int, glu: bool) -> dict[str, int]:
 
 def dense(
     x: Tensor,
-    weight: Tensor,
+    weights: Sequence[Tensor],
     norm: RowNorm | None,
     bias: Tensor | None,
     share: RowShare | None,
@@ -215,27 +230,40 @@ def dense(
 ) -> Tensor:
     x = unit_rows(x)
     batch, width = x.shape
-    if batch > MOST_ROWS or not weight.is_contiguous():
-        raise ValueError(f"{batch} rows, or a weight that is not contiguous")
-    outs = weight.shape[0]
+    if batch > MOST_ROWS or len(weights) > 3 or not all(weight.is_contiguous() for weight in weights):
+        raise ValueError(f"{batch} rows, {len(weights)} weights, or one that is not contiguous")
+    outs = sum(weight.shape[0] for weight in weights)
     rows = outs // 2 if activation is not None else outs
+    if activation is not None and len(weights) == 1:
+        weights = weights[0].split(rows)
+    padded = [*weights, *[weights[-1]] * (3 - len(weights))]
+    sizes = padded[0].shape[0], padded[1].shape[0]
     out = residual if residual is not None else torch.empty(batch, rows, dtype=out_dtype, device=x.device)
     pointers, numbers, kinds = arguments(x, norm, bias, share, residual, activation, out, outs)
     pdl = dependent_launch(x.device)
     if batch == 1:
         config = one_row_config(rows, width, activation is not None)
+        _fit(config, weights, activation)
         whole = width % config["BLOCK"] == 0 and rows % config["ROWS"] == 0
         _one_row[(triton.cdiv(rows, config["ROWS"]), 1)](
-            x, weight, *pointers, rows, width, x.stride(0), out.stride(0), 0, *numbers,
-            **kinds, OWN=False, WHOLE=whole, PDL=bool(pdl), **config, **pdl,
+            x, *padded, *pointers, rows, *sizes, width, x.stride(0), out.stride(0), 0, *numbers,
+            **kinds, PARTS=len(weights), OWN=False, WHOLE=whole, PDL=bool(pdl), **config, **pdl,
         )  # fmt: skip
         return out
     config = few_rows_config(rows, width, activation is not None)
+    _fit(config, weights, activation)
     _few_rows[(triton.cdiv(rows, config["ROWS"]),)](
-        x, weight, *pointers, rows, width, x.stride(0), out.stride(0), *numbers[:-2], batch, *numbers[-2:],
-        **kinds, WIDE=is_wide(x), BATCH=PADDED_ROWS, PDL=bool(pdl), **config, **pdl,
+        x, *padded, *pointers, rows, *sizes, width, x.stride(0), out.stride(0), *numbers[:-2], batch, *numbers[-2:],
+        **kinds, PARTS=len(weights), WIDE=is_wide(x), BATCH=PADDED_ROWS, PDL=bool(pdl), **config, **pdl,
     )  # fmt: skip
     return out
+
+
+def _fit(config: dict[str, int], weights: Sequence[Tensor], activation: str | None) -> None:
+    """Fewer outputs a program where it would have some of two weights; all of a program's are of one."""
+    apart = weights[:-1] if activation is None else ()
+    while any(weight.shape[0] % config["ROWS"] for weight in apart):
+        config["ROWS"] //= 2
 
 
 def arguments(
@@ -282,8 +310,8 @@ def down(x: Tensor, a: Tensor, slots: Tensor, norm: RowNorm | None) -> Tensor:
     config = {"ROWS": 1 if batch == 1 else 4, "BLOCK": 1024 if width >= 1024 else 512, "num_warps": 4}
     whole = width % config["BLOCK"] == 0 and rows % config["ROWS"] == 0
     _one_row[(triton.cdiv(rows, config["ROWS"]), batch)](
-        x, a, *pointers, rows, width, x.stride(0), out.stride(0), a.stride(0), *numbers,
-        **kinds, OWN=True, WHOLE=whole, PDL=bool(pdl), **config, **pdl,
+        x, a, a, a, *pointers, rows, rows, rows, width, x.stride(0), out.stride(0), a.stride(0), *numbers,
+        **kinds, PARTS=1, OWN=True, WHOLE=whole, PDL=bool(pdl), **config, **pdl,
     )  # fmt: skip
     return out
 

@@ -388,7 +388,7 @@ def four_bit(
         )
         return out
     _few_rows[grid](
-        *codes, *pointers, rows, padded[0].rows, padded[1].rows, width // 8, x.stride(0), out.stride(0), batch, *numbers,
-        **kinds, WIDE=is_wide(x), BATCH=PADDED_ROWS, **config, **pdl,
+        *codes, *pointers, rows, padded[0].rows, padded[1].rows, width // 8, x.stride(0), out.stride(0), batch,
+        *numbers, **kinds, WIDE=is_wide(x), BATCH=PADDED_ROWS, **config, **pdl,
     )  # fmt: skip
     return out
