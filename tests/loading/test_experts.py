@@ -11,8 +11,9 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from pronghorn import FastLanguageModel
-from pronghorn.engine import binding_of
+from pronghorn.engine import bind, binding_of
 from pronghorn.errors import AdapterProblem
+from pronghorn.loading.experts import quantise_experts
 from tests.families.mixtures import MIXTURES, tiny_mixture
 from tests.families.parity import relative_error
 from tests.tiny import save_tiny
@@ -98,8 +99,9 @@ def test_peft_loads_what_was_saved(family: str, checkpoints: dict[str, Path], tm
     assert torch.equal(logits(ours), logits(model))
 
 
-def test_layers_to_transform_hold_for_experts() -> None:
-    model = adapted(tiny_mixture("qwen2_moe"), targets=SEVEN, layers_to_transform=[1])
+@pytest.mark.parametrize("family", MIXTURES)
+def test_layers_to_transform_hold_for_experts(family: str) -> None:
+    model = adapted(tiny_mixture(family), targets=SEVEN, layers_to_transform=[1])
     layers = {name.partition(".layers.")[2][0] for name, _ in model.named_parameters() if "lora_" in name}
     assert layers == {"1"}
 
@@ -131,3 +133,17 @@ def test_experts_are_held_in_four_bits(family: str, checkpoints: dict[str, Path]
     # An adapter trained on 4 bits is one of the 16-bit model.
     stock = AutoModelForCausalLM.from_pretrained(checkpoints[family], dtype=torch.float32)
     assert 1e-3 < relative_error(logits(PeftModel.from_pretrained(stock, tmp_path)), ours) < 0.6
+
+
+def test_moving_experts_held_in_four_bits_takes_no_room() -> None:
+    """The empty stacks in the codes' place, which a cast fills with zeros of their own, are empty again."""
+    pytest.importorskip("bitsandbytes")
+    model = tiny_mixture("mixtral")
+    assert quantise_experts(model, "nf4", False) == 2 * 2
+    binding = bind(model)
+    before = logits(model)
+    model.double().float()
+    assert torch.equal(logits(model), before)
+    empty = [b for name, b in model.named_buffers() if name.endswith(("gate_up_proj", "down_proj"))]
+    assert len(empty) == 4 and all(b.untyped_storage().nbytes() == b.element_size() for b in empty)
+    assert "experts: 2 of 4 a token in 2 layers, nf4; adapters on 0 of 4 stacks" in binding.describe()

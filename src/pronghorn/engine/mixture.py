@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import type_before_parametrizations
 
 from pronghorn.blocks import Adapter, LinearProjection, ProjectionGroup
 from pronghorn.blocks.moe import ExpertAdapter, ExpertProjection, MoeBlock, RouterBalance, SharedExpert
@@ -127,18 +126,12 @@ def innermost(module: Any) -> Any:
 def mixture_classes(mlp: Any, prefix: str, mixture: MixtureParts) -> dict[str, str]:
     """The classes of a mixture that the fast path was reviewed for, and those of `mlp`."""
     router, experts = (getattr(mlp, name, None) for name in (mixture.router, mixture.experts))
-    return {
-        f"{prefix}{mixture.block}": type(mlp).__name__,
-        f"{prefix}{mixture.router_class}": type(innermost(active_module(router))).__name__
-        if router
-        else "missing",
-        f"{prefix}{mixture.experts_class}": _class_of(innermost(experts)) if experts else "missing",
+    parts = {
+        mixture.block: mlp,
+        mixture.router_class: None if router is None else innermost(active_module(router)),
+        mixture.experts_class: innermost(experts),
     }
-
-
-def _class_of(module: nn.Module) -> str:
-    """Its class's name, whatever parametrisations made of it."""
-    return type_before_parametrizations(module).__name__
+    return {f"{prefix}{name}": type(part).__name__ for name, part in parts.items()}
 
 
 def why_stock_experts(mlp: Any, mixture: MixtureParts) -> str | None:

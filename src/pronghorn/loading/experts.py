@@ -94,32 +94,55 @@ def with_experts(
     else:
         wanted = list(targets)
     stacked = {name: _STACK_OF[name] for name in wanted if name in _STACK_OF}
-    for halves in _HALVES:
-        if len(halves & {*stacked}) == 1 and GATE_UP not in wanted:
-            (given,) = halves & {*stacked}
-            (other,) = halves - {given}
-            raise AdapterProblem(
-                f"target_modules has '{given}' without '{other}': the experts have both in one parameter",
-                fix=f"add '{other}', or leave out both",
-            )
-    stacks = [f"{mixture.experts}.{stack}" for stack in dict.fromkeys(stacked.values())]
-    if layers is not None:
-        chosen = [layers] if isinstance(layers, int) else layers
-        stacks = [f"layers.{index}.mlp.{stack}" for index in chosen for stack in stacks]
+    _check_halves(wanted)
     modules = [name for name in wanted if name not in stacked]
-    same_name = [name for name in linear if name.rpartition(".")[2] in stacked]
-    if same_name and not _peft_renames(model):
-        modules += list(dict.fromkeys(_last_two(name) for name in same_name))
-    elif same_name and _are_plain(model, same_name):
-        stacks += list(dict.fromkeys(f"{_last_two(name)}.weight" for name in same_name))
-    elif same_name:
+    places = [mixture.experts] if layers is None else _experts_in(model, mixture, layers)
+    found = [f"{place}.{stack}" for place in places for stack in dict.fromkeys(stacked.values())]
+    beside = [name for name in linear if name.rpartition(".")[2] in stacked]
+    if not _peft_renames(model):
+        modules += list(dict.fromkeys(_last_two(name) for name in beside))
+    elif _are_plain(model, beside):
+        found += [
+            f"{name}.weight" for name in beside if layers is None or _layer_of(name) in _numbers(layers)
+        ]
+    else:
         logger.warning(
             "pronghorn: no adapter on %d quantised linear layers beside the experts, first %s: PEFT takes their names "
             "for those of experts",
-            len(same_name),
-            same_name[0],
+            len(beside),
+            beside[0],
         )
-    return modules, [*(kept or []), *(name for name in stacks if name not in (kept or []))]
+    return modules, [*(kept or []), *(name for name in found if name not in (kept or []))]
+
+
+def _check_halves(wanted: list[str]) -> None:
+    """
+    Raises:
+        AdapterProblem: for one of gate and up without the other.
+    """
+    for halves in _HALVES:
+        given = halves & {*wanted}
+        if len(given) == 1 and GATE_UP not in wanted:
+            (name,), (other,) = given, halves - given
+            raise AdapterProblem(
+                f"target_modules has '{name}' without '{other}': the experts have both in one parameter",
+                fix=f"add '{other}', or leave out both",
+            )
+
+
+def _experts_in(model: Any, mixture: MixtureParts, layers: int | Iterable[int]) -> list[str]:
+    """Names of the modules of experts in some layers."""
+    names = [name for name, _ in model.named_modules() if name.rpartition(".")[2] == mixture.experts]
+    return [name for name in names if _layer_of(name) in _numbers(layers)]
+
+
+def _numbers(layers: int | Iterable[int]) -> list[int]:
+    return [layers] if isinstance(layers, int) else list(layers)
+
+
+def _layer_of(name: str) -> int:
+    """The first number in a module's name."""
+    return next(int(part) for part in name.split(".") if part.isdigit())
 
 
 def _linear_layers(model: Any) -> list[str]:

@@ -117,9 +117,12 @@ def _without_empty_stacks(module: nn.Module, state_dict: dict[str, Any], prefix:
 def held_stack(module: nn.Module, name: str, transposed: bool = False) -> FourBitExperts:
     """The stack that a module holds in 4 bits, wherever the module has moved to."""
     packed: Tensor = module._buffers[f"{name}_packed"]  # type: ignore[assignment]
-    state = four_bit_states(module)[name]
+    state, empty = four_bit_states(module)[name], module._buffers.get(name)
     if state.absmax.device != packed.device:
         state.to(packed.device)
+    if empty is not None and empty.untyped_storage().nbytes() > empty.element_size():
+        # Moving or casting the module has given every element of the empty stack a place of its own.
+        module._buffers[name] = empty_stack(state, packed.device)
     return FourBitExperts(packed, state, transposed)
 
 

@@ -71,7 +71,7 @@ class ExpertProjection:
         self, x: Tensor, groups: Groups, bias_weights: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """(y [S, out], x Aᵀ [S, ΣR] or None) of x [S, in]; `bias_weights` [S] are factors of the bias."""
-        xa = self.down(x, groups)
+        xa = self.xa(x, groups)
         transposed = self.weight.transposed
         low_rank = None if xa is None else _low_rank(xa, self._b(x.dtype), transposed)
         y = grouped_matmul(x, self.weight.dense(x.dtype), groups, transposed=transposed, low_rank=low_rank)
@@ -80,7 +80,7 @@ class ExpertProjection:
             y += rows if bias_weights is None else (rows * bias_weights[:, None]).to(y.dtype)
         return y, xa
 
-    def down(self, x: Tensor, groups: Groups) -> Tensor | None:
+    def xa(self, x: Tensor, groups: Groups) -> Tensor | None:
         """x Aᵀ [S, ΣR]; None without adapters."""
         return grouped_matmul(x, self._a(x.dtype), groups) if self.adapters else None
 
@@ -118,7 +118,7 @@ class ExpertProjection:
             for adapter, part in self._parts(grouped_outer(dxa, x, groups), 1):
                 adapter.give_a(part, sink)
         if any(sink.wants(adapter.b) for adapter in self.adapters):
-            xa = self.down(x, groups) if xa is None else xa
+            xa = self.xa(x, groups) if xa is None else xa
             assert xa is not None
             for adapter, part in self._parts(grouped_outer(dy, xa, groups), 2):
                 adapter.give_b(part, sink)
