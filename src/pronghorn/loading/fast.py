@@ -237,7 +237,8 @@ class FastLanguageModel:
         Args:
             target_modules: names, "all-linear" or a regular expression; the default is Llama's seven projections, or
                 all linear layers where a model has others; embed_tokens and lm_head among them are
-                trained whole, as `modules_to_save`.
+                trained whole, as `modules_to_save`. gate_proj, up_proj and down_proj of a mixture of experts
+                reach the experts, whose gate and up share one adapter of rank r.
             random_state: seeds the initialisation, without touching the global random state.
             use_gradient_checkpointing: as in `from_pretrained`.
             kwargs: further fields of `peft.LoraConfig`, or arguments of older scripts without effect here.
