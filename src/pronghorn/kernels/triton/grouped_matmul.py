@@ -90,6 +90,14 @@ def tile_map(groups: Groups, rows: int, height: int) -> Tensor:
     return found
 
 
+@triton.jit
+def _add_product(acc, a, b, WIDE: tl.constexpr):
+    """acc + a @ b in fp32, in acc's registers where matrix units do it."""
+    if WIDE:
+        return acc + dot(a, b, WIDE)
+    return tl.dot(a, b, acc)
+
+
 # --- forward and input gradient ------------------------------------------------------------------------------------
 
 
@@ -131,7 +139,7 @@ def _matmul(
             known = inner < k - at
             tile_x = tl.load(from_x, mask=known_row[:, None] & known[None, :], other=0.0)
             tile_w = tl.load(from_w, mask=known[:, None] & known_column[None, :], other=0.0)
-            acc += dot(tile_x, tile_w, WIDE)
+            acc = _add_product(acc, tile_x, tile_w, WIDE)
             from_x += BK
             from_w += step
     if R > 0:
@@ -145,7 +153,7 @@ def _matmul(
             right_ptr + expert.to(tl.int64) * right_expert + columns[None, :] * right_column + r[:, None] * right_rank,
             mask=known[:, None] & known_column[None, :], other=0.0,
         )  # fmt: skip
-        acc += dot(left, right, WIDE)
+        acc = _add_product(acc, left, right, WIDE)
     to = out_ptr + rows.to(tl.int64)[:, None] * n + columns[None, :]
     tl.store(to, acc.to(out_ptr.dtype.element_ty), mask=known_row[:, None] & known_column[None, :])
 
@@ -238,7 +246,7 @@ def _outer(
             right_ptr + s.to(tl.int64)[:, None] * right_stride + columns[None, :],
             mask=known[:, None] & (columns < n)[None, :], other=0.0,
         )  # fmt: skip
-        acc += dot(left, right, WIDE)
+        acc = _add_product(acc, left, right, WIDE)
     to = out_ptr + expert.to(tl.int64) * m * n + rows[:, None] * n + columns[None, :]
     tl.store(to, acc, mask=(rows < m)[:, None] & (columns < n)[None, :])
 
