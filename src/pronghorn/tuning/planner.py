@@ -212,7 +212,9 @@ def _fastest(job: Job, gpu: Gpu, budget: int, precision: str, storage: str) -> S
 
 def _at_most(job: Job, gpu: Gpu, storage: str, sequences: int) -> float:
     """Tokens per second if memory were no matter, for which nothing has to be searched."""
-    shape, usual = job.shape(gpu, storage), job.usual(sequences)
+    # With room, 4-bit weights are kept as 16-bit ones.
+    shape = job.shape(gpu, "16-bit" if storage.startswith("nf4") else storage)
+    usual = job.usual(sequences)
     everything: list[Level] = ["all"] * shape.layers
     seconds = micro_batch_seconds(shape, everything, usual, gpu.rates)
     return min(sequences * job.workload.tokens, usual.tokens) / seconds
