@@ -115,10 +115,9 @@ def main(argv: list[str] | None = None) -> int:
         fail("pip could not fetch the quickstart's model", [QUICKSTART_MODEL])
     lines = install_lines(options.to, python, options.extras, bool(options.torch), with_model)
     (options.to / "INSTALL.txt").write_text(lines, encoding="utf-8")
-    size = sum(file.stat().st_size for file in options.to.glob("*.whl"))
-    say(
-        f"{len(list(options.to.glob('*.whl')))} wheels, {size / 2**30:.1f} GiB. On the other machine, beside the folder:"
-    )
+    wheels = list(options.to.glob("*.whl"))
+    size = sum(wheel.stat().st_size for wheel in wheels) / 2**30
+    say(f"{len(wheels)} wheels, {size:.1f} GiB. On the other machine, beside the folder:")
     print(lines, end="")
     return 0
 
