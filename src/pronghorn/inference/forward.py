@@ -177,6 +177,8 @@ class _PackedAttention:
         backend = self.decoder.binding.attention_backend(
             qkv.device, qkv.dtype, heads.head_dim, window=heads.window is not None
         )
+        if backend == "cudnn" and self.decoder.binding.attention is None:
+            backend = "flash"  # cuDNN builds a plan for every rough size, up to a second each: prompts vary
         call = AttentionCall(heads.scale, heads.window, backend, heads.softcap)
         if not self.continues:
             out, _ = attention_forward(q, k, v.contiguous(), self.docs, call)

@@ -50,12 +50,42 @@ def _capped(logits, softcap, CAPPED: tl.constexpr):
 
 
 @triton.jit
+def _combined(
+    partial_ptr, stats_ptr, first, active, d, SHARED: tl.constexpr, QUERIES: tl.constexpr, TOGETHER: tl.constexpr,
+    D: tl.constexpr,
+):  # fmt: skip
+    """The partial results of one head's programs as one, [QUERIES, D]; `TOGETHER` programs' at a time.
+
+    They are read past the first cache, which knows nothing of what other processors have written.
+    """
+    h = tl.arange(0, QUERIES)
+    top = tl.full([QUERIES], -1.0e30, tl.float32)
+    total = tl.zeros([QUERIES], tl.float32)
+    sums = tl.zeros([QUERIES, D], tl.float32)
+    for start in range(0, active, TOGETHER):
+        program = start + tl.arange(0, TOGETHER)
+        slot = (first + program)[:, None] * SHARED + h[None, :]
+        known = (program < active)[:, None] & (h < SHARED)[None, :]
+        tops = tl.load(stats_ptr + 2 * slot, mask=known, other=-1.0e30, cache_modifier=".cg")
+        totals = tl.load(stats_ptr + 2 * slot + 1, mask=known, other=0.0, cache_modifier=".cg")
+        at = partial_ptr + slot[:, :, None] * D + d[None, None, :]
+        parts = tl.load(at, mask=known[:, :, None], other=0.0, cache_modifier=".cg")
+        higher = tl.maximum(top, tl.max(tops, 0))
+        weights, shrink = tl.exp(tops - higher[None, :]), tl.exp(top - higher)
+        total = total * shrink + tl.sum(weights * totals, 0)
+        sums = sums * shrink[:, None] + tl.sum(weights[:, :, None] * parts, 0)
+        top = higher
+    return sums / tl.maximum(total, 1.0e-30)[:, None]
+
+
+@triton.jit
 def _decode(
     qkv_ptr, cache_ptr, tables_ptr, lengths_ptr, cos_ptr, sin_ptr, q_norm_ptr, k_norm_ptr,
     out_ptr, partial_ptr, stats_ptr, arrived_ptr,
     qkv_stride, table_stride, scale, window, softcap, eps, offset,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, SIZE: tl.constexpr, D: tl.constexpr, TURNED: tl.constexpr,
-    GROUP: tl.constexpr, BLOCK_TOKENS: tl.constexpr, TILE: tl.constexpr, SPLITS: tl.constexpr,
+    GROUP: tl.constexpr, QUERIES: tl.constexpr, TOGETHER: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
+    TILE: tl.constexpr, SPLITS: tl.constexpr,
     NORM: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr, WIDE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     b, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -142,34 +172,29 @@ def _decode(
             top = higher
         to = out_ptr + b * (HEADS * SIZE) + (kv_head * SHARED + g)[:, None] * SIZE + d[None, :]
         mine = (g < SHARED)[:, None] & inside[None, :]
-        if active == 1:
+        if SPLITS == 1:
             tl.store(to, (sums / total[:, None]).to(out_ptr.dtype.element_ty), mask=mine)
         else:
-            head = b * KV_HEADS + kv_head
-            slot = (head * SPLITS + split) * GROUP + g
-            tl.store(partial_ptr + slot[:, None] * D + d[None, :], sums)
-            tl.store(stats_ptr + 2 * slot, top)
-            tl.store(stats_ptr + 2 * slot + 1, total)
-            tl.debug_barrier()
-            before = tl.atomic_add(arrived_ptr + head, 1, sem="acq_rel")
-            if before == active - 1:
-                tl.debug_barrier()
-                # The others' results are read past the first cache, which knows nothing of them.
-                top = tl.full([GROUP], float("-inf"), tl.float32)
-                total = tl.zeros([GROUP], tl.float32)
-                sums = tl.zeros([GROUP, D], tl.float32)
-                for other in range(active):
-                    slot = (head * SPLITS + other) * GROUP + g
-                    their_top = tl.load(stats_ptr + 2 * slot, cache_modifier=".cg")
-                    theirs = tl.load(stats_ptr + 2 * slot + 1, cache_modifier=".cg")
-                    part = tl.load(partial_ptr + slot[:, None] * D + d[None, :], cache_modifier=".cg")
-                    higher = tl.maximum(top, their_top)
-                    shrink, grow = tl.exp(top - higher), tl.exp(their_top - higher)
-                    total = total * shrink + theirs * grow
-                    sums = sums * shrink[:, None] + part * grow[:, None]
-                    top = higher
+            if active == 1:
                 tl.store(to, (sums / total[:, None]).to(out_ptr.dtype.element_ty), mask=mine)
-                tl.store(arrived_ptr + head, 0)
+            else:
+                head = b * KV_HEADS + kv_head
+                slot = (head * SPLITS + split) * SHARED + g
+                tl.store(partial_ptr + slot[:, None] * D + d[None, :], sums, mask=(g < SHARED)[:, None])
+                tl.store(stats_ptr + 2 * slot, top, mask=g < SHARED)
+                tl.store(stats_ptr + 2 * slot + 1, total, mask=g < SHARED)
+                tl.debug_barrier()
+                before = tl.atomic_add(arrived_ptr + head, 1, sem="acq_rel")
+                if before == active - 1:
+                    tl.debug_barrier()
+                    y = _combined(
+                        partial_ptr, stats_ptr, head * SPLITS, active, d, SHARED, QUERIES, TOGETHER, D
+                    )
+                    h = tl.arange(0, QUERIES)
+                    whole = out_ptr + b * (HEADS * SIZE) + (kv_head * SHARED + h)[:, None] * SIZE + d[None, :]
+                    there = (h < SHARED)[:, None] & inside[None, :]
+                    tl.store(whole, y.to(out_ptr.dtype.element_ty), mask=there)
+                    tl.store(arrived_ptr + head, 0)
 
 
 def splits(batch: int, kv_heads: int, most_tiles: int, device: torch.device) -> int:
@@ -197,10 +222,12 @@ def decode_attention(
     block_tokens = cache_.shape[1]
     tile = tile_tokens(batch, block_tokens)
     parts = splits(batch, heads.kv_heads, tables.shape[1] * block_tokens // tile, qkv.device)
-    group = max(LEAST_GROUP, triton.next_power_of_2(heads.heads // heads.kv_heads))
+    shared = heads.heads // heads.kv_heads
+    queries = triton.next_power_of_2(shared)
+    group = max(LEAST_GROUP, queries)
     wide = max(16, triton.next_power_of_2(size))
     out = torch.empty(batch, heads.heads * size, dtype=qkv.dtype, device=qkv.device)
-    count = batch * heads.kv_heads * parts * group
+    count = batch * heads.kv_heads * parts * shared
     partial = torch.empty(count * wide if parts > 1 else 0, dtype=torch.float32, device=qkv.device)
     stats = torch.empty(2 * count if parts > 1 else 0, dtype=torch.float32, device=qkv.device)
     pdl = dependent_launch(qkv.device)
@@ -211,8 +238,9 @@ def decode_attention(
         qkv.stride(0), tables.stride(0), heads.scale, heads.window or 0, heads.softcap or 1.0, heads.eps,
         heads.norm_offset,
         HEADS=heads.heads, KV_HEADS=heads.kv_heads, SIZE=size, D=wide, TURNED=rotation.cos.shape[1], GROUP=group,
-        BLOCK_TOKENS=block_tokens, TILE=tile, SPLITS=parts, NORM=heads.q_norm is not None,
-        WINDOWED=heads.window is not None, CAPPED=heads.softcap is not None, WIDE=is_wide(qkv), PDL=bool(pdl),
+        QUERIES=queries, TOGETHER=max(1, min(16, 64 // queries)), BLOCK_TOKENS=block_tokens, TILE=tile,
+        SPLITS=parts, NORM=heads.q_norm is not None, WINDOWED=heads.window is not None,
+        CAPPED=heads.softcap is not None, WIDE=is_wide(qkv), PDL=bool(pdl),
         num_warps=4, num_stages=2, **pdl,
     )  # fmt: skip
     return out
