@@ -70,6 +70,7 @@ def make_trainer(config: RunConfig, settings: Any) -> tuple[Any, Rows]:
             train_dataset=rows.train,
             eval_dataset=rows.held_back,
         )
+    trainer.row_numbers = rows.train_numbers
     return trainer, rows
 
 

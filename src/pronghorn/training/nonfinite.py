@@ -206,7 +206,8 @@ class NumberWatch(TrainerCallback):
                 return None
             for at, part in enumerate(documents_of(row)):
                 if part.ids.tolist() == document:
-                    return int(row["rows"][at]) if row.get("rows") else number
+                    given = int(row["rows"][at]) if row.get("rows") else number
+                    return self._trainer._numbers_of([given])[0]
         return None
 
     def _advice(self, found: Finding | None) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,6 +27,8 @@ class RowsTrainer(trl.SFTTrainer):
     _eval_packing: bool | None
     #: whether batches are made by our collator, not by the user's
     _own_batches: bool
+    #: numbers that the rows of train_dataset have where they came from, for messages; None: their places in it
+    row_numbers: Sequence[int] | None = None
 
     def _prepare_dataset(
         self,
@@ -78,6 +80,10 @@ class RowsTrainer(trl.SFTTrainer):
         super()._set_signature_columns_if_needed()
         if "rows" not in self._signature_columns:
             self._signature_columns = [*self._signature_columns, "rows"]
+
+    def _numbers_of(self, rows: Sequence[int]) -> tuple[int, ...]:
+        """Rows of the data as given, by the numbers they are known by."""
+        return tuple(rows) if self.row_numbers is None else tuple(self.row_numbers[row] for row in rows)
 
     def _collator(self) -> Collator:
         return Collator(

@@ -192,7 +192,7 @@ class SFTTrainer(RowsTrainer):
                 supervised=supervised_tokens(inputs), correct=output.num_correct, tokens=tokens
             )
         self._numbers.saw(inputs, normalizer, loss)
-        self._ledger.saw(loss, inputs.get("rows", ()))
+        self._ledger.saw(loss, self._numbers_of(inputs.get("rows", ())))
         return loss
 
     def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
