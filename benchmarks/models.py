@@ -66,6 +66,40 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "use_sliding_window": False,
         "tie_word_embeddings": True,
     },
+    "gemma-2-2b": {
+        "model_type": "gemma2",
+        "vocab_size": 256000,
+        "hidden_size": 2304,
+        "intermediate_size": 9216,
+        "num_hidden_layers": 26,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "query_pre_attn_scalar": 256,
+        "attn_logit_softcapping": 50.0,
+        "final_logit_softcapping": 30.0,
+        "sliding_window": 4096,
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": True,
+    },
+    "gemma-3-4b": {  # its text model
+        "model_type": "gemma3_text",
+        "vocab_size": 262208,
+        "hidden_size": 2560,
+        "intermediate_size": 10240,
+        "num_hidden_layers": 34,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "query_pre_attn_scalar": 256,
+        "sliding_window": 1024,
+        "max_position_embeddings": 131072,
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000000.0},
+        },
+        "tie_word_embeddings": True,
+    },
     "smollm2-135m": {
         "model_type": "llama",
         "vocab_size": 49152,
@@ -141,7 +175,7 @@ def benchmark_tokenizer() -> Any:
 
 
 def write_checkpoint(name: str, folder: str | Path, *, seed: int = 0, shard_bytes: int = 4 << 30) -> Path:
-    """Write a checkpoint of random bf16 weights: matrices N(0, 0.02²), norms 1, biases N(0, 0.02²).
+    """Write a checkpoint of random bf16 weights: matrices N(0, 0.02²), norms by 1, biases N(0, 0.02²).
 
     Weights are drawn on the GPU where there is one. A folder with a finished checkpoint is left as it is.
     """
@@ -163,7 +197,12 @@ def write_checkpoint(name: str, folder: str | Path, *, seed: int = 0, shard_byte
     filled, total, weight_map = 0, 0, {}
     for key, parameter in model.named_parameters():  # tied weights come once, under the embedding's name
         tensor = torch.empty(parameter.shape, dtype=torch.bfloat16, device=device)
-        tensor.fill_(1.0) if key.endswith("norm.weight") else tensor.normal_(0.0, 0.02, generator=generator)
+        if key.endswith("norm.weight"):
+            tensor.fill_(
+                0.0 if config.model_type.startswith("gemma") else 1.0
+            )  # Gemma's norms multiply by 1 + w
+        else:
+            tensor.normal_(0.0, 0.02, generator=generator)
         size = tensor.numel() * tensor.element_size()
         if filled and filled + size > shard_bytes:
             shards.append({})
