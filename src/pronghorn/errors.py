@@ -389,3 +389,21 @@ class AdapterMismatch(CheckpointCorrupt):
     """An adapter was made for a model with other modules, or modules of other sizes, than the one it is put on."""
 
     code = "PH108"
+
+
+class SearchInvalid(PronghornError):
+    """A search over settings that cannot be done: no such setting, no values, values out of bounds, too little room."""
+
+    code = "PH706"
+
+
+class SearchChanged(PronghornError):
+    """The trials of an earlier call are of another space, model, data or settings."""
+
+    code = "PH707"
+
+
+class SearchFailed(PronghornError):
+    """No trial of a search finished, its metric raised, or a process of it could not begin."""
+
+    code = "PH708"

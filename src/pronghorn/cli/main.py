@@ -90,12 +90,14 @@ def build_parser() -> argparse.ArgumentParser:
         lr_find,
         plan,
         run,
+        search,
         serve,
         stress,
     )
 
     plan.register(commands)
     lr_find.register(commands)
+    search.register(commands)
     data.register(commands)
     export.register(commands)
     serve.register(commands)
@@ -144,6 +146,11 @@ def _commands() -> dict:
 
     def lr_find(options: argparse.Namespace) -> int:
         from pronghorn.cli.lr_find import run
+
+        return run(options)
+
+    def search(options: argparse.Namespace) -> int:
+        from pronghorn.cli.search import run
 
         return run(options)
 
@@ -203,6 +210,7 @@ def _commands() -> dict:
         "chat": chat,
         "plan": plan,
         "lr-find": lr_find,
+        "search": search,
         "data": data,
         "export": export,
         "serve": serve,

@@ -131,19 +131,32 @@ def field_types(kind: type) -> dict[str, Any]:
 
 def load_model(config: RunConfig) -> tuple[Any, Any]:
     """(model with its adapter, or all its weights to train; tokenizer)."""
-    from peft import LoraConfig
-
     from pronghorn import FastLanguageModel
 
-    adapter = section_arguments(config, "adapter", field_types(LoraConfig))
-    loading = arguments(config.model)
-    loading["model_name"] = resolve_model(loading["model_name"])
-    if config.model.use_gradient_checkpointing is not None:  # get_peft_model's default would take its place
-        adapter.setdefault("use_gradient_checkpointing", config.model.use_gradient_checkpointing)
-    model, tokenizer = FastLanguageModel.from_pretrained(**loading)
+    adapter = adapter_arguments(config)
+    model, tokenizer = load_base(config)
     if not config.model.full_finetuning:
         model = FastLanguageModel.get_peft_model(model, **adapter)
     return model, tokenizer
+
+
+def load_base(config: RunConfig) -> tuple[Any, Any]:
+    """(model without an adapter, tokenizer)."""
+    from pronghorn import FastLanguageModel
+
+    loading = arguments(config.model)
+    loading["model_name"] = resolve_model(loading["model_name"])
+    return FastLanguageModel.from_pretrained(**loading)
+
+
+def adapter_arguments(config: RunConfig) -> dict[str, Any]:
+    """The arguments of `get_peft_model`."""
+    from peft import LoraConfig
+
+    adapter = section_arguments(config, "adapter", field_types(LoraConfig))
+    if config.model.use_gradient_checkpointing is not None:  # get_peft_model's default would take its place
+        adapter.setdefault("use_gradient_checkpointing", config.model.use_gradient_checkpointing)
+    return adapter
 
 
 def save_results(config: RunConfig, model: Any, tokenizer: Any) -> dict[str, str | None]:

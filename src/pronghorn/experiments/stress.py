@@ -7,7 +7,6 @@ same, so that runs are compared in pairs.
 
 from __future__ import annotations
 
-import copy
 import random
 import statistics
 import tempfile
@@ -22,20 +21,9 @@ from peft.tuners.lora import LoraLayer
 from pronghorn.data.collator import documents_of
 from pronghorn.data.rows import IGNORED
 from pronghorn.errors import DatasetUnusable
+from pronghorn.experiments.short_runs import short_trainer
 from pronghorn.training import SFTTrainer
 from pronghorn.training.report.samples import held_out_rows
-
-#: What a run of a series does not need.
-_QUIET: dict[str, Any] = {
-    "eval_strategy": "no",
-    "save_strategy": "no",
-    "load_best_model_at_end": False,
-    "stop_early": False,
-    "push_to_hub": False,
-    "report": False,
-    "report_to": [],
-    "disable_tqdm": True,
-}
 
 
 @dataclass(frozen=True)
@@ -158,7 +146,16 @@ def stress(
                 for seed in seeds:
                     wrong = swap_answers(rows, share, seed)
                     start.begin(seed)
-                    run = _run(trainer, wrong.rows, held_out, seed, folder)
+                    run = short_trainer(
+                        trainer.model,
+                        trainer.processing_class,
+                        wrong.rows,
+                        held_out,
+                        trainer.args,
+                        folder,
+                        seed=seed,
+                        data_seed=seed,
+                    )
                     run.train()
                     metrics = run.evaluate()
                     scores.append(
@@ -187,19 +184,6 @@ def _documents(rows: Any) -> Dataset:
             "input_ids": [document.ids.tolist() for document in documents],
             "labels": [document.labels.tolist() for document in documents],
         }
-    )
-
-
-def _run(trainer: SFTTrainer, rows: Dataset, held_out: Any, seed: int, folder: str) -> SFTTrainer:
-    args = copy.copy(trainer.args)
-    for name, value in {**_QUIET, "output_dir": folder, "seed": seed, "data_seed": seed}.items():
-        setattr(args, name, value)
-    return SFTTrainer(
-        model=trainer.model,
-        args=args,
-        train_dataset=rows,
-        eval_dataset=held_out,
-        processing_class=trainer.processing_class,
     )
 
 

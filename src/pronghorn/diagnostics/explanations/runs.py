@@ -288,4 +288,41 @@ EXPLANATIONS: dict[str, Explanation] = {
             "对数据运行 `pronghorn data check`；查看 trainer.model.print_trainable_parameters()；提高 --highest。",
         ),
     ),
+    "PH706": Explanation(
+        cause="`--vary` names a setting that a search does not vary, a value that it cannot have (a rate of 0, a rank "
+        "of 0, half a row), an empty range, or a micro-batch of more rows than there are; or several workers do not "
+        "fit into the memory of one GPU by the plan.",
+        fix="Give values that the message asks for; fewer `--workers`.",
+        example="[PH706] 'r' cannot be 0. Fix: give a whole number from 1",
+        zh=(
+            "无法按所给的设置进行搜索。",
+            "`--vary` 指定了不能搜索的设置、不可能的取值（学习率为 0、秩为 0、非整数行数）、空范围，或微批次行数"
+            "多于数据行数；或按内存计划，一块 GPU 容纳不下这么多进程。",
+            "按提示给出取值；减少 `--workers`。",
+        ),
+    ),
+    "PH707": Explanation(
+        cause="A search goes on after the trials in its folder (`trials.jsonl`) only if the space, the base model's "
+        "weights, the rows and the other settings are the same: otherwise scores could not be compared.",
+        fix="Go on with the same, name another output.folder, or begin anew with --restart.",
+        example='[PH707] the trials so far are of another space: {"r": [4]}, now {"r": [8]} (trials.jsonl). Fix: go '
+        "on with the same",
+        zh=(
+            "文件夹中已有的试验属于另一个搜索空间、模型、数据或设置。",
+            "只有搜索空间、基础模型权重、数据行和其他设置都相同，搜索才会接着 `trials.jsonl` 中的试验继续，否则得分"
+            "无法比较。",
+            "使用相同的设置继续；换一个 output.folder；或用 --restart 重新开始。",
+        ),
+    ),
+    "PH708": Explanation(
+        cause="Every setting ran out of memory or diverged, the metric function raised an error of its own, or a "
+        "worker process ended before it had loaded the base.",
+        fix="Look at the reasons in the table: lower rates, smaller micro-batches. Try the metric on the model alone.",
+        example="[PH708] none of 6 trials finished: the loss is nan at step 2. Fix: search lower rates",
+        zh=(
+            "搜索没有任何完成的试验，或评分函数出错，或工作进程无法启动。",
+            "所有设置都内存不足或发散；评分函数自身抛出错误；或工作进程在加载基础模型之前就结束了。",
+            "查看表中的原因：降低学习率、减小微批次。单独在模型上试运行评分函数。",
+        ),
+    ),
 }

@@ -1,0 +1,64 @@
+"""Memory of a trial: what it took, and what the largest one is predicted to take before several run side by side."""
+
+from __future__ import annotations
+
+import re
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pronghorn.engine import binding_of
+from pronghorn.engine.planning import shape_of
+from pronghorn.memory import Batch, available_host_bytes, rates_of
+from pronghorn.memory.plan import leanest
+from pronghorn.training.memory import largest_batch
+from pronghorn.training.progress import memory_now_bytes
+from pronghorn.tuning.breakdown import CONTEXT_BYTES
+
+_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+class PeakMemory:
+    """The most memory since this was made: reserved on the GPU, or the process's own where Linux tells it."""
+
+    def __init__(self) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            with suppress(OSError):
+                _CLEAR.write_text("5")  # the kernel's way to begin anew with VmHWM
+
+    def read(self) -> int | None:
+        if torch.cuda.is_available():
+            return int(torch.cuda.max_memory_reserved())
+        if not _CLEAR.exists():
+            return None
+        found = re.search(r"^VmHWM:\s+(\d+) kB", _STATUS.read_text(), re.MULTILINE)
+        return int(found[1]) * 1024 if found else None
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes that a worker takes at least for the largest trial, as predicted, and that there are for all workers."""
+
+    needed: int
+    available: int
+
+
+def footprint(trainer: Any, micro_batch: int) -> Footprint | None:
+    """Of a trainer whose adapter is the largest; None where the engine does not run the model, whose memory is not
+    known then."""
+    binding, found = binding_of(trainer.model), largest_batch(trainer)
+    if binding is None or not binding.bound or found is None:
+        return None
+    tokens = found.tokens // found.documents * micro_batch
+    batch = Batch(tokens, tokens, micro_batch)
+    if torch.cuda.is_available():
+        total = torch.cuda.mem_get_info()[1]
+        rates = rates_of(torch.cuda.get_device_name())
+        return Footprint(leanest(shape_of(binding), batch, rates).reserved + CONTEXT_BYTES, total)
+    least, now = leanest(shape_of(binding), batch, rates_of("H200"), offload=False), memory_now_bytes(False)
+    return Footprint(now + least.reserved - least.weights, now + available_host_bytes())
