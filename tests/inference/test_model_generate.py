@@ -174,6 +174,17 @@ def test_adapters_are_those_the_model_runs(caplog):
     assert torch.equal(rows[:1], found[0]) and torch.equal(rows[1:], found[2])
 
 
+@pytest.mark.parametrize("part", ["layers.1.mlp.act_fn", "layers.0.self_attn.q_proj", "norm"])
+def test_a_hook_put_on_later_is_run(model, part, caplog):
+    given = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    before = model.generate(ONE, **given)
+    handle = model.model.get_submodule(part).register_forward_hook(lambda module, inputs, output: -output)
+    assert torch.equal(model.generate(ONE, **given), stock(model, ONE, **given))
+    assert "own loop" in caplog.text
+    handle.remove()
+    assert torch.equal(model.generate(ONE, **given), before)
+
+
 def test_training_after_answering():
     model = get_peft_model(tiny_model("llama"), LoraConfig(r=4, target_modules=["q_proj"]))
     FastLanguageModel.for_inference(model)

@@ -71,7 +71,8 @@ class Decoder:
         self.scales = self.binding.family.scales(self.base.config)
         self.activation = self.binding.activation
         self.vocabulary = int(self.base.lm_head.weight.shape[0])
-        self._signature: tuple[Any, ...] = ()
+        self._watched: list[nn.Module] = []
+        self._signature: list[Any] = []
         self.rotations = self._rotations()
         self.refresh()
 
@@ -81,8 +82,7 @@ class Decoder:
         Raises:
             EngineRefused: it has become one that only Transformers' own code can run.
         """
-        signature = _signature(self.base)
-        if signature == self._signature:
+        if self._signature and _signature(self._watched) == self._signature:
             return False
         refusal = why_not(self.base, self.binding)
         if refusal is not None:
@@ -100,8 +100,9 @@ class Decoder:
         self.layers = [self._layer(layer) for layer in self.base.model.layers]
         self.norm = read_norm(self.base.model.norm, self.binding.family.norm_offset)
         self.head = self._group([self.base.lm_head], self.residual_dtype)
-        # Weights of a group may have moved next to each other.
-        self._signature = _signature(self.base)
+        # Taken now: weights of a group may have moved next to each other.
+        self._watched = _watched(self.base)
+        self._signature = _signature(self._watched)
         return True
 
     def places(self) -> list[int]:
@@ -211,14 +212,30 @@ def _refused(reason: str) -> EngineRefused:
     )
 
 
-def _signature(base: Any) -> tuple[Any, ...]:
-    """What changes when weights are trained, moved, merged or switched."""
-    # A model loaded in inference mode counts no versions, and cannot be trained either.
-    tensors = [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in base.parameters()]
-    switches = [
-        (tuple(m.active_adapters), m.disable_adapters, tuple(m.merged_adapters), tuple(m.scaling.values()))
-        for m in base.modules()
-        if "lora_A" in m._modules
-    ]
-    hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in base.modules())
-    return (*tensors, *switches, hooks)
+def _watched(base: nn.Module) -> list[nn.Module]:
+    """All modules but those that hold nothing and do nothing, of which PEFT puts half a dozen into every layer."""
+    idle = ("Identity", "Dropout", "ModuleDict", "ParameterDict", "BufferDict")
+    return [m for m in base.modules() if m._modules or m._parameters or type(m).__name__ not in idle]
+
+
+def _signature(watched: Sequence[nn.Module]) -> list[Any]:
+    """What changes when weights are trained, moved, merged, switched, or modules replaced.
+
+    Taken before every answer, so modules' own dictionaries are read: nn.Module's ways through them take milliseconds.
+    """
+    found: list[Any] = []
+    for module in watched:
+        own = module.__dict__
+        children = own["_modules"]
+        found.extend(map(id, children.values()))
+        for parameter in own["_parameters"].values():
+            if parameter is not None:
+                found.append(parameter.data_ptr())
+                # One made in inference mode counts no versions, and cannot be trained either.
+                found.append(0 if parameter.is_inference() else parameter._version)
+        if own["_forward_hooks"] or own["_forward_pre_hooks"]:
+            found.append((len(own["_forward_hooks"]), len(own["_forward_pre_hooks"])))
+        if "lora_A" in children:
+            found.append(tuple(module.active_adapters))  # type: ignore[arg-type]
+            found.append((module.disable_adapters, *module.merged_adapters, *module.scaling.values()))  # type: ignore[misc, operator]
+    return found
