@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from pronghorn.kernels.routing import Routing, Scoring
 
 #: elements [tokens, experts] of a program
-TILE = 4096
+TILE = 2048
 #: experts and blocks that a program of `_scan` takes at a time
 _SCANNED = (16, 128)
 
@@ -41,35 +41,31 @@ def _scores(logits_ptr, rows, e, tokens, experts, SIGMOID: tl.constexpr):
 @triton.jit
 def _choose(
     logits_ptr, indices_ptr, weights_ptr, counts_ptr, tokens, experts, scale,
-    SIGMOID: tl.constexpr, NORMALISED: tl.constexpr, K: tl.constexpr, E: tl.constexpr, BT: tl.constexpr,
+    SIGMOID: tl.constexpr, NORMALISED: tl.constexpr,
+    K: tl.constexpr, KP: tl.constexpr, E: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0)
-    rows, e = block * BT + tl.arange(0, BT), tl.arange(0, E)
+    rows, e, column = block * BT + tl.arange(0, BT), tl.arange(0, E), tl.arange(0, KP)
     known = rows < tokens
     scores = _scores(logits_ptr, rows, e, tokens, experts, SIGMOID)
     # A score that is no number is chosen last, so that every token has k different experts.
-    comparable = tl.where(scores == scores, scores, 0.0)
-    rest = tl.where((e < experts)[None, :], comparable, -1.0)
-    total = tl.zeros([BT], tl.float32)
-    chosen = tl.zeros([BT, E], tl.int32)
-    for j in tl.static_range(K):
+    rest = tl.where((e < experts)[None, :], tl.where(scores == scores, scores, 0.0), -1.0)
+    indices, values = tl.zeros([BT, KP], tl.int32), tl.zeros([BT, KP], tl.float32)
+    # Not unrolled: a search for the highest is much code.
+    for j in range(K):
         index = tl.argmax(rest, 1)
         mine = e[None, :] == index[:, None]
         value = tl.sum(tl.where(mine, scores, 0.0), 1)
-        rest, chosen, total = tl.where(mine, -1.0, rest), chosen + mine.to(tl.int32), total + value
-        at = rows.to(tl.int64) * K + j
-        tl.store(indices_ptr + at, index, mask=known)
-        if not NORMALISED:
-            tl.store(weights_ptr + at, value * scale, mask=known)
+        rest = tl.where(mine, -1.0, rest)
+        here = column[None, :] == j
+        indices, values = tl.where(here, index[:, None], indices), tl.where(here, value[:, None], values)
     if NORMALISED:
-        # Once more, now that the sum is known.
-        rest = tl.where((e < experts)[None, :], comparable, -1.0)
-        for j in tl.static_range(K):
-            mine = e[None, :] == tl.argmax(rest, 1)[:, None]
-            value = tl.sum(tl.where(mine, scores, 0.0), 1)
-            rest = tl.where(mine, -1.0, rest)
-            tl.store(weights_ptr + rows.to(tl.int64) * K + j, value / total * scale, mask=known)
-    chosen = tl.where(known[:, None], chosen, 0)
+        values = values / tl.sum(values, 1)[:, None]
+    at = rows.to(tl.int64)[:, None] * K + column[None, :]
+    inside = known[:, None] & (column < K)[None, :]
+    tl.store(indices_ptr + at, indices, mask=inside)
+    tl.store(weights_ptr + at, values * scale, mask=inside)
+    chosen = tl.where(known[:, None] & (rest < 0.0) & (e < experts)[None, :], 1, 0)
     tl.store(counts_ptr + block * experts + e, tl.sum(chosen, 0), mask=e < experts)
 
 
@@ -104,11 +100,11 @@ def _place(
         tl.store(ends_ptr + e, ends, mask=e < experts)
     before = tl.load(before_ptr + block * experts + e, mask=e < experts, other=0)
     chosen = tl.zeros([BT, E], tl.int32)
-    for j in tl.static_range(K):
+    for j in range(K):
         index = tl.load(indices_ptr + rows.to(tl.int64) * K + j, mask=known, other=-1)
         chosen += (e[None, :] == index[:, None]).to(tl.int32)
     place_of = (ends - totals + before)[None, :] + tl.cumsum(chosen, 0) - chosen
-    for j in tl.static_range(K):
+    for j in range(K):
         at = rows.to(tl.int64) * K + j
         index = tl.load(indices_ptr + at, mask=known, other=-1)
         place = tl.sum(tl.where(e[None, :] == index[:, None], place_of, 0), 1)
@@ -139,7 +135,8 @@ def route(logits: Tensor, scoring: Scoring) -> Routing:
     places, row_weights = torch.empty_like(indices), torch.empty_like(weights).view(-1)
     _choose[(blocks,)](
         logits, indices, weights, counts, tokens, experts, scoring.scale,
-        SIGMOID=scoring.kind == "sigmoid", NORMALISED=scoring.normalised, K=k, E=e, BT=height, num_warps=4,
+        SIGMOID=scoring.kind == "sigmoid", NORMALISED=scoring.normalised,
+        K=k, KP=triton.next_power_of_2(k), E=e, BT=height, num_warps=4,
     )  # fmt: skip
     _scan[(triton.cdiv(experts, _SCANNED[0]),)](
         counts, totals, blocks, experts, E=_SCANNED[0], B=_SCANNED[1], num_warps=4
@@ -163,7 +160,7 @@ def _backward(
     known = rows < tokens
     scores = _scores(logits_ptr, rows, e, tokens, experts, SIGMOID)
     grad, chosen = tl.zeros([BT, E], tl.float32), tl.zeros([BT, E], tl.float32)
-    for j in tl.static_range(K):
+    for j in range(K):
         at = rows.to(tl.int64) * K + j
         index = tl.load(indices_ptr + at, mask=known, other=-1)
         place = tl.load(places_ptr + at, mask=known, other=0)
