@@ -17,8 +17,8 @@ import csv
 import re
 import tempfile
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -56,12 +56,12 @@ TABLES: dict[str, tuple[Cell, ...]] = {
     "batch": tuple(
         Cell(f"{rows} × {8 // rows}", rows_per_batch=rows, accumulation=8 // rows, steps=8) for rows in (8, 4, 1)
     ),
+    "length": tuple(Cell(str(length), max_length=length) for length in (48, 96, 128)),
+    "rank": tuple(Cell(str(rank), rank=rank) for rank in (2, 16, 128)),
     "packing": (
         Cell("off, 8 rows a step", rows_per_batch=8, max_length=FULL_LENGTH, steps=None, rows=96),
         Cell("on, 3 × 256 tokens a step", rows_per_batch=3, max_length=FULL_LENGTH, packing=True, steps=None, rows=96),
     ),
-    "length": tuple(Cell(str(length), max_length=length) for length in (48, 96, 192)),
-    "rank": tuple(Cell(str(rank), rank=rank) for rank in (2, 16, 128)),
 }  # fmt: skip
 
 #: columns of the Markdown tables: field, and its name in each language
@@ -202,19 +202,32 @@ def measure(tables: Iterable[str], results: Path) -> None:
     import torch
 
     torch.set_num_threads(1)
-    have = {(row["table"], row["cell"]) for row in read(results)}
+    have = {(row["table"], row["cell"]): row for row in read(results)}
     cells = [(table, cell) for table in tables for cell in TABLES[table] if (table, cell.name) not in have]
     bench: Bench | None = None
     with tempfile.TemporaryDirectory() as folder:
         for table, cell in cells:
-            if bench is None or bench.rank != cell.rank:
-                bench = Bench(cell.rank, Path(folder))
-            row = {"table": table, "cell": cell.name, **bench.run(cell), **where(bench.model)}
+            row: dict[str, Any] | None = same_run(cell, have)
+            if row is None:
+                if bench is None or bench.rank != cell.rank:
+                    bench = Bench(cell.rank, Path(folder))
+                row = {**bench.run(cell), **where(bench.model)}
+            row |= {"table": table, "cell": cell.name}
+            have[table, cell.name] = row
             add(results, row)
             print(
                 f"{table:14s} {cell.name:26s} held-back {row['held_after']} ({row['cpu_seconds']} s)",
                 flush=True,
             )
+
+
+def same_run(cell: Cell, have: Mapping[tuple[str, str], dict[str, Any]]) -> dict[str, Any] | None:
+    """The row of a cell of any table that is the same training, if one was measured."""
+    for table, cells in TABLES.items():
+        for other in cells:
+            if replace(other, name=cell.name) == cell and (table, other.name) in have:
+                return dict(have[table, other.name])
+    return None
 
 
 def where(model: Any) -> dict[str, str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -64,6 +65,18 @@ def pip(*arguments: str) -> bool:
     return subprocess.run(command, cwd=ROOT).returncode == 0
 
 
+def build_own(folder: str) -> None:
+    """pronghorn's own wheel, from a copy: setuptools would leave its build folder in the tree, and find it again."""
+    with tempfile.TemporaryDirectory() as copy:
+        for name in ("pyproject.toml", "README.md", "LICENSE"):
+            shutil.copy(ROOT / name, copy)
+        shutil.copytree(
+            ROOT / "src", Path(copy) / "src", ignore=shutil.ignore_patterns("*.egg-info", "__pycache__")
+        )
+        if not pip("wheel", "--no-deps", "--wheel-dir", folder, copy):
+            fail("pip could not build pronghorn's own wheel", ["setuptools"])
+
+
 def install_lines(folder: Path, python: str, extras: str, with_torch: bool, with_model: bool) -> str:
     """What to type on the other machine, where the folder lies beside."""
     offline = f"--no-index --find-links {folder.name}"
@@ -108,8 +121,7 @@ def main(argv: list[str] | None = None) -> int:
     folder = str(options.to.resolve())
     if not pip("download", "--no-deps", "--dest", folder, *where, *indexes, *pinned):
         fail("pip could not fetch all wheels", pinned)
-    if not pip("wheel", "--no-deps", "--wheel-dir", folder, "."):
-        fail("pip could not build pronghorn's own wheel", ["setuptools"])
+    build_own(folder)
     with_model = "quickstart" in options.extras.split(",")
     if with_model and not pip("download", "--no-deps", "--dest", folder, *where, QUICKSTART_MODEL):
         fail("pip could not fetch the quickstart's model", [QUICKSTART_MODEL])
