@@ -26,7 +26,8 @@ def load(path: Path, four_bit: bool = False) -> tuple[Any, Any]:
 
 @torch.no_grad()
 def answers(model: Any, ids: torch.Tensor) -> torch.Tensor:
-    return FastLanguageModel.for_inference(model)(input_ids=ids, use_cache=False).logits
+    model = FastLanguageModel.for_inference(model)
+    return model(input_ids=ids.to(model.device), use_cache=False).logits
 
 
 @pytest.mark.parametrize(
@@ -51,7 +52,7 @@ def test_from_a_checkpoint_to_another(family: str, four_bit: bool, tmp_path: Pat
         model=model,
         processing_class=tokenizer,
         train_dataset=Dataset.from_list(ROWS),
-        args=SFTConfig(output_dir=str(tmp_path / "run"), use_cpu=True, **settings),
+        args=SFTConfig(output_dir=str(tmp_path / "run"), **settings),
     )
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
@@ -59,7 +60,7 @@ def test_from_a_checkpoint_to_another(family: str, four_bit: bool, tmp_path: Pat
 
     ids = tokenizer("the pronghorn", return_tensors="pt").input_ids
     trained = answers(model, ids)
-    said = model.generate(input_ids=ids, max_new_tokens=3, do_sample=False)
+    said = model.generate(input_ids=ids.to(model.device), max_new_tokens=3, do_sample=False)
     assert said.shape[1] > ids.shape[1]
     model.save_pretrained(str(tmp_path / "adapter"))
     assert torch.equal(answers(load(tmp_path / "adapter", four_bit)[0], ids), trained)

@@ -207,7 +207,9 @@ def test_four_bit(family: str, double_quant: bool) -> None:
     assert_same(actual, expected, 2e-5)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family", ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "granite"]
+)
 def test_bf16_is_not_worse_than_transformers(family: str) -> None:
     """Our bf16 gradient errors against fp32 are at most 1.2 times those of Transformers in bf16.
 
