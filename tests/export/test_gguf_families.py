@@ -56,12 +56,11 @@ def read(path):
 def test_every_family_is_the_trained_model_again(tmp_path, family):
     model = trained(family_model(family))
     expected = logits(model)
-    done = save_gguf(model, tiny_tokenizer(), tmp_path / "out", ["f32", "q8_0"])
-    layers = model.config.num_hidden_layers
-    for most, found in zip((2e-5 if family in MIXTURES else 2e-6, 3e-3), done.checks, strict=True):
-        assert found.passed and found.adapted == layers * ADAPTED.get(family, 7)
-        assert all(item.divergence < most for item in found.comparisons)
-    readers = [item.reader for item in done.checks[0].comparisons]
+    found = save_gguf(model, tiny_tokenizer(), tmp_path / "out", "f32").checks[0]
+    assert found.passed and found.adapted == model.config.num_hidden_layers * ADAPTED.get(family, 7)
+    # llama.cpp keeps keys and values in fp16, and adds experts up in another order.
+    assert all(item.divergence < (2e-5 if family in MIXTURES else 2e-6) for item in found.comparisons)
+    readers = [item.reader for item in found.comparisons]
     first = "transformers" if FAMILIES[family].in_transformers else "the file's tensors"
     assert readers == ([first, "llama.cpp"] if llama_cpp.available() else [first])
     assert torch.equal(logits(model), expected)  # still there, unmerged
