@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from pronghorn.blocks import LEVELS
+from pronghorn.blocks.levels import DEPTHS
 from pronghorn.blocks.moe import block
 from pronghorn.engine import TrainingStep, base_causal_lm, binding_of
 from tests.families.mixtures import MIXTURES, add_expert_adapter, tiny_mixture
@@ -38,7 +38,7 @@ def test_rows_match_transformers_at_every_level(family: str, mode: str) -> None:
     batch = rows_batch(model.config.vocab_size, LENGTHS)
     expected = run(model, batch)
     fast = bound_copy(model)
-    for level in LEVELS:
+    for level in DEPTHS:  # without a GPU the others keep the same
         binding_of(fast).set_save_levels(level)  # type: ignore[union-attr]
         assert_same(run(fast, batch), expected, EXACT)
 
@@ -123,10 +123,12 @@ def test_bf16_is_not_worse_than_transformers() -> None:
     """As for the other families: our bf16 gradient errors against fp32 are at most 1.2 times those of Transformers.
 
     All experts are taken, because a token that changes its experts is an error that has nothing to do with rounding.
+    A draw's ratio is luck (0.5 to 1.9); over eight of them that of root mean squares was 0.86.
     """
     ours, theirs = [], []
-    for seed in range(4):
-        truth = add_expert_adapter(tiny_mixture("qwen3_moe", num_experts_per_tok=6), seed=seed)
+    alike = {"num_experts_per_tok": 6, "num_hidden_layers": 2, "mlp_only_layers": []}
+    for seed in range(6):
+        truth = add_expert_adapter(tiny_mixture("qwen3_moe", **alike), seed=seed)
         batch = rows_batch(truth.config.vocab_size, LENGTHS, seed=seed)
         expected = run(truth, batch, logits=False).gradients
         low = copy.deepcopy(truth).to(torch.bfloat16)
