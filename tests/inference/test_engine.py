@@ -10,6 +10,7 @@ import torch
 from pronghorn.errors import AdapterUnknown, EngineRefused, RequestTooLong, SamplingInvalid
 from pronghorn.inference.engine import Engine
 from pronghorn.inference.requests import Request, SamplingParams, Token
+from tests.families.mixtures import MIXTURES
 from tests.tiny import FAMILIES, tiny_model
 
 NEW = 24
@@ -248,6 +249,22 @@ def test_requests_that_cannot_be_answered(model):
     with pytest.raises(AdapterUnknown, match="legal"):
         engine.submit(greedy((5,), "legal"))
     assert not engine.has_work
+
+
+@pytest.mark.parametrize("family", sorted(MIXTURES))
+def test_mixtures_of_experts_are_refused(family):
+    with pytest.raises(EngineRefused, match="layers of another kind"):
+        Engine(tiny_model(family, **MIXTURES[family]), max_context=64)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_angles_that_move_with_the_context_are_refused(kind):
+    factors = {"dynamic": {}, "longrope": {"long_factor": [1.0] * 8, "short_factor": [1.0] * 8}}[kind]
+    rope = {"rope_type": kind, "rope_theta": 1e4, "factor": 2.0, **factors}
+    if kind == "longrope":
+        rope["original_max_position_embeddings"] = 128
+    with pytest.raises(EngineRefused, match=kind):
+        Engine(tiny_model("llama", rope_parameters=rope), max_context=64)
 
 
 def test_a_model_with_hooks_is_refused():
