@@ -56,7 +56,7 @@ TABLES: dict[str, tuple[Cell, ...]] = {
     "batch": tuple(
         Cell(f"{rows} × {8 // rows}", rows_per_batch=rows, accumulation=8 // rows, steps=8) for rows in (8, 4, 1)
     ),
-    "length": tuple(Cell(str(length), max_length=length) for length in (48, 96, 128)),
+    "length": tuple(Cell(str(length), max_length=length) for length in (48, 64, 128)),
     "rank": tuple(Cell(str(rank), rank=rank) for rank in (2, 16, 128)),
     "packing": (
         Cell("off, 8 rows a step", rows_per_batch=8, max_length=FULL_LENGTH, steps=None, rows=96),
