@@ -26,6 +26,7 @@ from pronghorn.inference.paging import BLOCK_TOKENS, BlockPool
 from pronghorn.inference.requests import Event, FinishReason, Request, Token
 from pronghorn.inference.runner import EagerRunner, Pending, Runner
 from pronghorn.inference.sequences import Sequence
+from pronghorn.memory.pool import available_host_bytes
 
 logger = logging.getLogger("pronghorn")
 
@@ -352,11 +353,5 @@ def _room(decoder: Decoder) -> int:
         free, _ = torch.cuda.mem_get_info(decoder.device)
         free += torch.cuda.memory_reserved(decoder.device) - torch.cuda.memory_allocated(decoder.device)
     else:
-        free = _host_memory() // 4
+        free = available_host_bytes() // 4  # others run here, too
     return int(free * CACHE_SHARE) // cache_bytes_per_token(decoder)
-
-
-def _host_memory() -> int:
-    import os
-
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
