@@ -1,5 +1,6 @@
 """Model types that run Transformers' own forward, and what the blocks would have to learn first."""
 
+MLA = "latent attention (keys and values from a shared low-rank code), and a router that picks groups of experts first"
 PAIRS = "RoPE that turns neighbouring pairs, where the kernels turn the halves of a head"
 LAYER_NORM = "LayerNorm"
 NO_PRE_NORM = "no norm before attention and MLP, and norms of q and k over all heads at once"
@@ -8,6 +9,8 @@ NO_PRE_NORM = "no norm before attention and MLP, and norms of q and k over all h
 STOCK = {
     "cohere": f"attention and MLP side by side on one {LAYER_NORM}, and {PAIRS}",
     "cohere2": f"attention and MLP side by side on one {LAYER_NORM}, and {PAIRS}",
+    "deepseek_v2": MLA,
+    "deepseek_v3": MLA,
     "ernie4_5": PAIRS,
     "exaone4": "no norm before attention and MLP",
     "gemma3n_text": "embeddings and projections of each layer's own, and layers that share keys and values",
