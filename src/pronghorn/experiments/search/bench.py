@@ -114,7 +114,7 @@ class Bench:
     def __init__(self, task: Task, space: Space) -> None:
         self.task, self._space = task, space
         self._base, self._tokenizer = task.load()
-        name = str(getattr(self._base, "name_or_path", "") or type(self._base).__name__)
+        name = Path(getattr(self._base, "name_or_path", "") or type(self._base).__name__).name
         self.facts: dict[str, Any] = {"model": f"{name} ({digest_of_weights(self._base)})"}
         largest = {key: space.largest(key, None) for key in ADAPTER_KEYS if key in space.axes}
         with tempfile.TemporaryDirectory() as folder, self._adapted(largest) as model:
@@ -159,12 +159,12 @@ class Bench:
             if "allocate memory" not in str(error):
                 raise
             failed = f"memory: {_said(error)}"
-        _collect()  # out of the blocks above, where the error no longer keeps the trial's tensors alive
+        if failed or torch.cuda.is_available():
+            _collect()  # out of the blocks above, where the error no longer keeps the trial's tensors alive
         if failed:
             trial = Trial(
                 number, settings, "failed", failed, seconds=time.perf_counter() - began, memory=peak.read()
             )
-            referee.finished(trial)
         referee.record(trial)
 
     @contextmanager
@@ -192,16 +192,14 @@ class Bench:
                 callbacks=[watch],
                 **self._options(settings, looks=referee is not None),
             )
-            began = time.perf_counter()
             trainer.train()
-            seconds = time.perf_counter() - began - watch.evaluating
             log = trainer.state.log_history
             speeds = [entry["tokens_per_second"] for entry in log if "tokens_per_second" in entry]
             trial = Trial(
                 number,
                 settings,
                 "done",
-                seconds=round(seconds, 3),
+                seconds=round(watch.seconds, 3),
                 steps=trainer.state.global_step,
                 memory=peak.read(),
                 tokens_per_second=round(statistics.median(speeds), 1) if speeds else None,
@@ -233,6 +231,8 @@ class Bench:
         try:
             with torch.no_grad():
                 return float(metric(model, self._tokenizer, self.task.held_out))
+        except (torch.OutOfMemoryError, MemoryError):
+            raise
         except Exception as error:
             name = getattr(metric, "__qualname__", type(metric).__name__)
             raise SearchFailed(
@@ -258,8 +258,15 @@ class _Watch(TrainerCallback):
         self._number, self._referee, self._limit = number, referee, DIVERGED * before
         self._losses: list[float] = []
         self.seen: list[tuple[int, float]] = []
-        self.evaluating = 0.0
+        #: from the first step to the last, evaluations left out
+        self.seconds = 0.0
         self.failed = self.pruned = ""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.seconds -= time.perf_counter()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.seconds += time.perf_counter()
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any
@@ -282,7 +289,7 @@ class _Watch(TrainerCallback):
     ) -> None:
         if metrics is None or self._referee is None or self.failed:
             return
-        self.evaluating += metrics["eval_runtime"]
+        self.seconds -= metrics["eval_runtime"]
         loss, percent = float(metrics["eval_loss"]), round(100 * state.global_step / state.max_steps)
         if percent == 100:
             return

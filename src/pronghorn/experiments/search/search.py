@@ -130,6 +130,8 @@ class Umpire:
         folder.mkdir(parents=True, exist_ok=True)
         if restart:
             (folder / JOURNAL).unlink(missing_ok=True)
+            for adapter in folder.glob(adapter_folder(folder, "*").name):
+                shutil.rmtree(adapter)
 
     def ready(self, facts: dict[str, Any], found: Footprint | None) -> bool:
         """The first base opens the journal; those of other processes have to be the same."""
@@ -209,7 +211,7 @@ _OF_A_RUN = {
 }
 
 
-def adapter_folder(folder: Path, number: int) -> Path:
+def adapter_folder(folder: Path, number: int | str) -> Path:
     """Where a trial's adapter is kept."""
     return folder / f"adapter-{number}"
 

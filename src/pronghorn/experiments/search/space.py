@@ -67,8 +67,10 @@ class Space:
             if key in axes:
                 raise SearchInvalid(f"'{key}' is given twice", fix="give all of its values at once")
             low, dots, high = values.partition("..")
-            parts = [_number(key, part) for part in ([low, high] if dots else values.split(",")) if part]
-            axes[key] = Range(*parts) if dots and len(parts) == 2 else parts
+            if dots:
+                axes[key] = Range(_number(key, low), _number(key, high))
+            else:
+                axes[key] = [_number(key, part) for part in values.split(",") if part.strip()]
         return cls(axes)
 
     @property

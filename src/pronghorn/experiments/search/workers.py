@@ -31,6 +31,8 @@ from pronghorn.memory import parse_budget
 logger = logging.getLogger("pronghorn")
 
 _GIB = 2**30
+#: Seconds that a worker without work may take to end.
+_GOODBYE = 10.0
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ class _Worker:
 
     def __init__(self, task: Task, space: Space, place: Place) -> None:
         context = multiprocessing.get_context("spawn")
-        self.place, self.ready = place, False
+        self.place = place
         self.job: tuple[int, Settings] | None = None
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=_run, args=(theirs, task, space, place), daemon=True)
@@ -106,8 +108,8 @@ def work_in_processes(task: Task, space: Space, referee: Referee, count: int) ->
         SearchInvalid: workers that share a GPU, or the host, for which its memory is too small.
         SearchFailed: a worker died before its first trial, or raised an error that is not the trial's.
     """
-    where = places(count)
-    with _stopped([_Worker(task, space, where[0])]) as workers:
+    where, *others = places(count)
+    with _stopped([_Worker(task, space, where)]) as workers:
         while workers:
             for connection in wait([worker.connection for worker in workers]):
                 worker = next(one for one in workers if one.connection is connection)
@@ -115,17 +117,18 @@ def work_in_processes(task: Task, space: Space, referee: Referee, count: int) ->
                     name, arguments = worker.connection.recv()
                 except (EOFError, ConnectionResetError):
                     workers.remove(worker)
-                    _mourn(worker, referee)
+                    mourn(worker, referee)
                     workers.append(_Worker(task, space, worker.place))
                     continue
                 if name == "end":
                     workers.remove(worker)
+                    worker.process.join(_GOODBYE)
                     worker.stop()
                     continue
-                first = name == "ready" and not any(one.ready for one in workers)
-                if first and len(workers) < count:
-                    check_room(where[0], arguments[1])
-                    workers += [_Worker(task, space, place) for place in where[1:]]
+                if name == "ready" and others:
+                    check_room(where, arguments[1])
+                    workers += [_Worker(task, space, place) for place in others]
+                    others = []
                 _serve(worker, referee, name, arguments)
 
 
@@ -133,16 +136,14 @@ def _serve(worker: _Worker, referee: Referee, name: str, arguments: tuple[Any, .
     if name == "raised":
         raise arguments[0]
     answer = getattr(referee, name)(*arguments)
-    if name == "ready":
-        worker.ready = True
-    elif name == "next":
+    if name == "next":
         worker.job = answer
     elif name == "record":
         worker.job = None
     worker.connection.send(answer)
 
 
-def _mourn(worker: _Worker, referee: Referee) -> None:
+def mourn(worker: _Worker, referee: Referee) -> None:
     """A process is gone: its trial failed."""
     worker.stop()
     code = worker.process.exitcode
