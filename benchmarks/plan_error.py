@@ -67,7 +67,8 @@ def rows(folder: Path = RESULTS) -> Iterator[Row]:
     for path in sorted(folder.glob("*.csv")):
         with path.open(encoding="utf-8", newline="") as file:
             for line in csv.DictReader(file):
-                if line["ms_median"] and not line["error"] and gpu_of(line["hardware"]) is not None:
+                # Other benchmarks leave files of other columns beside them.
+                if line.get("ms_median") and not line["error"] and gpu_of(line["hardware"]) is not None:
                     found = _row(path.name, line)
                     if found is not None:
                         yield found
