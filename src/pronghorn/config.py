@@ -144,7 +144,7 @@ class OutputSection:
 
     folder: str = "outputs"
     save_adapter: bool = True
-    save_merged: Literal["merged_16bit", "merged_4bit"] | None = None
+    save_merged: Literal["merged_16bit", "merged_4bit", "fp8"] | None = None
 
 
 @dataclass(frozen=True)

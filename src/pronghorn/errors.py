@@ -107,12 +107,6 @@ class PackageMissing(PronghornError):
     code = "PH403"
 
 
-class MergedModelDiffers(PronghornError):
-    """A merged model, loaded again, predicts something else than the adapter model it was made of."""
-
-    code = "PH610"
-
-
 class RowsUnreadable(PronghornError):
     """Training rows exist but cannot be read: no JSON, columns of mixed types, or none at all."""
 

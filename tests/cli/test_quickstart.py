@@ -7,7 +7,7 @@ import pytest
 from pronghorn.cli import models, quickstart
 from pronghorn.cli.main import main
 from pronghorn.data.docstrings import DocRow
-from pronghorn.errors import MergedModelDiffers, PackageMissing
+from pronghorn.errors import PackageMissing
 from tests.tiny import save_tiny
 
 
@@ -31,7 +31,7 @@ def test_from_the_model_to_a_merged_one(tiny, capsys):
         "17 rows to train on, 6 held back",
         "before",
         "after",
-        "stock AutoModelForCausalLM",
+        "adapted weights looked for",
         "tokens/s",
     ):
         assert text in shown
@@ -50,18 +50,6 @@ def test_steps_are_as_asked(tiny, capsys):
     assert "1, " in next(
         line for line in capsys.readouterr().out.splitlines() if line.strip().startswith("steps")
     )
-
-
-def test_a_merge_gone_wrong_is_noticed(tiny, tmp_path):
-    from pronghorn.cli import quickstart_steps
-
-    plan = quickstart.Plan.on("cpu")
-    model, tokenizer = quickstart_steps.load(tmp_path / "model", plan, 0)
-    other = save_tiny(tmp_path / "other", "llama", seed=1)
-    row = DocRow("a", "What does a do?", "It counts.")
-    with pytest.raises(MergedModelDiffers):
-        quickstart_steps.verify_merged(model, tokenizer, other, row)
-    assert quickstart_steps.verify_merged(model, tokenizer, tmp_path / "model", row).agreement == 1.0
 
 
 def test_output_folder_that_is_a_file(tiny, capsys):

@@ -99,6 +99,17 @@ def test_train_saves_an_adapter_and_a_merged_model_that_stock_libraries_load(con
     assert (merged - adapted).abs().max() < 0.05 * before.abs().max()
 
 
+def test_an_export_that_differs_is_told_after_the_summary(config, tmp_path, capsys, monkeypatch):
+    lost = (0, ["an adapter is not in it"])
+    monkeypatch.setattr("pronghorn.export.checkpoint_gate.look_for_changes", lambda changed: lost)
+    assert main(["train", str(config), "--json", "--set", "training.max_steps=1"]) == 2
+    told = capsys.readouterr()
+    summary = json.loads(told.out.strip().splitlines()[-1])
+    assert "an adapter is not in it" in told.err and "Traceback" not in told.err
+    merged = Path(summary["merged"])
+    assert (merged / "export.failed.txt").is_file() and (merged / "config.json").is_file()
+
+
 def test_resume_reaches_the_same_loss_as_an_uninterrupted_run(config, tmp_path, capsys):
     assert main(["train", str(config), "--json"]) == 0
     whole = summary_of(capsys)

@@ -195,16 +195,6 @@ def test_a_model_for_images_is_refused_in_plain_words(tmp_path, tiny):
         FastVisionModel.from_pretrained(str(tmp_path / "vl"))
 
 
-def test_the_learning_rate_finder_is_missing_and_says_so(tiny):
-    model, tokenizer = FastLanguageModel.from_pretrained(tiny, load_in_4bit=False)
-    trainer = ScriptTrainer(
-        FastLanguageModel.get_peft_model(model, r=2), UnslothTrainingArguments(**QUIET),
-        train_dataset=Dataset.from_list([{"text": "one"}]), processing_class=tokenizer,
-    )  # fmt: skip
-    with pytest.raises(DropInUnavailable, match=r"PH406.*learning-rate finder"):
-        trainer.get_best_learning_rate()
-
-
 @pytest.fixture
 def hub(monkeypatch):
     """A stand-in of the hub's HTTP API."""

@@ -78,14 +78,12 @@ def run(out: str, steps: int | None = None) -> int:
         loss_after = steps_of.held_back_loss(trainer)
     with watch.phase("answer three questions, twice"):
         after = steps_of.answers(model, tokenizer, asked)
-    with watch.phase("save adapter and merged model"):
-        steps_of.save(model, tokenizer, folder)
-    with watch.phase("load the merged model with stock Transformers, compare"):
-        check = steps_of.verify_merged(model, tokenizer, folder / "merged", held_rows[0])
+    with watch.phase("save adapter and merged model, load that with stock Transformers, compare"):
+        merged = steps_of.save(model, tokenizer, folder, held_rows[:2])
 
     _show_answers(asked, before, after)
     tokens = steps_of.trained_tokens(trainer.state.log_history)
-    _show_summary(watch, trained.global_step, tokens, (loss_before, loss_after), check)
+    _show_summary(watch, trained.global_step, tokens, (loss_before, loss_after), merged)
     say(
         f"\nadapter   {folder / 'adapter'}\nmerged    {folder / 'merged'} (any program that reads Hugging Face models)"
     )
@@ -103,7 +101,7 @@ def _show_answers(asked: list[Any], before: list[str], after: list[str]) -> None
 
 
 def _show_summary(
-    watch: Stopwatch, steps: int, tokens: int | None, losses: tuple[float, float], check: Any
+    watch: Stopwatch, steps: int, tokens: int | None, losses: tuple[float, float], merged: Any
 ) -> None:
     table("Time", ("phase", "took"), [(name, duration(taken)) for name, taken in watch.phases.items()])
     seconds = watch.phases["train"]
@@ -114,7 +112,7 @@ def _show_summary(
         [
             ("held-back loss", f"{losses[0]:.3f} before, {losses[1]:.3f} after"),
             ("steps", f"{steps}, {rate}"),
-            ("merged model", str(check)),
+            ("merged model", "; ".join(map(str, merged.checks))),
             ("all in all", duration(sum(watch.phases.values()))),
         ],
     )

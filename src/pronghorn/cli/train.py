@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
@@ -13,7 +15,7 @@ from pronghorn.cli.folders import output_folder
 from pronghorn.cli.models import resolve_model
 from pronghorn.cli.quiet import quiet_libraries
 from pronghorn.config import RunConfig, arguments, load_config, section_arguments
-from pronghorn.errors import ConfigInvalid, nearest
+from pronghorn.errors import ConfigInvalid, ExportDiffers, nearest
 
 if TYPE_CHECKING:
     from pronghorn.cli.rows import Rows
@@ -44,11 +46,14 @@ def run(config_path: str, overrides: list[str], *, resume: bool = False, as_json
         "peak_memory_bytes": _peak_memory(),
         "resumed_from": str(checkpoint) if checkpoint else None,
         "report": _report(settings),
-        **save_results(config, trainer.model, trainer.processing_class),
     }
+    saved, differs = save_results(config, trainer.model, trainer.processing_class)
+    summary |= saved
     _show(summary)
     if as_json:
         say(json.dumps(summary))
+    if differs is not None:
+        raise differs
     return 0
 
 
@@ -159,20 +164,31 @@ def adapter_arguments(config: RunConfig) -> dict[str, Any]:
     return adapter
 
 
-def save_results(config: RunConfig, model: Any, tokenizer: Any) -> dict[str, str | None]:
-    """Save what ``output`` asks for; the paths by what they hold."""
+def save_results(
+    config: RunConfig, model: Any, tokenizer: Any
+) -> tuple[dict[str, str | None], ExportDiffers | None]:
+    """Save what ``output`` asks for; the paths by what they hold, and what an export that differs says of itself: it is
+    kept, and so is what comes after it."""
     from pronghorn.export import save_adapter, save_merged
 
     folder, output = Path(config.output.folder), config.output
     saved: dict[str, str | None] = {"adapter": None, "model": None, "merged": None}
+    wanted: list[tuple[str, Callable[[Path], Any]]] = []
     if config.model.full_finetuning:
-        saved["model"] = str(save_merged(model, tokenizer, folder / "model"))
-        return saved
-    if output.save_adapter:
-        saved["adapter"] = str(save_adapter(model, tokenizer, folder / "adapter"))
-    if output.save_merged is not None:
-        saved["merged"] = str(save_merged(model, tokenizer, folder / "merged", output.save_merged))
-    return saved
+        wanted.append(("model", partial(save_merged, model, tokenizer)))
+    elif output.save_adapter:
+        wanted.append(("adapter", partial(save_adapter, model, tokenizer)))
+    if output.save_merged is not None and not config.model.full_finetuning:
+        method = output.save_merged
+        wanted.append(("merged", lambda path: save_merged(model, tokenizer, path, method)))
+    differs: ExportDiffers | None = None
+    for name, save in wanted:
+        saved[name] = str(folder / name)
+        try:
+            save(folder / name)
+        except ExportDiffers as error:
+            differs = error
+    return saved, differs
 
 
 def _train(trainer: Any, checkpoint: Path | None) -> Any:

@@ -28,20 +28,6 @@ class ScriptTrainer(SFTTrainer):
             give_own_rate(optimizer, _embeddings(self.model), rate)
         return optimizer
 
-    def get_best_learning_rate(self, *args: Any, **kwargs: Any) -> Any:
-        """The learning-rate finder's answer.
-
-        Raises:
-            DropInUnavailable: the library has no learning-rate finder yet.
-        """
-        finder = getattr(super(), "get_best_learning_rate", None)
-        if finder is None:
-            raise DropInUnavailable(
-                "trainer.get_best_learning_rate(): pronghorn has no learning-rate finder yet",
-                fix="train a few steps at several rates and compare, as examples/dropin/learning_rates.py does",
-            )
-        return finder(*args, **kwargs)
-
 
 #: The name in scripts; what `trl.SFTTrainer` is to a script is the same class.
 UnslothTrainer = ScriptTrainer

@@ -199,17 +199,6 @@ EXPLANATIONS: dict[str, Explanation] = {
             "已到达的部分不会重传。",
         ),
     ),
-    "PH610": Explanation(
-        cause="Merging rounds to 16 bits; a difference beyond that means that weights or the tokenizer were "
-        "mixed up.",
-        fix="Merge again from the adapter folder; if it stays so, report it.",
-        example="[PH610] the merged model predicts another token at 3 of 64 places. Fix: merge again",
-        zh=(
-            "合并后的模型重新载入后，预测与原适配器模型不同。",
-            "合并会舍入到 16 位；超出此范围的差异说明权重或分词器混淆。",
-            "从适配器文件夹重新合并；若仍如此请报告。",
-        ),
-    ),
     "PH611": Explanation(
         cause="The format keeps too few bits for this model, or tensors, RoPE or tokenizer were written wrongly. The "
         "message names the reader, the divergence and what was allowed.",
