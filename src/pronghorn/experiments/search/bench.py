@@ -81,8 +81,8 @@ class Task:
 class Referee(Protocol):
     """Whoever decides about trials; in this process, or at the other end of a pipe."""
 
-    def ready(self, facts: dict[str, Any], found: Footprint | None) -> bool:
-        """A base is loaded; returns whether trainings are looked at before their end."""
+    def ready(self, facts: dict[str, str], before: float, found: Footprint | None) -> bool:
+        """A base is loaded, of held-out loss `before`; returns whether trainings are looked at before their end."""
 
     def next(self) -> tuple[int, Settings] | None: ...
 
@@ -98,7 +98,7 @@ class Referee(Protocol):
 def work(task: Task, space: Space, referee: Referee) -> None:
     """Load the base, and try what the referee says until nothing is left."""
     bench = Bench(task, space)
-    looks = referee.ready(bench.facts, bench.footprint)
+    looks = referee.ready(bench.facts, bench.before, bench.footprint)
     while (job := referee.next()) is not None:
         bench.run(*job, referee, looks)
 
@@ -115,7 +115,8 @@ class Bench:
         self.task, self._space = task, space
         self._base, self._tokenizer = task.load()
         name = Path(getattr(self._base, "name_or_path", "") or type(self._base).__name__).name
-        self.facts: dict[str, Any] = {"model": f"{name} ({digest_of_weights(self._base)})"}
+        #: what a search that goes on has to find again
+        self.facts = {"model": f"{name} ({digest_of_weights(self._base)})"}
         largest = {key: space.largest(key, None) for key in ADAPTER_KEYS if key in space.axes}
         with tempfile.TemporaryDirectory() as folder, self._adapted(largest) as model:
             trainer = short_trainer(
@@ -137,8 +138,8 @@ class Bench:
         self.facts |= {
             "rows": digest_of_rows(self._rows),
             "held-out rows": digest_of_rows(self._held_out),
-            "loss before": round(self.before, 6),
         }
+        _collect()
 
     def run(self, number: int, settings: Settings, referee: Referee, looks: bool) -> None:
         """One trial; `looks`: the referee is asked after every third whether it is worth its end."""

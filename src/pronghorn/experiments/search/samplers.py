@@ -112,7 +112,7 @@ class Tpe:
 
     def next(self, number: int) -> Settings | None:
         """The settings of trial `number`, or None when there are enough, or TPE knows no new ones."""
-        if number >= self._most:
+        if len(self._done) + len(self._asked) >= self._most:
             return None
         for _ in range(_REPEATED):
             asked = self._study.ask(self._kinds)

@@ -125,7 +125,7 @@ class Umpire:
         self._task, self._space, self._folder = task, space, folder
         self._sampler_name, self._most = sampler, trials
         self._tell = on_trial
-        self._facts: dict[str, Any] = {}
+        self._facts: dict[str, str] = {}
         self._next = 0
         folder.mkdir(parents=True, exist_ok=True)
         if restart:
@@ -133,7 +133,7 @@ class Umpire:
             for adapter in folder.glob(adapter_folder(folder, "*").name):
                 shutil.rmtree(adapter)
 
-    def ready(self, facts: dict[str, Any], found: Footprint | None) -> bool:
+    def ready(self, facts: dict[str, str], before: float, found: Footprint | None) -> bool:
         """The first base opens the journal; those of other processes have to be the same."""
         if self._facts and facts != self._facts:
             name = next(name for name in facts if facts[name] != self._facts.get(name))
@@ -142,7 +142,7 @@ class Umpire:
                 fix="load the same in every process",
             )
         if not self._facts:
-            self._facts = facts
+            self._facts, self._before = facts, before
             self._journal = Journal(
                 self._folder, {"space": self._space.as_dict(), **facts, **self._settings()}
             )
@@ -184,8 +184,7 @@ class Umpire:
             self._tell(trial)
 
     def result(self) -> SearchResult:
-        before = float(self._facts["loss before"])
-        return SearchResult(tuple(self._journal.trials), before, self._task.maximize, self._folder)
+        return SearchResult(tuple(self._journal.trials), self._before, self._task.maximize, self._folder)
 
     def _settings(self) -> dict[str, Any]:
         """What else decides about a trial's outcome."""

@@ -126,7 +126,7 @@ def work_in_processes(task: Task, space: Space, referee: Referee, count: int) ->
                     worker.stop()
                     continue
                 if name == "ready" and others:
-                    check_room(where, arguments[1])
+                    check_room(where, arguments[-1])
                     workers += [_Worker(task, space, place) for place in others]
                     others = []
                 _serve(worker, referee, name, arguments)
@@ -201,8 +201,8 @@ class _Remote:
         self._connection.send((name, arguments))
         return self._connection.recv()
 
-    def ready(self, facts: dict[str, Any], found: Footprint | None) -> bool:
-        return bool(self._ask("ready", facts, found))
+    def ready(self, facts: dict[str, str], before: float, found: Footprint | None) -> bool:
+        return bool(self._ask("ready", facts, before, found))
 
     def next(self) -> tuple[int, Settings] | None:
         return self._ask("next")  # type: ignore[no-any-return]
