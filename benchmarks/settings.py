@@ -94,7 +94,6 @@ COLUMNS: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("cell", "`r`", "`r`"),
         ("trained_parameters", "trained parameters", "训练的参数"),
         ("held_after", "held-back loss", "留出损失"),
-        ("cpu_seconds", "CPU seconds", "CPU 秒"),
     ),
 }
 
