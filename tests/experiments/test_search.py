@@ -18,6 +18,7 @@ from pronghorn.experiments.search import Space, search, steps_of
 from pronghorn.experiments.search.footprint import Footprint
 from pronghorn.experiments.search.journal import JOURNAL
 from pronghorn.experiments.search.search import Umpire
+from pronghorn.experiments.search.swapping import adapted
 from pronghorn.experiments.search.workers import Place, check_room, mourn, work_in_processes
 from tests.experiments.searches import SPACE, load, outcome, task
 from tests.tiny import tiny_model
@@ -50,6 +51,24 @@ def test_the_base_is_untouched_bit_for_bit(whole):
     fresh, after = tiny_model("llama").state_dict(), whole[1].state_dict()
     assert fresh.keys() == after.keys()
     assert all(torch.equal(value, after[name]) for name, value in fresh.items())
+
+
+@pytest.mark.parametrize(
+    "adapter",
+    [{"modules_to_save": ["lm_head"], "target_modules": ["q_proj"]}, {"bias": "all"}, {"use_dora": True}],
+)
+def test_what_an_adapter_trains_of_the_base_is_put_back(adapter):
+    base = tiny_model("qwen2")  # it has biases
+    before = {name: value.clone() for name, value in base.state_dict().items()}
+    with adapted(base, r=2, **adapter) as model, torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(1.0)
+    after = base.state_dict()
+    assert before.keys() == after.keys() and all(
+        torch.equal(value, after[name]) for name, value in before.items()
+    )
+    assert not any(parameter.requires_grad for parameter in base.parameters())
 
 
 def test_an_interrupted_search_goes_on(whole, tmp_path):

@@ -9,8 +9,8 @@ import math
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -30,6 +30,7 @@ from pronghorn.errors import (
 )
 from pronghorn.experiments.search.footprint import Footprint, PeakMemory, footprint
 from pronghorn.experiments.search.space import ADAPTER_KEYS, Settings, Space
+from pronghorn.experiments.search.swapping import adapted
 from pronghorn.experiments.search.trial import Trial
 from pronghorn.experiments.short_runs import short_trainer
 from pronghorn.export import save_adapter
@@ -168,15 +169,9 @@ class Bench:
             )
         referee.record(trial)
 
-    @contextmanager
-    def _adapted(self, settings: Settings) -> Iterator[Any]:
-        """The base with a new adapter on it, and afterwards without."""
-        adapter = {**self.task.adapter, **{key: settings[key] for key in ADAPTER_KEYS if key in settings}}
-        model = FastLanguageModel.get_peft_model(self._base, **adapter)
-        try:
-            yield model
-        finally:
-            self._base = model.unload()
+    def _adapted(self, settings: Settings) -> AbstractContextManager[Any]:
+        own = {key: settings[key] for key in ADAPTER_KEYS if key in settings}
+        return adapted(self._base, **{**self.task.adapter, **own})
 
     def _train(
         self, model: Any, number: int, settings: Settings, referee: Referee | None, peak: PeakMemory

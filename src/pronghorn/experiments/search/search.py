@@ -99,6 +99,7 @@ def search(
             raise SearchInvalid(f"{name} cannot be {count}", fix="give a whole number from 1")
     # Refused before a model is loaded.
     sampler_named(sampler, space, trials, task.settings.seed, task.maximize, ())
+    workers = min(workers, space.size or workers)
     referee = Umpire(task, space, Path(folder), sampler, trials, on_trial, restart)
     if workers == 1:
         work(task, space, referee)

@@ -40,7 +40,7 @@ class Place:
     """Where a worker runs.
 
     Args:
-        gpu: the GPU as CUDA_VISIBLE_DEVICES names it; None without one.
+        gpu: the GPU as CUDA_VISIBLE_DEVICES names it, empty where there is but one; None without any.
         sharing: workers there.
     """
 
@@ -52,7 +52,8 @@ class Place:
         if self.gpu is None:
             torch.set_num_threads(max(torch.get_num_threads() // self.sharing, 1))
             return task
-        os.environ["CUDA_VISIBLE_DEVICES"] = self.gpu
+        if self.gpu:
+            os.environ["CUDA_VISIBLE_DEVICES"] = self.gpu
         if self.sharing == 1:
             return task
         # A plan for what is free now would count on what the others are about to take.
@@ -67,9 +68,10 @@ def places(count: int) -> list[Place]:
     """Workers dealt out over the GPUs, the first ones first."""
     if not torch.cuda.is_available():
         return [Place(None, count)] * count
-    gpus = [
-        f"GPU-{torch.cuda.get_device_properties(index).uuid}" for index in range(torch.cuda.device_count())
-    ]
+    there = range(torch.cuda.device_count())
+    gpus = (
+        [f"GPU-{torch.cuda.get_device_properties(index).uuid}" for index in there] if len(there) > 1 else [""]
+    )
     dealt = [gpus[index % len(gpus)] for index in range(count)]
     return [Place(gpu, dealt.count(gpu)) for gpu in dealt]
 
