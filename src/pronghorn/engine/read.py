@@ -69,13 +69,14 @@ def read_groups(
     mixture: MixtureParts | None = None,
 ) -> dict[int, list[Projection]]:
     """A layer's projections by the slots of `group_names`."""
-    return {
-        slot: [
-            read_projection(getattr(layer.get_submodule(parent), name), reading, slot + i)
-            for i, name in enumerate(names)
+    found = {}
+    for slot, (path, names) in group_names(parts, mlp, mixture).items():
+        # Once a group: nn.Module's look-ups, for every layer of every step, cost milliseconds.
+        parent = layer.get_submodule(path)
+        found[slot] = [
+            read_projection(getattr(parent, name), reading, slot + i) for i, name in enumerate(names)
         ]
-        for slot, (parent, names) in group_names(parts, mlp, mixture).items()
-    }
+    return found
 
 
 def _bias(module: nn.Module) -> Tensor | None:

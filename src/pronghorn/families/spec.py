@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from pronghorn.families.mixture import MixtureParts
@@ -40,17 +41,17 @@ class LayerParts:
     #: of what the MLP gives, before the residual sum
     mlp_output_norm: str | None = None
 
-    @property
+    @cached_property
     def attention_projections(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Names of the modules that read the attention's input, and of the one that reads its output."""
         return ((self.q, self.k, self.v) if self.qkv is None else (self.qkv,)), (self.o,)
 
-    @property
+    @cached_property
     def mlp_projections(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Names of the modules that read the MLP's input, and of the one that reads the activation."""
         return ((self.gate, self.up) if self.gate_up is None else (self.gate_up,)), (self.down,)
 
-    @property
+    @cached_property
     def norms(self) -> tuple[str, ...]:
         """Names of the norms of a layer, in the order of their use."""
         found = (self.input_norm, self.attention_output_norm, self.mlp_norm, self.mlp_output_norm)
