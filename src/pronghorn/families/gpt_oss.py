@@ -5,18 +5,9 @@ gate and up lie in alternating columns of one stack, which is stored [E, in, out
 
 from typing import Any
 
-from pronghorn.families.mixture import MOE, MixtureParts
+from pronghorn.families.mixture import MixtureParts, local_experts, mixture_everywhere
 from pronghorn.families.spec import DecoderFamily, LayerParts, window_by_layer_type
 from pronghorn.kernels.grouped_glu import CLAMPED, Gating
-from pronghorn.kernels.routing import Scoring
-
-
-def _mlp(config: Any, layer_index: int) -> str:
-    return MOE
-
-
-def _scoring(config: Any) -> Scoring:
-    return Scoring(config.num_local_experts, config.num_experts_per_tok)
 
 
 def _gating(experts: Any, activation: str) -> Gating:
@@ -28,9 +19,14 @@ FAMILY = DecoderFamily(
     model_types=("gpt_oss",),
     prefix="GptOss",
     parts=LayerParts(sinks="sinks"),
-    mlp=_mlp,
+    mlp=mixture_everywhere,
     mixture=MixtureParts(
-        _scoring, _gating, block="MLP", router="router", transposed=True, intermediate="intermediate_size"
+        local_experts,
+        _gating,
+        block="MLP",
+        router="router",
+        transposed=True,
+        intermediate="intermediate_size",
     ),
     window=window_by_layer_type,
 )

@@ -2,17 +2,8 @@
 
 from typing import Any
 
-from pronghorn.families.mixture import MOE, MixtureParts, plain_gating
+from pronghorn.families.mixture import MixtureParts, local_experts, mixture_everywhere, plain_gating
 from pronghorn.families.spec import DecoderFamily, window_everywhere
-from pronghorn.kernels.routing import Scoring
-
-
-def _mlp(config: Any, layer_index: int) -> str:
-    return MOE
-
-
-def _scoring(config: Any) -> Scoring:
-    return Scoring(config.num_local_experts, config.num_experts_per_tok)
 
 
 def _unsupported(config: Any) -> str | None:
@@ -25,8 +16,8 @@ FAMILY = DecoderFamily(
     name="Mixtral",
     model_types=("mixtral",),
     prefix="Mixtral",
-    mlp=_mlp,
-    mixture=MixtureParts(_scoring, plain_gating, intermediate="intermediate_size"),
+    mlp=mixture_everywhere,
+    mixture=MixtureParts(local_experts, plain_gating, intermediate="intermediate_size"),
     window=window_everywhere,
     unsupported=_unsupported,
 )

@@ -42,6 +42,16 @@ class MixtureParts:
     shared_intermediate: str | None = None
 
 
+def mixture_everywhere(config: Any, layer_index: int) -> str:
+    """A mixture of experts in every layer."""
+    return MOE
+
+
+def local_experts(config: Any) -> Scoring:
+    """Weights that add up to one, under the config's keys of Mixtral."""
+    return Scoring(config.num_local_experts, config.num_experts_per_tok)
+
+
 def plain_gating(experts: Any, activation: str) -> Gating:
     """act(gate) · up, gate and up one after the other."""
     return Gating(activation)
