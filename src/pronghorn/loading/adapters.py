@@ -293,8 +293,8 @@ def load_adapter(model: Any, source: Source, name: str = "default") -> Any:
             r"size mismatch for (\S+): .*? shape (\S.*?) from checkpoint, .*? is (\S.*?\))", text
         )
         if shapes is not None:
-            name, stored_shape, shape = shapes.groups()
-            text = f"{name} is {stored_shape} in it and {shape} here"
+            tensor, stored_shape, shape = shapes.groups()
+            text = f"{tensor} is {stored_shape} in it and {shape} here"
         raise _made_for_another(model, text[:400], source.location) from error
     stored = set(read_header(Path(source.location) / ADAPTER_WEIGHTS))
     expected = set(get_peft_model_state_dict(wrapped, adapter_name=name, save_embedding_layers=False))

@@ -40,16 +40,10 @@ _HALVES = ({"gate_proj", "up_proj"}, {"w1", "w3"})
 ALL_LINEAR = "all-linear"
 
 
-def mixture_of(model: Any) -> MixtureParts | None:
-    """Where a model's mixtures of experts are, or None."""
-    family = family_of(model.config.model_type)
-    return None if family is None else family.mixture
-
-
-def has_experts(config: Any) -> bool:
-    """Whether models of a config have experts that this module knows."""
+def mixture_of(config: Any) -> MixtureParts | None:
+    """Where the mixtures of experts are in models of a config, or None."""
     family = family_of(config.model_type)
-    return family is not None and family.mixture is not None
+    return None if family is None else family.mixture
 
 
 def experts_of(model: Any, mixture: MixtureParts) -> Iterator[nn.Module]:
@@ -81,7 +75,7 @@ def with_experts(
     Raises:
         AdapterProblem: for one of gate and up without the other.
     """
-    mixture = mixture_of(model)
+    mixture = mixture_of(model.config)
     kept = list(parameters) if parameters is not None else None
     if mixture is None or (isinstance(targets, str) and targets != ALL_LINEAR):
         return targets, kept
@@ -172,8 +166,9 @@ def _are_plain(model: Any, names: Iterable[str]) -> bool:
 @contextmanager
 def shown_as_plain(model: Any) -> Iterator[None]:
     """Stacks held in 4 bits are parameters meanwhile, which hold nothing: for PEFT, that only looks."""
-    mixture = mixture_of(base_causal_lm(model))
-    found = experts_of(base_causal_lm(model), mixture) if mixture is not None else ()
+    base = base_causal_lm(model)
+    mixture = mixture_of(base.config)
+    found = experts_of(base, mixture) if mixture is not None else ()
     held = [(experts, name) for experts in map(innermost, found) for name in four_bit_states(experts)]
     for experts, name in held:
         experts._parameters[name] = nn.Parameter(experts._buffers.pop(name), requires_grad=False)
@@ -195,7 +190,7 @@ def quantise_experts(
     Args:
         device: where to, one stack at a time; the rest of the model follows. None leaves everything where it is.
     """
-    mixture = mixture_of(model)
+    mixture = mixture_of(model.config)
     if mixture is None:
         return 0
     done = 0

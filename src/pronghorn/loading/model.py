@@ -20,7 +20,7 @@ from pronghorn.errors import (
 from pronghorn.families import family_of
 from pronghorn.hardware import Hardware
 from pronghorn.loading.checkpoint import check_folder
-from pronghorn.loading.experts import has_experts, quantise_experts
+from pronghorn.loading.experts import mixture_of, quantise_experts
 from pronghorn.loading.fp8 import Fp8Options, quantise_layers
 from pronghorn.loading.int8 import Int8Options, quantise_to_int8
 from pronghorn.loading.precision import quantisation
@@ -90,7 +90,8 @@ def load_model(source: Source, config: Any, options: Options, hardware: Hardware
     device_map = options.device_map or default_device_map(hardware, bits)
     stream_to = None
     replaced = options.int8 is not None or (options.fp8 is not None and options.fp8.both)
-    if (replaced and not _is_four_bit(config, bits)) or (bits == 4 and has_experts(config)):
+    with_experts = bits == 4 and mixture_of(config) is not None
+    if (replaced and not _is_four_bit(config, bits)) or with_experts:
         device_map, stream_to = _by_way_of_cpu(device_map, bits)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
@@ -108,7 +109,7 @@ def load_model(source: Source, config: Any, options: Options, hardware: Hardware
     if source.gguf_file is not None:
         _forget_gguf(model)
     keep_four_bit_layout(model)
-    if bits == 4 and has_experts(config):
+    if with_experts:
         quantise_experts(model, options.quant_type, options.double_quant, stream_to)
     if options.fp8 is not None:
         quantise_layers(model, options.fp8, stream_to)
