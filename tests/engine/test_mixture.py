@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -47,6 +49,8 @@ def test_weights_and_adapters_are_counted_exactly(family: str) -> None:
         model.config, rank=8, storage="float32", dtype="float32", attention=shape.attention
     )
     assert (shape.mixture, shape.parameters) == (same.mixture, same.parameters)
+    # Trained whole, every element has a gradient and two states.
+    assert sum(replace(shape, trained="all").training_tensors()) == 3 * 4 * plain
 
 
 def test_an_estimate_grows_with_what_is_kept_and_gives_all_back() -> None:

@@ -1,7 +1,7 @@
 """Where kept activations live, what a step takes, and the plan for a budget. (Save levels themselves are `blocks`'.)"""
 
 from pronghorn.memory.estimate import Estimate, estimate
-from pronghorn.memory.gpus import GPUS, RATES, Gpu, Rates, gpu_of, rates_of
+from pronghorn.memory.gpus import GPUS, Gpu, Rates, gpu_of, rates_of
 from pronghorn.memory.offload import HostStash
 from pronghorn.memory.plan import Plan, longest_that_fits, parse_budget, plan
 from pronghorn.memory.pool import HOST_SHARE, HostPool, available_host_bytes
@@ -12,7 +12,6 @@ __all__ = [
     "GPUS",
     "HOST_SHARE",
     "PROJECTIONS",
-    "RATES",
     "Batch",
     "Estimate",
     "Gpu",

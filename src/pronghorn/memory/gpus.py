@@ -127,7 +127,6 @@ GPUS = (
     Gpu("H200", 139.8, 4800, 989.4, 989.4, 1978.9, 1978.9, (9, 0), 55, _HOPPER, "NVIDIA H200 data sheet (SXM), halved"),
     Gpu("B200", 178.3, 7700, 2250, 2250, 4500, 4500, (10, 0), 55, _BLACKWELL, "NVIDIA HGX B200 data sheet, halved"),
 )  # fmt: skip
-RATES = tuple(gpu.rates for gpu in GPUS)
 #: FLOP/s of cuDNN's packed attention on Hopper, measured.
 CUDNN_ATTENTION = (457 * _T, 346 * _T)
 

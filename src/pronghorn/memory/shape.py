@@ -145,8 +145,10 @@ class ModelShape:
     def _stacks(self) -> Iterator[tuple[int, int, int]]:
         """(elements, rank, out + in of all experts) of the stacks of one layer."""
         mixture = self.mixture
-        for name, (out, width) in {} if mixture is None else mixture.sizes(self.hidden).items():  # type: ignore[union-attr]
-            yield mixture.experts * out * width, mixture.ranks[name], mixture.experts * (out + width)  # type: ignore[union-attr]
+        if mixture is None:
+            return
+        for name, (out, width) in mixture.sizes(self.hidden).items():
+            yield mixture.experts * out * width, mixture.ranks[name], mixture.experts * (out + width)
 
     def module_linear(self, names: tuple[str, ...]) -> tuple[int, int]:
         """(out, in) of a module."""
@@ -289,6 +291,8 @@ class ModelShape:
                 for names in self.modules:
                     out, width = self.module_linear(names)
                     yield from (out * width * self.element,) * 3
+                for size, _, _ in self._stacks():
+                    yield from (size * self.element,) * 3
             return
         total = self.adapter_parameters
         if not total:
