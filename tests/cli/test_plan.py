@@ -113,6 +113,8 @@ def test_a_table_over_gpus(folder: str, capsys: pytest.CaptureFixture[str]) -> N
         (["--budget", "2GiB", "--load-in-4bit"], "a GPU with 6."),
         (["--budget", "12GiB", "--rank", "0"], "adapters of rank 16 instead of all weights"),
         (["--budget", "24GiB", "--load-in-int8", "--rank", "0"], "cannot be trained"),
+        (["--gpu", "H200", "--load-in-4bit", "--rank", "0"], "cannot be trained"),
+        (["--gpu", "V100-16", "--load-in-int8"], "no units for int8"),
         (["--budget", "lots"], "'lots' is no memory size"),
         (["--budget", "24GiB", "--gpu", "abacus"], "no rates are known"),
         (["--gpu", "T4", "--price-per-hour", "V100=1"], "does not say of which GPU"),

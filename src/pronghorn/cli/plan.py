@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from pronghorn.tuning.planner import Job
     from pronghorn.tuning.workload import Workload
 
-GIB = 2**30
 #: Tokens of a row where neither the data nor anybody says.
 ROW_TOKENS = 2048
 RANK = 16
@@ -90,8 +89,10 @@ def run(options: argparse.Namespace) -> int:
     prices = _prices(options.price_per_hour, [gpu for gpu, _ in gpus])
     job, advice = _job(options, name, config, host_limit)
     precisions = (options.precision,) if options.precision else PRECISIONS
-    if options.precision == "int8" and not job.rank:
-        raise CommandMisused("int8 weights cannot be trained", fix="give --rank, or leave out --load-in-int8")
+    if options.precision in ("int8", "4-bit") and not job.rank:
+        raise CommandMisused(
+            f"{options.precision} weights cannot be trained themselves", fix="give --rank, or --load-in-16bit"
+        )
     if len(gpus) > 1:
         rows = [
             output.GpuRow(gpu, settings(job, gpu, budget, precisions), prices.get(gpu.name))
@@ -157,7 +158,8 @@ def _gpus(options: argparse.Namespace) -> tuple[list[tuple[Gpu, int | None]], in
             raise BudgetInvalid(
                 "there is no GPU here to plan for", fix="name one, such as --gpu 'RTX 4090', or --gpu all"
             )
-        return [(by_name["H200"], parse_budget(options.budget))], None
+        taken = replace(by_name["H200"], note="no GPU is named, and none is here: an H200's rates are taken")
+        return [(taken, parse_budget(options.budget))], None
     name, (free, total) = torch.cuda.get_device_name(), torch.cuda.mem_get_info()
     unlisted = replace(by_name["4090"], name=name, note="it is not listed: a 4090's rates are taken")
     budget = parse_budget(options.budget or "auto", free)

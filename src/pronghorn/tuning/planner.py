@@ -274,6 +274,11 @@ def does_not_fit(
             found = leanest(job.shape(gpu, storage), batch, gpu.rates, job.offload)
             if precision not in leanest_of or found.reserved < leanest_of[precision][0].reserved:
                 leanest_of[precision] = found, storage
+    if not leanest_of:
+        weights = " or ".join(precisions)
+        return BudgetTooSmall(
+            f"{gpu.name} has no units for {weights} weights", fix="choose another precision, or leave it open"
+        )
     precision = min(leanest_of, key=lambda name: leanest_of[name][0].reserved)
     least, storage = leanest_of[precision]
     of_rows = f"{sequences} x {job.workload.length:,} tokens"
