@@ -51,7 +51,6 @@ def register(commands: Any) -> None:
     )
     parser.add_argument("--load-in-4bit", action="store_true")
     parser.add_argument("--json", action="store_true", help="print all of it as one JSON object")
-    parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:

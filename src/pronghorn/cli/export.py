@@ -44,7 +44,6 @@ def register(commands: Any) -> None:
     )
     parser.add_argument("--no-check", action="store_true", help="leave out the comparison")
     parser.add_argument("--json", action="store_true", help="end with one line of JSON: files and figures")
-    parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:

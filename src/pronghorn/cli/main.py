@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from importlib import import_module
 
 from pronghorn import __version__
 from pronghorn.cli.numbers import not_negative, positive
@@ -13,6 +15,11 @@ from pronghorn.errors import PronghornError
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
+#: Commands that are run by `run(options)` of the module of their name.
+_MODULES = (
+    "chat", "plan", "lr-find", "search", "data", "run", "export", "serve", "compare-adapters", "curves", "compare",
+    "stress",
+)  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -123,7 +130,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _commands() -> dict:
+def _commands() -> dict[str, Callable[[argparse.Namespace], int]]:
     def train(options: argparse.Namespace) -> int:
         from pronghorn.cli.train import run
 
@@ -133,66 +140,6 @@ def _commands() -> dict:
         from pronghorn.cli.quickstart import run
 
         return run(options.out, options.steps)
-
-    def chat(options: argparse.Namespace) -> int:
-        from pronghorn.cli.chat import run
-
-        return run(options)
-
-    def plan(options: argparse.Namespace) -> int:
-        from pronghorn.cli.plan import run
-
-        return run(options)
-
-    def lr_find(options: argparse.Namespace) -> int:
-        from pronghorn.cli.lr_find import run
-
-        return run(options)
-
-    def search(options: argparse.Namespace) -> int:
-        from pronghorn.cli.search import run
-
-        return run(options)
-
-    def data(options: argparse.Namespace) -> int:
-        from pronghorn.cli.data import run
-
-        return run(options)
-
-    def run(options: argparse.Namespace) -> int:
-        from pronghorn.cli.run import run
-
-        return run(options)
-
-    def export(options: argparse.Namespace) -> int:
-        from pronghorn.cli.export import run
-
-        return run(options)
-
-    def serve(options: argparse.Namespace) -> int:
-        from pronghorn.cli.serve import run
-
-        return run(options)
-
-    def compare_adapters(options: argparse.Namespace) -> int:
-        from pronghorn.cli.compare_adapters import run
-
-        return run(options)
-
-    def curves(options: argparse.Namespace) -> int:
-        from pronghorn.cli.curves import run
-
-        return run(options)
-
-    def compare(options: argparse.Namespace) -> int:
-        from pronghorn.cli.compare import run
-
-        return run(options)
-
-    def stress(options: argparse.Namespace) -> int:
-        from pronghorn.cli.stress import run
-
-        return run(options)
 
     def doctor(options: argparse.Namespace) -> int:
         from pronghorn.cli.doctor import run
@@ -204,21 +151,10 @@ def _commands() -> dict:
 
         return run(options.words, options.lang)
 
-    return {
-        "train": train,
-        "quickstart": quickstart,
-        "chat": chat,
-        "plan": plan,
-        "lr-find": lr_find,
-        "search": search,
-        "data": data,
-        "export": export,
-        "serve": serve,
-        "compare-adapters": compare_adapters,
-        "run": run,
-        "curves": curves,
-        "compare": compare,
-        "stress": stress,
-        "doctor": doctor,
-        "explain": explain,
-    }
+    others = {name: partial(_run_module, name) for name in _MODULES}
+    return {"train": train, "quickstart": quickstart, "doctor": doctor, "explain": explain, **others}
+
+
+def _run_module(command: str, options: argparse.Namespace) -> int:
+    module = import_module(f"pronghorn.cli.{command.replace('-', '_')}")
+    return int(module.run(options))

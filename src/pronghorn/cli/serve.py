@@ -61,7 +61,6 @@ def register(commands: Any) -> None:
         help="tokens of a prompt with its answer (default: the model's)",
     )
     parser.add_argument("--load-in-4bit", action="store_true")
-    parser.set_defaults(run=run)
 
 
 def add_adapters(parser: argparse.ArgumentParser) -> None:
@@ -107,7 +106,7 @@ def run(options: argparse.Namespace) -> int:
             )
     server = _server(options)
     host = f"[{options.host}]" if ":" in options.host else options.host
-    say(f"http://{host}:{server.port} is taken; loading {options.model}")
+    say(f"listening on http://{host}:{server.port}; loading {options.model}")
     threading.Thread(target=_tell_when_ready, args=(server, host), daemon=True).start()
     server.run()
     say("stopped")
