@@ -112,7 +112,7 @@ class Guard:
         """
         most = self._limits.body_bytes
         length = headers.get("content-length", "0")
-        announced = int(length) if length.isdigit() else 0
+        announced = int(length) if length.isdecimal() else 0
         body = bytearray()
         try:
             async with asyncio.timeout(self._limits.body_seconds):

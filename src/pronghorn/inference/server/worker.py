@@ -25,7 +25,6 @@ State = Literal["starting", "ready", "stopping", "failed"]
 #: Failures of the engine's step, one after another, after which the server gives up.
 MOST_FAILURES = 2
 RETRY_AFTER = 1
-_ENGINE_FAILED = CallProblem(500, "the engine failed; the server's log says more", code="engine_failed")
 
 
 class EngineLike(Protocol):
@@ -278,7 +277,7 @@ class Worker:
         for index, request in enumerate(job.requests):
             try:
                 if self.error is not None:
-                    raise _ENGINE_FAILED
+                    raise _engine_failed()
                 self._owners[self._engine.submit(request)] = (job, index)
             except Exception as error:
                 self._outgoing.append((job, index, error))
@@ -303,7 +302,7 @@ class Worker:
     def _fail_all(self) -> None:
         """Every request that runs ends with an error, and leaves the engine if that still can."""
         for request_id, owner in self._owners.items():
-            self._outgoing.append((*owner, _ENGINE_FAILED))
+            self._outgoing.append((*owner, _engine_failed()))
             try:
                 self._engine.cancel(request_id)
             except Exception:
@@ -336,6 +335,11 @@ class Worker:
             self._loop.call_soon_threadsafe(deliver)
         except RuntimeError:  # the loop has been closed: nobody listens any more
             log.debug("an answer came after the end")
+
+
+def _engine_failed() -> CallProblem:
+    """A new one each time: an exception that is raised keeps the frames that it went through."""
+    return CallProblem(500, "the engine failed; the server's log says more", code="engine_failed")
 
 
 def refusal(error: Exception) -> CallProblem:
