@@ -93,10 +93,7 @@ class Method:
         """llama.cpp's number of it."""
         from gguf import LlamaFileType
 
-        return int(LlamaFileType[f"{'ALL' if self.name == 'f32' else 'MOSTLY'}_{self._enum_name()}"])
-
-    def _enum_name(self) -> str:
-        return self.name.upper()
+        return int(LlamaFileType[f"{'ALL' if self.name == 'f32' else 'MOSTLY'}_{self.file_part}"])
 
     def bytes_of(self, elements: int) -> int:
         """About how large that many weights become: 32 of them share a scale of 16 bits."""
