@@ -267,6 +267,17 @@ def test_angles_that_move_with_the_context_are_refused(kind):
         Engine(tiny_model("llama", rope_parameters=rope), max_context=64)
 
 
+def test_queries_that_grow_are_refused_where_they_do():
+    rope = {
+        "rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64,
+        "llama_4_scaling_beta": 0.5,
+    }  # fmt: skip
+    model = tiny_model("ministral3", rope_parameters=rope)
+    with pytest.raises(EngineRefused, match="queries grow beyond 64 tokens"):
+        Engine(model, max_context=65)
+    assert run(Engine(model, max_context=64), [greedy(PROMPTS[0])]) == [stock(model, PROMPTS[0])]
+
+
 def test_a_model_with_hooks_is_refused():
     model = tiny_model("llama")
     model.model.layers[1].self_attn.register_forward_hook(lambda *args: None)

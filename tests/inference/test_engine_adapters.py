@@ -101,6 +101,28 @@ def test_trained_copies_of_modules_belong_to_the_active_adapter():
         engine.submit(sampled(PROMPTS[1]))
 
 
+@pytest.mark.parametrize(
+    "config", [{"targets": [*TARGETS, "embed_tokens"]}, {"trainable_token_indices": list(range(320))}]
+)
+def test_adapted_embeddings_belong_to_the_active_adapter(config):
+    model = with_adapters(tiny_model("llama"), {"only": 4}, **config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "trainable_tokens_delta" in name:
+                parameter.mul_(-1.0)
+    request = sampled(PROMPTS[1], "only")
+    engine = Engine(model, max_context=256)
+    answer = run_tokens(engine, [request])[0]
+    assert abs(stock_logprob(model, request, answer) - answer[-1].logprob) < 1e-5
+    with pytest.raises(AdapterUnknown, match="only"):
+        engine.submit(sampled(PROMPTS[1]))
+    base = sampled(PROMPTS[1])
+    with model.disable_adapter():
+        without = run_tokens(engine, [base])[0]
+    assert abs(stock_logprob(model, base, without) - without[-1].logprob) < 1e-5
+    assert [token.id for token in without] != [token.id for token in answer]
+
+
 def test_adapters_that_only_peft_computes_are_refused():
     model = with_adapters(tiny_model("llama"), {"only": 4}, use_dora=True)
     with pytest.raises(EngineRefused, match="PEFT"):

@@ -50,7 +50,7 @@ class Decoder:
     Attributes:
         adapters: names of the adapters that requests may choose.
         active: the one that the model itself runs now, None for none.
-        only_active: adapters bring modules of their own besides LoRA pairs: requests have to name the active one.
+        only_active: adapters bring more than pairs on linear modules: requests have to name the active one.
 
     Raises:
         EngineRefused: only Transformers' own code can run this model.
@@ -84,12 +84,12 @@ class Decoder:
         """
         if self._signature and _signature(self._watched) == self._signature:
             return False
-        refusal = why_not(self.base, self.binding)
+        refusal = why_not(self.base, self.binding, self.positions)
         if refusal is not None:
             raise _refused(refusal)
         tuners = [m for m in self.base.modules() if "base_layer" in m._modules]
         self.merged = any(bool(getattr(m, "merged", False)) for m in tuners)
-        self.only_active = any("modules_to_save" in m._modules for m in self.base.modules())
+        self.only_active = brings_modules(self.base)
         on = {tuple(m.active_adapters) for m in tuners if not m.disable_adapters}
         self.several_active = any(len(names) > 1 for names in on) or len(on) > 1
         self.active = next(iter(on))[0] if on and not self.merged and not self.several_active else None
@@ -172,8 +172,8 @@ class Decoder:
         return {kind: Rotation(cos.contiguous(), sin.contiguous()) for kind, (cos, sin) in angles.items()}
 
 
-def why_not(base: Any, binding: Binding) -> str | None:
-    """Why only Transformers' own code can run a bound model; None where the engine can."""
+def why_not(base: Any, binding: Binding, positions: int) -> str | None:
+    """Why only Transformers' own code can run a bound model in contexts of so many tokens; None where it need not."""
     config, family = base.config, binding.family
     altered = altered_part(base.model, family.parts)
     if altered is not None:
@@ -183,7 +183,23 @@ def why_not(base: Any, binding: Binding) -> str | None:
         return f"it has layers of another kind ({', '.join(sorted(kinds - {'glu'}))})"
     if family.parts.sinks is not None:
         return "its attention has sinks"
+    growth = binding.scales.query_growth
+    if growth is not None and positions > growth[1]:
+        return f"its queries grow beyond {growth[1]:,} tokens, and max_context is {positions:,}"
     return _moving_rotation(getattr(config, "rope_parameters", None) or {})
+
+
+def brings_modules(model: nn.Module) -> bool:
+    """Whether adapters change more than linear products: modules of their own, trained tokens, an adapted embedding.
+
+    Those modules run as they are, with the adapter that is active on them, whatever a request names.
+    """
+    return any(
+        "modules_to_save" in module._modules
+        or "token_adapter" in module._modules
+        or len(module._modules.get("lora_embedding_A") or ()) > 0  # type: ignore[arg-type]
+        for module in model.modules()
+    )
 
 
 def _moving_rotation(parameters: Any) -> str | None:

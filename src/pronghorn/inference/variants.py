@@ -134,10 +134,13 @@ def _brings_modules(model: Any, count: int) -> bool:
     Raises:
         AdapterProblem: when there are other adapters besides.
     """
-    brings = any("modules_to_save" in module._modules for module in model.modules())
+    from pronghorn.inference.decoder import brings_modules
+
+    brings = brings_modules(model)
     if brings and count > 1:
         raise AdapterProblem(
-            "an adapter brings modules of its own (modules_to_save), so no other can be used beside it",
+            "an adapter brings modules of its own (modules_to_save, trained tokens, an adapted embedding), so no other "
+            "can be used beside it",
             fix="use it alone, or merge it",
         )
     return brings
