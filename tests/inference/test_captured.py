@@ -14,7 +14,17 @@ from pronghorn.inference import engine as engine_module
 from pronghorn.inference.captured import CapturedRunner
 from pronghorn.inference.engine import Engine
 from pronghorn.inference.requests import Request, SamplingParams
-from tests.inference.test_engine import NEW, PROMPTS, assert_same, greedy, prompt, run, run_tokens, sampled
+from tests.inference.test_engine import (
+    NEW,
+    PROMPTS,
+    assert_same,
+    greedy,
+    prompt,
+    run,
+    run_tokens,
+    sampled,
+    stock,
+)
 from tests.inference.test_engine_adapters import fp8, int8, nf4, with_adapters
 from tests.tiny import FAMILIES, tiny_model
 
@@ -127,3 +137,18 @@ def test_trained_adapters_are_put_in_the_tables_that_steps_read(captured):
         model.get_base_model().lm_head.weight.data = model.get_base_model().lm_head.weight.data.clone()
     engine.refresh()
     assert not engine._runner._steps
+
+
+def test_trained_biases_are_seen(captured):
+    """Biases that are trained stay where they are, and products take a copy of them side by side."""
+    model = tiny_model("qwen2").requires_grad_(True)
+    engine = Engine(model, max_context=256)
+    request = greedy(prompt(3, 40))
+    before = run(engine, [request])
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("_proj.bias"):
+                parameter.add_(torch.linspace(-2.0, 2.0, len(parameter)))
+    after = run(engine, [request])
+    assert after == [stock(model, request.prompt_ids)] and after != before
+    assert not engine._decoder.refresh()

@@ -9,7 +9,6 @@ On a CPU the same steps run without being recorded, which is how they are tested
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence as Many
 
 import torch
@@ -26,8 +25,6 @@ from pronghorn.inference.runner import EagerRunner, Pending
 from pronghorn.inference.sequences import Sequence
 from pronghorn.kernels.decode_attention import Paged
 from pronghorn.kernels.sampling import choose
-
-logger = logging.getLogger("pronghorn")
 
 #: sizes of batches that steps are recorded for
 SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
@@ -127,10 +124,14 @@ class CapturedRunner(EagerRunner):
         self._held.pop(_slot(sequence), None)
 
     def refresh(self) -> None:
-        """Take the decoder as it was read again; recorded steps stay where only adapters' numbers have changed."""
+        """Take the decoder as it was read again; recorded steps stay where only numbers have changed."""
         before, after = self.fused, FusedDecoder(self.decoder)
         kept = before.weights == after.weights and _fill(before.tables(), after.tables())
-        if not kept:
+        if kept:
+            for old, new in zip(before.biases(), after.biases(), strict=True):
+                if old.data_ptr() != new.data_ptr():  # a copy; the model's own would count as written to
+                    old.copy_(new)
+        else:
             self.fused = after
             self._steps.clear()
 

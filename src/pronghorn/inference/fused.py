@@ -142,10 +142,19 @@ class FusedDecoder:
         #: where all lies that a recorded step reads besides adapters
         self.weights = decoder.places()
 
+    def row_groups(self) -> list[RowGroup]:
+        """Of all layers in order, then the head's."""
+        return [*(group for groups in self.groups for group in vars(groups).values()), self.head]
+
     def tables(self) -> list[Table | None]:
         """Of all groups, in order."""
-        found = [g.table for groups in self.groups for g in vars(groups).values()]
-        return [*found, self.head.table]
+        return [group.table for group in self.row_groups()]
+
+    def biases(self) -> list[Tensor]:
+        """Of all groups, in order: copies where biases do not lie as products take them."""
+        groups = [row_group.group for row_group in self.row_groups()]
+        found = [bias for group in groups for bias in (group.stacked_bias, *group.biases)]
+        return [bias for bias in found if bias is not None]
 
     def logits(self, ids: Tensor, cache: Cache, paged: Paged, slots: Tensor) -> Tensor:
         """[B, V] fp32 for ids [B], whose rows take the adapters in `slots`."""
