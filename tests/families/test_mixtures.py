@@ -140,13 +140,15 @@ def test_bf16_is_not_worse_than_transformers() -> None:
     assert ratio <= 1.2, f"our bf16 errors are {ratio:.2f} times those of Transformers"
 
 
-def test_a_hook_on_the_experts_runs_the_stock_decoder() -> None:
-    fast = bound_copy(stock("mixtral"))
+@pytest.mark.parametrize("family,name", [("mixtral", "experts"), ("qwen2_moe", "shared_expert")])
+def test_a_hook_on_the_experts_runs_the_stock_decoder(family: str, name: str) -> None:
+    fast = bound_copy(stock(family))
     called = []
-    fast.base_model.model.model.layers[0].mlp.experts.register_forward_hook(lambda *args: called.append(1))
+    module = base_causal_lm(fast).model.layers[0].mlp.get_submodule(name)
+    module.register_forward_hook(lambda *args: called.append(1))
     fast(input_ids=torch.arange(6)[None], use_cache=False)
     assert called
-    assert "experts has hooks" in binding_of(fast).describe()  # type: ignore[union-attr]
+    assert f"{name} has hooks" in binding_of(fast).describe()  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("family", ["qwen2_moe", "mixtral", "gpt_oss"])

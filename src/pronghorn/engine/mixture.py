@@ -136,8 +136,8 @@ def mixture_classes(mlp: Any, prefix: str, mixture: MixtureParts) -> dict[str, s
 
 def why_stock_experts(mlp: Any, mixture: MixtureParts) -> str | None:
     """Why only the stock forward can run a mixture, or None."""
-    for name in (mixture.experts, mixture.router):
-        if name not in mlp._modules:  # a dense layer in between
+    for name in (mixture.experts, mixture.router, mixture.shared):
+        if name is None or name not in mlp._modules:  # a dense layer in between
             return None
         module = active_module(mlp._modules[name])
         while True:
