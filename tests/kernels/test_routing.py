@@ -9,18 +9,17 @@ from pronghorn.kernels.routing import Scoring
 from tests.kernels.compare import IMPLS, assert_near, random
 
 SCORINGS = {
-    "softmax": Scoring(6, 2),
-    "softmax as it is": Scoring(37, 5, normalised=False, scale=1.5),
-    "sigmoid": Scoring(16, 4, "sigmoid", scale=2.5),
-    "sigmoid as it is": Scoring(5, 5, "sigmoid", normalised=False),
+    "some": Scoring(6, 2),
+    "as it is": Scoring(37, 5, normalised=False),
+    "many": Scoring(37, 5),
+    "all": Scoring(5, 5, normalised=False),
     "one": Scoring(1, 1),
 }
 
 
 def truth(logits: torch.Tensor, scoring: Scoring, indices: torch.Tensor) -> torch.Tensor:
-    scores = logits.softmax(-1) if scoring.kind == "softmax" else logits.sigmoid()
-    taken = scores.gather(1, indices)
-    return (taken / taken.sum(1, keepdim=True) if scoring.normalised else taken) * scoring.scale
+    taken = logits.softmax(-1).gather(1, indices)
+    return taken / taken.sum(1, keepdim=True) if scoring.normalised else taken
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -31,8 +30,7 @@ def test_routing(impl: str, tokens: int, scoring: Scoring, device: torch.device)
     logits = random(tokens, scoring.experts, dtype=torch.float32, device=device)
     routing = scoring.route(logits, impl=impl)  # type: ignore[arg-type]
     exact = logits.double().requires_grad_()
-    scores = exact.softmax(-1) if scoring.kind == "softmax" else exact.sigmoid()
-    assert torch.equal(routing.indices, scores.topk(scoring.top_k).indices)
+    assert torch.equal(routing.indices, exact.softmax(-1).topk(scoring.top_k).indices)
     weights = truth(exact, scoring, routing.indices)
     assert_near(routing.weights, weights.detach(), slack=2)
     assert_rows_are_sorted(routing)
@@ -41,7 +39,7 @@ def test_routing(impl: str, tokens: int, scoring: Scoring, device: torch.device)
     (expected,) = torch.autograd.grad(weights, exact, dweights.double()[routing.places])
     actual = scoring.backward(dweights, logits, routing, impl=impl)  # type: ignore[arg-type]
     # Differences of terms that are each as large as the gradient of the weights.
-    assert (actual.double() - expected).abs().max() <= 1e-5 * dweights.abs().max() * scoring.scale
+    assert (actual.double() - expected).abs().max() <= 1e-5 * dweights.abs().max()
 
 
 def assert_rows_are_sorted(routing) -> None:  # type: ignore[no-untyped-def]

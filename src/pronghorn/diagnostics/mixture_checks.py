@@ -86,16 +86,15 @@ def _gated(gate: Tensor, up: Tensor, gating: grouped_glu.Gating) -> Tensor:
 def routing() -> str:
     """Experts, weights, sorted rows, and the gradient of the logits."""
     compared = Comparison()
-    for scoring in (Scoring(40, 5), Scoring(8, 2, "sigmoid", scale=2.0), Scoring(16, 4, normalised=False)):
+    for scoring in (Scoring(40, 5), Scoring(16, 4, normalised=False)):
         logits = draw(300, scoring.experts, dtype=torch.float32)
         found = scoring.route(logits)
         order = found.places.view(-1).argsort()
         if not torch.equal(found.groups.experts, found.indices.view(-1)[order].sort(stable=True).values):
             raise Unsound("rows are not sorted by expert")
         exact = logits.double().requires_grad_()
-        scores = exact.softmax(-1) if scoring.kind == "softmax" else exact.sigmoid()
-        taken = scores.gather(1, found.indices)
-        weights = (taken / taken.sum(1, keepdim=True) if scoring.normalised else taken) * scoring.scale
+        taken = exact.softmax(-1).gather(1, found.indices)
+        weights = taken / taken.sum(1, keepdim=True) if scoring.normalised else taken
         dweights = draw(found.tokens.numel(), dtype=torch.float32, seed=1)
         (wanted,) = torch.autograd.grad(weights, exact, dweights.double()[found.places])
         compared.near("weights", found.weights, weights, slack=2.0)

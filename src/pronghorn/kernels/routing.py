@@ -1,6 +1,6 @@
 """Which experts a token goes to, with which weights, and the gradient of the weights.
 
-    scores = softmax(logits) or σ(logits) [T, E];   the k highest are taken;   w = c · score / Σ score, or c · score
+    scores = softmax(logits) [T, E];   the k highest are taken;   w = score / Σ of the k scores, or score
 
 Sorted by expert, the T · k pairs of a token and an expert are the rows that the experts work on; an expert's rows are
 in the order of the tokens.
@@ -9,7 +9,6 @@ in the order of the tokens.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -23,15 +22,12 @@ class Scoring:
     """From logits to experts and weights.
 
     Args:
-        normalised: the weights of a token add up to `scale`.
-        scale: c.
+        normalised: the weights of a token add up to one.
     """
 
     experts: int
     top_k: int
-    kind: Literal["softmax", "sigmoid"] = "softmax"
     normalised: bool = True
-    scale: float = 1.0
 
     def route(self, logits: Tensor, *, impl: Impl | None = None) -> Routing:
         """logits [T, E] -> the experts of each token and their weights, in fp32 (fp64 of fp64)."""
@@ -39,8 +35,8 @@ class Scoring:
             from pronghorn.kernels.triton.routing import route
 
             return route(logits, self)
-        values, indices = torch.topk(self._scores(logits), self.top_k, dim=-1)
-        weights = (values / _total(values) if self.normalised else values) * self.scale
+        values, indices = torch.topk(_scores(logits), self.top_k, dim=-1)
+        weights = values / values.sum(-1, keepdim=True) if self.normalised else values
         return Routing.by_sorting(indices, weights, self.experts)
 
     def backward(
@@ -51,31 +47,18 @@ class Scoring:
             from pronghorn.kernels.triton.routing import backward
 
             return backward(dweights, logits, routing, self)
-        weights, chosen = routing.weights / self.scale, routing.indices
-        grad = dweights[routing.places] * self.scale
-        if self.kind == "softmax" and self.normalised:
-            # The chosen softmax values over their sum are a softmax of the chosen logits.
-            grad = weights * (grad - (grad * weights).sum(1, keepdim=True))
-            return torch.zeros_like(logits, dtype=grad.dtype).scatter_(1, chosen, grad)
-        scores = self._scores(logits)
-        if self.kind == "sigmoid":
-            taken = scores.gather(1, chosen)
-            if self.normalised:
-                grad = (grad - (grad * weights).sum(1, keepdim=True)) / _total(taken)
-            return torch.zeros_like(scores).scatter_(1, chosen, grad * taken * (1 - taken))
+        weights, chosen = routing.weights, routing.indices
+        grad = dweights[routing.places]
         inner = (grad * weights).sum(1, keepdim=True)
-        return (-scores * inner).scatter_add_(1, chosen, grad * weights)
-
-    def _scores(self, logits: Tensor) -> Tensor:
-        wide = math_dtype(logits.dtype)
-        if self.kind == "softmax":
-            return torch.softmax(logits, -1, dtype=wide)
-        return torch.sigmoid(logits.to(wide))
+        if self.normalised:
+            # The chosen softmax values over their sum are a softmax of the chosen logits.
+            grad = weights * (grad - inner)
+            return torch.zeros_like(logits, dtype=grad.dtype).scatter_(1, chosen, grad)
+        return (-_scores(logits) * inner).scatter_add_(1, chosen, grad * weights)
 
 
-def _total(values: Tensor) -> Tensor:
-    """Σ over a token's experts, never zero."""
-    return values.sum(-1, keepdim=True) + torch.finfo(values.dtype).tiny
+def _scores(logits: Tensor) -> Tensor:
+    return torch.softmax(logits, -1, dtype=math_dtype(logits.dtype))
 
 
 @dataclass(frozen=True)

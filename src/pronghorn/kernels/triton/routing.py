@@ -26,13 +26,11 @@ _SCANNED = (16, 128)
 
 
 @triton.jit
-def _scores(logits_ptr, rows, e, tokens, experts, SIGMOID: tl.constexpr):
+def _scores(logits_ptr, rows, e, tokens, experts):
     """Scores [BT, E] in fp32; zero where there is no expert."""
     known = (rows < tokens)[:, None] & (e < experts)[None, :]
     at = logits_ptr + rows.to(tl.int64)[:, None] * experts + e[None, :]
     logits = tl.load(at, mask=known, other=float("-inf")).to(tl.float32)
-    if SIGMOID:
-        return tl.sigmoid(logits)
     logits = tl.where((rows < tokens)[:, None], logits, 0.0)
     value = tl.exp(logits - tl.max(logits, 1)[:, None])
     return value / tl.sum(value, 1)[:, None]
@@ -40,14 +38,13 @@ def _scores(logits_ptr, rows, e, tokens, experts, SIGMOID: tl.constexpr):
 
 @triton.jit
 def _choose(
-    logits_ptr, indices_ptr, weights_ptr, counts_ptr, tokens, experts, scale,
-    SIGMOID: tl.constexpr, NORMALISED: tl.constexpr,
-    K: tl.constexpr, KP: tl.constexpr, E: tl.constexpr, BT: tl.constexpr,
+    logits_ptr, indices_ptr, weights_ptr, counts_ptr, tokens, experts,
+    NORMALISED: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, E: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0)
     rows, e, column = block * BT + tl.arange(0, BT), tl.arange(0, E), tl.arange(0, KP)
     known = rows < tokens
-    scores = _scores(logits_ptr, rows, e, tokens, experts, SIGMOID)
+    scores = _scores(logits_ptr, rows, e, tokens, experts)
     # A score that is no number is chosen last, so that every token has k different experts.
     rest = tl.where((e < experts)[None, :], tl.where(scores == scores, scores, 0.0), -1.0)
     indices, values = tl.zeros([BT, KP], tl.int32), tl.zeros([BT, KP], tl.float32)
@@ -64,7 +61,7 @@ def _choose(
     at = rows.to(tl.int64)[:, None] * K + column[None, :]
     inside = known[:, None] & (column < K)[None, :]
     tl.store(indices_ptr + at, indices, mask=inside)
-    tl.store(weights_ptr + at, values * scale, mask=inside)
+    tl.store(weights_ptr + at, values, mask=inside)
     chosen = tl.where(known[:, None] & (rest < 0.0) & (e < experts)[None, :], 1, 0)
     tl.store(counts_ptr + block * experts + e, tl.sum(chosen, 0), mask=e < experts)
 
@@ -134,9 +131,8 @@ def route(logits: Tensor, scoring: Scoring) -> Routing:
     of_rows, row_tokens = (torch.empty(tokens * k, dtype=torch.int64, device=device) for _ in range(2))
     places, row_weights = torch.empty_like(indices), torch.empty_like(weights).view(-1)
     _choose[(blocks,)](
-        logits, indices, weights, counts, tokens, experts, scoring.scale,
-        SIGMOID=scoring.kind == "sigmoid", NORMALISED=scoring.normalised,
-        K=k, KP=triton.next_power_of_2(k), E=e, BT=height, num_warps=4,
+        logits, indices, weights, counts, tokens, experts,
+        NORMALISED=scoring.normalised, K=k, KP=triton.next_power_of_2(k), E=e, BT=height, num_warps=4,
     )  # fmt: skip
     _scan[(triton.cdiv(experts, _SCANNED[0]),)](
         counts, totals, blocks, experts, E=_SCANNED[0], B=_SCANNED[1], num_warps=4
@@ -153,28 +149,25 @@ def route(logits: Tensor, scoring: Scoring) -> Routing:
 
 @triton.jit
 def _backward(
-    dweights_ptr, logits_ptr, indices_ptr, places_ptr, out_ptr, tokens, experts, scale,
-    SIGMOID: tl.constexpr, NORMALISED: tl.constexpr, K: tl.constexpr, E: tl.constexpr, BT: tl.constexpr,
+    dweights_ptr, logits_ptr, indices_ptr, places_ptr, out_ptr, tokens, experts,
+    NORMALISED: tl.constexpr, K: tl.constexpr, E: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
     rows, e = tl.program_id(0) * BT + tl.arange(0, BT), tl.arange(0, E)
     known = rows < tokens
-    scores = _scores(logits_ptr, rows, e, tokens, experts, SIGMOID)
+    scores = _scores(logits_ptr, rows, e, tokens, experts)
     grad, chosen = tl.zeros([BT, E], tl.float32), tl.zeros([BT, E], tl.float32)
     for j in range(K):
         at = rows.to(tl.int64) * K + j
         index = tl.load(indices_ptr + at, mask=known, other=-1)
         place = tl.load(places_ptr + at, mask=known, other=0)
-        dweight = tl.load(dweights_ptr + place, mask=known, other=0.0) * scale
+        dweight = tl.load(dweights_ptr + place, mask=known, other=0.0)
         mine = e[None, :] == index[:, None]
         grad, chosen = tl.where(mine, dweight[:, None], grad), tl.where(mine, scores, chosen)
     if NORMALISED:
         total = tl.where(known, tl.sum(chosen, 1), 1.0)[:, None]
         inner = tl.sum(grad * chosen, 1)[:, None] / total
         grad = tl.where(chosen > 0.0, (grad - inner) / total, 0.0)
-    if SIGMOID:
-        grad = grad * scores * (1.0 - scores)
-    else:
-        grad = scores * (grad - tl.sum(grad * scores, 1)[:, None])
+    grad = scores * (grad - tl.sum(grad * scores, 1)[:, None])
     to = out_ptr + rows.to(tl.int64)[:, None] * experts + e[None, :]
     tl.store(to, grad, mask=known[:, None] & (e < experts)[None, :])
 
@@ -185,7 +178,6 @@ def backward(dweights: Tensor, logits: Tensor, routing: Routing, scoring: Scorin
     out = torch.empty(tokens, experts, dtype=torch.float32, device=logits.device)
     _backward[(blocks,)](
         dweights.contiguous(), logits.contiguous(), routing.indices, routing.places, out, tokens, experts,
-        scoring.scale, SIGMOID=scoring.kind == "sigmoid", NORMALISED=scoring.normalised,
-        K=scoring.top_k, E=e, BT=height, num_warps=4,
+        NORMALISED=scoring.normalised, K=scoring.top_k, E=e, BT=height, num_warps=4,
     )  # fmt: skip
     return out
