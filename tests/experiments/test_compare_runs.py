@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from pronghorn.experiments.compare_runs import compare, comparison_page
-from pronghorn.pages import write_page
+from pronghorn.pages import write_whole
 from pronghorn.tuning.run_record import RunRecord, Setting
 from tests.pages.browser import ask, needs_chromium
 from tests.pages.test_pages import EVIL
@@ -96,7 +96,7 @@ def test_the_page_in_a_browser(tmp_path, width, dark):
     evil = dataclasses.replace(run(EVIL, 2e-4, 1.4), environment={EVIL: EVIL})
     page = comparison_page(compare([run("a", 1e-4, 1.5), evil, run("c", 1e-5, 1.9)], [EVIL, "b", "c"]))
     assert page.count("<script") == 1 and "<img" not in page and "\u202e" not in page
-    write_page(page, tmp_path / "compare.html")
+    write_whole(page, tmp_path / "compare.html")
     said = ask(tmp_path / "compare.html", tmp_path, width=width, dark=dark, at=1.0)
     assert said["needs"] <= width and not said["ran"] and said["images"] == said["links"] == 0
     assert said["readout"].startswith("step 100") and "a 1.51" in said["readout"]

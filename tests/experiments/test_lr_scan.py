@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import TrainerCallback
 
 from pronghorn.errors import NoRateFound
 from pronghorn.experiments.lr_scan import scan
@@ -15,7 +16,19 @@ from tests.training.runs import chats, trained, trainer
 def test_the_best_candidate_is_the_one_that_trains_best(tmp_path: Path) -> None:
     run = trainer(tmp_path, optim="adamw_torch", eval_dataset=chats(6))
     weights, evaluated = trained(run.model), run.evaluate()["eval_loss"]
+    told: list[str] = []
+
+    class Listening(TrainerCallback):
+        def on_evaluate(self, args, state, control, **kwargs):
+            told.append("an evaluation")
+
+        def on_log(self, args, state, control, **kwargs):
+            told.append("a log")
+
+    run.add_callback(Listening())
+    history = list(run.state.log_history)
     found = scan(run, [1e-2, 1e-5, 1e-3], steps=6)
+    assert not told and run.state.log_history == history, "a scan is none of the run's business"
     assert [one.rate for one in found.candidates] == [
         1e-5,
         1e-3,

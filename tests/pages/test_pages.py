@@ -9,7 +9,7 @@ import re
 
 import pytest
 
-from pronghorn.pages import document, duration, lines, shown, table, tiles, write_page
+from pronghorn.pages import document, duration, lines, shown, table, tiles, write_whole
 from pronghorn.pages.chart import CHART_SCRIPT, Mark, Series, chart, smoothed, thinned
 
 EVIL = "</script><script>window.evil = 1</script><img src=x onerror='window.evil = 1'>\"\u202e"
@@ -41,12 +41,12 @@ def test_only_the_pages_own_script_may_run():
 
 def test_a_page_is_written_whole_or_not_at_all(tmp_path):
     path = tmp_path / "page.html"
-    write_page("one", path)
-    write_page("two", path)
+    write_whole("one", path)
+    write_whole("two", path)
     assert path.read_text() == "two" and list(tmp_path.iterdir()) == [path]
     (tmp_path / "folder").mkdir()
     with pytest.raises(OSError):
-        write_page("three", tmp_path / "folder")
+        write_whole("three", tmp_path / "folder")
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["folder", "page.html"]
 
 

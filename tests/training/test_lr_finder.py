@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from pathlib import Path
 
@@ -10,10 +11,10 @@ import numpy
 import pytest
 import torch
 
-from pronghorn.errors import NoRateFound, TrainerBusy
+from pronghorn.errors import DatasetUnusable, NoRateFound, TrainerBusy, UnknownArgument
 from pronghorn.training.borrowed import borrow
 from pronghorn.training.lr_finder import range_test
-from tests.training.runs import adapter_model, losses, trained, trainer
+from tests.training.runs import adapter_model, chats, losses, trained, trainer
 
 
 def _run(
@@ -113,4 +114,26 @@ def test_a_trainer_that_trains_is_not_lent(tmp_path: Path) -> None:
     run = trainer(tmp_path)
     run.is_in_train = True
     with pytest.raises(TrainerBusy):
-        range_test(run, steps=4)
+        range_test(run, steps=12)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"lowest": -1.0}, "cannot rise from -1 to 1"),
+        ({"lowest": 0.1, "highest": 0.1}, "cannot rise from 0.1 to 0.1"),
+        ({"highest": math.nan}, "cannot rise from 1e-05 to nan"),
+        ({"steps": 5}, "5 steps make no curve"),
+    ],
+)
+def test_what_makes_no_curve_is_refused_before_anything_is_trained(
+    options: dict[str, float], said: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UnknownArgument, match=said):
+        range_test(trainer(tmp_path), **options)
+
+
+def test_a_stream_of_rows_is_not_lent(tmp_path: Path) -> None:
+    run = trainer(tmp_path, rows=chats(12).to_iterable_dataset())
+    with pytest.raises(DatasetUnusable, match="a stream"):
+        range_test(run, steps=12)

@@ -14,7 +14,7 @@ from datasets import Dataset
 from transformers import TrainerCallback
 
 from pronghorn import SFTConfig
-from pronghorn.pages import write_page
+from pronghorn.pages import write_whole
 from pronghorn.training.ledger import StepLedger
 from pronghorn.training.report.page import report_page
 from pronghorn.training.report.samples import Prompt, answers, prompts_of
@@ -38,7 +38,7 @@ def done(tmp_path_factory) -> Any:
     folder = tmp_path_factory.mktemp("report")
     run = trainer(
         folder, max_steps=22, eval_dataset=chats(4), eval_strategy="steps", eval_steps=8, logging_steps=3,
-        hub_token="hf_secret", max_length="auto", **TOLD,
+        hub_token="hf_secret", model_init_kwargs={"token": "hf_secret"}, max_length="auto", **TOLD,
     )  # fmt: skip
     run.train()
     return run
@@ -277,7 +277,7 @@ def test_in_a_browser(done, tmp_path, width, dark):
 
 @needs_chromium
 def test_nothing_of_others_texts_acts_in_a_browser(tmp_path):
-    write_page(report_page(evil_record()), tmp_path / "evil.html")
+    write_whole(report_page(evil_record()), tmp_path / "evil.html")
     said = ask(tmp_path / "evil.html", tmp_path, width=360)
     assert not said["ran"] and said["images"] == 0 and said["links"] == 0
     assert said["needs"] <= 360 and said["readout"].startswith("step")

@@ -26,7 +26,7 @@ def register(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     from pronghorn.experiments.compare_runs import compare, comparison_page
-    from pronghorn.pages import visible, write_page
+    from pronghorn.pages import visible, write_whole
     from pronghorn.tuning.run_record import load_run
 
     if len(options.runs) < 2:
@@ -34,7 +34,7 @@ def run(options: argparse.Namespace) -> int:
     comparison = compare([load_run(place) for place in options.runs], options.runs)
     if options.html:
         try:
-            write_page(comparison_page(comparison), Path(options.html).expanduser())
+            write_whole(comparison_page(comparison), Path(options.html).expanduser())
         except OSError as error:
             raise CommandMisused(
                 f"the page '{options.html}' cannot be written: {error.strerror}",

@@ -70,7 +70,7 @@ def scan(trainer: Any, rates: Sequence[float], *, steps: int = STEPS) -> Scan:
         before = lent.losses(steps)
         lent.rewind()
         held_back = trainer.eval_dataset is not None
-        start = _held_back_loss(lent) if held_back else _mean_of_last(before)
+        start = lent.held_out_loss() if held_back else _mean_of_last(before)
         found = []
         for rate in sorted(set(rates)):
             found.append(_try(lent, rate, steps, before, start, held_back))
@@ -94,13 +94,8 @@ def _try(
     losses = lent.train(steps, lambda step: rate * (1 - step / steps), diverged)
     if len(losses) < steps or not math.isfinite(losses[-1]):
         return Candidate(rate, math.inf, math.inf, len(losses), True)
-    loss = _held_back_loss(lent) if held_back else _mean_of_last(losses)
+    loss = lent.held_out_loss() if held_back else _mean_of_last(losses)
     return Candidate(rate, loss, loss - start, len(losses), False)
-
-
-def _held_back_loss(lent: Borrowed) -> float:
-    metrics = lent.trainer.evaluate()
-    return float(next(value for name, value in metrics.items() if name.endswith("loss")))
 
 
 def _mean_of_last(losses: Sequence[float]) -> float:

@@ -1,6 +1,6 @@
 """HTML pages that are one file and need no network: texts of others escaped, light and dark, readable on a phone."""
 
-from pronghorn.pages.document import STYLE, document, table, tiles, write_page
+from pronghorn.pages.document import STYLE, document, table, tiles, write_whole
 from pronghorn.pages.text import duration, lines, short, shown, size, visible
 
 __all__ = [
@@ -14,5 +14,5 @@ __all__ = [
     "table",
     "tiles",
     "visible",
-    "write_page",
+    "write_whole",
 ]

@@ -82,8 +82,8 @@ def document(title: str, body: Sequence[str], *, style: str = "", script: str = 
     )
 
 
-def write_page(text: str, path: Path) -> None:
-    """Write a page beside its place and rename it; a folder in its place is not replaced.
+def write_whole(text: str, path: Path) -> None:
+    """Write a text file, whole or not at all: beside its place, then renamed. A folder in its place is not replaced.
 
     Raises:
         OSError: it cannot be written.

@@ -23,7 +23,7 @@ from transformers.trainer_callback import (
     TrainerControl,
 )
 
-from pronghorn.errors import TrainerBusy
+from pronghorn.errors import DatasetUnusable, TrainerBusy
 from pronghorn.training.ledger import StepLedger
 
 #: Attributes of a trainer that stay as a training leaves them.
@@ -89,6 +89,15 @@ class Borrowed:
                     return found
         raise AssertionError("a loader without rows is refused when the trainer is made")
 
+    def held_out_loss(self) -> float:
+        """The loss on the evaluation data, the first of several, at the parameters as they are now."""
+        trainer = self.trainer
+        self._prepare(1, TrainerCallback())
+        trainer.state = copy.copy(trainer.state)
+        trainer.state.log_history = []
+        metrics = trainer.evaluate()
+        return float(next(value for name, value in metrics.items() if name.endswith("loss")))
+
     def _loss(self, inputs: dict[str, Any], items: Any) -> float:
         with torch.no_grad(), self.trainer.compute_loss_context_manager():
             inputs = self.trainer._prepare_inputs(inputs)
@@ -133,6 +142,7 @@ def borrow(trainer: Any) -> Iterator[Borrowed]:
 
     Raises:
         TrainerBusy: it is in the middle of a training, or starts from a new model every time.
+        DatasetUnusable: its rows are a stream.
     """
     if trainer.is_in_train:
         raise TrainerBusy("this trainer is training now", fix="ask before trainer.train(), or after it")
@@ -140,6 +150,8 @@ def borrow(trainer: Any) -> Iterator[Borrowed]:
         raise TrainerBusy(
             "this trainer makes a new model for every training", fix="give it a model, not model_init"
         )
+    if not hasattr(trainer.train_dataset, "__len__"):
+        raise DatasetUnusable("a stream of rows cannot be read again and again", fix="give a Dataset")
     lent = Borrowed(trainer)
     try:
         yield lent

@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pronghorn.errors import NoRateFound
+from pronghorn.errors import NoRateFound, UnknownArgument
+from pronghorn.pages import write_whole
 from pronghorn.training.borrowed import borrow
 from pronghorn.tuning.rate_chart import chart
-from pronghorn.tuning.rates import Choice, choose, geometric, has_diverged, sparkline
+from pronghorn.tuning.rates import FEWEST_POINTS, Choice, choose, geometric, has_diverged, sparkline
 
 logger = logging.getLogger("pronghorn")
 
@@ -55,8 +56,8 @@ class RateTest:
             "fall": found.fall,
             "seconds": round(self.seconds, 1),
             "rates": self.rates,
-            "losses": [loss if math.isfinite(loss) else None for loss in self.losses],
-            "losses_before": self.before,
+            "losses": _plain(self.losses),
+            "losses_before": _plain(self.before),
             "smoothed_changes": list(found.smooth),
         }
 
@@ -66,12 +67,15 @@ class RateTest:
         folder.mkdir(parents=True, exist_ok=True)
         drawing = chart(self.rates, self.changes, self.choice.smooth, self.rate)
         files = {"lr_finder.json": json.dumps(self.as_dict(), indent=1), "lr_finder.svg": drawing}
-        paths = []
         for name, text in files.items():
-            temporary = folder / f".{name}.tmp"
-            temporary.write_text(text, encoding="utf-8")
-            paths.append(temporary.replace(folder / name))
-        return paths[0], paths[1]
+            write_whole(text, folder / name)
+        figures, plot = (folder / name for name in files)
+        return figures, plot
+
+
+def _plain(losses: list[float]) -> list[float | None]:
+    """JSON has no number for what is none."""
+    return [loss if math.isfinite(loss) else None for loss in losses]
 
 
 def range_test(
@@ -85,9 +89,21 @@ def range_test(
     Raises:
         NoRateFound: the loss fell at no rate.
         TrainerBusy: the trainer is training.
+        DatasetUnusable: its rows are a stream.
+        UnknownArgument: for rates that do not rise, or too few steps for a curve.
     """
     share = 1.0 if _trains_adapters(trainer.model) else 0.1
-    lowest, highest = lowest or LOWEST * share, highest or HIGHEST * share
+    lowest = LOWEST * share if lowest is None else lowest
+    highest = HIGHEST * share if highest is None else highest
+    if not 0 < lowest < highest < math.inf:
+        raise UnknownArgument(
+            f"rates cannot rise from {lowest:g} to {highest:g}",
+            fix="give a lowest rate above 0 and a higher highest",
+        )
+    if steps < FEWEST_POINTS:
+        raise UnknownArgument(
+            f"{steps} steps make no curve", fix=f"test at least {FEWEST_POINTS} steps, better {STEPS}"
+        )
     rates = geometric(lowest, highest, steps)
     began = time.perf_counter()
     with borrow(trainer) as lent:

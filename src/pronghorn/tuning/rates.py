@@ -17,6 +17,8 @@ WIDTH = 0.35
 DIVERGED = 0.25
 #: Steps that are averaged for that.
 RECENT = 3
+#: Points that a curve must have to be read.
+FEWEST_POINTS = 2 * RECENT
 #: Rates whose smoothed change reaches this share of the fall are as good as the lowest.
 AS_GOOD = 0.9
 #: A fall that is smaller than this many standard errors of the curve's noise is none.
@@ -74,7 +76,7 @@ def choose(rates: Sequence[float], changes: Sequence[float]) -> Choice | None:
     model and rows of docs/tuning.md it is a factor of ten too low.)
     """
     known = [(rate, change) for rate, change in zip(rates, changes, strict=True) if math.isfinite(change)]
-    if len(known) < 2 * RECENT:
+    if len(known) < FEWEST_POINTS:
         return None
     rates, changes = [rate for rate, _ in known], [change for _, change in known]
     smooth = smoothed(rates, changes)

@@ -10,9 +10,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
-from uuid import uuid4
 
 from pronghorn.errors import RunUnreadable
+from pronghorn.pages import write_whole
 
 RECORD = "run.json"
 #: of a run whose record lacks, or that another trainer made
@@ -129,16 +129,8 @@ class RunRecord:
             OSError: it cannot be written.
         """
         path = folder / RECORD
-        temporary = folder / f".{RECORD}.{uuid4().hex[:8]}.tmp"
         plain = {"version": _VERSION, **dataclasses.asdict(self)}
-        try:
-            temporary.write_text(
-                json.dumps(_finite(plain), ensure_ascii=True, allow_nan=False, default=str), "utf-8"
-            )
-            os.replace(temporary, path)
-        except OSError:
-            temporary.unlink(missing_ok=True)
-            raise
+        write_whole(json.dumps(_finite(plain), ensure_ascii=True, allow_nan=False, default=str), path)
         return path
 
 

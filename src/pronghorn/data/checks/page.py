@@ -15,7 +15,7 @@ from pronghorn.data.checks.formats import NAMES
 from pronghorn.data.checks.report import FileFacts, Report
 from pronghorn.data.reading import KINDS
 from pronghorn.errors import CommandMisused
-from pronghorn.pages import document, lines, short, shown, size, table, tiles, write_page
+from pronghorn.pages import document, lines, short, shown, size, table, tiles, write_whole
 
 #: Problems of one kind on the page.
 LISTED = 50
@@ -38,7 +38,7 @@ def write_check(report: Report, path: Path) -> Path:
     if os.path.realpath(path) in read:
         raise CommandMisused(f"'{path}' is a file that was checked", fix="name another file with --html")
     try:
-        write_page(page(report), path)
+        write_whole(page(report), path)
     except OSError as error:
         raise CommandMisused(
             f"the page '{path}' cannot be written: {error.strerror}", fix="name another file with --html"

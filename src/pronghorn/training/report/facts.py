@@ -29,9 +29,18 @@ def values_of(args: SFTConfig) -> dict[str, Any]:
     plain = args.to_dict()
     names = [item.name for item in dataclasses.fields(args) if item.init]
     return {
-        name: plain.get(name)
+        name: _without_secrets(plain.get(name))
         for name in names
-        if name not in _INTERNAL and not any(name.endswith(end) for end in _SECRETS)
+        if name not in _INTERNAL and not name.endswith(_SECRETS)
+    }
+
+
+def _without_secrets(value: Any) -> Any:
+    """Arguments within an argument, such as the token in `model_init_kwargs`."""
+    if not isinstance(value, Mapping):
+        return value
+    return {
+        name: _without_secrets(inner) for name, inner in value.items() if not str(name).endswith(_SECRETS)
     }
 
 

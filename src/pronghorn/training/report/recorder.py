@@ -16,7 +16,7 @@ from transformers.trainer_callback import TrainerCallback
 
 from pronghorn.engine import binding_of
 from pronghorn.errors import RunUnreadable
-from pronghorn.pages import write_page
+from pronghorn.pages import write_whole
 from pronghorn.training.curve_watch import MOST_POINTS
 from pronghorn.training.memory import largest_batch, planned_reserved
 from pronghorn.training.progress import memory_now_bytes, peak_memory_gib
@@ -166,7 +166,7 @@ class RunRecorder(TrainerCallback):
             folder = Path(trainer.args.output_dir)
             folder.mkdir(parents=True, exist_ok=True)
             record.save(folder)
-            write_page(report_page(record), folder / REPORT)
+            write_whole(report_page(record), folder / REPORT)
         now = time.perf_counter()
         self._next_write = now + _TIMES_WRITING * (now - began)
 
