@@ -15,6 +15,7 @@ from pronghorn.experiments.search.journal import JOURNAL, Journal
 from pronghorn.experiments.search.samplers import SAMPLERS, sampler_named
 from pronghorn.experiments.search.space import Settings, Space
 from pronghorn.experiments.search.trial import Trial, pareto, ranked
+from pronghorn.experiments.short_runs import QUIET
 
 
 @dataclass(frozen=True)
@@ -190,7 +191,7 @@ class Umpire:
     def _settings(self) -> dict[str, Any]:
         """What else decides about a trial's outcome."""
         args, metric = self._task.settings, self._task.metric
-        decided = {*_OF_A_RUN, *self._space.axes}
+        decided = {*QUIET, *_OF_A_RUN, *self._space.axes}
         kept = {name: str(getattr(args, name)) for name in sorted(args.given - decided)}
         return {
             "training settings": kept,
@@ -199,16 +200,8 @@ class Umpire:
         }
 
 
-#: Arguments of a run that say nothing about what it trains.
-_OF_A_RUN = {
-    "output_dir",
-    "report_to",
-    "disable_tqdm",
-    "logging_steps",
-    "save_steps",
-    "eval_steps",
-    "eval_strategy",
-}
+#: Arguments of a run that say nothing about what it trains, besides `QUIET`.
+_OF_A_RUN = {"output_dir", "logging_steps", "save_steps", "eval_steps"}
 
 
 def adapter_folder(folder: Path, number: int | str) -> Path:
