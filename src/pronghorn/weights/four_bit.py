@@ -101,7 +101,7 @@ def keep_expanded(modules: Iterable[Any], keep: bool) -> int:
     while keep and left:
         group = _multiplied_as_one(left)
         del left[: len(group)]
-        held += _expand(group)
+        held += _hold_expanded(group)
     return held
 
 
@@ -116,7 +116,8 @@ def _multiplied_as_one(modules: Sequence[Any]) -> list[Any]:
     return list(modules[: len(weights)])
 
 
-def _expand(group: Sequence[Any]) -> int:
+def _hold_expanded(group: Sequence[Any]) -> int:
+    """Register what the products of modules multiplied as one are made of; returns its bytes."""
     weights = [four_bit_weight(module) for module in group]
     whole = weights[0] if len(weights) == 1 else stacked_int8(weights)
     tensors: list[Sequence[Tensor]]

@@ -156,7 +156,8 @@ class Int8FourBitWeight(Int8Products):
         self.storage = f"{parts[0].storage} in int8 products"
 
     def dense(self, dtype: torch.dtype) -> Tensor:
-        return torch.cat([part.dense(dtype) for part in self.parts])
+        parts = [part.dense(dtype) for part in self.parts]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def codes_forward(self) -> Codes:
         if self.kept is not None:
@@ -165,7 +166,7 @@ class Int8FourBitWeight(Int8Products):
         codes = torch.empty(out, width, dtype=torch.int8, device=self.scales.device)
         sizes = [part.shape[0] for part in self.parts]
         for part, scales, into in zip(self.parts, self.scales.split(sizes), codes.split(sizes), strict=True):
-            _expand(part, scales, into, input_grad=False, block=rotation_of(width))
+            _write_codes(part, scales, into, input_grad=False, block=rotation_of(width))
         return codes, self.scales
 
     def codes_input_grad(self) -> Codes:
@@ -173,14 +174,14 @@ class Int8FourBitWeight(Int8Products):
             return self.kept[1], self.back_scales
         out, width = self.shape
         codes = torch.empty(width, out, dtype=torch.int8, device=self.scales.device)
-        for part, into in zip(
-            self.parts, codes.split([part.shape[0] for part in self.parts], 1), strict=True
-        ):
-            _expand(part, self.back_scales, into, input_grad=True, block=self.block)
+        sizes = [part.shape[0] for part in self.parts]
+        for part, into in zip(self.parts, codes.split(sizes, 1), strict=True):
+            _write_codes(part, self.back_scales, into, input_grad=True, block=self.block)
         return codes, self.back_scales
 
 
-def _expand(part: FourBitWeight, scales: Tensor, out: Tensor, *, input_grad: bool, block: int) -> None:
+def _write_codes(part: FourBitWeight, scales: Tensor, out: Tensor, *, input_grad: bool, block: int) -> None:
+    """int8 codes of one 4-bit weight [out_i, in] into `out`, its rows of Wf or its columns of Wb."""
     state = part.state
     four_bit_to_int8(
         part.packed,
