@@ -19,7 +19,7 @@ from pronghorn.blocks.moe import ExpertAdapter, ExpertProjection, MoeBlock, Rout
 from pronghorn.engine.read import active_module, read_norm, runs_more_than_its_class
 from pronghorn.families import MOE, DecoderFamily, MixtureParts
 from pronghorn.weights.base import DenseWeight
-from pronghorn.weights.experts import ExpertWeight, read_experts, runs_its_own_forward
+from pronghorn.weights.experts import ExpertWeight, read_experts
 
 if TYPE_CHECKING:
     from pronghorn.engine.binding import Binding
@@ -141,7 +141,7 @@ def why_stock_experts(mlp: Any, mixture: MixtureParts) -> str | None:
             return None
         module = active_module(mlp._modules[name])
         while True:
-            if _has_foreign_hooks(module):
+            if runs_more_than_its_class(module):
                 return f"{name} has hooks or a forward of its own"
             if not _wraps(module):
                 break
@@ -155,13 +155,6 @@ def why_stock_experts(mlp: Any, mixture: MixtureParts) -> str | None:
 
 def _wraps(module: Any) -> bool:
     return type(module).__name__ == "ParamWrapper"
-
-
-def _has_foreign_hooks(module: Any) -> bool:
-    if not runs_its_own_forward(module):
-        return runs_more_than_its_class(module)
-    own = module.__dict__
-    return bool(own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"])
 
 
 def _wrappers(module: Any, parameter: str) -> Iterator[Any]:

@@ -15,6 +15,7 @@ from pronghorn.blocks import Adapter, LinearProjection, ModuleProjection, Norm
 from pronghorn.blocks.projection import Projection
 from pronghorn.families import MOE, LayerParts, MixtureParts
 from pronghorn.weights import read_weight
+from pronghorn.weights.experts import runs_its_own_forward
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,8 @@ def runs_more_than_its_class(module: nn.Module) -> bool:
     """Whether calling the module does more than its class's forward: hooks, or a forward put on the instance.
 
     accelerate's own replacement of `forward` moves inputs between devices; a bound model lies on one. Transformers
-    leaves a hook behind wherever it has once collected hidden states, which does nothing in later calls.
+    leaves a hook behind wherever it has once collected hidden states, which does nothing in later calls. Experts that
+    are held in 4 bits have a forward that dequantises them for their class's.
     """
     own = (
         module.__dict__
@@ -101,7 +103,7 @@ def runs_more_than_its_class(module: nn.Module) -> bool:
         or own["_forward_pre_hooks"]
         or own["_backward_hooks"]
         or own["_backward_pre_hooks"]
-        or ("forward" in own and "_hf_hook" not in own)
+        or ("forward" in own and "_hf_hook" not in own and not runs_its_own_forward(module))
     )
 
 
