@@ -12,6 +12,7 @@ import transformers
 import trl
 
 from pronghorn.errors import UnknownArgument, nearest
+from pronghorn.tuning.recommend import recommended_arguments
 
 logger = logging.getLogger("pronghorn")
 
@@ -103,6 +104,16 @@ class SFTConfig(trl.SFTConfig):
                 name for name, value in kwargs.items() if not _is_default(value, known[name])
             )
         return config
+
+    @classmethod
+    def recommended(cls, model: Any, dataset: Any, processing_class: Any = None, **given: Any) -> SFTConfig:
+        """The configuration that the rules of docs/tuning.md advise for this model and these rows.
+
+        Args:
+            processing_class: the tokenizer, to count tokens; without one four characters are taken for one.
+            given: arguments that are taken as they are, and that the others follow.
+        """
+        return cls(**recommended_arguments(model, dataset, processing_class, given), **given)
 
     def __post_init__(self) -> None:
         # Transformers turns None into False, which is another answer.
