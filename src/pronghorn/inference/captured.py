@@ -14,7 +14,7 @@ from collections.abc import Sequence as Many
 import torch
 from torch import Tensor
 
-from pronghorn.inference.choosing import choice_of, is_plain
+from pronghorn.inference.choosing import Tops, choice_of, is_plain
 from pronghorn.inference.decoder import Decoder
 from pronghorn.inference.forward import Cache
 from pronghorn.inference.fused import FusedDecoder, Table
@@ -33,7 +33,7 @@ SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 class InFlight:
     """A step whose tokens are on their way to the host."""
 
-    def __init__(self, sequences: Many[Sequence], chosen: Tensor, tops: _Tops | None) -> None:
+    def __init__(self, sequences: Many[Sequence], chosen: Tensor, tops: Tops | None) -> None:
         self.sequences, self.tops = sequences, tops
         self.ids = to_host(chosen)
         self.ready = None
@@ -48,25 +48,6 @@ class InFlight:
         if self.tops is not None:
             tokens = self.tops.tell(self.sequences, tokens)
         return list(zip(self.sequences, tokens, strict=True))
-
-
-class _Tops:
-    """Log-probabilities of a step's tokens and of the most likely ones."""
-
-    def __init__(self, logits: Tensor, chosen: Tensor, most: int) -> None:
-        logprobs = logits.log_softmax(-1)
-        best = logprobs.topk(min(max(most, 1), logits.shape[1]))
-        self.own = to_host(logprobs.gather(1, chosen[:, None]).squeeze(1))
-        self.best, self.best_ids = to_host(best.values), to_host(best.indices)
-
-    def tell(self, sequences: Many[Sequence], tokens: list[Token]) -> list[Token]:
-        told = []
-        rows = zip(self.own.tolist(), self.best.tolist(), self.best_ids.tolist(), strict=True)
-        for sequence, token, (own, best, ids) in zip(sequences, tokens, rows, strict=True):
-            count = sequence.request.sampling.logprobs
-            top = tuple(zip(ids, best, strict=True))[:count]
-            told.append(token if count is None else Token(token.id, own, top))
-        return told
 
 
 class CapturedRunner(EagerRunner):
@@ -113,8 +94,7 @@ class CapturedRunner(EagerRunner):
             self.tokens[:size] = chosen
         else:
             self.tokens.index_copy_(0, index, chosen)
-        asked = [n for s in sequences if (n := s.request.sampling.logprobs) is not None]
-        return InFlight(sequences, chosen, _Tops(logits, chosen, max(asked)) if asked else None)
+        return InFlight(sequences, chosen, Tops.of(sequences, logits, chosen))
 
     def is_sparse(self, sequences: Many[Sequence]) -> bool:
         """Whether the sequences would take a smaller step in other slots."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence as Many
 import torch
 from torch import Tensor
 
-from pronghorn.inference.moving import on_device
+from pronghorn.inference.moving import on_device, to_host
 from pronghorn.inference.requests import Token
 from pronghorn.inference.sequences import Sequence
 from pronghorn.kernels.sampling import Choice, choose, uniform
@@ -48,19 +48,41 @@ def next_tokens(sequences: Many[Sequence], logits: Tensor) -> list[Token]:
     """The next token of each sequence for fp32 logits [B, V]."""
     if is_plain(sequences):
         return [Token(token) for token in logits.argmax(-1).tolist()]
-    ids = choose(logits, choice_of(sequences, logits.device, logits.shape[1])).tolist()
-    return [_told(sequence, row, token) for sequence, row, token in zip(sequences, logits, ids, strict=True)]
+    chosen = choose(logits, choice_of(sequences, logits.device, logits.shape[1]))
+    tops = Tops.of(sequences, logits, chosen)
+    tokens = [Token(token) for token in chosen.tolist()]  # waits for what `tops` copies, too
+    return tokens if tops is None else tops.tell(sequences, tokens)
 
 
-def _told(sequence: Sequence, logits: Tensor, token: int) -> Token:
-    """A token with the log-probabilities that its request asks for."""
-    count = sequence.request.sampling.logprobs
-    if count is None:
-        return Token(token)
-    logprobs = logits.log_softmax(-1)
-    best = logprobs.topk(min(count, len(logprobs)))
-    top = tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
-    return Token(token, float(logprobs[token]), top)
+class Tops:
+    """Log-probabilities of a step's tokens and of the most likely ones, on their way to the host.
+
+    Args:
+        logits: fp32 [B, V], before temperature, penalty and cuts. chosen: int64 [B].
+        most: how many of the most likely ones a row asks for at most.
+    """
+
+    def __init__(self, logits: Tensor, chosen: Tensor, most: int) -> None:
+        logprobs = logits.log_softmax(-1)
+        best = logprobs.topk(min(max(most, 1), logits.shape[1]))
+        self.own = to_host(logprobs.gather(1, chosen[:, None]).squeeze(1))
+        self.best, self.best_ids = to_host(best.values), to_host(best.indices)
+
+    @staticmethod
+    def of(sequences: Many[Sequence], logits: Tensor, chosen: Tensor) -> Tops | None:
+        """What the rows' requests ask for; None where none does."""
+        asked = [n for s in sequences if (n := s.request.sampling.logprobs) is not None]
+        return Tops(logits, chosen, max(asked)) if asked else None
+
+    def tell(self, sequences: Many[Sequence], tokens: Many[Token]) -> list[Token]:
+        """The tokens with the log-probabilities that their requests ask for; the stream must have come so far."""
+        told = []
+        rows = zip(self.own.tolist(), self.best.tolist(), self.best_ids.tolist(), strict=True)
+        for sequence, token, (own, best, ids) in zip(sequences, tokens, rows, strict=True):
+            count = sequence.request.sampling.logprobs
+            top = tuple(zip(ids, best, strict=True))[:count]
+            told.append(token if count is None else Token(token.id, own, top))
+        return told
 
 
 def _seen(sequences: Many[Sequence], device: torch.device, vocabulary: int) -> Tensor | None:
