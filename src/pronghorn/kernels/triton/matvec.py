@@ -212,7 +212,7 @@ def one_row_config(rows: int, width: int, glu: bool) -> dict[str, int]:
     return {"ROWS": max(1, tile // 2) if glu else tile, "BLOCK": block, "num_warps": 4}
 
 
-def few_rows_config(rows: int, width: int, glu: bool) -> dict[str, int]:
+def few_rows_config(rows: int, glu: bool) -> dict[str, int]:
     """Tiles of 16 outputs where there are few, of 32 where there are many; four tiles on their way."""
     wide = rows >= 132 * 32 * 2 and not glu
     return {"ROWS": 32 if wide else 16, "BLOCK": 256, "STAGES": 4, "num_warps": 4}
@@ -250,7 +250,7 @@ def dense(
             **kinds, PARTS=len(weights), OWN=False, WHOLE=whole, PDL=bool(pdl), **config, **pdl,
         )  # fmt: skip
         return out
-    config = few_rows_config(rows, width, activation is not None)
+    config = few_rows_config(rows, activation is not None)
     _fit(config, weights, activation)
     _few_rows[(triton.cdiv(rows, config["ROWS"]),)](
         x, *padded, *pointers, rows, *sizes, width, x.stride(0), out.stride(0), *numbers[:-2], batch, *numbers[-2:],
