@@ -11,15 +11,18 @@ cache [blocks, tokens a block, 2, K, D], keys before values; out [B, N·D].
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from pronghorn.kernels.dispatch import Impl, math_dtype, use_triton
+
+Derived = TypeVar("Derived")
 
 
 @dataclass(frozen=True)
@@ -101,10 +104,11 @@ class Paged:
 
         return self._kept("places", make)
 
-    def _kept(self, name: str, make):  # type: ignore[no-untyped-def]
+    def _kept(self, name: str, make: Callable[[], Derived]) -> Derived:
+        """What `make` gives, made once: layers of a step ask for the same."""
         if name not in self._derived:
             self._derived[name] = make()
-        return self._derived[name]
+        return cast(Derived, self._derived[name])
 
 
 def decode_attention(
