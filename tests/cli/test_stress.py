@@ -36,7 +36,7 @@ def test_json(config, capsys):
     assert main(["stress", str(config), "--shares", "50", "--seeds", "1", "--steps", "1", "--json"]) == 0
     said = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     assert [(run["share"], run["wrong"]) for run in said["runs"]] == [(0.0, 0), (0.5, 10)]
-    assert said["steps"] == 1 and len(said["sentences"]) == 2
+    assert said["steps"] == 1 and said["sentences"][0].startswith("One seed does not tell")
 
 
 def test_what_is_refused(config, capsys):
@@ -45,3 +45,4 @@ def test_what_is_refused(config, capsys):
     for shares in ("ten", "-5", "120", ""):
         with pytest.raises(SystemExit):
             main(["stress", str(config), "--shares", shares])
+        assert "must be percents from 0 to 100" in capsys.readouterr().err

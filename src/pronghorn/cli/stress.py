@@ -43,7 +43,10 @@ def register(commands: Any) -> None:
 
 
 def _percents(text: str) -> tuple[float, ...]:
-    shares = tuple(float(part) / 100 for part in text.split(",") if part.strip())
+    try:
+        shares = tuple(dict.fromkeys(float(part) / 100 for part in text.split(",") if part.strip()))
+    except ValueError:
+        shares = ()
     if not shares or not all(0 <= share <= 1 for share in shares):
         raise argparse.ArgumentTypeError("must be percents from 0 to 100, such as 10,20")
     return shares

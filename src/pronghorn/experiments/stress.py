@@ -89,6 +89,13 @@ class StressReport:
     def sentences(self) -> list[str]:
         """What wrong answers do, beside the seeds."""
         clean, *others = self.levels
+        if len(self.scores) == len(self.levels):
+            # Of one seed alone nothing varies.
+            moves = [
+                f"{level.share:.0%} wrong answers move it by {level.shift:+.4f} ({level.shift / clean.loss:+.1%})."
+                for level in others
+            ]
+            return ["One seed does not tell how much the held-out loss varies by itself.", *moves]
         said = [
             f"By itself the held-out loss varies by {clean.spread:.4f} (standard deviation of "
             f"{len([s for s in self.scores if s.share == 0.0])} seeds)."
