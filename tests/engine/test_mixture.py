@@ -11,11 +11,12 @@ from pronghorn.blocks import LEVELS, kept_bytes_per_token
 from pronghorn.engine import bind, binding_of
 from pronghorn.engine.forward import LayerCall, build_layer
 from pronghorn.engine.nonfinite import find_nonfinite
-from pronghorn.engine.planning import levels_without_gpu, shape_of, shape_of_config
+from pronghorn.engine.planning import levels_without_gpu, plan_with_expanded, shape_of, shape_of_config
 from pronghorn.engine.stream import flatten_rows
-from pronghorn.memory import Batch, estimate
+from pronghorn.memory import Batch, estimate, rates_of
 from tests.families.mixtures import add_expert_adapter, tiny_mixture
 from tests.families.parity import packed_batch, rows_batch
+from tests.tiny import tiny_config
 
 FAMILIES = ["mixtral", "qwen2_moe"]
 
@@ -61,6 +62,14 @@ def test_an_estimate_grows_with_what_is_kept_and_gives_all_back() -> None:
     found = [estimate(shape, level, batch, tile_rows=1024) for level in LEVELS if "offload" not in level]
     assert [e.allocated for e in found] == sorted({e.allocated for e in found})
     assert levels_without_gpu(binding_of(model), batch, 1 << 40) == "all"  # type: ignore[arg-type]
+
+
+def test_stacks_in_four_bits_are_not_planned_as_expanded() -> None:
+    """What `keep_expanded_weights` holds are linear layers' weights."""
+    for family, kept in (("mixtral", False), ("llama", True)):
+        shape = shape_of_config(tiny_config(family), storage="nf4 double")
+        found = plan_with_expanded(shape, 1 << 36, Batch(4096, 4000, 4), rates_of("H200"), 1 << 36)
+        assert (found is not None) == kept
 
 
 @pytest.mark.parametrize("name", ["mlp.gate.weight", "mlp.experts.gate_up_proj"])

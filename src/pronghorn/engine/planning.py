@@ -187,7 +187,8 @@ def plan_levels(binding: Binding, budget: str | int, batch: Batch, **more: Any) 
 
 def plan_with_expanded(shape: ModelShape, limit: int, batch: Batch, rates: Rates, host: int) -> Plan | None:
     """The plan with 4-bit weights also kept as their products multiply them; None where that is not possible."""
-    if not shape.storage.startswith("nf4") or shape.layer_storages:
+    # The stacks of a mixture's experts, most of its weights, stay in 4 bits whatever is kept of the others.
+    if not shape.storage.startswith("nf4") or shape.layer_storages or shape.mixture is not None:
         return None
     # As torch's allocator counts them, in whole 512 bytes.
     four_bit = shape.layers * sum(

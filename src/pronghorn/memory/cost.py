@@ -73,7 +73,7 @@ def layer_times(shape: ModelShape, batch: Batch, rates: Rates) -> LayerTimes:
     attention_flop = 2.0 * shape.q * t * length
     on_attention = CUDNN_ATTENTION if shape.attention == "cudnn" else rates.attention
     attend = attention_flop / on_attention[0]
-    h, i, heads = shape.hidden, shape.intermediate, shape.q + shape.kv
+    h, i, heads = shape.hidden, shape.linear("down")[1], shape.q + shape.kv
     norms = passes(6 * h)
     forward = product(*PROJECTIONS) + attend + norms + passes(2 * heads + 3 * i)
     weight_grads = (
