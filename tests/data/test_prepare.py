@@ -152,7 +152,9 @@ def test_shuffling_is_by_seed():
 @pytest.mark.parametrize("stream", [False, True])
 def test_every_document_keeps_its_number(stream):
     """Through leaving out rows, shuffling and packing: the numbers are those of the data as given."""
-    rows = [{"prompt": f"{n}", "completion": "" if n in (0, 3) else f"answer {n}"} for n in range(7)]
+    # What stands beyond max_length is cut off: of two rows nothing is left to learn.
+    prompts = ["word " * 60 if n in (0, 3) else f"{n}" for n in range(7)]
+    rows = [{"prompt": prompt, "completion": f"answer {n}"} for n, prompt in enumerate(prompts)]
     form = RowFormat(completion_only=True)
     packed = prepared(
         rows, form, stream=stream, packing=True, max_length=40, drop_unsupervised=True, shuffle_seed=1

@@ -105,7 +105,9 @@ def test_every_kernel_that_training_calls_has_a_check():
     sources = [
         path.read_text() for path in PACKAGE.rglob("*.py") if not {"kernels", "diagnostics"} & set(path.parts)
     ]
-    files = [PACKAGE / "diagnostics" / f"{name}_checks.py" for name in ("kernel", "mixture", "quantised")]
+    files = [
+        PACKAGE / "diagnostics" / f"{name}_checks.py" for name in ("decode", "kernel", "mixture", "quantised")
+    ]
     checks = "".join(path.read_text() for path in files)
     missing = []
     for path in sorted((PACKAGE / "kernels").glob("*.py")):
@@ -120,7 +122,7 @@ def test_every_kernel_that_training_calls_has_a_check():
             kernel = own and "impl" in inspect.signature(function).parameters and name != "fits_kernels"
             if kernel and not re.search(rf"\b{name}\b", checks):
                 missing.append(f"{path.stem}.{name}")
-    assert not missing, "add these to diagnostics/kernel_checks.py or quantised_checks.py"
+    assert not missing, "add these to a file of diagnostics/*_checks.py"
 
 
 def test_a_wrong_gradient_of_the_head_is_found(monkeypatch):

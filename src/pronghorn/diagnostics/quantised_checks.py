@@ -32,7 +32,7 @@ NF4 = (
 )  # fmt: skip
 
 
-def _four_bit_case(dtype: torch.dtype) -> tuple[dict[str, Any], Tensor]:
+def four_bit_case(dtype: torch.dtype) -> tuple[dict[str, Any], Tensor]:
     """Arguments of a doubly quantised weight [64, 192], and the weight in fp64, decoded value by value."""
     shape, blocksize, blocksize2 = (64, 192), 64, 256
     generator = torch.Generator().manual_seed(4)
@@ -56,7 +56,7 @@ def _four_bit_case(dtype: torch.dtype) -> tuple[dict[str, Any], Tensor]:
 def four_bit() -> str:
     compared = Comparison()
     for dtype in dtypes():
-        given, truth = _four_bit_case(dtype)
+        given, truth = four_bit_case(dtype)
         compared.near("weight", nf4_kernels.dequantize_4bit(**given), truth)
     return said(compared)
 
@@ -138,7 +138,7 @@ def fp8_weights() -> str:
         raise Unsound("turned codes are other codes")
     again = fp8_kernels.quantise_transposed(weight, scales)
     _codes_near("a turned weight", (again.t(), scales), weight)
-    given, truth = _four_bit_case(torch.float32)
+    given, truth = four_bit_case(torch.float32)
     del given["dtype"]
     row_scales = fp8_kernels.four_bit_row_scales(
         given["absmax"], given["shape"], given["blocksize"], given["nested"]
@@ -191,7 +191,7 @@ def int8_rows() -> str:
 
 
 def _int8_codes_of_four_bits() -> None:
-    given, truth = _four_bit_case(torch.bfloat16)
+    given, truth = four_bit_case(torch.bfloat16)
     del given["dtype"]
     for input_grad, exact in ((False, _turned(truth)), (True, _turned(truth.t()))):
         scales = exact.abs().amax(1, keepdim=True).float() / 127

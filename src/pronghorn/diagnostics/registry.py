@@ -46,6 +46,11 @@ CHECKS: list[Check] = [
         {"experts' products": "products", "experts' gated units": "unit", "routing to experts": "routing"},
     ),
     *_group(
+        "kernels",
+        "decode_checks",
+        {"products of few rows": "few_rows", "attention to a cache in blocks": "paged_attention"},
+    ),
+    *_group(
         "quantised",
         "quantised_checks",
         {

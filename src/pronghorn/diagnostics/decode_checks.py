@@ -1,0 +1,98 @@
+"""The kernels of answering, one token a sequence, on this machine, against formulas in fp64."""
+
+from __future__ import annotations
+
+import torch
+
+from pronghorn.diagnostics.compare import Comparison, close, device, draw, dtypes
+from pronghorn.diagnostics.kernel_checks import EPS, said
+from pronghorn.diagnostics.quantised_checks import four_bit_case
+from pronghorn.kernels import matvec as rows_kernels
+from pronghorn.kernels.decode_attention import Heads, Paged, Rotation, decode_attention
+from pronghorn.kernels.matvec import FourBit, RowNorm, RowShare
+
+#: rows, width, outputs of each of two weights, rank of the adapters
+ROWS, WIDTH, OUT, RANK = 3, 256, 96, 8
+#: tokens of each context, the new one included, and the cache's blocks that hold it
+LENGTHS, BLOCKS, BLOCK_TOKENS = (1, 70, 130), ((4,), (1, 5), (2, 0, 3)), 64
+
+
+def few_rows() -> str:
+    """A weight times few rows with norm, bias, an adapter a row and residual; gate and up with their activation; the
+    adapters' own products; and the same by codes of 4 bits."""
+    compared = Comparison()
+    slots = torch.tensor([1, 0, 2], dtype=torch.int32, device=device())
+    for dtype in dtypes():
+        x, scale = draw(ROWS, WIDTH, dtype=dtype), draw(WIDTH, dtype=dtype, seed=1)
+        weights = [draw(OUT, WIDTH, dtype=dtype, seed=seed, scale=0.1) for seed in (2, 3)]
+        a, b = (
+            draw(3, *size, dtype=dtype, seed=n, scale=0.1)
+            for n, size in ((4, (RANK, WIDTH)), (5, (OUT, RANK)))
+        )
+        bias, residual = draw(OUT, dtype=dtype, seed=6), draw(ROWS, OUT, dtype=dtype, seed=7)
+        norm, wide = RowNorm(scale, EPS), x.double()
+        normed = wide * (wide.square().mean(1, keepdim=True) + EPS).rsqrt() * scale.double()
+        chosen = slots.long()
+        xa = torch.einsum("bi,bji->bj", normed, a.double()[chosen]) * (chosen > 0)[:, None]
+        share = torch.einsum("bj,boj->bo", xa, b.double()[chosen])
+        both = normed @ torch.cat(weights).double().T
+        found = rows_kernels.adapter_down(x, a, slots, norm)
+        close(compared, "XA", found, xa, dtype)
+        given = RowShare(found, b, slots, (OUT,))
+        y = rows_kernels.matvec(x, weights[:1], norm=norm, bias=bias, share=given, residual=residual.clone())
+        close(compared, "Y", y, both[:, :OUT] + bias.double() + share + residual.double())
+        close(
+            compared, "Y + LoRA", rows_kernels.adapter_up_(residual.clone(), given), residual.double() + share
+        )
+        act = rows_kernels.matvec(x, weights, norm=norm, activation="silu")
+        close(compared, "act", act, torch.nn.functional.silu(both[:, :OUT]) * both[:, OUT:])
+    arguments, truth = four_bit_case(dtypes()[-1])
+    x = draw(ROWS, truth.shape[1], dtype=dtypes()[-1], seed=8)
+    codes = FourBit(
+        arguments["packed"], arguments["absmax"], arguments["code"], tuple(arguments["code"].tolist()),
+        arguments["blocksize"], truth.shape[0], arguments["nested"],
+    )  # fmt: skip
+    close(compared, "4-bit Y", rows_kernels.matvec_4bit(x, [codes]), x.double() @ truth.T)
+    return said(compared)
+
+
+def paged_attention() -> str:
+    """One new token of sequences whose keys and values lie in blocks, rotated and put there on the way."""
+    compared = Comparison()
+    heads = Heads(heads=4, kv_heads=2, head_dim=64, scale=64**-0.5)
+    tables = torch.zeros(len(LENGTHS), max(map(len, BLOCKS)), dtype=torch.int32)
+    for row, blocks in enumerate(BLOCKS):
+        tables[row, : len(blocks)] = torch.tensor(blocks, dtype=torch.int32)
+    lengths = torch.tensor(LENGTHS, dtype=torch.int32)
+    angles = torch.arange(max(LENGTHS))[:, None] * 10000.0 ** -(torch.arange(32) / 32)
+    angles = torch.cat([angles, angles], 1).to(device())
+    for dtype in dtypes():
+        rotation = Rotation(angles.cos().to(dtype), angles.sin().to(dtype))
+        qkv = draw(len(LENGTHS), 8 * 64, dtype=dtype)
+        cache = draw(6, BLOCK_TOKENS, 2, 2, 64, dtype=dtype, seed=1)
+        expected = [
+            _one(qkv[row], cache, blocks, LENGTHS[row], rotation) for row, blocks in enumerate(BLOCKS)
+        ]
+        paged = Paged(tables.to(device()), lengths.to(device()), tuple(zip(BLOCKS, LENGTHS, strict=True)))
+        out = decode_attention(qkv.clone(), cache, paged, heads, rotation)
+        close(compared, "out", out, torch.stack([found for found, _, _ in expected]))
+        for row, (_, key, value) in enumerate(expected):
+            last = LENGTHS[row] - 1
+            stored = cache[BLOCKS[row][last // BLOCK_TOKENS], last % BLOCK_TOKENS]
+            close(compared, "cache", stored, torch.stack([key, value]))
+    return said(compared)
+
+
+def _one(
+    qkv: torch.Tensor, cache: torch.Tensor, blocks: tuple[int, ...], length: int, rotation: Rotation
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(output [N·D], the new key and value [K, D]) of one sequence in fp64."""
+    by_head = qkv.double().view(8, 64)
+    cos, sin = rotation.cos[length - 1].double(), rotation.sin[length - 1].double()
+    turned = by_head[:6] * cos + torch.cat([-by_head[:6, 32:], by_head[:6, :32]], 1) * sin
+    q, key, value = turned[:4], turned[4:], by_head[6:]
+    context = cache[list(blocks)].flatten(0, 1)[: length - 1].double()
+    k = torch.cat([context[:, 0], key[None]]).repeat_interleave(2, 1)
+    v = torch.cat([context[:, 1], value[None]]).repeat_interleave(2, 1)
+    weights = (torch.einsum("nd,lnd->nl", q, k) / 8).softmax(-1)
+    return torch.einsum("nl,lnd->nd", weights, v).flatten(), key, value
