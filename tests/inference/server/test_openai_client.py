@@ -22,7 +22,10 @@ QUESTION = [{"role": "user", "content": "What does it eat?"}]
 def server():
     engine = FakeEngine(saying(TEXT), pause=0.001)
     model, tokenizer = served_model(), tiny_tokenizer()
-    tokenizer.chat_template = "{% if enable_thinking is not defined %}{{ raise_exception('no') }}{% endif %}thinking: {{ enable_thinking }}"
+    tokenizer.chat_template = (
+        "{% if enable_thinking is not defined %}{{ raise_exception('no') }}{% endif %}"
+        "thinking: {{ enable_thinking }}"
+    )
     thinker = Variant("thinker", "adapter1", tokenizer, ())
     model = replace(model, variants={**model.variants, "thinker": thinker})
     with running(lambda: (engine, model), token="secret") as found:
