@@ -36,6 +36,8 @@ def test_from_the_model_to_a_merged_one(tiny, capsys):
     ):
         assert text in shown
     assert all(name in shown for name in quickstart.ASKED)
+    assert str(tiny / "checkpoints" / "report.html") in shown
+    assert (tiny / "checkpoints" / "report.html").is_file()
 
     from peft import PeftConfig
     from transformers import AutoModelForCausalLM, AutoTokenizer
