@@ -87,7 +87,9 @@ def run(out: str, steps: int | None = None) -> int:
     say(
         f"\nadapter   {folder / 'adapter'}\nmerged    {folder / 'merged'} (any program that reads Hugging Face models)"
     )
-    say(f"report    {folder / 'checkpoints' / 'report.html'} (curves, settings, memory: open it in a browser)")
+    say(
+        f"report    {folder / 'checkpoints' / 'report.html'} (curves, settings, memory: open it in a browser)"
+    )
     say(f"talk      pronghorn chat {folder / 'adapter'}")
     return 0
 
