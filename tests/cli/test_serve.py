@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from pronghorn.cli import serve
+from pronghorn.cli.arguments import read_adapters
 from pronghorn.cli.main import main
 from pronghorn.errors import CommandMisused
 from tests.tiny import save_tiny
@@ -23,13 +24,13 @@ SOURCES = Path(__file__).resolve().parents[2] / "src"
 
 
 def test_adapters_have_names():
-    assert serve.read_adapters(["a=x", "b.2=y=z"]) == {"a": "x", "b.2": "y=z"}
+    assert read_adapters(["a=x", "b.2=y=z"]) == {"a": "x", "b.2": "y=z"}
 
 
 @pytest.mark.parametrize("given", [["x"], ["=x"], ["a="], ["a=x", "a=y"]])
 def test_adapters_without_names(given):
     with pytest.raises(CommandMisused):
-        serve.read_adapters(given)
+        read_adapters(given)
 
 
 def test_others_need_a_token(monkeypatch, capsys):

@@ -7,9 +7,9 @@ import json
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+from pronghorn.cli.arguments import add_adapters, add_model, read_adapters
 from pronghorn.cli.console import heading, is_terminal, say, table, wrapped
 from pronghorn.cli.numbers import positive
-from pronghorn.cli.serve import add_adapters, read_adapters
 from pronghorn.errors import CommandMisused, RowsUnreadable
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def register(commands: Any) -> None:
         description="All of them answer greedily, in one batch over one copy of the weights. With --data, answers are "
         "scored against the rows' own: loss and perplexity of the rows' answers, exact match, and F1 of words.",
     )
-    parser.add_argument("model", metavar="MODEL_OR_ADAPTER", help="a folder, a .gguf file or a hub id")
+    add_model(parser)
     add_adapters(parser)
     asked = parser.add_mutually_exclusive_group()
     asked.add_argument(

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from pronghorn.cli.arguments import add_model
 from pronghorn.cli.console import duration, say
 from pronghorn.errors import CommandMisused, ExportDiffers
 
@@ -25,7 +26,7 @@ def register(commands: Any) -> None:
         description="What is written is opened again and must predict what the model predicts. Where it does not, it "
         "is kept with a file beside it that says so, and the exit status is 2.",
     )
-    parser.add_argument("model", metavar="MODEL_OR_ADAPTER", help="a folder, a .gguf file or a hub id")
+    add_model(parser)
     parser.add_argument("--to", required=True, choices=FORMS)
     parser.add_argument("--out", required=True, metavar="DIR")
     parser.add_argument(

@@ -8,6 +8,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pronghorn.cli.arguments import add_run_file
 from pronghorn.cli.console import duration, say, table
 from pronghorn.cli.numbers import positive
 
@@ -23,15 +24,7 @@ def register(commands: Any) -> None:
         help="find the learning rate for a run by a short test on its model and rows",
         description="Takes the file of `pronghorn train`. Nothing is trained for good: the adapter is put back.",
     )
-    command.add_argument("config", metavar="CONFIG.yaml")
-    command.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        dest="overrides",
-        metavar="SECTION.KEY=VALUE",
-        help="change one value of the file (repeatable)",
-    )
+    add_run_file(command)
     command.add_argument(
         "--steps", type=positive, default=100, metavar="N", help="of the range test (default 100)"
     )

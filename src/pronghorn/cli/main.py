@@ -10,6 +10,7 @@ from functools import partial
 from importlib import import_module
 
 from pronghorn import __version__
+from pronghorn.cli.arguments import add_model, add_run_file
 from pronghorn.cli.numbers import not_negative, positive
 from pronghorn.errors import PronghornError
 
@@ -56,15 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     train = commands.add_parser("train", help="train a model as a YAML file describes it")
-    train.add_argument("config", metavar="CONFIG.yaml")
-    train.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        dest="overrides",
-        metavar="SECTION.KEY=VALUE",
-        help="change one value, such as training.max_steps=10 (repeatable)",
-    )
+    add_run_file(train)
     train.add_argument(
         "--resume", action="store_true", help="go on from the last checkpoint in the output folder"
     )
@@ -79,7 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
 
     chat = commands.add_parser("chat", help="talk to a model or an adapter")
-    chat.add_argument("model", metavar="MODEL_OR_ADAPTER", help="a folder, a .gguf file or a hub id")
+    add_model(chat)
     chat.add_argument("--prompt", metavar="TEXT", help="answer this once instead of opening a conversation")
     chat.add_argument("--system", metavar="TEXT", help="system message")
     chat.add_argument("--max-new-tokens", type=positive, default=256, metavar="N")

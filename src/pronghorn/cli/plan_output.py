@@ -11,11 +11,10 @@ from pronghorn.blocks import LEVELS
 from pronghorn.cli.console import duration, say, table
 from pronghorn.memory import Gpu, estimate
 from pronghorn.memory.cost import step_time
+from pronghorn.memory.gpus import GIB
 from pronghorn.tuning.advice import Advice
 from pronghorn.tuning.planner import Job, Setting, budget_of, choose, measured_int8
 from pronghorn.tuning.stock import StockSetting, stock_settings
-
-GIB = 2**30
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pronghorn.cli.arguments import add_run_file
 from pronghorn.cli.console import duration, say, table
 from pronghorn.cli.numbers import positive
 from pronghorn.errors import ConfigInvalid, SearchFailed, SearchInvalid
@@ -38,7 +39,7 @@ def register(commands: Any) -> None:
         description="CONFIG.yaml is that of train; its rows that are held back are the score. The base model is loaded "
         "once. What is finished stays in OUTPUT/search; the same command goes on after it.",
     )
-    command.add_argument("config", metavar="CONFIG.yaml")
+    add_run_file(command)
     command.add_argument(
         "--vary",
         action="append",
@@ -46,14 +47,6 @@ def register(commands: Any) -> None:
         metavar="KEY=VALUES",
         help="learning_rate, per_device_train_batch_size, gradient_accumulation_steps, r or lora_alpha, as values "
         "(r=8,16,32) or a range (learning_rate=1e-5..1e-2) (repeatable)",
-    )
-    command.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        dest="overrides",
-        metavar="SECTION.KEY=VALUE",
-        help="as for train",
     )
     command.add_argument("--sampler", default="grid", metavar="NAME", help="grid (default), random, tpe")
     command.add_argument(

@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from pronghorn.cli.arguments import add_adapters, add_model, read_adapters
 from pronghorn.cli.console import say
 from pronghorn.cli.numbers import positive, whole
 from pronghorn.errors import CommandMisused, PackageMissing
@@ -28,7 +29,7 @@ def register(commands: Any) -> None:
         description="Serves /v1/chat/completions, /v1/completions, /v1/models, /health and /metrics, and a chat page "
         "at /. Listens on this machine alone unless --host says otherwise, which needs a token.",
     )
-    parser.add_argument("model", metavar="MODEL_OR_ADAPTER", help="a folder, a .gguf file or a hub id")
+    add_model(parser)
     add_adapters(parser)
     parser.add_argument("--host", default="127.0.0.1", metavar="ADDRESS")
     parser.add_argument("--port", type=whole, default=8000, metavar="N", help="0 takes a free one")
@@ -61,37 +62,6 @@ def register(commands: Any) -> None:
         help="tokens of a prompt with its answer (default: the model's)",
     )
     parser.add_argument("--load-in-4bit", action="store_true")
-
-
-def add_adapters(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--adapter",
-        action="append",
-        default=[],
-        dest="adapters",
-        metavar="NAME=PATH",
-        help="an adapter of the model, and what it is called (repeatable)",
-    )
-
-
-def read_adapters(given: list[str]) -> dict[str, str]:
-    """NAME=PATH arguments as name -> path.
-
-    Raises:
-        CommandMisused: for one without a name or a path, or two of one name.
-    """
-    found: dict[str, str] = {}
-    for item in given:
-        name, _, path = item.partition("=")
-        if not name.strip() or not path:
-            raise CommandMisused(
-                f"--adapter {item} has no name or no path",
-                fix="write it as NAME=PATH, such as legal=outputs/legal",
-            )
-        if name in found:
-            raise CommandMisused(f"two adapters are called '{name}'", fix="rename one")
-        found[name] = path
-    return found
 
 
 def run(options: argparse.Namespace) -> int:

@@ -7,6 +7,7 @@ import dataclasses
 import json
 from typing import Any
 
+from pronghorn.cli.arguments import add_run_file
 from pronghorn.cli.console import say, table
 from pronghorn.cli.numbers import positive
 from pronghorn.errors import ConfigInvalid
@@ -23,15 +24,7 @@ def register(commands: Any) -> None:
         description="CONFIG.yaml is that of train; its rows that are held back are the score. The base model is loaded "
         "once. A share of the training rows gets the answers of other rows.",
     )
-    command.add_argument("config", metavar="CONFIG.yaml")
-    command.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        dest="overrides",
-        metavar="SECTION.KEY=VALUE",
-        help="as for train",
-    )
+    add_run_file(command)
     command.add_argument(
         "--shares", type=_percents, default=(0.1, 0.2), metavar="P,P", help="wrong answers in percent (10,20)"
     )

@@ -1,16 +1,11 @@
-"""The finished trials of a search, a line each, so that an interrupted search goes on after them.
-
-The first line says what was searched, on which model and rows. A line is flushed to the disk when its trial is
-finished; one that an interruption cut off is left out when the file is read.
-"""
+"""The finished trials of a search, so that an interrupted search goes on after them."""
 
 from __future__ import annotations
 
-import json
-import os
 from pathlib import Path
 from typing import Any
 
+from pronghorn.data.journal import LineJournal, OfAnotherWork, short
 from pronghorn.errors import SearchChanged
 from pronghorn.experiments.search.trial import Trial
 
@@ -28,48 +23,24 @@ class Journal:
     """
 
     def __init__(self, folder: Path, facts: dict[str, Any]) -> None:
-        self.path = folder / JOURNAL
-        self.trials: list[Trial] = []
-        content = self.path.read_bytes() if self.path.exists() else b""
-        whole = content[: content.rfind(b"\n") + 1]
-        if not whole:
-            temporary = self.path.with_name(f".{JOURNAL}.tmp")
-            temporary.write_text(json.dumps(facts) + "\n", encoding="utf-8")
-            os.replace(temporary, self.path)
-            return
-        self._read(whole, facts)
-        if len(whole) < len(content):
-            os.truncate(self.path, len(whole))
-
-    def _read(self, content: bytes, facts: dict[str, Any]) -> None:
+        path = folder / JOURNAL
         try:
-            before, *lines = map(json.loads, content.splitlines())
-            self.trials = [Trial.of(line) for line in lines]
+            self._lines = LineJournal(path, facts)
+            self.trials = [Trial.of(line) for line in self._lines.lines]
+        except OfAnotherWork as other:
+            raise SearchChanged(
+                f"the trials so far are of another {other.name}: {short(other.before, 80)}, now {short(other.now, 80)}",
+                where=str(path),
+                fix="go on with the same, search in another folder, or begin anew (restart)",
+            ) from None
         except (ValueError, TypeError, KeyError) as error:
             raise SearchChanged(
                 f"this is no journal of a search: {error}",
-                where=str(self.path),
+                where=str(path),
                 fix="search in another folder, or begin anew (restart)",
             ) from None
-        now = json.loads(json.dumps(facts))
-        for name in {**before, **now}:
-            if before.get(name) != now.get(name):
-                raise SearchChanged(
-                    f"the trials so far are of another {name}: {_short(before.get(name))}, now "
-                    f"{_short(now.get(name))}",
-                    where=str(self.path),
-                    fix="go on with the same, search in another folder, or begin anew (restart)",
-                )
 
     def add(self, trial: Trial) -> None:
         """A trial is finished."""
-        with self.path.open("ab") as file:
-            file.write(json.dumps(trial.as_dict()).encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
+        self._lines.add(trial.as_dict())
         self.trials.append(trial)
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 80 else text[:77] + "..."
