@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import argparse
 import inspect
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from pronghorn import errors
 from pronghorn.diagnostics.explanations import EXPLANATIONS
+from pronghorn.pages import write_whole
 
 LANGUAGES = ("en", "zh")
 
@@ -150,15 +150,8 @@ def write(path: Path) -> list[Path]:
     """Write the English page to `path` and the Chinese one beside it; returns both."""
     pages = {path: catalogue("en"), path.with_suffix(".zh-CN.md"): catalogue("zh")}
     for page, text in pages.items():
-        write_page(page, text)
+        write_whole(text, page)
     return list(pages)
-
-
-def write_page(page: Path, text: str) -> None:
-    """Put a generated page in its place, whole."""
-    temporary = page.with_name(page.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, page)
 
 
 def main() -> None:

@@ -11,8 +11,8 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
-from pronghorn.diagnostics.catalogue import write_page
 from pronghorn.families import ACTIVATIONS, FAMILIES, STOCK, DecoderFamily
+from pronghorn.pages import write_whole
 
 _HEAD = """# Model families
 
@@ -139,7 +139,7 @@ def main() -> None:
     if options.write is None:
         sys.stdout.write(page())
         return
-    write_page(options.write, page())
+    write_whole(page(), options.write)
 
 
 if __name__ == "__main__":

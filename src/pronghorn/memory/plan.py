@@ -16,11 +16,10 @@ from pronghorn.blocks.glu import TILE_ROWS, tile_slices
 from pronghorn.errors import BudgetInvalid, BudgetTooSmall
 from pronghorn.memory.cost import StepTime, layer_times, step_time
 from pronghorn.memory.estimate import Estimate, estimate, with_model
-from pronghorn.memory.gpus import Rates, rates_of
+from pronghorn.memory.gpus import GIB, Rates, rates_of
 from pronghorn.memory.schedule import Batch
 from pronghorn.memory.shape import ModelShape
 
-GIB = 2**30
 #: Of a GPU's memory, what "auto" leaves to others: the CUDA context, kernels that load later, fragmentation.
 HEADROOM, HEADROOM_BYTES = 0.04, 700 * 2**20
 #: Tiles of the GLU block that are tried. Weights that are dequantised for every tile want tall ones.
@@ -304,18 +303,18 @@ def _too_small(search: _Search) -> BudgetTooSmall:
         packed = replace(shape, storage="nf4 double", layer_storages=())
         lean4 = leanest(packed, batch, rates, search.offload)
         if lean4.reserved <= budget:
-            fixes.append(f"load in 4 bits, which takes {_gib(lean4.reserved)}")
+            fixes.append(f"load in 4 bits, which takes {gib(lean4.reserved)}")
         elif longest_that_fits(packed, budget, batch, rates, search.offload, search.host_limit):
             fixes.append("load in 4 bits and shorten the rows")
-    fixes.append(f"raise the budget to {_gib(least.reserved)}")
+    fixes.append(f"raise the budget to {gib(least.reserved)}")
     kind = "the model alone takes" if least.fixed > budget else "the leanest plan for it takes"
     size = least.fixed if least.fixed > budget else least.reserved
     return BudgetTooSmall(
-        f"a step of {batch.tokens:,} tokens does not fit into {_gib(budget)}: {kind} {_gib(size)}",
+        f"a step of {batch.tokens:,} tokens does not fit into {gib(budget)}: {kind} {gib(size)}",
         fix=", or ".join(fixes),
     )
 
 
-def _gib(size: int) -> str:
+def gib(size: int) -> str:
     """Rounded up: what is called enough is enough."""
     return f"{-(-size * 100 // GIB) / 100:.2f} GiB"

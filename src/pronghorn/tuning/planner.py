@@ -23,7 +23,8 @@ from pronghorn.memory import (
     parse_budget,
     plan,
 )
-from pronghorn.memory.plan import GIB, leanest
+from pronghorn.memory.gpus import GIB
+from pronghorn.memory.plan import gib, leanest
 from pronghorn.tuning.breakdown import CONTEXT_BYTES, Part, parts_of
 from pronghorn.tuning.roofline import micro_batch_seconds, optimizer_seconds
 from pronghorn.tuning.workload import Workload
@@ -340,8 +341,3 @@ def _largest_rank(job: Job, gpu: Gpu, budget: int, storage: str) -> int:
             return rank
         rank //= 2
     return 0
-
-
-def gib(size: int) -> str:
-    """Rounded up: what is called enough is enough."""
-    return f"{-(-size * 100 // GIB) / 100:.2f} GiB"

@@ -27,10 +27,10 @@ from pronghorn.experiments.search.footprint import Footprint
 from pronghorn.experiments.search.space import Settings, Space
 from pronghorn.experiments.search.trial import Trial
 from pronghorn.memory import parse_budget
+from pronghorn.memory.gpus import GIB
 
 logger = logging.getLogger("pronghorn")
 
-_GIB = 2**30
 #: Seconds that a worker without work may take to end.
 _GOODBYE = 10.0
 
@@ -171,7 +171,7 @@ def check_room(place: Place, found: Footprint | None) -> None:
             where,
         )
         return
-    each, there = found.needed / _GIB, found.available / _GIB
+    each, there = found.needed / GIB, found.available / GIB
     if place.sharing * found.needed > found.available:
         raise SearchInvalid(
             f"{place.sharing} workers share {where} of {there:.2f} GiB, and the largest trial is predicted to take "
