@@ -14,7 +14,8 @@ from pronghorn.blocks import (
     saved_bytes_per_token,
 )
 from pronghorn.engine import bind, binding_of
-from pronghorn.engine.forward import LayerCall, build_layer
+from pronghorn.engine.forward import build_layer
+from pronghorn.engine.layer_call import LayerCall
 from pronghorn.engine.stream import flatten_rows
 from tests.families.parity import add_adapter
 from tests.tiny import tiny_model

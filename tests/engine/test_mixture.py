@@ -9,7 +9,8 @@ import torch
 
 from pronghorn.blocks import LEVELS, kept_bytes_per_token
 from pronghorn.engine import bind, binding_of
-from pronghorn.engine.forward import LayerCall, build_layer
+from pronghorn.engine.forward import build_layer
+from pronghorn.engine.layer_call import LayerCall
 from pronghorn.engine.nonfinite import find_nonfinite
 from pronghorn.engine.planning import levels_without_gpu, plan_with_expanded, shape_of, shape_of_config
 from pronghorn.engine.stream import flatten_rows

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from pronghorn.engine.mixture import why_stock_experts
+from pronghorn.engine.experts import why_stock_experts
 from pronghorn.engine.read import active_module, runs_more_than_its_class
 from pronghorn.families import LayerParts, MixtureParts
 

@@ -9,8 +9,8 @@ from typing import Any
 from torch import nn
 
 from pronghorn.engine.binding import Binding, base_causal_lm
+from pronghorn.engine.experts import mixture_classes
 from pronghorn.engine.forward import causal_lm_forward, decoder_forward, layer_forward
-from pronghorn.engine.mixture import mixture_classes
 from pronghorn.errors import BindingRefused
 from pronghorn.families import ACTIVATIONS, STOCK, DecoderFamily, LayerParts, family_of
 from pronghorn.kernels.attention import check_name

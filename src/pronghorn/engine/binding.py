@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from pronghorn.blocks import LEVELS, Level, ModuleProjection, check_levels, parks
 from pronghorn.blocks.projection import Projection
 from pronghorn.engine.altered import altered_part
+from pronghorn.engine.experts import read_mixture
 from pronghorn.engine.flat import FlatAdapters
-from pronghorn.engine.mixture import read_mixture
 from pronghorn.engine.read import Reading, group_names, read_groups
 from pronghorn.errors import AttentionUnavailable
-from pronghorn.families import ACTIVATIONS, DecoderFamily, Scales
+from pronghorn.families import ACTIVATIONS, MOE, DecoderFamily, Scales
 from pronghorn.kernels.attention import INSTALL_CUDNN, check_name, choose_backend
 from pronghorn.memory import HostPool, HostStash
 
@@ -248,7 +248,8 @@ class Binding:
             f"{self.save_levels.count(level)}x {level}" for level in LEVELS if level in self.save_levels
         )
         linear = [p.weight for _, p in self.projections() if not isinstance(p, ModuleProjection)]
-        mixture = read_mixture(self)
+        mixtures = (layer for layer in self.layers if self.mlp_of(layer) == MOE)
+        mixture = read_mixture(self.family, self.config, mixtures)
         label = (
             "quantised"
             if any(weight.label == "quantised" for weight in (*linear, *mixture.weights))

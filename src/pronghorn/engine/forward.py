@@ -34,11 +34,9 @@ from pronghorn.blocks import (
 )
 from pronghorn.blocks.glu import TILE_ROWS
 from pronghorn.blocks.levels import is_roomy
-from pronghorn.blocks.moe import RouterBalance
 from pronghorn.blocks.projection import Projection
-from pronghorn.engine.angles import Angles, angles_of, query_scale_of
 from pronghorn.engine.binding import Binding
-from pronghorn.engine.flat import FlatAdapters
+from pronghorn.engine.layer_call import LayerCall, ReadGroups
 from pronghorn.engine.loss import scaled_logits, shifted_loss, without_padding
 from pronghorn.engine.mixture import BALANCE, balance_of, moe_block, with_balance
 from pronghorn.engine.read import (
@@ -48,16 +46,12 @@ from pronghorn.engine.read import (
     read_norm,
     read_projection,
 )
-from pronghorn.engine.stream import Stream, flatten_rows, unflatten_rows
+from pronghorn.engine.stream import flatten_rows, unflatten_rows
 from pronghorn.families import MOE
 from pronghorn.kernels.attention import AttentionCall
 from pronghorn.kernels.rms_norm import rms_norm
-from pronghorn.memory import HostStash
 
 logger = logging.getLogger("pronghorn")
-
-#: a layer's projections by slot, with the group's packed adapters while a `TrainingStep` runs
-ReadGroups = dict[int, tuple[list[Projection], PackedAdapters | None]]
 
 
 @dataclass
@@ -73,53 +67,7 @@ class LossOutput(CausalLMOutputWithPast):
         return tuple(value for name, value in self.items() if name != "num_correct")
 
 
-def compute_dtype(binding: Binding, hidden_states: Tensor) -> torch.dtype:
-    """The dtype of matrix products: autocast's, else the one the weights ask for, else the residual stream's."""
-    device = hidden_states.device.type
-    if torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return binding.weight_dtype or hidden_states.dtype
-
-
 # --- decoder layer ---------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class LayerCall:
-    """What the decoder's forward hands to every layer's; angles by `DecoderFamily.rotation`."""
-
-    binding: Binding
-    stream: Stream
-    angles: Angles
-    dtype: torch.dtype
-    seed: int
-    stash: HostStash | None = None
-    packed: FlatAdapters | None = None
-    query_scale: Tensor | None = None
-    balance: RouterBalance | None = None
-
-    @staticmethod
-    def of(
-        binding: Binding,
-        hidden_states: Tensor,
-        stream: Stream,
-        seed: int,
-        stash: HostStash | None = None,
-        packed: FlatAdapters | None = None,
-        balance: RouterBalance | None = None,
-    ) -> LayerCall:
-        """For embedded tokens [T, H] of a stream."""
-        return LayerCall(
-            binding,
-            stream,
-            angles_of(binding, binding.model.model, hidden_states, stream.position_ids),
-            compute_dtype(binding, hidden_states),
-            seed,
-            stash,
-            packed,
-            query_scale_of(binding, stream, hidden_states.dtype),
-            balance,
-        )
 
 
 def layer_forward(

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from pronghorn.engine.bind import binding_of
 from pronghorn.engine.binding import Binding, base_causal_lm
-from pronghorn.engine.forward import LayerCall, build_layer, readable_head
+from pronghorn.engine.forward import build_layer, readable_head
+from pronghorn.engine.layer_call import LayerCall
 from pronghorn.engine.loss import shifted_loss, without_padding
 from pronghorn.engine.read import active_module, dropout_seed, read_norm
 from pronghorn.engine.stream import Stream, flatten_rows, unflatten_rows

@@ -10,8 +10,8 @@ import torch
 
 from pronghorn.blocks import Level, LinearProjection, host_bytes_per_token, kept_bytes_per_token, parks
 from pronghorn.engine.binding import Binding, host_pool
+from pronghorn.engine.experts import stack_ranks
 from pronghorn.engine.joined import joins, weights_to_join
-from pronghorn.engine.mixture import stack_ranks
 from pronghorn.engine.read import Reading
 from pronghorn.errors import BudgetTooSmall, UnsupportedCheckpoint
 from pronghorn.families import MOE, family_of

@@ -14,7 +14,7 @@ from pronghorn.engine import bind
 from pronghorn.engine.altered import altered_part
 from pronghorn.engine.angles import angles_of
 from pronghorn.engine.binding import Binding, base_causal_lm
-from pronghorn.engine.forward import compute_dtype
+from pronghorn.engine.layer_call import compute_dtype
 from pronghorn.engine.read import Reading, active_module, group_names, read_norm, read_projection
 from pronghorn.errors import EngineRefused
 from pronghorn.inference.projections import Group

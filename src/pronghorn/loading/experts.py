@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from pronghorn.engine import base_causal_lm
-from pronghorn.engine.mixture import innermost
+from pronghorn.engine.experts import innermost
 from pronghorn.errors import AdapterProblem
 from pronghorn.families import MixtureParts, family_of
 from pronghorn.weights.experts import four_bit_states, hold_in_four_bits
