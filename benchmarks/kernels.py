@@ -194,7 +194,7 @@ def head(s: Sizes, device: str, dtype: torch.dtype) -> Iterator[Measurement]:
 
 def quantised(s: Sizes, device: str, dtype: torch.dtype) -> Iterator[Measurement]:
     """NF4 to 16 bits, doubly quantised scales, the gate projection's weight."""
-    from pronghorn.kernels.nf4 import dequantize_4bit
+    from pronghorn.kernels.nf4 import FourBits, dequantize_4bit
 
     shape = (s.intermediate, s.hidden)
     count, blocks = shape[0] * shape[1], shape[0] * shape[1] // 64
@@ -207,12 +207,11 @@ def quantised(s: Sizes, device: str, dtype: torch.dtype) -> Iterator[Measurement
         torch.tensor(0.5, device=device),
         256,
     )
+    bits = FourBits(packed, absmax, code, 64, shape, nested)
     yield Measurement(
         "dequantize_4bit, double",
         lambda: None,
-        lambda _, impl: dequantize_4bit(
-            packed, absmax, code, blocksize=64, shape=shape, dtype=dtype, nested=nested, impl=impl
-        ),
+        lambda _, impl: dequantize_4bit(bits, dtype, impl=impl),
         count * (0.5 + dtype.itemsize) + blocks,
     )
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from pronghorn.kernels.nf4 import FourBits, dequantize_4bit
+from pronghorn.weights.quantised import FourBitWeight
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 IMPLS = ("torch", "triton")
@@ -28,6 +32,17 @@ def random(
     """Normal numbers, the same on every device."""
     generator = torch.Generator().manual_seed(seed + sum(shape))
     return (torch.randn(*shape, generator=generator) * scale).to(device, dtype)
+
+
+def four_bits(
+    weight: Tensor, blocksize: int = 64, kind: str = "nf4", double: bool = True
+) -> tuple[FourBits, Any, Tensor]:
+    """A weight as bitsandbytes quantises it, bitsandbytes' state, and the weight that it stands for in fp64."""
+    from bitsandbytes.functional import quantize_4bit
+
+    packed, state = quantize_4bit(weight, blocksize=blocksize, quant_type=kind, compress_statistics=double)
+    bits = FourBitWeight(packed, state).bits
+    return bits, state, dequantize_4bit(bits, torch.float64, impl="torch")
 
 
 def assert_near(actual: Tensor, expected: Tensor, *, slack: float = 1.0) -> None:

@@ -7,27 +7,9 @@ import torch
 
 from pronghorn.kernels.four_bit_int8 import four_bit_to_int8
 from pronghorn.kernels.int8 import quantise_joined, quantise_rows
-from pronghorn.kernels.nf4 import dequantize_4bit
-from tests.kernels.compare import IMPLS, random
+from tests.kernels.compare import IMPLS, four_bits, random
 
-bnb = pytest.importorskip("bitsandbytes.functional")
-
-
-def four_bits(weight, blocksize=64, kind="nf4", double=True):
-    """What `four_bit_to_int8` takes of a weight, and the weight that it stands for in fp32."""
-    packed, state = bnb.quantize_4bit(
-        weight, blocksize=blocksize, quant_type=kind, compress_statistics=double
-    )
-    second = state.state2
-    given = {
-        "packed": packed.view(-1),
-        "absmax": state.absmax,
-        "code": state.code,
-        "blocksize": blocksize,
-        "shape": tuple(weight.shape),
-        "nested": (second.code, second.absmax, state.offset, second.blocksize) if double else None,
-    }
-    return given, dequantize_4bit(**given, dtype=torch.float32, impl="torch")
+pytest.importorskip("bitsandbytes")
 
 
 def off(codes, expected):
@@ -44,10 +26,11 @@ def off(codes, expected):
 def test_both_directions(impl, kind, double, shape, blocksize, device):
     weight = random(*shape, dtype=torch.float32, device=device, scale=0.02)
     weight[3, 5] = 0.9  # turned, it stands in every number of its block
-    given, dense = four_bits(weight, blocksize, kind, double)
+    bits, _, dense = four_bits(weight, blocksize, kind, double)
+    dense = dense.float()
     for input_grad, rows in ((False, dense), (True, dense.t().contiguous())):
         expected, scales = quantise_rows(rows, rotated=True, impl="torch")
-        codes = four_bit_to_int8(**given, scales=scales, input_grad=input_grad, impl=impl)
+        codes = four_bit_to_int8(bits, scales, input_grad=input_grad, impl=impl)
         assert codes.dtype == torch.int8 and codes.shape == rows.shape
         # Numbers of the code have 12 bits on a GPU, so that one in a hundred falls to the neighbour.
         worst, share = off(codes, expected)
@@ -60,18 +43,20 @@ def test_parts_of_a_group(impl, device):
     parts = [
         four_bits(random(rows, 128, dtype=torch.float32, device=device, scale=0.02)) for rows in (128, 64, 64)
     ]
-    expected, scales = quantise_joined([dense.t() for _, dense in parts], rotated=True, impl="torch")
+    expected, scales = quantise_joined(
+        [dense.float().t() for _, _, dense in parts], rotated=True, impl="torch"
+    )
     codes = torch.empty(128, 256, dtype=torch.int8, device=device)
-    for (given, _), out in zip(parts, codes.split([128, 64, 64], 1), strict=True):
-        found = four_bit_to_int8(**given, scales=scales, input_grad=True, block=64, out=out, impl=impl)
+    for (bits, _, _), out in zip(parts, codes.split([128, 64, 64], 1), strict=True):
+        found = four_bit_to_int8(bits, scales, input_grad=True, block=64, out=out, impl=impl)
         assert found.data_ptr() == out.data_ptr()
     assert off(codes, expected)[0] <= 1 and off(codes, expected)[1] < 0.02
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_zeros_and_sizes_that_do_not_fit(impl, device):
-    given, dense = four_bits(torch.zeros(16, 64, device=device))
-    _, scales = quantise_rows(dense, rotated=True)
-    assert not four_bit_to_int8(**given, scales=scales, impl=impl).any()
+    bits, _, dense = four_bits(torch.zeros(16, 64, device=device))
+    _, scales = quantise_rows(dense.float(), rotated=True)
+    assert not four_bit_to_int8(bits, scales, impl=impl).any()
     with pytest.raises(ValueError, match="blocks of 32"):
-        four_bit_to_int8(**given, scales=scales, input_grad=True, block=32, impl=impl)
+        four_bit_to_int8(bits, scales, input_grad=True, block=32, impl=impl)

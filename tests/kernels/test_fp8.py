@@ -23,13 +23,14 @@ from pronghorn.kernels.fp8 import (
     transpose_codes,
 )
 from pronghorn.kernels.glu import glu_forward
+from pronghorn.kernels.nf4 import FourBits
 from pronghorn.kernels.rms_norm import (
     rms_norm_backward,
     rms_norm_backward_fp8,
     rms_norm_forward,
     rms_norm_forward_fp8,
 )
-from tests.kernels.compare import DTYPES, IMPLS, INTERPRETED, random
+from tests.kernels.compare import DTYPES, IMPLS, INTERPRETED, four_bits, random
 
 SHAPES = [(1, 16), (5, 96), (7, 130), (3, 1024)]
 
@@ -190,32 +191,18 @@ def test_transposed_codes_of_a_dense_weight(impl, dtype, rowwise, shape, device)
 def test_four_bit_weights_as_codes(impl, double, transposed, shape, blocksize, device):
     bnb = pytest.importorskip("bitsandbytes.functional")
     weight = random(*shape, dtype=torch.float32, device=device, scale=0.02)
-    packed, state = bnb.quantize_4bit(
-        weight, blocksize=blocksize, quant_type="nf4", compress_statistics=double
-    )
-    nested = None
-    if double:
-        nested = (state.state2.code, state.state2.absmax, state.offset, state.state2.blocksize)
-    expected = bnb.dequantize_4bit(packed, state)
-    scales = four_bit_row_scales(state.absmax, shape, blocksize, nested)
+    bits, state, _ = four_bits(weight, blocksize, double=double)
+    expected = bnb.dequantize_4bit(bits.packed, state)
+    scales = four_bit_row_scales(bits)
     assert scales is not None and (expected.abs().amax(1, keepdim=True) <= 448 * scales).all()
-    codes = four_bit_to_fp8(
-        packed,
-        state.absmax,
-        state.code,
-        scales,
-        blocksize=blocksize,
-        shape=shape,
-        nested=nested,
-        transposed=transposed,
-        impl=impl,
-    )
+    codes = four_bit_to_fp8(bits, scales, transposed=transposed, impl=impl)
     assert codes.is_contiguous() and codes.shape == (shape[::-1] if transposed else shape)
     assert_codes_hold(codes.t() if transposed else codes, scales, expected, impl)
 
 
 def test_four_bit_rows_that_share_a_block_are_refused():
-    assert four_bit_row_scales(torch.ones(15), (16, 60), 64, None) is None
+    packed, code = torch.zeros(480, dtype=torch.uint8), torch.linspace(-1, 1, 16)
+    assert four_bit_row_scales(FourBits(packed, torch.ones(15), code, 64, (16, 60))) is None
 
 
 @pytest.mark.parametrize("impl", IMPLS)

@@ -15,7 +15,7 @@ from pronghorn.kernels.matvec import (
     matvec,
     matvec_4bit,
 )
-from tests.kernels.compare import IMPLS, RELATIVE, random
+from tests.kernels.compare import IMPLS, RELATIVE, four_bits, random
 
 #: (rows, in, out): a partial tile of rows and of columns; whole tiles; fewer columns than a tile
 SHAPES = [(1, 600, 21), (1, 512, 16), (2, 96, 33), (7, 520, 18), (16, 256, 32)]
@@ -135,24 +135,10 @@ def test_three_parts_with_adapters_of_their_own(impl, rows, apart, device):
     assert_sums_near(added, expected, exact.abs() @ weight.double().abs().t() + 1.0, dtype)
 
 
-bnb = pytest.importorskip("bitsandbytes.functional")
-
-
 def quantised(weight, double):
-    packed, state = bnb.quantize_4bit(weight, blocksize=64, quant_type="nf4", compress_statistics=double)
-    nested = (
-        (state.state2.code, state.state2.absmax, state.offset, state.state2.blocksize) if double else None
-    )
-    part = FourBit(
-        packed.view(-1), state.absmax, state.code, tuple(state.code.tolist()), 64, weight.shape[0], nested
-    )
-    from pronghorn.kernels.nf4 import dequantize_4bit
-
-    dense = dequantize_4bit(
-        part.packed, part.absmax, part.code, blocksize=64, shape=tuple(weight.shape), dtype=torch.float64,
-        nested=nested, impl="torch",
-    )  # fmt: skip
-    return part, dense
+    pytest.importorskip("bitsandbytes")
+    bits, _, dense = four_bits(weight, double=double)
+    return FourBit(bits, tuple(bits.code.tolist())), dense
 
 
 @pytest.mark.parametrize("impl", IMPLS)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pronghorn.kernels.nf4 import dequantize_4bit
-from tests.kernels.compare import DTYPES, IMPLS, RELATIVE, random
+from tests.kernels.compare import DTYPES, IMPLS, RELATIVE, four_bits, random
 
 bnb = pytest.importorskip("bitsandbytes.functional")
 
@@ -32,30 +32,16 @@ def spelled_out(packed, state, shape) -> torch.Tensor:
 )
 def test_equals_bitsandbytes(impl, dtype, kind, double, shape, blocksize, device):
     weight = random(*shape, dtype=dtype, device=device, scale=0.02)
-    packed, state = bnb.quantize_4bit(
-        weight, blocksize=blocksize, quant_type=kind, compress_statistics=double
-    )
-    expected = spelled_out(packed, state, shape).to(device)
-    nested = (
-        (state.state2.code, state.state2.absmax, state.offset, state.state2.blocksize) if double else None
-    )
-    found = dequantize_4bit(
-        packed.view(-1),
-        state.absmax,
-        state.code,
-        blocksize=blocksize,
-        shape=shape,
-        dtype=dtype,
-        nested=nested,
-        impl=impl,
-    )
+    bits, state, _ = four_bits(weight, blocksize, kind, double)
+    expected = spelled_out(bits.packed, state, shape).to(device)
+    found = dequantize_4bit(bits, dtype, impl=impl)
     assert found.dtype == dtype and found.shape == weight.shape
     # code · scale is one fp32 multiplication (a nested scale: two more operations), then one rounding.
     assert ((found.double() - expected).abs() <= RELATIVE[dtype] * expected.abs() + 1e-12).all()
     if (
         device.type == "cuda" or shape[1] % blocksize == 0
     ):  # elsewhere bitsandbytes' CPU kernel is itself wrong
-        theirs = bnb.dequantize_4bit(packed, state).double()
+        theirs = bnb.dequantize_4bit(bits.packed, state).double()
         assert ((found.double() - theirs).abs() <= 2 * RELATIVE[dtype] * expected.abs() + 1e-12).all()
     # And it is the weight, up to the quantisation's own error.
     assert (found - weight).abs().mean() < 0.2 * weight.abs().mean()
@@ -64,9 +50,7 @@ def test_equals_bitsandbytes(impl, dtype, kind, double, shape, blocksize, device
 @pytest.mark.parametrize("impl", IMPLS)
 def test_writes_into_a_given_buffer(impl, device):
     weight = random(8, 64, dtype=torch.float32, device=device)
-    packed, state = bnb.quantize_4bit(weight, blocksize=64, quant_type="nf4", compress_statistics=False)
+    bits, _, _ = four_bits(weight, double=False)
     out = torch.full((8, 64), float("nan"), dtype=torch.bfloat16, device=device)
-    found = dequantize_4bit(
-        packed, state.absmax, state.code, blocksize=64, shape=(8, 64), dtype=out.dtype, out=out, impl=impl
-    )
+    found = dequantize_4bit(bits, out.dtype, out=out, impl=impl)
     assert found.data_ptr() == out.data_ptr() and not out.isnan().any()

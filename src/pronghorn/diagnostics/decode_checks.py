@@ -46,12 +46,9 @@ def few_rows() -> str:
         )
         act = rows_kernels.matvec(x, weights, norm=norm, activation="silu")
         close(compared, "act", act, torch.nn.functional.silu(both[:, :OUT]) * both[:, OUT:])
-    arguments, truth = four_bit_case(dtypes()[-1])
+    bits, truth = four_bit_case()
     x = draw(ROWS, truth.shape[1], dtype=dtypes()[-1], seed=8)
-    codes = FourBit(
-        arguments["packed"], arguments["absmax"], arguments["code"], tuple(arguments["code"].tolist()),
-        arguments["blocksize"], truth.shape[0], arguments["nested"],
-    )  # fmt: skip
+    codes = FourBit(bits, tuple(bits.code.tolist()))
     close(compared, "4-bit Y", rows_kernels.matvec_4bit(x, [codes]), x.double() @ truth.T)
     return said(compared)
 

@@ -5,8 +5,6 @@ What is compared with is decoded value by value; codes have to lie within half a
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -23,6 +21,7 @@ from pronghorn.kernels import qkv_grads as joined_kernels
 from pronghorn.kernels import rms_norm as norm_kernels
 from pronghorn.kernels.four_bit_int8 import four_bit_to_int8
 from pronghorn.kernels.lora import LowRank
+from pronghorn.kernels.nf4 import FourBits
 
 #: NF4's sixteen numbers (Dettmers et al. 2023, appendix E)
 NF4 = (
@@ -32,8 +31,8 @@ NF4 = (
 )  # fmt: skip
 
 
-def four_bit_case(dtype: torch.dtype) -> tuple[dict[str, Any], Tensor]:
-    """Arguments of a doubly quantised weight [64, 192], and the weight in fp64, decoded value by value."""
+def four_bit_case() -> tuple[FourBits, Tensor]:
+    """A doubly quantised weight [64, 192], and the same in fp64, decoded value by value."""
     shape, blocksize, blocksize2 = (64, 192), 64, 256
     generator = torch.Generator().manual_seed(4)
     count = shape[0] * shape[1]
@@ -45,19 +44,17 @@ def four_bit_case(dtype: torch.dtype) -> tuple[dict[str, Any], Tensor]:
     nibbles = torch.stack([packed >> 4, packed & 15], 1).flatten().int()
     truth = torch.tensor(NF4, dtype=torch.float64)[nibbles].view(-1, blocksize) * absmax[:, None]
     here = device()
-    given = {
-        "packed": packed.to(here), "absmax": scale_codes.to(here), "code": torch.tensor(NF4, device=here),
-        "blocksize": blocksize, "shape": shape, "dtype": dtype,
-        "nested": (code2.to(here), absmax2.to(here), offset.to(here), blocksize2),
-    }  # fmt: skip
-    return given, truth.view(shape).to(here)
+    nested = code2.to(here), absmax2.to(here), offset.to(here), blocksize2
+    code = torch.tensor(NF4, device=here)
+    bits = FourBits(packed.to(here), scale_codes.to(here), code, blocksize, shape, nested)
+    return bits, truth.view(shape).to(here)
 
 
 def four_bit() -> str:
     compared = Comparison()
+    bits, truth = four_bit_case()
     for dtype in dtypes():
-        given, truth = four_bit_case(dtype)
-        compared.near("weight", nf4_kernels.dequantize_4bit(**given), truth)
+        compared.near("weight", nf4_kernels.dequantize_4bit(bits, dtype), truth)
     return said(compared)
 
 
@@ -138,14 +135,11 @@ def fp8_weights() -> str:
         raise Unsound("turned codes are other codes")
     again = fp8_kernels.quantise_transposed(weight, scales)
     _codes_near("a turned weight", (again.t(), scales), weight)
-    given, truth = four_bit_case(torch.float32)
-    del given["dtype"]
-    row_scales = fp8_kernels.four_bit_row_scales(
-        given["absmax"], given["shape"], given["blocksize"], given["nested"]
-    )
+    bits, truth = four_bit_case()
+    row_scales = fp8_kernels.four_bit_row_scales(bits)
     assert row_scales is not None
     for transposed in (False, True):
-        made = fp8_kernels.four_bit_to_fp8(scales=row_scales, transposed=transposed, **given)
+        made = fp8_kernels.four_bit_to_fp8(bits, row_scales, transposed=transposed)
         _codes_near("a 4-bit weight", (made.t() if transposed else made, row_scales), truth)
     compared.near(
         "dequantised", fp8_kernels.dequantise(codes, scales, torch.bfloat16), codes.double() * scales
@@ -191,11 +185,10 @@ def int8_rows() -> str:
 
 
 def _int8_codes_of_four_bits() -> None:
-    given, truth = four_bit_case(torch.bfloat16)
-    del given["dtype"]
+    bits, truth = four_bit_case()
     for input_grad, exact in ((False, _turned(truth)), (True, _turned(truth.t()))):
         scales = exact.abs().amax(1, keepdim=True).float() / 127
-        codes = four_bit_to_int8(**given, scales=scales, input_grad=input_grad)
+        codes = four_bit_to_int8(bits, scales, input_grad=input_grad)
         # On a GPU they are turned in 16 bits.
         _int8_near("a 4-bit weight", (codes, scales), exact, allowed=0.6)
 

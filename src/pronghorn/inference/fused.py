@@ -205,24 +205,15 @@ def _four_bit_parts(group: Group) -> tuple[FourBit, ...]:
     """The group's weights as the 4-bit kernels take them; none where they do not."""
     parts = [_four_bit(weight) for weight in group.weights]
     found = [part for part in parts if part is not None]
-    alike = len({(part.blocksize, part.nested is None) for part in found}) == 1
+    alike = len({(part.bits.blocksize, part.bits.nested is None) for part in found}) == 1
     return tuple(found) if len(found) == len(parts) <= 3 and alike else ()
 
 
 def _four_bit(weight: Weight) -> FourBit | None:
     if not isinstance(weight, FourBitWeight) or weight.kept is not None:
         return None
-    state = weight.state
-    whole = weight.shape[1] % state.blocksize == 0 and state.blocksize % 32 == 0
-    if not whole or weight.packed.data_ptr() % 4:
+    bits = weight.bits
+    whole = bits.shape[1] % bits.blocksize == 0 and bits.blocksize % 32 == 0
+    if not whole or bits.packed.data_ptr() % 4:
         return None
-    numbers = tuple(state.code.tolist())
-    return FourBit(
-        weight.packed.view(-1),
-        state.absmax,
-        state.code,
-        numbers,
-        state.blocksize,
-        weight.shape[0],
-        weight.nested,
-    )
+    return FourBit(bits, tuple(bits.code.tolist()))

@@ -14,18 +14,13 @@ from torch import Tensor
 
 from pronghorn.kernels.dispatch import Impl, multiplies_in_triton
 from pronghorn.kernels.int8 import LARGEST, rotation_of, turned
-from pronghorn.kernels.nf4 import Nested, dequantize_4bit
+from pronghorn.kernels.nf4 import FourBits, dequantize_4bit
 
 
 def four_bit_to_int8(
-    packed: Tensor,
-    absmax: Tensor,
-    code: Tensor,
+    bits: FourBits,
     scales: Tensor,
     *,
-    blocksize: int,
-    shape: tuple[int, int],
-    nested: Nested | None = None,
     input_grad: bool = False,
     block: int | None = None,
     out: Tensor | None = None,
@@ -34,7 +29,6 @@ def four_bit_to_int8(
     """int8 codes of a 4-bit weight [out, in] for given scales, of one direction.
 
     Args:
-        packed, absmax, code, blocksize, nested: as in `kernels.nf4.dequantize_4bit`.
         scales: fp32 [out, 1], with `input_grad` [in, 1].
         block: the size of H's blocks, `rotation_of` the axis that is turned unless the weight is a part of a wider one.
         out: written and returned where given, unit stride along the last axis.
@@ -42,25 +36,18 @@ def four_bit_to_int8(
     Raises:
         ValueError: where blocks of that size do not divide the axis.
     """
-    along = shape[0] if input_grad else shape[1]
+    rows, width = bits.shape
+    along = rows if input_grad else width
     block = rotation_of(along) if block is None else block
-    if not block or along % block or not rotation_of(shape[1]):
-        raise ValueError(f"a weight of {shape[0]} x {shape[1]} cannot be cut into blocks of {block}")
+    if not block or along % block or not rotation_of(width):
+        raise ValueError(f"a weight of {rows} x {width} cannot be cut into blocks of {block}")
     if out is None:
-        out = torch.empty(shape[::-1] if input_grad else shape, dtype=torch.int8, device=packed.device)
-    if multiplies_in_triton(packed, impl):
+        size = (width, rows) if input_grad else (rows, width)
+        out = torch.empty(size, dtype=torch.int8, device=bits.packed.device)
+    if multiplies_in_triton(bits.packed, impl):
         from pronghorn.kernels.triton.four_bit_int8 import from_four_bit
 
-        return from_four_bit(packed, absmax, code, scales, blocksize, shape, nested, input_grad, block, out)
-    dense = dequantize_4bit(
-        packed,
-        absmax,
-        code,
-        blocksize=blocksize,
-        shape=shape,
-        dtype=torch.float32,
-        nested=nested,
-        impl="torch",
-    )
+        return from_four_bit(bits, scales, input_grad, block, out)
+    dense = dequantize_4bit(bits, torch.float32, impl="torch")
     wide = turned(dense.t().contiguous() if input_grad else dense, block)
     return out.copy_(wide.div_(scales).round_().clamp_(-LARGEST, LARGEST))

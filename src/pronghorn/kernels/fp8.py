@@ -21,7 +21,7 @@ from torch import Tensor
 
 from pronghorn.kernels.dispatch import Impl, use_triton
 from pronghorn.kernels.glu import glu_forward
-from pronghorn.kernels.nf4 import Nested, dequantize_4bit
+from pronghorn.kernels.nf4 import FourBits, dequantize_4bit
 
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = 448.0
@@ -202,53 +202,30 @@ def _ones(size: int, device: torch.device) -> Tensor:
     return torch.ones(1, size, dtype=torch.float32, device=device)
 
 
-def four_bit_row_scales(
-    absmax: Tensor, shape: tuple[int, int], blocksize: int, nested: Nested | None
-) -> Tensor | None:
+def four_bit_row_scales(bits: FourBits) -> Tensor | None:
     """Power-of-two scales fp32 [out, 1] of a 4-bit weight's rows; None where rows do not begin with a block.
 
     The largest number of a block is its scale (the code's ends are ±1), so the packed weight need not be read.
     """
-    if shape[1] % blocksize:
+    rows, width = bits.shape
+    if width % bits.blocksize:
         return None
-    if nested is not None:
-        code2, absmax2, offset, blocksize2 = nested
-        coarse = absmax2.repeat_interleave(blocksize2)[: absmax.numel()]
-        absmax = code2.index_select(0, absmax.view(-1).int()) * coarse + offset
-    return power_of_two_scales(absmax.view(shape[0], -1).abs().amax(1, keepdim=True).to(torch.float32))
+    largest = bits.block_scales().view(rows, -1).abs().amax(1, keepdim=True)
+    return power_of_two_scales(largest.to(torch.float32))
 
 
 def four_bit_to_fp8(
-    packed: Tensor,
-    absmax: Tensor,
-    code: Tensor,
-    scales: Tensor,
-    *,
-    blocksize: int,
-    shape: tuple[int, int],
-    nested: Nested | None = None,
-    transposed: bool = False,
-    impl: Impl | None = None,
+    bits: FourBits, scales: Tensor, *, transposed: bool = False, impl: Impl | None = None
 ) -> Tensor:
     """e4m3 codes of a 4-bit weight for given row scales fp32 [out, 1], in one kernel.
 
     Args:
-        packed, absmax, code, nested: as in `kernels.nf4.dequantize_4bit`; whole blocks in a row.
+        bits: whole blocks in a row.
         transposed: give [in, out] instead of [out, in].
     """
-    if use_triton(packed, impl):
+    if use_triton(bits.packed, impl):
         from pronghorn.kernels.triton.fp8 import from_four_bit
 
-        return from_four_bit(packed, absmax, code, scales, blocksize, shape, nested, transposed)
-    dense = dequantize_4bit(
-        packed,
-        absmax,
-        code,
-        blocksize=blocksize,
-        shape=shape,
-        dtype=torch.float32,
-        nested=nested,
-        impl="torch",
-    )
-    codes = (dense / scales).to(E4M3)
+        return from_four_bit(bits, scales, transposed)
+    codes = (dequantize_4bit(bits, torch.float32, impl="torch") / scales).to(E4M3)
     return codes.t().contiguous() if transposed else codes

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from pronghorn.kernels.dispatch import Impl, math_dtype, use_triton
 from pronghorn.kernels.glu import APPROXIMATE
-from pronghorn.kernels.nf4 import Nested, dequantize_4bit
+from pronghorn.kernels.nf4 import FourBits, dequantize_4bit
 
 #: rows that one launch takes
 MOST_ROWS = 16
@@ -44,16 +44,15 @@ class RowShare(NamedTuple):
 
 
 class FourBit(NamedTuple):
-    """A weight [rows, in] in bitsandbytes' 4-bit layout, see `kernels.nf4`; `in` is a multiple of `blocksize`, and
-    `numbers` is what `code` holds, on the host."""
+    """A weight [rows, in] in 4 bits, `in` a multiple of its blocks' size; `numbers` is what its code holds, on the
+    host."""
 
-    packed: Tensor
-    absmax: Tensor
-    code: Tensor
+    bits: FourBits
     numbers: tuple[float, ...]
-    blocksize: int
-    rows: int
-    nested: Nested | None = None
+
+    @property
+    def rows(self) -> int:
+        return self.bits.shape[0]
 
 
 def matvec(
@@ -103,13 +102,7 @@ def matvec_4bit(
 
         return four_bit(x, parts, norm, bias, share, residual, activation, out_dtype or x.dtype)
     dtype = math_dtype(x.dtype)
-    weights = [
-        dequantize_4bit(
-            part.packed, part.absmax, part.code,
-            blocksize=part.blocksize, shape=(part.rows, x.shape[1]), dtype=dtype, nested=part.nested, impl="torch",
-        )
-        for part in parts
-    ]  # fmt: skip
+    weights = [dequantize_4bit(part.bits, dtype, impl="torch") for part in parts]
     y = _normed(x, norm) @ torch.cat(weights).t()
     return _finished(y, x, bias, share, residual, activation, out_dtype)
 

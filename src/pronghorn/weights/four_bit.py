@@ -45,11 +45,10 @@ def four_bit_weight(module: Any) -> FourBitWeight | Int8FourBitWeight:
 
 def add_fp8_products(module: Any, *, rowwise: bool = True) -> bool:
     """Let a 4-bit module multiply in fp8; False where its blocks do not divide its rows."""
-    state = module.weight.quant_state
-    weight = FourBitWeight(module.weight.data, state)
+    weight = FourBitWeight(module.weight.data, module.weight.quant_state)
     if weight.shape[0] % MULTIPLE or weight.shape[1] % MULTIPLE:
         return False
-    scales = four_bit_row_scales(state.absmax, weight.shape, state.blocksize, weight.nested)
+    scales = four_bit_row_scales(weight.bits)
     if scales is None:
         return False
     module.register_buffer(FP8_SCALES, scales if rowwise else scales.amax().view(1, 1), persistent=False)

@@ -166,14 +166,4 @@ class Fp8FourBitWeight(_Fp8Products, FourBitWeight):
         return self._codes(transposed=True) if self.transposed is None else self.transposed
 
     def _codes(self, transposed: bool) -> Tensor:
-        state = self.state
-        return four_bit_to_fp8(
-            self.packed,
-            state.absmax,
-            state.code,
-            self.scales.expand(self.shape[0], 1),
-            blocksize=state.blocksize,
-            shape=self.shape,
-            nested=self.nested,
-            transposed=transposed,
-        )
+        return four_bit_to_fp8(self.bits, self.scales.expand(self.shape[0], 1), transposed=transposed)

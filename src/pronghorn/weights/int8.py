@@ -182,19 +182,7 @@ class Int8FourBitWeight(Int8Products):
 
 def _write_codes(part: FourBitWeight, scales: Tensor, out: Tensor, *, input_grad: bool, block: int) -> None:
     """int8 codes of one 4-bit weight [out_i, in] into `out`, its rows of Wf or its columns of Wb."""
-    state = part.state
-    four_bit_to_int8(
-        part.packed,
-        state.absmax,
-        state.code,
-        scales,
-        blocksize=state.blocksize,
-        shape=part.shape,
-        nested=part.nested,
-        input_grad=input_grad,
-        block=block,
-        out=out,
-    )
+    four_bit_to_int8(part.bits, scales, input_grad=input_grad, block=block, out=out)
 
 
 def stacked_int8(parts: Sequence[Weight]) -> Int8Products | None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pronghorn.kernels.nf4 import Nested, dequantize_4bit
+from pronghorn.kernels.nf4 import FourBits, dequantize_4bit
 from pronghorn.weights.base import Weight
 
 
@@ -30,26 +30,15 @@ class FourBitWeight(Weight):
         self.storage = f"{state.quant_type}{' double' if state.nested else ''}"
 
     @property
-    def nested(self) -> Nested | None:
-        """The second level of scales, as `kernels.nf4` takes it."""
-        state = self.state
-        if not state.nested:
-            return None
-        return state.state2.code, state.state2.absmax, state.offset, state.state2.blocksize
+    def bits(self) -> FourBits:
+        """As `kernels.nf4` takes it."""
+        state, nested = self.state, None
+        if state.nested:
+            nested = state.state2.code, state.state2.absmax, state.offset, state.state2.blocksize
+        return FourBits(self.packed, state.absmax, state.code, state.blocksize, self.shape, nested)
 
     def dense(self, dtype: torch.dtype) -> Tensor:
-        if self.kept is not None:
-            return self.kept.to(dtype)
-        state = self.state
-        return dequantize_4bit(
-            self.packed,
-            state.absmax,
-            state.code,
-            blocksize=state.blocksize,
-            shape=self.shape,
-            dtype=dtype,
-            nested=self.nested,
-        )
+        return dequantize_4bit(self.bits, dtype) if self.kept is None else self.kept.to(dtype)
 
 
 class BitsAndBytesInt8Weight(Weight):

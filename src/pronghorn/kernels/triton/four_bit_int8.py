@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pronghorn.kernels.nf4 import FourBits
 from pronghorn.kernels.triton.int8 import signs, to_codes
 from pronghorn.kernels.triton.lora import dot, is_wide
 from pronghorn.kernels.triton.nf4 import block_scales
@@ -80,26 +81,15 @@ def _input_grad(
     tl.store(to, tl.trans(_within(x)), mask=known[:, None])
 
 
-def from_four_bit(
-    packed: Tensor,
-    absmax: Tensor,
-    code: Tensor,
-    scales: Tensor,
-    blocksize: int,
-    shape: tuple[int, int],
-    nested: tuple[Tensor, Tensor, Tensor, int] | None,
-    input_grad: bool,
-    lanes: int,
-    out: Tensor,
-) -> Tensor:
-    rows, width = shape
+def from_four_bit(bits: FourBits, scales: Tensor, input_grad: bool, lanes: int, out: Tensor) -> Tensor:
+    rows, width = bits.shape
     if not out.numel():
         return out
-    code2, absmax2, offset, blocksize2 = nested if nested is not None else (code, code, code, 1)
-    pointers = (packed, absmax, code, code2, absmax2, offset, scales.contiguous(), out)
+    code2, absmax2, offset, blocksize2 = bits.second
+    pointers = (bits.packed, bits.absmax, bits.code, code2, absmax2, offset, scales.contiguous(), out)
     constants = {
-        "blocksize": blocksize, "blocksize2": blocksize2, "NESTED": nested is not None, "LANES": lanes,
-        "FACTOR": lanes**-0.5, "WIDE": is_wide(packed),
+        "blocksize": bits.blocksize, "blocksize2": blocksize2, "NESTED": bits.nested is not None, "LANES": lanes,
+        "FACTOR": lanes**-0.5, "WIDE": is_wide(bits.packed),
     }  # fmt: skip
     if input_grad:
         # A product of 16 rows whose right factor comes out of `interleave` is wrong in 16 bits (Triton 3.6, H200).

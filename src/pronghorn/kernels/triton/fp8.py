@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pronghorn.kernels.nf4 import FourBits
 from pronghorn.kernels.triton.launch import row_block, unit_rows
 from pronghorn.kernels.triton.lora import three
 
@@ -240,26 +241,17 @@ def _from_four_bit(
         tl.store(to, values, mask=in_rows & in_columns[None, :])
 
 
-def from_four_bit(
-    packed: Tensor,
-    absmax: Tensor,
-    code: Tensor,
-    scales: Tensor,
-    blocksize: int,
-    shape: tuple[int, int],
-    nested: tuple[Tensor, Tensor, Tensor, int] | None,
-    transposed: bool,
-) -> Tensor:
-    rows, width = shape
-    code2, absmax2, offset, blocksize2 = nested if nested is not None else (code, code, code, 1)
+def from_four_bit(bits: FourBits, scales: Tensor, transposed: bool) -> Tensor:
+    rows, width = bits.shape
+    code2, absmax2, offset, blocksize2 = bits.second
     out_shape = (width, rows) if transposed else (rows, width)
-    out = torch.empty(out_shape, dtype=torch.float8_e4m3fn, device=packed.device)
+    out = torch.empty(out_shape, dtype=torch.float8_e4m3fn, device=bits.packed.device)
     # Transposed, a tile is a cache line wide both ways; else rows are short and long runs of bytes are better.
     block_rows, block_bytes = (64, 32) if transposed else (4, 256)
     if out.numel():
         _from_four_bit[(triton.cdiv(rows, block_rows), triton.cdiv(width, 2 * block_bytes))](
-            packed, absmax, code, code2, absmax2, offset, scales, out, rows, width,
-            blocksize=blocksize, blocksize2=blocksize2, NESTED=nested is not None, TRANSPOSED=transposed,
+            bits.packed, bits.absmax, bits.code, code2, absmax2, offset, scales, out, rows, width,
+            blocksize=bits.blocksize, blocksize2=blocksize2, NESTED=bits.nested is not None, TRANSPOSED=transposed,
             BLOCK_ROWS=block_rows, BLOCK_BYTES=block_bytes, num_warps=4,
         )  # fmt: skip
     return out

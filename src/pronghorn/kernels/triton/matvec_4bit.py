@@ -353,21 +353,22 @@ def four_bit(
     out = residual if residual is not None else torch.empty(batch, rows, dtype=out_dtype, device=x.device)
     pointers, numbers, kinds = arguments(x, norm, bias, share, residual, activation, out, outs)
     padded = [*parts, *[parts[-1]] * (3 - len(parts))]
-    nested = [part.nested or (part.absmax, part.absmax, part.absmax, 1) for part in padded]
+    bits = [part.bits for part in padded]
+    nested = [part.second for part in bits]
     config = one_row_config(rows, width) if batch == 1 else few_rows_config(rows)
     # A program's outputs are all of one weight.
     while any(part.rows % config["ROWS"] for part in (parts if batch == 1 else parts[:-1])):
         config["ROWS"] //= 2
     pdl = dependent_launch(x.device)
     codes = (
-        x, parts[0].code, *table_words(parts[0].numbers),
-        *(part.packed.view(-1).view(torch.int32) for part in padded), *(part.absmax for part in padded),
+        x, bits[0].code, *table_words(parts[0].numbers),
+        *(part.packed.view(-1).view(torch.int32) for part in bits), *(part.absmax for part in bits),
         *(n[1] for n in nested), *(n[2] for n in nested), *(n[0] for n in nested),
     )  # fmt: skip
     kinds |= {
         "PARTS": len(parts),
-        "NESTED": parts[0].nested is not None,
-        "SIZE": parts[0].blocksize,
+        "NESTED": bits[0].nested is not None,
+        "SIZE": bits[0].blocksize,
         "SIZE2": nested[0][3],
         "TABLE": x.is_cuda,
         "PDL": bool(pdl),

@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pronghorn.kernels.nf4 import FourBits
+
 #: Packed bytes a program of the byte kernel reads.
 TILE_BYTES = 2048
 
@@ -93,21 +95,15 @@ def words_config() -> dict[str, Any]:
     return {"WORDS": 1024, "BY_WORD": False, "GATHER": False, "num_warps": 4}
 
 
-def dequantize(
-    packed: Tensor,
-    absmax: Tensor,
-    code: Tensor,
-    blocksize: int,
-    nested: tuple[Tensor, Tensor, Tensor, int] | None,
-    out: Tensor,
-) -> Tensor:
+def dequantize(bits: FourBits, out: Tensor) -> Tensor:
+    packed, blocksize, nested = bits.packed, bits.blocksize, bits.nested
     if not out.is_contiguous():
         raise ValueError("`out` must be contiguous")
     size = out.numel()
     if not size:
         return out
-    code2, absmax2, offset, blocksize2 = nested if nested is not None else (code, code, code, 1)
-    pointers = (absmax, code, code2, absmax2, offset, out)
+    code2, absmax2, offset, blocksize2 = bits.second
+    pointers = (bits.absmax, bits.code, code2, absmax2, offset, out)
     blocks = triton.cdiv(size, blocksize)
     if size % 8 == 0 and blocksize >= 8 and packed.data_ptr() % 4 == 0 and packed.is_contiguous():
         config = dict(words_config())
