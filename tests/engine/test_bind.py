@@ -48,6 +48,23 @@ def test_bound_model_survives_pickle_and_deepcopy() -> None:
         assert_same(run(twin, batch), expected, 0.0)
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_a_decoder_without_a_head_is_bound(family: str) -> None:
+    stock = tiny_model(family).double().model
+    model = copy.deepcopy(stock)
+    binding = bind(model)
+    assert binding.bound and binding.decoder is model and binding_of(model) is binding
+    batch = rows_batch(model.config.vocab_size, (6, 4))
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    real = inputs["attention_mask"].bool()
+    expected = stock(**inputs, use_cache=False).last_hidden_state[real]
+    found = model(**inputs, use_cache=False).last_hidden_state[real]
+    # Stock norms round to fp32 whatever the model's dtype.
+    assert relative_error(found, expected) < 1e-6
+    binding.undo()
+    assert binding_of(model) is None and "forward" not in model.__dict__
+
+
 def test_unknown_family_stays_stock_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
     from transformers import GPT2Config, GPT2LMHeadModel
 

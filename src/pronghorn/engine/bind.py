@@ -29,7 +29,7 @@ def bind(
     save_levels: str | Sequence[str] = "all",
     attention: str | None = None,
 ) -> Binding:
-    """Bind the fast path on a Transformers causal LM or a PEFT model of one.
+    """Bind the fast path on a Transformers causal LM, on a decoder without a head, or on a PEFT model of either.
 
     Binding twice changes nothing but the attention, where one is named. A model of an unknown family stays stock,
     which is logged once.
@@ -67,17 +67,18 @@ def bind(
     binding.set_save_levels(save_levels)
     binding.choose_attention(attention)
     keep_four_bit_layout(base)
-    for module, function in _sites(base):
+    for module, function in _sites(binding):
         _bind_forward(module, function, binding)
-    for module in (base, base.model):
+    for module in (base, binding.decoder):
         # Straight into __dict__: an attribute, not a submodule or buffer, so state dicts stay as they are.
         module.__dict__["pronghorn_binding"] = binding
     return binding
 
 
-def _sites(base: Any) -> list[tuple[nn.Module, Any]]:
-    layers = [(layer, layer_forward) for layer in base.model.layers]
-    return [(base, causal_lm_forward), (base.model, decoder_forward), *layers]
+def _sites(binding: Binding) -> list[tuple[nn.Module, Any]]:
+    head = [] if binding.model is binding.decoder else [(binding.model, causal_lm_forward)]
+    layers = [(layer, layer_forward) for layer in binding.layers]
+    return [*head, (binding.decoder, decoder_forward), *layers]
 
 
 def _bind_forward(module: nn.Module, function: Any, binding: Binding) -> None:
@@ -92,9 +93,9 @@ def _reasons_against(model: Any, family: DecoderFamily) -> list[str]:
     config = model.config
     if not family.prefix:
         return [_why_unknown(model)]
-    expected = f"{family.prefix}ForCausalLM"
-    if all(cls.__name__ != expected for cls in type(model).__mro__):
-        return [f"the {family.name} family was reviewed for {expected}, this is {type(model).__name__}"]
+    expected = (f"{family.prefix}ForCausalLM", family.decoder or f"{family.prefix}Model")
+    if all(cls.__name__ not in expected for cls in type(model).__mro__):
+        return [f"the {family.name} family was reviewed for {expected[0]}, this is {type(model).__name__}"]
     reasons = []
     activation = getattr(config, family.activation, None)
     if activation not in ACTIVATIONS:
@@ -125,12 +126,12 @@ def _why_unknown(model: Any) -> str:
 
 def _missing_parts(model: Any, family: DecoderFamily) -> list[str]:
     """Classes and submodules that differ from the ones the family was reviewed for."""
-    parts, prefix = family.parts, family.prefix
+    parts, prefix, decoder = family.parts, family.prefix, model.base_model
     found = {
-        family.decoder or f"{prefix}Model": type(model.model).__name__,
-        f"{prefix}RotaryEmbedding": type(getattr(model.model, "rotary_emb", None)).__name__,
+        family.decoder or f"{prefix}Model": type(decoder).__name__,
+        f"{prefix}RotaryEmbedding": type(getattr(decoder, "rotary_emb", None)).__name__,
     }
-    for index, layer in enumerate(model.model.layers):
+    for index, layer in enumerate(decoder.layers):
         attention, mlp = getattr(layer, parts.attention, None), getattr(layer, parts.mlp, None)
         found[f"{prefix}DecoderLayer"] = type(layer).__name__
         found[f"{prefix}Attention"] = type(attention).__name__

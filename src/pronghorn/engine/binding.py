@@ -74,8 +74,13 @@ class Binding:
         return tuple(dict.fromkeys(self.family.rotation(self.config, index) for index in range(count)))
 
     @property
+    def decoder(self) -> Any:
+        """The embedding, layers and final norm: a part of a causal LM, or a model that was loaded without a head."""
+        return self.model.base_model
+
+    @property
     def layers(self) -> list[Any]:
-        return list(self.model.model.layers)
+        return list(self.decoder.layers)
 
     @property
     def weight_dtype(self) -> torch.dtype | None:
@@ -236,7 +241,7 @@ class Binding:
             else:
                 setattr(module, name, before)
         self._undo.clear()
-        for module in (self.model, self.model.model):
+        for module in (self.model, self.decoder):
             module.__dict__.pop("pronghorn_binding", None)
 
     def describe(self) -> str:
@@ -262,7 +267,7 @@ class Binding:
             f"  weights: {', '.join(sorted({weight.storage for weight in linear}))}",
             *mixture.lines,
         ]
-        altered = altered_part(self.model.model, self.family.parts, self.family.mixture)
+        altered = altered_part(self.decoder, self.family.parts, self.family.mixture)
         if altered is not None:
             lines.append(f"  the stock decoder runs for now: {altered}")
         return "\n".join(lines + [f"  through its own module: {text}" for text in self._module_projections()])

@@ -55,7 +55,7 @@ class LayerCall:
         return LayerCall(
             binding,
             stream,
-            angles_of(binding, binding.model.model, hidden_states, stream.position_ids),
+            angles_of(binding, binding.decoder, hidden_states, stream.position_ids),
             compute_dtype(binding, hidden_states),
             seed,
             stash,

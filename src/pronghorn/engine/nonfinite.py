@@ -157,7 +157,7 @@ class _Layers:
     def _embedding(self, hidden: Tensor) -> Finding | None:
         if _finite(hidden):
             return None
-        module = active_module(self.binding.model.model.embed_tokens)
+        module = active_module(self.binding.decoder.embed_tokens)
         weight = next((p for p in module.parameters() if p.dim() == 2), None)
         row = int(_first_row(hidden))
         token = int(self.batch["input_ids"].reshape(-1)[row if self._kept is None else self._kept[row]])
@@ -286,7 +286,7 @@ class _Layers:
 
     def _backward(self, call: LayerCall, inputs: list[Tensor], dhidden: Tensor) -> Finding | None:
         """Layer by layer from the last to the first: gradients of its parameters, then of its input."""
-        decoder = self.binding.model.model
+        decoder = self.binding.decoder
         layers = list(decoder.layers[: decoder.config.num_hidden_layers])
         for layer, x in zip(reversed(layers), reversed(inputs), strict=True):
             index = self.binding.layer_index(layer)

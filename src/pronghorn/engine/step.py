@@ -182,7 +182,7 @@ class TrainingStep:
     def _why_another_call(self) -> str | None:
         """Why the model's loss is not the blocks' and the fused head's, or None."""
         binding = self.binding
-        altered = altered_part(binding.model.model, binding.family.parts, binding.family.mixture)
+        altered = altered_part(binding.decoder, binding.family.parts, binding.family.mixture)
         if altered is not None:
             return altered
         if "_loss_function" in binding.model.__dict__ or readable_head(binding.model, binding) is None:
