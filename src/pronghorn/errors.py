@@ -401,3 +401,15 @@ class SearchFailed(PronghornError):
     """No trial of a search finished, its metric raised, or a process of it could not begin."""
 
     code = "PH708"
+
+
+class SpeechRowInvalid(RowInvalid):
+    """A row of text and codes that a speech model cannot learn from: no codes, other codebooks, codes out of range."""
+
+    code = "PH320"
+
+
+class CodecMissing(PackageMissing):
+    """Rows hold audio, and the codec that turns it into codes is not there."""
+
+    code = "PH321"

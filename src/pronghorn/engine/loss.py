@@ -41,6 +41,19 @@ def shifted_loss(
         loss_rows = (successors != -100).nonzero().squeeze(1)
     flat = hidden_states.reshape(batch * length, -1)
     rows = _TakeRows.apply(flat, loss_rows)
+    targets = successors.index_select(0, loss_rows)
+    return summed_loss(head, rows, targets, num_items_in_batch, roomy, scales)
+
+
+def summed_loss(
+    head: LinearProjection,
+    rows: Tensor,
+    targets: Tensor,
+    normalizer: Tensor | int | None,
+    roomy: bool = False,
+    scales: Scales = NO_SCALES,
+) -> tuple[Tensor, Tensor]:
+    """Σ CE(head(rows [n, H]), targets [n]) / normalizer (None: their number), and how many predictions are right."""
     weight = head.weight
     dtype = rows.dtype
     if torch.is_autocast_enabled(rows.device.type):
@@ -51,10 +64,10 @@ def shifted_loss(
         return linear_cross_entropy(
             rows.to(dtype),
             stored,
-            successors.index_select(0, loss_rows),
+            targets,
             bias=head.bias,
             lora=None if adapter is None else (adapter.a, adapter.b, adapter.scaling),
-            normalizer=num_items_in_batch,
+            normalizer=normalizer,
             logit_scale=scales.logits,
             softcap=scales.logit_softcap,
             chunk_rows=default_chunk_rows(stored.shape[0], dtype.itemsize, rows.device.type, roomy),
