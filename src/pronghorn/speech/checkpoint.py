@@ -85,9 +85,9 @@ def load_speech(
 
 def _check_tokens(config: DualARConfig, tokenizer: SpeechTokenizer) -> None:
     first, last = tokenizer.semantic
-    if last >= config.vocab_size:
+    if last >= config.slow.vocab_size:
         raise WeightsMismatch(
-            f"the tokenizer's semantic tokens go up to {last}, the model has {config.vocab_size} tokens",
+            f"the tokenizer's semantic tokens go up to {last}, the model has {config.slow.vocab_size} tokens",
             where=str(tokenizer.folder),
             fix="put the tokenizer that belongs to the model beside it",
         )

@@ -85,10 +85,10 @@ def generate_codes(
     """
     base: DualARModel = base_causal_lm(model)
     prompt = SpeechRows(base.config, tokenizer).prompt(text, reference)
-    room = base.config.max_length - len(prompt["input_ids"])
+    room = base.config.positions - len(prompt["input_ids"])
     if room < 1:
         raise RequestTooLong(
-            f"the prompt has {len(prompt['input_ids'])} tokens, the model has {base.config.max_length} positions",
+            f"the prompt has {len(prompt['input_ids'])} tokens, the model has {base.config.positions} positions",
             fix="speak the text in parts, or take a shorter reference",
         )
     training = model.training
@@ -109,7 +109,7 @@ class _Speaker:
         self.device = model.device
         self.generator = torch.Generator(self.device).manual_seed(sampling.seed)
         self.frames: list[list[int]] = []
-        allowed = torch.full((model.config.vocab_size,), float("-inf"), device=self.device)
+        allowed = torch.full((model.config.slow.vocab_size,), float("-inf"), device=self.device)
         first, last = tokenizer.semantic
         allowed[first : last + 1] = 0
         allowed[tokenizer.end] = 0

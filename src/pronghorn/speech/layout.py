@@ -62,13 +62,8 @@ class DualARConfig(PreTrainedConfig):
         return int(self.slow.num_hidden_layers)
 
     @property
-    def vocab_size(self) -> int:
+    def positions(self) -> int:
         """Of the slow transformer."""
-        return int(self.slow.vocab_size)
-
-    @property
-    def max_length(self) -> int:
-        """Positions of the slow transformer."""
         return int(self.slow.max_position_embeddings)
 
     @property

@@ -73,9 +73,9 @@ class SpeechRows:
         }
         row["labels"] = row["input_ids"].copy()
         row["labels"][: len(prompt["input_ids"])] = IGNORED
-        if len(row["input_ids"]) > self.config.max_length:
+        if len(row["input_ids"]) > self.config.positions:
             raise SpeechRowInvalid(
-                f"the row has {len(row['input_ids'])} tokens, the model has {self.config.max_length} positions",
+                f"the row has {len(row['input_ids'])} tokens, the model has {self.config.positions} positions",
                 fix="cut the recording into shorter ones",
             )
         return row

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import re
 from pathlib import Path
 from typing import Any
@@ -124,18 +123,19 @@ def _from_tiktoken(folder: Path) -> PreTrainedTokenizerFast:
 
 def _ranks(path: Path) -> dict[bytes, int]:
     ranks: dict[bytes, int] = {}
-    try:
-        for number, line in enumerate(path.read_text(encoding="ascii").splitlines(), start=1):
-            if line.strip():
-                token, rank = line.split()
-                if token != "=":  # how an empty token is written
-                    ranks[base64.b64decode(token, validate=True)] = int(rank)
-    except (ValueError, binascii.Error) as error:
-        raise CheckpointCorrupt(
-            f"{path.name} is no tiktoken vocabulary: {error}",
-            where=f"{path}, line {number}",
-            fix="download it again",
-        ) from error
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            token, rank = line.split()
+            if token != b"=":  # how an empty token is written
+                ranks[base64.b64decode(token, validate=True)] = int(rank)
+        except ValueError as error:
+            raise CheckpointCorrupt(
+                f"{path.name} is no tiktoken vocabulary: {error}",
+                where=f"{path}, line {number}",
+                fix="download it again",
+            ) from error
     return ranks
 
 

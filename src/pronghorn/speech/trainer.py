@@ -156,7 +156,7 @@ class SpeechTrainer(Trainer):
         result = super().evaluation_loop(*args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", args[4] if len(args) > 4 else "eval")
         found = self._read(*self._evaluated)
-        result.metrics |= {f"{prefix}_{name}": value for name, value in found.items()}
+        result.metrics.update({f"{prefix}_{name}": value for name, value in found.items()})
         return result
 
     # --- logs -------------------------------------------------------------------------------------------------
