@@ -19,7 +19,7 @@ EXIT_INTERRUPTED = 130
 #: Commands that are run by `run(options)` of the module of their name.
 _MODULES = (
     "chat", "plan", "lr-find", "search", "data", "run", "export", "serve", "compare-adapters", "curves", "compare",
-    "stress",
+    "stress", "speech",
 )  # fmt: skip
 
 
@@ -92,6 +92,7 @@ def build_parser() -> argparse.ArgumentParser:
         run,
         search,
         serve,
+        speech,
         stress,
     )
 
@@ -106,6 +107,7 @@ def build_parser() -> argparse.ArgumentParser:
     curves.register(commands)
     compare.register(commands)
     stress.register(commands)
+    speech.register(commands)
 
     doctor = commands.add_parser(
         "doctor", help="versions and hardware, then run every kernel and a training step on this machine"

@@ -2,7 +2,7 @@
 
 from pronghorn.speech.adapters import add_speech_adapter
 from pronghorn.speech.checkpoint import convert_pickle, load_speech, save_speech
-from pronghorn.speech.generate import Sampling, generate_codes
+from pronghorn.speech.generate import Sampling, generate_codes, generate_frames
 from pronghorn.speech.model import DualARModel
 from pronghorn.speech.orpheus import OrpheusLayout
 from pronghorn.speech.rows import Reference, SpeechRows
@@ -21,6 +21,7 @@ __all__ = [
     "add_speech_adapter",
     "convert_pickle",
     "generate_codes",
+    "generate_frames",
     "load_speech",
     "save_speech",
 ]

@@ -8,6 +8,7 @@ import os
 import pickle
 import shutil
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,9 @@ from pronghorn.export.merge import plan_merge
 from pronghorn.export.safetensors_file import Entry, write_safetensors
 from pronghorn.loading.adapters import load_adapter
 from pronghorn.loading.checkpoint import SINGLE, check_safetensors, read_header, weight_files
-from pronghorn.loading.source import base_of_adapter, locate, read_json
-from pronghorn.speech.layout import DualARConfig, config_of
+from pronghorn.loading.hub import download
+from pronghorn.loading.source import Source, base_of_adapter, locate, read_json
+from pronghorn.speech.layout import DualARConfig, config_of, is_dual_ar, not_dual_ar
 from pronghorn.speech.model import DualARModel
 from pronghorn.speech.names import Part, join, published_parts, split
 from pronghorn.speech.tokenizer import SpeechTokenizer, read_tokenizer
@@ -43,9 +45,10 @@ def load_speech(
     device: str | torch.device | None = None,
     save_levels: str = "all",
 ) -> tuple[Any, SpeechTokenizer]:
-    """A Fish-Speech checkpoint's folder, or an adapter's of one, bound to the fast path; in eval mode.
+    """A Fish-Speech checkpoint, or an adapter of one, bound to the fast path; in eval mode.
 
     Args:
+        path: a folder, or a repository on the hub.
         dtype: None: as it is stored on a GPU, float32 elsewhere.
         device: None: the GPU where there is one.
         save_levels: what layers keep for backward (`pronghorn.blocks.LEVELS`).
@@ -59,20 +62,8 @@ def load_speech(
         AdapterMismatch: the adapter is another model's.
     """
     source = locate(path)
-    if source.kind == "adapter":
-        model, tokenizer = load_speech(
-            base_of_adapter(source).name, dtype=dtype, device=device, save_levels=save_levels
-        )
-        return load_adapter(model, source).eval(), tokenizer
-    if source.kind != "folder":
-        raise ModelNotFound(
-            f"'{path}' is no folder of a speech model",
-            fix="download it first (`hf download`), and give the folder with config.json",
-        )
-    folder = source.path
-    tokenizer = read_tokenizer(folder)
-    config = config_of(read_json(folder / "config.json"), tokenizer.semantic, str(folder / "config.json"))
-    _check_tokens(config, tokenizer)
+    folder = _base_folder(source)
+    config, tokenizer = _layout_in(folder)
     chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if dtype is None and chosen.type == "cpu":
         dtype = torch.float32
@@ -80,7 +71,57 @@ def load_speech(
     model = _with_weights(config, _read_weights(config, folder, dtype)).to(chosen).eval()
     for decoder in (model.slow, model.fast):
         bind(decoder, save_levels=save_levels)
-    return model, tokenizer
+    return (load_adapter(model, source).eval() if source.kind == "adapter" else model), tokenizer
+
+
+def read_layout(path: str | os.PathLike[str]) -> tuple[DualARConfig, SpeechTokenizer]:
+    """Config and tokenizer of a checkpoint, or of an adapter's base, without the weights.
+
+    Raises:
+        ModelNotFound, CheckpointCorrupt, UnsupportedCheckpoint, WeightsMismatch: as `load_speech`.
+    """
+    return _layout_in(_base_folder(locate(path)))
+
+
+def is_fish_speech(path: str | os.PathLike[str]) -> bool:
+    """Whether a checkpoint, or an adapter's base, is Fish-Speech's.
+
+    Raises:
+        ModelNotFound, CheckpointCorrupt: it is not there, or its config.json cannot be read.
+    """
+    source = locate(path)
+    base = base_of_adapter(source) if source.kind == "adapter" else source
+    if base.kind == "hub":
+        base = download(base, token=None, trust_remote_code=False)
+    return base.kind == "folder" and is_dual_ar(read_json(base.path / "config.json"))
+
+
+def _layout_in(folder: Path) -> tuple[DualARConfig, SpeechTokenizer]:
+    published, where = read_json(folder / "config.json"), str(folder / "config.json")
+    if not is_dual_ar(published):
+        raise not_dual_ar(published, where)
+    tokenizer = read_tokenizer(folder)
+    config = config_of(published, tokenizer.semantic, where)
+    _check_tokens(config, tokenizer)
+    return config, tokenizer
+
+
+def _base_folder(source: Source) -> Path:
+    """The folder of a checkpoint, or of an adapter's base; one of the hub is downloaded."""
+    base = base_of_adapter(source) if source.kind == "adapter" else source
+    if base.kind == "hub":
+        base = download(base, token=None, trust_remote_code=False)
+        if base.kind == "folder" and not any(base.path.glob("model*.safetensors")):
+            raise UnsupportedCheckpoint(
+                f"'{source.location}' has no safetensors",
+                fix=f"where it has a {PICKLE}: `hf download {source.location} --local-dir DIR`, then "
+                "`pronghorn speech convert DIR`",
+            )
+    if base.kind != "folder":
+        raise ModelNotFound(
+            f"'{base.name}' is no folder of a speech model", fix="give the folder with config.json"
+        )
+    return base.path
 
 
 def _check_tokens(config: DualARConfig, tokenizer: SpeechTokenizer) -> None:
@@ -111,17 +152,16 @@ def _read_weights(config: DualARConfig, folder: Path, dtype: torch.dtype | None)
     found: dict[str, Tensor] = {}
     others: list[str] = []
     files = weight_files(folder)
-    stored = {}
     for file in files:
         check_safetensors(file)
-        stored |= {name: (file, entry["shape"]) for name, entry in read_header(file).items()}
-    _check_names(wanted, {name: shape for name, (_, shape) in stored.items()}, folder)
-    for file in files:
+    headers = [read_header(file) for file in files]
+    _check_names(
+        wanted, {name: entry["shape"] for header in headers for name, entry in header.items()}, folder
+    )
+    for file, header in zip(files, headers, strict=True):
+        others += set(header) - set(wanted)
         with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 - no mapping
-                if name not in wanted:
-                    others.append(name)
-                    continue
+            for name in set(header) & set(wanted):
                 found |= split(tensors.get_tensor(name), wanted[name])
     if others:
         logger.warning(
@@ -234,11 +274,15 @@ def convert_pickle(path: str | os.PathLike[str]) -> Path:
             fix="get the checkpoint as safetensors from its publisher; do not unpickle it",
         ) from error
     tensors = _tensors_of(state, file)
-    entries = [Entry(n, tuple(t.shape), t.dtype, lambda t=t: t) for n, t in tensors.items()]
+    entries = [Entry(name, tuple(t.shape), t.dtype, partial(_same, t)) for name, t in tensors.items()]
     write_beside(
         file.parent, sum(e.nbytes for e in entries), lambda to: write_safetensors(to / SINGLE, entries)
     )
     return file.parent / SINGLE
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _tensors_of(state: Any, file: Path) -> dict[str, Tensor]:

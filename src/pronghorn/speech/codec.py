@@ -43,7 +43,7 @@ class SnacCodec:
 
     def __init__(self, model: str = SNAC_MODEL, device: str = "cpu") -> None:
         try:
-            from snac import SNAC  # type: ignore[import-not-found, import-untyped]
+            from snac import SNAC
         except ImportError:
             raise CodecMissing(
                 "the rows hold audio, and the codec's package snac is not installed",

@@ -13,6 +13,7 @@ from transformers import DynamicCache
 from pronghorn.engine import base_causal_lm
 from pronghorn.errors import RequestTooLong, SamplingInvalid
 from pronghorn.speech.model import DualARModel
+from pronghorn.speech.orpheus import PLACES, OrpheusLayout
 from pronghorn.speech.rows import Reference, SpeechRows
 from pronghorn.speech.tokenizer import SpeechTokenizer
 
@@ -99,6 +100,46 @@ def generate_codes(
         model.train(training)
     books = base.config.num_codebooks
     return np.asarray(frames, dtype=np.int64).T if frames else np.zeros((books, 0), dtype=np.int64)
+
+
+@torch.no_grad()
+def generate_frames(
+    model: Any,
+    tokenizer: Any,
+    text: str,
+    *,
+    voice: str | None = None,
+    max_frames: int = 300,
+    sampling: Sampling | None = None,
+) -> np.ndarray:
+    """Frames int64 [7, F] that an Orpheus model speaks a text in.
+
+    Of `sampling`, `window` and `redraw` are not used: the penalty is of all tokens, as Transformers applies it.
+    """
+    layout, sampling = OrpheusLayout.of(tokenizer), sampling or Sampling()
+    prompt = torch.tensor([layout.prompt(tokenizer, text, voice)], device=model.device)
+    drawn: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    if sampling.temperature:
+        chosen = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
+        drawn = {"do_sample": True, **chosen}
+    training = model.training
+    model.eval()
+    try:
+        with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+            torch.manual_seed(sampling.seed)
+            answer = model.generate(
+                input_ids=prompt,
+                attention_mask=torch.ones_like(prompt),
+                max_new_tokens=max_frames * PLACES + 1,
+                eos_token_id=layout.end_of_speech,
+                pad_token_id=layout.padding,
+                repetition_penalty=sampling.repetition_penalty,
+                use_cache=True,
+                **drawn,
+            )
+    finally:
+        model.train(training)
+    return layout.frames(answer[0, prompt.shape[1] :].tolist())[:, :max_frames]
 
 
 class _Speaker:

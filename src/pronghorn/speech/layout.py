@@ -84,6 +84,16 @@ def is_dual_ar(config: Mapping[str, Any]) -> bool:
     return config.get("model_type") in MODEL_TYPES
 
 
+def not_dual_ar(published: Mapping[str, Any], where: str) -> UnsupportedCheckpoint:
+    """The error for another model's config.json."""
+    return UnsupportedCheckpoint(
+        f"model type '{published.get('model_type')}' is not one of {', '.join(MODEL_TYPES)}",
+        where=where,
+        fix="for a Llama with audio tokens (Orpheus) make rows with `pronghorn speech rows` and train with "
+        "`pronghorn train`",
+    )
+
+
 def config_of(published: Mapping[str, Any], semantic: tuple[int, int], where: str = "") -> DualARConfig:
     """The config of a published config.json.
 
@@ -95,12 +105,7 @@ def config_of(published: Mapping[str, Any], semantic: tuple[int, int], where: st
         UnsupportedCheckpoint: another model type, or attention that none of Transformers' decoders has.
     """
     if not is_dual_ar(published):
-        raise UnsupportedCheckpoint(
-            f"model type '{published.get('model_type')}' is not one of {', '.join(MODEL_TYPES)}",
-            where=where,
-            fix="for a Llama with audio tokens (Orpheus) make rows with `pronghorn speech rows` and train with "
-            "`pronghorn train`",
-        )
+        raise not_dual_ar(published, where)
     flat = _flattened(published) if published["model_type"] == NESTED else dict(published)
     missing = [
         key for key in ("vocab_size", "n_layer", "n_head", "dim") if not isinstance(flat.get(key), int)

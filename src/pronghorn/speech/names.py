@@ -61,7 +61,7 @@ def join(parts: tuple[Part, ...], tensors: Mapping[str, Tensor]) -> Tensor:
 def published_parts(config: DualARConfig) -> dict[str, tuple[Part, ...]]:
     """All tensors of a checkpoint by the names it has them under, each with the model's tensors it consists of."""
     slow, fast = config.slow, config.fast
-    found = {
+    found: dict[str, tuple[Part, ...]] = {
         "embeddings.weight": (Part("slow.model.embed_tokens.weight", slow.vocab_size),),
         "codebook_embeddings.weight": (
             Part("codebook_embeddings.weight", config.codebook_size * config.num_codebooks),

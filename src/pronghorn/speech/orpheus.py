@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from pronghorn.data.tokens import IGNORED
-from pronghorn.errors import SpeechRowInvalid
+from pronghorn.errors import SpeechRowInvalid, UnsupportedCheckpoint
 from pronghorn.speech.codec import AUDIO_COLUMNS, SnacCodec
 from pronghorn.speech.codes import read_codes
 
@@ -30,6 +30,9 @@ PLACES = 7
 #: level and position in it of every place of a frame, of which a level has 1, 2 or 4
 _LEVELS = ((0, 0), (1, 0), (2, 0), (2, 1), (1, 1), (2, 2), (2, 3))
 _PER_FRAME = (1, 2, 4)
+_CUSTOM, _END_OF_TEXT = "<custom_token_", "<|eot_id|>"
+#: tokens between text and codes
+_BEFORE_CODES = 10
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,24 @@ class OrpheusLayout:
     text_vocabulary: int = 128_256
     end_of_text: int = 128_009
     codebook_size: int = 4096
+
+    @staticmethod
+    def of(tokenizer: Any) -> OrpheusLayout:
+        """The layout that a tokenizer has: <custom_token_0> follows its text tokens, the tenth is the first code.
+
+        Raises:
+            UnsupportedCheckpoint: it has no audio tokens.
+        """
+        vocabulary = tokenizer.get_vocab()
+        first, end = vocabulary.get(f"{_CUSTOM}0>"), vocabulary.get(_END_OF_TEXT)
+        count = sum(token.startswith(_CUSTOM) for token in vocabulary)
+        if first is None or end is None or count < _BEFORE_CODES + PLACES:
+            raise UnsupportedCheckpoint(
+                f"the tokenizer has no audio tokens ({_CUSTOM}0>, … and {_END_OF_TEXT})",
+                where=str(getattr(tokenizer, "name_or_path", "")),
+                fix="use an Orpheus checkpoint with its tokenizer",
+            )
+        return OrpheusLayout(first, end, (count - _BEFORE_CODES) // PLACES)
 
     @property
     def speech(self) -> int:
@@ -78,7 +99,7 @@ class OrpheusLayout:
     @property
     def audio(self) -> int:
         """The first audio token."""
-        return self.text_vocabulary + 10
+        return self.text_vocabulary + _BEFORE_CODES
 
     @property
     def vocabulary(self) -> int:

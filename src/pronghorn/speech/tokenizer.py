@@ -100,13 +100,14 @@ def _from_tiktoken(folder: Path) -> PreTrainedTokenizerFast:
             f"{SPECIAL} is no list of token numbers", where=str(folder), fix="download it again"
         )
     letters = _letters()
-    vocabulary = {"".join(letters[byte] for byte in token): rank for token, rank in ranks.items()}
-    merges = []
-    for token in sorted(ranks, key=ranks.__getitem__):
-        for cut in range(1, len(token)):
-            left, right = token[:cut], token[cut:]
-            if left in ranks and right in ranks:
-                merges.append(tuple("".join(letters[byte] for byte in piece) for piece in (left, right)))
+    spelt = {token: "".join(letters[byte] for byte in token) for token in ranks}
+    merges = [
+        (spelt[token[:cut]], spelt[token[cut:]])
+        for token in sorted(ranks, key=ranks.__getitem__)
+        for cut in range(1, len(token))
+        if token[:cut] in ranks and token[cut:] in ranks
+    ]
+    vocabulary = {spelt[token]: rank for token, rank in ranks.items()}
     model = models.BPE(vocab=vocabulary | special, merges=merges, ignore_merges=True, fuse_unk=False)
     tokenizer = Tokenizer(model)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

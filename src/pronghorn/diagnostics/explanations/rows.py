@@ -125,6 +125,31 @@ EXPLANATIONS: dict[str, Explanation] = {
             "换一个输出文件，或删除旧文件重新开始。",
         ),
     ),
+    "PH320": Explanation(
+        cause="A row has no text or no codes, codes of another codec (their number of codebooks or their range), "
+        "floating-point numbers, or a .npy file that is not there.",
+        fix="Encode the recordings with the model's own codec, and save [codebooks, frames] of whole numbers with "
+        "numpy.save; `pronghorn speech rows MODEL ROWS` checks a file of rows.",
+        example="[PH320] the codes have 8 codebooks, the model has 10 (rows.jsonl, line 3). Fix: encode with the "
+        "codec of this model",
+        zh=(
+            "语音模型无法从该文本与码的数据行中学习。",
+            "该行缺少文本或码、码来自另一种编解码器（码本数或取值范围不同）、不是整数，或 .npy 文件不存在。",
+            "用该模型自己的编解码器编码录音，并用 numpy.save 保存整数数组 [码本, 帧]；"
+            "`pronghorn speech rows MODEL ROWS` 可检查数据文件。",
+        ),
+    ),
+    "PH321": Explanation(
+        cause="Codecs are packages of their own: snac for Orpheus, the fish-speech package for Fish-Speech.",
+        fix="Install the codec that is named, or encode the recordings elsewhere and give rows with 'codes'.",
+        example="[PH321] the rows hold audio, and the codec's package snac is not installed. Fix: pip install "
+        "'pronghorn[speech]', or give rows with 'codes'",
+        zh=(
+            "数据行中是音频，而把音频变成码的编解码器不可用。",
+            "编解码器是单独的软件包：Orpheus 用 snac，Fish-Speech 用 fish-speech 包。",
+            "安装提示的编解码器，或在别处编码录音并在数据行中给出 codes。",
+        ),
+    ),
     "PH401": Explanation(
         cause="A key that does not exist, a value of another type or out of range, or broken indentation in "
         "the YAML file.",
