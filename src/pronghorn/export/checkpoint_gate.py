@@ -80,7 +80,7 @@ def _compare(
         checked.problems.append(f"cannot be opened: {type(error).__name__}: {error}")
         return
     checked.judge(found, LIMITS[save_method].against(model))
-    checked.adapted, lost = look_for_changes(_changed(model, again))
+    checked.adapted, lost = look_for_changes(changed_weights(model, again))
     checked.problems += lost
 
 
@@ -107,7 +107,7 @@ def _open(folder: Path, base: Any, save_method: str, device: torch.device) -> An
     return again.eval()
 
 
-def _changed(model: Any, again: Any) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
+def changed_weights(model: Any, again: Any) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
     """(name, W, W', what stock Transformers holds) of every weight that an adapter changes."""
     for name, make_base, make_merged in adapted_weights(model):
         owner, _, part = name.rpartition(".")

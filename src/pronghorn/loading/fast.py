@@ -191,22 +191,15 @@ class FastLanguageModel:
             int8=int8,
         )
         named = locate(model_name, gguf_file=gguf_file, revision=revision)
-        here = _on_disk(named, token, trust_remote_code)
-        base_named = base_of_adapter(here) if here.kind == "adapter" else named
-        base_here = _on_disk(base_named, token, trust_remote_code) if here.kind == "adapter" else here
-        logger.info("pronghorn: %s in %s", base_named.name, chosen)
-        config = check_model(base_here, trust_remote_code)
-        tokenizer = load_tokenizer(
-            here if has_tokenizer(here) else base_here, trust_remote_code=trust_remote_code
+        logger.info("pronghorn: %s in %s", named.name, chosen)
+        model, tokenizer = load_named(
+            named,
+            options,
+            token=token,
+            max_seq_length=max_seq_length,
+            full_finetuning=full_finetuning,
+            fix_tokenizer=fix_tokenizer,
         )
-        model = load_model(base_here, config, options, hardware)
-        _remember(model, base_named, max_seq_length, rope_scaling)
-        if fix_tokenizer:
-            set_pad_token(tokenizer, model)
-        if full_finetuning and here.kind != "adapter":
-            model.requires_grad_(True)
-        if here.kind == "adapter":
-            model = load_adapter(model, here)
         bind_with(model, use_gradient_checkpointing, strict, attention)
         add_save_methods(model)
         return model, tokenizer
@@ -305,7 +298,36 @@ class FastLanguageModel:
 FastModel = FastLanguageModel
 
 
-def _on_disk(source: Source, token: str | bool | None, trust_remote_code: bool) -> Source:
+def load_named(
+    named: Source,
+    options: Options,
+    *,
+    token: str | bool | None,
+    max_seq_length: int | None,
+    full_finetuning: bool,
+    fix_tokenizer: bool = True,
+) -> tuple[Any, Any]:
+    """(model, tokenizer) of a checkpoint or an adapter, in evaluation mode and not bound yet; for the arguments see
+    `FastLanguageModel.from_pretrained`."""
+    trusted, hardware = options.trust_remote_code, probe()
+    here = on_disk(named, token, trusted)
+    base_named = base_of_adapter(here) if here.kind == "adapter" else named
+    base_here = on_disk(base_named, token, trusted) if here.kind == "adapter" else here
+    config = check_model(base_here, trusted)
+    tokenizer = load_tokenizer(here if has_tokenizer(here) else base_here, trust_remote_code=trusted)
+    model = load_model(base_here, config, options, hardware)
+    _remember(model, base_named, max_seq_length, options.rope_scaling)
+    if fix_tokenizer:
+        set_pad_token(tokenizer, model)
+    if full_finetuning and here.kind != "adapter":
+        model.requires_grad_(True)
+    if here.kind == "adapter":
+        model = load_adapter(model, here)
+    return model, tokenizer
+
+
+def on_disk(source: Source, token: str | bool | None, trust_remote_code: bool) -> Source:
+    """The source itself, or its local copy where it is on the hub."""
     return source if source.is_local else download(source, token=token, trust_remote_code=trust_remote_code)
 
 

@@ -1,7 +1,8 @@
-"""A Transformers causal LM from a local source, with everything that can be wrong about it said in one sentence."""
+"""A Transformers model from a local source, with everything that can be wrong about it said in one sentence."""
 
 from __future__ import annotations
 
+import inspect
 import logging
 import re
 from dataclasses import dataclass
@@ -35,7 +36,8 @@ _OF_LAYERS = re.compile(r"(model\.)?layers\.\d+\.(?!.*inv_freq$)")
 
 @dataclass(frozen=True)
 class Options:
-    """How a model is to be loaded; `bits` is 4, 8 or 16 (unquantised)."""
+    """How a model is to be loaded; `bits` is 4, 8 or 16 (unquantised). `headless`: the decoder or encoder alone, without
+    what predicts tokens."""
 
     dtype: torch.dtype
     bits: int
@@ -48,6 +50,7 @@ class Options:
     attn_implementation: str | None = None
     fp8: Fp8Options | None = None
     int8: Int8Options | None = None
+    headless: bool = False
 
 
 def check_model(source: Source, trust_remote_code: bool) -> Any:
@@ -77,8 +80,6 @@ def load_model(source: Source, config: Any, options: Options, hardware: Hardware
         CheckpointCorrupt: for missing weights, or weights of another shape than the config says.
         UnsupportedCheckpoint: for an architecture without a causal language model.
     """
-    from transformers import AutoModelForCausalLM
-
     if options.rope_scaling:
         scale_rope(config, options.rope_scaling)
     bits = _settle_bits(source, config, options)
@@ -93,8 +94,10 @@ def load_model(source: Source, config: Any, options: Options, hardware: Hardware
     with_experts = bits == 4 and mixture_of(config) is not None
     if (replaced and not _is_four_bit(config, bits)) or with_experts:
         device_map, stream_to = _by_way_of_cpu(device_map, bits)
+    auto, arguments = _auto_class(config, options.headless)
+    extra |= arguments
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = auto.from_pretrained(
             source.location,
             config=config,
             dtype=options.dtype,
@@ -105,7 +108,7 @@ def load_model(source: Source, config: Any, options: Options, hardware: Hardware
         )
     except (ValueError, KeyError, RuntimeError, OSError, AttributeError) as error:
         raise _explained(error, source) from error
-    _check_loaded(info, source)
+    _check_loaded(info, source, options.headless)
     if source.gguf_file is not None:
         _forget_gguf(model)
     keep_four_bit_layout(model)
@@ -116,6 +119,23 @@ def load_model(source: Source, config: Any, options: Options, hardware: Hardware
     if options.int8 is not None:
         quantise_to_int8(model, options.int8, stream_to)
     return model
+
+
+def _auto_class(config: Any, headless: bool) -> tuple[Any, dict[str, Any]]:
+    """Transformers' class that loads it, and arguments of the model's own class. BERT's pooler is left out: checkpoints
+    of masked language models have none, and no pooling of ours reads it."""
+    from transformers import AutoModel, AutoModelForCausalLM
+
+    if not headless:
+        return AutoModelForCausalLM, {}
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedCheckpoint(
+            f"'{config.model_type}' models have an encoder and a decoder; one alone is taken here",
+            fix="take an encoder of BERT's kind or a decoder",
+        )
+    own = AutoModel._model_mapping.get(type(config), None)
+    pools = own is not None and "add_pooling_layer" in inspect.signature(own.__init__).parameters
+    return AutoModel, {"add_pooling_layer": False} if pools else {}
 
 
 def _attention_that_caps(config: Any) -> str | None:
@@ -279,7 +299,7 @@ def default_device_map(hardware: Hardware, bits: int) -> Any:
     return {"": torch.cuda.current_device()}
 
 
-def _check_loaded(info: dict[str, Any], source: Source) -> None:
+def _check_loaded(info: dict[str, Any], source: Source, headless: bool = False) -> None:
     missing = sorted(info.get("missing_keys") or [])
     if missing:
         head = "lm_head.weight" in missing
@@ -309,7 +329,7 @@ def _check_loaded(info: dict[str, Any], source: Source) -> None:
             where=source.name,
             fix="use the config.json that belongs to these weights",
         )
-    if unexpected:
+    if unexpected and not headless:  # heads and poolers have none by intention
         logger.warning(
             "pronghorn: %d weights of the checkpoint have no place in the model, first %s",
             len(unexpected),

@@ -3,32 +3,16 @@
 from __future__ import annotations
 
 import logging
-import os
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
-from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 
 from pronghorn.data.collator import BOOKKEEPING
 from pronghorn.engine import AUTO, base_causal_lm, bind, binding_of
 from pronghorn.training.arguments import take_older_arguments, usable_optimizer
-from pronghorn.training.checkpoints import (
-    STAGING,
-    check_same_adapter,
-    checkpoint_at,
-    newest_checkpoint,
-    point_to,
-    publish,
-    saving,
-    step_of,
-)
 from pronghorn.training.config import as_sft_config
 from pronghorn.training.curve_watch import CurveWatch
 from pronghorn.training.given import as_dataset, training_rows, usable_collator
@@ -37,10 +21,11 @@ from pronghorn.training.logits import loss_from_logits, right_predictions
 from pronghorn.training.lr_finder import get_best_learning_rate
 from pronghorn.training.meter import Stopwatch, Tally, at_least_one, real_tokens, supervised_tokens
 from pronghorn.training.nonfinite import NumberWatch
-from pronghorn.training.progress import ProgressTable, peak_memory_gib
+from pronghorn.training.progress import peak_memory_gib
 from pronghorn.training.report import RunRecorder
 from pronghorn.training.report.facts import values_of
 from pronghorn.training.rows import RowsTrainer
+from pronghorn.training.safe import SafeTrainer
 from pronghorn.training.setup import (
     hidden,
     is_bound,
@@ -56,7 +41,7 @@ from pronghorn.training.steps import StaticSteps
 logger = logging.getLogger("pronghorn")
 
 
-class SFTTrainer(RowsTrainer):
+class SFTTrainer(SafeTrainer, RowsTrainer):
     """TRL's SFTTrainer on padding-free batches, with a loss over all supervised tokens of the global batch.
 
         loss = Σ CE over the supervised tokens of all micro-batches and processes / their number
@@ -116,8 +101,6 @@ class SFTTrainer(RowsTrainer):
         self._loss_function, self._wants_rows = compute_loss_func, compute_metrics is not None
         self._training, self._evaluation, self._watch = Tally(), Tally(), Stopwatch()
         self._trained_tokens, self._numbers, self._ledger = 0, NumberWatch(self), StepLedger()
-        self._staging: Path | None = None
-        self._progress: ProgressTable | None = None
         self._steps: StaticSteps | None = None
         self._parameter_count: int | None = None
         self._given_train = train_dataset = training_rows(train_dataset)
@@ -307,13 +290,6 @@ class SFTTrainer(RowsTrainer):
     def _send_telemetry(self) -> None:
         """Nothing is sent."""
 
-    def _show_progress(self) -> None:
-        """Our table instead of Transformers' bar and dictionaries; `disable_tqdm` turns both off."""
-        shown = [self.pop_callback(kind) for kind in (ProgressCallback, PrinterCallback)]
-        if any(shown) and not self.args.disable_tqdm:
-            self._progress = ProgressTable()
-            self.add_callback(self._progress)
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds accuracy, speed and memory to a training log; a loss that is no number is told once."""
         if "loss" in logs:
@@ -331,92 +307,11 @@ class SFTTrainer(RowsTrainer):
         super().log(logs, start_time)
 
     @contextmanager
-    def _not_training(self) -> Iterator[None]:
-        """Time that does not count for tokens per second."""
-        began = time.perf_counter()
+    def _while_training(self) -> Iterator[None]:
+        self._training = Tally()
         try:
-            yield
+            with super()._while_training(), self._recorder.of_run() if self._recorder else nullcontext():
+                yield
         finally:
-            self._watch.skip(time.perf_counter() - began)
-
-    # --- checkpoints ------------------------------------------------------------------------------------------
-
-    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """Train; `resume_from_checkpoint` is True for the newest complete checkpoint in output_dir, or a folder.
-
-        Raises:
-            CheckpointMissing, ResumeMismatch: there is none to resume from, or one of another adapter.
-            SaveFailed: a checkpoint could not be written; none is left half-written.
-        """
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = str(newest_checkpoint(self.args.output_dir))
-        elif resume_from_checkpoint:
-            resume_from_checkpoint = str(checkpoint_at(resume_from_checkpoint))
-        if resume_from_checkpoint:
-            check_same_adapter(Path(resume_from_checkpoint), self.accelerator.unwrap_model(self.model))
-        self._training, self._watch = Tally(), Stopwatch()
-        if resume_from_checkpoint and 0 < self.args.max_steps <= step_of(Path(resume_from_checkpoint)):
-            return self._already_trained(resume_from_checkpoint)
-        try:
-            with self._recorder.of_run() if self._recorder is not None else nullcontext():
-                return super().train(resume_from_checkpoint or None, *args, **kwargs)
-        finally:
-            if self._progress is not None:
-                self._progress.close()
             if self._steps is not None:
                 self._steps.release()
-
-    def _already_trained(self, checkpoint: str) -> TrainOutput:
-        """The state at a run's end, loaded. Transformers would train one more step, as it looks only after a step."""
-        logger.warning("pronghorn: %s is at the last step: there is nothing left to train", checkpoint)
-        self._load_from_checkpoint(checkpoint)
-        self.state = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME))
-        if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
-            self._load_best_model()
-        return TrainOutput(self.state.global_step, 0.0, {})
-
-    def _get_output_dir(self, trial: Any) -> str:
-        return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Written under a temporary name and renamed when complete; `last_checkpoint` then leads to it."""
-        run_dir = Path(self._get_output_dir(trial))
-        name = f"checkpoint-{self.state.global_step}"
-        staging = run_dir / STAGING
-        with self._not_training(), saving(name, run_dir, remove=None if self.args.push_to_hub else staging):
-            if self.args.push_to_hub:  # it uploads the folder in the background, which must not move then
-                super()._save_checkpoint(model, trial)
-            else:
-                self._staging = staging
-                try:
-                    super()._save_checkpoint(model, trial)
-                finally:
-                    self._staging = None
-                self.accelerator.wait_for_everyone()
-                if self.args.should_save:
-                    self._publish(staging / name, run_dir / name)
-            if self.args.should_save:
-                point_to(run_dir / name)
-
-    def _publish(self, staged: Path, checkpoint: Path) -> None:
-        """Move a finished checkpoint to its place, then remove the ones beyond save_total_limit."""
-        best = self.state.best_model_checkpoint
-        if best is not None and Path(best) == staged:
-            self.state.best_model_checkpoint = str(checkpoint)
-            self.state.save_to_json(os.path.join(staged, TRAINER_STATE_NAME))
-        publish(staged, checkpoint)
-        rotate_checkpoints(
-            output_dir=str(checkpoint.parent),
-            save_total_limit=self.args.save_total_limit,
-            best_model_checkpoint=self.state.best_model_checkpoint,
-            use_mtime=True,
-        )
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the model (an adapter model: its adapter).
-
-        Raises:
-            SaveFailed: the disk is full, or the folder cannot be written.
-        """
-        with saving("the model", Path(output_dir or self.args.output_dir)):
-            super().save_model(output_dir, _internal_call)
