@@ -13,6 +13,7 @@ from pronghorn.errors import PronghornError
 if TYPE_CHECKING:
     from pronghorn.data.chat_templates import get_chat_template
     from pronghorn.data.sharegpt import standardize_data_formats, standardize_sharegpt
+    from pronghorn.embedding import EmbeddingConfig, EmbeddingTrainer, FastEmbeddingModel
     from pronghorn.engine import bind, binding_of
     from pronghorn.inference.synthesis import synthesize
     from pronghorn.loading import FastLanguageModel, FastModel, is_bfloat16_supported
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "EmbeddingConfig",
+    "EmbeddingTrainer",
+    "FastEmbeddingModel",
     "FastLanguageModel",
     "FastModel",
     "PronghornError",
@@ -38,6 +42,9 @@ __all__ = [
 ]
 
 _HOME = {
+    "EmbeddingConfig": "pronghorn.embedding",
+    "EmbeddingTrainer": "pronghorn.embedding",
+    "FastEmbeddingModel": "pronghorn.embedding",
     "FastLanguageModel": "pronghorn.loading",
     "FastModel": "pronghorn.loading",
     "SFTConfig": "pronghorn.training",

@@ -19,7 +19,7 @@ EXIT_INTERRUPTED = 130
 #: Commands that are run by `run(options)` of the module of their name.
 _MODULES = (
     "chat", "plan", "lr-find", "search", "data", "run", "export", "serve", "compare-adapters", "curves", "compare",
-    "stress", "speech",
+    "stress", "speech", "embed",
 )  # fmt: skip
 
 
@@ -86,6 +86,7 @@ def build_parser() -> argparse.ArgumentParser:
         compare_adapters,
         curves,
         data,
+        embed,
         export,
         lr_find,
         plan,
@@ -108,6 +109,7 @@ def build_parser() -> argparse.ArgumentParser:
     compare.register(commands)
     stress.register(commands)
     speech.register(commands)
+    embed.register(commands)
 
     doctor = commands.add_parser(
         "doctor", help="versions and hardware, then run every kernel and a training step on this machine"

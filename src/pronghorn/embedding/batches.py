@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,7 +40,10 @@ def tokenize_pairs(
         return places.setdefault((prompt, text), len(places))
 
     numbers = [
-        (place(query_prompt, pair.anchor), *(place(document_prompt, t) for t in (pair.positive, *pair.negatives)))
+        (
+            place(query_prompt, pair.anchor),
+            *(place(document_prompt, t) for t in (pair.positive, *pair.negatives)),
+        )
         for pair in pairs
     ]
     ids = tokenize(tokenizer, [prompt + text for prompt, text in places], max_length)
@@ -66,7 +69,9 @@ class PairCollator:
         texts = [row.texts[0] for row in rows] + [row.texts[1] for row in rows]
         texts += [text for row in rows for text in row.texts[2:]]
         order = list(range(len(texts)))
-        if self.texts_of_part is not None:  # texts of like lengths together: rows with padding have less of it
+        if (
+            self.texts_of_part is not None
+        ):  # texts of like lengths together: rows with padding have less of it
             order.sort(key=lambda index: len(texts[index]))
         parts = [self.batcher([texts[i] for i in part]) for part in _in_parts(order, self.texts_of_part)]
         places = torch.empty(len(order), dtype=torch.int64)
@@ -105,24 +110,3 @@ def facts_of(rows: Sequence[TokenPair]) -> dict[str, Any]:
 def _in_parts(order: Sequence[int], size: int | None) -> Iterator[Sequence[int]]:
     for start in range(0, len(order), size or len(order)):
         yield order[start : start + (size or len(order))]
-
-
-def retrieval_facts(rows: Sequence[TokenPair]) -> tuple[list[np.ndarray], list[np.ndarray], list[set[int]]]:
-    """(queries, documents, the numbers of the documents that belong to each query); every text once on its side."""
-    queries: dict[int, np.ndarray] = {}
-    documents: dict[int, int] = {}
-    texts: list[np.ndarray] = []
-    belong: defaultdict[int, set[int]] = defaultdict(set)
-    for row in rows:
-        queries.setdefault(row.keys[0], row.texts[0])
-        for key, text in zip(row.keys[1:], row.texts[1:], strict=True):
-            if key not in documents:
-                documents[key] = len(texts)
-                texts.append(text)
-        belong[row.keys[0]].add(documents[row.keys[1]])
-    return list(queries.values()), texts, [belong[key] for key in queries]
-
-
-def is_scored(rows: Sequence[Mapping[str, Any] | Pair | TokenPair]) -> bool:
-    """Whether rows say how alike their texts are."""
-    return bool(rows) and getattr(rows[0], "score", None) is not None

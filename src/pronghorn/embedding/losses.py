@@ -69,8 +69,8 @@ def cosine(anchors: Tensor, positives: Tensor, scores: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Objective:
-    """A loss with its numbers. With `dims` it is the mean over the first d elements of all vectors for each d (Matryoshka,
-    Kusupati et al. 2022), so that shortened vectors are good ones as well."""
+    """A loss with its numbers. With `dims` it is the mean over the first d elements of all vectors for each d
+    (Matryoshka, Kusupati et al. 2022), so that shortened vectors are good ones as well."""
 
     name: str
     scale: float = 20.0

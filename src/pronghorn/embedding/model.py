@@ -1,4 +1,4 @@
-"""`FastEmbeddingModel`: load a decoder or an encoder as an embedding model, put an adapter on it, turn texts into vectors.
+"""`FastEmbeddingModel`: a decoder or an encoder as an embedding model, an adapter on it, texts as vectors.
 
 What is returned is the stock Transformers or PEFT model. How its vectors are made is an attribute of this instance, and
 so are `encode` and what saves it.
@@ -46,6 +46,11 @@ class Embedder:
     tokenizer: Any
     use_gradient_checkpointing: bool | str = False
 
+    @property
+    def pooling(self) -> Pooling:
+        assert self.layout.pooling is not None
+        return self.layout.pooling
+
 
 def embedder_of(model: Any) -> Embedder:
     """What `FastEmbeddingModel` left on a model.
@@ -91,11 +96,11 @@ class FastEmbeddingModel:
             model_name: a hub id, a folder (sentence-transformers' layout is read where it is there), a .gguf file, or a
                 folder with an adapter.
             max_seq_length: texts are cut to this many tokens; None takes what the folder says, else the model's limit.
-            pooling: "mean", "cls" or "last"; "auto" takes what the folder says, else the last token's vector of a decoder
-                and the mean of an encoder.
+            pooling: "mean", "cls" or "last"; "auto" takes what the folder says, else the last token's vector of a
+                decoder and the mean of an encoder.
             normalize: vectors of length one; None takes what the folder says, else True.
-            use_gradient_checkpointing: False keeps all that backward needs. Long before that fills the memory, batches of
-                micro-batches (`EmbeddingConfig.gradient_cache_texts`) cost less than recomputing layers.
+            use_gradient_checkpointing: False keeps all that backward needs; `EmbeddingConfig.gradient_cache_texts`
+                bounds it for any batch.
 
         The other arguments are those of `FastLanguageModel.from_pretrained`.
 
@@ -121,7 +126,9 @@ class FastEmbeddingModel:
             attn_implementation=attn_implementation,
             headless=True,
         )
-        named, layout = _with_layout(model_name, gguf_file, revision, token, trust_remote_code, chosen_pooling)
+        named, layout = _with_layout(
+            model_name, gguf_file, revision, token, trust_remote_code, chosen_pooling
+        )
         logger.info("pronghorn: %s in %s", named.name, chosen)
         wanted = max_seq_length or layout.max_seq_length
         model, tokenizer = load_named(
@@ -195,9 +202,8 @@ def encode(
 def vectors_of(model: Any, texts: Sequence[np.ndarray], batch_tokens: int = BATCH_TOKENS) -> Tensor:
     """Vectors [n, H] of texts that are tokens already, not normalised."""
     found = embedder_of(model)
-    assert found.layout.pooling is not None
     batcher = Batcher(model, found.tokenizer.pad_token_id)
-    return encode_tokens(model, texts, batcher, found.layout.pooling, batch_tokens)
+    return encode_tokens(model, texts, batcher, found.pooling, batch_tokens)
 
 
 def width_of(model: Any) -> int:
@@ -206,8 +212,8 @@ def width_of(model: Any) -> int:
 
 
 def add_methods(model: Any) -> None:
-    """`model.encode(texts)` and `model.save_pretrained_merged(folder)`: partials of module-level functions, which survive
-    deepcopy and pickle. `save_embedding_adapter(folder)` where there is an adapter."""
+    """`model.encode(texts)` and `model.save_pretrained_merged(folder)`, partials of module-level functions, which
+    survive deepcopy and pickle; `model.save_embedding_adapter(folder)` where there is an adapter."""
     model.__dict__["encode"] = partial(encode, model)
     model.__dict__["save_pretrained_merged"] = partial(save_pretrained_merged, model)
     if hasattr(model, "peft_config"):
@@ -237,7 +243,9 @@ def _with_layout(
 ) -> tuple[Source, Layout]:
     """Where the checkpoint or adapter lies, and the layout that stands beside it, or beside an adapter's base."""
     folder = Path(os.fspath(model_name)).expanduser()
-    if folder.is_dir() and model_folder(folder) != folder:  # older layouts keep the checkpoint in a folder of its own
+    if (
+        folder.is_dir() and model_folder(folder) != folder
+    ):  # older layouts keep the checkpoint in a folder of its own
         return locate(model_folder(folder)), read_layout(folder, pooling) or Layout()
     named = locate(model_name, gguf_file=gguf_file, revision=revision)
     here = on_disk(named, token, trust_remote_code)

@@ -6,12 +6,12 @@ import math
 import os
 import random
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from pronghorn.data.docstrings import docstring_rows
-from pronghorn.data.reading import KINDS, RowFile
+from pronghorn.data.reading import KINDS, RowFile, level_of
 from pronghorn.errors import CommandMisused, RowInvalid, RowsUnreadable
 
 #: Column names of the two texts of a row, and of the number that says how alike they are.
@@ -71,7 +71,9 @@ def pair_of(row: Any, where: str) -> Pair:
     names = next((pair for pair in PAIRS if row.get(pair[0]) is not None), None)
     if names is None:
         columns = ", ".join(map(str, row)) or "none"
-        raise RowInvalid(f"the row has no text to embed (columns: {columns})", where=where, fix=f"write {_SHAPES}")
+        raise RowInvalid(
+            f"the row has no text to embed (columns: {columns})", where=where, fix=f"write {_SHAPES}"
+        )
     anchor, positive = (_text(row, name, where) for name in names)
     negatives = []
     for name in (name for name in row if isinstance(name, str) and _NEGATIVE.match(name)):
@@ -104,22 +106,56 @@ def hold_back(pairs: Sequence[Pair], count: int, seed: int) -> tuple[list[Pair],
     train = [pair for pair in rest if pair.anchor not in known and pair.positive not in known]
     if not train:
         raise CommandMisused(
-            f"{count} rows are to be held back, and none of {len(pairs)} is left to train on", fix="hold back fewer"
+            f"{count} rows are to be held back, and none of {len(pairs)} is left to train on",
+            fix="hold back fewer",
         )
     return train, held
 
 
-def _read_file(file: RowFile) -> Iterable[Pair]:
+def read_texts(file: str | os.PathLike[str], column: str = "text") -> list[str]:
+    """One text a line of a .txt file, or what stands in a column of a file of rows.
+
+    Raises:
+        CommandMisused: the file is not there, or of no kind that is read.
+        RowsUnreadable, RowInvalid: with the file and the line.
+    """
+    texts = []
+    for row, where in _records(RowFile(file)):
+        if not isinstance(row, Mapping) or not isinstance(row.get(column), str):
+            columns = ", ".join(map(str, row)) if isinstance(row, Mapping) else "none"
+            raise RowInvalid(
+                f"the row has no text in '{column}' (columns: {columns})",
+                where=where,
+                fix="name its column with --field",
+            )
+        texts.append(_text(row, column, where))
+    if not texts:
+        raise RowsUnreadable("there are no texts", where=str(file), fix="name another file")
+    return texts
+
+
+def _read_file(file: RowFile) -> Iterator[Pair]:
+    for row, where in _records(file):
+        yield pair_of(_with_number(row) if file.container == "CSV" else row, where)
+
+
+def _records(file: RowFile) -> Iterator[tuple[Any, str]]:
+    """The rows of a file, each with where it stands.
+
+    Raises:
+        RowsUnreadable: for the first that cannot be read.
+    """
     for record in file.records():
         where = f"{file.name}, line {record.line}" if record.line else f"{file.name}, row {record.row}"
         if record.problem is not None:
-            kind = KINDS[record.problem.kind]
-            raise RowsUnreadable(f"this row cannot be read: {record.problem.what}", where=where, fix=kind.fix)
+            fix = KINDS[record.problem.kind].fix
+            raise RowsUnreadable(f"this row cannot be read: {record.problem.what}", where=where, fix=fix)
         if record.value is not None:
-            yield pair_of(_with_number(record.value) if file.container == "CSV" else record.value, where)
+            yield record.value, where
     for line, problem in file.told:
-        if KINDS[problem.kind].level == "error":
-            raise RowsUnreadable(problem.what, where=f"{file.name}, line {line}", fix=KINDS[problem.kind].fix)
+        if level_of(problem) == "error":
+            where = f"{file.name}, line {line}" if line else file.name
+            raise RowsUnreadable(problem.what, where=where, fix=KINDS[problem.kind].fix)
 
 
 def _with_number(row: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -134,7 +170,9 @@ def _with_number(row: Mapping[str, Any]) -> Mapping[str, Any]:
 def _text(row: Mapping[str, Any], name: str, where: str) -> str:
     text = row.get(name)
     if not isinstance(text, str) or not text.strip():
-        found = "missing" if text is None else "empty" if isinstance(text, str) else f"a {type(text).__name__}"
+        found = (
+            "missing" if text is None else "empty" if isinstance(text, str) else f"a {type(text).__name__}"
+        )
         raise RowInvalid(f"'{name}' is {found}", where=where, fix=f"give every row a text there: {_SHAPES}")
     return text
 
@@ -144,7 +182,9 @@ def _score(row: Mapping[str, Any], where: str) -> float | None:
     if score is None:
         return None
     if isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score):
-        raise RowInvalid(f"'{SCORE}' is {score!r}, which is no number", where=where, fix="give a number, such as 0.8")
+        raise RowInvalid(
+            f"'{SCORE}' is {score!r}, which is no number", where=where, fix="give a number, such as 0.8"
+        )
     return float(score)
 
 

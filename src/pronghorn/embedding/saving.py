@@ -1,4 +1,4 @@
-"""Embedding models out: the merged checkpoint or the adapter, with the files of sentence-transformers' layout beside it."""
+"""Embedding models out: the merged checkpoint or the adapter, with the files of sentence-transformers' layout."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
+from safetensors.numpy import save_file
 from torch.nn.functional import cosine_similarity
 
 from pronghorn.embedding.layout import Layout, write_layout
@@ -29,8 +30,8 @@ from pronghorn.loading.source import locate
 
 logger = logging.getLogger("pronghorn")
 
-#: Least cosine between the live model's vector of a text and the export's. Merging rounds a 16-bit weight by at most 2⁻⁹
-#: of its size; over the layers of the models measured that turned no vector by more than 0.002.
+#: Least cosine between the live model's vector of a text and the export's. Merging rounds a 16-bit weight once more, by
+#: at most 2⁻⁹ of its size; that left 0.9999 on SmolLM2-135M in bf16.
 LEAST_COSINE = 0.99
 _SHARD = "5GB"
 _PROBE_TOKENS = 96
@@ -72,6 +73,18 @@ def save_adapter_folder(model: Any, tokenizer: Any, layout: Layout, path: str | 
     return write_beside(folder, 0, lambda beside: write_layout(beside, layout, width))
 
 
+def write_vectors(path: Path, vectors: np.ndarray) -> None:
+    """[n, H] as .npy or, under the name `vectors`, as .safetensors; completely or not at all."""
+
+    def write(folder: Path) -> None:
+        if path.suffix == ".safetensors":
+            save_file({"vectors": np.ascontiguousarray(vectors)}, folder / path.name)
+        else:
+            np.save(folder / path.name, vectors)
+
+    write_beside(path.parent, vectors.nbytes, write)
+
+
 def _check(model: Any, tokenizer: Any, layout: Layout, folder: Path) -> Checked:
     """Load a folder with stock Transformers, compare its vectors with the model's, and look for every adapter."""
     checked = Checked(folder.name)
@@ -91,7 +104,9 @@ def _check(model: Any, tokenizer: Any, layout: Layout, folder: Path) -> Checked:
     texts = tokenize(tokenizer, PROBE_TEXTS, limit)
     assert layout.pooling is not None
     found, expected = (
-        encode_tokens(m, texts, Batcher(m, tokenizer.pad_token_id), layout.pooling, _PROBE_TOKENS).float().cpu()
+        encode_tokens(m, texts, Batcher(m, tokenizer.pad_token_id), layout.pooling, _PROBE_TOKENS)
+        .float()
+        .cpu()
         for m in (again, model)
     )
     least = float(cosine_similarity(found, expected).min())

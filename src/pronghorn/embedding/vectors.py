@@ -1,4 +1,4 @@
-"""From tokens to vectors: batches without padding where the fast path runs, one forward, pooling over the real tokens."""
+"""From tokens to vectors: batches without padding where the fast path runs, a forward, pooling over real tokens."""
 
 from __future__ import annotations
 
@@ -82,8 +82,8 @@ def encode_tokens(
     pooling: Pooling,
     batch_tokens: int,
 ) -> Tensor:
-    """Vectors [n, H] of texts in their order, on the model's device, not normalised. Texts of like lengths share a batch
-    of at most `batch_tokens` positions; the model's mode stays as it was."""
+    """Vectors [n, H] of texts in their order, on the model's device, not normalised. Texts of like lengths share a
+    batch of at most `batch_tokens` positions; the model's mode stays as it was."""
     device = next(model.parameters()).device
     order = sorted(range(len(texts)), key=lambda index: -len(texts[index]))
     was_training = model.training

@@ -36,8 +36,8 @@ _OF_LAYERS = re.compile(r"(model\.)?layers\.\d+\.(?!.*inv_freq$)")
 
 @dataclass(frozen=True)
 class Options:
-    """How a model is to be loaded; `bits` is 4, 8 or 16 (unquantised). `headless`: the decoder or encoder alone, without
-    what predicts tokens."""
+    """How a model is to be loaded; `bits` is 4, 8 or 16 (unquantised). `headless`: the decoder or encoder alone,
+    without what predicts tokens."""
 
     dtype: torch.dtype
     bits: int

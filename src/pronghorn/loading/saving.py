@@ -177,8 +177,8 @@ def _saving_arguments(
 
 def add_save_methods(model: Any) -> None:
     """`model.save_pretrained_merged(folder, tokenizer)` and the others: partials of module-level functions, which
-    survive deepcopy and pickle and point to the copy afterwards. A model without a head gets none: these compare what is
-    written by the tokens it predicts."""
+    survive deepcopy and pickle and point to the copy afterwards. A model without a head gets none: what is written is
+    compared by the tokens it predicts."""
     if base_causal_lm(model).get_output_embeddings() is None:
         return
     for method in (

@@ -127,16 +127,7 @@ class SFTConfig(trl.SFTConfig):
         if isinstance(self.max_length, str) and self.max_length.isdecimal():
             self.max_length = int(self.max_length)  # from a command line
         _check_length(self.max_length)
-        self.bf16: bool = bool(self.bf16)
-        self.fp16: bool = bool(self.fp16)
-        if not torch.accelerator.is_available():
-            # Transformers wants to be told; float16 training needs a GPU's loss scaling.
-            self.use_cpu, self.dataloader_pin_memory = True, False
-            if self.fp16:
-                self.fp16 = False
-                logger.warning(
-                    "pronghorn: fp16=True has no effect without a GPU: the model's own dtype is used"
-                )
+        settle_device(self)
         if self.stop_early:
             self._keep_the_best()
         super().__post_init__()
@@ -156,6 +147,18 @@ class SFTConfig(trl.SFTConfig):
                 "pronghorn: stop_early: with save_strategy='%s' the best weights may not be saved, and are not loaded "
                 "at the end; save_strategy='best' does both", saved,
             )  # fmt: skip
+
+
+def settle_device(args: Any) -> None:
+    """Before Transformers looks at its arguments: mixed precision only where it was asked for, and no GPU that is not
+    there."""
+    args.bf16, args.fp16 = bool(args.bf16), bool(args.fp16)
+    if not torch.accelerator.is_available():
+        # Transformers wants to be told; float16 training needs a GPU's loss scaling.
+        args.use_cpu, args.dataloader_pin_memory = True, False
+        if args.fp16:
+            args.fp16 = False
+            logger.warning("pronghorn: fp16=True has no effect without a GPU: the model's own dtype is used")
 
 
 def _check_length(length: Any) -> None:

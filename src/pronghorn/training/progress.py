@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from typing import Any
 
@@ -17,6 +18,8 @@ from rich.progress import (
 )
 from transformers import TrainerCallback
 
+#: Figures of an evaluation that are shown besides losses and accuracies: of retrieval, and of scored pairs.
+_FIGURES = re.compile(r"@\d+$|_spearman$")
 _COLUMNS = (("step", 11), ("loss", 9), ("lr", 10), ("epoch", 7), ("tokens/s", 10), ("memory", 10))
 
 
@@ -80,8 +83,8 @@ class ProgressTable(TrainerCallback):
             return
         if "loss" in logs:
             self.console.print(self._step_line(logs, state))
-        elif any(key.endswith("_loss") and key != "train_loss" for key in logs):
-            self.console.print(self._evaluation_line(logs, state))
+        elif line := self._evaluation_line(logs, state):
+            self.console.print(line)
 
     def say(self, text: str, level: str) -> None:
         """A sentence between the lines; `level` is "error", "warning" or "note"."""
@@ -102,11 +105,18 @@ class ProgressTable(TrainerCallback):
         )
         return "".join(text.rjust(width) for text, (_, width) in zip(shown, _COLUMNS, strict=True))
 
-    def _evaluation_line(self, logs: dict[str, Any], state: Any) -> str:
-        losses = [f"{key} {value:.4f}" for key, value in logs.items() if key.endswith("_loss")]
+    def _evaluation_line(self, logs: dict[str, Any], state: Any) -> str | None:
+        """What an evaluation found: losses, accuracies and other figures; None for other logs."""
+        losses = [
+            f"{key} {value:.4f}"
+            for key, value in logs.items()
+            if key.endswith("_loss") and key != "train_loss"
+        ]
         accuracy = [
             f"{key.removesuffix('_mean_token_accuracy')} accuracy {value:.1%}"
             for key, value in logs.items()
             if key.endswith("_mean_token_accuracy")
         ]
-        return f"{state.global_step}".rjust(_COLUMNS[0][1]) + "  " + ", ".join(losses + accuracy)
+        figures = [f"{key} {value:.4f}" for key, value in logs.items() if _FIGURES.search(key)]
+        found = losses + accuracy + figures
+        return f"{state.global_step}".rjust(_COLUMNS[0][1]) + "  " + ", ".join(found) if found else None
