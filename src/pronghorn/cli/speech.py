@@ -122,7 +122,7 @@ def run_train(options: argparse.Namespace) -> int:
     from pronghorn.training.checkpoints import newest_checkpoint
 
     checkpoint = str(newest_checkpoint(options.out)) if options.resume else None
-    model, tokenizer = load_speech(options.model)
+    model, tokenizer = load_speech(options.model, load_in_4bit=options.load_in_4bit)
     maker = SpeechRows(model.config, tokenizer, Path(options.rows).parent)
     rows = read_rows(options.rows, maker.row)
     if options.held_back >= len(rows):

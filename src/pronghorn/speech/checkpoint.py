@@ -25,6 +25,7 @@ from pronghorn.loading.adapters import load_adapter
 from pronghorn.loading.checkpoint import SINGLE, check_safetensors, read_header, weight_files
 from pronghorn.loading.hub import download
 from pronghorn.loading.source import Source, base_of_adapter, locate, read_json
+from pronghorn.speech.four_bits import to_four_bits
 from pronghorn.speech.layout import DualARConfig, config_of, is_dual_ar, not_dual_ar
 from pronghorn.speech.model import DualARModel
 from pronghorn.speech.names import Part, join, published_parts, split
@@ -44,6 +45,7 @@ def load_speech(
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
     save_levels: str = "all",
+    load_in_4bit: bool = False,
 ) -> tuple[Any, SpeechTokenizer]:
     """A Fish-Speech checkpoint, or an adapter of one, bound to the fast path; in eval mode.
 
@@ -52,6 +54,7 @@ def load_speech(
         dtype: None: as it is stored on a GPU, float32 elsewhere.
         device: None: the GPU where there is one.
         save_levels: what layers keep for backward (`pronghorn.blocks.LEVELS`).
+        load_in_4bit: both transformers' projections in NF4, for an adapter.
 
     Returns:
         a `DualARModel`, for an adapter's folder a PEFT model of one; and the tokenizer.
@@ -60,6 +63,7 @@ def load_speech(
         ModelNotFound, CheckpointCorrupt, UnsupportedCheckpoint: it is not there, damaged, pickled, or another model.
         WeightsMismatch: config.json and weights disagree.
         AdapterMismatch: the adapter is another model's.
+        PackageMissing: 4 bits without bitsandbytes.
     """
     source = locate(path)
     folder = _base_folder(source)
@@ -68,7 +72,10 @@ def load_speech(
     if dtype is None and chosen.type == "cpu":
         dtype = torch.float32
     config.name_or_path = str(folder)
-    model = _with_weights(config, _read_weights(config, folder, dtype)).to(chosen).eval()
+    model = _with_weights(config, _read_weights(config, folder, dtype))
+    if load_in_4bit:
+        to_four_bits(model)
+    model = model.to(chosen).eval()
     for decoder in (model.slow, model.fast):
         bind(decoder, save_levels=save_levels)
     return (load_adapter(model, source).eval() if source.kind == "adapter" else model), tokenizer
