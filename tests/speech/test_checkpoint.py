@@ -142,6 +142,7 @@ def test_what_the_transformers_do_not_have_is_left_out_and_said(tmp_path, caplog
     [
         ({"model_type": "llama"}, UnsupportedCheckpoint, "model type 'llama'"),
         ({"dim": None}, CheckpointCorrupt, "lacks dim"),
+        ({"n_local_heads": 3}, CheckpointCorrupt, "4 heads of 16 cannot share 3"),
         ({"attention_qkv_bias": True}, UnsupportedCheckpoint, "biases on q, k, v alone"),
     ],
 )

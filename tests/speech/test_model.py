@@ -3,9 +3,11 @@
 import pytest
 import torch
 
+from pronghorn.engine import binding_of
 from pronghorn.speech import SpeechRows, add_speech_adapter, load_speech
 from pronghorn.speech.collator import SpeechCollator
 from pronghorn.speech.names import join, published_parts
+from pronghorn.speech.trainer import BOOKKEEPING
 from tests.speech import reference
 from tests.speech.tiny import FLAT, LAYOUTS, NESTED, random_codes, random_tensors, save_speech_tiny
 
@@ -21,6 +23,12 @@ def case(request, tmp_path_factory):
     given = [{"text": text, "codes": random_codes(2 + 3 * i, seed=i)} for i, text in enumerate(TEXTS)]
     given[1] |= {"reference_text": "Somebody.", "reference_codes": random_codes(4, seed=9).tolist()}
     return request.param, model, tokenizer, [rows.row(row) for row in given]
+
+
+def batch_of(tokenizer, rows):
+    """What the trainer hands to the model."""
+    batch = SpeechCollator(tokenizer.semantic)(rows)
+    return {name: value for name, value in batch.items() if name not in BOOKKEEPING}
 
 
 def sizes_of(layout):
@@ -51,9 +59,7 @@ def test_logits_losses_and_gradients(case):
     layout, model, tokenizer, rows = case
     drawn, weights = weights_of(layout)
     expected = expected_of(layout, tokenizer, rows, weights)
-    batch = SpeechCollator(tokenizer.semantic)(rows)
-    for name in ("real_tokens", "supervised", "frames"):
-        batch.pop(name)
+    batch = batch_of(tokenizer, rows)
     model.train().requires_grad_(True).zero_grad()
     output = model(**batch, token_count=1, code_count=1, code_weight=0.5, return_logits=True)
     close(output.token_logits[0], torch.cat([e["token_logits"] for e in expected]), "token logits")
@@ -69,11 +75,19 @@ def test_logits_losses_and_gradients(case):
     model.eval().requires_grad_(False)
 
 
-def test_both_transformers_are_bound(case):
-    _, model, _, _ = case
-    from pronghorn.engine import binding_of
+def test_training_takes_the_fast_path(case, monkeypatch):
+    """The stock layers are never called, whatever looks at what they give."""
+    _, model, tokenizer, rows = case
+    batch = batch_of(tokenizer, rows)
 
-    assert all(binding_of(decoder).bound for decoder in (model.slow, model.fast))
+    def refuse(*arguments, **kwargs):
+        pytest.fail("a stock layer ran")
+
+    for decoder in (model.slow, model.fast):
+        assert binding_of(decoder).bound
+        monkeypatch.setattr(type(decoder.model.layers[0]), "forward", refuse)
+    assert model.train()(**batch).loss > 0
+    model.eval()
 
 
 @pytest.mark.parametrize("half", ["both", "slow", "fast"])
@@ -81,9 +95,7 @@ def test_adapter_gradients(half, tmp_path):
     """The gradients of A and B are those that the merged weight's gradient gives: dB = s dW Aᵀ, dA = s Bᵀ dW."""
     model, tokenizer = load_speech(save_speech_tiny(tmp_path), dtype=torch.float64)
     rows = SpeechRows(model.config, tokenizer)
-    batch = SpeechCollator(tokenizer.semantic)([rows.row({"text": "Some.", "codes": random_codes(5)})])
-    for name in ("real_tokens", "supervised", "frames"):
-        batch.pop(name)
+    batch = batch_of(tokenizer, [rows.row({"text": "Some.", "codes": random_codes(5)})])
     adapted = add_speech_adapter(model, r=4, lora_alpha=8, half=half).train()
     with torch.no_grad():
         for index, (name, parameter) in enumerate(adapted.named_parameters()):
@@ -113,9 +125,7 @@ def test_save_levels_give_the_same_gradients(tmp_path):
     for level in ("all", "none"):
         model, tokenizer = load_speech(folder, dtype=torch.float64, save_levels=level)
         row = SpeechRows(model.config, tokenizer).row({"text": "Some.", "codes": random_codes(5)})
-        batch = SpeechCollator(tokenizer.semantic)([row])
-        for name in ("real_tokens", "supervised", "frames"):
-            batch.pop(name)
+        batch = batch_of(tokenizer, [row])
         model.train().requires_grad_(True)
         model(**batch).loss.backward()
         found.append({name: parameter.grad for name, parameter in model.named_parameters()})

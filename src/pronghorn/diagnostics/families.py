@@ -33,6 +33,14 @@ _OTHERWISE = """
 would stay stock.
 """
 
+_MADE_OF = """
+## Models made of them
+
+Fish-Speech's two transformers, `dual_ar` and `fish_qwen3_omni`, are a Llama, Qwen2 or Qwen3 decoder each
+([speech.md](speech.md)): loss, logits and every gradient are compared with its formulas written out. `pronghorn speech`
+trains them; Orpheus is a Llama.
+"""
+
 _STOCK = """
 ## Stock
 
@@ -90,6 +98,7 @@ def page() -> str:
             *_table(("family", "`model_type`", "besides", "stays stock with"), rows),
             _OTHERWISE,
             *_table(("what", "runs", "why"), _FALLBACKS),
+            _MADE_OF,
             _STOCK,
             *_table(("`model_type`", "what"), stock),
             "",

@@ -217,7 +217,8 @@ def _explained(error: Exception, source: Source, file: str | None = None) -> Exc
         return UnsupportedCheckpoint(
             f"Transformers has no causal language model for it: {text[:300]}",
             where=where,
-            fix="load a text model, or upgrade transformers where the model is newer than it",
+            fix="load a text model, or upgrade transformers where the model is newer than it; Fish-Speech's models are "
+            "for `pronghorn speech`",
         )
     return CheckpointCorrupt(
         f"the model cannot be loaded: {type(error).__name__}: {text[:400]}",

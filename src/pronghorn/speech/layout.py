@@ -211,6 +211,12 @@ def _fast_sizes(flat: Mapping[str, Any]) -> _Decoder:
 
 def _decoder(sizes: _Decoder, where: str) -> PreTrainedConfig:
     """The stock decoder with these pieces: norms of q and k are Qwen3's, biases of q, k, v alone Qwen2's."""
+    if sizes.heads % sizes.kv_heads or sizes.head_dim % 2:
+        raise CheckpointCorrupt(
+            f"{sizes.heads} heads of {sizes.head_dim} cannot share {sizes.kv_heads} of keys and values",
+            where=where,
+            fix="check config.json",
+        )
     values: dict[str, Any] = {
         "vocab_size": sizes.vocabulary,
         "hidden_size": sizes.width,

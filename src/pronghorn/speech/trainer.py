@@ -24,8 +24,10 @@ from pronghorn.speech.tokenizer import SpeechTokenizer
 from pronghorn.training.meter import Stopwatch, Tally, at_least_one
 from pronghorn.training.progress import ProgressTable, peak_memory_gib
 
+#: The argument's two names.
+_CHECKPOINTING = ("gradient_checkpointing", "activation_checkpointing")
 #: Of a batch, for the trainer and not for the model.
-_BOOKKEEPING = ("real_tokens", "supervised", "frames", "rows")
+BOOKKEEPING = ("real_tokens", "supervised", "frames", "rows")
 
 
 @dataclass
@@ -76,10 +78,11 @@ class SpeechTrainer(Trainer):
         self._books = base.config.num_codebooks
         self._tokens, self._codes = Tally(), Tally()
         self._watch = Stopwatch()
-        if args.gradient_checkpointing:
+        if any(getattr(args, name, False) for name in _CHECKPOINTING):
             for decoder in (base.slow, base.fast):
                 binding_of(decoder).set_save_levels("none")  # type: ignore[union-attr]
-            args.gradient_checkpointing = False
+            for name in _CHECKPOINTING:
+                setattr(args, name, False)
         super().__init__(
             model=model,
             args=args,
@@ -128,7 +131,7 @@ class SpeechTrainer(Trainer):
         return Counts(at_least_one(inputs["supervised"]), at_least_one(inputs["frames"] * self._books))
 
     def _run(self, model: Any, inputs: dict[str, Any], counts: Counts) -> DualAROutput:
-        given = {name: value for name, value in inputs.items() if name not in _BOOKKEEPING}
+        given = {name: value for name, value in inputs.items() if name not in BOOKKEEPING}
         return model(  # type: ignore[no-any-return]
             **given, token_count=counts.tokens, code_count=counts.codes, code_weight=self.args.code_weight
         )
