@@ -14,12 +14,32 @@ SCORINGS = {
     "many": Scoring(37, 5),
     "all": Scoring(5, 5, normalised=False),
     "one": Scoring(1, 1),
+    "v2": Scoring(40, 5, normalised=False, scale=16.0, groups=8, top_groups=3),
+    "v3": Scoring(36, 4, sigmoid=True, scale=2.5, groups=6, top_groups=2, group_scores=2),
+    "sigmoid": Scoring(24, 4, normalised=False, sigmoid=True, scale=0.5),
+    "normalised in groups": Scoring(24, 4, scale=3.0, groups=3, top_groups=2, group_scores=2),
 }
 
 
+def scores_of(logits: torch.Tensor, scoring: Scoring) -> torch.Tensor:
+    return logits.sigmoid() if scoring.sigmoid else logits.softmax(-1)
+
+
 def truth(logits: torch.Tensor, scoring: Scoring, indices: torch.Tensor) -> torch.Tensor:
-    taken = logits.softmax(-1).gather(1, indices)
-    return taken / taken.sum(1, keepdim=True) if scoring.normalised else taken
+    taken = scores_of(logits, scoring).gather(1, indices)
+    return scoring.scale * (taken / taken.sum(1, keepdim=True) if scoring.normalised else taken)
+
+
+def chosen(wishes: torch.Tensor, scoring: Scoring) -> list[list[int]]:
+    """The experts of each token, one token and one group at a time."""
+    found, size = [], scoring.experts // scoring.groups
+    for row in wishes.tolist():
+        parts = [sorted(row[g * size : (g + 1) * size])[::-1] for g in range(scoring.groups)]
+        sums = [sum(part[: scoring.group_scores]) for part in parts]
+        best = sorted(range(scoring.groups), key=lambda g: -sums[g])[: scoring.top_groups]
+        candidates = [e for e in range(scoring.experts) if e // size in best]
+        found.append(sorted(candidates, key=lambda e: -row[e])[: scoring.top_k])
+    return found
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -30,7 +50,7 @@ def test_routing(impl: str, tokens: int, scoring: Scoring, device: torch.device)
     logits = random(tokens, scoring.experts, dtype=torch.float32, device=device)
     routing = scoring.route(logits, impl=impl)  # type: ignore[arg-type]
     exact = logits.double().requires_grad_()
-    assert torch.equal(routing.indices, exact.softmax(-1).topk(scoring.top_k).indices)
+    assert routing.indices.tolist() == chosen(scores_of(exact, scoring), scoring)
     weights = truth(exact, scoring, routing.indices)
     assert_near(routing.weights, weights.detach(), slack=2)
     assert_rows_are_sorted(routing)
@@ -69,4 +89,17 @@ def test_logits_that_are_no_numbers_give_rows_that_exist(impl: str, device: torc
     logits[3], logits[5, 2] = float("nan"), float("inf")
     routing = Scoring(6, 2).route(logits, impl=impl)  # type: ignore[arg-type]
     assert routing.weights[3].isnan().all()
+    assert_rows_are_sorted(routing)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("groups", [1, 6])
+def test_a_bias_decides_who_is_taken_and_no_weight(impl: str, groups: int, device: torch.device) -> None:
+    scoring = Scoring(36, 4, sigmoid=True, groups=groups, top_groups=min(2, groups), group_scores=2)
+    logits, bias = (random(n, 36, dtype=torch.float32, device=device, seed=n) for n in (50, 1))
+    routing = scoring.route(logits, bias[0] * 3, impl=impl)  # type: ignore[arg-type]
+    exact = logits.double()
+    assert routing.indices.tolist() == chosen(exact.sigmoid() + bias[0].double() * 3, scoring)
+    assert routing.indices.tolist() != chosen(exact.sigmoid(), scoring)
+    assert_near(routing.weights, truth(exact, scoring, routing.indices), slack=2)
     assert_rows_are_sorted(routing)

@@ -1,6 +1,9 @@
 """Which experts a token goes to, with which weights, and the gradient of the weights.
 
-    scores = softmax(logits) [T, E];   the k highest are taken;   w = score / Σ of the k scores, or score
+    scores = softmax(logits) or σ(logits) [T, E];   the k highest are taken;   w = c · score / Σ of the k scores, or c · score
+
+Experts may stand in groups, of which the best come into question only (DeepSeek-V2, arXiv 2405.04434: those with the
+highest score; V3, 2412.19437: the highest sum of two). A bias of the scores may decide who is taken, and no weight.
 
 Sorted by expert, the T · k pairs of a token and an expert are the rows that the experts work on; an expert's rows are
 in the order of the tokens.
@@ -22,22 +25,59 @@ class Scoring:
     """From logits to experts and weights.
 
     Args:
-        normalised: the weights of a token add up to one.
+        normalised: the weights of a token add up to `scale`.
+        sigmoid: scores are σ(logits), each on its own, not a softmax.
+        scale: factor of the weights, c.
+        groups: how many groups of neighbouring experts there are; `top_groups`: of how many a token's experts are.
+        group_scores: the score of a group is the sum of so many of its highest.
+        wide_logits: logits are formed in fp32, whatever the compute dtype is.
     """
 
     experts: int
     top_k: int
     normalised: bool = True
+    sigmoid: bool = False
+    scale: float = 1.0
+    groups: int = 1
+    top_groups: int = 1
+    group_scores: int = 1
+    wide_logits: bool = False
 
-    def route(self, logits: Tensor, *, impl: Impl | None = None) -> Routing:
-        """logits [T, E] -> the experts of each token and their weights, in fp32 (fp64 of fp64)."""
+    @property
+    def limited(self) -> bool:
+        """Whether groups keep experts from being taken."""
+        return self.top_groups < self.groups
+
+    def route(self, logits: Tensor, bias: Tensor | None = None, *, impl: Impl | None = None) -> Routing:
+        """logits [T, E] -> the experts of each token and their weights, in fp32 (fp64 of fp64).
+
+        Args:
+            bias: [E], added to the scores for the choice alone.
+        """
         if use_triton(logits, impl):
             from pronghorn.kernels.triton.routing import route
 
-            return route(logits, self)
-        values, indices = torch.topk(_scores(logits), self.top_k, dim=-1)
-        weights = values / values.sum(-1, keepdim=True) if self.normalised else values
-        return Routing.by_sorting(indices, weights, self.experts)
+            return route(logits, self, bias)
+        scores = self._scores(logits)
+        wishes = scores if bias is None else scores + bias.detach().to(scores.dtype)
+        if self.limited:
+            wishes = wishes.masked_fill(~self._of_best_groups(wishes), float("-inf"))
+        indices = torch.topk(wishes, self.top_k, dim=-1).indices
+        values = scores.gather(1, indices)
+        if self.normalised:
+            values = values / values.sum(-1, keepdim=True)
+        return Routing.by_sorting(indices, values * self.scale if self.scale != 1.0 else values, self.experts)
+
+    def _of_best_groups(self, wishes: Tensor) -> Tensor:
+        """Which experts [T, E] belong to a token's best groups."""
+        apart = wishes.unflatten(1, (self.groups, -1))
+        best = apart.topk(self.group_scores, dim=-1).values.sum(-1).topk(self.top_groups, dim=-1).indices
+        chosen = torch.zeros(apart.shape[:2], dtype=torch.bool, device=wishes.device).scatter_(1, best, True)
+        return chosen[:, :, None].expand(apart.shape).flatten(1)
+
+    def _scores(self, logits: Tensor) -> Tensor:
+        wide = logits.to(math_dtype(logits.dtype))
+        return torch.sigmoid(wide) if self.sigmoid else torch.softmax(wide, -1)
 
     def backward(
         self, dweights: Tensor, logits: Tensor, routing: Routing, *, impl: Impl | None = None
@@ -50,15 +90,13 @@ class Scoring:
         weights, chosen = routing.weights, routing.indices
         grad = dweights[routing.places]
         inner = (grad * weights).sum(1, keepdim=True)
-        if self.normalised:
-            # The chosen softmax values over their sum are a softmax of the chosen logits.
-            grad = weights * (grad - inner)
-            return torch.zeros_like(logits, dtype=grad.dtype).scatter_(1, chosen, grad)
-        return (-_scores(logits) * inner).scatter_add_(1, chosen, grad * weights)
-
-
-def _scores(logits: Tensor) -> Tensor:
-    return torch.softmax(logits, -1, dtype=math_dtype(logits.dtype))
+        if not (self.normalised or self.sigmoid):
+            return (-self._scores(logits) * inner).scatter_add_(1, chosen, grad * weights)
+        # The chosen softmax values over their sum are a softmax of the chosen logits; σ' = σ (1 - σ).
+        grad = weights * (grad - inner / self.scale if self.normalised else grad)
+        if self.sigmoid:
+            grad = grad * (1 - self._scores(logits).gather(1, chosen))
+        return torch.zeros_like(logits, dtype=grad.dtype).scatter_(1, chosen, grad)
 
 
 @dataclass(frozen=True)

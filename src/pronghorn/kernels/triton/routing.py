@@ -23,46 +23,93 @@ if TYPE_CHECKING:
 TILE = 2048
 #: experts and blocks that a program of `_scan` takes at a time
 _SCANNED = (16, 128)
+#: the wish for an expert that does not come into question; those that are taken already are wished for less
+_NEVER = tl.constexpr(-1e30)
 
 
 @triton.jit
-def _scores(logits_ptr, rows, e, tokens, experts):
+def _scores(logits_ptr, rows, e, tokens, experts, SIGMOID: tl.constexpr):
     """Scores [BT, E] in fp32; zero where there is no expert."""
     known = (rows < tokens)[:, None] & (e < experts)[None, :]
     at = logits_ptr + rows.to(tl.int64)[:, None] * experts + e[None, :]
     logits = tl.load(at, mask=known, other=float("-inf")).to(tl.float32)
     logits = tl.where((rows < tokens)[:, None], logits, 0.0)
-    value = tl.exp(logits - tl.max(logits, 1)[:, None])
-    return value / tl.sum(value, 1)[:, None]
+    if SIGMOID:
+        scores = 1.0 / (1.0 + tl.exp(-logits))
+    else:
+        value = tl.exp(logits - tl.max(logits, 1)[:, None])
+        scores = value / tl.sum(value, 1)[:, None]
+    return scores
+
+
+@triton.jit
+def _highest(rest, e):
+    """The first of the highest of each row [BT, E], and where it is [BT, E]."""
+    index = tl.argmax(rest, 1)
+    return index, e[None, :] == index[:, None]
+
+
+@triton.jit
+def _of_best_groups(
+    wishes, e, experts, GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr, GROUP_SCORES: tl.constexpr,
+    G: tl.constexpr, E: tl.constexpr, BT: tl.constexpr,
+):  # fmt: skip
+    """`wishes` [BT, E] for the experts of a token's best groups."""
+    size, g = experts // GROUPS, tl.arange(0, G)
+    sums = tl.full([BT, G], _NEVER, tl.float32)
+    for group in range(GROUPS):
+        mine = (e >= group * size) & (e < (group + 1) * size)
+        rest = tl.where(mine[None, :], wishes, _NEVER)
+        total = tl.zeros([BT], tl.float32)
+        for _ in range(GROUP_SCORES):
+            total += tl.max(rest, 1)
+            _index, highest = _highest(rest, e)
+            rest = tl.where(highest, _NEVER, rest)
+        sums = tl.where(g[None, :] == group, total[:, None], sums)
+    kept = tl.full([BT, E], _NEVER, tl.float32)
+    for _ in range(TOP_GROUPS):
+        index, highest = _highest(sums, g)
+        sums = tl.where(highest, float("-inf"), sums)
+        kept = tl.where((e // size)[None, :] == index[:, None], wishes, kept)
+    return kept
 
 
 @triton.jit
 def _choose(
-    logits_ptr, indices_ptr, weights_ptr, counts_ptr, tokens, experts,
-    NORMALISED: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, E: tl.constexpr, BT: tl.constexpr,
+    logits_ptr, bias_ptr, indices_ptr, weights_ptr, counts_ptr, tokens, experts, scale,
+    NORMALISED: tl.constexpr, SIGMOID: tl.constexpr, BIASED: tl.constexpr,
+    GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr, GROUP_SCORES: tl.constexpr, G: tl.constexpr,
+    K: tl.constexpr, KP: tl.constexpr, E: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0)
     rows, e, column = block * BT + tl.arange(0, BT), tl.arange(0, E), tl.arange(0, KP)
     known = rows < tokens
-    scores = _scores(logits_ptr, rows, e, tokens, experts)
+    scores = _scores(logits_ptr, rows, e, tokens, experts, SIGMOID)
+    wishes = scores
+    if BIASED:
+        wishes += tl.load(bias_ptr + e, mask=e < experts, other=0.0).to(tl.float32)[None, :]
     # A score that is no number is chosen last, so that every token has k different experts.
-    rest = tl.where((e < experts)[None, :], tl.where(scores == scores, scores, 0.0), -1.0)
+    rest = tl.where((e < experts)[None, :], tl.where(wishes == wishes, wishes, -1e20), _NEVER)
+    if TOP_GROUPS < GROUPS:
+        rest = _of_best_groups(rest, e, experts, GROUPS, TOP_GROUPS, GROUP_SCORES, G, E, BT)
     indices, values = tl.zeros([BT, KP], tl.int32), tl.zeros([BT, KP], tl.float32)
+    taken = tl.zeros([BT, E], tl.int32)
     # Not unrolled: a search for the highest is much code.
     for j in range(K):
-        index = tl.argmax(rest, 1)
-        mine = e[None, :] == index[:, None]
+        index, mine = _highest(rest, e)
         value = tl.sum(tl.where(mine, scores, 0.0), 1)
-        rest = tl.where(mine, -1.0, rest)
+        rest = tl.where(mine, float("-inf"), rest)
+        taken = tl.where(mine, 1, taken)
         here = column[None, :] == j
         indices, values = tl.where(here, index[:, None], indices), tl.where(here, value[:, None], values)
     if NORMALISED:
         values = values / tl.sum(values, 1)[:, None]
+    values = values * scale
     at = rows.to(tl.int64)[:, None] * K + column[None, :]
     inside = known[:, None] & (column < K)[None, :]
     tl.store(indices_ptr + at, indices, mask=inside)
     tl.store(weights_ptr + at, values, mask=inside)
-    chosen = tl.where(known[:, None] & (rest < 0.0) & (e < experts)[None, :], 1, 0)
+    chosen = tl.where(known[:, None] & (e < experts)[None, :], taken, 0)
     tl.store(counts_ptr + block * experts + e, tl.sum(chosen, 0), mask=e < experts)
 
 
@@ -118,7 +165,7 @@ def _blocks(tokens: int, experts: int) -> tuple[int, int, int]:
     return e, height, triton.cdiv(tokens, height)
 
 
-def route(logits: Tensor, scoring: Scoring) -> Routing:
+def route(logits: Tensor, scoring: Scoring, bias: Tensor | None = None) -> Routing:
     from pronghorn.kernels.routing import Routing
 
     (tokens, experts), k, device = logits.shape, scoring.top_k, logits.device
@@ -131,8 +178,10 @@ def route(logits: Tensor, scoring: Scoring) -> Routing:
     of_rows, row_tokens = (torch.empty(tokens * k, dtype=torch.int64, device=device) for _ in range(2))
     places, row_weights = torch.empty_like(indices), torch.empty_like(weights).view(-1)
     _choose[(blocks,)](
-        logits, indices, weights, counts, tokens, experts,
-        NORMALISED=scoring.normalised, K=k, KP=triton.next_power_of_2(k), E=e, BT=height, num_warps=4,
+        logits, logits if bias is None else bias, indices, weights, counts, tokens, experts, scoring.scale,
+        NORMALISED=scoring.normalised, SIGMOID=scoring.sigmoid, BIASED=bias is not None, GROUPS=scoring.groups,
+        TOP_GROUPS=scoring.top_groups, GROUP_SCORES=scoring.group_scores,
+        G=triton.next_power_of_2(scoring.groups), K=k, KP=triton.next_power_of_2(k), E=e, BT=height, num_warps=4,
     )  # fmt: skip
     _scan[(triton.cdiv(experts, _SCANNED[0]),)](
         counts, totals, blocks, experts, E=_SCANNED[0], B=_SCANNED[1], num_warps=4
@@ -149,12 +198,12 @@ def route(logits: Tensor, scoring: Scoring) -> Routing:
 
 @triton.jit
 def _backward(
-    dweights_ptr, logits_ptr, indices_ptr, places_ptr, out_ptr, tokens, experts,
-    NORMALISED: tl.constexpr, K: tl.constexpr, E: tl.constexpr, BT: tl.constexpr,
+    dweights_ptr, logits_ptr, indices_ptr, places_ptr, out_ptr, tokens, experts, scale,
+    NORMALISED: tl.constexpr, SIGMOID: tl.constexpr, K: tl.constexpr, E: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
     rows, e = tl.program_id(0) * BT + tl.arange(0, BT), tl.arange(0, E)
     known = rows < tokens
-    scores = _scores(logits_ptr, rows, e, tokens, experts)
+    scores = _scores(logits_ptr, rows, e, tokens, experts, SIGMOID)
     grad, chosen = tl.zeros([BT, E], tl.float32), tl.zeros([BT, E], tl.float32)
     for j in range(K):
         at = rows.to(tl.int64) * K + j
@@ -167,9 +216,12 @@ def _backward(
         total = tl.where(known, tl.sum(chosen, 1), 1.0)[:, None]
         inner = tl.sum(grad * chosen, 1)[:, None] / total
         grad = tl.where(chosen > 0.0, (grad - inner) / total, 0.0)
-    grad = scores * (grad - tl.sum(grad * scores, 1)[:, None])
+    if SIGMOID:
+        grad = scores * (1.0 - scores) * grad
+    else:
+        grad = scores * (grad - tl.sum(grad * scores, 1)[:, None])
     to = out_ptr + rows.to(tl.int64)[:, None] * experts + e[None, :]
-    tl.store(to, grad, mask=known[:, None] & (e < experts)[None, :])
+    tl.store(to, grad * scale, mask=known[:, None] & (e < experts)[None, :])
 
 
 def backward(dweights: Tensor, logits: Tensor, routing: Routing, scoring: Scoring) -> Tensor:
@@ -178,6 +230,6 @@ def backward(dweights: Tensor, logits: Tensor, routing: Routing, scoring: Scorin
     out = torch.empty(tokens, experts, dtype=torch.float32, device=logits.device)
     _backward[(blocks,)](
         dweights.contiguous(), logits.contiguous(), routing.indices, routing.places, out, tokens, experts,
-        NORMALISED=scoring.normalised, K=scoring.top_k, E=e, BT=height, num_warps=4,
+        scoring.scale, NORMALISED=scoring.normalised, SIGMOID=scoring.sigmoid, K=scoring.top_k, E=e, BT=height, num_warps=4,
     )  # fmt: skip
     return out
