@@ -8,12 +8,18 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    DeepseekV2Config,
+    DeepseekV2ForCausalLM,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     GemmaConfig,
     GemmaForCausalLM,
+    Glm4MoeLiteConfig,
+    Glm4MoeLiteForCausalLM,
     GptOssConfig,
     GptOssForCausalLM,
     GraniteConfig,
@@ -41,6 +47,8 @@ from transformers import (
     Qwen3MoeForCausalLM,
     SmolLM3Config,
     SmolLM3ForCausalLM,
+    YoutuConfig,
+    YoutuForCausalLM,
 )
 
 FAMILIES: dict[str, tuple[type, type]] = {
@@ -56,10 +64,14 @@ FAMILIES: dict[str, tuple[type, type]] = {
     "phi3": (Phi3Config, Phi3ForCausalLM),
     "granite": (GraniteConfig, GraniteForCausalLM),
     "smollm3": (SmolLM3Config, SmolLM3ForCausalLM),
+    "youtu": (YoutuConfig, YoutuForCausalLM),
 }
 
 #: families whose layers are mixtures of experts; `tests.families.mixtures` configures them
 MIXTURES: dict[str, tuple[type, type]] = {
+    "deepseek_v2": (DeepseekV2Config, DeepseekV2ForCausalLM),
+    "deepseek_v3": (DeepseekV3Config, DeepseekV3ForCausalLM),
+    "glm4_moe_lite": (Glm4MoeLiteConfig, Glm4MoeLiteForCausalLM),
     "gpt_oss": (GptOssConfig, GptOssForCausalLM),
     "mixtral": (MixtralConfig, MixtralForCausalLM),
     "qwen2_moe": (Qwen2MoeConfig, Qwen2MoeForCausalLM),
@@ -82,6 +94,17 @@ TINY: dict[str, Any] = {
     "tie_word_embeddings": False,
 }
 
+#: families whose heads come from codes: heads have 24 + 16 columns, and values 32
+LATENT = ("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "youtu")
+LATENT_SIZES: dict[str, Any] = {
+    "q_lora_rank": 64,
+    "kv_lora_rank": 64,
+    "qk_nope_head_dim": 24,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 32,
+    "num_key_value_heads": 4,
+}
+
 SPECIAL_TOKENS = ["<|pad|>", "<|begin|>", "<|end|>", "<|im_start|>", "<|im_end|>"]
 
 CHAT_TEMPLATE = (
@@ -98,7 +121,9 @@ _TEXT = [
 
 def tiny_config(family: str, **config: Any) -> Any:
     """The config of `tiny_model`; keyword arguments override `TINY`."""
-    return (FAMILIES | MIXTURES)[family][0](**{**TINY, **config})
+    return (FAMILIES | MIXTURES)[family][0](
+        **{**TINY, **(LATENT_SIZES if family in LATENT else {}), **config}
+    )
 
 
 def tiny_model(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **config: Any) -> Any:

@@ -86,8 +86,10 @@ def test_attention_block(stacks, impl, monkeypatch):
             monkeypatch.setattr(ProjectionGroup, "fp8_columns", lambda self: None)
         qkv = in_fp8(group(impl, HIDDEN, (HEADS * HEAD, KV * HEAD, KV * HEAD), (4, 4, 4)), stacks)
         block = AttentionBlock(
-            norm(), qkv, in_fp8(group(impl, HEADS * HEAD, (HIDDEN,), (4,)), False), HEADS, KV, HEAD, cos, sin,
-            Documents(torch.tensor([0, 4, T], dtype=torch.int32, device=DEVICE), 4), AttentionCall(0.3, None, "sdpa"),
+            norm=norm(), qkv=qkv, o=in_fp8(group(impl, HEADS * HEAD, (HIDDEN,), (4,)), False),
+            heads=HEADS, kv_heads=KV, head_dim=HEAD, cos=cos, sin=sin,
+            docs=Documents(torch.tensor([0, 4, T], dtype=torch.int32, device=DEVICE), 4),
+            call=AttentionCall(0.3, None, "sdpa"),
         )  # fmt: skip
         sink, saves = GradientSink(block.trainable()), AttentionSaves()
         x = normal(T, HIDDEN)

@@ -220,8 +220,9 @@ def test_codes_of_producers_are_those_of_products(copies, monkeypatch):
         o = in_int8(group("torch", APART[0], (HIDDEN,), (4,)), copies)
         documents = Documents(torch.tensor([0, 4, T], dtype=torch.int32, device=DEVICE), 4)
         block = AttentionBlock(
-            norm(), qkv, o, HEADS, KV, HEAD, cos, sin, documents, AttentionCall(0.3, None, "sdpa")
-        )
+            norm=norm(), qkv=qkv, o=o, heads=HEADS, kv_heads=KV, head_dim=HEAD, cos=cos, sin=sin,
+            docs=documents, call=AttentionCall(0.3, None, "sdpa"),
+        )  # fmt: skip
         sink, saves = GradientSink(block.trainable()), AttentionSaves()
         x = normal(T, HIDDEN)
         with torch.no_grad():

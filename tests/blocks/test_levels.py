@@ -22,7 +22,7 @@ from tests.tiny import tiny_model
 
 
 @pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text", "phi3", "granite"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text", "phi3", "granite", "youtu"])
 def test_declared_bytes_are_kept_bytes(family: str, level: str) -> None:
     model = add_adapter(tiny_model(family), r=4)
     bind(model, save_levels=level)
@@ -35,9 +35,13 @@ def test_declared_bytes_are_kept_bytes(family: str, level: str) -> None:
     alive = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in kept}
     assert sum(t.nbytes for t in kept) == sum(alive.values()), "a view keeps more alive"
     measured = sum(alive.values()) + hidden_states.numel() * 4
-    head_dim = base.model.layers[0].self_attn.head_dim
+    attention = base.model.layers[0].self_attn
+    latent = family == "youtu"
+    head_dim = attention.qk_head_dim if latent else attention.head_dim
     # One adapter serves what one module gives.
-    ranks = (2, 2) if family == "phi3" else (4, 3)
+    ranks = (2, 2) if family == "phi3" else (3, 3) if latent else (4, 3)
+    of_v = config.num_attention_heads * config.v_head_dim if latent else 0
+    codes = config.q_lora_rank + config.kv_lora_rank + config.qk_rope_head_dim + of_v if latent else None
     widths = LayerWidths(
         hidden=config.hidden_size,
         q=config.num_attention_heads * head_dim,
@@ -49,6 +53,8 @@ def test_declared_bytes_are_kept_bytes(family: str, level: str) -> None:
         element=4,
         residual_element=4,
         output_norms=family == "gemma3_text",
+        codes=codes,
+        raised=2 * config.num_attention_heads * head_dim + of_v + 2 * 4 if latent else 0,
     )
     assert measured == 12 * kept_bytes_per_token(level, widths)
 

@@ -113,8 +113,10 @@ def test_attention_block(ranks, kernels, stacks, biases, monkeypatch):
             qkv = ProjectionGroup(projections, impl=impl)
         qkv = joined(qkv) if stacks and impl == "triton" else qkv
         block = AttentionBlock(
-            norm(), qkv, group(impl, HEADS * HEAD, (HIDDEN,), (4,)), HEADS, KV, HEAD, cos, sin,
-            Documents(torch.tensor([0, 4, T], dtype=torch.int32, device=DEVICE), 4), AttentionCall(0.3, None, "sdpa"),
+            norm=norm(), qkv=qkv, o=group(impl, HEADS * HEAD, (HIDDEN,), (4,)),
+            heads=HEADS, kv_heads=KV, head_dim=HEAD, cos=cos, sin=sin,
+            docs=Documents(torch.tensor([0, 4, T], dtype=torch.int32, device=DEVICE), 4),
+            call=AttentionCall(0.3, None, "sdpa"),
         )  # fmt: skip
         sink, saves = GradientSink(block.trainable()), AttentionSaves()
         x = normal(T, HIDDEN)

@@ -88,6 +88,11 @@ def test_a_weight_of_a_layer(family, place, index, layer):
         ("gemma3_text", "post_feedforward_layernorm.weight", (63,)),
         ("gemma3_text", "self_attn.o_proj.base_layer.weight", (4, 2)),
         ("phi3", "self_attn.qkv_proj.base_layer.weight", (2, 5)),
+        ("youtu", "self_attn.q_a_proj.base_layer.weight", (2, 5)),
+        ("youtu", "self_attn.q_a_layernorm.weight", (5,)),
+        ("youtu", "self_attn.kv_a_proj_with_mqa.lora_A.default.weight", (1, 7)),
+        ("youtu", "self_attn.kv_a_layernorm.weight", (0,)),
+        ("youtu", "self_attn.kv_b_proj.base_layer.weight", (3, 3)),
         ("phi3", "mlp.gate_up_proj.lora_B.default.weight", (200, 1)),
     ],
 )

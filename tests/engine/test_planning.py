@@ -16,6 +16,7 @@ from pronghorn.engine.planning import (
 )
 from pronghorn.errors import BudgetInvalid, BudgetTooSmall, UnsupportedCheckpoint
 from pronghorn.memory import Batch, estimate
+from tests.families.mixtures import add_expert_adapter, tiny_mixture
 from tests.families.parity import (
     FAMILIES,
     add_adapter,
@@ -38,6 +39,19 @@ def test_weights_are_counted_exactly(family: str) -> None:
     assert shape.parameters == plain
     assert sum(shape.weight_tensors()) == 4 * plain
     assert shape.adapter_parameters == sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "deepseek_v2", "deepseek_v3", "glm4_moe_lite"])
+def test_weights_of_mixtures_are_counted_exactly(family: str) -> None:
+    """Layers without a mixture, shared experts and routers among them."""
+    mostly = {"num_hidden_layers": 3, "mlp_layer_types": ["sparse", "dense", "sparse"]}
+    model = tiny_mixture(family, **(mostly if family == "glm4_moe_lite" else {}))
+    plain = sum(p.numel() for p in model.parameters())
+    adapted = add_expert_adapter(model, r=8)
+    bind(adapted, strict=True)
+    shape = shape_of(binding_of(adapted))
+    assert shape.parameters == plain
+    assert sum(shape.weight_tensors()) == 4 * plain
 
 
 @pytest.mark.parametrize("family", FAMILIES)

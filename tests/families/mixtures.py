@@ -4,8 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from tests.families.parity import add_adapter
 from tests.tiny import tiny_model
+
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "mscale": 0.707,
+    "mscale_all_dim": 0.9,
+    "original_max_position_embeddings": 6,
+}
 
 #: name -> configuration beyond tests.tiny's: what makes each family different is switched on
 MIXTURES: dict[str, dict[str, Any]] = {
@@ -33,10 +46,42 @@ MIXTURES: dict[str, dict[str, Any]] = {
         # Low enough to cut many of these models' gates and ups.
         "swiglu_limit": 0.5,
     },
+    # Groups of experts, a layer without, YaRN with a factor of the logits, a code for q.
+    "deepseek_v2": {
+        "n_routed_experts": 6,
+        "num_experts_per_tok": 2,
+        "n_shared_experts": 2,
+        "moe_intermediate_size": 64,
+        "first_k_dense_replace": 1,
+        "num_hidden_layers": 3,
+        "topk_method": "group_limited_greedy",
+        "n_group": 3,
+        "topk_group": 2,
+        "routed_scaling_factor": 1.7,
+        "rope_parameters": YARN,
+    },
+    "deepseek_v3": {
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 64,
+        "first_k_dense_replace": 1,
+        "num_hidden_layers": 3,
+        "n_group": 4,
+        "topk_group": 2,
+        "rope_parameters": YARN,
+    },
+    "glm4_moe_lite": {
+        "n_routed_experts": 6,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 64,
+        "mlp_layer_types": ["sparse", "dense"],
+    },
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 5},
 }
 
-ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+ATTENTION = [
+    "q_proj", "k_proj", "v_proj", "o_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj",
+]  # fmt: skip
 STACKS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 
 
@@ -46,6 +91,10 @@ def tiny_mixture(family: str, **options: Any) -> Any:
     model.config._experts_implementation = "eager"
     if family == "gpt_oss":
         model.config._attn_implementation = "eager"
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            # Strong enough to change who is taken.
+            buffer.copy_(torch.linspace(-0.5, 0.5, buffer.numel()).roll(2))
     return model
 
 

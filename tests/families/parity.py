@@ -70,6 +70,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "sliding_window": 6,
         "layer_types": ["sliding_attention", "full_attention"],
     },
+    "youtu": {"tie_word_embeddings": True},
     "granite": {
         "embedding_multiplier": 3.0,
         "residual_multiplier": 0.4,
@@ -82,6 +83,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 TARGETS = [
     "q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "gate_proj", "up_proj", "gate_up_proj", "down_proj",
+    "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj",
 ]  # fmt: skip
 
 

@@ -288,7 +288,7 @@ def test_dropout_matches_peft_under_the_same_masks(monkeypatch: pytest.MonkeyPat
             for name, module in parent.named_children():
                 if hasattr(module, "lora_dropout"):
                     slot = slots[name.removesuffix("_proj")]
-                    module.lora_dropout["default"] = SameMask(77 + 64 * index + 8 * slot)
+                    module.lora_dropout["default"] = SameMask(77 + 128 * index + 8 * slot)
     batch = rows_batch(model.config.vocab_size, (9, 9))
     batch.pop("attention_mask")
     assert_same(run(fast, batch, logits=False), run(model, batch, logits=False), EXACT)

@@ -11,7 +11,7 @@ from pronghorn.errors import AdapterUnknown, EngineRefused, RequestTooLong, Samp
 from pronghorn.inference.engine import Engine
 from pronghorn.inference.requests import Request, SamplingParams, Token
 from tests.families.mixtures import MIXTURES
-from tests.tiny import FAMILIES, tiny_model
+from tests.tiny import FAMILIES, LATENT, tiny_model
 
 NEW = 24
 
@@ -75,7 +75,7 @@ def expected(model):
     return [stock(model, ids) for ids in PROMPTS]
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("family", sorted({*FAMILIES} - {*LATENT}))
 def test_greedy_answers_are_those_of_stock_generate(family):
     model = tiny_model(family, seed=1)
     found = run(Engine(model, max_batch=8, max_context=256), [greedy(ids) for ids in PROMPTS])
@@ -255,6 +255,11 @@ def test_requests_that_cannot_be_answered(model):
 def test_mixtures_of_experts_are_refused(family):
     with pytest.raises(EngineRefused, match="layers of another kind"):
         Engine(tiny_model(family, **MIXTURES[family]), max_context=64)
+
+
+def test_latent_attention_is_refused():
+    with pytest.raises(EngineRefused, match="latent"):
+        Engine(tiny_model("youtu"), max_context=64)
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "longrope"])

@@ -19,7 +19,10 @@ def turned(x: Tensor, cos: Tensor, sin: Tensor, pairs: bool) -> Tensor:
     half, parts = cos.shape[1], list(x.unbind(1))
     for i in range(half):
         a, b = (2 * i, 2 * i + 1) if pairs else (i, i + half)
-        parts[a], parts[b] = x[:, a] * cos[:, i] - x[:, b] * sin[:, i], x[:, b] * cos[:, i] + x[:, a] * sin[:, i]
+        parts[a], parts[b] = (
+            x[:, a] * cos[:, i] - x[:, b] * sin[:, i],
+            x[:, b] * cos[:, i] + x[:, a] * sin[:, i],
+        )
     return torch.stack(parts, 1)
 
 
@@ -46,9 +49,12 @@ def test_forward_and_backward(impl, dtype, shape, pairs, device):
     leaves = [x.double().requires_grad_() for x in (q, pair, shared)]
     expected = oracle(*leaves, cos.double(), sin.double(), pairs)
     rotated = q.clone()
-    found = (rotated, *latent_heads_forward(rotated, pair, shared, cos, sin, pairs=pairs, impl=impl))
+    options = {"nope": nope, "pairs": pairs, "impl": impl}
+    found = (rotated, *latent_heads_forward(rotated, pair, shared, cos, sin, **options))
     for actual, wanted in zip(found, expected, strict=True):
         assert_near(actual, wanted)
+    again = latent_heads_forward(None, pair, shared, cos, sin, **options)
+    assert all(torch.equal(x, y) for x, y in zip(found[1:], again, strict=True))
     dq, dk = (random(*q.shape, dtype=dtype, device=device, seed=s) for s in (4, 5))
     # Heads that are cut out of wider ones.
     dv = random(tokens, heads, of_v + 8, dtype=dtype, device=device, seed=6)[..., :of_v]

@@ -15,11 +15,11 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from pronghorn.blocks import head_groups
 from pronghorn.engine import bind, binding_of
 from pronghorn.engine.binding import Binding
 from pronghorn.engine.read import Reading, read_groups
 from pronghorn.kernels import triton as triton_kernels
+from pronghorn.kernels.attention import dispatch
 from pronghorn.memory import offload
 from pronghorn.memory.allocator import Allocator
 from pronghorn.weights import join, lay_side_by_side
@@ -27,7 +27,10 @@ from tests.families.parity import TARGETS
 from tests.memory.live import LiveBytes
 
 #: Modules that ask `use_triton` by a name of their own.
-_KERNELS = ("rms_norm", "rope", "qkv_grads", "glu", "lora", "linear_cross_entropy", "nf4", "fp8", "int8")
+_KERNELS = (
+    "rms_norm", "rope", "qkv_grads", "glu", "lora", "linear_cross_entropy", "nf4", "fp8", "int8", "latent_heads",
+    "routing", "grouped_adapters", "grouped_glu", "grouped_matmul", "grouped_rows",
+)  # fmt: skip
 
 
 class _NoLaunch:
@@ -84,8 +87,7 @@ def prepare(monkeypatch: pytest.MonkeyPatch, *, parking: bool) -> None:
     monkeypatch.setattr("pronghorn.kernels.triton.launch.processors", lambda index: 132)
     for name in ("lora", "lora_grads", "glu_down"):
         monkeypatch.setattr(f"pronghorn.kernels.triton.{name}.limits", lambda device: (132, 227 * 1024))
-    monkeypatch.setattr("pronghorn.blocks.attention.attention_forward", _flash_forward)
-    monkeypatch.setattr(head_groups, "attention_backward", _flash_backward)
+    monkeypatch.setattr(dispatch, "_implementation", lambda backend: (_flash_forward, _flash_backward))
     monkeypatch.setattr(Binding, "attention_backend", lambda self, *args, **kwargs: "flash")
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda *args: False)
     monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: nullcontext())
@@ -100,10 +102,11 @@ def prepare(monkeypatch: pytest.MonkeyPatch, *, parking: bool) -> None:
     assert "pronghorn.kernels.triton.launch" in sys.modules
 
 
-def meta_model(config: Any, rank: int = 16) -> Any:
+def meta_model(config: Any, rank: int = 16, **adapter: Any) -> Any:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-        adapted = get_peft_model(model, LoraConfig(r=rank, target_modules=TARGETS, task_type="CAUSAL_LM"))
+        options = {"target_modules": TARGETS, "task_type": "CAUSAL_LM"} | adapter
+        adapted = get_peft_model(model, LoraConfig(r=rank, **options))
     bind(adapted, strict=True)
     return adapted.train()
 

@@ -6,12 +6,14 @@ from typing import Any
 
 import pytest
 from transformers import (
+    DeepseekV2Config,
     Gemma2Config,
     Gemma3TextConfig,
     GraniteConfig,
     LlamaConfig,
     Phi3Config,
     Qwen3Config,
+    YoutuConfig,
 )
 
 from pronghorn.blocks import LEVELS, joining
@@ -112,6 +114,47 @@ OTHERS: dict[str, Any] = {
 def test_other_families(family: str, level: str, monkeypatch: pytest.MonkeyPatch) -> None:
     prepare(monkeypatch, parking=True)
     compare(meta_model(OTHERS[family]), level, 4096, 1024 if level == "attention" else None)
+
+
+#: DeepSeek's heads: values narrower than keys
+LATENT: dict[str, Any] = {
+    **{name: size for name, size in SIZES.items() if name != "head_dim"},
+    "num_key_value_heads": 32,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+}
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("q_code", [1536, None])
+def test_latent_attention(level: str, q_code: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepare(monkeypatch, parking=True)
+    config = YoutuConfig(**LATENT, q_lora_rank=q_code)
+    compare(meta_model(config), level, 4096, 1024 if level == "attention" else None)
+
+
+@pytest.mark.parametrize("level", ["offload", "attention"])
+def test_latent_attention_of_a_long_stream_in_four_bits(level: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Groups of heads."""
+    prepare(monkeypatch, parking=True)
+    compare(in_four_bits(meta_model(YoutuConfig(**LATENT, q_lora_rank=1536))), level, 65536)
+
+
+@pytest.mark.parametrize("level", ["none", "offload-matmuls", "matmuls", "all"])
+def test_latent_attention_before_a_mixture(level: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSeek-V2-Lite's sizes."""
+    prepare(monkeypatch, parking=True)
+    sizes = {"hidden_size": 2048, "num_attention_heads": 16, "num_key_value_heads": 16}
+    of_experts = {"n_routed_experts": 64, "num_experts_per_tok": 6, "moe_intermediate_size": 1408}
+    config = DeepseekV2Config(**{**LATENT, **sizes}, **of_experts, q_lora_rank=None)
+    model = meta_model(
+        config,
+        target_modules=["q_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"],
+        target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+    )
+    compare(model, level, 4096)
 
 
 @pytest.mark.parametrize("family", ["gemma2", "phi3"])

@@ -2,7 +2,8 @@
 
 from pronghorn.blocks.attention import AttentionBlock
 from pronghorn.blocks.glu import GluBlock
-from pronghorn.blocks.layer import DecoderLayer, LayerSaves, MlpBlock
+from pronghorn.blocks.latent_attention import LatentAttentionBlock
+from pronghorn.blocks.layer import AttentionPart, DecoderLayer, LayerSaves, MlpBlock
 from pronghorn.blocks.levels import (
     LEVELS,
     LayerWidths,
@@ -30,9 +31,11 @@ __all__ = [
     "LEVELS",
     "Adapter",
     "AttentionBlock",
+    "AttentionPart",
     "DecoderLayer",
     "GluBlock",
     "GradientSink",
+    "LatentAttentionBlock",
     "LayerSaves",
     "LayerWidths",
     "Level",

@@ -6,11 +6,13 @@ Explicit forward and backward.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from pronghorn.blocks import joining
+from pronghorn.blocks.attention_output import AttentionOutput
 from pronghorn.blocks.head_groups import grouped_attention_backward
 from pronghorn.blocks.levels import Level, keeps
 from pronghorn.blocks.norm import Norm
@@ -19,7 +21,7 @@ from pronghorn.kernels.attention import AttentionCall, Documents, attention_forw
 from pronghorn.kernels.qkv_grads import unrotate_joined, unrotate_joined_fp8
 from pronghorn.kernels.rope import adapted_rope_, qk_rope_backward, qk_rope_forward
 from pronghorn.weights import DenseWeight, Fp8Weight, Int8Products, Operand
-from pronghorn.weights.operand import Turned, as_operand
+from pronghorn.weights.operand import as_operand
 
 
 @dataclass
@@ -50,8 +52,8 @@ class AttentionSaves:
             self.normed = None
 
 
-@dataclass(frozen=True)
-class AttentionBlock:
+@dataclass(frozen=True, kw_only=True)
+class AttentionBlock(AttentionOutput):
     """One layer's attention: output_scale · output_norm(o(attention(query_scale · Rq, Rk, v))) of q, k, v of norm(x).
 
     cos and sin are [T, Drot] with Drot ≤ D; T tokens, H hidden, N heads, K kv-heads, D head size. `query_scale` is
@@ -60,7 +62,6 @@ class AttentionBlock:
 
     norm: Norm
     qkv: ProjectionGroup
-    o: ProjectionGroup
     heads: int
     kv_heads: int
     head_dim: int
@@ -71,29 +72,14 @@ class AttentionBlock:
     q_norm: Norm | None = None
     k_norm: Norm | None = None
     query_scale: Tensor | None = None
-    output_norm: Norm | None = None
-    output_scale: float = 1.0
+
+    Saves: ClassVar[type[AttentionSaves]] = AttentionSaves
 
     def trainable(self) -> list[Tensor]:
         norms = [n for n in (self.norm, self.q_norm, self.k_norm, self.output_norm) if n is not None]
         sinks = self.call.sinks
         own = [] if sinks is None or not sinks.requires_grad else [sinks]
         return own + [t for n in norms for t in n.trainable()] + self.qkv.trainable() + self.o.trainable()
-
-    def output(self, saves: AttentionSaves) -> Tensor:
-        """The block's output before the residual [T, H]: the o-projection of the kept attention output."""
-        branch = saves.projected
-        if branch is None:
-            assert saves.out is not None
-            (branch,), saves.xa_o = self.o.forward(saves.out.view(saves.out.shape[0], -1))
-        if self.output_norm is not None:
-            saves.projected = branch
-            branch = self.output_norm.forward(branch, branch.dtype)[0].tensor
-        return branch if self.output_scale == 1.0 else branch.mul_(self.output_scale)
-
-    def columns_of_dy(self) -> Tensor | Turned | None:
-        """`ProjectionGroup.columns_of_dy` of o, where the gradient of the residual sum is the one of its output."""
-        return self.o.columns_of_dy() if self.output_norm is None and self.output_scale == 1.0 else None
 
     def rebuild(self, x: Tensor, dtype: torch.dtype, saves: AttentionSaves) -> None:
         """Compute whatever is missing in `saves` up to the attention output."""
@@ -170,23 +156,17 @@ class AttentionBlock:
         """dX [T, H] including the residual path (None unless `need`); `saves` rebuilt before, consumed here."""
         given = as_operand(dy)
         dy = given.tensor
-        dbranch = self._branch_grad(given, dtype, saves, sink)
+        dout = self.output_grad(given, dtype, saves, sink)
         del given
         out, lse, v = saves.out, saves.lse, saves.v
         assert out is not None and lse is not None and v is not None
-        flat = out.view(out.shape[0], -1)
-        dout, dxa_o = self.o.input_grad([dbranch], flat, sink, xa=saves.xa_o)
-        self.o.parameter_grads([dbranch], flat, saves.xa_o, dxa_o, sink)
-        dbranch.release()
-        del dbranch
-        assert dout is not None
         if sink.wants(self.call.sinks):
             sink.add(self.call.sinks, attention_sink_grad(dout.view_as(out), out, lse, self.call))
         q, k = self._rotated(saves)
         dq, dk, dv = grouped_attention_backward(dout.view_as(out), q, k, v, out, lse, self.docs, self.call)
         self._scale_(dq)
         saves.out = saves.lse = saves.v = None
-        del out, flat, dout, v, q, k
+        del out, dout, v, q, k
         need_normed = need or sink.wants(self.norm.weight)
         dys, of_stack = self._projection_grads(dq, dk, dv, saves, sink, need_normed)
         del dq, dk, dv
@@ -201,18 +181,6 @@ class AttentionBlock:
             return None
         dx = self.norm.backward(dnormed, x, dy, sink).tensor
         return dx if need else None
-
-    def _branch_grad(
-        self, dy: Operand, dtype: torch.dtype, saves: AttentionSaves, sink: GradientSink
-    ) -> Operand:
-        """The gradient of the o-projection's output, from that of the residual sum."""
-        if self.output_scale != 1.0:
-            dy = Operand(dy.tensor * self.output_scale)
-        if self.output_norm is None:
-            return dy if dy.tensor.dtype == dtype else Operand(dy.tensor.to(dtype))
-        projected, saves.projected = saves.projected, None
-        assert projected is not None
-        return self.output_norm.backward(dy.tensor, projected, None, sink, self.o.columns_of_dy())
 
     def _projection_grads(
         self, dq: Tensor, dk: Tensor, dv: Tensor, saves: AttentionSaves, sink: GradientSink, need_input: bool

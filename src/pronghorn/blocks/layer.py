@@ -10,12 +10,39 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pronghorn.blocks.attention import AttentionBlock, AttentionSaves
+from pronghorn.blocks.attention_output import OutputSaves
 from pronghorn.blocks.levels import Level, keeps, parks
 from pronghorn.blocks.projection import GradientSink
 from pronghorn.errors import BackwardTwice
 from pronghorn.weights import Operand
 from pronghorn.weights.operand import Turned
+
+
+class AttentionPart(Protocol):
+    """The first half of a layer, up to the residual sum; `AttentionBlock` is one.
+
+    `Saves` is a dataclass of tensors or None with what `OutputSaves` names.
+    """
+
+    Saves: ClassVar[type[Any]]
+
+    def trainable(self) -> list[Tensor]: ...
+
+    def rebuild(self, x: Tensor, dtype: torch.dtype, saves: Any) -> None: ...
+
+    def output(self, saves: Any) -> Tensor: ...
+
+    def columns_of_dy(self) -> Tensor | Turned | None: ...
+
+    def backward(
+        self,
+        dy: Tensor | Operand,
+        x: Tensor,
+        dtype: torch.dtype,
+        saves: Any,
+        sink: GradientSink,
+        need: bool,
+    ) -> Tensor | None: ...
 
 
 class MlpBlock(Protocol):
@@ -46,7 +73,7 @@ class MlpBlock(Protocol):
 class LayerSaves:
     """What one layer keeps besides its input; `glu` is what its MLP block keeps."""
 
-    attention: AttentionSaves
+    attention: OutputSaves
     glu: Any
 
     def tensors(self) -> list[Tensor]:
@@ -87,7 +114,7 @@ class DecoderLayer:
     that park keep the same tensors on their device.
     """
 
-    attention: AttentionBlock
+    attention: AttentionPart
     glu: MlpBlock
     level: Level
     dtype: torch.dtype
@@ -96,7 +123,7 @@ class DecoderLayer:
 
     @staticmethod
     def build(
-        attention: AttentionBlock,
+        attention: AttentionPart,
         glu: MlpBlock,
         level: Level,
         dtype: torch.dtype,
@@ -112,7 +139,7 @@ class DecoderLayer:
         return _DecoderLayerFunction.apply(self, x, *self.parameters)  # type: ignore[no-any-return]
 
     def forward(self, x: Tensor, level: Level) -> tuple[Tensor, LayerSaves]:
-        saves = LayerSaves(AttentionSaves(), self.glu.Saves())
+        saves = LayerSaves(self.attention.Saves(), self.glu.Saves())
         self._attend(x, saves)
         saves.attention.trim(level)
         return self.glu.forward(self.dtype, level, saves.glu), saves

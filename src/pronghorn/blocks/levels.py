@@ -11,7 +11,8 @@ input, which is always kept. At the levels that begin with "offload" everything 
 | all                          | + norm outputs                                       | activation product             |
 
 Where norms follow the o- and the down-projection, what these gave is kept from "attention" on, and the residual sum,
-which the attention's is enough to rebuild, only at "all".
+which the attention's is enough to rebuild, only at "all". Latent attention keeps its codes in place of q, k, v up to
+"matmuls": they are narrow, and make q, k and v again for a fraction of the work.
 
 XA are the adapters' products, a few columns. Per byte kept, all depths save about the same work: a matrix product with
 H inputs gives one element for 2 H operations.
@@ -91,7 +92,9 @@ class LayerWidths:
 
     `attention_ranks` and `glu_ranks` are the summed ranks of the adapters on q, k, v, o and on gate, up, down.
     `output_norms`: norms follow the o- and the down-projection. `router`: logits, where the MLP is a mixture of
-    experts; `intermediate` and `glu_ranks` are then those of all experts of a token.
+    experts, as elements of `element` bytes; `intermediate` and `glu_ranks` are then those of all experts of a token.
+    `codes`: of latent attention, what the first products give and the attention's output, which "attention" keeps in
+    place of q, k, v; q, k, v that are made of codes, and XA of these products, are `raised`, from "matmuls" on.
     """
 
     hidden: int
@@ -105,6 +108,8 @@ class LayerWidths:
     residual_element: int
     output_norms: bool = False
     router: int = 0
+    codes: int | None = None
+    raised: int = 0
 
 
 def kept_bytes_per_token(level: Level, widths: LayerWidths) -> int:
@@ -113,11 +118,12 @@ def kept_bytes_per_token(level: Level, widths: LayerWidths) -> int:
     w = widths
     total = w.hidden * w.residual_element
     if keeps(level, "attention"):
-        total += (2 * w.q + 2 * w.kv + w.attention_ranks) * w.element + 4 * w.heads
+        heads = 2 * w.q + 2 * w.kv if w.codes is None else w.codes
+        total += (heads + w.attention_ranks) * w.element + 4 * w.heads
         total += 2 * w.hidden * w.element if w.output_norms else w.hidden * w.residual_element
         total += w.router * w.element
     if keeps(level, "matmuls"):
-        total += (2 * w.intermediate + w.glu_ranks) * w.element
+        total += (2 * w.intermediate + w.glu_ranks + w.raised) * w.element
     if keeps(level, "all"):
         total += 2 * w.hidden * w.element + w.output_norms * w.hidden * w.residual_element
     return total

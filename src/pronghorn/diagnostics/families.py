@@ -126,7 +126,7 @@ def _differences(family: DecoderFamily) -> Iterator[str]:
         yield "norms of what attention and MLP give"
     if family.norm_offset:
         yield "norms by 1 + w"
-    for name in ("window", "rotation", "scales"):
+    for name in ("parts_of", "window", "rotation", "scales"):
         told = _told(family, name)
         if told:
             yield told

@@ -47,16 +47,16 @@ def _replaced(layer: Any, parts: LayerParts) -> Iterator[tuple[str, nn.Module]]:
     children = layer._modules
     for name in (parts.attention, parts.mlp, *parts.norms):
         yield name, children[name]
-    inner = (parts.attention, parts.q_norm), (parts.attention, parts.k_norm), (parts.mlp, parts.activation)
-    for parent, child in inner:
-        module = children[parent]._modules.get(child) if child else None
+    inner = [(parts.attention, name) for name in parts.attention_norms]
+    for parent, child in [*inner, (parts.mlp, parts.activation)]:
+        module = children[parent]._modules.get(child)
         if module is not None:
             yield f"{parent}.{child}", module
 
 
 def _projections(layer: Any, parts: LayerParts) -> Iterator[nn.Module]:
     for parent, groups in (
-        (parts.attention, parts.attention_projections),
+        (parts.attention, parts.attention_projections.values()),
         (parts.mlp, parts.mlp_projections),
     ):
         children = layer._modules[parent]._modules

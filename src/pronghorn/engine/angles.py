@@ -12,7 +12,7 @@ from pronghorn.engine.binding import Binding
 from pronghorn.engine.stream import Stream
 from pronghorn.families.spec import ONE_ROTATION
 
-#: `DecoderFamily.rotation` -> cos and sin, each [T, Drot]
+#: `DecoderFamily.rotation` -> cos and sin, each [T, Drot], or [T, Drot / 2] where a module turns pairs
 Angles = dict[str | None, tuple[Tensor, Tensor]]
 
 
@@ -25,8 +25,11 @@ def angles_of(binding: Binding, decoder: Any, hidden: Tensor, positions: Tensor)
             found[kind] = _longrope(binding, decoder.rotary_emb, hidden, positions)
         elif kind is not None:
             which = () if kind == ONE_ROTATION else (kind,)
-            cos, sin = decoder.rotary_emb(hidden[None], positions[None], *which)
-            if cos.shape[-1] == _frequencies(decoder.rotary_emb):
+            given = decoder.rotary_emb(hidden[None], positions[None], *which)
+            # DeepSeek-V2's module gives complex numbers in fp32, each angle once.
+            complex_ones = isinstance(given, Tensor)
+            cos, sin = (given.real.contiguous(), given.imag.contiguous()) if complex_ones else given
+            if not complex_ones and cos.shape[-1] == _frequencies(decoder.rotary_emb):
                 # gpt-oss gives each angle once, where others repeat them for the second half.
                 cos, sin = torch.cat([cos, cos], -1), torch.cat([sin, sin], -1)
             found[kind] = cos[0], sin[0]

@@ -53,6 +53,7 @@ def bind(
             existing.choose_attention(attention)
         return existing
     family = family_of(base.config.model_type) or DecoderFamily("unknown", (), "")
+    family = family.for_config(base.config)
     reasons = _reasons_against(base, family)
     binding = Binding(base, family, reasons)
     if reasons:
@@ -140,12 +141,12 @@ def _missing_parts(model: Any, family: DecoderFamily) -> list[str]:
         elif family.mixture is not None:
             found |= mixture_classes(mlp, prefix, family.mixture)
         differing = [f"{name} is a {actual}" for name, actual in found.items() if name != actual]
-        wanted = [(attention, n) for names in parts.attention_projections for n in names]
-        wanted += [(attention, n) for n in (parts.q_norm, parts.k_norm) if n]
+        wanted = [(attention, n) for names in parts.attention_projections.values() for n in names]
+        wanted += [(attention, n) for n in parts.attention_norms]
         if family.mlp(model.config, index) == "glu":
             wanted += [(mlp, n) for names in parts.mlp_projections for n in names]
         wanted += [(layer, n) for n in parts.norms]
-        absent = [f"a layer lacks {name}" for parent, name in wanted if not hasattr(parent, name)]
+        absent = [f"a layer lacks {name}" for parent, name in wanted if getattr(parent, name, None) is None]
         found_wrong = differing + absent or _unread_parts(layer, parts, family.mlp(model.config, index))
         if found_wrong:
             return found_wrong
@@ -155,8 +156,8 @@ def _missing_parts(model: Any, family: DecoderFamily) -> list[str]:
 def _unread_parts(layer: Any, parts: LayerParts, mlp: str) -> list[str]:
     """Modules with weights that a layer has and no block computes."""
     known: dict[str, set[str | None]] = {"": {parts.attention, parts.mlp, *parts.norms}}
-    inner = (name for names in parts.attention_projections for name in names)
-    known[parts.attention] = {*inner, parts.q_norm, parts.k_norm}
+    inner = (name for names in parts.attention_projections.values() for name in names)
+    known[parts.attention] = {*inner, *parts.attention_norms}
     if mlp == "glu":
         known[parts.mlp] = {name for names in parts.mlp_projections for name in names}
     return [

@@ -146,7 +146,7 @@ class Binding:
             for device, dtype in product(devices, dtypes):
                 try:
                     for window in self.windowed():
-                        self._choose_backend(device, dtype, self._head_dim(), window, name)
+                        self._choose_backend(device, dtype, self.head_dim, window, name)
                 except AttentionUnavailable as refusal:
                     refusals.append(refusal)
                 else:
@@ -155,8 +155,12 @@ class Binding:
                 raise refusals[0]
         self.attention = name
 
-    def _head_dim(self) -> int:
-        return int(getattr(self.layers[0], self.family.parts.attention).head_dim)
+    @property
+    def head_dim(self) -> int:
+        """The size of a head of q and k."""
+        parts = self.family.parts
+        attention = getattr(self.layers[0], parts.attention)
+        return int(attention.head_dim if parts.latent is None else attention.qk_head_dim)
 
     def _attention_dtype(self) -> torch.dtype:
         dtype: torch.dtype = self.weight_dtype or self.model.get_input_embeddings().weight.dtype
@@ -169,7 +173,7 @@ class Binding:
             which = "attention in a window" if window and len(self.windowed()) > 1 else "attention"
             try:
                 backend, why = self._choose_backend(
-                    device, self._attention_dtype(), self._head_dim(), window, self.attention
+                    device, self._attention_dtype(), self.head_dim, window, self.attention
                 )
                 lines.append(f"  {which}: {backend} ({why})")
             except AttentionUnavailable as refusal:

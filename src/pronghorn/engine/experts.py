@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from pronghorn.blocks import Adapter, LinearProjection
 from pronghorn.blocks.moe import ExpertAdapter, ExpertProjection
@@ -53,6 +53,11 @@ def read_router(module: Any) -> LinearProjection:
         for a, b, scaling in _active(wrapper)
     )
     return LinearProjection(DenseWeight(router.weight), router._parameters.get("bias"), adapters)
+
+
+def read_router_bias(module: Any, name: str | None) -> Tensor | None:
+    """The buffer of a router, possibly wrapped by PEFT, that decides beside the scores who is taken."""
+    return None if name is None else innermost(active_module(module))._buffers[name]
 
 
 @dataclass(frozen=True)

@@ -36,10 +36,12 @@ from pronghorn.blocks.glu import TILE_ROWS
 from pronghorn.blocks.levels import is_roomy
 from pronghorn.blocks.projection import Projection
 from pronghorn.engine.binding import Binding
+from pronghorn.engine.latent import latent_attention_block
 from pronghorn.engine.layer_call import LayerCall, ReadGroups
 from pronghorn.engine.loss import scaled_logits, shifted_loss, without_padding
 from pronghorn.engine.mixture import BALANCE, balance_of, moe_block, with_balance
 from pronghorn.engine.read import (
+    SEEDS_OF_LAYER,
     Reading,
     active_module,
     dropout_seed,
@@ -82,7 +84,7 @@ def layer_forward(
 def build_layer(layer: Any, call: LayerCall) -> DecoderLayer:
     """Read a layer's modules and make it ready to run."""
     binding, index = call.binding, call.binding.layer_index(layer)
-    reading = Reading(layer.training, call.seed + 64 * index)
+    reading = Reading(layer.training, call.seed + SEEDS_OF_LAYER * index)
     read = {
         slot: (found, None if call.packed is None else call.packed.group((index, slot), found))
         for slot, found in binding.groups(layer, reading).items()
@@ -90,7 +92,8 @@ def build_layer(layer: Any, call: LayerCall) -> DecoderLayer:
     asked_for_checkpointing = bool(getattr(layer, "gradient_checkpointing", False)) and layer.training
     level: Level = "none" if asked_for_checkpointing else binding.save_level(index)
     mlp = MLP_BLOCKS[binding.mlp_of(layer)](layer, call, read)
-    return DecoderLayer.build(_attention_block(layer, call, read), mlp, level, call.dtype, call.stash)
+    attention = _attention_block if binding.family.parts.latent is None else latent_attention_block
+    return DecoderLayer.build(attention(layer, call, read), mlp, level, call.dtype, call.stash)
 
 
 def _attention_block(layer: Any, call: LayerCall, read: ReadGroups) -> AttentionBlock:

@@ -11,7 +11,7 @@ from torch import Tensor
 from pronghorn.blocks import ProjectionGroup
 from pronghorn.blocks.moe import MoeBlock, RouterBalance, SharedExpert
 from pronghorn.engine.binding import Binding
-from pronghorn.engine.experts import innermost, read_router, read_stacks
+from pronghorn.engine.experts import innermost, read_router, read_router_bias, read_stacks
 from pronghorn.engine.layer_call import LayerCall, ReadGroups
 from pronghorn.engine.read import read_norm
 
@@ -29,6 +29,7 @@ def moe_block(layer: Any, call: LayerCall, read: ReadGroups) -> MoeBlock:
         norm=read_norm(getattr(layer, parts.mlp_norm), binding.family.norm_offset),
         router=ProjectionGroup([read_router(getattr(mlp, mixture.router))]),
         scoring=mixture.scoring(binding.config),
+        router_bias=read_router_bias(getattr(mlp, mixture.router), mixture.router_bias),
         gate_up=gate_up,
         down=down,
         gating=mixture.gating(innermost(experts), binding.activation),
@@ -56,7 +57,7 @@ def balance_of(binding: Binding, labels: Tensor, kwargs: dict[str, Any]) -> Rout
     """
     asked = kwargs.get("output_router_logits")
     wanted = getattr(binding.config, "output_router_logits", False) if asked is None else asked
-    if binding.family.mixture is None or not wanted:
+    if binding.family.mixture is None or not binding.family.mixture.balanced or not wanted:
         return None
     bounds = kwargs.get("cu_seq_lens_q")
     if bounds is None:

@@ -176,12 +176,9 @@ class _Layers:
         if _finite(out):
             return None, out
         parts, attention, glu = self.binding.family.parts, saves.attention, saves.glu
-        q, k, v = (parts.q, parts.k, parts.v) if parts.qkv is None else (parts.qkv,) * 3
         stages = [
             (f"{parts.input_norm}", "output of", attention.normed),
-            (f"{parts.attention}.{q}", "output of", attention.q),
-            (f"{parts.attention}.{k}", "output of", attention.k),
-            (f"{parts.attention}.{v}", "output of", attention.v),
+            *self._head_stages(attention),
             (f"{parts.attention}", "attention of", attention.out),
             (f"{parts.attention}.{parts.o}", "output of", attention.projected),
             (parts.attention_output_norm or f"{parts.attention}.{parts.o}", "residual sum after", glu.summed),
@@ -200,6 +197,20 @@ class _Layers:
                     return self._at_token(weight, int(_first_row(tensor))), out
             return self._activation(f"the {what} {prefix}.{name}", index, tensor), out
         raise AssertionError("the layer's output is its last stage")
+
+    def _head_stages(self, saves: Any) -> list[tuple[str, str, Tensor | None]]:
+        """What makes q, k and v, in this order."""
+        parts = self.binding.family.parts
+        latent = parts.latent
+        if latent is None:
+            q, k, v = (parts.q, parts.k, parts.v) if parts.qkv is None else (parts.qkv,) * 3
+            found = [(q, saves.q), (k, saves.k), (v, saves.v)]
+        else:
+            found = [(latent.q, saves.q if latent.q_up is None else saves.code_q), (latent.kv, saves.code_kv)]
+            if latent.q_norm is not None and latent.q_up is not None:
+                found += [(latent.q_norm, None), (latent.q_up, saves.q)]
+            found += [(latent.kv_norm, None), (latent.kv_up, saves.k), (latent.kv_up, saves.v)]
+        return [(f"{parts.attention}.{name}", "output of", tensor) for name, tensor in found]
 
     def _mlp_stages(self, layer: Any, saves: Any, out: Tensor) -> list[tuple[str, str, Tensor | None]]:
         """What the second half of a layer makes after its norm, in this order."""

@@ -14,11 +14,12 @@ from pronghorn.engine.experts import stack_ranks
 from pronghorn.engine.joined import joins, weights_to_join
 from pronghorn.engine.read import Reading
 from pronghorn.errors import BudgetTooSmall, UnsupportedCheckpoint
-from pronghorn.families import MOE, family_of
+from pronghorn.families import KV_UP, MOE, Q_UP, family_of
 from pronghorn.memory import (
     HOST_SHARE,
     PROJECTIONS,
     Batch,
+    LatentShape,
     MixtureShape,
     ModelShape,
     Plan,
@@ -47,23 +48,28 @@ def shape_of_config(
     Raises:
         UnsupportedCheckpoint: for an architecture that is not planned: its memory is not this engine's.
     """
-    family = family_of(config.model_type)
-    if family is None:
+    found = family_of(config.model_type)
+    if found is None:
         raise UnsupportedCheckpoint(
             f"memory is planned for model types that take the fast path, and '{config.model_type}' does not",
             fix="train it without a budget: it runs Transformers' own forward",
         )
-    heads, scales = config.num_attention_heads, family.scales(config)
+    family, heads = found.for_config(config), config.num_attention_heads
+    scales, latent = family.scales(config), latent_shape(config)
     rotations = {family.rotation(config, index) for index in range(config.num_hidden_layers)}
     fused = family.parts.qkv is not None
     if ranks is None:
-        ranks = {name: rank for name in PROJECTIONS if not fused or name not in ("k", "v", "up")}
+        of_heads = PROJECTIONS[:3] if latent is None else ("q", "kv", *latent.raised)
+        names = ("q", "o", "gate", "down") if fused else (*of_heads, *PROJECTIONS[3:])
+        ranks = dict.fromkeys(names, rank)
     return ModelShape(
         layers=config.num_hidden_layers,
         hidden=config.hidden_size,
         heads=heads,
-        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        kv_heads=heads if latent is not None else getattr(config, "num_key_value_heads", None) or heads,
+        head_dim=(getattr(config, "head_dim", None) or config.hidden_size // heads)
+        if latent is None
+        else latent.nope + latent.rope,
         intermediate=config.intermediate_size,
         vocabulary=config.vocab_size,
         ranks=ranks,
@@ -80,8 +86,35 @@ def shape_of_config(
         rotations=len(rotations),
         attention="flex" if attention == "flash" and scales.attention_softcap else attention,
         mixture=mixture_shape(config, ranks),
+        dense_layers=_dense_layers(config),
+        latent=latent,
         **more,
     )
+
+
+def latent_shape(config: Any) -> LatentShape | None:
+    """The latent attention of a config, or None."""
+    family = family_of(config.model_type)
+    assert family is not None
+    parts = family.for_config(config).parts.latent
+    if parts is None:
+        return None
+    return LatentShape(
+        q_code=0 if parts.q_up is None else config.q_lora_rank,
+        kv_code=config.kv_lora_rank,
+        nope=config.qk_nope_head_dim,
+        rope=config.qk_rope_head_dim,
+        value=config.v_head_dim,
+    )
+
+
+def _dense_layers(config: Any) -> int:
+    """How many layers of a config with mixtures have none."""
+    family = family_of(config.model_type)
+    assert family is not None
+    if family.mixture is None:
+        return 0
+    return sum(family.mlp(config, index) != MOE for index in range(config.num_hidden_layers))
 
 
 def mixture_shape(config: Any, ranks: Mapping[str, int]) -> MixtureShape | None:
@@ -96,8 +129,9 @@ def mixture_shape(config: Any, ranks: Mapping[str, int]) -> MixtureShape | None:
         scoring.experts,
         scoring.top_k,
         getattr(config, parts.intermediate),
-        0 if shared is None else getattr(config, shared),
+        0 if shared is None else shared(config),
         {"gate_up": ranks.get("gate", 0), "down": ranks.get("down", 0)},
+        scoring.wide_logits,
     )
 
 
@@ -108,10 +142,13 @@ def shape_of(binding: Binding, **more: Any) -> ModelShape:
     mixtures = [layer for layer in binding.layers if binding.mlp_of(layer) == MOE]
     layer = mixtures[0] if mixtures else binding.layers[len(binding.layers) // 2]
     groups = binding.groups(layer, Reading(True))
+    names = dict(enumerate(PROJECTIONS))
+    if binding.family.parts.latent is not None:
+        names |= {1: "kv", Q_UP: "q_up", KV_UP: "kv_up"}
     ranks = {
-        PROJECTIONS[slot + i]: sum(adapter.rank for adapter in projection.adapters)
+        names[slot + i]: sum(adapter.rank for adapter in projection.adapters)
         for slot, found in groups.items()
-        if slot < len(PROJECTIONS)
+        if slot in names
         for i, projection in enumerate(found)
         if isinstance(projection, LinearProjection)
     }
@@ -120,14 +157,13 @@ def shape_of(binding: Binding, **more: Any) -> ModelShape:
     read = [binding.groups(layer, Reading(True)) for layer in binding.layers]
     storages = tuple(_storage((found.get(4) or found[0])[0], dtype) for found in read)
     stored = max(set(storages), key=storages.count)
-    head_dim = getattr(binding.layers[0], binding.family.parts.attention).head_dim
     return shape_of_config(
         binding.config,
         ranks=ranks,
         storage=stored,
         layer_storages=storages if len(set(storages)) > 1 else (),
         dtype=_name(dtype),
-        attention=binding.attention_backend(embedding.device, dtype, head_dim),
+        attention=binding.attention_backend(embedding.device, dtype, binding.head_dim),
         trained="adapters" if any(ranks.values()) else "all",
         joined=_joined(groups, embedding.device),
         **more,

@@ -17,6 +17,9 @@ from pronghorn.families import MOE, LayerParts, MixtureParts
 from pronghorn.weights import read_weight
 from pronghorn.weights.experts import runs_its_own_forward
 
+#: numbers that a layer's dropout masks have to themselves: 16 slots of 8 adapters
+SEEDS_OF_LAYER = 128
+
 
 @dataclass(frozen=True)
 class Reading:
@@ -49,10 +52,10 @@ def group_names(
     parts: LayerParts, mlp: str = "glu", mixture: MixtureParts | None = None
 ) -> dict[int, tuple[str, tuple[str, ...]]]:
     """The modules of a layer that share their input, with their parent, by the slot of the first: q k v at 0, o at 3,
-    gate and up at 4, down at 6, the gate of a shared expert at 7. A kind of MLP other than "glu" reads its own weights,
-    but for a mixture's shared expert."""
-    (qkv, o), (gate_up, down) = parts.attention_projections, parts.mlp_projections
-    found = {0: (parts.attention, qkv), 3: (parts.attention, o)}
+    gate and up at 4, down at 6, the gate of a shared expert at 7, at 8 and 9 what makes q and k, v of latent
+    codes. A kind of MLP other than "glu" reads its own weights, but for a mixture's shared expert."""
+    gate_up, down = parts.mlp_projections
+    found = {slot: (parts.attention, names) for slot, names in parts.attention_projections.items()}
     if mlp == "glu":
         return found | {4: (parts.mlp, gate_up), 6: (parts.mlp, down)}
     if mlp == MOE and mixture is not None and mixture.shared is not None:

@@ -246,10 +246,9 @@ class TrainingStep:
         hooked = next((name for name, module in self.model.named_modules() if has_hooks(module)), None)
         if hooked is not None:
             return f"{hooked} has hooks, which a graph would run only once"
-        head_dim = getattr(binding.layers[0], binding.family.parts.attention).head_dim
         dtype = self._compute_dtype(device)
         for window in binding.windowed():
-            backend = binding.attention_backend(device, dtype, head_dim, window=window)
+            backend = binding.attention_backend(device, dtype, binding.head_dim, window=window)
             if backend not in _CAPTURABLE:
                 return f"attention runs as '{backend}', document by document"
         rope = getattr(binding.config, "rope_parameters", None) or {}

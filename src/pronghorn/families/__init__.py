@@ -1,8 +1,20 @@
 """The model families with a fast path. Adding one: a `DecoderFamily` in a file of its own, listed here."""
 
-from pronghorn.families import gemma, gpt_oss, granite, llama, mistral, mixtral, phi, qwen, qwen_moe, smollm
+from pronghorn.families import (
+    deepseek,
+    gemma,
+    gpt_oss,
+    granite,
+    llama,
+    mistral,
+    mixtral,
+    phi,
+    qwen,
+    qwen_moe,
+    smollm,
+)
 from pronghorn.families.mixture import MOE, MixtureParts
-from pronghorn.families.spec import ACTIVATIONS, DecoderFamily, LayerParts, Scales
+from pronghorn.families.spec import ACTIVATIONS, KV_UP, Q_UP, DecoderFamily, LatentParts, LayerParts, Scales
 from pronghorn.families.stock import STOCK
 
 FAMILIES: tuple[DecoderFamily, ...] = (
@@ -22,14 +34,21 @@ FAMILIES: tuple[DecoderFamily, ...] = (
     qwen_moe.QWEN2_MOE,
     qwen_moe.QWEN3_MOE,
     gpt_oss.FAMILY,
+    deepseek.DEEPSEEK_V2,
+    deepseek.DEEPSEEK_V3,
+    deepseek.GLM4_MOE_LITE,
+    deepseek.YOUTU,
 )
 
 __all__ = [
     "ACTIVATIONS",
     "FAMILIES",
+    "KV_UP",
     "MOE",
+    "Q_UP",
     "STOCK",
     "DecoderFamily",
+    "LatentParts",
     "LayerParts",
     "MixtureParts",
     "Scales",

@@ -33,7 +33,7 @@ def _rotation_by_layer_type(config: Any, layer_index: int) -> str:
     return str(config.layer_types[layer_index])
 
 
-_OUTPUT_NORMS = {
+_OUTPUT_NORMS: dict[str, Any] = {
     "attention_output_norm": "post_attention_layernorm",
     "mlp_norm": "pre_feedforward_layernorm",
     "mlp_output_norm": "post_feedforward_layernorm",

@@ -21,9 +21,11 @@ class MixtureParts:
 
     Args:
         block: class of the layer's MLP; `experts_class` and `router_class` of its parts, all after the family's prefix.
+        router_bias: the router's buffer that is added to scores for the choice of experts alone.
         shared, shared_gate: the expert of every token and the gate of its output, None where there is none.
         transposed: the stacks are [E, in, out].
-        intermediate, shared_intermediate: the config's keys for I of a routed expert and of the shared one.
+        intermediate: the config's key for I of a routed expert. `shared_intermediate`: I of the shared one, by config.
+        balanced: whether Transformers adds the balance of experts to the loss where `output_router_logits` asks for it.
         scoring: what the router computes, by config.
         gating: what experts compute of gate and up, by their module and the activation's name in `kernels.glu`.
     """
@@ -34,12 +36,14 @@ class MixtureParts:
     experts_class: str = "Experts"
     router_class: str = "TopKRouter"
     router: str = "gate"
+    router_bias: str | None = None
     experts: str = "experts"
     shared: str | None = None
     shared_gate: str | None = None
     transposed: bool = False
     intermediate: str = "moe_intermediate_size"
-    shared_intermediate: str | None = None
+    shared_intermediate: Callable[[Any], int] | None = None
+    balanced: bool = True
 
 
 def mixture_everywhere(config: Any, layer_index: int) -> str:

@@ -16,6 +16,10 @@ def _scoring(config: Any) -> Scoring:
     return Scoring(config.num_experts, config.num_experts_per_tok, normalised=config.norm_topk_prob)
 
 
+def _shared_intermediate(config: Any) -> int:
+    return int(config.shared_expert_intermediate_size)
+
+
 QWEN2_MOE = DecoderFamily(
     name="Qwen2-MoE",
     model_types=("qwen2_moe",),
@@ -26,7 +30,7 @@ QWEN2_MOE = DecoderFamily(
         plain_gating,
         shared="shared_expert",
         shared_gate="shared_expert_gate",
-        shared_intermediate="shared_expert_intermediate_size",
+        shared_intermediate=_shared_intermediate,
     ),
     window=window_by_layer_type,
 )

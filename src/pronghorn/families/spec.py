@@ -3,18 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 from pronghorn.families.mixture import MixtureParts
+
+#: slots of the projections that read codes
+Q_UP, KV_UP = 8, 9
+
+
+@dataclass(frozen=True)
+class LatentParts:
+    """Paths inside the attention of layers with latent attention (`blocks.latent_attention`).
+
+    `q` reads the layer's input; it gives q, or with `q_norm` and `q_up` a code of it, which these make q of.
+    """
+
+    q: str = "q_a_proj"
+    q_norm: str | None = "q_a_layernorm"
+    q_up: str | None = "q_b_proj"
+    kv: str = "kv_a_proj_with_mqa"
+    kv_norm: str = "kv_a_layernorm"
+    kv_up: str = "kv_b_proj"
 
 
 @dataclass(frozen=True)
 class LayerParts:
     """Paths inside a decoder layer. A part that a family lacks is None.
 
-    `qkv` and `gate_up` are one module for what others have apart; q, k, v or gate, up are then not looked at.
+    `qkv` and `gate_up` are one module for what others have apart; q, k, v or gate, up are then not looked at. So are q,
+    k, v and their norms where the attention is `latent`.
     """
 
     input_norm: str = "input_layernorm"
@@ -28,6 +47,7 @@ class LayerParts:
     k_norm: str | None = None
     #: a logit per head in the softmax's denominator
     sinks: str | None = None
+    latent: LatentParts | None = None
     #: of what the attention gives, before the residual sum
     attention_output_norm: str | None = None
     #: of the residual sum, before the MLP
@@ -42,9 +62,35 @@ class LayerParts:
     mlp_output_norm: str | None = None
 
     @cached_property
-    def attention_projections(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """Names of the modules that read the attention's input, and of the one that reads its output."""
-        return ((self.q, self.k, self.v) if self.qkv is None else (self.qkv,)), (self.o,)
+    def attention_projections(self) -> dict[int, tuple[str, ...]]:
+        """Names of the attention's modules with the same input, by the slot of the first (`engine.read.group_names`):
+        those that read the layer's input, the one that reads the attention's output, those that read codes."""
+        if self.latent is None:
+            return {0: (self.q, self.k, self.v) if self.qkv is None else (self.qkv,), 3: (self.o,)}
+        latent = self.latent
+        of_q = {} if latent.q_up is None else {Q_UP: (latent.q_up,)}
+        return {0: (latent.q, latent.kv), 3: (self.o,), **of_q, KV_UP: (latent.kv_up,)}
+
+    @cached_property
+    def attention_norms(self) -> tuple[str, ...]:
+        """Names of the norms inside the attention."""
+        latent = self.latent
+        found = (self.q_norm, self.k_norm) if latent is None else (latent.q_norm, latent.kv_norm)
+        return tuple(name for name in found if name is not None)
+
+    @cached_property
+    def by_usual_name(self) -> dict[str, tuple[str, ...]]:
+        """What stands here for a projection that most families have: q_proj, k_proj, v_proj, gate_proj, up_proj."""
+        held: dict[str, tuple[str, ...]] = {}
+        if self.qkv is not None:
+            held |= dict.fromkeys((self.q, self.k, self.v), (self.qkv,))
+        if self.gate_up is not None:
+            held |= dict.fromkeys((self.gate, self.up), (self.gate_up,))
+        if self.latent is not None:
+            latent = self.latent
+            held |= {} if latent.q_up is None else {self.q: (latent.q, latent.q_up)}
+            held |= dict.fromkeys((self.k, self.v), (latent.kv, latent.kv_up))
+        return held
 
     @cached_property
     def mlp_projections(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -130,7 +176,7 @@ class DecoderFamily:
             `{prefix}ForCausalLM`, `{prefix}Model`, `{prefix}DecoderLayer`, `{prefix}Attention`, `{prefix}MLP`,
             `{prefix}RMSNorm` and `{prefix}RotaryEmbedding`.
         decoder: the class of the decoder where it is not `{prefix}Model`.
-        parts: where things are in a layer.
+        parts: where things are in a layer. `parts_of`: the same by config, where that decides it.
         mlp: by config and layer which kind of MLP a layer has, a key of `engine.forward.MLP_BLOCKS`.
         mixture: where things are in its layers with a mixture of experts, where it has such.
         window: sliding window in tokens of a layer, None for full attention.
@@ -147,6 +193,7 @@ class DecoderFamily:
     prefix: str
     decoder: str = ""
     parts: LayerParts = field(default_factory=LayerParts)
+    parts_of: Callable[[Any], LayerParts] | None = None
     mlp: Callable[[Any, int], str] = gated_mlp
     mixture: MixtureParts | None = None
     window: Callable[[Any, int], int | None] = no_window
@@ -155,6 +202,10 @@ class DecoderFamily:
     norm_offset: float = 0.0
     activation: str = "hidden_act"
     unsupported: Callable[[Any], str | None] = no_restriction
+
+    def for_config(self, config: Any) -> DecoderFamily:
+        """The family with the `parts` of a config's models."""
+        return self if self.parts_of is None else replace(self, parts=self.parts_of(config))
 
 
 #: a config's name of its activation -> the activation's name in `kernels.glu`

@@ -1,16 +1,16 @@
 """Model types that run Transformers' own forward, and what the blocks would have to learn first."""
 
-MLA = "latent attention (keys and values from a shared low-rank code), and a router that picks groups of experts first"
+LATENT = "latent attention"
 PAIRS = "RoPE that turns neighbouring pairs, where the kernels turn the halves of a head"
 LAYER_NORM = "LayerNorm"
 NO_PRE_NORM = "no norm before attention and MLP, and norms of q and k over all heads at once"
 
 #: `config.model_type` -> what its decoder layers have that no block computes
 STOCK = {
+    "axk1": f"{LATENT}, and a norm of what the experts give",
     "cohere": f"attention and MLP side by side on one {LAYER_NORM}, and {PAIRS}",
     "cohere2": f"attention and MLP side by side on one {LAYER_NORM}, and {PAIRS}",
-    "deepseek_v2": MLA,
-    "deepseek_v3": MLA,
+    "deepseek_v32": f"{LATENT} over the keys that an indexer picks",
     "ernie4_5": PAIRS,
     "exaone4": "no norm before attention and MLP",
     "gemma3n_text": "embeddings and projections of each layer's own, and layers that share keys and values",
@@ -19,8 +19,13 @@ STOCK = {
     "glm4": PAIRS,
     "gpt2": f"{LAYER_NORM} with biases, learned positions and an MLP without a gate",
     "gpt_neox": f"{LAYER_NORM} with biases and an MLP without a gate",
+    "glm_moe_dsa": f"{LATENT} over the keys that an indexer picks",
     "helium": PAIRS,
     "hunyuan_v1_dense": "norms of q and k after the rotation",
+    "kimi_linear": f"linear attention in most layers, {LATENT} in the others",
+    "longcat_flash": f"two blocks of {LATENT} in a layer, beside experts of which some do nothing",
+    "minicpm3": f"{LATENT}, and factors of both residual branches",
+    "mistral4": f"{LATENT} whose queries grow with their position",
     "nemotron": f"{LAYER_NORM} by 1 + w and an MLP without a gate",
     "olmo2": NO_PRE_NORM,
     "olmo3": NO_PRE_NORM,

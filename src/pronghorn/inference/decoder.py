@@ -181,6 +181,8 @@ def why_not(base: Any, binding: Binding, positions: int) -> str | None:
     kinds = {family.mlp(config, binding.layer_index(layer)) for layer in binding.layers}
     if kinds != {"glu"}:
         return f"it has layers of another kind ({', '.join(sorted(kinds - {'glu'}))})"
+    if family.parts.latent is not None:
+        return "its attention is latent, which is cached by codes"
     if family.parts.sinks is not None:
         return "its attention has sinks"
     growth = binding.scales.query_growth

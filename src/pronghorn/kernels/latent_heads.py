@@ -17,32 +17,34 @@ from pronghorn.kernels.dispatch import Impl, math_dtype, use_triton
 
 
 def latent_heads_forward(
-    q: Tensor,
+    q: Tensor | None,
     pair: Tensor,
     shared: Tensor,
     cos: Tensor,
     sin: Tensor,
     *,
+    nope: int,
     pairs: bool,
     impl: Impl | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Rotate q in place, and make k [T, N, E + P] and v [T, N, F].
 
     Args:
-        q: [T, N, E + P], contiguous.
+        q: [T, N, E + P], contiguous; None where it is rotated already.
         pair: [T, N, E + F] k_nope and v, contiguous.
         shared: [T, P] k_rope; rows may be part of a wider buffer's.
         cos, sin: [T, P / 2], each angle once; rows may be part of a wider buffer's.
     """
-    width = shared.shape[1]
-    nope = q.shape[2] - width
-    k, v = torch.empty_like(q), pair.new_empty(*pair.shape[:2], pair.shape[2] - nope)
-    if use_triton(q, impl):
+    (tokens, heads, wide), width = pair.shape, shared.shape[1]
+    k = pair.new_empty(tokens, heads, nope + width)
+    v = pair.new_empty(tokens, heads, wide - nope)
+    if use_triton(pair, impl):
         from pronghorn.kernels.triton.latent_heads import forward
 
         forward(q, pair, shared, cos, sin, k, v, pairs)
         return k, v
-    q[..., nope:] = _rotate(q[..., nope:], cos[:, None], sin[:, None], pairs)
+    if q is not None:
+        q[..., nope:] = _rotate(q[..., nope:], cos[:, None], sin[:, None], pairs)
     k[..., :nope], v[:] = pair[..., :nope], pair[..., nope:]
     k[..., nope:] = _rotate(shared, cos, sin, pairs)[:, None]
     return k, v

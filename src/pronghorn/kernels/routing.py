@@ -1,6 +1,6 @@
 """Which experts a token goes to, with which weights, and the gradient of the weights.
 
-    scores = softmax(logits) or σ(logits) [T, E];   the k highest are taken;   w = c · score / Σ of the k scores, or c · score
+    scores = softmax(logits) or σ(logits) [T, E];   the k highest are taken;   w = c · score [/ Σ of the k scores]
 
 Experts may stand in groups, of which the best come into question only (DeepSeek-V2, arXiv 2405.04434: those with the
 highest score; V3, 2412.19437: the highest sum of two). A bias of the scores may decide who is taken, and no weight.

@@ -122,7 +122,7 @@ def check_targets(
             f"target_modules={target_modules!r} are no names", fix=f"use such as {list(DEFAULT_TARGETS)}"
         )
     else:
-        wanted = list(dict.fromkeys(_in_one_module(model, target_modules)))
+        wanted = list(dict.fromkeys(_as_named_here(model, target_modules)))
         moved = [name for name in wanted if name.rsplit(".", 1)[-1] in _WHOLE]
         if moved:
             logger.info("pronghorn: %s: trained whole (modules_to_save), without LoRA", ", ".join(moved))
@@ -138,21 +138,20 @@ def check_targets(
     return targets, whole or None
 
 
-def _in_one_module(model: Any, names: Iterable[str]) -> list[str]:
-    """Names of projections as other families have them, by the module that gives several at once (Phi-3's q, k, v)."""
-    family = family_of(base_causal_lm(model).config.model_type)
+def _as_named_here(model: Any, names: Iterable[str]) -> list[str]:
+    """Names of projections as most families have them, by the modules that give the same: Phi-3 has one for q, k and v,
+    DeepSeek two for q."""
+    config = base_causal_lm(model).config
+    family = family_of(config.model_type)
     if family is None:
         return list(names)
-    parts = family.parts
-    held: dict[str, str] = {}
-    if parts.qkv is not None:
-        held |= dict.fromkeys((parts.q, parts.k, parts.v), parts.qkv)
-    if parts.gate_up is not None:
-        held |= dict.fromkeys((parts.gate, parts.up), parts.gate_up)
-    found = [held.get(name, name) for name in names]
+    held = family.for_config(config).parts.by_usual_name
+    found = [here for name in names for here in held.get(name, (name,))]
     if found != list(names):
-        joined = ", ".join(dict.fromkeys(held.values()))
-        logger.info("pronghorn: %s models have %s: one adapter for what each gives", family.name, joined)
+        told = ", ".join(dict.fromkeys(here for name in names for here in held.get(name, ())))
+        logger.info(
+            "pronghorn: %s models have %s for what others call q_proj and the like", family.name, told
+        )
     return found
 
 

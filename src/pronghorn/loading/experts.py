@@ -75,18 +75,21 @@ def with_experts(
     Raises:
         AdapterProblem: for one of gate and up without the other.
     """
-    mixture = mixture_of(model.config)
+    family = family_of(model.config.model_type)
+    mixture = None if family is None else family.mixture
     kept = list(parameters) if parameters is not None else None
-    if mixture is None or (isinstance(targets, str) and targets != ALL_LINEAR):
+    if family is None or mixture is None or (isinstance(targets, str) and targets != ALL_LINEAR):
         return targets, kept
     linear = _linear_layers(model)
     endings = list(dict.fromkeys(name.rpartition(".")[2] for name in linear))
+    here = family.for_config(model.config).parts.by_usual_name
     if targets is None or targets is defaults:
-        wanted = list(dict.fromkeys([*(name for name in endings if name in tuple(defaults)), GATE_UP, DOWN]))
+        usual = {found for name in defaults for found in here.get(name, (name,))}
+        wanted = list(dict.fromkeys([*(name for name in endings if name in usual), GATE_UP, DOWN]))
     elif targets == ALL_LINEAR:
         wanted = list(dict.fromkeys([*endings, GATE_UP, DOWN]))
     else:
-        wanted = list(targets)
+        wanted = [found for name in targets for found in here.get(name, (name,))]
     stacked = {name: _STACK_OF[name] for name in wanted if name in _STACK_OF}
     _check_halves(wanted)
     modules = [name for name in wanted if name not in stacked]

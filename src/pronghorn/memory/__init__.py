@@ -6,7 +6,7 @@ from pronghorn.memory.offload import HostStash
 from pronghorn.memory.plan import Plan, longest_that_fits, parse_budget, plan
 from pronghorn.memory.pool import HOST_SHARE, HostPool, available_host_bytes
 from pronghorn.memory.schedule import Batch
-from pronghorn.memory.shape import PROJECTIONS, MixtureShape, ModelShape
+from pronghorn.memory.shape import PROJECTIONS, LatentShape, MixtureShape, ModelShape
 
 __all__ = [
     "GPUS",
@@ -17,6 +17,7 @@ __all__ = [
     "Gpu",
     "HostPool",
     "HostStash",
+    "LatentShape",
     "MixtureShape",
     "ModelShape",
     "Plan",

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pronghorn.blocks import Level, host_bytes_per_token, keeps
 from pronghorn.memory.gpus import CUDNN_ATTENTION, Rates
 from pronghorn.memory.offload import bytes_in_flight
-from pronghorn.memory.products import DOWN, GATE_UP, OUT, QKV
+from pronghorn.memory.products import DOWN, GATE_UP, OUT
 from pronghorn.memory.schedule import Batch
-from pronghorn.memory.shape import PROJECTIONS, ModelShape
+from pronghorn.memory.shape import ModelShape
 
 #: Launches and shorter products of a further tile, forward and backward together; a guess.
 TILE_SECONDS = 100e-6
@@ -74,12 +74,17 @@ def layer_times(shape: ModelShape, batch: Batch, rates: Rates) -> LayerTimes:
     on_attention = CUDNN_ATTENTION if shape.attention == "cudnn" else rates.attention
     attend = attention_flop / on_attention[0]
     h, i, heads = shape.hidden, shape.linear("down")[1], shape.q + shape.kv
+    # Of latent attention the codes are kept, which q, k and v are made of again.
+    raised = () if shape.latent is None else shape.latent.raised
+    of_layer = tuple(name for name in shape.of_heads if name not in raised)
     norms = passes(6 * h)
-    forward = product(*PROJECTIONS) + attend + norms + passes(2 * heads + 3 * i)
+    forward = product(*shape.projections) + attend + norms + passes(2 * heads + 3 * i)
     weight_grads = (
-        2.0 * shape.linear_parameters(*PROJECTIONS) * t / rates.matmul if shape.trained == "all" else 0.0
+        2.0 * shape.linear_parameters(*shape.projections) * t / rates.matmul
+        if shape.trained == "all"
+        else 0.0
     )
-    input_grads = product(*PROJECTIONS, fp8=shape.fp8_backward, unpacked=shape.unpacked_backward)
+    input_grads = product(*shape.projections, fp8=shape.fp8_backward, unpacked=shape.unpacked_backward)
     backward = input_grads + weight_grads + 2.5 * attention_flop / on_attention[1]
     backward += passes(6 * i + 8 * h + 2 * heads)
     # A norm's backward wants what the down projection gave, which the levels from "attention" on keep.
@@ -87,11 +92,11 @@ def layer_times(shape: ModelShape, batch: Batch, rates: Rates) -> LayerTimes:
     return LayerTimes(
         forward=forward,
         backward=backward,
-        rebuild_attention=product(*QKV, *OUT) + attend + passes(2 * heads + 2 * h) + down_again,
-        rebuild_glu=product(*GATE_UP),
+        rebuild_attention=product(*of_layer, *OUT) + attend + passes(2 * heads + 2 * h) + down_again,
+        rebuild_glu=product(*GATE_UP, *raised),
         rebuild_norms=passes(4 * h),
         per_tile=3 * unpack(*GATE_UP, *DOWN) + TILE_SECONDS,
-        full_rebuild=product(*QKV, *OUT, *GATE_UP, *DOWN) + attend + norms + passes(2 * heads + 3 * i),
+        full_rebuild=product(*shape.projections) + attend + norms + passes(2 * heads + 3 * i),
     )
 
 

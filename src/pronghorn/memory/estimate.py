@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pronghorn.blocks import check_levels, host_bytes_per_token
 from pronghorn.blocks.glu import TILE_ROWS
 from pronghorn.memory.allocator import MIB, Allocator
-from pronghorn.memory.mixture import MixtureStep
-from pronghorn.memory.schedule import Batch, Step
+from pronghorn.memory.latent import step_of
+from pronghorn.memory.schedule import Batch
 from pronghorn.memory.shape import ModelShape
 
 #: Workspaces of the matrix library, one for the thread that runs forward and one for autograd's, by GPU generation.
@@ -44,7 +44,7 @@ def estimate(
     """Predict a step at the given save levels; see `Estimate`."""
     checked = check_levels(levels, shape.layers)
     memory, fixed, weights = with_model(shape, capability)
-    kind = Step if shape.mixture is None else MixtureStep
+    kind = step_of(shape)
     step = kind(shape, checked, batch, memory, tile_rows or TILE_ROWS)
     step.run()
     # The second step meets the blocks that the first one left, in another order than they were made in.

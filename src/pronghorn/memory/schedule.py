@@ -106,8 +106,7 @@ class Step(Products):
     def _layer_forward(self, index: int, level: Level, x: int, embeddings: int) -> int:
         saves: Held = {}
         self._attend(level, saves)
-        if not keeps(level, "attention"):
-            self._drop(saves, *_ATTENTION)
+        self._trim_attention(level, saves)
         out = self._glu_forward(level, saves)
         kept = {"x": (x, self._residual()), **saves}
         if parks(level):
@@ -116,8 +115,29 @@ class Step(Products):
             self.kept[index] = kept
         return out
 
+    def _trim_attention(self, level: Level, saves: Held) -> None:
+        """`AttentionSaves.trim`, but for the norm's output."""
+        if not keeps(level, "attention"):
+            self._drop(saves, *_ATTENTION)
+
     def _attend(self, level: Level, saves: Held) -> None:
         """`DecoderLayer._attend`: up to the residual sum and its norm."""
+        shape, t, e = self.shape, self.tokens, self.element
+        self._attention(saves)
+        if not keeps(level, "all"):
+            self._drop(saves, "normed_attention")
+        if "summed" not in saves:
+            branch = self._branch(saves)
+            if len(self._tiles()) == 1 and shape.eight_bit_forward:
+                self._keep(saves, "codes", t * shape.hidden)
+                self._keep(saves, "code_scales", 4 * t)
+            self._keep(saves, "normed_glu", t * shape.hidden * e)
+            rstd = self._new(4 * t)
+            self._keep(saves, "summed", self._residual())
+            self._free(rstd, branch)
+
+    def _attention(self, saves: Held) -> None:
+        """`AttentionBlock.rebuild`: up to the attention's output."""
         shape, t, e = self.shape, self.tokens, self.element
         if "q" not in saves:
             codes = self._operand("q", t)
@@ -135,17 +155,6 @@ class Step(Products):
             self._keep(saves, "out", t * shape.q * e)
             self._keep(saves, "lse", 4 * t * shape.heads)
             self._free(*rotated)
-        if not keeps(level, "all"):
-            self._drop(saves, "normed_attention")
-        if "summed" not in saves:
-            branch = self._branch(saves)
-            if len(self._tiles()) == 1 and shape.eight_bit_forward:
-                self._keep(saves, "codes", t * shape.hidden)
-                self._keep(saves, "code_scales", 4 * t)
-            self._keep(saves, "normed_glu", t * shape.hidden * e)
-            rstd = self._new(4 * t)
-            self._keep(saves, "summed", self._residual())
-            self._free(rstd, branch)
 
     def _branch(self, saves: Held) -> int:
         """`AttentionBlock.output`: what the residual sum adds."""
@@ -205,7 +214,7 @@ class Step(Products):
     # --- a layer, backward --------------------------------------------------------------------------------------
 
     def _layer_backward(self, index: int, level: Level, dout: int) -> int:
-        shape, t, e = self.shape, self.tokens, self.element
+        shape, t = self.shape, self.tokens
         saves = self._fetch(index) if parks(level) else self.kept[index]
         self._attend(level, saves)
         dsummed, codes = self._glu_backward(saves)
@@ -216,6 +225,15 @@ class Step(Products):
         self._drop(saves, "projected_attention")
         dout_o = self._input_grad(OUT, t, "xa_o" in saves, True, codes)
         self._free(dbranch)
+        need = index > 0 or shape.trained == "all"
+        dx = self._attention_backward(saves, dout_o, need)
+        self._free(dsummed, dout)
+        self._drop(saves, *list(saves))
+        return dx
+
+    def _attention_backward(self, saves: Held, dout_o: int, need: bool) -> int:
+        """`AttentionBlock.backward` from the gradient of the attention's output on."""
+        shape, t, e = self.shape, self.tokens, self.element
         rotated = [self._new(t * width * e) for width in (shape.q, shape.kv)] if shape.qk_norm else []
         gradients = [self._new(t * width * e) for width in (shape.q, shape.kv, shape.kv)]
         for _ in range(head_groups(t, shape.kv_heads, shape.attention)):
@@ -226,7 +244,6 @@ class Step(Products):
             fresh = [self._new(t * width * e) for width in (shape.q, shape.kv)]
             self._free(*gradients[:2])
             gradients = [*fresh, gradients[2]]
-        need = index > 0 or shape.trained == "all"
         codes = None
         joined = shape.joined and need and (joining.QKV_INPUT_GRAD or shape.fp8_forward)
         if (joined or shape.fused) and not shape.qk_norm:
@@ -236,13 +253,25 @@ class Step(Products):
             gradients = [wide]
             codes = self._joined_operand(QKV, t) if shape.int8 else codes
         self._drop(saves, "q", "k")
+        return self._through_norm(saves, QKV, "xa_qkv", gradients, need, codes)
+
+    def _through_norm(
+        self,
+        saves: Held,
+        names: tuple[str, ...],
+        xa: str,
+        gradients: list[int],
+        need: bool,
+        codes: list[int] | None = None,
+    ) -> int:
+        """From the gradients of the projections that read the layer's norm to the one of its input."""
+        t, e = self.tokens, self.element
         if "normed_attention" not in saves:
-            self._keep(saves, "normed_attention", t * shape.hidden * e)
+            self._keep(saves, "normed_attention", t * self.shape.hidden * e)
             self._free(self._new(4 * t))
-        dnormed = self._input_grad(QKV, t, "xa_qkv" in saves, need, codes)
+        dnormed = self._input_grad(names, t, xa in saves, need, codes)
         dx = self._new(self._residual()) if need else -1
-        self._free(dnormed, dsummed, dout, *gradients)
-        self._drop(saves, *list(saves))
+        self._free(dnormed, *gradients)
         return dx
 
     def _glu_backward(self, saves: Held) -> tuple[int, list[int] | None]:

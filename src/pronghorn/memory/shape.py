@@ -42,6 +42,7 @@ class MixtureShape:
         experts, top_k: how many there are, and how many a token goes to.
         intermediate: of one expert. `shared`: of the one that every token goes through besides, 0 without.
         ranks: adapter rank of the stacks "gate_up" and "down".
+        wide_logits: the router's logits are fp32.
     """
 
     experts: int
@@ -49,10 +50,32 @@ class MixtureShape:
     intermediate: int
     shared: int = 0
     ranks: Mapping[str, int] = field(default_factory=lambda: {"gate_up": 0, "down": 0})
+    wide_logits: bool = False
 
     def sizes(self, hidden: int) -> dict[str, tuple[int, int]]:
         """(out, in) of an expert's matrices."""
         return {"gate_up": (2 * self.intermediate, hidden), "down": (hidden, self.intermediate)}
+
+
+@dataclass(frozen=True)
+class LatentShape:
+    """Latent attention, whose q, k and v are made of codes (`blocks.latent_attention`).
+
+    Args:
+        q_code, kv_code: columns of the codes, without the rotated key. q_code is 0 where the layer's input gives q.
+        nope, rope, value: columns of a head: of q and k without and with rotation, of v.
+    """
+
+    q_code: int
+    kv_code: int
+    nope: int
+    rope: int
+    value: int
+
+    @property
+    def raised(self) -> tuple[str, ...]:
+        """The projections that read codes."""
+        return ("q_up", "kv_up") if self.q_code else ("kv_up",)
 
 
 @dataclass(frozen=True)
@@ -74,7 +97,10 @@ class ModelShape:
         rotations: kinds of angles that layers rotate by.
         joined: the plain weights of q, k, v and of gate, up lie side by side (`weights.stack`).
         state_element: bytes of each of the optimizer's two states per trained element.
-        mixture: the MLP of all layers, where they are mixtures of experts; `intermediate` is then not looked at.
+        mixture: the MLP of the layers, where they are mixtures of experts.
+        dense_layers: how many layers have an MLP of `intermediate` all the same; a step is planned as if they had none.
+        latent: the attention, where it is latent. Projections are then q (or its code), kv (the other code), q_up and
+            kv_up; `head_dim` is that of q and k.
     """
 
     layers: int
@@ -102,6 +128,8 @@ class ModelShape:
     joined: bool = False
     state_element: int = 4
     mixture: MixtureShape | None = None
+    dense_layers: int = 0
+    latent: LatentShape | None = None
 
     @property
     def element(self) -> int:
@@ -120,6 +148,16 @@ class ModelShape:
         mixture = self.mixture
         wide = self.intermediate if mixture is None else mixture.top_k * mixture.intermediate + mixture.shared
         h, i, q, kv = self.hidden, wide, self.q, self.kv
+        latent = self.latent
+        if latent is not None and name not in ("gate", "up", "down"):
+            of_v = self.heads * latent.value
+            return {
+                "q": (latent.q_code or q, h),
+                "kv": (latent.kv_code + latent.rope, h),
+                "q_up": (q, latent.q_code),
+                "kv_up": (self.heads * latent.nope + of_v, latent.kv_code),
+                "o": (h, of_v),
+            }[name]
         return {
             "q": (q, h),
             "k": (kv, h),
@@ -135,17 +173,41 @@ class ModelShape:
         """The projections that each linear module gives; a mixture has none."""
         if self.fused:
             return ("q", "k", "v"), ("o",), ("gate", "up"), ("down",)
-        return tuple((name,) for name in (PROJECTIONS if self.mixture is None else PROJECTIONS[:4]))
+        of_mlp = PROJECTIONS[4:] if self.mixture is None else ()
+        return tuple((name,) for name in (*self.of_heads, "o", *of_mlp))
+
+    @property
+    def of_heads(self) -> tuple[str, ...]:
+        """The projections that make q, k and v."""
+        return PROJECTIONS[:3] if self.latent is None else ("q", "kv", *self.latent.raised)
+
+    @property
+    def projections(self) -> tuple[str, ...]:
+        """All projections of a layer, with a mixture's as one expert."""
+        return (*self.of_heads, *PROJECTIONS[3:])
 
     @property
     def storage_of_stacks(self) -> str:
         """How a mixture's experts are stored: in 4 bits as the linear weights, or plain."""
         return self.storage.split(" in ")[0] if self.storage.startswith("nf4") else self.dtype
 
-    def _stacks(self) -> Iterator[tuple[int, int, int]]:
+    @property
+    def _plain(self) -> Iterator[bool]:
+        """Of each layer, whether it is without a mixture."""
+        return (self.mixture is None or index < self.dense_layers for index in range(self.layers))
+
+    def _linears(self, plain: bool) -> Iterator[tuple[int, int, int]]:
+        """(out, in, rank) of the linear modules of a layer, without a shared expert's."""
+        for names in self.modules:
+            yield *self.module_linear(names), self.rank(*names)
+        if plain and self.mixture is not None:
+            h, i = self.hidden, self.intermediate
+            yield from ((i, h, self.rank("gate")), (i, h, self.rank("gate")), (h, i, self.rank("down")))
+
+    def _stacks(self, plain: bool) -> Iterator[tuple[int, int, int]]:
         """(elements, rank, out + in of all experts) of the stacks of one layer."""
         mixture = self.mixture
-        if mixture is None:
+        if mixture is None or plain:
             return
         for name, (out, width) in mixture.sizes(self.hidden).items():
             yield mixture.experts * out * width, mixture.ranks[name], mixture.experts * (out + width)
@@ -165,35 +227,54 @@ class ModelShape:
     @property
     def adapter_parameters(self) -> int:
         """Trained adapter elements of the model."""
-        linear = sum(self.rank(*names) * sum(self.module_linear(names)) for names in self.modules)
-        return self.layers * (linear + sum(rank * sides for _, rank, sides in self._stacks()))
+        return sum(
+            sum(rank * (out + width) for out, width, rank in self._linears(plain))
+            + sum(rank * sides for _, rank, sides in self._stacks(plain))
+            for plain in self._plain
+        )
 
     @property
     def parameters(self) -> int:
         """Elements of the model without adapters."""
-        names = [name for module in self.modules for name in module]
-        layer = self.linear_parameters(*names) + sum(size for size, _, _ in self._stacks())
-        return sum(size for size, _ in self._dense_tensors()) + self.layers * layer
+        layers = sum(
+            sum(out * width for out, width, _ in self._linears(plain))
+            + sum(size for size, _, _ in self._stacks(plain))
+            for plain in self._plain
+        )
+        return sum(size for size, _ in self._dense_tensors()) + layers
 
     @cached_property
     def widths(self) -> LayerWidths:
         """What the save levels' declared bytes depend on."""
-        mixture = self.mixture
+        mixture, latent = self.mixture, self.latent
+        raised = () if latent is None else latent.raised
+        # A mixture whose logits are fp32 has two elements of 16 bits for each.
+        of_logits = 1 if mixture is None or not mixture.wide_logits else 4 // self.element
         return LayerWidths(
             hidden=self.hidden,
             q=self.q,
             kv=self.kv,
             heads=self.heads,
             intermediate=self.intermediate if mixture is None else mixture.top_k * mixture.intermediate,
-            attention_ranks=self.rank("q", "k", "v", "o"),
+            attention_ranks=self.rank(*self.of_heads, "o") - self.rank(*raised),
             glu_ranks=self.rank("gate", "up", "down")
             if mixture is None
             else mixture.top_k * sum(mixture.ranks.values()),
-            router=0 if mixture is None else mixture.experts,
+            router=0 if mixture is None else mixture.experts * of_logits,
             element=self.element,
             residual_element=self.residual_element,
             output_norms=self.output_norms,
+            codes=None
+            if latent is None
+            else sum(self.linear(n)[0] for n in ("q", "kv")) + self.linear("o")[1],
+            raised=0 if latent is None else self._raised_heads + self.rank(*raised),
         )
+
+    @property
+    def _raised_heads(self) -> int:
+        """Elements of q, k and v that are made of codes."""
+        assert self.latent is not None
+        return (2 if self.latent.q_code else 1) * self.q + self.linear("o")[1]
 
     @property
     def quantised(self) -> bool:
@@ -265,21 +346,27 @@ class ModelShape:
             *([] if self.tied else [self.vocabulary * self.hidden]),
             self.hidden,
         ]
-        for _ in range(self.layers):
+        for plain in self._plain:
             sizes += [self.hidden] * (4 if self.output_norms else 2)
             sizes += [self.head_dim] * 2 if self.qk_norm else []
-            sizes += [self.q, self.kv, self.kv] if self.qkv_bias else []
-            if self.mixture is not None:
+            if self.latent is not None:
+                of_q = [self.latent.q_code] if self.latent.q_code else []
+                sizes += [*of_q, self.latent.kv_code]
+                sizes += [*of_q, self.linear("kv")[0], self.hidden] if self.qkv_bias else []
+            elif self.qkv_bias:
+                sizes += [self.q, self.kv, self.kv]
+            if self.mixture is not None and not plain:
                 sizes += [self.mixture.experts * self.hidden, 3 * self.mixture.shared * self.hidden]
         yield from ((size, size * e) for size in sizes)
 
     def weight_tensors(self) -> Iterator[int]:
         """Bytes of every tensor that holds the model's weights."""
         yield from (size for _, size in self._dense_tensors())
-        for storage in self.layer_storages or (self.storage,) * self.layers:
-            for names in self.modules:
-                yield from stored_tensors(*self.module_linear(names), storage)
-            for size, _, _ in self._stacks():
+        storages = self.layer_storages or (self.storage,) * self.layers
+        for storage, plain in zip(storages, self._plain, strict=True):
+            for out, width, _ in self._linears(plain):
+                yield from stored_tensors(out, width, storage)
+            for size, _, _ in self._stacks(plain):
                 yield from stored_tensors(1, size, self.storage_of_stacks)
 
     def training_tensors(self) -> Iterator[int]:
@@ -287,26 +374,24 @@ class ModelShape:
         if self.trained == "all":
             for size, _ in self._dense_tensors():
                 yield from (size * self.element,) * 3
-            for _ in range(self.layers):
-                for names in self.modules:
-                    out, width = self.module_linear(names)
+            for plain in self._plain:
+                for out, width, _ in self._linears(plain):
                     yield from (out * width * self.element,) * 3
-                for size, _, _ in self._stacks():
+                for size, _, _ in self._stacks(plain):
                     yield from (size * self.element,) * 3
             return
         total = self.adapter_parameters
         if not total:
             return
-        stacked = [rank * sides for _, rank, sides in self._stacks()]
-        for size in stacked * self.layers:  # values and gradient, two states
+        stacked = [rank * sides for plain in self._plain for _, rank, sides in self._stacks(plain)]
+        for size in stacked:  # values and gradient, two states
             yield from (size * 4, size * 4, size * self.state_element, size * self.state_element)
         if self.packed:
-            total -= self.layers * sum(stacked)
+            total -= sum(stacked)
             yield from (total * 4, total * 4, total * self.element)
-        for _ in range(self.layers):
-            for names in self.modules:
-                rank = self.rank(*names)
-                for width in self.module_linear(names) if rank else ():
+        for plain in self._plain:
+            for *sides, rank in self._linears(plain):
+                for width in sides if rank else ():
                     yield from (rank * width * self.state_element,) * 2
                     if not self.packed:
                         yield from (rank * width * 4,) * 2

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from pronghorn.blocks import Level
 from pronghorn.blocks.glu import TILE_ROWS, tile_slices
-from pronghorn.memory import PROJECTIONS, Batch, ModelShape, Rates
+from pronghorn.memory import Batch, ModelShape, Rates
 from pronghorn.memory.cost import step_time
 
 #: Kernels of a layer's forward and backward in a captured step, and the gap between two of them (docs/lab-notes.md).
@@ -37,7 +37,7 @@ def quantising_seconds(shape: ModelShape, batch: Batch, rates: Rates) -> float:
         return 0.0
     # Forward: one input for q, k, v, one for o, one for gate and up, one for down. Backward: every dY.
     inputs = sum(shape.linear(name)[1] for name in ("q", "o", "gate", "down"))
-    outputs = sum(shape.linear(name)[0] for name in PROJECTIONS)
+    outputs = sum(shape.linear(name)[0] for name in shape.projections)
     return shape.layers * batch.tokens * (inputs + outputs) * (shape.element + 1) / rates.bandwidth
 
 

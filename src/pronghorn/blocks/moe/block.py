@@ -22,6 +22,7 @@ from pronghorn.blocks.moe.experts import ExpertProjection
 from pronghorn.blocks.moe.shared import SharedExpert
 from pronghorn.blocks.norm import Norm
 from pronghorn.blocks.projection import GradientSink, ProjectionGroup
+from pronghorn.kernels.dispatch import math_dtype
 from pronghorn.kernels.grouped_glu import Gating, grouped_glu_backward_, grouped_glu_forward
 from pronghorn.kernels.grouped_rows import gather_rows, spread_rows
 from pronghorn.kernels.routing import Routing, Scoring
@@ -65,8 +66,8 @@ class MoeSaves:
 class MoeBlock:
     """The second half of a layer whose MLP is a mixture of experts.
 
-    `tile_tokens`: most tokens whose rows exist at a time where no level keeps them. `balance`: takes down what the
-    router does, for the auxiliary loss.
+    `router_bias` [E] is added to the scores for the choice of experts alone. `tile_tokens`: most tokens whose rows
+    exist at a time where no level keeps them. `balance`: takes down what the router does, for the auxiliary loss.
     """
 
     norm: Norm
@@ -76,6 +77,7 @@ class MoeBlock:
     down: ExpertProjection
     gating: Gating
     shared: SharedExpert | None = None
+    router_bias: Tensor | None = None
     tile_tokens: int = TILE_TOKENS
     balance: RouterBalance | None = None
 
@@ -136,8 +138,8 @@ class MoeBlock:
         """The routing; computes whatever is missing in `saves` up to gate and up, from the residual sum."""
         normed = self._normed(dtype, saves)
         if saves.logits is None:
-            (saves.logits,), _ = self.router.forward(normed)
-        routing = self.scoring.route(saves.logits)
+            (saves.logits,), _ = self.router.forward(self._for_router(normed))
+        routing = self.scoring.route(saves.logits, self.router_bias)
         if saves.gate_up is None:
             rows = spread_rows(normed, routing.tokens)
             saves.gate_up, saves.xa_gate_up = self.gate_up.forward(rows, routing.groups)
@@ -148,6 +150,10 @@ class MoeBlock:
             assert saves.summed is not None
             saves.normed = self.norm.forward(saves.summed, dtype)[0].tensor
         return saves.normed
+
+    def _for_router(self, normed: Tensor) -> Tensor:
+        """What the router multiplies."""
+        return normed.to(math_dtype(normed.dtype)) if self.scoring.wide_logits else normed
 
     def backward(
         self,
@@ -192,10 +198,12 @@ class MoeBlock:
         del drows
         dlogits = self.scoring.backward(dweights, logits, routing)
         dbalance = None if self.balance is None else self.balance.logits_grad(logits, at)
-        dlogits = (dlogits if dbalance is None else dlogits + dbalance).to(dtype)
-        drouter, dxa = self.router.input_grad([dlogits], normed, sink)
+        read = self._for_router(normed)
+        dlogits = (dlogits if dbalance is None else dlogits + dbalance).to(read.dtype)
+        drouter, dxa = self.router.input_grad([dlogits], read, sink)
         assert drouter is not None
-        self.router.parameter_grads([dlogits], normed, None, dxa, sink)
+        self.router.parameter_grads([dlogits], read, None, dxa, sink)
+        del read
         dnormed += drouter
         if self.shared is not None:
             dnormed += self.shared.backward(dbranch, normed, sink)

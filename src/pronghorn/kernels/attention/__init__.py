@@ -5,8 +5,9 @@
 with three optional changes: logits capped (`softcap`), a learned logit per head in the denominator (`sinks`), and
 first tokens of a document that see one another both ways (`Documents.prefix`: then j ≤ t or j < prefix).
 
-Shapes: q [T, N, D], k and v [T, K, D] with G = N / K, out [T, N, D]; the statistics `lse` are fp32. Forward and
-backward are explicit calls: the attention block decides what is kept between them.
+Shapes: q [T, N, D], k and v [T, K, D] with G = N / K, out [T, N, D], where v and out may have fewer columns; the
+statistics `lse` are fp32. Forward and backward are explicit calls: the attention block decides what is kept between
+them.
 """
 
 from pronghorn.kernels.attention.choose import BACKENDS, check_name, choose_backend

@@ -13,7 +13,9 @@ TILE = 2048
 
 
 @triton.jit
-def _copy(from_row, from_head, from_column, to_row, to_head, to_column, head, heads, width, BLOCK: tl.constexpr):
+def _copy(
+    from_row, from_head, from_column, to_row, to_head, to_column, head, heads, width, BLOCK: tl.constexpr
+):
     """A part of some heads of a token: `width` columns from `from_column` on to those from `to_column` on."""
     column = tl.arange(0, BLOCK)[None, :]
     inside = (head[:, None] < heads) & (column < width)
@@ -63,7 +65,8 @@ def _turn_heads(
 def _forward(
     q_ptr, pair_ptr, shared_ptr, cos_ptr, sin_ptr, k_ptr, v_ptr,
     heads, nope, half, of_v, shared_stride, angle_stride,
-    PAIRS: tl.constexpr, HEADS: tl.constexpr, EB: tl.constexpr, HB: tl.constexpr, FB: tl.constexpr,
+    TURNS_Q: tl.constexpr, PAIRS: tl.constexpr,
+    HEADS: tl.constexpr, EB: tl.constexpr, HB: tl.constexpr, FB: tl.constexpr,
 ):  # fmt: skip
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     width, wide = nope + 2 * half, nope + of_v
@@ -72,7 +75,8 @@ def _forward(
     cos_row, sin_row = cos_ptr + token * angle_stride, sin_ptr + token * angle_stride
     _copy(pair_row, wide, 0, k_row, width, 0, head, heads, nope, EB)
     _copy(pair_row, wide, nope, v_row, of_v, 0, head, heads, of_v, FB)
-    _turn_heads(q_row, cos_row, sin_row, head, heads, width, nope, half, False, PAIRS, HB)
+    if TURNS_Q:
+        _turn_heads(q_row, cos_row, sin_row, head, heads, width, nope, half, False, PAIRS, HB)
     place, apart = _places(half, PAIRS, HB)
     known = (tl.arange(0, HB) < half)[None, :]
     shared = shared_ptr + token * shared_stride + place[None, :]
@@ -123,15 +127,28 @@ def _blocks(heads: int, nope: int, half: int, of_v: int) -> dict[str, int]:
 
 
 def forward(
-    q: Tensor, pair: Tensor, shared: Tensor, cos: Tensor, sin: Tensor, k: Tensor, v: Tensor, pairs: bool
+    q: Tensor | None,
+    pair: Tensor,
+    shared: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pairs: bool,
 ) -> None:
-    (tokens, heads, width), half, of_v = q.shape, cos.shape[1], v.shape[2]
-    assert q.is_contiguous() and pair.is_contiguous() and cos.stride() == sin.stride()
+    (tokens, heads, width), half, of_v = k.shape, cos.shape[1], v.shape[2]
+    assert (
+        (q is None or q.is_contiguous())
+        and shared.stride(1) == 1
+        and pair.is_contiguous()
+        and cos.stride() == sin.stride()
+    )
     nope = width - 2 * half
     blocks = _blocks(heads, nope, half, of_v)
     _forward[(tokens, triton.cdiv(heads, blocks["HEADS"]))](
-        q, pair, shared, cos, sin, k, v, heads, nope, half, of_v, shared.stride(0), cos.stride(0),
-        PAIRS=pairs, **blocks, num_warps=4,
+        k if q is None else q, pair, shared, cos, sin, k, v,
+        heads, nope, half, of_v, shared.stride(0), cos.stride(0), TURNS_Q=q is not None, PAIRS=pairs,
+        **blocks, num_warps=4,
     )  # fmt: skip
 
 

@@ -230,6 +230,7 @@ def backward(dweights: Tensor, logits: Tensor, routing: Routing, scoring: Scorin
     out = torch.empty(tokens, experts, dtype=torch.float32, device=logits.device)
     _backward[(blocks,)](
         dweights.contiguous(), logits.contiguous(), routing.indices, routing.places, out, tokens, experts,
-        scoring.scale, NORMALISED=scoring.normalised, SIGMOID=scoring.sigmoid, K=scoring.top_k, E=e, BT=height, num_warps=4,
+        scoring.scale, NORMALISED=scoring.normalised, SIGMOID=scoring.sigmoid, K=scoring.top_k,
+        E=e, BT=height, num_warps=4,
     )  # fmt: skip
     return out

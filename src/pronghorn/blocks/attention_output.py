@@ -1,0 +1,75 @@
+"""What every kind of attention ends in: the o-projection, and an optional norm or factor of what it gives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from pronghorn.blocks.levels import Level
+from pronghorn.blocks.norm import Norm
+from pronghorn.blocks.projection import GradientSink, ProjectionGroup
+from pronghorn.weights import Operand
+from pronghorn.weights.operand import Turned
+
+
+class OutputSaves(Protocol):
+    """Of a block's saves: the attention's output [T, N, F], o's XA, and what o gave where a norm of it follows."""
+
+    out: Tensor | None
+    xa_o: Tensor | None
+    projected: Tensor | None
+    normed: Tensor | None
+
+    def trim(self, level: Level) -> None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionOutput:
+    """output_scale · output_norm(o(out)) of the attention's output [T, N, F], N heads of F."""
+
+    o: ProjectionGroup
+    output_norm: Norm | None = None
+    output_scale: float = 1.0
+
+    def output(self, saves: OutputSaves) -> Tensor:
+        """The block's output before the residual [T, H]: the o-projection of the kept attention output."""
+        branch = saves.projected
+        if branch is None:
+            assert saves.out is not None
+            (branch,), saves.xa_o = self.o.forward(saves.out.view(saves.out.shape[0], -1))
+        if self.output_norm is not None:
+            saves.projected = branch
+            branch = self.output_norm.forward(branch, branch.dtype)[0].tensor
+        return branch if self.output_scale == 1.0 else branch.mul_(self.output_scale)
+
+    def columns_of_dy(self) -> Tensor | Turned | None:
+        """`ProjectionGroup.columns_of_dy` of o, where the gradient of the residual sum is the one of its output."""
+        return self.o.columns_of_dy() if self.output_norm is None and self.output_scale == 1.0 else None
+
+    def output_grad(self, dy: Operand, dtype: torch.dtype, saves: OutputSaves, sink: GradientSink) -> Tensor:
+        """The gradient of the attention's output [T, N, F] from that of the residual sum [T, H]."""
+        dbranch = self._branch_grad(dy, dtype, saves, sink)
+        del dy
+        out = saves.out
+        assert out is not None
+        flat = out.view(out.shape[0], -1)
+        dout, dxa = self.o.input_grad([dbranch], flat, sink, xa=saves.xa_o)
+        self.o.parameter_grads([dbranch], flat, saves.xa_o, dxa, sink)
+        dbranch.release()
+        assert dout is not None
+        return dout.view_as(out)
+
+    def _branch_grad(
+        self, dy: Operand, dtype: torch.dtype, saves: OutputSaves, sink: GradientSink
+    ) -> Operand:
+        """The gradient of the o-projection's output, from that of the residual sum."""
+        if self.output_scale != 1.0:
+            dy = Operand(dy.tensor * self.output_scale)
+        if self.output_norm is None:
+            return dy if dy.tensor.dtype == dtype else Operand(dy.tensor.to(dtype))
+        projected, saves.projected = saves.projected, None
+        assert projected is not None
+        return self.output_norm.backward(dy.tensor, projected, None, sink, self.o.columns_of_dy())
