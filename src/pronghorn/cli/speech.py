@@ -64,6 +64,7 @@ def _register_train(parts: Any) -> None:
         "--code-weight", type=not_negative, default=1.0, metavar="W", help="of the codes' loss (default 1)"
     )
     train.add_argument("--held-back", type=whole, default=0, metavar="N", help="rows to evaluate on")
+    train.add_argument("--load-in-4bit", action="store_true", help="the model's projections in NF4 (QLoRA)")
     train.add_argument(
         "--low-memory", action="store_true", help="keep layers' inputs only, and compute them again"
     )
