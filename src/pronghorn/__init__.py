@@ -13,10 +13,11 @@ from pronghorn.errors import PronghornError
 if TYPE_CHECKING:
     from pronghorn.data.chat_templates import get_chat_template
     from pronghorn.data.sharegpt import standardize_data_formats, standardize_sharegpt
+    from pronghorn.data.vision import VisionDataCollator
     from pronghorn.embedding import EmbeddingConfig, EmbeddingTrainer, FastEmbeddingModel
     from pronghorn.engine import bind, binding_of
     from pronghorn.inference.synthesis import synthesize
-    from pronghorn.loading import FastLanguageModel, FastModel, is_bfloat16_supported
+    from pronghorn.loading import FastLanguageModel, FastModel, FastVisionModel, is_bfloat16_supported
     from pronghorn.training import SFTConfig, SFTTrainer, train_on_responses_only
 
 __version__ = "0.1.0"
@@ -27,9 +28,11 @@ __all__ = [
     "FastEmbeddingModel",
     "FastLanguageModel",
     "FastModel",
+    "FastVisionModel",
     "PronghornError",
     "SFTConfig",
     "SFTTrainer",
+    "VisionDataCollator",
     "__version__",
     "bind",
     "binding_of",
@@ -47,8 +50,10 @@ _HOME = {
     "FastEmbeddingModel": "pronghorn.embedding",
     "FastLanguageModel": "pronghorn.loading",
     "FastModel": "pronghorn.loading",
+    "FastVisionModel": "pronghorn.loading",
     "SFTConfig": "pronghorn.training",
     "SFTTrainer": "pronghorn.training",
+    "VisionDataCollator": "pronghorn.data.vision",
     "bind": "pronghorn.engine",
     "binding_of": "pronghorn.engine",
     "get_chat_template": "pronghorn.data.chat_templates",

@@ -413,3 +413,9 @@ class CodecMissing(PackageMissing):
     """Rows hold audio, and the codec that turns it into codes is not there."""
 
     code = "PH321"
+
+
+class ImageUnreadable(PronghornError):
+    """An image of a row cannot be opened."""
+
+    code = "PH313"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from pronghorn.cli.main import main
 from pronghorn.compat.script import run_script
@@ -118,9 +118,20 @@ def test_wrong_labels_through_the_command(tiny, capsys):
     assert float(clean) != float(wrong) and max(float(clean), float(wrong)) < 5.5
 
 
+def test_vision_trains_saves_and_answers(tmp_path, capsys):
+    tiny_vision = pytest.importorskip("tests.tiny_vision")
+    seen = run("vision", str(tiny_vision.save_tiny_vision(tmp_path / "vl", "gemma3")))
+    assert falls(losses(seen["trainer"]))
+    trained = {name for name, p in seen["model"].named_parameters() if p.requires_grad}
+    assert trained and all(".language_model." in name for name in trained)
+    assert "answer: " in capsys.readouterr().out
+    merged = AutoModelForImageTextToText.from_pretrained("outputs/dropin/vision/merged").eval()
+    assert torch.equal(merged.generate(**seen["inputs"], max_new_tokens=8), seen["output"])
+
+
 def test_every_script_is_run_here():
     """make_rows.py only writes the rows, which are those in the repository."""
     here = Path(__file__).read_text()
     names = {path.stem for path in SCRIPTS.glob("*.py")} - {"make_rows"}
-    assert len(names) == 10
+    assert len(names) == 11
     assert all(f'"{name}"' in here or f"{name}.py" in here for name in names)

@@ -29,6 +29,12 @@ def tiny(tmp_path_factory):
     return str(save_tiny(tmp_path_factory.mktemp("models") / "tiny", "qwen2"))
 
 
+@pytest.fixture(scope="module")
+def tiny_vision(tmp_path_factory):
+    tests = pytest.importorskip("tests.tiny_vision")
+    return str(tests.save_tiny_vision(tmp_path_factory.mktemp("models") / "vision", "qwen2_5_vl"))
+
+
 @pytest.fixture(autouse=True)
 def here(tmp_path, monkeypatch):
     """Pages write below the current folder, see a machine without a GPU, and leave no module behind."""
@@ -55,7 +61,8 @@ def write_rows(path):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_its_snippets_run(page, tiny, tmp_path):
+def test_its_snippets_run(page, tiny, tmp_path, request):
+    tiny = request.getfixturevalue("tiny_vision") if page.stem == "vision" else tiny
     names = {"__name__": "__main__"}
     for block in blocks(page):
         if block.needs is None:

@@ -27,7 +27,8 @@ class Case:
     window: int | None = None
     softcap: float | None = None
     sinks: bool = False
-    prefix: tuple[int, ...] | None = None
+    #: where tokens see one another both ways: begin and end in the stream, each inside one document
+    blocks: tuple[tuple[int, int], ...] = ()
 
     @property
     def scale(self) -> float:
@@ -35,8 +36,12 @@ class Case:
 
     def documents(self, device: torch.device) -> Documents:
         cu = torch.tensor((0, *self.lengths), device=device).cumsum(0).int()
-        prefix = None if self.prefix is None else torch.tensor(self.prefix, dtype=torch.int32, device=device)
-        return Documents(cu, max(self.lengths), self.lengths, prefix)
+        seen_to = None
+        if self.blocks:
+            seen_to = torch.arange(1, sum(self.lengths) + 1, dtype=torch.int32, device=device)
+            for begin, end in self.blocks:
+                seen_to[begin:end] = end
+        return Documents(cu, max(self.lengths), self.lengths, seen_to)
 
     def inputs(self, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
         """q, k, v and, where asked for, sinks: numbers that `dtype` holds exactly, in fp64, requiring gradients."""
@@ -53,8 +58,8 @@ class Case:
         place = torch.cat([torch.arange(n) for n in self.lengths])
         distance = place[:, None] - place[None]
         seen = distance >= 0
-        if self.prefix is not None:
-            seen = seen | (place[None] < torch.tensor(self.prefix)[document][:, None])
+        for begin, end in self.blocks:
+            seen[begin:end, begin:end] = True
         if self.window is not None:
             seen = seen & (distance < self.window)
         return seen & (document[:, None] == document[None])

@@ -30,8 +30,8 @@ CASES = {
     "sinks-window": Case((7, 40), 4, 2, 64, window=8, sinks=True),
     "softcap": Case((7, 0, 140), 4, 2, 64, softcap=2.0),
     "softcap-window-sinks": Case((7, 40), 4, 2, 64, window=8, softcap=2.0, sinks=True),
-    "prefix": Case((9, 0, 140, 5), 4, 2, 64, prefix=(4, 0, 100, 5)),
-    "prefix-window-sinks": Case((9, 140), 4, 2, 64, window=30, prefix=(4, 100), sinks=True),
+    "images": Case((9, 0, 140, 5), 4, 2, 64, blocks=((0, 4), (12, 60), (61, 140), (149, 154))),
+    "images-window-sinks": Case((9, 140), 4, 2, 64, window=30, blocks=((0, 4), (9, 109)), sinks=True),
 }
 
 
@@ -44,7 +44,7 @@ def skip_unless_here(backend: str, case: Case, dtype: torch.dtype, device: torch
             window=case.window is not None,
             softcap=case.softcap is not None,
             sinks=case.sinks,
-            prefix=case.prefix is not None,
+            both_ways=bool(case.blocks),
             wanted=backend,
         )
     except AttentionUnavailable as reason:

@@ -93,7 +93,7 @@ def test_head_size_of_eights_goes_to_flash(machine: Machine) -> None:
 def test_masks_beyond_packed_kernels(machine: Machine) -> None:
     machine((9, 0))
     assert choose_backend(CUDA, torch.bfloat16, 128, softcap=True)[0] == "flex"
-    assert choose_backend(CUDA, torch.bfloat16, 128, prefix=True)[0] == "flex"
+    assert choose_backend(CUDA, torch.bfloat16, 128, both_ways=True)[0] == "flex"
     assert choose_backend(CUDA, torch.bfloat16, 128, sinks=True)[0] == "cudnn"
     assert choose_backend(CUDA, torch.float32, 128)[0] == "sdpa"
     assert choose_backend(CUDA, torch.float32, 128, sinks=True)[0] == "eager"
@@ -103,7 +103,7 @@ def test_cpu() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         backend, reason = choose_backend(CPU, dtype, 64)
         assert backend == "cpu" and reason
-    assert choose_backend(CPU, torch.float32, 64, sinks=True, prefix=True, softcap=True)[0] == "cpu"
+    assert choose_backend(CPU, torch.float32, 64, sinks=True, both_ways=True, softcap=True)[0] == "cpu"
     with pytest.raises(AttentionUnavailable, match="softcap"):
         choose_backend(CPU, torch.float32, 64, softcap=True, wanted="sdpa")
 

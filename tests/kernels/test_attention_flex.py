@@ -16,8 +16,8 @@ CASES = {
     "causal": Case((300, 0, 156, 1, 100), 4, 2, 32),
     "cut-last-block": Case((64, 200, 37), 2, 1, 32),
     "window": Case((300, 156, 100), 2, 1, 32, window=70),
-    "prefix": Case((300, 0, 156, 1, 430), 2, 1, 32, prefix=(40, 0, 156, 0, 400)),
-    "prefix-window": Case((600,), 2, 1, 32, window=200, prefix=(400,)),
+    "blocks": Case((300, 0, 156, 1, 430), 2, 1, 32, blocks=((0, 40), (300, 456), (500, 857))),
+    "blocks-window": Case((600,), 2, 1, 32, window=200, blocks=((0, 400),)),
     "softcap-sinks": Case((130, 20), 4, 2, 32, softcap=3.0, sinks=True),
 }
 
@@ -88,13 +88,13 @@ def test_one_compilation_serves_every_number_of_tokens() -> None:
         {"softcap": 30.0},
         {"softcap": 5.0, "window": 70},
         {"softcap": 5.0, "window": 20},
-        {"prefix": True},
+        {"blocks": True},
         {"head_dim": 16, "softcap": 30.0},
     ]
     for lengths in ((300, 0, 156), (64, 200, 37, 83), (128,) * 3, (290,)):
         for change in kinds:
-            prefix = tuple(n // 2 for n in lengths) if change.get("prefix") else None
-            case = Case(lengths, 4, 2, **{"head_dim": 32, **change, "prefix": prefix})  # type: ignore[arg-type]
+            blocks = ((0, lengths[0] // 2),) if change.get("blocks") else ()
+            case = Case(lengths, 4, 2, **{"head_dim": 32, **change, "blocks": blocks})  # type: ignore[arg-type]
             q, k, v = (x.detach().float() for x in case.inputs(torch.float32, torch.device("cpu")))
             docs = case.documents(torch.device("cpu"))
             call = AttentionCall(case.scale, case.window, "flex", case.softcap)
@@ -110,7 +110,7 @@ def test_one_compilation_serves_every_number_of_tokens() -> None:
     assert not counting.fractions
 
 
-@pytest.mark.parametrize("case", [CASES["softcap-sinks"], CASES["prefix-window"]], ids=["sinks", "prefix"])
+@pytest.mark.parametrize("case", [CASES["softcap-sinks"], CASES["blocks-window"]], ids=["sinks", "blocks"])
 def test_what_cannot_be_compiled_runs_written_out(
     case: Case, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -5,21 +5,23 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+from pronghorn.data.vision import VisionDataCollator
 from pronghorn.engine import base_causal_lm
-from pronghorn.errors import DropInUnavailable
+from pronghorn.loading.arguments import note_without_effect, refuse_unknown
 from pronghorn.training import SFTTrainer
+from pronghorn.training import train_on_responses_only as mask_responses
 
 logger = logging.getLogger("pronghorn")
 
-_IMAGES = ("image", "images", "pixel_values")
+#: arguments of Unsloth's collator that have nothing to switch here
+_WITHOUT_EFFECT = frozenset(
+    {"ignore_index", "force_match", "num_proc", "completion_only_loss", "pad_to_multiple_of", "resize_dimension",
+     "snap_to_patch_size"}
+)  # fmt: skip
 
 
 class ScriptTrainer(SFTTrainer):
-    """`pronghorn.SFTTrainer` with what scripts ask of it: an embedding learning rate, and clear words about images."""
-
-    def __init__(self, model: Any, args: Any = None, *more: Any, **given: Any) -> None:
-        _refuse_images(given.get("train_dataset"))
-        super().__init__(model, args, *more, **given)
+    """`pronghorn.SFTTrainer` with what scripts ask of it: an embedding learning rate."""
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         optimizer = super().create_optimizer(*args, **kwargs)
@@ -64,35 +66,42 @@ def _embeddings(model: Any) -> list[Any]:
     return list({id(p): p for p in found}.values())
 
 
-class UnslothVisionDataCollator:
-    """Makes batches with images, which are not trained on here.
+class UnslothVisionDataCollator(VisionDataCollator):
+    """`pronghorn.VisionDataCollator` with the arguments that scripts give it.
 
-    Raises:
-        DropInUnavailable: always.
+    Args:
+        resize: a number is the most pixels that a side may have; "min" and "max" leave it to the processor.
+        instruction_part, response_part: with `train_on_responses_only`, as for the function of that name.
     """
 
-    def __init__(self, *_: Any, **__: Any) -> None:
-        raise _no_images("UnslothVisionDataCollator")
-
-
-def _refuse_images(rows: Any) -> None:
-    first = next(iter(rows), None) if isinstance(rows, list) or hasattr(rows, "column_names") else None
-    if not isinstance(first, dict):
-        return
-    parts = [part for m in first.get("messages") or [] if isinstance(m, dict)
-             for part in (m["content"] if isinstance(m.get("content"), list) else [])]  # fmt: skip
-    column = next((name for name in _IMAGES if name in first), None)
-    if column is not None:
-        raise _no_images(f"the column '{column}'")
-    if any(isinstance(part, dict) and part.get("type") in ("image", "video") for part in parts):
-        raise _no_images("a message")
-
-
-def _no_images(where: str) -> DropInUnavailable:
-    return DropInUnavailable(
-        f"{where} holds images, and models are trained on text here",
-        fix="leave images out of the rows, or train this model with its own library",
-    )
+    def __init__(
+        self,
+        model: Any,
+        processor: Any,
+        max_seq_length: int | None = None,
+        formatting_func: Any = None,
+        resize: str | int = "min",
+        train_on_responses_only: bool = False,
+        instruction_part: str | None = None,
+        response_part: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        refuse_unknown(kwargs, VisionDataCollator.__init__, _WITHOUT_EFFECT)
+        note_without_effect(kwargs, "UnslothVisionDataCollator")
+        find: Any = train_on_responses_only
+        if train_on_responses_only and instruction_part is not None:
+            mask = mask_responses(
+                None, instruction_part, response_part, tokenizer=processor, return_function=True
+            )
+            find = mask.responses
+        super().__init__(
+            model,
+            processor,
+            max_length=max_seq_length,
+            responses_only=find,
+            formatting_func=formatting_func,
+            max_side=resize if isinstance(resize, int) else None,
+        )
 
 
 def unsloth_train(trainer: Any, *args: Any, **kwargs: Any) -> Any:

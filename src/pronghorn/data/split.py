@@ -18,11 +18,13 @@ _STREAM = ("input_ids", "labels", "position_ids")
 
 
 def split_batch(batch: Mapping[str, Any]) -> tuple[Batch, Batch] | None:
-    """Two batches of about half the tokens each; None for a single document, which cannot be split.
+    """Two batches of about half the tokens each; None for a single document or images, which cannot be split.
 
     A flat batch (with `cu_seq_lens_q`) is cut between documents, a padded one between rows. Tensors keep their device.
     Values that count over the whole batch, such as `num_items_in_batch`, are handed to both parts unchanged.
     """
+    if any(name.startswith("pixel_values") for name in batch):
+        return None
     return _split_flat(batch) if "cu_seq_lens_q" in batch else _split_rows(batch)
 
 

@@ -75,6 +75,21 @@ _FALLBACKS = (
         "FlexAttention; where it cannot compile, document by document",
         "packed kernels know no cap",
     ),
+    (
+        "images that see one another both ways, on a GPU",
+        "FlexAttention; where it cannot compile, document by document",
+        "packed kernels are causal",
+    ),
+    (
+        "batches with images",
+        "kernel by kernel, not as one CUDA graph",
+        "the vision tower's shapes change with them",
+    ),
+    (
+        "generation for a prompt with images",
+        "Transformers' own loop and decoder",
+        "the engine reads text",
+    ),
     ("attention in fp32 on a GPU, or heads wider than 256", "document by document", "no packed kernel"),
     (
         "adapter dropout, projections through their own module, attention document by document, `dynamic` RoPE",
@@ -112,6 +127,10 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 
 def _differences(family: DecoderFamily) -> Iterator[str]:
     parts = family.parts
+    if family.reads_images:
+        yield "the text part of a model for images, whose vision tower runs as stock"
+    if family.image_blocks:
+        yield "tokens of an image see one another"
     if family.mixture is not None:
         yield "mixture of experts"
     if parts.qkv is not None:

@@ -1,7 +1,17 @@
 """The fast path on stock Transformers models: instance binding, nothing global."""
 
+from pronghorn.engine.auto import auto_class
 from pronghorn.engine.bind import bind, binding_of
 from pronghorn.engine.binding import AUTO, Binding, base_causal_lm
 from pronghorn.engine.step import StepOutput, TrainingStep
 
-__all__ = ["AUTO", "Binding", "StepOutput", "TrainingStep", "base_causal_lm", "bind", "binding_of"]
+__all__ = [
+    "AUTO",
+    "Binding",
+    "StepOutput",
+    "TrainingStep",
+    "auto_class",
+    "base_causal_lm",
+    "bind",
+    "binding_of",
+]

@@ -17,15 +17,21 @@ Angles = dict[str | None, tuple[Tensor, Tensor]]
 
 
 def angles_of(binding: Binding, decoder: Any, hidden: Tensor, positions: Tensor) -> Angles:
-    """The angles of the positions [T] in the dtype of hidden [T, H], as the decoder's own rotary module gives them."""
+    """The angles of the positions [T] in the dtype of hidden [T, H], as the decoder's own rotary module gives them.
+
+    A module with `mrope_section` turns parts of each head by a token's time, height and width, which are positions
+    [3, T]; those of text are alike.
+    """
     found: Angles = {}
+    if hasattr(decoder.rotary_emb, "mrope_section"):
+        positions = positions.expand(3, -1)
     # Layers that do not rotate take the width of the others' angles.
     for kind in binding.rotations if any(k is not None for k in binding.rotations) else (ONE_ROTATION,):
         if kind == ONE_ROTATION and getattr(decoder.rotary_emb, "rope_type", None) == "longrope":
             found[kind] = _longrope(binding, decoder.rotary_emb, hidden, positions)
         elif kind is not None:
             which = () if kind == ONE_ROTATION else (kind,)
-            given = decoder.rotary_emb(hidden[None], positions[None], *which)
+            given = decoder.rotary_emb(hidden[None], positions.unsqueeze(-2), *which)
             # DeepSeek-V2's module gives complex numbers in fp32, each angle once.
             complex_ones = isinstance(given, Tensor)
             cos, sin = (given.real.contiguous(), given.imag.contiguous()) if complex_ones else given

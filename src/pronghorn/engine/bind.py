@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import nn
 
-from pronghorn.engine.binding import Binding, base_causal_lm
+from pronghorn.engine.binding import Binding, base_causal_lm, decoder_of
 from pronghorn.engine.experts import mixture_classes
-from pronghorn.engine.forward import causal_lm_forward, decoder_forward, layer_forward
+from pronghorn.engine.forward import causal_lm_forward, decoder_forward, image_text_forward, layer_forward
 from pronghorn.errors import BindingRefused
 from pronghorn.families import ACTIVATIONS, STOCK, DecoderFamily, LayerParts, family_of
 from pronghorn.kernels.attention import check_name
@@ -77,7 +77,9 @@ def bind(
 
 
 def _sites(binding: Binding) -> list[tuple[nn.Module, Any]]:
-    head = [] if binding.model is binding.decoder else [(binding.model, causal_lm_forward)]
+    head: list[tuple[nn.Module, Any]] = []
+    if binding.model is not binding.decoder:
+        head = [(binding.model, image_text_forward if binding.family.reads_images else causal_lm_forward)]
     layers = [(layer, layer_forward) for layer in binding.layers]
     return [*head, (binding.decoder, decoder_forward), *layers]
 
@@ -91,13 +93,13 @@ def _bind_forward(module: nn.Module, function: Any, binding: Binding) -> None:
 
 def _reasons_against(model: Any, family: DecoderFamily) -> list[str]:
     """Everything that keeps a model off the fast path; empty when nothing does."""
-    config = model.config
     if not family.prefix:
         return [_why_unknown(model)]
-    expected = (f"{family.prefix}ForCausalLM", family.decoder or f"{family.prefix}Model")
+    expected = (family.causal_lm or f"{family.prefix}ForCausalLM", family.decoder or f"{family.prefix}Model")
     if all(cls.__name__ not in expected for cls in type(model).__mro__):
         return [f"the {family.name} family was reviewed for {expected[0]}, this is {type(model).__name__}"]
-    reasons = []
+    decoder = decoder_of(model, family)
+    config, reasons = decoder.config, []
     activation = getattr(config, family.activation, None)
     if activation not in ACTIVATIONS:
         reasons.append(f"activation '{activation}' has no kernel")
@@ -109,7 +111,7 @@ def _reasons_against(model: Any, family: DecoderFamily) -> list[str]:
     unsupported = family.unsupported(config)
     if unsupported:
         reasons.append(unsupported)
-    reasons += _missing_parts(model, family)
+    reasons += _missing_parts(decoder, family)
     return reasons
 
 
@@ -125,9 +127,9 @@ def _why_unknown(model: Any) -> str:
     return f"model type '{kind}' has no family file; {type(layer).__name__} ({parts}) has {reason}"
 
 
-def _missing_parts(model: Any, family: DecoderFamily) -> list[str]:
+def _missing_parts(decoder: Any, family: DecoderFamily) -> list[str]:
     """Classes and submodules that differ from the ones the family was reviewed for."""
-    parts, prefix, decoder = family.parts, family.prefix, model.base_model
+    parts, prefix = family.parts, family.prefix
     found = {
         family.decoder or f"{prefix}Model": type(decoder).__name__,
         f"{prefix}RotaryEmbedding": type(getattr(decoder, "rotary_emb", None)).__name__,
@@ -136,18 +138,18 @@ def _missing_parts(model: Any, family: DecoderFamily) -> list[str]:
         attention, mlp = getattr(layer, parts.attention, None), getattr(layer, parts.mlp, None)
         found[f"{prefix}DecoderLayer"] = type(layer).__name__
         found[f"{prefix}Attention"] = type(attention).__name__
-        if family.mlp(model.config, index) == "glu":
-            found[f"{prefix}MLP"] = type(mlp).__name__
+        if family.mlp(decoder.config, index) == "glu":
+            found[family.mlp_class or f"{prefix}MLP"] = type(mlp).__name__
         elif family.mixture is not None:
             found |= mixture_classes(mlp, prefix, family.mixture)
         differing = [f"{name} is a {actual}" for name, actual in found.items() if name != actual]
         wanted = [(attention, n) for names in parts.attention_projections.values() for n in names]
         wanted += [(attention, n) for n in parts.attention_norms]
-        if family.mlp(model.config, index) == "glu":
+        if family.mlp(decoder.config, index) == "glu":
             wanted += [(mlp, n) for names in parts.mlp_projections for n in names]
         wanted += [(layer, n) for n in parts.norms]
         absent = [f"a layer lacks {name}" for parent, name in wanted if getattr(parent, name, None) is None]
-        found_wrong = differing + absent or _unread_parts(layer, parts, family.mlp(model.config, index))
+        found_wrong = differing + absent or _unread_parts(layer, parts, family.mlp(decoder.config, index))
         if found_wrong:
             return found_wrong
     return []

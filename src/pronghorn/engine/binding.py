@@ -56,7 +56,8 @@ class Binding:
 
     @property
     def config(self) -> Any:
-        return self.model.config
+        """The decoder's configuration."""
+        return self.decoder.config if self.family.reads_images else self.model.config
 
     @property
     def activation(self) -> str:
@@ -76,7 +77,7 @@ class Binding:
     @property
     def decoder(self) -> Any:
         """The embedding, layers and final norm: a part of a causal LM, or a model that was loaded without a head."""
-        return self.model.base_model
+        return decoder_of(self.model, self.family)
 
     @property
     def layers(self) -> list[Any]:
@@ -99,22 +100,53 @@ class Binding:
         return int(getattr(layer, self.family.parts.attention).layer_idx)
 
     def attention_backend(
-        self, device: torch.device, dtype: torch.dtype, head_dim: int, *, window: bool = False
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        head_dim: int,
+        *,
+        window: bool = False,
+        both_ways: bool = False,
     ) -> str:
-        """The attention implementation in use: `attention`, or the fastest. Why it is a slow one is told once."""
-        backend, reason = self._choose_backend(device, dtype, head_dim, window, self.attention)
+        """The attention implementation in use: `attention`, or the fastest. Why it is a slow one is told once.
+
+        Args:
+            both_ways: tokens see what follows them in this call (`Documents.seen_to`); one that cannot do that is then
+                not taken, though it was asked for.
+        """
+        wanted = self.attention
+        if both_ways and wanted is not None:
+            try:
+                return self._choose_backend(device, dtype, head_dim, window, wanted, both_ways)[0]
+            except AttentionUnavailable as refusal:
+                self.tell_once(f"batches with images take another attention: {refusal.message}")
+                wanted = None
+        backend, reason = self._choose_backend(device, dtype, head_dim, window, wanted, both_ways)
         slow = backend in ("sdpa", "eager") or (backend == "flash" and INSTALL_CUDNN in reason)
         if slow and self.attention is None:
             self.tell_once(f"attention: {reason}")
         return backend
 
     def _choose_backend(
-        self, device: torch.device, dtype: torch.dtype, head_dim: int, window: bool, wanted: str | None
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        head_dim: int,
+        window: bool,
+        wanted: str | None,
+        both_ways: bool = False,
     ) -> tuple[str, str]:
         softcap = self.scales.attention_softcap is not None
         sinks = self.family.parts.sinks is not None
         return choose_backend(
-            device, dtype, head_dim, window=window, softcap=softcap, sinks=sinks, wanted=wanted
+            device,
+            dtype,
+            head_dim,
+            window=window,
+            softcap=softcap,
+            sinks=sinks,
+            both_ways=both_ways,
+            wanted=wanted,
         )
 
     def windowed(self) -> list[bool]:
@@ -317,6 +349,11 @@ def copy_stream(device: torch.device) -> torch.cuda.Stream:
 def host_pool(device: torch.device) -> HostPool:
     """The pinned memory that a device's activations are parked in, kept for the next pass."""
     return HostPool()
+
+
+def decoder_of(model: Any, family: DecoderFamily) -> Any:
+    """The decoder in a Transformers model of a family."""
+    return model.get_submodule(family.path) if family.reads_images else model.base_model
 
 
 def base_causal_lm(model: Any) -> Any:

@@ -49,6 +49,7 @@ from pronghorn.engine.read import (
     read_projection,
 )
 from pronghorn.engine.stream import flatten_rows, unflatten_rows
+from pronghorn.engine.wrapped import RowLayout, past_wrapper, visual_rows, with_image_blocks
 from pronghorn.families import MOE
 from pronghorn.kernels.attention import AttentionCall
 from pronghorn.kernels.rms_norm import rms_norm
@@ -103,7 +104,13 @@ def _attention_block(layer: Any, call: LayerCall, read: ReadGroups) -> Attention
     heads, kv_heads, head_dim = config.num_attention_heads, config.num_key_value_heads, attention.head_dim
     cos, sin = call.angles[binding.family.rotation(config, index)]
     window = binding.family.window(config, index)
-    backend = binding.attention_backend(cos.device, call.dtype, head_dim, window=window is not None)
+    backend = binding.attention_backend(
+        cos.device,
+        call.dtype,
+        head_dim,
+        window=window is not None,
+        both_ways=call.stream.docs.seen_to is not None,
+    )
     widths = (heads * head_dim, kv_heads * head_dim, kv_heads * head_dim)
     return AttentionBlock(
         norm=read_norm(getattr(layer, parts.input_norm), offset),
@@ -179,6 +186,10 @@ def decoder_forward(
     Shapes: input_ids [B, S] -> last_hidden_state [B, S, H]. With `cu_seq_lens_q` the single row is a packed stream.
     """
     binding: Binding = decoder.pronghorn_binding
+    token_types = None
+    if isinstance(attention_mask, RowLayout):
+        attention_mask, token_types, described = attention_mask.unpack()
+        kwargs |= described
     balance = kwargs.pop(BALANCE, None)
     reason = binding.why_stock(
         decoder, attention_mask, past_key_values, use_cache, kwargs, balanced=balance is not None
@@ -204,6 +215,8 @@ def decoder_forward(
     if binding.scales.embedding != 1.0:
         inputs_embeds = inputs_embeds * binding.scales.embedding
     hidden_states, stream = flatten_rows(inputs_embeds, attention_mask, position_ids, kwargs)
+    if token_types is not None:
+        stream = with_image_blocks(stream, token_types)
     call = LayerCall.of(
         binding,
         hidden_states,
@@ -213,9 +226,14 @@ def decoder_forward(
         binding.packed,
         balance,
     )
-    for layer in decoder.layers[: decoder.config.num_hidden_layers]:
+    # What a vision tower's earlier layers gave, added after as many first layers (DeepStack, arXiv 2406.04334).
+    deepstack = kwargs.get("deepstack_visual_embeds") or ()
+    visual = visual_rows(kwargs["visual_pos_masks"], stream) if deepstack else None
+    for index, layer in enumerate(decoder.layers[: decoder.config.num_hidden_layers]):
         # Module.__call__, so that hooks run but Transformers' checkpoint wrapper does not: saves are ours to plan.
         hidden_states = torch.nn.Module.__call__(layer, hidden_states, pronghorn=call)
+        if visual is not None and index < len(deepstack):
+            hidden_states = hidden_states.index_add(0, visual, deepstack[index].to(hidden_states.dtype))
     norm = read_norm(decoder.norm, binding.family.norm_offset)
     hidden_states = rms_norm(hidden_states, norm.weight, norm.eps, weight_offset=norm.offset)
     output = BaseModelOutputWithPast if binding.family.mixture is None else MoeModelOutputWithPast
@@ -253,6 +271,8 @@ def causal_lm_forward(
         return_logits: compute logits beside the loss; None does so in evaluation mode only.
     """
     binding: Binding = model.pronghorn_binding
+    rows_mask = attention_mask
+    attention_mask, kwargs = past_wrapper(binding, attention_mask, past_key_values, use_cache, kwargs)
     head = (
         None if labels is None or _loss_of_its_own(model, binding, kwargs) else readable_head(model, binding)
     )
@@ -284,8 +304,8 @@ def causal_lm_forward(
         **(kwargs if balance is None else {**kwargs, "output_router_logits": True, BALANCE: balance}),
     )
     hidden_states = outputs.last_hidden_state
-    if loss_rows is None and isinstance(attention_mask, Tensor) and attention_mask.shape == labels.shape:
-        labels = without_padding(labels, attention_mask)
+    if loss_rows is None and isinstance(rows_mask, Tensor) and rows_mask.shape == labels.shape:
+        labels = without_padding(labels, rows_mask)
     loss, num_correct = shifted_loss(
         head,
         hidden_states,
@@ -298,7 +318,7 @@ def causal_lm_forward(
     aux_loss = None
     if balance is not None:
         loss, aux_loss = with_balance(
-            model, balance, loss, labels, num_items_in_batch, outputs.router_logits, attention_mask
+            model, balance, loss, labels, num_items_in_batch, outputs.router_logits, rows_mask
         )
     wants_logits = not model.training if return_logits is None else return_logits
     return LossOutput(
@@ -310,6 +330,34 @@ def causal_lm_forward(
         num_correct=num_correct,
         aux_loss=aux_loss,
     )
+
+
+def image_text_forward(
+    model: Any,
+    input_ids: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    *,
+    pixel_values: Tensor | None = None,
+    pixel_values_videos: Tensor | None = None,
+    image_grid_thw: Tensor | None = None,
+    video_grid_thw: Tensor | None = None,
+    second_per_grid_ts: Tensor | None = None,
+    token_type_ids: Tensor | None = None,
+    mm_token_type_ids: Tensor | None = None,
+    **kwargs: Any,
+) -> Any:
+    """`causal_lm_forward` of a model that reads images: `generate` refuses what a signature does not name."""
+    images = {
+        "pixel_values": pixel_values,
+        "pixel_values_videos": pixel_values_videos,
+        "image_grid_thw": image_grid_thw,
+        "video_grid_thw": video_grid_thw,
+        "second_per_grid_ts": second_per_grid_ts,
+        "token_type_ids": token_type_ids,
+        "mm_token_type_ids": mm_token_type_ids,
+    }
+    given = {name: value for name, value in images.items() if value is not None}
+    return causal_lm_forward(model, input_ids, attention_mask, **given, **kwargs)
 
 
 def _loss_of_its_own(model: Any, binding: Binding, kwargs: dict[str, Any]) -> bool:

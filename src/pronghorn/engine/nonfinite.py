@@ -80,8 +80,8 @@ def find_nonfinite(
 ) -> Finding | None:
     """Run a batch again and name the first tensor that is not finite; None where all are.
 
-    Gradients and the model stay as they are. A bound model is looked into layer by layer, any other one module by
-    module, which finds gradients by parameter only.
+    Gradients and the model stay as they are. A bound model is looked into layer by layer, any other one, and one that
+    reads images, module by module, which finds gradients by parameter only.
 
     Args:
         model: a causal LM, or the PEFT model around it.
@@ -95,7 +95,7 @@ def find_nonfinite(
     model.train()
     try:
         with torch.random.fork_rng(devices=devices), around():
-            if binding is not None and binding.bound:
+            if binding is not None and binding.bound and not binding.family.reads_images:
                 found = _Layers(binding, batch, normalizer).search()
             else:
                 found = _search_modules(model, batch)

@@ -37,6 +37,10 @@ logger = logging.getLogger("pronghorn")
 #: Tensors of a batch that a graph reads; everything else that it may hold besides is in `_HOST`.
 _TENSORS = ("input_ids", "labels", "position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "loss_rows")
 _HOST = ("max_length_q", "max_length_k", "document_lengths")
+#: What batches with images have besides. The vision tower's shapes are those of the images: no graph is made of them.
+_IMAGES = (
+    "pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw", "second_per_grid_ts", "token_type_ids",
+)  # fmt: skip
 #: Attention implementations that ask the host for nothing but the longest document.
 _CAPTURABLE = ("flash", "cudnn", "flex")
 #: Graphs kept at most. One costs its kernels' parameters (some 10 MiB), all share one memory pool.
@@ -113,7 +117,7 @@ class TrainingStep:
         if self.reason is not None:
             return None
         accumulating = self._attach()
-        graph = self._graph_for(batch) if self.capture else None
+        graph = self._graph_for(batch) if self.capture and not self._has_images(batch) else None
         if graph is None:
             return self._run_eagerly(batch, normalizer, accumulating)
         for name, held in graph.inputs.items():
@@ -152,6 +156,15 @@ class TrainingStep:
             yield
         finally:
             self.binding.packed = None
+
+    def _has_images(self, batch: Mapping[str, Any]) -> bool:
+        if not any(name in batch for name in _IMAGES):
+            return False
+        if next(iter(batch.values())).is_cuda:
+            self.binding.tell_once(
+                "batches with images are launched kernel by kernel: the vision tower's shapes change with them"
+            )
+        return True
 
     # --- gradients --------------------------------------------------------------------------------------------
 
@@ -396,7 +409,7 @@ def _nonsense(
 
 def _why_another_batch(batch: Mapping[str, Any]) -> str | None:
     """Why a batch is not one packed stream of tokens, or None."""
-    unknown = sorted(set(batch) - set(_TENSORS) - set(_HOST))
+    unknown = sorted(set(batch) - {*_TENSORS, *_HOST, *_IMAGES})
     missing = [name for name in (*_TENSORS, "max_length_q") if name not in batch]
     if not unknown and not missing:
         return None

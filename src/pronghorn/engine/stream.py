@@ -15,7 +15,8 @@ from pronghorn.kernels.attention import Documents
 class Stream:
     """One flat [T] token stream and how it maps to the caller's [B, S] rows.
 
-    `kept` holds the flat positions of real tokens where padding was taken out, else None.
+    `position_ids` is [T], or [3, T] where tokens have a time, a height and a width. `kept` holds the flat positions of
+    real tokens where padding was taken out, else None.
     """
 
     docs: Documents
@@ -36,10 +37,10 @@ def flatten_rows(
     """
     batch, length, hidden = embeddings.shape
     flat = embeddings.reshape(batch * length, hidden)
-    packed = position_ids is not None
+    places = _places(position_ids)
     if position_ids is None:
         position_ids = torch.arange(length, device=flat.device).expand(batch, length)
-    positions = position_ids.expand(batch, length).reshape(-1)
+    positions = _flat_positions(position_ids, batch, length)
     cu_seqlens = kwargs.get("cu_seq_lens_q")
     if cu_seqlens is not None:
         longest = kwargs.get("max_length_q")
@@ -49,8 +50,8 @@ def flatten_rows(
             raise ValueError(f"documents of {sum(lengths)} tokens in a stream of {batch * length}")
         docs = Documents(cu_seqlens, longest, lengths)
         return flat, Stream(docs, positions, batch, length)
-    if attention_mask is None and packed:
-        docs = _documents_by_position(position_ids.expand(batch, length))
+    if attention_mask is None and places is not None:
+        docs = _documents_by_position(places.expand(batch, length))
         return flat, Stream(docs, positions, batch, length)
     if attention_mask is None:
         cu_seqlens = torch.arange(0, batch * length + 1, length, dtype=torch.int32, device=flat.device)
@@ -62,7 +63,21 @@ def flatten_rows(
         0, dtype=torch.int32
     )
     docs = Documents(cu_seqlens, max(lengths), lengths)
-    return flat.index_select(0, kept), Stream(docs, positions.index_select(0, kept), batch, length, kept)
+    return flat.index_select(0, kept), Stream(docs, positions.index_select(-1, kept), batch, length, kept)
+
+
+def _places(position_ids: Tensor | None) -> Tensor | None:
+    """Positions by which documents can be told apart [B or 1, S]; a time, a height and a width say nothing of them."""
+    if position_ids is None or position_ids.dim() == 2:
+        return position_ids
+    return position_ids[0] if position_ids.shape[0] == 4 else None
+
+
+def _flat_positions(position_ids: Tensor, batch: int, length: int) -> Tensor:
+    """[B or 1, S] -> [T]; [3 or 4, B, S] -> [3, T]: of four the first is the place in the row."""
+    if position_ids.dim() == 2:
+        return position_ids.expand(batch, length).reshape(-1)
+    return position_ids[-3:].expand(3, batch, length).reshape(3, -1)
 
 
 def _documents_by_position(position_ids: Tensor) -> Documents:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pronghorn.engine import base_causal_lm
+from pronghorn.engine import auto_class, base_causal_lm
 from pronghorn.errors import PronghornError
 from pronghorn.export.adapter_probe import look_for_changes
 from pronghorn.export.gate import (
@@ -40,7 +40,7 @@ _ELEMENT_BYTES = {"merged_16bit": 2.0, "fp8": 2.0, "merged_4bit": 0.75}
 def check_checkpoint(
     model: Any, tokenizer: Any, folder: Path, save_method: str, held_out: Sequence[str] | None = None
 ) -> Checked:
-    """Load a folder with `AutoModelForCausalLM`, compare it with the model it was made of, and look for every adapter.
+    """Load a folder with Transformers' automatic class, compare it with the live model, and look for every adapter.
 
     It is loaded beside the model where the GPU has room, else into the host's memory; where neither has room it is not
     opened, which is said. A folder that does not load is a problem of the folder.
@@ -70,7 +70,7 @@ def _compare(
     if tokenizer is None:
         probe = make_blind_probe(live, base.get_input_embeddings().weight.shape[0])
     else:
-        probe = make_probe(live, tokenizer, held_out)
+        probe = make_probe(live, getattr(tokenizer, "tokenizer", tokenizer), held_out)
     try:
         again = _open(folder, base, save_method, device)
         found = compare("transformers", torch_predictor(again), probe)
@@ -90,15 +90,14 @@ def _open(folder: Path, base: Any, save_method: str, device: torch.device) -> An
     Raises:
         RuntimeError: for tensors that are missing or have no place.
     """
-    from transformers import AutoModelForCausalLM
-
     extra: dict[str, Any] = {}
     if save_method == "fp8":
         # Its fp8 products need a GPU and a kernel from the hub; here the stored weights are judged.
         from transformers import FineGrainedFP8Config
 
         extra["quantization_config"] = FineGrainedFP8Config(dequantize=True)
-    again, info = AutoModelForCausalLM.from_pretrained(
+    loader = auto_class(base.config, architecture=type(base).__name__)
+    again, info = loader.from_pretrained(
         folder, dtype=base.config.dtype, device_map={"": device}, output_loading_info=True, **extra
     )
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):

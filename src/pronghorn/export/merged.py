@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from pronghorn.engine import base_causal_lm
+from pronghorn.engine import auto_class, base_causal_lm
 from pronghorn.errors import PackageMissing, UnknownArgument, nearest
 from pronghorn.export.adapter import not_the_base, save_adapter
 from pronghorn.export.checkpoint_gate import check_checkpoint
@@ -159,12 +159,13 @@ def _write_weights(entries: Sequence[Entry], folder: Path, shard_bytes: int) -> 
 
 def _write_4bit(model: Any, plan: Plan, folder: Path, shard_bytes: int) -> None:
     """Merge to the disk, load that quantised with stock Transformers, save it."""
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import BitsAndBytesConfig
 
     dtype = _main_dtype(plan)
     with tempfile.TemporaryDirectory(prefix=f"{folder.name}.", dir=folder.parent) as between:
         write_checkpoint(model, plan, Path(between), shard_bytes)
-        quantised = AutoModelForCausalLM.from_pretrained(
+        base = base_causal_lm(model)
+        quantised = auto_class(base.config, architecture=type(base).__name__).from_pretrained(
             between,
             dtype=dtype,
             device_map={"": place_for_second(model, 0.75) or torch.device("cpu")},

@@ -53,15 +53,32 @@ GEMMA2 = DecoderFamily(
     activation="hidden_activation",
     unsupported=_attends_both_ways,
 )
+_GEMMA3_PARTS = LayerParts(q_norm="q_norm", k_norm="k_norm", **_OUTPUT_NORMS)
 GEMMA3 = DecoderFamily(
     name="Gemma 3",
     model_types=("gemma3_text",),
     prefix="Gemma3",
     decoder="Gemma3TextModel",
-    parts=LayerParts(q_norm="q_norm", k_norm="k_norm", **_OUTPUT_NORMS),
+    parts=_GEMMA3_PARTS,
     window=window_by_layer_type,
     rotation=_rotation_by_layer_type,
     scales=_final_cap,
+    norm_offset=1.0,
+    activation="hidden_activation",
+    unsupported=_attends_both_ways,
+)
+GEMMA3_VISION = DecoderFamily(
+    name="Gemma 3 (images)",
+    model_types=("gemma3",),
+    prefix="Gemma3",
+    decoder="Gemma3TextModel",
+    # Its head caps no logits, whatever the config says.
+    causal_lm="Gemma3ForConditionalGeneration",
+    path="model.language_model",
+    image_blocks=True,
+    parts=_GEMMA3_PARTS,
+    window=window_by_layer_type,
+    rotation=_rotation_by_layer_type,
     norm_offset=1.0,
     activation="hidden_activation",
     unsupported=_attends_both_ways,

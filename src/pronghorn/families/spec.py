@@ -176,6 +176,10 @@ class DecoderFamily:
             `{prefix}ForCausalLM`, `{prefix}Model`, `{prefix}DecoderLayer`, `{prefix}Attention`, `{prefix}MLP`,
             `{prefix}RMSNorm` and `{prefix}RotaryEmbedding`.
         decoder: the class of the decoder where it is not `{prefix}Model`.
+        causal_lm: the class of the whole model where it is not `{prefix}ForCausalLM`.
+        mlp_class: the class of a layer's MLP where it is not `{prefix}MLP`.
+        path: where the decoder is in the whole model; between them may stand a module that puts images among tokens.
+        image_blocks: tokens of an image see one another both ways.
         parts: where things are in a layer. `parts_of`: the same by config, where that decides it.
         mlp: by config and layer which kind of MLP a layer has, a key of `engine.forward.MLP_BLOCKS`.
         mixture: where things are in its layers with a mixture of experts, where it has such.
@@ -192,6 +196,10 @@ class DecoderFamily:
     model_types: tuple[str, ...]
     prefix: str
     decoder: str = ""
+    causal_lm: str = ""
+    mlp_class: str = ""
+    path: str = "model"
+    image_blocks: bool = False
     parts: LayerParts = field(default_factory=LayerParts)
     parts_of: Callable[[Any], LayerParts] | None = None
     mlp: Callable[[Any, int], str] = gated_mlp
@@ -206,6 +214,11 @@ class DecoderFamily:
     def for_config(self, config: Any) -> DecoderFamily:
         """The family with the `parts` of a config's models."""
         return self if self.parts_of is None else replace(self, parts=self.parts_of(config))
+
+    @property
+    def reads_images(self) -> bool:
+        """Whether the decoder is the text part of a model for images and text."""
+        return self.path != "model"
 
 
 #: a config's name of its activation -> the activation's name in `kernels.glu`

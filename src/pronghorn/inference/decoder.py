@@ -68,7 +68,7 @@ class Decoder:
         self.dtype = compute_dtype(
             self.binding, torch.empty(0, dtype=self.residual_dtype, device=self.device)
         )
-        self.scales = self.binding.family.scales(self.base.config)
+        self.scales = self.binding.scales
         self.activation = self.binding.activation
         self.vocabulary = int(self.base.lm_head.weight.shape[0])
         self._watched: list[nn.Module] = []
@@ -84,7 +84,7 @@ class Decoder:
         """
         if self._signature and _signature(self._watched) == self._signature:
             return False
-        refusal = why_not(self.base, self.binding, self.positions)
+        refusal = why_not(self.binding, self.positions)
         if refusal is not None:
             raise _refused(refusal)
         tuners = [m for m in self.base.modules() if "base_layer" in m._modules]
@@ -97,8 +97,8 @@ class Decoder:
         self.adapters = () if self.merged else tuple(sorted(names))
         if self.only_active:
             self.adapters = tuple(name for name in self.adapters if name == self.active)
-        self.layers = [self._layer(layer) for layer in self.base.model.layers]
-        self.norm = read_norm(self.base.model.norm, self.binding.family.norm_offset)
+        self.layers = [self._layer(layer) for layer in self.binding.layers]
+        self.norm = read_norm(self.binding.decoder.norm, self.binding.family.norm_offset)
         self.head = self._group([self.base.lm_head], self.residual_dtype)
         # Taken now: weights of a group may have moved next to each other.
         self._watched = _watched(self.base)
@@ -116,7 +116,7 @@ class Decoder:
 
     def _layer(self, layer: Any) -> Layer:
         binding, family = self.binding, self.binding.family
-        parts, config, index = family.parts, self.base.config, binding.layer_index(layer)
+        parts, config, index = family.parts, binding.config, binding.layer_index(layer)
         attention = getattr(layer, parts.attention)
         groups = {
             slot: self._group([getattr(getattr(layer, parent), name) for name in names], self.dtype)
@@ -168,14 +168,14 @@ class Decoder:
     def _rotations(self) -> dict[str | None, Rotation]:
         positions = torch.arange(self.positions, device=self.device)
         like = torch.empty(1, 1, dtype=self.residual_dtype, device=self.device)
-        angles = angles_of(self.binding, self.base.model, like, positions)
+        angles = angles_of(self.binding, self.binding.decoder, like, positions)
         return {kind: Rotation(cos.contiguous(), sin.contiguous()) for kind, (cos, sin) in angles.items()}
 
 
-def why_not(base: Any, binding: Binding, positions: int) -> str | None:
+def why_not(binding: Binding, positions: int) -> str | None:
     """Why only Transformers' own code can run a bound model in contexts of so many tokens; None where it need not."""
-    config, family = base.config, binding.family
-    altered = altered_part(base.model, family.parts)
+    config, family = binding.config, binding.family
+    altered = altered_part(binding.decoder, family.parts)
     if altered is not None:
         return altered
     kinds = {family.mlp(config, binding.layer_index(layer)) for layer in binding.layers}

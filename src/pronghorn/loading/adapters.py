@@ -26,6 +26,7 @@ from pronghorn.loading.checkpoint import check_safetensors, read_header
 from pronghorn.loading.experts import ALL_LINEAR, shown_as_plain, with_experts
 from pronghorn.loading.fp8 import know_stored
 from pronghorn.loading.source import ADAPTER_CONFIG, Source, read_json
+from pronghorn.loading.towers import language_linears, language_path, language_targets
 
 logger = logging.getLogger("pronghorn")
 
@@ -75,6 +76,7 @@ def add_adapter(model: Any, random_state: int, revision: str | None = None, **se
         model, targets, settings.get("modules_to_save"), alone=not parameters
     )
     _check_numbers(model, settings)
+    _keep_to_language_model(model, settings)
     settings.setdefault("task_type", TaskType.CAUSAL_LM)
     try:
         config = LoraConfig(**{name: value for name, value in settings.items() if value is not None})
@@ -84,6 +86,17 @@ def add_adapter(model: Any, random_state: int, revision: str | None = None, **se
             return get_peft_model(model, config, revision=revision)
     except (ValueError, TypeError, NotImplementedError, ImportError) as error:
         raise AdapterProblem(f"PEFT refuses these settings: {' '.join(str(error).split())[:400]}") from error
+
+
+def _keep_to_language_model(model: Any, settings: dict[str, Any]) -> None:
+    """Names of modules mean those of the language model where another part of the model may have some of that name; a
+    regular expression stays what it is."""
+    path, targets = language_path(model), settings["target_modules"]
+    if path is None or (isinstance(targets, str) and targets != ALL_LINEAR):
+        return
+    names = language_linears(model, path) if isinstance(targets, str) else targets
+    settings["target_modules"] = language_targets(path, names, settings.pop("layers_to_transform", None))
+    settings.pop("layers_pattern", None)
 
 
 def has_adapter(model: Any) -> bool:
@@ -212,7 +225,7 @@ def _check_numbers(model: Any, settings: dict[str, Any]) -> None:
     if not isinstance(dropout, int | float) or not 0.0 <= dropout < 1.0:
         raise UnknownArgument(f"lora_dropout={dropout!r} is no probability below 1", fix="use 0.0 to 0.99")
     chosen = settings.get("layers_to_transform")
-    count = base_causal_lm(model).config.num_hidden_layers
+    count = base_causal_lm(model).config.get_text_config().num_hidden_layers
     for index in [chosen] if isinstance(chosen, int) else list(chosen or []):
         if not 0 <= index < count:
             raise TargetModuleNotFound(

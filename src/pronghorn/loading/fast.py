@@ -12,9 +12,16 @@ import torch
 
 from pronghorn.blocks.levels import check_level
 from pronghorn.engine import AUTO, base_causal_lm, bind
+from pronghorn.errors import UnsupportedCheckpoint
 from pronghorn.hardware import probe
 from pronghorn.kernels.attention import check_name
-from pronghorn.loading.adapters import DEFAULT_TARGETS, add_adapter, load_adapter, lora_config_fields
+from pronghorn.loading.adapters import (
+    ALL_LINEAR,
+    DEFAULT_TARGETS,
+    add_adapter,
+    load_adapter,
+    lora_config_fields,
+)
 from pronghorn.loading.arguments import (
     NO_EFFECT_ON_ADAPTERS,
     NO_EFFECT_ON_LOADING,
@@ -26,11 +33,18 @@ from pronghorn.loading.arguments import (
 from pronghorn.loading.fp8 import choose_fp8
 from pronghorn.loading.hub import download
 from pronghorn.loading.int8 import choose_int8
-from pronghorn.loading.model import Options, check_model, load_model
+from pronghorn.loading.model import Options, check_model, load_model, reads_images
 from pronghorn.loading.precision import choose_bits, choose_dtype
 from pronghorn.loading.saving import add_save_methods
 from pronghorn.loading.source import Source, base_of_adapter, locate
-from pronghorn.loading.tokenizer import has_tokenizer, load_tokenizer, set_pad_token
+from pronghorn.loading.tokenizer import (
+    has_processor,
+    has_tokenizer,
+    load_processor,
+    load_tokenizer,
+    set_pad_token,
+)
+from pronghorn.loading.towers import tower_targets
 
 logger = logging.getLogger("pronghorn")
 
@@ -106,6 +120,7 @@ class FastLanguageModel:
         int8_skip_layers: int = 0,
         int8_modules: Iterable[str] | None = None,
         int8_copies: int = 2,
+        images: bool | None = False,
         **kwargs: Any,
     ) -> tuple[Any, Any]:
         """Load a model and its tokenizer, with the fast path bound.
@@ -140,6 +155,8 @@ class FastLanguageModel:
             int8_modules: names of the linear layers to choose; None is all in the decoder layers (never the head), over
                 4 bits all but those of queries and keys.
             int8_copies: 2 stores codes for both directions; 1 takes half the memory and a few per cent more time.
+            images: True loads a model that reads images with its processor in the tokenizer's place, as
+                `FastVisionModel` does; None does so where the checkpoint has one, as `FastModel` does.
             kwargs: arguments of older scripts without effect here.
 
         Returns:
@@ -189,6 +206,7 @@ class FastLanguageModel:
             attn_implementation=attn_implementation,
             fp8=fp8,
             int8=int8,
+            images=images,
         )
         named = locate(model_name, gguf_file=gguf_file, revision=revision)
         logger.info("pronghorn: %s in %s", named.name, chosen)
@@ -279,7 +297,7 @@ class FastLanguageModel:
     @staticmethod
     def for_inference(model: Any) -> Any:
         """Evaluation mode with the KV cache on; `model.generate` runs on the inference engine. Returns the model."""
-        base_causal_lm(model).config.use_cache = True
+        base_causal_lm(model).config.get_text_config().use_cache = True
         # By name: answering stands above loading, which knows nothing of it until somebody asks for it here.
         import_module("pronghorn.inference.model_generate").use_engine(model)
         return model.eval()
@@ -294,8 +312,77 @@ class FastLanguageModel:
         return model.train()
 
 
-#: Unsloth's name for the class that loads any model.
-FastModel = FastLanguageModel
+class FastModel(FastLanguageModel):
+    """Unsloth's name for the class that loads any model: one that reads images comes with its processor."""
+
+    @staticmethod
+    def from_pretrained(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        """As `FastLanguageModel.from_pretrained`."""
+        return FastLanguageModel.from_pretrained(*args, **{"images": None, **kwargs})
+
+
+class FastVisionModel(FastLanguageModel):
+    """Models for images and text: their language model trains on the fast path, the vision tower as Transformers runs
+    it."""
+
+    @staticmethod
+    def from_pretrained(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        """As `FastLanguageModel.from_pretrained`.
+
+        Returns:
+            (model, processor).
+        """
+        return FastLanguageModel.from_pretrained(*args, **{"images": True, **kwargs})
+
+    @staticmethod
+    def get_peft_model(
+        model: Any,
+        *args: Any,
+        finetune_vision_layers: bool = False,
+        finetune_language_layers: bool = True,
+        finetune_attention_modules: bool = True,
+        finetune_mlp_modules: bool = True,
+        **kwargs: Any,
+    ) -> Any:
+        """As `FastLanguageModel.get_peft_model`, whose `target_modules` goes before the four switches.
+
+        Args:
+            finetune_vision_layers: adapters on the vision tower, too, which then keeps what its backward needs.
+            finetune_language_layers: adapters on the language model.
+            finetune_attention_modules, finetune_mlp_modules: on which linear layers of either.
+        """
+        if len(args) < 2 and kwargs.get("target_modules") in (None, ALL_LINEAR):
+            targets = tower_targets(
+                model,
+                vision=finetune_vision_layers,
+                language=finetune_language_layers,
+                attention=finetune_attention_modules,
+                mlp=finetune_mlp_modules,
+                layers=kwargs.get("layers_to_transform"),
+            )
+            if targets is not None:
+                kwargs["target_modules"] = targets
+            if isinstance(targets, str):  # in which the numbers of the layers stand already
+                kwargs["layers_to_transform"] = None
+        return FastLanguageModel.get_peft_model(model, *args, **kwargs)
+
+
+def _tokenizer_or_processor(here: Source, base: Source, config: Any, options: Options) -> Any:
+    """The adapter's own (`here`) where it has one, else the base model's.
+
+    Raises:
+        UnsupportedCheckpoint: a processor was asked for, and the model reads no images.
+    """
+    images, trusted = options.images, options.trust_remote_code
+    if images and not reads_images(config):
+        raise UnsupportedCheckpoint(
+            f"the model ({config.model_type}) reads no images",
+            where=base.name,
+            fix="load it with FastLanguageModel",
+        )
+    if images or (images is None and reads_images(config) and (has_processor(here) or has_processor(base))):
+        return load_processor(here if has_processor(here) else base, trust_remote_code=trusted)
+    return load_tokenizer(here if has_tokenizer(here) else base, trust_remote_code=trusted)
 
 
 def load_named(
@@ -314,11 +401,11 @@ def load_named(
     base_named = base_of_adapter(here) if here.kind == "adapter" else named
     base_here = on_disk(base_named, token, trusted) if here.kind == "adapter" else here
     config = check_model(base_here, trusted)
-    tokenizer = load_tokenizer(here if has_tokenizer(here) else base_here, trust_remote_code=trusted)
+    tokenizer = _tokenizer_or_processor(here, base_here, config, options)
     model = load_model(base_here, config, options, hardware)
     _remember(model, base_named, max_seq_length, options.rope_scaling)
     if fix_tokenizer:
-        set_pad_token(tokenizer, model)
+        set_pad_token(getattr(tokenizer, "tokenizer", tokenizer), model)
     if full_finetuning and here.kind != "adapter":
         model.requires_grad_(True)
     if here.kind == "adapter":
@@ -342,6 +429,7 @@ def _remember(model: Any, source: Source, max_seq_length: int | None, rope_scali
 
 def _longest(config: Any, asked: int | None, rope_scaling: Any) -> int | None:
     """The longest row: as asked for, but within the table of a model that looks its positions up in one."""
+    config = config.get_text_config()
     limit: int | None = getattr(config, "max_position_embeddings", None)
     if not (limit and asked and asked > limit):
         return asked or limit

@@ -194,6 +194,9 @@ def decoder_layers(model: Any) -> nn.ModuleList:
     Raises:
         UnknownArgument: when it has none of the expected length.
     """
+    family = family_of(model.config.model_type)
+    if family is not None and family.reads_images:
+        return model.get_submodule(family.path).layers
     count = getattr(model.config, "num_hidden_layers", None)
     for module in model.modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from pronghorn.engine import auto_class
 from pronghorn.errors import (
     CheckpointCorrupt,
     PackageMissing,
@@ -31,7 +32,7 @@ from pronghorn.weights import keep_four_bit_layout
 logger = logging.getLogger("pronghorn")
 
 #: weights of the decoder's layers; older checkpoints also hold their rotary frequencies
-_OF_LAYERS = re.compile(r"(model\.)?layers\.\d+\.(?!.*inv_freq$)")
+_OF_LAYERS = re.compile(r"(model\.)?(language_model\.)?layers\.\d+\.(?!.*inv_freq$)")
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,8 @@ class Options:
     fp8: Fp8Options | None = None
     int8: Int8Options | None = None
     headless: bool = False
+    #: a model that reads images is to be loaded with the part that does, where Transformers has both; None: with either
+    images: bool | None = False
 
 
 def check_model(source: Source, trust_remote_code: bool) -> Any:
@@ -81,9 +84,11 @@ def load_model(source: Source, config: Any, options: Options, hardware: Hardware
         UnsupportedCheckpoint: for an architecture without a causal language model.
     """
     if options.rope_scaling:
-        scale_rope(config, options.rope_scaling)
+        scale_rope(config.get_text_config(), options.rope_scaling)
     bits = _settle_bits(source, config, options)
-    extra: dict[str, Any] = {"quantization_config": _quantisation(source, options, bits)}
+    extra: dict[str, Any] = {
+        "quantization_config": _quantisation(source, options, bits, reads_images(config))
+    }
     extra |= {"gguf_file": source.gguf_file} if source.gguf_file else {"use_safetensors": True}
     implementation = options.attn_implementation or _attention_that_caps(config)
     if implementation:
@@ -94,7 +99,7 @@ def load_model(source: Source, config: Any, options: Options, hardware: Hardware
     with_experts = bits == 4 and mixture_of(config) is not None
     if (replaced and not _is_four_bit(config, bits)) or with_experts:
         device_map, stream_to = _by_way_of_cpu(device_map, bits)
-    auto, arguments = _auto_class(config, options.headless)
+    auto, arguments = _auto_class(config, options)
     extra |= arguments
     try:
         model, info = auto.from_pretrained(
@@ -121,13 +126,13 @@ def load_model(source: Source, config: Any, options: Options, hardware: Hardware
     return model
 
 
-def _auto_class(config: Any, headless: bool) -> tuple[Any, dict[str, Any]]:
+def _auto_class(config: Any, options: Options) -> tuple[Any, dict[str, Any]]:
     """Transformers' class that loads it, and arguments of the model's own class. BERT's pooler is left out: checkpoints
     of masked language models have none, and no pooling of ours reads it."""
-    from transformers import AutoModel, AutoModelForCausalLM
+    from transformers import AutoModel
 
-    if not headless:
-        return AutoModelForCausalLM, {}
+    if not options.headless:
+        return auto_class(config, images=options.images is not False), {}
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedCheckpoint(
             f"'{config.model_type}' models have an encoder and a decoder; one alone is taken here",
@@ -136,6 +141,11 @@ def _auto_class(config: Any, headless: bool) -> tuple[Any, dict[str, Any]]:
     own = AutoModel._model_mapping.get(type(config), None)
     pools = own is not None and "add_pooling_layer" in inspect.signature(own.__init__).parameters
     return AutoModel, {"add_pooling_layer": False} if pools else {}
+
+
+def reads_images(config: Any) -> bool:
+    """Whether a model's configuration has a part for images."""
+    return getattr(config, "vision_config", None) is not None
 
 
 def _attention_that_caps(config: Any) -> str | None:
@@ -164,11 +174,15 @@ def _by_way_of_cpu(device_map: Any, bits: int) -> tuple[Any, torch.device | None
     return ({"": "cpu"} if bits == 4 else None), device
 
 
-def _quantisation(source: Source, options: Options, bits: int) -> Any:
+def _quantisation(source: Source, options: Options, bits: int, images: bool) -> Any:
     """bitsandbytes' config where weights are quantised on loading; for GGUF, dense weights that can be trained."""
     if source.gguf_file is None:
         return quantisation(
-            bits, options.dtype, quant_type=options.quant_type, double_quant=options.double_quant
+            bits,
+            options.dtype,
+            quant_type=options.quant_type,
+            double_quant=options.double_quant,
+            images=images,
         )
     from transformers import GgufConfig
 

@@ -83,10 +83,19 @@ def choose_bits(
     return 4, "the default on a CUDA GPU"
 
 
-def quantisation(bits: int, dtype: torch.dtype, *, quant_type: str, double_quant: bool) -> Any:
+#: What stays unquantised of a model that reads images: its head, and the parts that see.
+_UNQUANTISED = (
+    "lm_head", "model.visual", "model.vision_tower", "model.vision_model", "model.multi_modal_projector",
+    "model.connector",
+)  # fmt: skip
+
+
+def quantisation(
+    bits: int, dtype: torch.dtype, *, quant_type: str, double_quant: bool, images: bool = False
+) -> Any:
     """Transformers' config for bitsandbytes at 4 or 8 bits, None at 16.
 
-    lm_head stays unquantised, as in every bitsandbytes checkpoint.
+    lm_head stays unquantised, as in every bitsandbytes checkpoint, and so does a vision tower.
 
     Raises:
         UnknownArgument: for a 4-bit type other than nf4 and fp4.
@@ -95,8 +104,9 @@ def quantisation(bits: int, dtype: torch.dtype, *, quant_type: str, double_quant
 
     if bits == 16:
         return None
+    skipped = list(_UNQUANTISED) if images else None
     if bits == 8:
-        return BitsAndBytesConfig(load_in_8bit=True)
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
     if quant_type not in ("nf4", "fp4"):
         raise UnknownArgument(f"bnb_4bit_quant_type='{quant_type}' does not exist", fix="use nf4 or fp4")
     return BitsAndBytesConfig(
@@ -104,4 +114,5 @@ def quantisation(bits: int, dtype: torch.dtype, *, quant_type: str, double_quant
         bnb_4bit_quant_type=quant_type,
         bnb_4bit_use_double_quant=double_quant,
         bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=skipped,
     )

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import re
+from importlib.util import find_spec
 from typing import Any
 
-from pronghorn.errors import TokenizerProblem
+from pronghorn.errors import PackageMissing, TokenizerProblem
 from pronghorn.loading.source import Source
 
 logger = logging.getLogger("pronghorn")
@@ -62,6 +63,56 @@ def load_tokenizer(source: Source, *, trust_remote_code: bool = False) -> Any:
         ) from error
 
 
+def has_processor(source: Source) -> bool:
+    """Whether a local source says how images are made ready for the model."""
+    return any(
+        (source.path / name).is_file() for name in ("processor_config.json", "preprocessor_config.json")
+    )
+
+
+def load_processor(source: Source, *, trust_remote_code: bool = False) -> Any:
+    """The processor in a local folder: tokenizer and image processor in one.
+
+    Raises:
+        TokenizerProblem: when there is none, or it cannot be read.
+        PackageMissing: for a package that it needs.
+    """
+    from transformers import AutoProcessor
+
+    if not has_processor(source):
+        raise TokenizerProblem(
+            "the folder has no image processor (no processor_config.json or preprocessor_config.json)",
+            where=source.location,
+            fix="copy these files of the original model into it, or load it with FastLanguageModel to train on text",
+        )
+    try:
+        processor = AutoProcessor.from_pretrained(source.location, trust_remote_code=trust_remote_code)
+    except ImportError as error:
+        raise PackageMissing(
+            f"the image processor needs a package that is not installed: {' '.join(str(error).split())[:300]}",
+            where=source.name,
+            fix="pip install pillow torchvision",
+        ) from error
+    except Exception as error:  # as for tokenizers
+        missing = [name for name in ("PIL", "torchvision") if find_spec(name) is None]
+        raise TokenizerProblem(
+            f"the processor cannot be read: {type(error).__name__}: {' '.join(str(error).split())[:300]}",
+            where=source.name,
+            fix=f"install {' and '.join(missing)}, which some processors need"
+            if missing
+            else "download or save the model again",
+        ) from error
+    if getattr(processor, "image_processor", None) is None:
+        raise TokenizerProblem(
+            f"the model's processor ({type(processor).__name__}) reads no images",
+            where=source.name,
+            fix="load the model with FastLanguageModel",
+        )
+    if processor.tokenizer.chat_template is None:
+        processor.tokenizer.chat_template = getattr(processor, "chat_template", None)
+    return processor
+
+
 def set_pad_token(tokenizer: Any, model: Any) -> None:
     """Give the tokenizer a padding token that is not its EOS token, where the vocabulary has one to spare.
 
@@ -79,7 +130,7 @@ def set_pad_token(tokenizer: Any, model: Any) -> None:
         elif chosen is not None:
             logger.info("pronghorn: padding stays '%s', the EOS token: no token is to spare", chosen)
     if tokenizer.pad_token_id is not None:
-        model.config.pad_token_id = tokenizer.pad_token_id
+        model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
         if getattr(model, "generation_config", None) is not None:
             model.generation_config.pad_token_id = tokenizer.pad_token_id
     rows = model.get_input_embeddings().weight.shape[0]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+from functools import partial
 from typing import Any
 
 import trl
 from datasets import Dataset
 from transformers import DataCollatorForSeq2Seq
 
+from pronghorn.data.images import has_images
 from pronghorn.errors import DatasetUnusable, RowInvalid
 
 logger = logging.getLogger("pronghorn")
@@ -59,7 +61,20 @@ def _from_list(rows: list[Any]) -> Dataset:
                 where=f"row {index}",
                 fix='give rows such as {"text": ...}',
             )
-    return Dataset.from_list(rows)
+    return _held(rows) if any(map(has_images, rows)) else Dataset.from_list(rows)
+
+
+def _held(rows: list[dict[str, Any]]) -> Dataset:
+    """Rows that stay the objects they are: a table would keep a copy of each image, and has no type for some parts."""
+    numbers = Dataset.from_dict({"row": list(range(len(rows)))})
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    return numbers.with_transform(partial(_rows_of, rows, columns))
+
+
+def _rows_of(
+    rows: list[dict[str, Any]], columns: list[str], batch: dict[str, list[int]]
+) -> dict[str, list[Any]]:
+    return {name: [rows[number].get(name) for number in batch["row"]] for name in columns}
 
 
 def usable_collator(collator: Any, packing: bool) -> Any:

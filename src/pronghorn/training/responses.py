@@ -10,6 +10,7 @@ from datasets import Dataset
 
 from pronghorn.data.answers import AnswerFinder, answer_finder
 from pronghorn.data.rows import IGNORED, supervised
+from pronghorn.data.vision import VisionDataCollator
 from pronghorn.errors import NothingSupervised
 
 #: Ways in which one marker may be tokenised.
@@ -70,6 +71,8 @@ def train_on_responses_only(
 ) -> Any:
     """Mask everything but the responses in a trainer's data; returns the trainer.
 
+    Rows with images are masked when a batch is made of them.
+
     Args:
         instruction_part: text that begins an instruction, such as ``"<|im_start|>user\\n"``, with response_part. None
             takes what the assistant writes according to the tokenizer's chat template: from the end of the
@@ -98,6 +101,9 @@ def train_on_responses_only(
         )
     if return_function:
         return mask
+    if isinstance(trainer.data_collator, VisionDataCollator):
+        trainer.data_collator.find_answers = mask.responses
+        return trainer
     trainer.train_dataset = _masked(trainer.train_dataset, mask, num_proc, "train")
     evaluation = trainer.eval_dataset
     if isinstance(evaluation, dict):

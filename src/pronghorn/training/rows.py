@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import logging
 from collections.abc import Iterator, Sequence
@@ -13,6 +14,7 @@ import trl
 from pronghorn.data.collator import Collator
 from pronghorn.data.prepare import Preparation, prepare_dataset
 from pronghorn.data.rows import RowFormat, RowRenderer, row_kind
+from pronghorn.data.vision import VisionDataCollator
 from pronghorn.training.given import as_dataset
 from pronghorn.training.setup import is_bound, takes_flat_batches
 
@@ -99,6 +101,9 @@ class RowsTrainer(trl.SFTTrainer):
         collator = self.data_collator
         if isinstance(collator, Collator) and collator.flat:
             self.data_collator = dataclasses.replace(collator, **changes)
+        elif isinstance(collator, VisionDataCollator):
+            self.data_collator = copy.copy(collator)
+            self.data_collator.__dict__.update(changes)
         try:
             yield
         finally:

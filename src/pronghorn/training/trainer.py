@@ -37,6 +37,7 @@ from pronghorn.training.setup import (
     vocabulary_of,
 )
 from pronghorn.training.steps import StaticSteps
+from pronghorn.training.vision import vision_collator
 
 logger = logging.getLogger("pronghorn")
 
@@ -105,6 +106,7 @@ class SFTTrainer(SafeTrainer, RowsTrainer):
         self._parameter_count: int | None = None
         self._given_train = train_dataset = training_rows(train_dataset)
         checkpointing = args.gradient_checkpointing or getattr(args, "activation_checkpointing", False)
+        data_collator = vision_collator(model, args, data_collator, processing_class, train_dataset)
         custom_collator = usable_collator(data_collator, args.packing)
         self._own_batches = custom_collator is None
         loaded_here = isinstance(model, str)

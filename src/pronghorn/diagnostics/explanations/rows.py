@@ -125,6 +125,18 @@ EXPLANATIONS: dict[str, Explanation] = {
             "换一个输出文件，或删除旧文件重新开始。",
         ),
     ),
+    "PH313": Explanation(
+        cause="The file is damaged or no picture, the path is wrong from where training runs, an address does not "
+        "answer, or Pillow cannot read the format.",
+        fix="Check the path of the row that is named, or leave the row out.",
+        example="[PH313] an image cannot be opened: 'photos/17.png': No such file or directory (row 2 of the batch). "
+        "Fix: check the path or the file; leave the row out where the picture is damaged",
+        zh=(
+            "数据行中的图像无法打开。",
+            "文件损坏或不是图像，从训练所在的位置看路径不对，地址没有响应，或 Pillow 不能读取该格式。",
+            "检查报错中指出的行的路径，或略去该行。",
+        ),
+    ),
     "PH320": Explanation(
         cause="A row has no text or no codes, codes of another codec (their number of codebooks or their range), "
         "floating-point numbers, or a .npy file that is not there.",
@@ -205,7 +217,7 @@ EXPLANATIONS: dict[str, Explanation] = {
         ),
     ),
     "PH406": Explanation(
-        cause="The rows hold images, a method is not built here, or `import unsloth` ran before "
+        cause="A method is not built here, or `import unsloth` ran before "
         "`import pronghorn.compat.unsloth` and has changed Transformers and TRL for the whole process.",
         fix="Do what the message names; in a notebook restart the kernel and import pronghorn.compat.unsloth "
         "in the first cell.",
@@ -213,7 +225,7 @@ EXPLANATIONS: dict[str, Explanation] = {
         "anything imports it",
         zh=(
             "以替身方式运行的脚本要求了本库不做的事，或 Unsloth 本身已经载入。",
-            "数据行中有图像、某个方法尚未实现，或在 import pronghorn.compat.unsloth 之前已运行 import "
+            "某个方法尚未实现，或在 import pronghorn.compat.unsloth 之前已运行 import "
             "unsloth，它已为整个进程修改了 Transformers 和 TRL。",
             "按报错的提示修改；在 notebook 中重启内核，并在第一个单元格导入 pronghorn.compat.unsloth。",
         ),

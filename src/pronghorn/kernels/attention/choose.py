@@ -27,12 +27,12 @@ class Wishes:
     window: bool
     softcap: bool
     sinks: bool
-    prefix: bool
+    both_ways: bool
 
     @property
     def beyond_packed(self) -> str | None:
         """What packed kernels cannot do; sinks are put on top of any kernel's statistics."""
-        return "softcap" if self.softcap else "prefix mask" if self.prefix else None
+        return "softcap" if self.softcap else "tokens that see what follows them" if self.both_ways else None
 
 
 @lru_cache(maxsize=256)
@@ -44,19 +44,20 @@ def choose_backend(
     window: bool = False,
     softcap: bool = False,
     sinks: bool = False,
-    prefix: bool = False,
+    both_ways: bool = False,
     wanted: str | None = None,
 ) -> tuple[str, str]:
     """The fastest implementation for a device, dtype, head size and kind of attention, and the reason.
 
     Args:
-        window, softcap, sinks, prefix: what the model asks for besides causal attention inside documents.
+        window, softcap, sinks, both_ways: what the model asks for besides causal attention inside documents
+            (`both_ways`: `Documents.seen_to`).
         wanted: a name of `BACKENDS` to use, whatever is fastest.
 
     Raises:
         AttentionUnavailable: `wanted` is no implementation, or not one for this case.
     """
-    wishes = Wishes(window, softcap, sinks, prefix)
+    wishes = Wishes(window, softcap, sinks, both_ways)
     if wanted is not None:
         return _checked(wanted, device, dtype, head_dim, wishes)
     refusal = None

@@ -25,14 +25,15 @@ class Documents:
             static number of documents ends in empty ones.
         max_seqlen: the longest document, in tokens, or more.
         lengths: the same lengths on the host, where they are known without a device synchronisation.
-        prefix: int32 [documents], how many first tokens of each document see one another both ways (a prompt, say);
-            None: plain causal attention.
+        seen_to: int32 [tokens], the place in the stream from which each token sees nothing more: at least the one after
+            it, and never less than that of the token before (tokens of an image, say, see to its end). None: plain
+            causal attention.
     """
 
     cu_seqlens: Tensor
     max_seqlen: int
     lengths: tuple[int, ...] | None = None
-    prefix: Tensor | None = None
+    seen_to: Tensor | None = None
     _derived: dict[object, object] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def host_lengths(self) -> tuple[int, ...]:
@@ -125,16 +126,16 @@ class Run:
         return self.rows(x).transpose(1, 2)
 
     def allowed(self, docs: Documents, window: int | None) -> Tensor | None:
-        """Boolean mask [length, length], or [count, 1, length, length] with prefixes; None where plain causal."""
+        """Boolean mask [length, length], or [count, 1, length, length] by `seen_to`; None where plain causal."""
         narrow = window is not None and window < self.length
-        if not narrow and docs.prefix is None:
+        if not narrow and docs.seen_to is None:
             return None
         position = torch.arange(self.length, device=docs.cu_seqlens.device)
         distance = position[:, None] - position[None, :]
         allowed = distance >= 0
-        if docs.prefix is not None:
-            prefix = docs.prefix[self.first : self.first + self.count].view(-1, 1, 1, 1)
-            allowed = allowed | (position < prefix)
+        if docs.seen_to is not None:
+            key = self.rows(torch.arange(docs.seen_to.shape[0], device=position.device))
+            allowed = key[:, None, None, :] < self.rows(docs.seen_to)[:, None, :, None]
         return allowed & (distance < window) if narrow else allowed
 
 

@@ -1,4 +1,4 @@
-"""FlexAttention, compiled: softcap and bidirectional prefixes on a packed stream. Ampere and newer.
+"""FlexAttention, compiled: softcap and tokens that see what follows them, on a packed stream. Ampere and newer.
 
 Which blocks of the [T, T] mask hold anything follows from each block's first and last document, so the block mask is
 made on the device in (T / 128)² steps, without the host waiting and without a [T, T] mask.
@@ -42,7 +42,7 @@ class Kind:
     scale: float
     window: int | None
     softcap: float | None
-    prefix: bool
+    both_ways: bool
 
 
 class Programs:
@@ -124,7 +124,7 @@ def _kind(q: Tensor, k: Tensor, docs: Documents, call: AttentionCall) -> Kind:
         scale=call.scale,
         window=call.window,
         softcap=call.softcap,
-        prefix=docs.prefix is not None,
+        both_ways=docs.seen_to is not None,
     )
 
 
@@ -168,7 +168,7 @@ def _arguments(kind: Kind, inputs: list[Tensor], docs: Documents) -> list[Tensor
         mask.kv_num_blocks, mask.kv_indices, mask.full_kv_num_blocks, mask.full_kv_indices,
         mask.q_num_blocks, mask.q_indices, mask.full_q_num_blocks, mask.full_q_indices,
     ]  # fmt: skip
-    per_token = [docs.document_of_token(tokens), _seen_to(docs, tokens)]
+    per_token = [docs.document_of_token(tokens), docs.seen_to]
     for x in (*inputs, *lists):
         torch._dynamo.maybe_mark_dynamic(x, 2)
     for x in lists[1::2]:
@@ -226,23 +226,11 @@ def _cap(softcap: float) -> Callable[..., Tensor]:
     return cap
 
 
-def _seen_to(docs: Documents, tokens: int) -> Tensor | None:
-    """int32 [tokens]: the end of each token's document's prefix, as a position in the stream."""
-    prefix = docs.prefix
-    if prefix is None:
-        return None
-    return docs.derive(
-        ("seen_to", tokens), lambda: (docs.cu_seqlens[:-1] + prefix)[docs.document_of_token(tokens)]
-    )
-
-
 def _mask(document: Tensor, seen_to: Tensor | None, window: int | None) -> MaskMod:
     """Which keys a query sees."""
 
     def allowed(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        seen = query >= key
-        if seen_to is not None:
-            seen = seen | (key < seen_to[query])
+        seen = query >= key if seen_to is None else key < seen_to[query]
         if window is not None:
             seen = seen & (query - key < window)
         return seen & (document[query] == document[key])
@@ -253,7 +241,7 @@ def _mask(document: Tensor, seen_to: Tensor | None, window: int | None) -> MaskM
 def block_mask(docs: Documents, tokens: int, window: int | None) -> BlockMask:
     """The mask of a stream in blocks of 128 x 128: none, in part (then `_mask` decides), or all of a block's pairs."""
     document = docs.document_of_token(tokens)
-    seen_to = _seen_to(docs, tokens)
+    seen_to = docs.seen_to
     blocks = -(-tokens // BLOCK)
     begin = torch.arange(blocks, device=document.device) * BLOCK
     end = (begin + BLOCK - 1).clamp(max=tokens - 1)
@@ -265,9 +253,9 @@ def block_mask(docs: Documents, tokens: int, window: int | None) -> BlockMask:
     before = begin[row] >= begin[column]
     below = begin[row] > begin[column]
     if seen_to is not None:
-        # Prefix ends grow with the document, so the block's last query of a document sees at least as far as any.
-        before = before | (begin[column] < seen_to[end][row])
-        below = below | (end[column] < seen_to[begin][row])
+        # No token sees less far than the one before it: the block's last query the farthest, its first the least.
+        before = begin[column] < seen_to[end][row]
+        below = end[column] < seen_to[begin][row]
     some, whole = some & before, one_document & below
     if window is not None:
         some = some & (begin[row] - end[column] < window)

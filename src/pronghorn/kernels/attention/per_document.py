@@ -67,8 +67,8 @@ def _tiles(run: Run, docs: Documents, call: AttentionCall, heads: int) -> Iterat
     for start in range(0, run.length, step):
         end = min(run.length, start + step)
         first = 0 if call.window is None else max(0, start - call.window + 1)
-        # Inside a prefix tokens see what comes after them.
-        yield _Tile(start, end, first, end if docs.prefix is None else run.length)
+        # Tokens may see what comes after them.
+        yield _Tile(start, end, first, end if docs.seen_to is None else run.length)
 
 
 def _short_runs(docs: Documents, heads: int) -> Iterator[Run]:
