@@ -11,7 +11,7 @@ from datasets import Dataset
 
 from pronghorn import FastLanguageModel, SFTConfig, SFTTrainer
 from pronghorn.errors import CodecMissing, SpeechRowInvalid, UnsupportedCheckpoint
-from pronghorn.speech import OrpheusLayout, generate_frames
+from pronghorn.speech import OrpheusLayout, generate_frames, orpheus
 from pronghorn.speech.codec import SnacCodec, read_wave, write_wave
 from pronghorn.speech.generate import GREEDY
 from pronghorn.speech.orpheus import frames_of_levels, levels_of_frames
@@ -163,6 +163,11 @@ class FakeSnac:
         return codes[0].float()[None] / 100
 
 
+@pytest.fixture(autouse=True)
+def no_codec_is_kept():
+    orpheus._default_codec.cache_clear()
+
+
 @pytest.fixture
 def snac(monkeypatch):
     monkeypatch.setitem(sys.modules, "snac", types.SimpleNamespace(SNAC=FakeSnac))
@@ -173,6 +178,7 @@ def test_audio_becomes_codes(snac, tokenizer, tmp_path):
     layout = OrpheusLayout.of(tokenizer)
     row = layout.row(tokenizer, {"text": "a", "audio": "a.wav"}, folder=tmp_path)
     levels = [list(range(2)), list(range(4)), list(range(8))]
+    assert orpheus._default_codec() is orpheus._default_codec()
     assert layout.frames(row["input_ids"]).tolist() == frames_of_levels(levels).tolist()
     assert SnacCodec().decode(levels) == pytest.approx([0, 0.01])
 

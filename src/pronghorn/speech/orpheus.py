@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -186,10 +187,16 @@ class OrpheusLayout:
                 raise SpeechRowInvalid(
                     "a row has neither codes nor audio", fix='give {"text": ..., "codes": ...}'
                 )
-            codes = (codec or SnacCodec()).encode(Path(named) if folder is None else folder / named)
+            codes = (codec or _default_codec()).encode(Path(named) if folder is None else folder / named)
         if isinstance(codes, list) and len(codes) == len(_PER_FRAME):
             codes = frames_of_levels(codes)
         return read_codes(codes, PLACES, self.codebook_size, folder)
+
+
+@lru_cache(maxsize=1)
+def _default_codec() -> SnacCodec:
+    """Loaded once, however many rows hold audio."""
+    return SnacCodec()
 
 
 def frames_of_levels(levels: Sequence[Sequence[int]]) -> np.ndarray:
