@@ -100,6 +100,23 @@ CONFIGS: dict[str, dict[str, Any]] = {
         },
         "tie_word_embeddings": True,
     },
+    "qwen3-30b-a3b": {
+        "model_type": "qwen3_moe",
+        "vocab_size": 151936,
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "moe_intermediate_size": 768,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": True,
+        "max_position_embeddings": 40960,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
+        "tie_word_embeddings": False,
+    },
     "smollm2-135m": {
         "model_type": "llama",
         "vocab_size": 49152,
@@ -129,6 +146,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": False,
     },
 }
+
+#: a quarter of the layers: 16 GB, where all of them take longer to write and to load than to time
+CONFIGS["qwen3-30b-a3b-12-layers"] = {**CONFIGS["qwen3-30b-a3b"], "num_hidden_layers": 12}
 
 #: written last: a checkpoint with this file is whole
 INDEX = "model.safetensors.index.json"

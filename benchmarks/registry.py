@@ -126,6 +126,8 @@ WORKLOADS = _by_name(
     Workload("qwen1.5b-mixed", "qwen2.5-1.5b", rows=16, length=1024, warmup=6, steps=40, lengths="mixed"),
     Workload("gemma2-2b-lora", "gemma-2-2b", rows=4, length=2048, warmup=6, steps=20),
     Workload("gemma3-4b-lora", "gemma-3-4b", rows=4, length=2048, warmup=6, steps=20),
+    Workload("qwen3moe-lora", "qwen3-30b-a3b-12-layers", rows=4, length=2048),
+    Workload("qwen3moe-qlora", "qwen3-30b-a3b-12-layers", rows=4, length=2048, four_bit=True),
     # Two rows four times a step is what Unsloth's notebooks train Alpaca with.
     Workload("alpaca", "llama-3.1-8b", 2, 2048, warmup=8, steps=25, lengths="alpaca", accumulation=4),
     Workload("alpaca-1.5b", "qwen2.5-1.5b", 2, 2048, warmup=8, steps=40, lengths="alpaca", accumulation=4),

@@ -18,8 +18,8 @@ LENGTHS, BLOCKS, BLOCK_TOKENS = (1, 70, 130), ((4,), (1, 5), (2, 0, 3)), 64
 
 
 def few_rows() -> str:
-    """A weight times few rows with norm, bias, an adapter a row and residual; gate and up with their activation; the
-    adapters' own products; and the same by codes of 4 bits."""
+    """A weight times one row with norm, bias, adapter and residual; gate and up with their activation; the products of
+    several rows' adapters; and a row by codes of 4 bits."""
     compared = Comparison()
     slots = torch.tensor([1, 0, 2], dtype=torch.int32, device=device())
     for dtype in dtypes():
@@ -38,16 +38,18 @@ def few_rows() -> str:
         both = normed @ torch.cat(weights).double().T
         found = rows_kernels.adapter_down(x, a, slots, norm)
         close(compared, "XA", found, xa, dtype)
-        given = RowShare(found, b, slots, (OUT,))
-        y = rows_kernels.matvec(x, weights[:1], norm=norm, bias=bias, share=given, residual=residual.clone())
-        close(compared, "Y", y, both[:, :OUT] + bias.double() + share + residual.double())
+        given, first = RowShare(found, b, slots, (OUT,)), RowShare(found[:1], b, slots[:1], (OUT,))
+        y = rows_kernels.matvec(
+            x[:1], weights[:1], norm=norm, bias=bias, share=first, residual=residual[:1].clone()
+        )
+        close(compared, "Y", y, both[:1, :OUT] + bias.double() + share[:1] + residual[:1].double())
         close(
             compared, "Y + LoRA", rows_kernels.adapter_up_(residual.clone(), given), residual.double() + share
         )
-        act = rows_kernels.matvec(x, weights, norm=norm, activation="silu")
-        close(compared, "act", act, torch.nn.functional.silu(both[:, :OUT]) * both[:, OUT:])
+        act = rows_kernels.matvec(x[:1], weights, norm=norm, activation="silu")
+        close(compared, "act", act, torch.nn.functional.silu(both[:1, :OUT]) * both[:1, OUT:])
     bits, truth = four_bit_case()
-    x = draw(ROWS, truth.shape[1], dtype=dtypes()[-1], seed=8)
+    x = draw(1, truth.shape[1], dtype=dtypes()[-1], seed=8)
     codes = FourBit(bits, tuple(bits.code.tolist()))
     close(compared, "4-bit Y", rows_kernels.matvec_4bit(x, [codes]), x.double() @ truth.T)
     return said(compared)

@@ -88,7 +88,7 @@ class CapturedRunner(EagerRunner):
         if is_plain(sequences):
             chosen = self.tokens[:size] if index is None else self.tokens.index_select(0, index)
             return InFlight(sequences, chosen, None)
-        logits = logits if index is None else logits.index_select(0, index)
+        logits = (logits if index is None else logits.index_select(0, index)).float()
         chosen = choose(logits, choice_of(sequences, logits.device, logits.shape[1]))
         if index is None:
             self.tokens[:size] = chosen
@@ -136,7 +136,7 @@ class CapturedRunner(EagerRunner):
         self.state[:, :size].copy_(on_device(state, torch.int32, self.state.device))
 
     def compute(self, size: int) -> Tensor:
-        """Logits [size, V] of the rows' next tokens, and the likeliest ones into `tokens`."""
+        """Logits [size, V] of the rows' next tokens in some dtype, and the likeliest ones into `tokens`."""
         lengths, slots, known = self.state[:, :size].unbind(0)
         ids = torch.where(known >= 0, known.long(), self.tokens[:size])
         logits = self.fused.logits(ids, self.cache, Paged(self.tables[:size], lengths), slots)

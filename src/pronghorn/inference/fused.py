@@ -22,7 +22,6 @@ from pronghorn.inference.projections import Group
 from pronghorn.kernels.decode_attention import Paged, decode_attention
 from pronghorn.kernels.glu import glu_forward
 from pronghorn.kernels.matvec import (
-    MOST_ROWS,
     FourBit,
     RowNorm,
     RowShare,
@@ -94,8 +93,7 @@ class RowGroup:
         if self.table is not None:
             xa = adapter_down(x, self.table.a, slots, row_norm)
             share = RowShare(xa, self.table.b, slots, self.table.ends)
-        fits = len(x) <= MOST_ROWS and x.dtype == group.dtype
-        if fits and (self.dense or self.four_bit):
+        if len(x) == 1 and x.dtype == group.dtype and (self.dense or self.four_bit):
             options = {
                 "norm": row_norm, "bias": group.stacked_bias, "share": share, "residual": residual,
                 "activation": activation, "out_dtype": out_dtype,
@@ -157,7 +155,7 @@ class FusedDecoder:
         return [bias for bias in found if bias is not None]
 
     def logits(self, ids: Tensor, cache: Cache, paged: Paged, slots: Tensor) -> Tensor:
-        """[B, V] fp32 for ids [B], whose rows take the adapters in `slots`."""
+        """[B, V] for ids [B], whose rows take the adapters in `slots`; fp32 or the compute dtype."""
         decoder = self.decoder
         x = decoder.embed(ids)
         for index, (layer, groups) in enumerate(zip(decoder.layers, self.groups, strict=True)):
@@ -184,9 +182,11 @@ class FusedDecoder:
 
     def _head(self, x: Tensor, slots: Tensor) -> Tensor:
         scales = self.decoder.scales
-        logits = self.head(x, slots, norm=self.decoder.norm, out_dtype=torch.float32)
+        # One row's come in fp32 for nothing; turning many rows' takes longer than to find the largest.
+        out_dtype = torch.float32 if len(x) == 1 or scales.logit_softcap is not None else None
+        logits = self.head(x, slots, norm=self.decoder.norm, out_dtype=out_dtype)
         if scales.logits != 1.0:
-            logits = logits * scales.logits
+            logits = logits.float() * scales.logits
         if scales.logit_softcap is not None:
             logits = torch.tanh(logits / scales.logit_softcap) * scales.logit_softcap
         return logits

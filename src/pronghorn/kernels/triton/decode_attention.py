@@ -1,8 +1,9 @@
 """Attention of one new token a sequence in Triton: rotation, the cache's new entry and attention in one launch.
 
 A program takes one sequence, one key/value head with all query heads that share it, and a run of the context's tiles
-(flash-decoding). The first program of a head adds the new token from registers; partial results go through memory, and
-the last program of a head to arrive combines them.
+(flash-decoding). Its first tile was written by steps before, so that it is read while the kernel before this one still
+runs. The first program of a head adds the new token from registers; partial results go through memory, and the last
+program of a head to arrive combines them.
 """
 
 from __future__ import annotations
@@ -47,6 +48,39 @@ def _capped(logits, softcap, CAPPED: tl.constexpr):
     if CAPPED:
         return softcap * (2.0 * tl.sigmoid(2.0 * logits / softcap) - 1.0)
     return logits
+
+
+@triton.jit
+def _tile(
+    cache_ptr, tables_ptr, tile, kv_head, t, d, past, begin, BLOCK_TOKENS: tl.constexpr, TILE: tl.constexpr,
+    SIZE: tl.constexpr, KV_HEADS: tl.constexpr, WINDOWED: tl.constexpr,
+):  # fmt: skip
+    """Keys and values [TILE, D] of a tile's tokens, and which of those are attended to."""
+    position = tile * TILE + t
+    seen = position < past
+    if WINDOWED:
+        seen = seen & (position >= begin)
+    # Tiles that lie beyond the context have no block.
+    block = tl.load(tables_ptr + tile * TILE // BLOCK_TOKENS, mask=tile * TILE < past, other=0)
+    token = block.to(tl.int64) * BLOCK_TOKENS + position % BLOCK_TOKENS
+    at = cache_ptr + token[:, None] * (2 * KV_HEADS * SIZE) + kv_head * SIZE + d[None, :]
+    mask = seen[:, None] & (d < SIZE)[None, :]
+    return tl.load(at, mask=mask, other=0.0), tl.load(at + KV_HEADS * SIZE, mask=mask, other=0.0), seen
+
+
+@triton.jit
+def _attended(
+    q, k, v, seen, top, total, sums, scale, softcap, CAPPED: tl.constexpr, WIDE: tl.constexpr
+):  # fmt: skip
+    """One more tile under the running maximum, sum and output of q [G, D]."""
+    logits = _capped(dot(q, tl.trans(k), WIDE) * scale, softcap, CAPPED)
+    logits = tl.where(seen[None, :], logits, float("-inf"))
+    higher = tl.maximum(top, tl.max(logits, 1))
+    weights = tl.exp(logits - higher[:, None])
+    shrink = tl.exp(top - higher)
+    total = total * shrink + tl.sum(weights, 1)
+    sums = sums * shrink[:, None] + dot(weights.to(v.dtype), v, WIDE)
+    return higher, total, sums
 
 
 @triton.jit
@@ -102,74 +136,53 @@ def _decode(
     tiles = tl.cdiv(past, TILE) - first_tile
     each = tl.maximum(tl.cdiv(tiles, SPLITS), 1)
     active = tl.maximum(tl.cdiv(tiles, each), 1)
+    d, t = tl.arange(0, D), tl.arange(0, TILE)
+    inside = d < SIZE
+    tables_ptr += b * table_stride
+    start = first_tile + split * each
+    k, v, seen = _tile(
+        cache_ptr, tables_ptr, start, kv_head, t, d, past, begin, BLOCK_TOKENS, TILE, SIZE, KV_HEADS, WINDOWED
+    )
+    # Rotate-half: the first TURNED elements of a head in pairs that lie half of them apart.
+    half: tl.constexpr = TURNED // 2
+    rotated = d < TURNED
+    angle = tl.maximum(past, 0) * TURNED + d
+    cos = tl.load(cos_ptr + angle, mask=rotated, other=1.0).to(tl.float32)
+    sin = tl.load(sin_ptr + angle, mask=rotated, other=0.0).to(tl.float32)
     if PDL:
         wait_for_last()
     if (length > 0) & (split < active):
-        d = tl.arange(0, D)
         g = tl.arange(0, GROUP)
-        inside = d < SIZE
-        # Rotate-half: the first TURNED elements of a head in pairs that lie half of them apart.
-        half: tl.constexpr = TURNED // 2
-        rotated = d < TURNED
         partner = tl.where(rotated, tl.where(d < half, d + half, d - half), d)
         sign = tl.where(d < half, -1.0, 1.0)
-        cos = tl.load(cos_ptr + past * TURNED + d, mask=rotated, other=1.0).to(tl.float32)
-        sin = tl.load(sin_ptr + past * TURNED + d, mask=rotated, other=0.0).to(tl.float32)
         row = qkv_ptr + b * qkv_stride
         q = _turned(
-            row,
-            kv_head * SHARED + g,
-            d,
-            partner,
-            sign,
-            cos,
-            sin,
-            g < SHARED,
-            q_norm_ptr,
-            SIZE,
-            eps,
-            offset,
-            NORM,
-        ).to(kind)
+            row, kv_head * SHARED + g, d, partner, sign, cos, sin, g < SHARED, q_norm_ptr, SIZE, eps, offset, NORM
+        ).to(kind)  # fmt: skip
         top = tl.full([GROUP], float("-inf"), tl.float32)
         total = tl.zeros([GROUP], tl.float32)
         sums = tl.zeros([GROUP, D], tl.float32)
-        token_stride: tl.constexpr = 2 * KV_HEADS * SIZE
         if split == 0:
             one = tl.arange(0, 1)
-            k = _turned(
+            own_k = _turned(
                 row + HEADS * SIZE, kv_head + one, d, partner, sign, cos, sin, one == 0, k_norm_ptr, SIZE, eps,
                 offset, NORM,
             ).to(kind)  # fmt: skip
-            v = tl.load(row + (HEADS + KV_HEADS + kv_head) * SIZE + d, mask=inside, other=0.0).to(kind)
-            block = tl.load(tables_ptr + b * table_stride + past // BLOCK_TOKENS)
-            at = (block.to(tl.int64) * BLOCK_TOKENS + past % BLOCK_TOKENS) * token_stride + kv_head * SIZE
-            tl.store(cache_ptr + at + d[None, :], k, mask=inside[None, :])
-            tl.store(cache_ptr + at + KV_HEADS * SIZE + d, v, mask=inside)
-            top = _capped(tl.sum(q.to(tl.float32) * k.to(tl.float32), 1) * scale, softcap, CAPPED)
+            own_v = tl.load(row + (HEADS + KV_HEADS + kv_head) * SIZE + d, mask=inside, other=0.0).to(kind)
+            block = tl.load(tables_ptr + past // BLOCK_TOKENS)
+            token = block.to(tl.int64) * BLOCK_TOKENS + past % BLOCK_TOKENS
+            at = token * (2 * KV_HEADS * SIZE) + kv_head * SIZE
+            tl.store(cache_ptr + at + d[None, :], own_k, mask=inside[None, :])
+            tl.store(cache_ptr + at + KV_HEADS * SIZE + d, own_v, mask=inside)
+            top = _capped(tl.sum(q.to(tl.float32) * own_k.to(tl.float32), 1) * scale, softcap, CAPPED)
             total += 1.0
-            sums += v.to(tl.float32)[None, :]
-        t = tl.arange(0, TILE)
-        start = first_tile + split * each
-        for tile in range(start, tl.minimum(start + each, first_tile + tiles)):
-            position = tile * TILE + t
-            seen = position < past
-            if WINDOWED:
-                seen = seen & (position >= begin)
-            block = tl.load(tables_ptr + b * table_stride + tile * TILE // BLOCK_TOKENS)
-            token = block.to(tl.int64) * BLOCK_TOKENS + position % BLOCK_TOKENS
-            at = cache_ptr + token[:, None] * token_stride + kv_head * SIZE + d[None, :]
-            mask = seen[:, None] & inside[None, :]
-            k = tl.load(at, mask=mask, other=0.0)
-            v = tl.load(at + KV_HEADS * SIZE, mask=mask, other=0.0)
-            logits = _capped(dot(q, tl.trans(k), WIDE) * scale, softcap, CAPPED)
-            logits = tl.where(seen[None, :], logits, float("-inf"))
-            higher = tl.maximum(top, tl.max(logits, 1))
-            weights = tl.exp(logits - higher[:, None])
-            shrink = tl.exp(top - higher)
-            total = total * shrink + tl.sum(weights, 1)
-            sums = sums * shrink[:, None] + dot(weights.to(kind), v, WIDE)
-            top = higher
+            sums += own_v.to(tl.float32)[None, :]
+        top, total, sums = _attended(q, k, v, seen, top, total, sums, scale, softcap, CAPPED, WIDE)
+        for tile in range(start + 1, tl.minimum(start + each, first_tile + tiles)):
+            k, v, seen = _tile(
+                cache_ptr, tables_ptr, tile, kv_head, t, d, past, begin, BLOCK_TOKENS, TILE, SIZE, KV_HEADS, WINDOWED
+            )  # fmt: skip
+            top, total, sums = _attended(q, k, v, seen, top, total, sums, scale, softcap, CAPPED, WIDE)
         to = out_ptr + b * (HEADS * SIZE) + (kv_head * SHARED + g)[:, None] * SIZE + d[None, :]
         mine = (g < SHARED)[:, None] & inside[None, :]
         if SPLITS == 1:
@@ -238,7 +251,7 @@ def decode_attention(
         qkv.stride(0), tables.stride(0), heads.scale, heads.window or 0, heads.softcap or 1.0, heads.eps,
         heads.norm_offset,
         HEADS=heads.heads, KV_HEADS=heads.kv_heads, SIZE=size, D=wide, TURNED=rotation.cos.shape[1], GROUP=group,
-        QUERIES=queries, TOGETHER=max(1, min(16, 64 // queries)), BLOCK_TOKENS=block_tokens, TILE=tile,
+        QUERIES=queries, TOGETHER=max(1, min(16, 128 // queries)), BLOCK_TOKENS=block_tokens, TILE=tile,
         SPLITS=parts, NORM=heads.q_norm is not None, WINDOWED=heads.window is not None,
         CAPPED=heads.softcap is not None, WIDE=is_wide(qkv), PDL=bool(pdl),
         num_warps=4, num_stages=2, **pdl,
