@@ -230,8 +230,12 @@ def test_the_norms_backward_quantises_what_it_gives(impl, dtype, need_weight_gra
     options = {"eps": 1e-5, "residual_grad": residual, "need_weight_grad": need_weight_grad, "impl": impl}
     plain = rms_norm_backward(dy, x, weight, None, **options)
     *fused, (codes, scales) = rms_norm_backward_fp8(dy, x, weight, None, columns, **options)
-    assert torch.equal(plain[0], fused[0]) and (plain[1] is None) is not need_weight_grad
-    assert not need_weight_grad or torch.equal(plain[1], fused[1])
+    assert (plain[1] is None) is not need_weight_grad
+    for one, other in zip(plain, fused, strict=True):
+        # Two kernels: in fp32 a compiler may contract their products another way.
+        assert one is None or torch.allclose(
+            one, other, rtol=1e-6 if dtype == torch.float32 else 0, atol=1e-6
+        )
     expected, expected_scales = quantise_rows(fused[0], columns, impl=impl)
     assert torch.equal(scales, expected_scales) and torch.equal(codes.float(), expected.float())
 

@@ -39,14 +39,18 @@ def test_up(impl, dtype, tokens, widths, ranks, base, device):
         "bias": [rows[0, :w] for rows, w in zip(wide_rows, widths, strict=True)],
     }.get(base, [rows[:, :w] for rows, w in zip(wide_rows, widths, strict=True)])
     scalings = [0.5, 2.0, 1.0][: len(bs)]
-    expected = []
+    expected, largest = [], []
     for part, b, s, held in zip(columns(xa, ranks), bs, scalings, bases, strict=True):
         y = s * part.double() @ b.double().t()
         expected.append(y if held is None else held.double() + y)
+        largest.append(y.abs() if held is None else held.double().abs() + y.abs())
     found = lora.up(xa, bs, scalings, bases, inplace=base == "inplace", impl=impl)
     for i, want in enumerate(expected):
         assert found[i].dtype == dtype
-        assert_near(found[i], want, slack=2.0)
+        if impl == "triton":
+            assert_near(found[i], want, slack=2.0)
+        else:  # cuBLAS may round the product before it adds the base
+            assert ((found[i].double() - want).abs() <= 2 * (RELATIVE[dtype] * largest[i] + 1e-5)).all()
         if base == "inplace":
             assert found[i].data_ptr() == bases[i].data_ptr()
 

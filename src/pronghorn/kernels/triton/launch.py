@@ -23,10 +23,13 @@ def processors(index: int) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count if index >= 0 else 2
 
 
+def processors_of(device: torch.device) -> int:
+    return processors((device.index or 0) if device.type == "cuda" else -1)
+
+
 def programs(rows: int, device: torch.device, per_processor: int) -> int:
     """Programs of a kernel that loops over rows: enough to fill the GPU, no more than there are rows."""
-    index = (device.index or 0) if device.type == "cuda" else -1
-    return max(1, min(rows, processors(index) * per_processor))
+    return max(1, min(rows, processors_of(device) * per_processor))
 
 
 def unit_rows(x: Tensor) -> Tensor:

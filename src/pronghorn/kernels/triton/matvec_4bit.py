@@ -95,13 +95,27 @@ def _scales(absmax_ptr, fine_ptr, coarse_ptr, shift, block, known, SIZE2: tl.con
 
 
 @triton.jit
-def _scaled_x(x_ptr, norm_ptr, column, known, offset, NORM: tl.constexpr):
-    """x, and x · (norm's weight), fp32."""
-    x = tl.load(x_ptr + column, mask=known, other=0.0).to(tl.float32)
-    y = x
+def _pair(ptr, at, i: tl.constexpr, known, PAIRS: tl.constexpr):
+    """Numbers 2i and 2i + 1 of the words `at`, fp32. PAIRS: two of bf16 are read as one of int32."""
+    if PAIRS:
+        both = tl.load(ptr + at * 4 + i, mask=known, other=0)
+        return (both << 16).to(tl.float32, bitcast=True), (both & -65536).to(tl.float32, bitcast=True)
+    else:
+        first = tl.load(ptr + at * 8 + 2 * i, mask=known, other=0.0).to(tl.float32)
+        return first, tl.load(ptr + at * 8 + 2 * i + 1, mask=known, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _scaled_pair(
+    x_ptr, norm_ptr, at, i: tl.constexpr, known, offset, square, NORM: tl.constexpr, PAIRS: tl.constexpr
+):  # fmt: skip
+    """Two of x times the norm's weight, and the sum of squares with theirs."""
+    a, b = _pair(x_ptr, at, i, known, PAIRS)
     if NORM:
-        y = x * (tl.load(norm_ptr + column, mask=known, other=0.0).to(tl.float32) + offset)
-    return x, y
+        square += a * a + b * b
+        v, w = _pair(norm_ptr, at, i, known, PAIRS)
+        a, b = a * (v + offset), b * (w + offset)
+    return a, b, square
 
 
 @triton.jit
@@ -130,7 +144,7 @@ def _one_row(
     rows, rows0, rows1, words, outs, end0, end1, parts_rank, eps, offset,
     NORM: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, GLU: tl.constexpr, R: tl.constexpr,
     PARTS: tl.constexpr, NESTED: tl.constexpr, SIZE: tl.constexpr, SIZE2: tl.constexpr, TABLE: tl.constexpr,
-    ROWS: tl.constexpr, WORDS: tl.constexpr, PDL: tl.constexpr,
+    ROWS: tl.constexpr, WORDS: tl.constexpr, PAIRS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     first = tl.program_id(0) * ROWS
     row = first + tl.arange(0, ROWS)
@@ -174,17 +188,11 @@ def _one_row(
     square = tl.zeros([WORDS], tl.float32)
     for start in range(0, words, WORDS):
         inside = word < words - start
-        at = (start + word) * 8
-        r0, x0 = _scaled_x(x_ptr, norm_ptr, at, inside, offset, NORM)
-        r1, x1 = _scaled_x(x_ptr, norm_ptr, at + 1, inside, offset, NORM)
-        r2, x2 = _scaled_x(x_ptr, norm_ptr, at + 2, inside, offset, NORM)
-        r3, x3 = _scaled_x(x_ptr, norm_ptr, at + 3, inside, offset, NORM)
-        r4, x4 = _scaled_x(x_ptr, norm_ptr, at + 4, inside, offset, NORM)
-        r5, x5 = _scaled_x(x_ptr, norm_ptr, at + 5, inside, offset, NORM)
-        r6, x6 = _scaled_x(x_ptr, norm_ptr, at + 6, inside, offset, NORM)
-        r7, x7 = _scaled_x(x_ptr, norm_ptr, at + 7, inside, offset, NORM)
-        if NORM:
-            square += r0 * r0 + r1 * r1 + r2 * r2 + r3 * r3 + r4 * r4 + r5 * r5 + r6 * r6 + r7 * r7
+        at = start + word
+        x0, x1, square = _scaled_pair(x_ptr, norm_ptr, at, 0, inside, offset, square, NORM, PAIRS)
+        x2, x3, square = _scaled_pair(x_ptr, norm_ptr, at, 1, inside, offset, square, NORM, PAIRS)
+        x4, x5, square = _scaled_pair(x_ptr, norm_ptr, at, 2, inside, offset, square, NORM, PAIRS)
+        x6, x7, square = _scaled_pair(x_ptr, norm_ptr, at, 3, inside, offset, square, NORM, PAIRS)
         dots = _dots(
             packed, x0[None, :], x1[None, :], x2[None, :], x3[None, :], x4[None, :], x5[None, :], x6[None, :],
             x7[None, :], code_ptr, l0, l1, l2, l3, h0, h1, h2, h3, TABLE,
@@ -227,10 +235,20 @@ def _one_row(
     tl.store(out_ptr + row, y.to(out_ptr.dtype.element_ty), mask=known)
 
 
-def one_row_config(rows: int, width: int, blocksize: int) -> dict[str, int]:
-    """A whole row of 4,096 weights at a time, and some outputs, which share what a thread has of x."""
-    warps = 4 if width >= 4096 else 2 if width >= 2048 else 1
-    return {"ROWS": 8 if rows >= 4096 else 4, "WORDS": max(128 * warps, blocksize // 8), "num_warps": warps}
+def one_row_config(rows: int, width: int, glu: bool, blocksize: int) -> dict[str, int]:
+    """More outputs share what a thread has of x where fewer programs still keep every processor busy.
+
+    Measured on an H200, products of 8B and 1.5B.
+    """
+    if glu:
+        outputs, words, warps = 4, 256, 2
+    elif rows > 4096:
+        outputs, words, warps = 8, 256, 2
+    elif rows > 2048:
+        outputs, words, warps = 16, 512, 4
+    else:
+        outputs, words, warps = (2, 256, 1) if width <= 4096 else (4, 512, 4)
+    return {"ROWS": outputs, "WORDS": max(words, blocksize // 8), "num_warps": warps}
 
 
 @cache
@@ -262,17 +280,20 @@ def four_bit(
     padded = [*parts, *[parts[-1]] * (3 - len(parts))]
     bits = [part.bits for part in padded]
     nested = [part.second for part in bits]
-    config = one_row_config(rows, width, bits[0].blocksize)
+    config = one_row_config(rows, width, activation is not None, bits[0].blocksize)
     # All of a program's outputs are of one weight.
     while any(part.rows % config["ROWS"] for part in parts):
         config["ROWS"] //= 2
     pdl = dependent_launch(x.device)
+    pairs = all(tensor.dtype == torch.bfloat16 and tensor.data_ptr() % 4 == 0 for tensor in (x, pointers[0]))
+    if pairs:
+        x, pointers = x.view(torch.int32), (pointers[0].view(torch.int32), *pointers[1:])
     _one_row[(triton.cdiv(rows, config["ROWS"]),)](
         x, bits[0].code, *table_words(parts[0].numbers),
         *(part.packed.view(-1).view(torch.int32) for part in bits), *(part.absmax for part in bits),
         *(n[1] for n in nested), *(n[2] for n in nested), *(n[0] for n in nested),
         *pointers, rows, padded[0].rows, padded[1].rows, width // 8, *numbers, **kinds,
         PARTS=len(parts), NESTED=bits[0].nested is not None, SIZE=bits[0].blocksize, SIZE2=nested[0][3],
-        TABLE=x.is_cuda, PDL=bool(pdl), **config, **pdl,
+        TABLE=x.is_cuda, PAIRS=pairs, PDL=bool(pdl), **config, **pdl,
     )  # fmt: skip
     return out
