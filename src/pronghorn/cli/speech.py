@@ -150,26 +150,25 @@ def run_train(options: argparse.Namespace) -> int:
     )
     trainer = SpeechTrainer(model, settings, tokenizer, rows, held or None)
     started = time.monotonic()
-    result = trainer.train(resume_from_checkpoint=checkpoint)
-    seconds = time.monotonic() - started
-    adapter = Path(options.out) / "adapter"
-    trainer.save_model(str(adapter))
-    last: dict[str, Any] = next(
-        (entry for entry in reversed(trainer.state.log_history) if "token_loss" in entry), {}
-    )
-    summary = {
-        "steps": result.global_step,
-        "seconds": round(seconds, 2),
-        "train_rows": len(rows),
-        **{name: last.get(name) for name in ("loss", "token_loss", "code_loss", "code_accuracy")},
-        "eval": {k: v for k, v in trainer.evaluate().items() if k.endswith("loss")} if held else None,
-        "adapter": str(adapter),
-    }
-    shown = [(name, value) for name, value in summary.items() if value is not None and name != "seconds"]
-    table("Trained", ("what", "value"), [*shown, ("time", duration(seconds))])
-    if options.json:
-        say(json.dumps(summary))
+    steps = trainer.train(resume_from_checkpoint=checkpoint).global_step
+    summary = {"steps": steps, "seconds": round(time.monotonic() - started, 2), "train_rows": len(rows)}
+    _finish(trainer, summary, Path(options.out) / "adapter", evaluated=bool(held), as_json=options.json)
     return 0
+
+
+def _finish(trainer: Any, summary: dict[str, Any], adapter: Path, *, evaluated: bool, as_json: bool) -> None:
+    """Save the adapter, and print what became of the run."""
+    trainer.save_model(str(adapter))
+    last: dict[str, Any] = next((e for e in reversed(trainer.state.log_history) if "token_loss" in e), {})
+    summary |= {name: last.get(name) for name in ("loss", "token_loss", "code_loss", "code_accuracy")}
+    if evaluated:
+        summary |= {name: value for name, value in trainer.evaluate().items() if name.endswith("loss")}
+    summary["adapter"] = str(adapter)
+    shown = [(name, f"{value:.4f}" if isinstance(value, float) else value) for name, value in summary.items()]
+    table("Trained", ("what", "value"), [row for row in shown if row[0] != "seconds" and row[1] is not None])
+    say(f"in {duration(summary['seconds'])}")
+    if as_json:
+        say(json.dumps(summary))
 
 
 def run_generate(options: argparse.Namespace) -> int:

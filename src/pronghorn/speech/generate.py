@@ -164,11 +164,12 @@ class _Speaker:
         codes = torch.from_numpy(prompt["codes"])[None].to(self.device)
         while len(self.frames) < most:
             embeddings = self.model.embed(ids, codes)
-            normed, read, _ = self.model.run_slow(embeddings, past_key_values=cache, use_cache=True)
+            normed, read = self.model.run_slow(embeddings, past_key_values=cache, use_cache=True)
             token = self._token(self.model.slow.lm_head(normed[:, -1])[0])
             if token == self.tokenizer.end:
                 break
-            self.frames.append(self._frame(read[:, -1:], token - first))
+            start = self.model.fast_project_in(read[:, -1:])
+            self.frames.append(self._frame(start, token - first))
             ids = torch.tensor([[token]], device=self.device)
             codes = torch.tensor(self.frames[-1], device=self.device)[None, :, None]
         return self.frames
@@ -184,7 +185,7 @@ class _Speaker:
         return token
 
     def _frame(self, start: Tensor, first_code: int) -> list[int]:
-        """A frame's codes from what the slow transformer left [1, 1, H'] and its first code."""
+        """A frame's codes from what the fast transformer starts with [1, 1, H'] and its first code."""
         fast = self.model.fast
         cache = DynamicCache(config=self.model.config.fast)
         fast.model(inputs_embeds=start, past_key_values=cache, use_cache=True)

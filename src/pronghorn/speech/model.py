@@ -20,7 +20,7 @@ from transformers.utils import ModelOutput
 
 from pronghorn.engine import binding_of
 from pronghorn.engine.forward import readable_head
-from pronghorn.engine.loss import shifted_loss, summed_loss
+from pronghorn.engine.loss import summed_loss
 from pronghorn.speech.layout import DualARConfig
 
 
@@ -77,8 +77,8 @@ class DualARModel(PreTrainedModel):
         scale = 1 / math.sqrt(self.config.num_codebooks + 1) if self.config.scale_codebook_embeddings else 1.0
         return torch.where(self.is_semantic(input_ids)[..., None], (embedded + summed) * scale, embedded)
 
-    def run_slow(self, embeddings: Tensor, **call: Any) -> tuple[Tensor, Tensor, Any]:
-        """Embeddings [B, S, H] -> behind the final norm, what the fast transformer reads (both [B, S, H]), the cache.
+    def run_slow(self, embeddings: Tensor, **call: Any) -> tuple[Tensor, Tensor]:
+        """Embeddings [B, S, H] -> behind the final norm, and what the fast transformer reads, both [B, S, H].
 
         A hook on the last layer takes what comes before the norm, which a decoder does not give.
         """
@@ -90,12 +90,12 @@ class DualARModel(PreTrainedModel):
         finally:
             hook.remove()
         normed = output.last_hidden_state
-        read = normed if self.config.norm_fastlayer_input else held[-1].view(normed.shape)
-        return normed, self.fast_project_in(read), output.past_key_values
+        return normed, normed if self.config.norm_fastlayer_input else held[-1].view(normed.shape)
 
     def run_fast(self, start: Tensor, codes: Tensor) -> Tensor:
-        """What the slow transformer left [n, H'] and frames' codes [n, K] -> hidden states [n, K, H'], each before the
+        """What the slow transformer left [n, H] and frames' codes [n, K] -> hidden states [n, K, H'], each before the
         code at its place."""
+        start = self.fast_project_in(start)
         embedded = self.fast.get_input_embeddings()(codes[:, :-1])
         sequences = torch.cat([start[:, None], embedded.to(start.dtype)], dim=1)
         return self.fast.model(inputs_embeds=sequences, use_cache=False).last_hidden_state  # type: ignore[no-any-return]
@@ -125,16 +125,23 @@ class DualARModel(PreTrainedModel):
             stream: position_ids, cu_seq_lens_q, … of the documents.
         """
         embeddings = self.embed(input_ids, codes)
-        normed, read, _ = self.run_slow(embeddings, use_cache=False, **stream)
+        normed, read = self.run_slow(embeddings, use_cache=False, **stream)
         output = DualAROutput()
         if return_logits:
             output.token_logits = self.slow.lm_head(normed)
         if labels is None:
             return output
-        output.token_loss, output.tokens_correct = self._token_loss(normed, labels, loss_rows, token_count)
+        successors = labels[0, 1:]
+        if loss_rows is None:
+            loss_rows = (successors != -100).nonzero().squeeze(1)
         if frame_rows is None:
-            semantic = self.is_semantic(labels[0, 1:]) & (labels[0, 1:] != -100)
-            frame_rows = semantic.nonzero().squeeze(1)
+            frame_rows = self.is_semantic(successors).nonzero().squeeze(1)
+        output.token_loss, output.tokens_correct = _sum_of(
+            self.slow,
+            normed[0].index_select(0, loss_rows),
+            successors.index_select(0, loss_rows),
+            token_count,
+        )
         if frame_rows.numel() == 0:
             output.code_loss, output.codes_correct = normed.new_zeros(()), frame_rows.new_zeros(())
         else:
@@ -147,18 +154,6 @@ class DualARModel(PreTrainedModel):
             )
         output.loss = output.token_loss + code_weight * output.code_loss
         return output
-
-    def _token_loss(
-        self, normed: Tensor, labels: Tensor, loss_rows: Tensor | None, count: int | Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Next-token loss of the slow transformer from its normed states [1, T, H]."""
-        binding = binding_of(self.slow)
-        head = readable_head(self.slow, binding) if binding is not None and binding.bound else None
-        if head is not None:
-            return shifted_loss(head, normed, labels, loss_rows, count)
-        targets = labels[0, 1:]
-        kept = (targets != -100).nonzero().squeeze(1)
-        return _sum_of(self.slow, normed[0, :-1].index_select(0, kept), targets.index_select(0, kept), count)
 
 
 def _sum_of(
