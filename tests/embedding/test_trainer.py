@@ -12,6 +12,7 @@ import torch
 
 from pronghorn.embedding import EmbeddingConfig, EmbeddingTrainer, FastEmbeddingModel, embedder_of
 from pronghorn.embedding.layout import Layout, write_layout
+from pronghorn.embedding.vectors import forward
 from pronghorn.errors import CheckpointMissing, PronghornError, UnknownArgument
 from tests.embedding.models import embedder, save_embedder
 
@@ -65,13 +66,18 @@ def test_a_step_in_parts_is_the_step_of_the_batch(tmp_path: Path, kind: str) -> 
 def test_accumulation_is_the_mean_of_batches(tmp_path: Path) -> None:
     model = embedder(tmp_path / "base", "llama")
     run = EmbeddingTrainer(model, settings(tmp_path, gradient_accumulation_steps=2), PAIRS)
-    batches = [run._prepare_inputs(batch) for batch in run.get_train_dataloader()]
-    with torch.no_grad():
-        from pronghorn.embedding.vectors import forward
-
-        losses = [run.objective(forward(model, b["parts"][0], "last"), b["facts"]).item() for b in batches]
+    losses = [
+        run.objective(forward(model, batch["parts"][0], "last"), batch["facts"]) / 2
+        for batch in map(run._prepare_inputs, run.get_train_dataloader())
+    ]
+    sum(losses).backward()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    expected = torch.cat([(p - 0.1 * p.grad).detach().flatten() for p in trained])
+    before = adapter(model)
+    model.zero_grad()
     run.train()
-    assert run.state.log_history[0]["loss"] == pytest.approx(sum(losses) / 2, rel=1e-4)
+    assert run.state.log_history[0]["loss"] == pytest.approx(sum(losses).item(), rel=1e-4)
+    assert float((adapter(model) - expected).norm() / (expected - before).norm()) < 1e-3
 
 
 def test_training_finds_what_belongs_together(tmp_path: Path) -> None:
@@ -190,6 +196,19 @@ def test_one_row_with_negatives_is_enough(tmp_path: Path) -> None:
     for loss in ("info_nce", "triplet"):
         options = {"loss": loss, "per_device_train_batch_size": 1}
         assert EmbeddingTrainer(model, settings(tmp_path, **options), rows).train().training_loss > 0
+
+
+def test_a_model_in_four_bits_is_trained(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    model = embedder(tmp_path / "base", "qwen3", load_in_4bit=True)
+    binding = model.get_base_model().pronghorn_binding
+    assert binding.bound and "nf4" in binding.describe()
+    before = adapter(model)
+    EmbeddingTrainer(model, settings(tmp_path, gradient_cache_texts=7), PAIRS).train()
+    assert not torch.equal(adapter(model), before)
+    folder = model.save_embedding_adapter(tmp_path / "lora")
+    again, _ = FastEmbeddingModel.from_pretrained(folder, dtype="float32", load_in_4bit=True)
+    assert np.abs(again.encode("grass") - model.encode("grass")).max() < 1e-6
 
 
 def test_several_processes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,9 +68,8 @@ def save_merged_folder(
 
 def save_adapter_folder(model: Any, tokenizer: Any, layout: Layout, path: str | os.PathLike[str]) -> Path:
     """Write the adapter, the tokenizer and the layout's files; see `pronghorn.export.save_adapter`."""
-    folder = save_adapter(model, tokenizer, path).folder
     width = int(base_causal_lm(model).config.hidden_size)
-    return write_beside(folder, 0, lambda beside: write_layout(beside, layout, width))
+    return save_adapter(model, tokenizer, path, beside=lambda at: write_layout(at, layout, width)).folder
 
 
 def write_vectors(path: Path, vectors: np.ndarray) -> None:

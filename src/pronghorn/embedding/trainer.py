@@ -56,6 +56,8 @@ class EmbeddingTrainer(SafeTrainer):
                 "embedding models are trained on one GPU: with more, rows would not see the other processes' negatives",
                 fix="start one process; a larger batch fits by gradient_cache_texts",
             )
+        if args.n_gpu > 1:  # one process that sees several: Transformers would cut its batch between them
+            args._n_gpu = 1
         args.optim = usable_optimizer(str(getattr(args.optim, "value", args.optim)))
         match_precision(args, model)
         take_over_checkpointing(args, model, bool(args.gradient_checkpointing))

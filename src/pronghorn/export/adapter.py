@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,18 @@ from pronghorn.export.gate import Checked
 from pronghorn.export.result import FOLDER_MARK, Export, mark_failed, settle
 
 
-def save_adapter(model: Any, tokenizer: Any, path: str | os.PathLike[str], *, verify: bool = True) -> Export:
+def save_adapter(
+    model: Any,
+    tokenizer: Any,
+    path: str | os.PathLike[str],
+    *,
+    verify: bool = True,
+    beside: Callable[[Path], None] | None = None,
+) -> Export:
     """Write the adapter (adapter_config.json, safetensors) and the tokenizer, completely or not at all.
 
     Args:
+        beside: writes more files into the folder.
         verify: read it again with stock PEFT, on a base without weights, and compare every tensor; costs next to
             nothing.
 
@@ -46,6 +55,8 @@ def save_adapter(model: Any, tokenizer: Any, path: str | os.PathLike[str], *, ve
         model.save_pretrained(str(folder), safe_serialization=True)
         if tokenizer is not None:
             tokenizer.save_pretrained(str(folder))
+        if beside is not None:
+            beside(folder)
         if verify:
             found = check_adapter(model, folder)
             found.name = target.name
