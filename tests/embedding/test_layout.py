@@ -169,6 +169,8 @@ def test_prompts_and_poolings_by_name(tmp_path: Path) -> None:
     assert "'query'" in caught.value.fix
     with pytest.raises(UnknownArgument, match="pooling='lst'"):
         FastEmbeddingModel.from_pretrained(folder, pooling="lst")
+    with pytest.raises(UnknownArgument, match="no argument 'poling'"):
+        FastEmbeddingModel.from_pretrained(folder, poling="last")
 
 
 def test_what_is_no_embedding_model_is_told(tmp_path: Path) -> None:

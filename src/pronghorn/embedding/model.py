@@ -21,12 +21,17 @@ from torch import Tensor, nn
 from pronghorn.embedding.layout import Layout, Pooling, check_pooling, model_folder, read_layout
 from pronghorn.embedding.saving import save_adapter_folder, save_merged_folder
 from pronghorn.embedding.tokens import end_with_token, tokenize
-from pronghorn.embedding.vectors import Batcher, encode_tokens, shortened
+from pronghorn.embedding.vectors import Batcher, encode_tokens, shortened, width_of
 from pronghorn.engine import base_causal_lm
 from pronghorn.errors import AdapterMismatch, UnknownArgument
 from pronghorn.hardware import probe
 from pronghorn.kernels.attention import check_name
-from pronghorn.loading.arguments import refuse_no_length
+from pronghorn.loading.arguments import (
+    NO_EFFECT_ON_LOADING,
+    note_without_effect,
+    refuse_no_length,
+    refuse_unknown,
+)
 from pronghorn.loading.fast import FastLanguageModel, bind_with, load_named, on_disk, save_level
 from pronghorn.loading.model import Options
 from pronghorn.loading.precision import choose_bits, choose_dtype
@@ -89,6 +94,7 @@ class FastEmbeddingModel:
         attention: str | None = None,
         strict: bool = False,
         gguf_file: str | None = None,
+        **kwargs: Any,
     ) -> tuple[Any, Any]:
         """Load a decoder (on the fast path where its family has one) or an encoder of BERT's kind, and its tokenizer.
 
@@ -110,6 +116,8 @@ class FastEmbeddingModel:
         Raises:
             PronghornError: a subclass for everything that can be wrong with a name, a file or an argument.
         """
+        refuse_unknown(kwargs, FastEmbeddingModel.from_pretrained, NO_EFFECT_ON_LOADING)
+        note_without_effect(kwargs, "from_pretrained")
         refuse_no_length(max_seq_length, "max_seq_length")
         chosen_pooling = check_pooling(pooling)
         save_level(use_gradient_checkpointing)
@@ -136,7 +144,7 @@ class FastEmbeddingModel:
         )
         bind_with(model, use_gradient_checkpointing, strict, attention)
         base = base_causal_lm(model)
-        base.max_seq_length = _longest(base, tokenizer)
+        base.max_seq_length = _longest(base, tokenizer, wanted)
         layout = replace(
             layout,
             pooling=chosen_pooling or layout.pooling or _usual_pooling(base.config),
@@ -206,11 +214,6 @@ def vectors_of(model: Any, texts: Sequence[np.ndarray], batch_tokens: int = BATC
     return encode_tokens(model, texts, batcher, found.pooling, batch_tokens)
 
 
-def width_of(model: Any) -> int:
-    """Elements of a token vector."""
-    return int(base_causal_lm(model).config.hidden_size)
-
-
 def add_methods(model: Any) -> None:
     """`model.encode(texts)` and `model.save_pretrained_merged(folder)`, partials of module-level functions, which
     survive deepcopy and pickle; `model.save_embedding_adapter(folder)` where there is an adapter."""
@@ -243,10 +246,9 @@ def _with_layout(
 ) -> tuple[Source, Layout]:
     """Where the checkpoint or adapter lies, and the layout that stands beside it, or beside an adapter's base."""
     folder = Path(os.fspath(model_name)).expanduser()
-    if (
-        folder.is_dir() and model_folder(folder) != folder
-    ):  # older layouts keep the checkpoint in a folder of its own
-        return locate(model_folder(folder)), read_layout(folder, pooling) or Layout()
+    inner = model_folder(folder)
+    if inner != folder:  # older layouts keep the checkpoint in a folder of its own
+        return locate(inner), read_layout(folder, pooling) or Layout()
     named = locate(model_name, gguf_file=gguf_file, revision=revision)
     here = on_disk(named, token, trust_remote_code)
     layout = None if here.gguf_file else read_layout(here.path, pooling)
@@ -271,15 +273,15 @@ def _usual_pooling(config: Any) -> Pooling:
     return "mean" if sees_all or getattr(config, "use_bidirectional_attention", None) else "last"
 
 
-def _longest(base: Any, tokenizer: Any) -> int | None:
-    """Tokens of the longest text: as asked for, but within what positions and the tokenizer allow."""
-    limits = [base.max_seq_length]
-    if tokenizer.model_max_length < 1 << 24:  # a tokenizer without a limit says 10^30
-        limits.append(tokenizer.model_max_length)
+def _longest(base: Any, tokenizer: Any, asked: int | None) -> int | None:
+    """Tokens of the longest text: as asked for, else what the tokenizer says; within the table of positions, if any."""
+    longest: int | None = base.max_seq_length
+    if asked is None and tokenizer.model_max_length < 1 << 24:  # a tokenizer without a limit says 10^30
+        longest = min(longest or tokenizer.model_max_length, tokenizer.model_max_length)
     for module in base.modules():
         table = getattr(module, "position_embeddings", None)
         if isinstance(table, nn.Embedding):
             # RoBERTa counts positions from behind its padding's.
-            limits.append(table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1))
-    known = [int(limit) for limit in limits if limit]
-    return min(known) if known else None
+            places = table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)
+            longest = min(longest or places, places)
+    return longest

@@ -13,7 +13,7 @@ from torch.nn.functional import cosine_similarity
 
 from pronghorn.embedding.layout import Layout, write_layout
 from pronghorn.embedding.tokens import tokenize
-from pronghorn.embedding.vectors import Batcher, encode_tokens
+from pronghorn.embedding.vectors import Batcher, encode_tokens, width_of
 from pronghorn.engine import base_causal_lm
 from pronghorn.errors import PronghornError
 from pronghorn.export.adapter import not_the_base, save_adapter
@@ -55,7 +55,7 @@ def save_merged_folder(
     def write(folder: Path) -> None:
         write_checkpoint(model, plan, folder, parse_size(_SHARD))
         tokenizer.save_pretrained(str(folder))
-        write_layout(folder, layout, int(base_causal_lm(model).config.hidden_size))
+        write_layout(folder, layout, width_of(model))
         if verify:
             found = _check(model, tokenizer, layout, folder)
             found.name = target.name
@@ -68,7 +68,7 @@ def save_merged_folder(
 
 def save_adapter_folder(model: Any, tokenizer: Any, layout: Layout, path: str | os.PathLike[str]) -> Path:
     """Write the adapter, the tokenizer and the layout's files; see `pronghorn.export.save_adapter`."""
-    width = int(base_causal_lm(model).config.hidden_size)
+    width = width_of(model)
     return save_adapter(model, tokenizer, path, beside=lambda at: write_layout(at, layout, width)).folder
 
 

@@ -15,9 +15,9 @@ from pronghorn.embedding.config import EmbeddingConfig
 from pronghorn.embedding.evaluation import evaluate_pairs
 from pronghorn.embedding.gradient_cache import backward
 from pronghorn.embedding.layout import write_layout
-from pronghorn.embedding.model import embedder_of, width_of
+from pronghorn.embedding.model import embedder_of
 from pronghorn.embedding.rows import as_pairs, read_pairs
-from pronghorn.embedding.vectors import Batcher, forward
+from pronghorn.embedding.vectors import Batcher, forward, width_of
 from pronghorn.errors import CommandMisused, UnknownArgument
 from pronghorn.training.arguments import usable_optimizer
 from pronghorn.training.meter import Stopwatch

@@ -12,7 +12,7 @@ from torch.nn.functional import normalize
 
 from pronghorn.data.collator import Collator
 from pronghorn.embedding.layout import Pooling
-from pronghorn.engine import binding_of
+from pronghorn.engine import base_causal_lm, binding_of
 
 #: What the model itself is called with; the collator's other keys are for training on next tokens.
 _MODEL_KEYS = (
@@ -104,6 +104,11 @@ def shortened(vectors: Tensor, dim: int | None, unit: bool) -> Tensor:
     """The first `dim` elements (None: all), of length one where asked for."""
     vectors = vectors if dim is None else vectors[..., :dim]
     return normalize(vectors, dim=-1) if unit else vectors
+
+
+def width_of(model: Any) -> int:
+    """Elements of a token vector."""
+    return int(base_causal_lm(model).config.hidden_size)
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
