@@ -83,14 +83,14 @@ def test_accumulation_is_the_mean_of_batches(tmp_path: Path) -> None:
 def test_training_finds_what_belongs_together(tmp_path: Path) -> None:
     model = embedder(tmp_path / "base", "qwen3")
     options = {
-        "max_steps": 30,
+        "max_steps": 12,
         "optim": "adamw_torch",
-        "learning_rate": 5e-3,
+        "learning_rate": 1e-2,
         "per_device_train_batch_size": 12,
     }
     run = EmbeddingTrainer(model, settings(tmp_path, **options), PAIRS, PAIRS)
     before, trained, after = run.evaluate(), run.train(), run.evaluate()
-    assert trained.global_step == 30 and after["eval_loss"] < before["eval_loss"] / 2
+    assert trained.global_step == 12 and after["eval_loss"] < before["eval_loss"] / 2
     assert before["eval_recall@1"] < 0.5 and after["eval_recall@1"] > 0.9
     assert after["eval_ndcg@10"] <= 1 and after["eval_mrr@10"] >= after["eval_recall@1"]
 
@@ -99,9 +99,9 @@ def test_training_finds_what_belongs_together(tmp_path: Path) -> None:
 def test_scored_pairs_are_ranked(tmp_path: Path, loss: str) -> None:
     model = embedder(tmp_path / "base", "llama", pooling="mean")
     options = {
-        "max_steps": 30,
+        "max_steps": 12,
         "optim": "adamw_torch",
-        "learning_rate": 5e-3,
+        "learning_rate": 1e-2,
         "per_device_train_batch_size": 36,
     }
     run = EmbeddingTrainer(model, settings(tmp_path, loss=loss, **options), SCORED, SCORED)

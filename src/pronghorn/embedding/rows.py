@@ -8,6 +8,7 @@ import random
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from pronghorn.data.docstrings import docstring_rows
@@ -82,9 +83,10 @@ def pair_of(row: Any, where: str) -> Pair:
     return Pair(anchor, positive, tuple(negatives), _score(row, where))
 
 
-def docstring_pairs() -> list[Pair]:
-    """Signatures of Python's own library with what their docstrings say: real text on every machine."""
-    rows = docstring_rows()
+def docstring_pairs(library: Path | None = None) -> list[Pair]:
+    """Signatures of Python's own library, or of one in another folder, with what their docstrings say: real text on
+    every machine."""
+    rows = docstring_rows(library)
     signatures = (re.search(r"`(.*)`", row.question) for row in rows)
     return [
         Pair(row.name if found is None else found[1], row.answer)
