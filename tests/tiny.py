@@ -26,6 +26,8 @@ from transformers import (
     GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MiniCPM3Config,
+    MiniCPM3ForCausalLM,
     Ministral3Config,
     Ministral3ForCausalLM,
     MinistralConfig,
@@ -65,6 +67,7 @@ FAMILIES: dict[str, tuple[type, type]] = {
     "granite": (GraniteConfig, GraniteForCausalLM),
     "smollm3": (SmolLM3Config, SmolLM3ForCausalLM),
     "youtu": (YoutuConfig, YoutuForCausalLM),
+    "minicpm3": (MiniCPM3Config, MiniCPM3ForCausalLM),
 }
 
 #: families whose layers are mixtures of experts; `tests.families.mixtures` configures them
@@ -95,7 +98,7 @@ TINY: dict[str, Any] = {
 }
 
 #: families whose heads come from codes: heads have 24 + 16 columns, and values 32
-LATENT = ("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "youtu")
+LATENT = ("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "youtu", "minicpm3")
 LATENT_SIZES: dict[str, Any] = {
     "q_lora_rank": 64,
     "kv_lora_rank": 64,

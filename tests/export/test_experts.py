@@ -16,7 +16,14 @@ from tests.tiny import tiny_tokenizer
 
 
 @pytest.mark.parametrize(
-    ("family", "four_bit"), [("qwen3_moe", False), ("qwen2_moe", True), ("gpt_oss", True)]
+    ("family", "four_bit"),
+    [
+        ("qwen3_moe", False),
+        ("qwen2_moe", True),
+        ("gpt_oss", True),
+        ("deepseek_v3", False),
+        ("deepseek_v2", True),
+    ],
 )
 def test_a_merged_checkpoint_answers_as_the_model(family: str, four_bit: bool, tmp_path: Path) -> None:
     model = tiny_mixture(family)

@@ -71,6 +71,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "layer_types": ["sliding_attention", "full_attention"],
     },
     "youtu": {"tie_word_embeddings": True},
+    "minicpm3": {"scale_emb": 3.0, "scale_depth": 0.9, "dim_model_base": 40},
     "granite": {
         "embedding_multiplier": 3.0,
         "residual_multiplier": 0.4,

@@ -11,9 +11,12 @@ import torch
 from pronghorn import FastLanguageModel
 from pronghorn.blocks import latent_attention
 from pronghorn.blocks.levels import DEPTHS
-from pronghorn.engine import bind, binding_of
+from pronghorn.data.budgets import Budgets
+from pronghorn.data.collator import BOOKKEEPING, Collator
+from pronghorn.engine import TrainingStep, bind, binding_of
 from tests.families.mixtures import add_expert_adapter, tiny_mixture
 from tests.families.parity import (
+    Outcome,
     add_adapter,
     assert_same,
     bound_copy,
@@ -226,3 +229,30 @@ def test_the_balance_of_experts_is_the_stock_models() -> None:
     fast = bound_copy(model)
     batch = {**rows_batch(model.config.vocab_size, LENGTHS), "output_router_logits": True}
     assert_same(run(fast, batch, logits=False), run(model, batch, logits=False), EXACT)
+
+
+def test_values_that_are_padded_are_named() -> None:
+    described = bind(tiny_mixture("deepseek_v3")).describe()
+    assert "values of 32 columns are padded to the keys' 40" in described
+    assert "padded" not in bind(tiny_mixture("deepseek_v3", v_head_dim=40)).describe()
+
+
+def test_a_step_of_static_shape_gives_autograds_gradients() -> None:
+    """With the adapters of the codes in flat storage, and filling tokens that nobody learns from."""
+    rows = rows_batch(320, LENGTHS)
+    mask = rows["attention_mask"].bool()
+    data = [
+        {"input_ids": ids[kept].tolist(), "labels": labels[kept].tolist()}
+        for ids, labels, kept in zip(rows["input_ids"], rows["labels"], mask, strict=True)
+    ]
+    batch = Collator(pad_token_id=0, budgets=Budgets())(data)
+    model = stock("deepseek_v3")
+    expected = run(model, rows, logits=False)
+    fast = bound_copy(model, "attention").train()
+    step = TrainingStep(fast)
+    given = {name: value for name, value in batch.items() if name not in BOOKKEEPING}
+    output = step.run(given, batch["supervised"])
+    assert output is not None
+    assert step._flat is not None and len(step._flat.parameters) == 3 * 5 * 2
+    gradients = {name: p.grad.clone() for name, p in fast.named_parameters() if p.grad is not None}
+    assert_same(Outcome(output.loss, None, gradients), expected, EXACT)

@@ -114,7 +114,7 @@ def test_half_of_a_stack_is_an_error() -> None:
 # --- 4 bits ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "qwen2_moe"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "qwen2_moe", "deepseek_v3"])
 def test_experts_are_held_in_four_bits(family: str, checkpoints: dict[str, Path], tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     options = {"load_in_4bit": True, "bnb_4bit_use_double_quant": family == "qwen3_moe"}

@@ -12,7 +12,7 @@ from pronghorn.blocks import LEVELS, kept_bytes_per_token, saved_bytes_per_token
 from pronghorn.engine import bind, binding_of
 from pronghorn.engine.planning import shape_of, shape_of_config
 from pronghorn.kernels.linear_cross_entropy import default_chunk_rows
-from pronghorn.memory import PROJECTIONS, Batch, ModelShape, estimate
+from pronghorn.memory import PROJECTIONS, Batch, LatentShape, MixtureShape, ModelShape, estimate
 from pronghorn.memory.allocator import Allocator
 from pronghorn.memory.schedule import Step
 from tests.families.parity import add_adapter, packed_batch, rows_batch
@@ -42,6 +42,22 @@ QWEN_1_5B: dict[str, Any] = {
     "qkv_bias": True,
 }
 GIB = 2**30
+
+
+@pytest.mark.parametrize("storage", ["bfloat16", "nf4 double", "int8 two", "fp8 two", "nf4 in int8 products"])
+@pytest.mark.parametrize("latent", [False, True])
+def test_mixtures_are_planned_in_every_storage(storage: str, latent: bool) -> None:
+    """Their experts are 16-bit or NF4; what others store in 8 bits, a mixture's rows are not multiplied in."""
+    sizes = {**QWEN_1_5B, "layers": 4, "qkv_bias": False, "mixture": MixtureShape(64, 6, 1408, 2816)}
+    if latent:
+        heads = {"heads": 16, "kv_heads": 16, "head_dim": 192, "latent": LatentShape(0, 512, 128, 64, 128)}
+        sizes |= heads | {"ranks": dict.fromkeys(("q", "kv", "kv_up", "o"), 16)}
+    batch = Batch(4096, 4094, 2)
+    reserved = [
+        estimate(ModelShape(**sizes, storage=storage), level, batch).reserved
+        for level in ("offload", "none", "attention", "matmuls", "all")
+    ]
+    assert reserved == sorted(reserved)
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,8 @@ _MADE_OF = """
 Fish-Speech's two transformers, `dual_ar` and `fish_qwen3_omni`, are a Llama, Qwen2 or Qwen3 decoder each
 ([speech.md](speech.md)): loss, logits and every gradient are compared with its formulas written out. `pronghorn speech`
 trains them; Orpheus is a Llama.
+
+DeepSeek-R1 is a DeepSeek-V3; its distills are Llama and Qwen2 models.
 """
 
 _STOCK = """

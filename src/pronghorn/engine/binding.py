@@ -212,6 +212,21 @@ class Binding:
                 lines.append(f"  {which}: {refusal}")
         return lines
 
+    def _describe_latent(self) -> list[str]:
+        """How heads that are made of codes go through kernels for heads of one size."""
+        if self.family.parts.latent is None:
+            return []
+        found, keys, values = (
+            "  latent attention: q, k and v are made of codes",
+            self.head_dim,
+            self.config.v_head_dim,
+        )
+        if values == keys:
+            return [found]
+        return [
+            f"{found}; values of {values} columns are padded to the keys' {keys}, the kernels' one size of heads"
+        ]
+
     def new_stash(self, device: torch.device) -> HostStash | None:
         """Host memory for one forward pass, where a layer's level asks for it and the device is a GPU."""
         if device.type != "cuda" or not any(map(parks, self.save_levels)):
@@ -299,6 +314,7 @@ class Binding:
         lines = [
             f"{name} ({self.family.name} family): {len(self.layers)} layers in attention and GLU blocks, {label}",
             *self._describe_attention(),
+            *self._describe_latent(),
             f"  save levels: {counts}",
             f"  weights: {', '.join(sorted({weight.storage for weight in linear}))}",
             *mixture.lines,

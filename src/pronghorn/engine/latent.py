@@ -36,7 +36,8 @@ def latent_attention_block(layer: Any, call: LayerCall, read: ReadGroups) -> Lat
         nope=attention.qk_nope_head_dim,
         cos=cos,
         sin=sin,
-        pairs=bool(getattr(binding.config, "rope_interleave", True)),
+        pairs=latent.pairs,
         docs=call.stream.docs,
         call=AttentionCall(float(attention.scaling), None, backend),
+        output_scale=binding.scales.residual,
     )

@@ -42,6 +42,7 @@ FAMILIES: tuple[DecoderFamily, ...] = (
     deepseek.DEEPSEEK_V3,
     deepseek.GLM4_MOE_LITE,
     deepseek.YOUTU,
+    deepseek.MINICPM3,
 )
 
 __all__ = [

@@ -1,19 +1,30 @@
-"""DeepSeek-V2 and V3 (and R1, which is a V3), and what took over their latent attention: GLM-4 MoE Lite and, without
-experts, Youtu. The distills of R1 are Llama and Qwen2 models."""
+"""DeepSeek-V2 and V3 (and R1, which is a V3), and what took over their latent attention: GLM-4 MoE Lite; without
+experts Youtu and MiniCPM3. The distills of R1 are Llama and Qwen2 models."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from pronghorn.families.mixture import MOE, MixtureParts, plain_gating
-from pronghorn.families.spec import DecoderFamily, LatentParts, LayerParts
+from pronghorn.families.spec import DecoderFamily, LatentParts, LayerParts, Scales
 from pronghorn.kernels.routing import Scoring
 
 
 def _parts(config: Any) -> LayerParts:
     """Latent attention, with or without a code for q."""
-    without_code = LatentParts(q="q_proj", q_norm=None, q_up=None)
-    return LayerParts(latent=without_code if config.q_lora_rank is None else LatentParts())
+    return _latent(config, bool(getattr(config, "rope_interleave", True)))
+
+
+def _parts_turning_halves(config: Any) -> LayerParts:
+    """Latent attention, with or without a code for q."""
+    return _latent(config, False)
+
+
+def _latent(config: Any, pairs: bool) -> LayerParts:
+    if config.q_lora_rank is None:
+        return LayerParts(latent=LatentParts(q="q_proj", q_norm=None, q_up=None, pairs=pairs))
+    return LayerParts(latent=LatentParts(pairs=pairs))
 
 
 def _unsupported(config: Any) -> str | None:
@@ -71,18 +82,23 @@ def _shared_intermediate(config: Any) -> int:
     return int(config.moe_intermediate_size * config.n_shared_experts)
 
 
-def _sigmoid_mixture(block: str) -> MixtureParts:
-    return MixtureParts(
-        _sigmoid_scoring,
-        plain_gating,
-        block=block,
-        router_class="TopkRouter",
-        router_bias="e_score_correction_bias",
-        shared="shared_experts",
-        shared_intermediate=_shared_intermediate,
-        balanced=False,
+def _factors(config: Any) -> Scales:
+    """Factors of both residual branches and of the output logits."""
+    return Scales(
+        residual=config.scale_depth / config.num_hidden_layers**0.5, logits=1.0 / config.logits_scaling
     )
 
+
+_MIXTURE = MixtureParts(
+    _sigmoid_scoring,
+    plain_gating,
+    block="MoE",
+    router_class="TopkRouter",
+    router_bias="e_score_correction_bias",
+    shared="shared_experts",
+    shared_intermediate=_shared_intermediate,
+    balanced=False,
+)
 
 DEEPSEEK_V2 = DecoderFamily(
     name="DeepSeek-V2",
@@ -90,15 +106,7 @@ DEEPSEEK_V2 = DecoderFamily(
     prefix="DeepseekV2",
     parts_of=_parts,
     mlp=_dense_first,
-    mixture=MixtureParts(
-        _softmax_scoring,
-        plain_gating,
-        block="Moe",
-        router_class="TopkRouter",
-        shared="shared_experts",
-        shared_intermediate=_shared_intermediate,
-        balanced=False,
-    ),
+    mixture=replace(_MIXTURE, scoring=_softmax_scoring, block="Moe", router_bias=None),
     unsupported=_unsupported_v2,
 )
 DEEPSEEK_V3 = DecoderFamily(
@@ -107,7 +115,7 @@ DEEPSEEK_V3 = DecoderFamily(
     prefix="DeepseekV3",
     parts_of=_parts,
     mlp=_dense_first,
-    mixture=_sigmoid_mixture("MoE"),
+    mixture=_MIXTURE,
     unsupported=_unsupported,
 )
 GLM4_MOE_LITE = DecoderFamily(
@@ -116,7 +124,15 @@ GLM4_MOE_LITE = DecoderFamily(
     prefix="Glm4MoeLite",
     parts_of=_parts,
     mlp=_by_layer_type,
-    mixture=_sigmoid_mixture("MoE"),
+    mixture=_MIXTURE,
+    unsupported=_unsupported,
+)
+MINICPM3 = DecoderFamily(
+    name="MiniCPM3",
+    model_types=("minicpm3",),
+    prefix="MiniCPM3",
+    parts_of=_parts_turning_halves,
+    scales=_factors,
     unsupported=_unsupported,
 )
 YOUTU = DecoderFamily(

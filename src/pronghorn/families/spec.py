@@ -17,7 +17,8 @@ Q_UP, KV_UP = 8, 9
 class LatentParts:
     """Paths inside the attention of layers with latent attention (`blocks.latent_attention`).
 
-    `q` reads the layer's input; it gives q, or with `q_norm` and `q_up` a code of it, which these make q of.
+    `q` reads the layer's input; it gives q, or with `q_norm` and `q_up` a code of it, which these make q of. `pairs`:
+    neighbouring elements are rotated together, not halves.
     """
 
     q: str = "q_a_proj"
@@ -26,6 +27,7 @@ class LatentParts:
     kv: str = "kv_a_proj_with_mqa"
     kv_norm: str = "kv_a_layernorm"
     kv_up: str = "kv_b_proj"
+    pairs: bool = True
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,6 @@ STOCK = {
     "hunyuan_v1_dense": "norms of q and k after the rotation",
     "kimi_linear": f"linear attention in most layers, {LATENT} in the others",
     "longcat_flash": f"two blocks of {LATENT} in a layer, beside experts of which some do nothing",
-    "minicpm3": f"{LATENT}, and factors of both residual branches",
     "mistral4": f"{LATENT} whose queries grow with their position",
     "nemotron": f"{LAYER_NORM} by 1 + w and an MLP without a gate",
     "olmo2": NO_PRE_NORM,

@@ -25,7 +25,8 @@ logger = logging.getLogger("pronghorn")
 #: what stays in 16-bit products over 4 bits unless it is asked for. On SmolLM2-135M in NF4 the cosine of adapter
 #: gradients to fp32 on the NF4 weights is (median, worst) 0.9889, 0.9532 with them in int8 and 0.9920, 0.9790 without,
 #: wanted 0.99, 0.97 (benchmarks.gates --mode nf4-int8). The unquantised model bears it: 0.9956, 0.9779.
-QUERIES_AND_KEYS = ("q_proj", "k_proj", "qkv_proj")
+#: Latent attention's were not measured; all of them are left out.
+QUERIES_AND_KEYS = ("q_proj", "k_proj", "qkv_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj")
 
 
 @dataclass(frozen=True)

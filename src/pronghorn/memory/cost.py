@@ -52,7 +52,11 @@ def layer_times(shape: ModelShape, batch: Batch, rates: Rates) -> LayerTimes:
     def product(*names: str, fp8: bool = shape.fp8_forward, unpacked: int = shape.unpacked_forward) -> float:
         """Frozen products, adapters (they read and write the tall matrices once more), dequantisation."""
         rate = rates.matmul_int8 if shape.int8 else rates.matmul_fp8 if fp8 else rates.matmul
-        flop = 2.0 * shape.linear_parameters(*names) * t / rate
+        # A mixture's experts are multiplied in 16 bits.
+        stacked = [name for name in names if shape.mixture is not None and name in (*GATE_UP, *DOWN)]
+        linear = [name for name in names if name not in stacked]
+        flop = 2.0 * t * shape.linear_parameters(*linear) / rate
+        flop += 2.0 * t * shape.linear_parameters(*stacked) / rates.matmul
         # An int8 product adds the adapter's share where it writes, so that only its input is read once more.
         tall = [
             shape.linear(name)[1] if shape.int8 else sum(shape.linear(name))

@@ -77,9 +77,10 @@ class MixtureStep(Step):
             self._drop(saves, "gate_up", "xa_gate_up")
             dnormed = self._new(rows * shape.hidden * e)
             self._free(drows)
+            read = self._read_by_router(rows)
             dlogits = self._new(rows * mixture.experts * 4)
-            drouter = self._new(rows * shape.hidden * e)
-            self._free(dlogits, drouter, dweights)
+            drouter = self._new(rows * shape.hidden * self._of_logits)
+            self._free(dlogits, drouter, dweights, read)
             part = self._new(rows * shape.hidden * shape.residual_element)
             self._free(dnormed, *routing)
             self._drop(saves, "logits")
@@ -99,7 +100,9 @@ class MixtureStep(Step):
             self._keep(saves, "normed_glu", rows * self.shape.hidden * e)
             self._free(self._new(4 * rows))
         if "logits" not in saves:
-            self._keep(saves, "logits", rows * mixture.experts * e)
+            read = self._read_by_router(rows)
+            self._keep(saves, "logits", rows * mixture.experts * self._of_logits)
+            self._free(read)
         scores = self._new(4 * rows * mixture.experts)
         pairs = rows * mixture.top_k
         # Experts and weights of a token; sorted experts, their order, tokens and places (8 bytes each), row weights.
@@ -111,6 +114,15 @@ class MixtureStep(Step):
             saves["gate_up"] = (wide, 2 * pairs * mixture.intermediate * e)
             self._free(x)
         return routing
+
+    @property
+    def _of_logits(self) -> int:
+        """Bytes of a router's logit."""
+        return 4 if self._mixture.wide_logits else self.element
+
+    def _read_by_router(self, rows: int) -> int:
+        """The router's input, where it is another than the experts'."""
+        return self._new(4 * rows * self.shape.hidden) if self._of_logits != self.element else -1
 
     def _rows(self, tokens: int, width: int) -> int:
         """One row for each expert of each token."""

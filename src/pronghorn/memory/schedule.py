@@ -128,7 +128,8 @@ class Step(Products):
             self._drop(saves, "normed_attention")
         if "summed" not in saves:
             branch = self._branch(saves)
-            if len(self._tiles()) == 1 and shape.eight_bit_forward:
+            # A mixture's rows are not multiplied in 8 bits.
+            if len(self._tiles()) == 1 and shape.eight_bit_forward and shape.mixture is None:
                 self._keep(saves, "codes", t * shape.hidden)
                 self._keep(saves, "code_scales", 4 * t)
             self._keep(saves, "normed_glu", t * shape.hidden * e)
