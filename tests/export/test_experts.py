@@ -15,16 +15,10 @@ from tests.families.mixtures import tiny_mixture
 from tests.tiny import tiny_tokenizer
 
 
-@pytest.mark.parametrize(
-    ("family", "four_bit"),
-    [
-        ("qwen3_moe", False),
-        ("qwen2_moe", True),
-        ("gpt_oss", True),
-        ("deepseek_v3", False),
-        ("deepseek_v2", True),
-    ],
-)
+CASES = {"qwen3_moe": False, "qwen2_moe": True, "gpt_oss": True, "deepseek_v3": False, "deepseek_v2": True}
+
+
+@pytest.mark.parametrize(("family", "four_bit"), CASES.items(), ids=CASES)
 def test_a_merged_checkpoint_answers_as_the_model(family: str, four_bit: bool, tmp_path: Path) -> None:
     model = tiny_mixture(family)
     if four_bit:
