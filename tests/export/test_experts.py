@@ -14,7 +14,6 @@ from pronghorn.loading.experts import quantise_experts
 from tests.families.mixtures import tiny_mixture
 from tests.tiny import tiny_tokenizer
 
-
 CASES = {"qwen3_moe": False, "qwen2_moe": True, "gpt_oss": True, "deepseek_v3": False, "deepseek_v2": True}
 
 
