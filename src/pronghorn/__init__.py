@@ -18,11 +18,13 @@ if TYPE_CHECKING:
     from pronghorn.engine import bind, binding_of
     from pronghorn.inference.synthesis import synthesize
     from pronghorn.loading import FastLanguageModel, FastModel, FastVisionModel, is_bfloat16_supported
+    from pronghorn.quantising.settings import DynamicQuantisation
     from pronghorn.training import SFTConfig, SFTTrainer, train_on_responses_only
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "DynamicQuantisation",
     "EmbeddingConfig",
     "EmbeddingTrainer",
     "FastEmbeddingModel",
@@ -48,6 +50,7 @@ _HOME = {
     "EmbeddingConfig": "pronghorn.embedding",
     "EmbeddingTrainer": "pronghorn.embedding",
     "FastEmbeddingModel": "pronghorn.embedding",
+    "DynamicQuantisation": "pronghorn.quantising.settings",
     "FastLanguageModel": "pronghorn.loading",
     "FastModel": "pronghorn.loading",
     "FastVisionModel": "pronghorn.loading",

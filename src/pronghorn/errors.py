@@ -419,3 +419,15 @@ class ImageUnreadable(PronghornError):
     """An image of a row cannot be opened."""
 
     code = "PH313"
+
+
+class CalibrationMissing(PronghornError):
+    """Quantisation is to be fitted to rows, and there are none, or none with text."""
+
+    code = "PH314"
+
+
+class QuantisationRefused(PronghornError):
+    """Dynamic quantisation or its low-rank correction that cannot be made for this model, or not as it was loaded."""
+
+    code = "PH208"

@@ -19,7 +19,7 @@ EXIT_INTERRUPTED = 130
 #: Commands that are run by `run(options)` of the module of their name.
 _MODULES = (
     "chat", "plan", "lr-find", "search", "data", "run", "export", "serve", "compare-adapters", "curves", "compare",
-    "stress", "speech", "embed",
+    "stress", "speech", "embed", "quantise",
 )  # fmt: skip
 
 
@@ -90,6 +90,7 @@ def build_parser() -> argparse.ArgumentParser:
         export,
         lr_find,
         plan,
+        quantise,
         run,
         search,
         serve,
@@ -102,6 +103,7 @@ def build_parser() -> argparse.ArgumentParser:
     search.register(commands)
     data.register(commands)
     export.register(commands)
+    quantise.register(commands)
     serve.register(commands)
     compare_adapters.register(commands)
     run.register(commands)

@@ -5,6 +5,7 @@ from pronghorn.export.checkpoint_gate import check_checkpoint
 from pronghorn.export.gguf import save_gguf, save_gguf_adapter
 from pronghorn.export.hub import push
 from pronghorn.export.merged import check_save_method, save_merged
+from pronghorn.export.quantised import save_quantised
 from pronghorn.export.result import Export
 from pronghorn.export.verify import verify_export
 
@@ -17,5 +18,6 @@ __all__ = [
     "save_gguf",
     "save_gguf_adapter",
     "save_merged",
+    "save_quantised",
     "verify_export",
 ]

@@ -32,9 +32,10 @@ LIMITS = {
     "merged_16bit": Limits(0.02, 0.02),
     "fp8": Limits(0.10, 0.08),
     "merged_4bit": Limits(0.45, 0.25),
+    "quantised": Limits(0.02, 0.02),  # the same codes
 }
 #: Bytes a weight takes once stock Transformers has loaded it; fp8 is compared as it is stored, dequantised.
-_ELEMENT_BYTES = {"merged_16bit": 2.0, "fp8": 2.0, "merged_4bit": 0.75}
+_ELEMENT_BYTES = {"merged_16bit": 2.0, "fp8": 2.0, "merged_4bit": 0.75, "quantised": 0.75}
 
 
 def check_checkpoint(

@@ -27,6 +27,7 @@ _OURS = (
     "merges.txt",
     "chat_template*",
     "export.failed.txt",
+    "quantisation.json",
 )
 
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}

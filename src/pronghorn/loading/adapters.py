@@ -23,6 +23,7 @@ from pronghorn.errors import (
 )
 from pronghorn.families import family_of
 from pronghorn.loading.checkpoint import check_safetensors, read_header
+from pronghorn.loading.compensation import begin_with_residual, check_base, is_compensating, loftq_settings
 from pronghorn.loading.experts import ALL_LINEAR, shown_as_plain, with_experts
 from pronghorn.loading.fp8 import know_stored
 from pronghorn.loading.source import ADAPTER_CONFIG, Source, read_json
@@ -56,6 +57,7 @@ def add_adapter(model: Any, random_state: int, revision: str | None = None, **se
     Raises:
         AdapterProblem: when the model has an adapter already, or PEFT refuses the settings.
         TargetModuleNotFound: for names the model does not have.
+        QuantisationRefused: for a beginning that a quantised model cannot have.
     """
     from peft import LoraConfig, TaskType, get_peft_model
 
@@ -78,14 +80,21 @@ def add_adapter(model: Any, random_state: int, revision: str | None = None, **se
     _check_numbers(model, settings)
     _keep_to_language_model(model, settings)
     settings.setdefault("task_type", TaskType.CAUSAL_LM)
+    residual = None
+    if is_compensating(model, settings.get("init_lora_weights")):
+        residual = loftq_settings(settings.pop("loftq_config", None))
+        settings["init_lora_weights"] = True
     try:
         config = LoraConfig(**{name: value for name, value in settings.items() if value is not None})
         know_stored(config, model)
         with shown_as_plain(model), torch.random.fork_rng(devices=_cuda_devices(model)):
             torch.manual_seed(random_state)
-            return get_peft_model(model, config, revision=revision)
+            wrapped = get_peft_model(model, config, revision=revision)
     except (ValueError, TypeError, NotImplementedError, ImportError) as error:
         raise AdapterProblem(f"PEFT refuses these settings: {' '.join(str(error).split())[:400]}") from error
+    if residual is not None:
+        begin_with_residual(wrapped, residual)
+    return wrapped
 
 
 def _keep_to_language_model(model: Any, settings: dict[str, Any]) -> None:
@@ -286,9 +295,10 @@ def load_adapter(model: Any, source: Source, name: str = "default") -> Any:
     from peft import PeftConfig, PeftModel
     from peft.utils import get_peft_model_state_dict
 
-    check_adapter_files(source)
+    mark = check_base(model, check_adapter_files(source), source.location)
     try:
         config = PeftConfig.from_pretrained(source.location)
+        config.loftq_config = mark or config.loftq_config  # PEFT drops what it does not know
         know_stored(config, model)
         with shown_as_plain(model):
             if isinstance(model, PeftModel):

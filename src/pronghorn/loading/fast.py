@@ -30,6 +30,7 @@ from pronghorn.loading.arguments import (
     refuse_other_than,
     refuse_unknown,
 )
+from pronghorn.loading.dynamic import choose_dynamic
 from pronghorn.loading.fp8 import choose_fp8
 from pronghorn.loading.hub import download
 from pronghorn.loading.int8 import choose_int8
@@ -45,6 +46,8 @@ from pronghorn.loading.tokenizer import (
     set_pad_token,
 )
 from pronghorn.loading.towers import tower_targets
+from pronghorn.quantising.calibration import calibration_rows
+from pronghorn.quantising.settings import DynamicQuantisation
 
 logger = logging.getLogger("pronghorn")
 
@@ -121,6 +124,7 @@ class FastLanguageModel:
         int8_modules: Iterable[str] | None = None,
         int8_copies: int = 2,
         images: bool | None = False,
+        dynamic_4bit: bool | DynamicQuantisation = False,
         **kwargs: Any,
     ) -> tuple[Any, Any]:
         """Load a model and its tokenizer, with the fast path bound.
@@ -157,6 +161,9 @@ class FastLanguageModel:
             int8_copies: 2 stores codes for both directions; 1 takes half the memory and a few per cent more time.
             images: True loads a model that reads images with its processor in the tokenizer's place, as
                 `FastVisionModel` does; None does so where the checkpoint has one, as `FastModel` does.
+            dynamic_4bit: measure on some rows what 4 bits do to each linear layer, keep those in 16 bits that bear it
+                least, and round the others to fit: takes a minute or more. True has the defaults of
+                `DynamicQuantisation`; `model.pronghorn_quantisation` is the report.
             kwargs: arguments of older scripts without effect here.
 
         Returns:
@@ -172,8 +179,8 @@ class FastLanguageModel:
         check_name(attention)
         hardware = probe()
         chosen = choose_dtype(dtype, hardware)
-        if (load_in_fp8 or load_in_int8) and load_in_4bit is None:
-            load_in_4bit = False
+        if load_in_4bit is None and (load_in_fp8 or load_in_int8 or dynamic_4bit):
+            load_in_4bit = bool(dynamic_4bit)
         bits, why = choose_bits(load_in_4bit, load_in_8bit, full_finetuning, hardware)
         fp8 = choose_fp8(
             load_in_fp8,
@@ -194,6 +201,12 @@ class FastLanguageModel:
             modules=int8_modules,
             copies=int8_copies,
         )
+        dynamic = choose_dynamic(
+            dynamic_4bit,
+            bits=bits,
+            quant_type=bnb_4bit_quant_type,
+            eight_bit_products=bool(load_in_fp8 or load_in_int8),
+        )
         options = Options(
             dtype=chosen.value,
             bits=bits,
@@ -207,6 +220,7 @@ class FastLanguageModel:
             fp8=fp8,
             int8=int8,
             images=images,
+            dynamic=dynamic,
         )
         named = locate(model_name, gguf_file=gguf_file, revision=revision)
         logger.info("pronghorn: %s in %s", named.name, chosen)
@@ -402,10 +416,13 @@ def load_named(
     base_here = on_disk(base_named, token, trusted) if here.kind == "adapter" else here
     config = check_model(base_here, trusted)
     tokenizer = _tokenizer_or_processor(here, base_here, config, options)
-    model = load_model(base_here, config, options, hardware)
+    texts, rows = getattr(tokenizer, "tokenizer", tokenizer), None
+    if options.dynamic is not None:
+        rows = calibration_rows(options.dynamic.calibration, texts, options.dynamic.tokens)
+    model = load_model(base_here, config, options, hardware, rows)
     _remember(model, base_named, max_seq_length, options.rope_scaling)
     if fix_tokenizer:
-        set_pad_token(getattr(tokenizer, "tokenizer", tokenizer), model)
+        set_pad_token(texts, model)
     if full_finetuning and here.kind != "adapter":
         model.requires_grad_(True)
     if here.kind == "adapter":

@@ -22,11 +22,15 @@ from pronghorn.errors import (
 from pronghorn.families import family_of
 from pronghorn.hardware import Hardware
 from pronghorn.loading.checkpoint import check_folder
+from pronghorn.loading.dynamic import check_can_be_quantised
 from pronghorn.loading.experts import mixture_of, quantise_experts
 from pronghorn.loading.fp8 import Fp8Options, quantise_layers
 from pronghorn.loading.int8 import Int8Options, quantise_to_int8
 from pronghorn.loading.precision import quantisation
 from pronghorn.loading.source import Source
+from pronghorn.quantising.calibration import CalibrationRows
+from pronghorn.quantising.dynamic import quantise
+from pronghorn.quantising.settings import DynamicQuantisation
 from pronghorn.weights import keep_four_bit_layout
 
 logger = logging.getLogger("pronghorn")
@@ -54,6 +58,7 @@ class Options:
     headless: bool = False
     #: a model that reads images is to be loaded with the part that does, where Transformers has both; None: with either
     images: bool | None = False
+    dynamic: DynamicQuantisation | None = None
 
 
 def check_model(source: Source, trust_remote_code: bool) -> Any:
@@ -73,19 +78,27 @@ def check_model(source: Source, trust_remote_code: bool) -> Any:
     return load_config(source, trust_remote_code)
 
 
-def load_model(source: Source, config: Any, options: Options, hardware: Hardware) -> Any:
+def load_model(
+    source: Source, config: Any, options: Options, hardware: Hardware, rows: CalibrationRows | None = None
+) -> Any:
     """Load the model of a local folder or GGUF file on its device, unbound, in eval mode.
 
     Args:
         config: what `check_model` returned.
+        rows: to measure on, for dynamic quantisation.
 
     Raises:
         CheckpointCorrupt: for missing weights, or weights of another shape than the config says.
         UnsupportedCheckpoint: for an architecture without a causal language model.
+        QuantisationRefused: for what dynamic quantisation is not made for.
     """
     if options.rope_scaling:
         scale_rope(config.get_text_config(), options.rope_scaling)
-    bits = _settle_bits(source, config, options)
+    if options.dynamic is None:
+        bits = _settle_bits(source, config, options)
+    else:
+        check_can_be_quantised(config, mixture_of(config) is not None)
+        bits = 16  # it is read so, and quantised here
     extra: dict[str, Any] = {
         "quantization_config": _quantisation(source, options, bits, reads_images(config))
     }
@@ -97,7 +110,7 @@ def load_model(source: Source, config: Any, options: Options, hardware: Hardware
     stream_to = None
     replaced = options.int8 is not None or (options.fp8 is not None and options.fp8.both)
     with_experts = bits == 4 and mixture_of(config) is not None
-    if (replaced and not _is_four_bit(config, bits)) or with_experts:
+    if (replaced and not _is_four_bit(config, bits)) or with_experts or options.dynamic is not None:
         device_map, stream_to = _by_way_of_cpu(device_map, bits)
     auto, arguments = _auto_class(config, options)
     extra |= arguments
@@ -116,6 +129,8 @@ def load_model(source: Source, config: Any, options: Options, hardware: Hardware
     _check_loaded(info, source, options.headless)
     if source.gguf_file is not None:
         _forget_gguf(model)
+    if options.dynamic is not None:
+        _quantise_dynamically(model, options, rows, device_map, stream_to)
     keep_four_bit_layout(model)
     if with_experts:
         quantise_experts(model, options.quant_type, options.double_quant, stream_to)
@@ -146,6 +161,28 @@ def _auto_class(config: Any, options: Options) -> tuple[Any, dict[str, Any]]:
 def reads_images(config: Any) -> bool:
     """Whether a model's configuration has a part for images."""
     return getattr(config, "vision_config", None) is not None
+
+
+def _quantise_dynamically(
+    model: Any,
+    options: Options,
+    rows: CalibrationRows | None,
+    device_map: Any,
+    stream_to: torch.device | None,
+) -> None:
+    """
+    Raises:
+        UnknownArgument: for a model that is spread over devices.
+    """
+    if len(getattr(model, "hf_device_map", None) or {}) > 1:
+        raise UnknownArgument(
+            f"dynamic_4bit brings a model to one device, and device_map={device_map!r} spreads it",
+            fix="leave out device_map; or write the model with pronghorn quantise first and load that",
+        )
+    assert options.dynamic is not None and rows is not None
+    quantise(model, rows, options.dynamic, double=options.double_quant, device=stream_to)
+    if stream_to is not None:
+        model.hf_device_map = {"": stream_to}  # where accelerate looks
 
 
 def _attention_that_caps(config: Any) -> str | None:

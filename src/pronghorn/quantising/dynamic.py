@@ -1,0 +1,156 @@
+"""Dynamic quantisation of a loaded 16-bit model: measure every linear layer, choose its form, round it to fit."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pronghorn.errors import QuantisationRefused
+from pronghorn.quantising.calibration import CalibrationRows
+from pronghorn.quantising.choice import Option, choose
+from pronghorn.quantising.formats import DENSE, Format, plain_form
+from pronghorn.quantising.held_out import HeldOut
+from pronghorn.quantising.layers import Decoder, Moments, decoder_layers, linear_modules
+from pronghorn.quantising.measure import Errors, Measured, errors_of, measure, weigh
+from pronghorn.quantising.report import ModuleReport, Report
+from pronghorn.quantising.rounding import OutputFit, round_plain
+from pronghorn.quantising.settings import DynamicQuantisation
+from pronghorn.quantising.store import four_bit_linear, mark_quantised
+
+logger = logging.getLogger("pronghorn")
+
+
+def quantise(
+    model: Any,
+    rows: CalibrationRows,
+    settings: DynamicQuantisation,
+    *,
+    double: bool = True,
+    device: torch.device | None = None,
+) -> Report:
+    """Bring the linear modules of a model's decoder layers into 4 bits, those that bear it least into more.
+
+    The model's weights are read in 16 bits where they lie. Besides them there is one layer at a time on `device`, and
+    what has been quantised already.
+
+    Args:
+        double: with double quantisation.
+        device: where layers run and the model lies afterwards; None leaves everything where it is.
+
+    Raises:
+        QuantisationRefused: for a model without plain linear layers, or a mixture of experts.
+    """
+    started = time.monotonic()
+    model.requires_grad_(False)
+    model.eval()
+    names = _layer_names(model)
+    plain = plain_form(double)
+    decoder = Decoder(model, rows.ids, device=device)
+    measured = measure(decoder, names, double)
+    if not measured:
+        raise QuantisationRefused(
+            f"{type(model).__name__} has no plain linear layers to quantise",
+            fix="load it without dynamic_4bit",
+        )
+    weigh(decoder, names, measured)
+    chosen = _choose(measured, settings, plain)
+    logger.info("pronghorn: measured %d modules in %.0f s", len(measured), time.monotonic() - started)
+    held_out = None if rows.held_out is None else HeldOut(Decoder(model, rows.held_out, device=device))
+    found = _round(decoder, names, measured, chosen, plain, held_out)
+    if device is not None:
+        model.to(device)
+    dense = [name for name, form in chosen.items() if form.dense]
+    mark_quantised(model, [*dense, *_other_linear(model)], model.dtype, double)
+    predictions = None if held_out is None else held_out.compare()
+    report = Report(found, plain, rows.ids.numel(), predictions, time.monotonic() - started)
+    model.__dict__["pronghorn_quantisation"] = report
+    logger.info("pronghorn: %s", report)
+    return report
+
+
+def _choose(measured: Sequence[Measured], settings: DynamicQuantisation, plain: Format) -> dict[str, Format]:
+    """The form of every module, by name."""
+    base = sum(plain.nbytes(module.shape) for module in measured)
+    forms = [[*module.harm, DENSE] for module in measured]
+    options = [
+        [Option(form.nbytes(module.shape), module.harm.get(form, 0.0)) for form in own]
+        for module, own in zip(measured, forms, strict=True)
+    ]
+    indices = choose(options, base + settings.extra_bytes(base))
+    assert indices is not None  # the smallest forms take no more than `base`
+    return {module.name: own[i] for module, own, i in zip(measured, forms, indices, strict=True)}
+
+
+@torch.no_grad()
+def _round(
+    decoder: Decoder,
+    layer_names: Sequence[str],
+    measured: Sequence[Measured],
+    chosen: dict[str, Format],
+    plain: Format,
+    held_out: HeldOut | None,
+) -> list[ModuleReport]:
+    """Put the modules into their forms, a layer after the other; each is fitted to what it reads once those before it
+    are quantised."""
+    harm = {module.name: module.harm[plain] for module in measured}
+    found: list[ModuleReport] = []
+    hidden = decoder.inputs()
+    for index, layer in enumerate(decoder.layers):
+        if decoder.device is not None:
+            layer.to(decoder.device)  # where it stays
+        modules = linear_modules(layer)
+        with Moments(modules) as moments:
+            for chunk in hidden:
+                decoder.run(index, chunk)
+        if held_out is not None:
+            held_out.run("exact", index)
+        made: dict[str, nn.Module] = {}
+        fitted: dict[nn.Linear, Tensor] = {}
+        for paths, moment in moments.groups():
+            fit = OutputFit(moment)
+            for path in paths:
+                name, module = f"{layer_names[index]}.{path}", modules[path]
+                weight, form, after = module.weight.float(), chosen[name], Errors(0.0, 0.0)
+                rounded = round_plain(weight, plain).dense()
+                before = errors_of(weight, rounded, moment)
+                if form.dense:
+                    fitted[module] = module.weight.clone()
+                else:
+                    stored = fit.round(weight, form)
+                    made[path] = four_bit_linear(module, stored, module.weight.dtype)
+                    fitted[module] = stored.dense()
+                    after = errors_of(weight, fitted[module], moment)
+                shape = (weight.shape[0], weight.shape[1])
+                found.append(ModuleReport(name, shape, form, harm[name], before, after))
+                module.weight.copy_(rounded)
+        if held_out is not None:
+            held_out.run("plain", index)
+        for module, dense in fitted.items():
+            module.weight.copy_(dense)
+        if held_out is not None:
+            held_out.run("fitted", index)
+        hidden = [decoder.run(index, chunk) for chunk in hidden]
+        for path, made_module in made.items():
+            layer.set_submodule(path, made_module)
+    return found
+
+
+def _layer_names(model: Any) -> list[str]:
+    layers = decoder_layers(model)
+    found = next(name for name, module in model.named_modules() if module is layers)
+    return [f"{found}.{index}" for index in range(len(layers))]
+
+
+def _other_linear(model: nn.Module) -> list[str]:
+    """Plain linear modules outside the decoder layers, such as the head: Transformers is told to leave them alone."""
+    inside = {id(module) for layer in decoder_layers(model) for module in layer.modules()}
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and id(module) not in inside
+    ]

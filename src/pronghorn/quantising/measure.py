@@ -1,0 +1,166 @@
+"""What 4 bits do to each linear module of a model: to its weight, to its output, and to what the model predicts.
+
+With E = W − Q, A = XᵀX / T of what the module reads and g the gradient of the model's log likelihood in its output:
+
+    weight error    ‖E‖² / ‖W‖²
+    output error    tr(E A Eᵀ) / tr(W A Wᵀ)
+    harm            ½ Σ_i G_i · (E A Eᵀ)_ii,   G_i = mean over tokens of g_i²
+
+The last is the second-order estimate of KL(model ‖ quantised), in nats a token, with errors of different outputs taken
+as independent (the diagonal of the Fisher information, for tokens that the model itself draws). It makes errors in
+different modules comparable.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from pronghorn.quantising.formats import Format, forms_of
+from pronghorn.quantising.layers import Decoder, Moments, linear_modules
+from pronghorn.quantising.rounding import round_plain
+
+#: calibration tokens that gradients are taken of: they need a pass back, and their layers' inputs wait on the host
+GRADIENT_TOKENS = 2048
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Relative squared errors of a module's weight and of its output."""
+
+    weight: float
+    output: float
+
+
+@dataclass
+class Measured:
+    """A linear module before it is quantised.
+
+    Args:
+        row_errors: for each form (E A Eᵀ)_ii [out] on the CPU, of plain rounding.
+        harm: for each form; filled by `weigh`.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    row_errors: dict[Format, Tensor]
+    harm: dict[Format, float]
+
+
+def row_errors(error: Tensor, moment: Tensor) -> Tensor:
+    """(E A Eᵀ)_ii of E [out, in] fp32: the mean square that each output is off by."""
+    return (error @ moment).mul_(error).sum(1).clamp_min_(0.0)
+
+
+def errors_of(weight: Tensor, quantised: Tensor, moment: Tensor) -> Errors:
+    """Errors of a weight [out, in] and what stands for it, both fp32."""
+    off = weight - quantised
+    size, energy = float(weight.square().sum()), float(row_errors(weight, moment).sum())
+    return Errors(
+        float(off.square().sum()) / size if size else 0.0,
+        float(row_errors(off, moment).sum()) / energy if energy else 0.0,
+    )
+
+
+@torch.no_grad()
+def measure(decoder: Decoder, layer_names: Sequence[str], double: bool) -> list[Measured]:
+    """Every linear module of the decoder's layers in its forms of 4 bits, in the unquantised model; `harm` stays empty.
+
+    Args:
+        layer_names: full names of the layers.
+        double: with double quantisation.
+    """
+    found = []
+    hidden = decoder.inputs()
+    for index, layer in enumerate(decoder.layers):
+        with decoder.placed(index), Moments(linear_modules(layer)) as moments:
+            hidden = [decoder.run(index, chunk) for chunk in hidden]
+            modules = linear_modules(layer)
+            for paths, moment in moments.groups():
+                for path in paths:
+                    weight = modules[path].weight.float()
+                    rows = {
+                        form: row_errors(weight - round_plain(weight, form).dense(), moment).cpu()
+                        for form in forms_of(weight.shape[1], double)
+                    }
+                    shape = (weight.shape[0], weight.shape[1])
+                    found.append(Measured(f"{layer_names[index]}.{path}", shape, rows, {}))
+    return found
+
+
+def weigh(decoder: Decoder, layer_names: Sequence[str], measured: Sequence[Measured]) -> None:
+    """Fill in `harm`, by one pass forward and back over a part of the calibration rows."""
+    squares = _gradient_squares(decoder, layer_names)
+    for module in measured:
+        weights = squares[module.name]
+        module.harm = {form: 0.5 * float((rows * weights).sum()) for form, rows in module.row_errors.items()}
+
+
+def _gradient_squares(decoder: Decoder, layer_names: Sequence[str]) -> dict[str, Tensor]:
+    """G [out] of every linear module, on the CPU."""
+    rows = max(1, GRADIENT_TOKENS // decoder.ids.shape[1])
+    # A row at a time: logits in fp32 are the largest tensor there is.
+    part = Decoder(decoder.model, decoder.ids[:rows], decoder.ids.shape[1], decoder.device)
+    kept: list[list[Tensor]] = []  # inputs of each layer
+    with torch.no_grad():
+        hidden = part.inputs()
+        for index in range(len(part.layers)):
+            kept.append(hidden)
+            with part.placed(index):
+                hidden = [part.run(index, chunk) for chunk in hidden]
+    gradients = [
+        _gradient_of_likelihood(part, ids, given) for ids, given in zip(part.chunks, hidden, strict=True)
+    ]
+    found: dict[str, Tensor] = {}
+    for index in range(len(part.layers) - 1, -1, -1):
+        modules = linear_modules(part.layers[index])
+        sums: dict[str, Tensor] = {}
+        with part.placed(index):
+            hooks = [_add_squares(module, path, sums) for path, module in modules.items()]
+            for place, given in enumerate(kept.pop()):
+                leaf = given.detach().requires_grad_()
+                output = part.run(index, leaf)
+                output.backward(gradients[place])
+                assert leaf.grad is not None
+                gradients[place] = leaf.grad
+            for hook in hooks:
+                hook.remove()
+        count = part.ids.numel()
+        for path, module in modules.items():
+            total = sums.get(path)
+            zeros = torch.zeros(module.out_features)  # a module that nothing went through
+            found[f"{layer_names[index]}.{path}"] = zeros if total is None else total.cpu() / count
+    return found
+
+
+def _gradient_of_likelihood(decoder: Decoder, ids: Tensor, hidden: Tensor) -> Tensor:
+    """d Σ_t log p(y_t) / d hidden, where the model itself draws each y_t."""
+    leaf = hidden.detach().requires_grad_()
+    with torch.enable_grad():
+        logits = decoder.logits(ids, leaf).float().log_softmax(-1)
+        drawn = _draw(logits.detach().flatten(0, 1))
+        logits.flatten(0, 1).gather(1, drawn[:, None]).sum().backward()
+    assert leaf.grad is not None
+    return leaf.grad
+
+
+def _draw(log_probabilities: Tensor) -> Tensor:
+    """A token from each row, the same ones every time."""
+    generator = torch.Generator().manual_seed(0)
+    thresholds = torch.rand(len(log_probabilities), 1, generator=generator).to(log_probabilities.device)
+    reached = log_probabilities.exp().cumsum(-1)
+    return torch.searchsorted(reached, thresholds * reached[:, -1:]).squeeze(1)
+
+
+def _add_squares(module: nn.Module, path: str, sums: dict[str, Tensor]) -> torch.utils.hooks.RemovableHandle:
+    def on_output(_: nn.Module, __: object, output: Tensor) -> None:
+        def on_gradient(gradient: Tensor) -> None:
+            added = gradient.detach().float().flatten(0, -2).square().sum(0)
+            sums[path] = sums[path] + added if path in sums else added
+
+        output.register_hook(on_gradient)
+
+    return module.register_forward_hook(on_output)

@@ -1,0 +1,125 @@
+"""Weights onto NF4's grid so that their module's output changes least, at no cost in bytes.
+
+With X [T, in] what a module reads, A = XᵀX / T, and E = W − Q:
+
+    output error   ‖X Eᵀ‖² / T = tr(E A Eᵀ)
+
+Rounding each weight to the nearest value minimises ‖E‖² instead. Here the scale of each block is searched for, and
+the columns are rounded one after the other, the largest of A's diagonal first, each time moving the columns that are
+left so that they make up for the error so far (Frantar et al. 2022, arXiv 2210.17323):
+
+    e = (w_j − q_j) / U_jj,   w_k ← w_k − e U_jk  for k > j,   UᵀU = (A + λI)⁻¹,  U upper triangular
+
+Scales stay fixed meanwhile, so that columns may come in any order and blocks may be what bitsandbytes' are.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pronghorn.quantising.formats import Format, Scales, Stored, nearest, nf4_values, spread, store_scales
+
+#: λ as a share of A's mean diagonal: without it what never occurred in calibration would cost nothing
+DAMPING = 0.01
+#: factors of a block's largest weight that are tried as its scale
+_FACTORS = torch.linspace(0.80, 1.04, 9).tolist()
+#: columns whose corrections are applied to the rest in one product
+_COLUMNS = 64
+
+
+def round_plain(weight: Tensor, form: Format) -> Stored:
+    """As bitsandbytes does it: the largest weight of a block is its scale, each weight goes to the nearest value."""
+    return _nearest(weight, store_scales(_largest(weight, form.blocksize), form), form)
+
+
+class OutputFit:
+    """Rounds weights [out, in] of modules that read the same, so that their outputs change little.
+
+    Args:
+        moment: A [in, in] fp32.
+    """
+
+    def __init__(self, moment: Tensor) -> None:
+        self.importance = moment.diagonal()
+        self.order = self.importance.argsort(descending=True)
+        self.factor = inverse_factor(moment[self.order][:, self.order])
+
+    def round(self, weight: Tensor, form: Format) -> Stored:
+        """A weight (fp32) on the grid of `form`."""
+        scales = store_scales(search_scales(weight, self.importance, form.blocksize), form)
+        return self.round_with(weight, scales, form)
+
+    def round_with(self, weight: Tensor, scales: Scales, form: Format) -> Stored:
+        """The same for given scales."""
+        out, width = weight.shape
+        left = weight[:, self.order].t().contiguous()  # [in, out]: columns of W as rows
+        each = spread(scales.values, (out, width), form.blocksize)[:, self.order].t().contiguous()
+        each = torch.where(each == 0, torch.ones_like(each), each)
+        found = torch.empty(width, out, dtype=torch.uint8, device=weight.device)
+        for start in range(0, width, _COLUMNS):
+            part = slice(start, min(start + _COLUMNS, width))
+            rest = slice(part.stop, width)
+            errors = self._round_columns(left, each, found, part)
+            left[rest].addmm_(self.factor[part, rest].t(), errors, alpha=-1)
+        indices = torch.empty_like(found).index_copy_(0, self.order, found)
+        return Stored(indices.t().contiguous(), scales, form)
+
+    def _round_columns(self, left: Tensor, each: Tensor, found: Tensor, part: slice) -> Tensor:
+        """Round some columns one after the other, into `found`; returns their errors e [columns, out]."""
+        values, factor = nf4_values(left.device), self.factor
+        diagonal = factor.diagonal()[part].tolist()  # numbers: one wait for the device, not one a column
+        errors = torch.empty_like(left[part])
+        for row, j in enumerate(range(part.start, part.stop)):
+            index = nearest(left[j] / each[j])
+            found[j] = index
+            errors[row] = (left[j] - values[index] * each[j]) / diagonal[row]
+            later = slice(j + 1, part.stop)
+            left[later].addr_(factor[j, later], errors[row], alpha=-1)
+        return errors
+
+
+def search_scales(weight: Tensor, importance: Tensor, blocksize: int) -> Tensor:
+    """For each block the scale, among some around its largest weight, of the least Σ importance · (w − q)².
+
+    Args:
+        importance: of each column, fp32 [in].
+    """
+    largest = _largest(weight, blocksize)
+    blocks = _blocks(weight, blocksize)
+    heavy = _blocks(importance.expand_as(weight), blocksize)
+    values = nf4_values(weight.device)
+    best, least = largest.clone(), torch.full_like(largest, torch.inf)
+    for factor in _FACTORS:
+        scale = (largest * factor).clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(1)
+        off = values[nearest(blocks / scale)].mul_(scale).sub_(blocks).square_().mul_(heavy).sum(1)
+        better = off < least
+        best, least = torch.where(better, scale.squeeze(1), best), torch.where(better, off, least)
+    return best
+
+
+def inverse_factor(moment: Tensor) -> Tensor:
+    """U, upper triangular with UᵀU = (A + λI)⁻¹."""
+    damped = moment + torch.eye(len(moment), device=moment.device) * damping(moment)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+    return torch.linalg.cholesky(inverse, upper=True)
+
+
+def damping(moment: Tensor) -> float:
+    """λ; 1 where nothing ever came in."""
+    return DAMPING * float(moment.diagonal().mean()) or 1.0
+
+
+def _nearest(weight: Tensor, scales: Scales, form: Format) -> Stored:
+    each = spread(scales.values, (weight.shape[0], weight.shape[1]), form.blocksize)
+    return Stored(nearest(weight / torch.where(each == 0, 1.0, each)).to(torch.uint8), scales, form)
+
+
+def _blocks(weight: Tensor, blocksize: int) -> Tensor:
+    """[blocks, blocksize], zeros after the end."""
+    flat = weight.reshape(-1)
+    return torch.nn.functional.pad(flat, (0, -flat.numel() % blocksize)).view(-1, blocksize)
+
+
+def _largest(weight: Tensor, blocksize: int) -> Tensor:
+    return _blocks(weight, blocksize).abs().amax(1)
