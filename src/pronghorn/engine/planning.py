@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -30,7 +30,7 @@ from pronghorn.memory import (
     rates_of,
 )
 from pronghorn.memory.shape import STORAGES, stored_tensors
-from pronghorn.weights import keep_expanded, stacked
+from pronghorn.weights import DenseWeight, FourBitWeight, keep_expanded, stacked
 
 
 def shape_of_config(
@@ -156,18 +156,45 @@ def shape_of(binding: Binding, **more: Any) -> ModelShape:
         ranks |= stack_ranks(layer, binding.family)
     read = [binding.groups(layer, Reading(True)) for layer in binding.layers]
     storages = tuple(_storage((found.get(4) or found[0])[0], dtype) for found in read)
+    linear_tensors = () if mixtures else _mixed_tensors(read)
     stored = max(set(storages), key=storages.count)
     return shape_of_config(
         binding.config,
         ranks=ranks,
         storage=stored,
-        layer_storages=storages if len(set(storages)) > 1 else (),
+        layer_storages=storages if len(set(storages)) > 1 and not linear_tensors else (),
+        linear_tensors=linear_tensors,
         dtype=_name(dtype),
         attention=binding.attention_backend(embedding.device, dtype, binding.head_dim),
         trained="adapters" if any(ranks.values()) else "all",
         joined=_joined(groups, embedding.device),
         **more,
     )
+
+
+def _mixed_tensors(read: Sequence[Mapping[int, Sequence[Any]]]) -> tuple[int, ...]:
+    """Bytes of every tensor of the layers' linear weights, where some are in 4 bits and others of the same layer are
+    not, or in blocks of another size than 64; () where `storage` says it all.
+
+    Args:
+        read: each layer's groups of projections.
+    """
+    weights = [
+        projection.weight
+        for groups in read
+        for group in groups.values()
+        for projection in group
+        if isinstance(projection, LinearProjection)
+    ]
+    # By class: 4 bits with 8-bit products have further tensors, and are never mixed.
+    four_bit = [weight for weight in weights if type(weight) is FourBitWeight]
+    others = [weight for weight in weights if type(weight) is not FourBitWeight]
+    if not four_bit or not all(isinstance(weight, DenseWeight) for weight in others):
+        return ()
+    if not others and all(weight.state.blocksize == 64 for weight in four_bit):
+        return ()
+    dense = [(weight.weight.nbytes,) for weight in others if isinstance(weight, DenseWeight)]
+    return tuple(size for sizes in [*(weight.stored_bytes for weight in four_bit), *dense] for size in sizes)
 
 
 def _joined(groups: dict[int, list[Any]], device: torch.device) -> bool:
@@ -226,17 +253,20 @@ def plan_with_expanded(shape: ModelShape, limit: int, batch: Batch, rates: Rates
     # The stacks of a mixture's experts, most of its weights, stay in 4 bits whatever is kept of the others.
     if not shape.storage.startswith("nf4") or shape.layer_storages or shape.mixture is not None:
         return None
-    # As torch's allocator counts them, in whole 512 bytes.
-    four_bit = shape.layers * sum(
-        -(-size // 512) * 512
-        for names in shape.modules
-        for size in stored_tensors(*shape.module_linear(names), shape.storage)
-    )
+    one_layer = [
+        size for names in shape.modules for size in stored_tensors(*shape.module_linear(names), shape.storage)
+    ]
+    # As torch's allocator counts them, in whole 512 bytes. What is in 16 bits among mixed weights is counted twice.
+    four_bit = sum(-(-size // 512) * 512 for size in shape.linear_tensors or one_layer * shape.layers)
     if limit <= four_bit:
         return None
     try:
         found = plan(
-            replace(shape, storage=shape.multiplied), limit - four_bit, batch, rates=rates, host_limit=host
+            replace(shape, storage=shape.multiplied, linear_tensors=()),
+            limit - four_bit,
+            batch,
+            rates=rates,
+            host_limit=host,
         )
     except BudgetTooSmall:
         return None

@@ -129,7 +129,7 @@ def longest_that_fits(
 
     per_token = shape.layers * host_bytes_per_token("offload", shape.widths)
     # Layers are alike: most of the search looks at a few of them, and adds what the others keep.
-    few = replace(shape, layers=min(shape.layers, 6), layer_storages=())
+    few = replace(shape, layers=min(shape.layers, 6), layer_storages=(), linear_tensors=())
     others = shape.layers - few.layers
     more = with_model(shape, rates.capability)[0].reserved - with_model(few, rates.capability)[0].reserved
 
@@ -300,7 +300,7 @@ def _too_small(search: _Search) -> BudgetTooSmall:
             fix += f" (a batch of {rows} row{'s' if rows > 1 else ''} of {per_document:,})"
         fixes.append(fix)
     elif not shape.quantised and shape.trained == "adapters":
-        packed = replace(shape, storage="nf4 double", layer_storages=())
+        packed = replace(shape, storage="nf4 double", layer_storages=(), linear_tensors=())
         lean4 = leanest(packed, batch, rates, search.offload)
         if lean4.reserved <= budget:
             fixes.append(f"load in 4 bits, which takes {gib(lean4.reserved)}")

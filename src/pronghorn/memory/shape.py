@@ -86,6 +86,8 @@ class ModelShape:
         ranks: adapter rank by projection ("q" … "down"); absent or 0 means no adapter there.
         storage: how the layers' linear weights are stored, one of `STORAGES`.
         layer_storages: each layer's own, where they differ; `storage` is then the one that most have.
+        linear_tensors: bytes of every tensor that holds the layers' linear weights, where modules of one layer are
+            stored in different ways (dynamic quantisation); `storage` is then the one that most have.
         dtype: the compute dtype; embeddings, norms and head are stored in it.
         residual_element: bytes of an element of the residual stream.
         trained: "adapters", or "all" for full fine-tuning in the stored dtype.
@@ -113,6 +115,7 @@ class ModelShape:
     ranks: Mapping[str, int] = field(default_factory=dict)
     storage: str = "bfloat16"
     layer_storages: tuple[str, ...] = ()
+    linear_tensors: tuple[int, ...] = ()
     dtype: str = "bfloat16"
     residual_element: int = 2
     tied: bool = False
@@ -362,6 +365,9 @@ class ModelShape:
     def weight_tensors(self) -> Iterator[int]:
         """Bytes of every tensor that holds the model's weights."""
         yield from (size for _, size in self._dense_tensors())
+        if self.linear_tensors:
+            yield from self.linear_tensors
+            return
         storages = self.layer_storages or (self.storage,) * self.layers
         for storage, plain in zip(storages, self._plain, strict=True):
             for out, width, _ in self._linears(plain):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pronghorn.errors import QuantisationRefused
 from pronghorn.quantising.calibration import CalibrationRows
 from pronghorn.quantising.choice import Option, choose
-from pronghorn.quantising.formats import DENSE, Format, plain_form
+from pronghorn.quantising.formats import Format, dense_form, plain_form
 from pronghorn.quantising.held_out import HeldOut
 from pronghorn.quantising.layers import Decoder, Moments, decoder_layers, linear_modules
 from pronghorn.quantising.measure import Errors, Measured, errors_of, measure, weigh
@@ -58,7 +58,7 @@ def quantise(
             fix="load it without dynamic_4bit",
         )
     weigh(decoder, names, measured)
-    chosen = _choose(measured, settings, plain)
+    chosen = _choose(measured, settings, plain, dense_form(model.dtype))
     logger.info("pronghorn: measured %d modules in %.0f s", len(measured), time.monotonic() - started)
     held_out = None if rows.held_out is None else HeldOut(Decoder(model, rows.held_out, device=device))
     found = _round(decoder, names, measured, chosen, plain, held_out)
@@ -73,10 +73,12 @@ def quantise(
     return report
 
 
-def _choose(measured: Sequence[Measured], settings: DynamicQuantisation, plain: Format) -> dict[str, Format]:
+def _choose(
+    measured: Sequence[Measured], settings: DynamicQuantisation, plain: Format, dense: Format
+) -> dict[str, Format]:
     """The form of every module, by name."""
     base = sum(plain.nbytes(module.shape) for module in measured)
-    forms = [[*module.harm, DENSE] for module in measured]
+    forms = [[*module.harm, dense] for module in measured]
     options = [
         [Option(form.nbytes(module.shape), module.harm.get(form, 0.0)) for form in own]
         for module, own in zip(measured, forms, strict=True)

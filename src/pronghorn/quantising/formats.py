@@ -21,17 +21,21 @@ _CODE_BYTES, _NESTED_BYTES = 16 * 4, 256 * 4
 
 @dataclass(frozen=True)
 class Format:
-    """NF4 with one scale for each `blocksize` consecutive weights, or 16 bits where `blocksize` is 0.
+    """NF4 with one scale for each `blocksize` consecutive weights, or the compute dtype where `blocksize` is 0.
 
     Args:
         double: scales are stored in 8 bits with an fp32 scale for 256 of them (double quantisation).
+        element: bytes of an element of the compute dtype.
     """
 
     blocksize: int
     double: bool = True
+    element: int = 2
 
     def __str__(self) -> str:
-        return f"nf4-{self.blocksize}{'' if self.double else ' fp32 scales'}" if self.blocksize else "16 bit"
+        if self.dense:
+            return f"{8 * self.element} bit"
+        return f"nf4-{self.blocksize}{'' if self.double else ' fp32 scales'}"
 
     @property
     def dense(self) -> bool:
@@ -41,7 +45,7 @@ class Format:
         """Bytes of the tensors that hold a weight of this shape."""
         count = shape[0] * shape[1]
         if self.dense:
-            return 2 * count
+            return self.element * count
         blocks = -(-count // self.blocksize)
         if not self.double:
             return -(-count // 2) + blocks * 4 + _CODE_BYTES
@@ -49,7 +53,11 @@ class Format:
         return -(-count // 2) + blocks + coarse * 4 + _CODE_BYTES + _NESTED_BYTES
 
 
-DENSE = Format(0)
+def dense_form(dtype: torch.dtype) -> Format:
+    """A module left as it is, in the compute dtype."""
+    return Format(0, element=dtype.itemsize)
+
+
 #: sizes of blocks that a module may have; 64 is what bitsandbytes and Transformers take by themselves
 _PLAIN_BLOCK, _BLOCKS = 64, (128, 64, 32)
 

@@ -37,6 +37,15 @@ class FourBitWeight(Weight):
             nested = state.state2.code, state.state2.absmax, state.offset, state.state2.blocksize
         return FourBits(self.packed, state.absmax, state.code, state.blocksize, self.shape, nested)
 
+    @property
+    def stored_bytes(self) -> tuple[int, ...]:
+        """Bytes of each tensor that holds it, but for what is `kept` besides."""
+        state = self.state
+        held = [self.packed, state.absmax, state.code]
+        if state.nested:
+            held += [state.state2.absmax, state.state2.code, state.offset]
+        return tuple(tensor.nbytes for tensor in held)
+
     def dense(self, dtype: torch.dtype) -> Tensor:
         return dequantize_4bit(self.bits, dtype) if self.kept is None else self.kept.to(dtype)
 

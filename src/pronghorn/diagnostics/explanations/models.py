@@ -206,4 +206,17 @@ EXPLANATIONS: dict[str, Explanation] = {
             "GPU 时只启动一个进程。用 .to(model.device) 移动自己的张量。",
         ),
     ),
+    "PH208": Explanation(
+        cause="Dynamic quantisation reads 16-bit weights of plain linear layers, and init_lora_weights='loftq' the "
+        "original checkpoint of a 4-bit model; one of them is not there, or the model is a mixture of experts.",
+        fix="Load the 16-bit checkpoint, or name it: loftq_config={'original': folder}.",
+        example="[PH208] the checkpoint is quantised already, and what that lost cannot be measured. Fix: load it "
+        "without dynamic_4bit, or load the 16-bit original with it",
+        zh=(
+            "该模型（或其加载方式）不能做动态量化，或不能做低秩补偿。",
+            "动态量化需要普通线性层的 16 位权重，init_lora_weights='loftq' 需要 4 位模型的原始检查点；其中之一不存在，"
+            "或模型是混合专家模型。",
+            "加载 16 位检查点，或指明它：loftq_config={'original': 文件夹}。",
+        ),
+    ),
 }

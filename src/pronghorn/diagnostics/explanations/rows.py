@@ -137,6 +137,18 @@ EXPLANATIONS: dict[str, Explanation] = {
             "检查报错中指出的行的路径，或略去该行。",
         ),
     ),
+    "PH314": Explanation(
+        cause="The calibration rows are empty, hold no text, or cannot be read without a tokenizer.",
+        fix="Give texts or rows like those that the model will be trained on, or leave calibration out: then "
+        "docstrings of Python's library are read.",
+        example="[PH314] the calibration data has no rows. Fix: give rows like those that the model will be trained "
+        "on; 8,192 tokens are enough",
+        zh=(
+            "量化要按数据来拟合，但没有数据，或其中没有文本。",
+            "校准数据为空、不含文本，或没有分词器而无法读取。",
+            "给出与训练数据相似的文本或数据行；或不写 calibration，此时使用 Python 标准库的文档字符串。",
+        ),
+    ),
     "PH320": Explanation(
         cause="A row has no text or no codes, codes of another codec (their number of codebooks or their range), "
         "floating-point numbers, or a .npy file that is not there.",
