@@ -179,22 +179,26 @@ def _mixed_tensors(read: Sequence[Mapping[int, Sequence[Any]]]) -> tuple[int, ..
     Args:
         read: each layer's groups of projections.
     """
-    weights = [
-        projection.weight
+    layers = [
+        [
+            projection.weight
+            for group in groups.values()
+            for projection in group
+            if isinstance(projection, LinearProjection)
+        ]
         for groups in read
-        for group in groups.values()
-        for projection in group
-        if isinstance(projection, LinearProjection)
     ]
+    weights = [weight for layer in layers for weight in layer]
     # By class: 4 bits with 8-bit products have further tensors, and are never mixed.
     four_bit = [weight for weight in weights if type(weight) is FourBitWeight]
-    others = [weight for weight in weights if type(weight) is not FourBitWeight]
-    if not four_bit or not all(isinstance(weight, DenseWeight) for weight in others):
+    dense = [weight for weight in weights if isinstance(weight, DenseWeight)]
+    alike = all(len({type(weight) for weight in layer}) == 1 for layer in layers)
+    if len(four_bit) + len(dense) < len(weights) or (
+        alike and all(weight.state.blocksize == 64 for weight in four_bit)
+    ):
         return ()
-    if not others and all(weight.state.blocksize == 64 for weight in four_bit):
-        return ()
-    dense = [(weight.weight.nbytes,) for weight in others if isinstance(weight, DenseWeight)]
-    return tuple(size for sizes in [*(weight.stored_bytes for weight in four_bit), *dense] for size in sizes)
+    sizes = [weight.stored_bytes for weight in four_bit] + [(weight.weight.nbytes,) for weight in dense]
+    return tuple(size for tensors in sizes for size in tensors)
 
 
 def _joined(groups: dict[int, list[Any]], device: torch.device) -> bool:
