@@ -336,6 +336,12 @@ def image_text_forward(
     model: Any,
     input_ids: Tensor | None = None,
     attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    past_key_values: Any = None,
+    inputs_embeds: Tensor | None = None,
+    labels: Tensor | None = None,
+    use_cache: bool | None = None,
+    logits_to_keep: int | Tensor = 0,
     *,
     pixel_values: Tensor | None = None,
     pixel_values_videos: Tensor | None = None,
@@ -346,7 +352,7 @@ def image_text_forward(
     mm_token_type_ids: Tensor | None = None,
     **kwargs: Any,
 ) -> Any:
-    """`causal_lm_forward` of a model that reads images: `generate` refuses what a signature does not name."""
+    """`causal_lm_forward` of a model that reads images. Transformers' `generate` goes by the names in a signature."""
     images = {
         "pixel_values": pixel_values,
         "pixel_values_videos": pixel_values_videos,
@@ -356,8 +362,19 @@ def image_text_forward(
         "token_type_ids": token_type_ids,
         "mm_token_type_ids": mm_token_type_ids,
     }
-    given = {name: value for name, value in images.items() if value is not None}
-    return causal_lm_forward(model, input_ids, attention_mask, **given, **kwargs)
+    return causal_lm_forward(
+        model,
+        input_ids,
+        attention_mask,
+        position_ids,
+        past_key_values,
+        inputs_embeds,
+        labels,
+        use_cache,
+        logits_to_keep,
+        **{name: value for name, value in images.items() if value is not None},
+        **kwargs,
+    )
 
 
 def _loss_of_its_own(model: Any, binding: Binding, kwargs: dict[str, Any]) -> bool:

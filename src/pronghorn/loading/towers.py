@@ -88,12 +88,15 @@ def tower_targets(
 
 
 def _vision_patterns(base: Any, path: str, attention: bool, mlp: bool) -> list[str]:
-    """Linear layers of attention and MLP outside of the language model, one pattern for all layers that are alike."""
+    """Linear layers of attention and MLP in the layers of what is not the language model; one pattern for all that are
+    alike. What joins the tower to it has an `mlp`, too, but no numbered layers."""
     found = []
     for name, module in base.named_modules():
         if not isinstance(module, nn.Linear) or name.startswith((f"{path}.", "lm_head")):
             continue
         of_attention, of_mlp = "attn" in name or "attention" in name, "mlp" in name
+        if re.search(r"\.\d+\.", name) is None:
+            continue
         if (of_attention and attention) or (of_mlp and not of_attention and mlp):
             found.append(re.sub(r"\\\.\d+(?=\\\.)", r"\\.\\d+", re.escape(name)))
     return list(dict.fromkeys(found))
