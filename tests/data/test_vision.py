@@ -129,15 +129,7 @@ def test_every_way_to_give_an_image(tmp_path):
     by_address = {"type": "image_url", "image_url": {"url": uri}}
     for row in (
         {"messages": [{"role": "user", "content": [{"type": "image", "image": image}, question]}]},
-        {
-            "conversations": [
-                {
-                    "from": "human",
-                    "value": None,
-                    "content": [{"type": "image_url", "image_url": {"url": uri}}, question],
-                }
-            ]
-        },
+        {"conversations": [{"from": "human", "content": [by_address, question]}]},
         {"messages": [{"role": "user", "content": [{"type": "image"}, question]}], "images": [image]},
         {
             "prompt": [{"role": "user", "content": [{"type": "image"}, question]}],

@@ -168,5 +168,5 @@ def test_a_damaged_checkpoint_is_named(qwen, tmp_path):
         (tmp_path / "vl" / file.name).write_bytes(
             file.read_bytes()[: 500 if file.suffix == ".safetensors" else None]
         )
-    with pytest.raises(CheckpointCorrupt, match="model.safetensors"):
+    with pytest.raises(CheckpointCorrupt, match=r"model\.safetensors"):
         FastVisionModel.from_pretrained(tmp_path / "vl", **PLAIN)

@@ -90,19 +90,19 @@ class AnswerFinder:
         return spans
 
 
-def answer_finder(tokenizer: Any, chat_template: str | None = None) -> AnswerFinder:
-    """Finds the answers in rows rendered with the tokenizer's chat template, or with another one.
+def answer_finder(tokenizer: Any) -> AnswerFinder:
+    """Finds the answers in rows rendered with the tokenizer's chat template.
 
     Raises:
         TokenizerProblem: there is no chat template.
         ChatTemplateOpaque: nothing in it tells an answer from the rest.
     """
-    return AnswerFinder(tokenizer, answer_marks(tokenizer, chat_template))
+    return AnswerFinder(tokenizer, answer_marks(tokenizer))
 
 
-def answer_marks(tokenizer: Any, chat_template: str | None = None) -> AnswerMarks:
+def answer_marks(tokenizer: Any) -> AnswerMarks:
     """The marks around answers, from the template's own spans in small conversations; see `answer_finder`."""
-    renderer = ChatRenderer(tokenizer, chat_template=chat_template)
+    renderer = ChatRenderer(tokenizer)
     question, answer = _message("user", _QUESTION, 1), _message("assistant", _ANSWER, 1)
     more = [_message("user", _QUESTION, 2), _message("assistant", _ANSWER, 2)]
     call = {"role": "assistant", "content": "", "tool_calls": [_CALL]}

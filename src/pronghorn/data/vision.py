@@ -26,6 +26,14 @@ _IMAGE_TOKENS = (
 _PER_TOKEN = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
 
 
+def share_template(processor: Any) -> None:
+    """Give a processor's tokenizer the chat template where only the processor has it: rows of text are rendered with
+    the tokenizer's."""
+    tokenizer = getattr(processor, "tokenizer", None)
+    if tokenizer is not None and not getattr(tokenizer, "chat_template", None):
+        tokenizer.chat_template = getattr(processor, "chat_template", None)
+
+
 class VisionDataCollator:
     """Rows `{"messages": [...]}` with images to the batch that a model for images and text is trained on.
 
@@ -63,12 +71,14 @@ class VisionDataCollator:
         self.model, self.processor = model, processor
         self.max_length, self.max_side = max_length, max_side
         self.formatting_func = formatting_func
-        template = getattr(processor, "chat_template", None) or processor.tokenizer.chat_template
-        self.renderer = ChatRenderer(processor.tokenizer, chat_template=template)
+        share_template(processor)
+        self.renderer = ChatRenderer(
+            processor.tokenizer, chat_template=getattr(processor, "chat_template", None)
+        )
         _ = self.renderer.template  # or there is none
         self.find_answers = responses_only if callable(responses_only) else None
         if responses_only is True:
-            self.find_answers = answer_finder(processor.tokenizer, template)
+            self.find_answers = answer_finder(processor.tokenizer)
         #: what the trainer sets: whether a bound model gets one stream, and sizes that such a batch without images is
         #: rounded up to
         self.flat = True

@@ -7,6 +7,7 @@ import re
 from importlib.util import find_spec
 from typing import Any
 
+from pronghorn.data.vision import share_template
 from pronghorn.errors import PackageMissing, TokenizerProblem
 from pronghorn.loading.source import Source
 
@@ -108,8 +109,7 @@ def load_processor(source: Source, *, trust_remote_code: bool = False) -> Any:
             where=source.name,
             fix="load the model with FastLanguageModel",
         )
-    if processor.tokenizer.chat_template is None:
-        processor.tokenizer.chat_template = getattr(processor, "chat_template", None)
+    share_template(processor)
     return processor
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from pronghorn.data.images import has_images
-from pronghorn.data.vision import VisionDataCollator
+from pronghorn.data.vision import VisionDataCollator, share_template
 from pronghorn.errors import TokenizerProblem
 from pronghorn.training.config import SFTConfig
 
@@ -18,6 +18,7 @@ def vision_collator(model: Any, args: SFTConfig, collator: Any, processing_class
     Raises:
         TokenizerProblem: the rows hold images, and the processing class reads none.
     """
+    share_template(processing_class)
     if collator is None and has_images(next(iter(rows), None)):
         if getattr(processing_class, "image_processor", None) is None:
             raise TokenizerProblem(
