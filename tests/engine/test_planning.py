@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -16,6 +19,7 @@ from pronghorn.engine.planning import (
 )
 from pronghorn.errors import BudgetInvalid, BudgetTooSmall, UnsupportedCheckpoint
 from pronghorn.memory import Batch, estimate
+from pronghorn.memory.shape import stored_tensors
 from tests.families.mixtures import add_expert_adapter, tiny_mixture
 from tests.families.parity import (
     FAMILIES,
@@ -137,13 +141,27 @@ def test_applying_twice_is_applying_once() -> None:
 def test_layers_may_differ_in_storage() -> None:
     pytest.importorskip("bitsandbytes")
     model = tiny_model("llama", num_hidden_layers=3)
-    last = model.model.layers[2].mlp.gate_proj, model.model.layers[2].self_attn
+    last = copy.deepcopy(model.model.layers[2])
     quantise_4bit(model, double_quant=True)
-    model.model.layers[2].mlp.gate_proj = last[0]
+    model.model.layers[2] = last
     bind(model)
     shape = shape_of(binding_of(model))
     assert shape.storage == "nf4 double"
-    assert shape.layer_storages == ("nf4 double", "nf4 double", "float32")
+    assert shape.layer_storages == ("nf4 double", "nf4 double", "float32") and not shape.linear_tensors
+
+
+def test_modules_of_a_layer_may_differ_in_storage() -> None:
+    pytest.importorskip("bitsandbytes")
+    model = tiny_model("llama", num_hidden_layers=3)
+    gate = model.model.layers[2].mlp.gate_proj
+    quantise_4bit(model, double_quant=True)
+    model.model.layers[2].mlp.gate_proj = gate
+    bind(model)
+    shape = shape_of(binding_of(model))
+    assert shape.storage == "nf4 double" and not shape.layer_storages
+    whole = replace(shape, linear_tensors=())
+    four_bit = sum(stored_tensors(*shape.linear("gate"), "nf4 double"))
+    assert sum(shape.weight_tensors()) == sum(whole.weight_tensors()) - four_bit + gate.weight.nbytes
 
 
 def test_four_bit_weights_are_kept_expanded_where_there_is_room() -> None:
