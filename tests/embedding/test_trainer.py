@@ -198,17 +198,29 @@ def test_one_row_with_negatives_is_enough(tmp_path: Path) -> None:
         assert EmbeddingTrainer(model, settings(tmp_path, **options), rows).train().training_loss > 0
 
 
-def test_a_model_in_four_bits_is_trained(tmp_path: Path) -> None:
-    pytest.importorskip("bitsandbytes")
-    model = embedder(tmp_path / "base", "qwen3", load_in_4bit=True)
+@pytest.mark.parametrize(
+    ("kind", "bits", "storage"),
+    [("qwen3", "load_in_4bit", "nf4"), ("qwen3", "load_in_int8", "int8"), ("bert", "load_in_int8", None)],
+)
+def test_a_quantised_model_is_trained(tmp_path: Path, kind: str, bits: str, storage: str | None) -> None:
+    if bits == "load_in_4bit":
+        pytest.importorskip("bitsandbytes")
+    model = embedder(tmp_path / "base", kind, **{bits: True})
     binding = model.get_base_model().pronghorn_binding
-    assert binding.bound and "nf4" in binding.describe()
+    assert binding.bound == (storage is not None) and (storage or "") in binding.describe()
     before = adapter(model)
     EmbeddingTrainer(model, settings(tmp_path, gradient_cache_texts=7), PAIRS).train()
     assert not torch.equal(adapter(model), before)
-    folder = model.save_embedding_adapter(tmp_path / "lora")
-    again, _ = FastEmbeddingModel.from_pretrained(folder, dtype="float32", load_in_4bit=True)
-    assert np.abs(again.encode("grass") - model.encode("grass")).max() < 1e-6
+    expected = model.encode("grass")
+    again, _ = FastEmbeddingModel.from_pretrained(
+        model.save_embedding_adapter(tmp_path / "lora"), dtype="float32", **{bits: True}
+    )
+    assert np.abs(again.encode("grass") - expected).max() < 1e-6
+    merged, _ = FastEmbeddingModel.from_pretrained(
+        model.save_pretrained_merged(tmp_path / "m"), dtype="float32"
+    )
+    # int8 products round activations, too.
+    assert float(merged.encode("grass") @ expected) > (0.9999 if bits == "load_in_4bit" else 0.99)
 
 
 def test_several_processes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -58,7 +58,8 @@ def _register_train(actions: Any) -> None:
     train.add_argument("--scale", type=float, default=20.0, metavar="S", help="1 / temperature (default 20)")
     train.add_argument("--symmetric", action="store_true", help="documents are to find their queries, too")
     train.add_argument("--dims", metavar="N,N", help="train vectors of these lengths, too (Matryoshka)")
-    train.add_argument("--load-in-4bit", action="store_true")
+    train.add_argument("--query-prompt", metavar="TEXT", help="put in front of anchors")
+    train.add_argument("--document-prompt", metavar="TEXT", help="put in front of the other texts")
     train.add_argument("--seed", type=whole, default=3407, metavar="N")
     train.add_argument(
         "--merged", action="store_true", help="also write the model with the adapter merged in"
@@ -84,7 +85,6 @@ def _register_encode(actions: Any) -> None:
     encode.add_argument("--prompt-name", metavar="NAME", help="one of the model's prompts, such as query")
     encode.add_argument("--prompt", metavar="TEXT", help="a text to put in front of each")
     encode.add_argument("--dim", type=positive, metavar="N", help="keep the first N elements")
-    encode.add_argument("--load-in-4bit", action="store_true")
     encode.add_argument("--json", action="store_true", help="end with one line of JSON: shape, time, path")
 
 
@@ -93,6 +93,10 @@ def _add_model(command: argparse.ArgumentParser) -> None:
     command.add_argument("--max-seq-length", type=positive, metavar="N", help="cut texts to N tokens")
     command.add_argument(
         "--pooling", default="auto", help="auto (what the model's folder says), mean, cls or last"
+    )
+    command.add_argument("--load-in-4bit", action="store_true", help="store frozen weights in 4 bits")
+    command.add_argument(
+        "--load-in-int8", action="store_true", help="multiply frozen weights as 8-bit integers"
     )
 
 
@@ -113,6 +117,7 @@ def _load(options: argparse.Namespace) -> Any:
         max_seq_length=options.max_seq_length,
         pooling=options.pooling,
         load_in_4bit=options.load_in_4bit,
+        load_in_int8=options.load_in_int8,
     )
     return model
 
@@ -172,6 +177,8 @@ def _settings(options: argparse.Namespace, out: Path) -> Any:
         scale=options.scale,
         symmetric=options.symmetric,
         matryoshka_dims=_dims(options.dims),
+        query_prompt=options.query_prompt,
+        document_prompt=options.document_prompt,
         seed=options.seed,
         disable_tqdm=False,
         report_to="none",

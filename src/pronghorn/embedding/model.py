@@ -33,6 +33,7 @@ from pronghorn.loading.arguments import (
     refuse_unknown,
 )
 from pronghorn.loading.fast import FastLanguageModel, bind_with, load_named, on_disk, save_level
+from pronghorn.loading.int8 import choose_int8
 from pronghorn.loading.model import Options
 from pronghorn.loading.precision import choose_bits, choose_dtype
 from pronghorn.loading.source import ADAPTER_CONFIG, Source, base_of_adapter, locate, read_json
@@ -84,6 +85,7 @@ class FastEmbeddingModel:
         dtype: str | torch.dtype | None = None,
         load_in_4bit: bool = False,
         load_in_8bit: bool = False,
+        load_in_int8: bool = False,
         full_finetuning: bool = False,
         token: str | bool | None = None,
         revision: str | None = None,
@@ -125,6 +127,16 @@ class FastEmbeddingModel:
         hardware = probe()
         chosen = choose_dtype(dtype, hardware)
         bits, why = choose_bits(load_in_4bit, load_in_8bit, full_finetuning, hardware)
+        int8 = choose_int8(
+            load_in_int8,
+            hardware,
+            bits=bits,
+            fp8=False,
+            full_finetuning=full_finetuning,
+            skip_layers=0,
+            modules=None,
+            copies=2,
+        )
         options = Options(
             dtype=chosen.value,
             bits=bits,
@@ -132,6 +144,7 @@ class FastEmbeddingModel:
             device_map=device_map,
             trust_remote_code=trust_remote_code,
             attn_implementation=attn_implementation,
+            int8=int8,
             headless=True,
         )
         named, layout = _with_layout(
