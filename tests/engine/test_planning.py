@@ -16,6 +16,7 @@ from pronghorn.engine.planning import (
     plan_levels,
     shape_of,
     shape_of_config,
+    vision_bytes,
 )
 from pronghorn.errors import BudgetInvalid, BudgetTooSmall, UnsupportedCheckpoint
 from pronghorn.memory import Batch, estimate
@@ -180,3 +181,33 @@ def test_four_bit_weights_are_kept_expanded_where_there_is_room() -> None:
     )
     assert keep_expanded_weights(binding, False) == 0
     assert not any("pronghorn_expanded" in module._buffers for module in modules)
+
+
+@pytest.mark.parametrize("kind", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "gemma3"])
+def test_the_language_model_of_one_that_reads_images(kind: str) -> None:
+    """Its sizes are exact; the tower's weights and an upper bound of its tensors are set aside."""
+    tiny_vision = pytest.importorskip("tests.tiny_vision")
+    model = tiny_vision.tiny_vision_model(kind)
+    plain = sum(p.numel() for part in (model.model.language_model, model.lm_head) for p in part.parameters())
+    tower = sum(p.nbytes for p in model.parameters()) - 4 * plain
+    adapted = add_adapter(model, r=8, target_modules=r".*language_model.*(proj)")
+    bind(adapted, strict=True)
+    binding = binding_of(adapted)
+    shape = shape_of(binding)
+    assert shape.parameters == plain and not shape.tied
+    alone = shape_of_config(
+        model.config, rank=8, dtype="float32", storage="float32", attention=shape.attention
+    )
+    assert (alone.parameters, alone.qkv_bias, alone.adapter_parameters) == (
+        shape.parameters,
+        shape.qkv_bias,
+        shape.adapter_parameters,
+    )
+    batch = Batch(256, 256, 4)
+    aside = vision_bytes(binding, 256)
+    assert aside > tower == vision_bytes(binding, 0)
+    least = estimate(shape, ["offload"] * shape.layers, batch).reserved
+    found = plan_levels(binding, least + aside + 2**20, batch)
+    assert found.budget == least + 2**20 and "set aside for the vision tower" in found.reasons[-1]
+    with pytest.raises(BudgetTooSmall):
+        plan_levels(binding, aside + 2**10, batch)

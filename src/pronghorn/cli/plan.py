@@ -79,12 +79,13 @@ def run(options: argparse.Namespace) -> int:
 
     quiet_libraries()
     from pronghorn.cli import plan_output as output
+    from pronghorn.engine.planning import text_config
     from pronghorn.tuning.planner import PRECISIONS, choose, does_not_fit, settings
 
     name = options.named or options.model
     if name is None:
         raise CommandMisused("a model is missing", fix="pronghorn plan --model MODEL")
-    config = _config(name)
+    config = text_config(_config(name))
     gpus, host_limit = _gpus(options)
     prices = _prices(options.price_per_hour, [gpu for gpu, _ in gpus])
     job, advice = _job(options, name, config, host_limit)

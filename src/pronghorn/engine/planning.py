@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -32,6 +33,9 @@ from pronghorn.memory import (
 from pronghorn.memory.shape import STORAGES, stored_tensors
 from pronghorn.weights import DenseWeight, FourBitWeight, keep_expanded, stacked
 
+#: types whose configs do not say that q, k and v have biases
+_ALWAYS_BIASED = ("qwen2", "qwen2_vl_text", "qwen2_5_vl_text")
+
 
 def shape_of_config(
     config: Any,
@@ -45,9 +49,12 @@ def shape_of_config(
 ) -> ModelShape:
     """Sizes from a Transformers config; adapters of one rank on all linear layers unless `ranks` says otherwise.
 
+    Of a model that reads images they are those of its language model.
+
     Raises:
         UnsupportedCheckpoint: for an architecture that is not planned: its memory is not this engine's.
     """
+    config = text_config(config)
     found = family_of(config.model_type)
     if found is None:
         raise UnsupportedCheckpoint(
@@ -79,7 +86,7 @@ def shape_of_config(
         tied=bool(getattr(config, "tie_word_embeddings", False)),
         qk_norm=family.parts.q_norm is not None,
         qkv_bias=any(getattr(config, name, False) for name in ("attention_bias", "qkv_bias"))
-        or config.model_type == "qwen2",
+        or config.model_type in _ALWAYS_BIASED,
         fused=fused,
         output_norms=family.parts.mlp_output_norm is not None,
         scaled_branches=scales.residual != 1.0,
@@ -90,6 +97,42 @@ def shape_of_config(
         latent=latent,
         **more,
     )
+
+
+def text_config(config: Any) -> Any:
+    """The language model's part of a config, with what the whole says of the head; the config itself where it has no
+    parts."""
+    text = config.get_text_config()
+    if text is config:
+        return config
+    text = copy.copy(text)
+    text.tie_word_embeddings = bool(getattr(config, "tie_word_embeddings", False))
+    return text
+
+
+def vision_bytes(binding: Binding, tokens: int) -> int:
+    """Bytes to set aside for what a model has besides its language model, 0 where that is nothing.
+
+    The weights, and what a vision tower holds while it makes all `tokens` of images: a layer's tensors, or those of all
+    layers where some are trained. An upper bound, since most tokens are text.
+    """
+    if not binding.family.reads_images:
+        return 0
+    planned = {id(p) for part in (binding.decoder, binding.model.lm_head) for p in part.parameters()}
+    rest = [p for p in binding.model.parameters() if id(p) not in planned]
+    config = binding.model.config
+    tower = config.vision_config
+    # Qwen2-VL calls the tower's width embed_dim, and its output's hidden_size.
+    width = getattr(tower, "embed_dim", None) or tower.hidden_size
+    inner = getattr(tower, "intermediate_size", None) or width * tower.mlp_ratio
+    if hasattr(config, "mm_tokens_per_image"):
+        patches = (tower.image_size // tower.patch_size) ** 2 // config.mm_tokens_per_image
+    else:
+        patches = tower.spatial_merge_size**2
+    layers = getattr(tower, "depth", None) or tower.num_hidden_layers
+    kept = layers if any(p.requires_grad for p in rest) else 1
+    element = max((p.element_size() for p in rest if p.is_floating_point()), default=0)
+    return sum(p.nbytes for p in rest) + tokens * patches * (6 * width + 2 * inner) * element * kept
 
 
 def latent_shape(config: Any) -> LatentShape | None:
@@ -159,7 +202,7 @@ def shape_of(binding: Binding, **more: Any) -> ModelShape:
     linear_tensors = () if mixtures else _mixed_tensors(read)
     stored = max(set(storages), key=storages.count)
     return shape_of_config(
-        binding.config,
+        binding.model.config,
         ranks=ranks,
         storage=stored,
         layer_storages=storages if len(set(storages)) > 1 and not linear_tensors else (),
@@ -242,12 +285,17 @@ def plan_levels(binding: Binding, budget: str | int, batch: Batch, **more: Any) 
     if pool is not None:
         host = pool.limit if pool.limit is not None else host
     shape, limit, rates = shape_of(binding, **more), parse_budget(budget, free), rates_of(name)
+    aside = vision_bytes(binding, batch.tokens)
+    limit -= aside
     keep_expanded_weights(binding, False)
     found = plan(shape, limit, batch, rates=rates, host_limit=host)
     kept = plan_with_expanded(shape, limit, batch, rates, host)
     if kept is not None and kept.time.total < found.time.total:
         found = kept
         keep_expanded_weights(binding, True)
+    if aside:
+        reason = f"{aside / 2**30:.2f} GiB more are set aside for the vision tower"
+        found = replace(found, reasons=(*found.reasons, reason))
     apply(binding, found)
     return found
 

@@ -10,7 +10,7 @@ import torch
 
 from pronghorn.data.budgets import power_of_two
 from pronghorn.engine import AUTO, Binding, TrainingStep, binding_of
-from pronghorn.engine.planning import levels_without_gpu, plan_levels, shape_of
+from pronghorn.engine.planning import levels_without_gpu, plan_levels, shape_of, vision_bytes
 from pronghorn.errors import BudgetInvalid, OutOfMemory
 from pronghorn.memory import Batch, Plan, available_host_bytes, estimate
 
@@ -58,7 +58,8 @@ def largest_batch(trainer: Any) -> Batch | None:
 def planned_reserved(binding: Binding, batch: Batch, capability: tuple[int, int]) -> int:
     """Bytes that a step of the largest batch is expected to reserve at the save levels as they are."""
     shape, levels = shape_of(binding), binding.save_levels
-    return estimate(shape, levels, batch, tile_rows=binding.tile_rows, capability=capability).reserved
+    text = estimate(shape, levels, batch, tile_rows=binding.tile_rows, capability=capability).reserved
+    return text + vision_bytes(binding, batch.tokens)
 
 
 def _longest_row(dataset: Any) -> int | None:
