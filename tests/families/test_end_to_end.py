@@ -12,6 +12,7 @@ from datasets import Dataset
 from pronghorn import FastLanguageModel, SFTConfig, SFTTrainer
 from pronghorn.engine import binding_of
 from pronghorn.export import save_merged
+from tests.families.mixtures import MIXTURES
 from tests.families.parity import FAMILIES
 from tests.tiny import save_tiny
 
@@ -32,11 +33,15 @@ def answers(model: Any, ids: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     "family,four_bit",
-    [("gemma2", False), ("gemma3_text", True), ("phi3", True), ("granite", False), ("smollm3", False)],
+    [
+        *[("gemma2", False), ("gemma3_text", True), ("phi3", True), ("granite", False), ("smollm3", False)],
+        *[("youtu", True), ("deepseek_v3", False), ("deepseek_v2", True)],
+    ],
 )
 def test_from_a_checkpoint_to_another(family: str, four_bit: bool, tmp_path: Path) -> None:
     """Gemma's head is tied to its embedding, in the merged checkpoint as well."""
-    model, tokenizer = load(save_tiny(tmp_path / "base", family, **FAMILIES[family]), four_bit)
+    options = (FAMILIES | MIXTURES)[family]
+    model, tokenizer = load(save_tiny(tmp_path / "base", family, **options), four_bit)
     model = FastLanguageModel.get_peft_model(model, r=4)
     binding = binding_of(model)
     assert binding is not None and binding.bound
@@ -69,4 +74,4 @@ def test_from_a_checkpoint_to_another(family: str, four_bit: bool, tmp_path: Pat
     # Merged in fp32: some hundred terms of 2⁻²⁴ each, through two layers.
     torch.testing.assert_close(answers(merged, ids), trained, atol=1e-5, rtol=1e-5)
     tied = merged.get_input_embeddings().weight is merged.get_output_embeddings().weight
-    assert tied == bool(FAMILIES[family].get("tie_word_embeddings", False))
+    assert tied == bool(options.get("tie_word_embeddings", False))

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pronghorn import FastLanguageModel
-from pronghorn.blocks import latent_attention
+from pronghorn.blocks import head_groups, latent_attention
 from pronghorn.blocks.levels import DEPTHS
 from pronghorn.data.budgets import Budgets
 from pronghorn.data.collator import BOOKKEEPING, Collator
@@ -256,3 +256,17 @@ def test_a_step_of_static_shape_gives_autograds_gradients() -> None:
     assert step._flat is not None and len(step._flat.parameters) == 3 * 5 * 2
     gradients = {name: p.grad.clone() for name, p in fast.named_parameters() if p.grad is not None}
     assert_same(Outcome(output.loss, None, gradients), expected, EXACT)
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "eager"])
+def test_other_attentions_and_groups_of_heads(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Values are padded for each group of heads on its own."""
+    monkeypatch.setattr(head_groups, "GROUP_TOKENS", 16)
+    model = stock("deepseek_v3")
+    rows = rows_batch(model.config.vocab_size, LENGTHS)
+    fast = bound_copy(model, "attention")
+    binding_of(fast).choose_attention(backend)  # type: ignore[union-attr]
+    actual = run(fast, packed_batch(rows))
+    actual.logits = actual.logits[0]  # type: ignore[index]
+    assert_same(actual, run(model, rows), EXACT)
+    assert head_groups.head_groups(34, 4, "eager") == 2

@@ -23,6 +23,7 @@ from pronghorn.kernels import qkv_grads as joined_kernels
 from pronghorn.kernels import rms_norm as norm_kernels
 from pronghorn.kernels import rope as rope_kernels
 from pronghorn.kernels.dispatch import Impl, use_triton
+from pronghorn.kernels.latent_heads import latent_heads_backward, latent_heads_forward
 from pronghorn.kernels.lora import LowRank
 
 #: tokens and width: no multiples of any block, so that masks are met
@@ -118,6 +119,37 @@ def rope_with_norms() -> str:
         for name, got, want in zip(("dq", "dk", "dq_norm", "dk_norm"), back, grads, strict=True):
             assert got is not None
             compared.near(name, got, want, slack=4.0)
+    return said(compared)
+
+
+def latent_heads() -> str:
+    """Heads out of the codes of latent attention, turned in pairs and in halves, and their gradients."""
+    compared, nope, half, of_v, heads = Comparison(), 48, 16, 40, 5
+    for dtype in dtypes():
+        cos, sin = (x[:, :half] for x in angles(2 * half, dtype))
+        for pairs in (True, False):
+            q, dq, dk = (draw(TOKENS, heads, nope + 2 * half, dtype=dtype, seed=i) for i in range(3))
+            pair = draw(TOKENS, heads, nope + of_v, dtype=dtype, seed=3)
+            shared, dv = draw(TOKENS, 2 * half, dtype=dtype, seed=4), draw(TOKENS, heads, of_v, dtype=dtype)
+            leaves = [x.double().requires_grad_() for x in (q, pair, shared)]
+            # Where pairs are turned, the elements of the halves lie alternately.
+            apart = torch.arange(2 * half, device=q.device)
+            apart = apart.view(half, 2).t().reshape(-1) if pairs else apart
+            ends = (leaves[0][..., nope:], leaves[2][:, None])
+            whole = [torch.cat([x, x], 1) for x in (cos, sin)]
+            turned = [_rotated(x[..., apart], whole[0], whole[1])[..., apart.argsort()] for x in ends]
+            key = turned[1].expand(-1, heads, -1)
+            truth = [
+                torch.cat([leaves[0][..., :nope], turned[0]], -1),
+                torch.cat([leaves[1][..., :nope], key], -1),
+                leaves[1][..., nope:],
+            ]
+            grads = torch.autograd.grad(truth, leaves, [x.double() for x in (dq, dk, dv)])
+            made = latent_heads_forward(q, pair, shared, cos, sin, nope=nope, pairs=pairs)
+            back = latent_heads_backward(dq, dk, dv, cos, sin, pairs=pairs)
+            names = ("q", "k", "v", "dq", "dpair", "dshared")
+            for name, got, want in zip(names, (q, *made, dq, *back), (*truth, *grads), strict=True):
+                compared.near(name, got, want, slack=2.0)
     return said(compared)
 
 

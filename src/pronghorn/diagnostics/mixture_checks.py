@@ -86,15 +86,19 @@ def _gated(gate: Tensor, up: Tensor, gating: grouped_glu.Gating) -> Tensor:
 def routing() -> str:
     """Experts, weights, sorted rows, and the gradient of the logits."""
     compared = Comparison()
-    for scoring in (Scoring(40, 5), Scoring(16, 4, normalised=False)):
+    limited = Scoring(64, 4, sigmoid=True, scale=2.5, groups=8, top_groups=3, group_scores=2)
+    for scoring in (Scoring(40, 5), Scoring(16, 4, normalised=False), limited):
         logits = draw(300, scoring.experts, dtype=torch.float32)
-        found = scoring.route(logits)
+        bias = draw(scoring.experts, dtype=torch.float32, seed=2) if scoring.limited else None
+        found = scoring.route(logits, bias)
+        if not torch.equal(found.indices, scoring.route(logits, bias, impl="torch").indices):
+            raise Unsound("other experts than the reference takes")
         order = found.places.view(-1).argsort()
         if not torch.equal(found.groups.experts, found.indices.view(-1)[order].sort(stable=True).values):
             raise Unsound("rows are not sorted by expert")
         exact = logits.double().requires_grad_()
-        taken = exact.softmax(-1).gather(1, found.indices)
-        weights = taken / taken.sum(1, keepdim=True) if scoring.normalised else taken
+        taken = (exact.sigmoid() if scoring.sigmoid else exact.softmax(-1)).gather(1, found.indices)
+        weights = scoring.scale * (taken / taken.sum(1, keepdim=True) if scoring.normalised else taken)
         dweights = draw(found.tokens.numel(), dtype=torch.float32, seed=1)
         (wanted,) = torch.autograd.grad(weights, exact, dweights.double()[found.places])
         compared.near("weights", found.weights, weights, slack=2.0)

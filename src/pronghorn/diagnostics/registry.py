@@ -31,6 +31,7 @@ CHECKS: list[Check] = [
             "RMSNorm": "rms_norm",
             "rotary embedding": "rope",
             "rotary embedding with head norms": "rope_with_norms",
+            "heads of latent attention": "latent_heads",
             "gradients of q, k, v side by side": "joined_gradients",
             "gated linear unit": "glu",
             "gated linear unit with adapters": "glu_with_adapters",
