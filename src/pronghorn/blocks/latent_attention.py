@@ -4,8 +4,8 @@
     q = Uq norm(c_q), or q = Wq n;   [k_nope | v] = U norm(c);   k = [k_nope | R k_rope],   q = [q_nope | R q_rope]
     block = o(attention(q, k, v))
 
-A product with the codes gives an element of q, k or v for a fraction of what one with the layer's input costs, so the
-save level "attention" keeps what the first products give and makes q, k and v again in backward.
+A product with the codes gives an element of q, k or v for a fraction of what one with the layer's input costs, so that
+of the save levels only "all" keeps q, k and v; the others keep what the first products give.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class LatentSaves:
 
     def trim(self, level: Level) -> None:
         """Drop what the level does not keep."""
-        if not keeps(level, "matmuls"):
+        if not keeps(level, "all"):
             self.k = self.v = self.xa_q = self.xa_kv = None
             if self.code_q is not None:
                 self.q = None

@@ -97,8 +97,8 @@ def layer_times(shape: ModelShape, batch: Batch, rates: Rates) -> LayerTimes:
         forward=forward,
         backward=backward,
         rebuild_attention=product(*of_layer, *OUT) + attend + passes(2 * heads + 2 * h) + down_again,
-        rebuild_glu=product(*GATE_UP, *raised),
-        rebuild_norms=passes(4 * h),
+        rebuild_glu=product(*GATE_UP),
+        rebuild_norms=passes(4 * h) + product(*raised),
         per_tile=3 * unpack(*GATE_UP, *DOWN) + TILE_SECONDS,
         full_rebuild=product(*shape.projections) + attend + norms + passes(2 * heads + 3 * i),
     )

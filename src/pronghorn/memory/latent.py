@@ -25,7 +25,7 @@ class LatentStep(Step):
         return self.shape.latent
 
     def _trim_attention(self, level: Level, saves: Held) -> None:
-        if not keeps(level, "matmuls"):
+        if not keeps(level, "all"):
             self._drop(saves, *_RAISED, *(["heads_q"] if self._latent.q_code else []))
         if not keeps(level, "attention"):
             self._drop(saves, "heads_q", *_CODES, "out", "lse", "xa_codes", "xa_o")
