@@ -57,8 +57,10 @@ WINDOWS = {"tiny": 9, "mid": 200}
 
 FAMILIES = (
     "llama", "mistral", "ministral", "ministral3", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3",
-    "granite", "smollm3",
+    "granite", "smollm3", "qwen3_moe",
 )  # fmt: skip
+#: adapted beside the linear modules, by family
+STACKS = {"qwen3_moe": ["experts.gate_up_proj", "experts.down_proj"]}
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,8 @@ def _differences(family: str, window: int, layers: int) -> dict[str, Any]:
         "gemma3_text": {**by_layer, "query_pre_attn_scalar": 24},
         "smollm3": {**by_layer, "use_sliding_window": True, "no_rope_layers": [1, 0] * (layers // 2)},
         "phi3": {"sliding_window": window, "partial_rotary_factor": 0.75},
+        # Every token takes all experts: which ones are chosen is no continuous function, and 16 bits choose others.
+        "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 4, "moe_intermediate_size": 48, "norm_topk_prob": True},
         "granite": {"embedding_multiplier": 2.0, "residual_multiplier": 0.3, "attention_multiplier": 0.1,
                     "logits_scaling": 2.0},
     }.get(family, {})  # fmt: skip
@@ -162,6 +166,8 @@ def build_model(case: Case, device: str) -> Any:
     if case.precision == "nf4":
         quantise_4bit(model)
     options = {"r": 8, "lora_alpha": 16, "target_modules": list(TARGETS), "task_type": "CAUSAL_LM"}
+    if case.family in STACKS:
+        options["target_parameters"] = STACKS[case.family]
     adapted = get_peft_model(model, LoraConfig(**options))
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
