@@ -214,17 +214,24 @@ def encode(
         vectors = torch.zeros(0, dim or width_of(model))
     else:
         ids = tokenize(found.tokenizer, [front + text for text in given], found.layout.max_seq_length)
-        vectors = vectors_of(model, ids, batch_tokens)
+        # An array may hold more vectors than the GPU.
+        place = None if convert_to_tensor else torch.device("cpu")
+        vectors = vectors_of(model, ids, batch_tokens, place)
         vectors = shortened(vectors, dim, found.layout.normalize)
     vectors = vectors[0] if isinstance(texts, str) else vectors
     return vectors if convert_to_tensor else vectors.float().cpu().numpy()
 
 
-def vectors_of(model: Any, texts: Sequence[np.ndarray], batch_tokens: int = BATCH_TOKENS) -> Tensor:
-    """Vectors [n, H] of texts that are tokens already, not normalised."""
+def vectors_of(
+    model: Any,
+    texts: Sequence[np.ndarray],
+    batch_tokens: int = BATCH_TOKENS,
+    place: torch.device | None = None,
+) -> Tensor:
+    """Vectors [n, H] of texts that are tokens already, not normalised; see `encode_tokens`."""
     found = embedder_of(model)
     batcher = Batcher(model, found.tokenizer.pad_token_id)
-    return encode_tokens(model, texts, batcher, found.pooling, batch_tokens)
+    return encode_tokens(model, texts, batcher, found.pooling, batch_tokens, place)
 
 
 def add_methods(model: Any) -> None:

@@ -81,23 +81,27 @@ def encode_tokens(
     batcher: Batcher,
     pooling: Pooling,
     batch_tokens: int,
+    place: torch.device | None = None,
 ) -> Tensor:
-    """Vectors [n, H] of texts in their order, on the model's device, not normalised. Texts of like lengths share a
-    batch of at most `batch_tokens` positions; the model's mode stays as it was."""
+    """Vectors [n, H] of texts in their order, not normalised. Texts of like lengths share a batch of at most
+    `batch_tokens` positions; the model's mode stays as it was.
+
+    Args:
+        place: the device that vectors are gathered on; None: the model's.
+    """
     device = next(model.parameters()).device
     order = sorted(range(len(texts)), key=lambda index: -len(texts[index]))
     was_training = model.training
     model.eval()
     try:
         parts = [
-            forward(model, to_device(batcher([texts[i] for i in part]), device), pooling)
+            forward(model, to_device(batcher([texts[i] for i in part]), device), pooling).to(place or device)
             for part in _parts(order, texts, batch_tokens)
         ]
     finally:
         model.train(was_training)
-    places = torch.tensor(order, device=device)
     vectors = torch.cat(parts)
-    return torch.empty_like(vectors).index_copy_(0, places, vectors)
+    return torch.empty_like(vectors).index_copy_(0, torch.tensor(order, device=vectors.device), vectors)
 
 
 def shortened(vectors: Tensor, dim: int | None, unit: bool) -> Tensor:
