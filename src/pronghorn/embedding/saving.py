@@ -31,7 +31,7 @@ from pronghorn.loading.source import locate
 logger = logging.getLogger("pronghorn")
 
 #: Least cosine between the live model's vector of a text and the export's. Merging rounds a 16-bit weight once more, by
-#: at most 2⁻⁹ of its size; that left 0.9999 on SmolLM2-135M in bf16.
+#: at most 2⁻⁹ of its size; a cosine of 0.99 is a difference of 14 % of the vector, which only a fault leaves.
 LEAST_COSINE = 0.99
 _SHARD = "5GB"
 _PROBE_TOKENS = 96
