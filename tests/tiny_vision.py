@@ -11,10 +11,16 @@ from PIL import Image
 from torch import Tensor
 from transformers import (
     AutoProcessor,
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
     Gemma3ImageProcessorPil,
     Gemma3Processor,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
     PretrainedConfig,
     PreTrainedTokenizerFast,
     ProcessorMixin,
@@ -167,6 +173,38 @@ def tiny_processor(kind: str) -> Any:
     return QwenProcessor(
         images, tokenizer, CHAT_TEMPLATE.replace("IMAGE", "".join([_TOKENS[0], _TOKENS[2], _TOKENS[1]]))
     )
+
+
+def tiny_llava() -> Any:
+    """A model of a kind that no family file covers."""
+    tower = CLIPVisionConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=16,
+        patch_size=8,
+    )
+    config = LlavaConfig(
+        text_config=LlamaConfig(**_TEXT),
+        vision_config=tower,
+        image_token_index=IMAGE,
+        vision_feature_layer=-1,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return LlavaForConditionalGeneration(config).eval()
+
+
+def tiny_llava_processor() -> Any:
+    """Four tokens an image."""
+    tokenizer = tiny_tokenizer(False)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>", *_TOKENS]})
+    images = CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+    return LlavaProcessor(
+        images, tokenizer, patch_size=8, vision_feature_select_strategy="default", image_token=_TOKENS[2],
+        chat_template=CHAT_TEMPLATE.replace("IMAGE", _TOKENS[2]), num_additional_image_tokens=1,
+    )  # fmt: skip
 
 
 def tiny_image(width: int = 24, height: int = 16, seed: int = 0) -> Any:

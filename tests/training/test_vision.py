@@ -14,7 +14,13 @@ from pronghorn.errors import DatasetUnusable, ImageUnreadable, TokenizerProblem
 from pronghorn.training import SFTTrainer
 from tests.families.parity import TARGETS, add_adapter
 from tests.tiny import tiny_tokenizer
-from tests.tiny_vision import chat_rows, tiny_processor, tiny_vision_model
+from tests.tiny_vision import (
+    chat_rows,
+    tiny_llava,
+    tiny_llava_processor,
+    tiny_processor,
+    tiny_vision_model,
+)
 from tests.training.runs import chats, losses, settings
 
 TEXT = rf".*language_model.*\.({'|'.join(TARGETS)})"
@@ -138,6 +144,39 @@ def test_text_rows_alone_train_as_ever(tmp_path):
         run.train()
         assert run._steps._step.reason is None and losses(run)[-1] < losses(run)[0]
     assert losses(runs[0]) == pytest.approx(losses(runs[1]), rel=1e-5)
+
+
+def test_a_collator_of_ones_own_gives_padded_rows(tmp_path):
+    """As examples for TRL write it: what the processor gives, and labels."""
+    processor = tiny_processor("gemma3")
+
+    def collate(rows):
+        texts = [processor.apply_chat_template(row["messages"]) for row in rows]
+        parts = [[part for message in row["messages"] for part in message["content"]] for row in rows]
+        images = [[part["image"] for part in row if part["type"] == "image"] for row in parts]
+        batch = processor(
+            text=texts, images=images, padding=True, add_special_tokens=False, return_tensors="pt"
+        )
+        return {**batch, "labels": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)}
+
+    run = trainer(tmp_path, adapted("gemma3"), "gemma3", data_collator=collate, max_steps=3)
+    run.train()
+    assert losses(run)[-1] < losses(run)[0] and not binding_of(run.model)._told
+    assert "the batch has attention_mask" in run._steps._step.reason
+
+
+def test_a_model_without_a_family_trains_on_its_stock_forward(tmp_path, caplog):
+    model = add_adapter(tiny_llava(), target_modules=r".*language_model.*(q|v)_proj")
+    processor = tiny_llava_processor()
+    run = SFTTrainer(
+        model=model,
+        args=settings(tmp_path, max_steps=3),
+        train_dataset=chat_rows() * 4,
+        processing_class=processor,
+    )
+    run.train()
+    assert losses(run)[-1] < losses(run)[0]
+    assert "'llava' has no family file" in caplog.text
 
 
 def test_what_is_refused(tmp_path):

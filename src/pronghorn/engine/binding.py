@@ -368,8 +368,9 @@ def host_pool(device: torch.device) -> HostPool:
 
 
 def decoder_of(model: Any, family: DecoderFamily) -> Any:
-    """The decoder in a Transformers model of a family."""
-    return model.get_submodule(family.path) if family.reads_images else model.base_model
+    """The decoder in a Transformers model of a family, or the model where it is one."""
+    whole = family.reads_images and hasattr(model, "model")
+    return model.get_submodule(family.path) if whole else model.base_model
 
 
 def base_causal_lm(model: Any) -> Any:
