@@ -36,7 +36,7 @@ class LatentSaves:
 
     out: Tensor | None = None
     lse: Tensor | None = None
-    #: c_q [T, Rq], where q has a code; the products that give q are kept at this level where it has none
+    #: c_q [T, Rq] where q has a code; where it has none, q is kept in its place
     code_q: Tensor | None = None
     #: [c | k_rope], [T, R + P]
     code_kv: Tensor | None = None

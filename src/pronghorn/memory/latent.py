@@ -98,8 +98,8 @@ class LatentStep(Step):
         dfirst = dq
         if self._latent.q_code:
             dfirst = self._lower(saves, "q_up", self._latent.q_code)
-        # Whoever called still holds what attention's backward gave.
-        self._free(*({dq, dk, dv} - {dfirst}))
+        # `backward` holds what attention's backward gave until the codes' gradients are there.
+        self._free(dk, dv, *([dq] if dfirst != dq else []))
         return self._through_norm(saves, _CODES, "xa_codes", [dfirst, dkv], need)
 
     def _backward_workspace(self, groups: int) -> list[int]:

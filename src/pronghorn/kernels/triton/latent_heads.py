@@ -38,10 +38,7 @@ def _turned(first, second, cos_row, sin_row, half, BACK: tl.constexpr, HB: tl.co
 def _places(half, PAIRS: tl.constexpr, HB: tl.constexpr):
     """Where the first elements of the pairs are, and how far the second ones are from them."""
     column = tl.arange(0, HB)
-    if PAIRS:
-        return 2 * column, 1
-    else:
-        return column, half
+    return (2 * column if PAIRS else column), (1 if PAIRS else half)
 
 
 @triton.jit
