@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -44,18 +46,35 @@ def spelled_out(qkv, contexts, lengths, heads, cos, sin):
         logits = torch.einsum("nd,lnd->nl", q, keys.repeat_interleave(shared, 1)) * heads.scale
         if heads.softcap is not None:
             logits = heads.softcap * torch.tanh(logits / heads.softcap)
-        outs.append(torch.einsum("nl,lnd->nd", logits.softmax(-1), values.repeat_interleave(shared, 1)))
+        if heads.sinks is not None:
+            logits = torch.cat([logits, heads.sinks.double()[:, None]], 1)
+        weights = logits.softmax(-1)[:, : len(values)]
+        outs.append(torch.einsum("nl,lnd->nd", weights, values.repeat_interleave(shared, 1)))
         news.append((k, v))
     return outs, news
 
 
 def check(
-    impl, device, lengths, dtype=torch.float32, n=4, kv=2, size=16, turned=None, norms=False, **options
+    impl,
+    device,
+    lengths,
+    dtype=torch.float32,
+    n=4,
+    kv=2,
+    size=16,
+    turned=None,
+    norms=False,
+    sinks=False,
+    **options,
 ):
     norm = random(size, dtype=dtype, device=device, seed=9) if norms else None
     heads = Heads(
         n, kv, size, size**-0.5, q_norm=norm, k_norm=norm, norm_offset=1.0 if norms else 0.0, **options
     )
+    if sinks:
+        # From those that hardly count to those that take nearly all.
+        own = torch.linspace(-2.0, 8.0, n).to(device, dtype)
+        heads = replace(heads, sinks=own)
     angles = random(POSITIONS, turned or size, dtype=torch.float32, device=device, seed=1)
     rotation = Rotation(angles.cos().to(dtype), angles.sin().to(dtype))
     generator = torch.Generator().manual_seed(2)
@@ -107,7 +126,9 @@ def test_lengths(impl, lengths, dtype, device):
     "options",
     [
         {"n": 6, "kv": 1}, {"n": 2, "kv": 2, "size": 24}, {"norms": True}, {"window": 70}, {"window": 1},
-        {"softcap": 2.0}, {"turned": 8}, {"n": 8, "kv": 4, "size": 32, "window": 64, "norms": True},
+        {"softcap": 2.0}, {"turned": 8}, {"sinks": True},
+        {"sinks": True, "n": 6, "kv": 1, "window": 64, "softcap": 2.0},
+        {"n": 8, "kv": 4, "size": 32, "window": 64, "norms": True},
     ],
 )  # fmt: skip
 def test_kinds_of_heads(impl, options, device):
@@ -119,4 +140,4 @@ def test_a_context_may_be_split(splits, device, monkeypatch):
     from pronghorn.kernels.triton import decode_attention as module
 
     monkeypatch.setattr(module, "splits", lambda *arguments: splits)
-    check("triton", device, [300, 5, 129])
+    check("triton", device, [300, 5, 129], sinks=splits == 16)

@@ -35,6 +35,24 @@ def read_stacks(module: Any, transposed: bool) -> tuple[ExpertProjection, Expert
     return found[0], found[1]
 
 
+def adapters_of_stack(module: Any, name: str, experts: int) -> dict[str, ExpertAdapter]:
+    """Every adapter of the stack `name` in a module of experts, active or not."""
+    return {
+        adapter: ExpertAdapter(a.weight, b.weight, scaling, experts)
+        for wrapper in _all_wrappers(module, name)
+        for adapter, a, b, scaling in _pairs(wrapper, wrapper.lora_A)
+    }
+
+
+def adapters_of_router(module: Any) -> dict[str, Adapter]:
+    """Every adapter of a router's matrix, active or not."""
+    return {
+        adapter: Adapter(a.weight, b.weight, scaling)
+        for wrapper in _all_wrappers(active_module(module), "weight")
+        for adapter, a, b, scaling in _pairs(wrapper, wrapper.lora_A)
+    }
+
+
 def stack_ranks(layer: Any, family: DecoderFamily) -> dict[str, int]:
     """Ranks of the adapters on a layer's stacks, under the names of the projections they begin with."""
     assert family.mixture is not None
@@ -50,7 +68,7 @@ def read_router(module: Any) -> LinearProjection:
     adapters = tuple(
         Adapter(a.weight, b.weight, scaling)
         for wrapper in _wrappers(module, "weight")
-        for a, b, scaling in _active(wrapper)
+        for _, a, b, scaling in _active(wrapper)
     )
     return LinearProjection(DenseWeight(router.weight), router._parameters.get("bias"), adapters)
 
@@ -130,19 +148,31 @@ def _wraps(module: Any) -> bool:
 
 def _wrappers(module: Any, parameter: str) -> Iterator[Any]:
     """The wrappers of one parameter that are switched on."""
+    for wrapper in _all_wrappers(module, parameter):
+        if not wrapper.disable_adapters and not wrapper.merged:
+            yield wrapper
+
+
+def _all_wrappers(module: Any, parameter: str) -> Iterator[Any]:
+    """The wrappers of one parameter."""
     while _wraps(module):
-        if module.parameter_name == parameter and not module.disable_adapters and not module.merged:
+        if module.parameter_name == parameter:
             yield module
         module = module._modules["base_layer"]
 
 
-def _active(wrapper: Any) -> Iterator[tuple[nn.Linear, nn.Linear, float]]:
-    """A, B and scaling of each active adapter."""
-    for name in wrapper.active_adapters:
+def _active(wrapper: Any) -> Iterator[tuple[str, nn.Linear, nn.Linear, float]]:
+    """Name, A, B and scaling of each active adapter."""
+    return _pairs(wrapper, wrapper.active_adapters)
+
+
+def _pairs(wrapper: Any, names: Iterable[str]) -> Iterator[tuple[str, nn.Linear, nn.Linear, float]]:
+    """Name, A, B and scaling of those adapters that the wrapper has."""
+    for name in names:
         if name in wrapper.lora_A:
-            yield wrapper.lora_A[name], wrapper.lora_B[name], wrapper.scaling[name]
+            yield name, wrapper.lora_A[name], wrapper.lora_B[name], wrapper.scaling[name]
 
 
 def _stacked_adapters(wrapper: Any, experts: int) -> Iterator[ExpertAdapter]:
-    for a, b, scaling in _active(wrapper):
+    for _, a, b, scaling in _active(wrapper):
         yield ExpertAdapter(a.weight, b.weight, scaling, experts)

@@ -18,6 +18,7 @@ from pronghorn.inference.choosing import Tops, choice_of, is_plain
 from pronghorn.inference.decoder import Decoder
 from pronghorn.inference.forward import Cache
 from pronghorn.inference.fused import FusedDecoder, Table
+from pronghorn.inference.mixture import ExpertTable
 from pronghorn.inference.moving import on_device, to_host
 from pronghorn.inference.paging import BLOCK_TOKENS
 from pronghorn.inference.requests import Token
@@ -123,9 +124,8 @@ class CapturedRunner(EagerRunner):
         state = [[0] * size, [0] * size, [-1] * size]
         for sequence in sequences:
             row = _slot(sequence)
-            adapter = sequence.request.adapter
             state[0][row] = sequence.length
-            state[1][row] = 0 if adapter is None else 1 + self.decoder.adapters.index(adapter)
+            state[1][row] = self.decoder.slot(sequence.request.adapter)
             if not sequence.in_flight:
                 state[2][row] = sequence.tokens[-1]
             held = sequence.id, len(sequence.blocks)
@@ -184,17 +184,16 @@ def _slot(sequence: Sequence) -> int:
     return sequence.slot
 
 
-def _fill(kept: Many[Table | None], new: Many[Table | None]) -> bool:
+def _fill(kept: Many[Table | ExpertTable | None], new: Many[Table | ExpertTable | None]) -> bool:
     """Copy new tables over kept ones; False, and nothing copied, where shapes differ."""
-    pairs = list(zip(kept, new, strict=True))
-    if any(_shapes(old) != _shapes(table) for old, table in pairs):
+    if list(map(_shapes, kept)) != list(map(_shapes, new)):
         return False
-    for old, table in pairs:
+    for old, table in zip(kept, new, strict=True):
         if old is not None and table is not None:
-            old.a.copy_(table.a)
-            old.b.copy_(table.b)
+            for place, tensor in zip(old.tensors(), table.tensors(), strict=True):
+                place.copy_(tensor)
     return True
 
 
-def _shapes(table: Table | None) -> object:
-    return None if table is None else (table.a.shape, table.b.shape)
+def _shapes(table: Table | ExpertTable | None) -> object:
+    return None if table is None else [tensor.shape for tensor in table.tensors()]

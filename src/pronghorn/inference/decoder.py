@@ -14,11 +14,22 @@ from pronghorn.engine import bind
 from pronghorn.engine.altered import altered_part
 from pronghorn.engine.angles import angles_of
 from pronghorn.engine.binding import Binding, base_causal_lm
+from pronghorn.engine.experts import (
+    STACKS,
+    adapters_of_router,
+    adapters_of_stack,
+    innermost,
+    read_router,
+    read_router_bias,
+)
 from pronghorn.engine.layer_call import compute_dtype
 from pronghorn.engine.read import Reading, active_module, group_names, read_norm, read_projection
 from pronghorn.errors import EngineRefused
+from pronghorn.inference.mixture import ExpertStack, ExpertTable, GatedMlp, Mixture, SharedExpert
 from pronghorn.inference.projections import Group
 from pronghorn.kernels.decode_attention import Heads, Rotation
+from pronghorn.kernels.dispatch import math_dtype
+from pronghorn.weights.experts import read_experts
 
 #: kinds of rotation whose angles depend on a position alone, not on how long the context is
 _FIXED_ROTATIONS = ("default", "linear", "llama3", "yarn", "proportional")
@@ -34,10 +45,19 @@ class Layer:
     rotation: str | None
     o: Group
     mlp_norm: Norm
-    gate_up: Group
-    down: Group
+    mlp: GatedMlp | Mixture
     attention_output_norm: Norm | None = None
     mlp_output_norm: Norm | None = None
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        """All that rows are multiplied by, experts apart."""
+        return self.qkv, self.o, *self.mlp.groups
+
+    @property
+    def expert_tables(self) -> list[ExpertTable]:
+        """Adapters of experts."""
+        return self.mlp.tables if isinstance(self.mlp, Mixture) else []
 
 
 class Decoder:
@@ -98,6 +118,8 @@ class Decoder:
         if self.only_active:
             self.adapters = tuple(name for name in self.adapters if name == self.active)
         self.layers = [self._layer(layer) for layer in self.binding.layers]
+        #: whether any adapter is on experts
+        self.adapts_experts = any(layer.expert_tables for layer in self.layers)
         self.norm = read_norm(self.binding.decoder.norm, self.binding.family.norm_offset)
         self.head = self._group([self.base.lm_head], self.residual_dtype)
         # Taken now: weights of a group may have moved next to each other.
@@ -114,13 +136,17 @@ class Decoder:
         x: Tensor = self.embedding(ids)
         return x if self.scales.embedding == 1.0 else x * self.scales.embedding
 
+    def slot(self, adapter: str | None) -> int:
+        """An adapter's number in tables of all, 0 for none."""
+        return 0 if adapter is None else 1 + self.adapters.index(adapter)
+
     def _layer(self, layer: Any) -> Layer:
         binding, family = self.binding, self.binding.family
         parts, config, index = family.parts, binding.config, binding.layer_index(layer)
-        attention = getattr(layer, parts.attention)
+        attention, mlp = getattr(layer, parts.attention), family.mlp(config, index)
         groups = {
-            slot: self._group([getattr(getattr(layer, parent), name) for name in names], self.dtype)
-            for slot, (parent, names) in group_names(parts, family.mlp(config, index)).items()
+            slot: self._group([getattr(layer.get_submodule(path), name) for name in names], self.dtype)
+            for slot, (path, names) in group_names(parts, mlp, family.mixture).items()
         }
 
         def norm(parent: Any, name: str | None) -> Norm | None:
@@ -138,6 +164,7 @@ class Decoder:
             eps=1e-6 if q_norm is None else q_norm.eps,
             norm_offset=family.norm_offset,
             softcap=self.scales.attention_softcap,
+            sinks=None if parts.sinks is None else attention._parameters[parts.sinks].detach(),
         )
         return Layer(
             norm=read_norm(getattr(layer, parts.input_norm), family.norm_offset),
@@ -146,10 +173,42 @@ class Decoder:
             rotation=family.rotation(config, index),
             o=groups[3],
             mlp_norm=read_norm(getattr(layer, parts.mlp_norm), family.norm_offset),
-            gate_up=groups[4],
-            down=groups[6],
+            mlp=GatedMlp(groups[4], groups[6]) if mlp == "glu" else self._mixture(layer, groups),
             attention_output_norm=norm(layer, parts.attention_output_norm),
             mlp_output_norm=norm(layer, parts.mlp_output_norm),
+        )
+
+    def _mixture(self, layer: Any, groups: dict[int, Group]) -> Mixture:
+        family, config = self.binding.family, self.binding.config
+        parts = family.mixture
+        assert parts is not None
+        mlp = getattr(layer, family.parts.mlp)
+        router, experts = getattr(mlp, parts.router), getattr(mlp, parts.experts)
+        base, scoring = innermost(experts), parts.scoring(config)
+        stacks = []
+        for name in STACKS:
+            weight = read_experts(base, name, parts.transposed)
+            table = ExpertTable.of(
+                adapters_of_stack(experts, name, weight.shape[0]), self.adapters, self.dtype
+            )
+            stacks.append(ExpertStack(weight, base._parameters.get(f"{name}_bias"), table))
+        read = read_router(router)
+        on_router = adapters_of_router(router)
+        return Mixture(
+            router=Group(
+                [LinearProjection(read.weight, read.bias)],
+                {name: {0: on_router[name]} for name in self.adapters if name in on_router},
+                math_dtype(self.dtype) if scoring.wide_logits else self.dtype,
+            ),
+            scoring=scoring,
+            router_bias=read_router_bias(router, parts.router_bias),
+            gate_up=stacks[0],
+            down=stacks[1],
+            gating=parts.gating(base, self.activation),
+            activation=self.activation,
+            shared=None
+            if parts.shared is None
+            else SharedExpert(GatedMlp(groups[4], groups[6]), groups.get(7)),
         )
 
     def _group(self, modules: Sequence[nn.Module], dtype: torch.dtype) -> Group:
@@ -175,16 +234,11 @@ class Decoder:
 def why_not(binding: Binding, positions: int) -> str | None:
     """Why only Transformers' own code can run a bound model in contexts of so many tokens; None where it need not."""
     config, family = binding.config, binding.family
-    altered = altered_part(binding.decoder, family.parts)
+    altered = altered_part(binding.decoder, family.parts, family.mixture)
     if altered is not None:
         return altered
-    kinds = {family.mlp(config, binding.layer_index(layer)) for layer in binding.layers}
-    if kinds != {"glu"}:
-        return f"it has layers of another kind ({', '.join(sorted(kinds - {'glu'}))})"
     if family.parts.latent is not None:
         return "its attention is latent, which is cached by codes"
-    if family.parts.sinks is not None:
-        return "its attention has sinks"
     growth = binding.scales.query_growth
     if growth is not None and positions > growth[1]:
         return f"its queries grow beyond {growth[1]:,} tokens, and max_context is {positions:,}"

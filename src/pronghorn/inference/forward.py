@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from pronghorn.blocks import Norm
 from pronghorn.inference.decoder import Decoder, Layer
+from pronghorn.inference.mixture import Mixture
 from pronghorn.inference.moving import on_device
 from pronghorn.inference.paging import BLOCK_TOKENS
 from pronghorn.inference.projections import Group, Segment
@@ -21,6 +22,7 @@ from pronghorn.kernels.decode_attention import Paged, decode_attention, gather_c
 from pronghorn.kernels.glu import glu_forward
 from pronghorn.kernels.rope import qk_rope_forward
 from pronghorn.weights import Operand
+from pronghorn.weights.operand import as_operand
 
 #: [T, Σ(q, k, v)] of a layer, before the rotation, -> [T, N·D]
 Attend = Callable[[int, Layer, Tensor], Tensor]
@@ -92,13 +94,29 @@ def logits_of(decoder: Decoder, x: Tensor, segments: Sequence[Segment]) -> Tenso
 
 def run_layers(decoder: Decoder, x: Tensor, segments: Sequence[Segment], attend: Attend) -> Tensor:
     """All layers over x [T, H]."""
+    slots = _slots(decoder, segments, len(x))
     for index, layer in enumerate(decoder.layers):
         qkv = layer.qkv.forward(normalised(layer.norm, x, decoder.dtype, layer.qkv), segments)
         x = _add_branch(decoder, x, attend(index, layer, qkv), layer.o, layer.attention_output_norm, segments)
-        wide = layer.gate_up.forward(normalised(layer.mlp_norm, x, decoder.dtype, layer.gate_up), segments)
-        act = _activated(decoder, wide)
-        x = _add_branch(decoder, x, act, layer.down, layer.mlp_output_norm, segments)
+        if isinstance(layer.mlp, Mixture):
+            normed = as_operand(normalised(layer.mlp_norm, x, decoder.dtype, layer.mlp.router)).tensor
+            x = layer.mlp.add_to(x, normed, slots, lambda group, y: group.forward(y, segments))
+            continue
+        gate_up, down = layer.mlp.groups
+        wide = gate_up.forward(normalised(layer.mlp_norm, x, decoder.dtype, gate_up), segments)
+        x = _add_branch(decoder, x, _activated(decoder, wide), down, layer.mlp_output_norm, segments)
     return x
+
+
+def _slots(decoder: Decoder, segments: Sequence[Segment], tokens: int) -> Tensor | None:
+    """int64 [T]: the adapter's slot of each token, where experts have adapters and somebody asks for one."""
+    if not decoder.adapts_experts or all(segment.adapter is None for segment in segments):
+        return None
+    slots = [0] * tokens
+    for segment in segments:
+        count = segment.rows.stop - segment.rows.start
+        slots[segment.rows] = [decoder.slot(segment.adapter)] * count
+    return on_device(slots, torch.int64, decoder.device)
 
 
 def normalised(norm: Norm, x: Tensor, dtype: torch.dtype, consumer: Group) -> Tensor | Operand:
@@ -179,7 +197,7 @@ class _PackedAttention:
         )
         if backend == "cudnn" and self.decoder.binding.attention is None:
             backend = "flash"  # cuDNN builds a plan for every rough size, up to a second each: prompts vary
-        call = AttentionCall(heads.scale, heads.window, backend, heads.softcap)
+        call = AttentionCall(heads.scale, heads.window, backend, heads.softcap, heads.sinks)
         if not self.continues:
             out, _ = attention_forward(q, k, v.contiguous(), self.docs, call)
             return out.reshape(tokens, -1)

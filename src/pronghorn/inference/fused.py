@@ -18,6 +18,7 @@ from torch import Tensor
 from pronghorn.blocks import Norm
 from pronghorn.inference.decoder import Decoder, Layer
 from pronghorn.inference.forward import Cache, normalised
+from pronghorn.inference.mixture import ExpertTable, Mixture
 from pronghorn.inference.projections import Group
 from pronghorn.kernels.decode_attention import Paged, decode_attention
 from pronghorn.kernels.glu import glu_forward
@@ -31,6 +32,7 @@ from pronghorn.kernels.matvec import (
     matvec_4bit,
 )
 from pronghorn.weights import DenseWeight, FourBitWeight, Weight
+from pronghorn.weights.operand import as_operand
 
 
 @dataclass
@@ -40,6 +42,10 @@ class Table:
     a: Tensor
     b: Tensor
     ends: tuple[int, ...]
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What recorded steps read."""
+        return self.a, self.b
 
     @staticmethod
     def of(group: Group, names: Sequence[str]) -> Table | None:
@@ -114,14 +120,6 @@ class RowGroup:
         return y.to(out_dtype)
 
 
-@dataclass(frozen=True)
-class _Groups:
-    qkv: RowGroup
-    o: RowGroup
-    gate_up: RowGroup
-    down: RowGroup
-
-
 class FusedDecoder:
     """The decoder for one new token a row.
 
@@ -132,21 +130,20 @@ class FusedDecoder:
     def __init__(self, decoder: Decoder) -> None:
         self.decoder = decoder
         names = decoder.adapters
-        self.groups = [
-            _Groups(*(RowGroup(g, names) for g in (layer.qkv, layer.o, layer.gate_up, layer.down)))
-            for layer in decoder.layers
-        ]
+        self.layers = decoder.layers
         self.head = RowGroup(decoder.head, names)
+        self._rows = {group: RowGroup(group, names) for layer in self.layers for group in layer.groups}
         #: where all lies that a recorded step reads besides adapters
         self.weights = decoder.places()
 
     def row_groups(self) -> list[RowGroup]:
         """Of all layers in order, then the head's."""
-        return [*(group for groups in self.groups for group in vars(groups).values()), self.head]
+        return [*self._rows.values(), self.head]
 
-    def tables(self) -> list[Table | None]:
-        """Of all groups, in order."""
-        return [group.table for group in self.row_groups()]
+    def tables(self) -> list[Table | ExpertTable | None]:
+        """Of all groups in order, then the experts'."""
+        of_experts = [table for layer in self.layers for table in layer.expert_tables]
+        return [*(group.table for group in self.row_groups()), *of_experts]
 
     def biases(self) -> list[Tensor]:
         """Of all groups, in order: copies where biases do not lie as products take them."""
@@ -158,17 +155,23 @@ class FusedDecoder:
         """[B, V] for ids [B], whose rows take the adapters in `slots`; fp32 or the compute dtype."""
         decoder = self.decoder
         x = decoder.embed(ids)
-        for index, (layer, groups) in enumerate(zip(decoder.layers, self.groups, strict=True)):
-            qkv = groups.qkv(x, slots, norm=layer.norm)
+        for index, layer in enumerate(self.layers):
+            qkv = self._rows[layer.qkv](x, slots, norm=layer.norm)
             rotation = decoder.rotations[layer.rotation]
             out = decode_attention(qkv, cache.layers[index], paged, layer.heads, rotation)
-            x = self._add_branch(x, out, groups.o, layer.attention_output_norm, slots)
-            x = self._mlp(x, layer, groups, slots)
+            x = self._add_branch(x, out, self._rows[layer.o], layer.attention_output_norm, slots)
+            x = self._mlp(x, layer, slots)
         return self._head(x, slots)
 
-    def _mlp(self, x: Tensor, layer: Layer, groups: _Groups, slots: Tensor) -> Tensor:
-        act = groups.gate_up(x, slots, norm=layer.mlp_norm, activation=self.decoder.activation)
-        return self._add_branch(x, act, groups.down, layer.mlp_output_norm, slots)
+    def _mlp(self, x: Tensor, layer: Layer, slots: Tensor) -> Tensor:
+        decoder, mlp = self.decoder, layer.mlp
+        if isinstance(mlp, Mixture):
+            # Router, experts and shared expert read the same norm.
+            normed = as_operand(normalised(layer.mlp_norm, x, decoder.dtype, mlp.router)).tensor
+            adapted = slots if layer.expert_tables else None
+            return mlp.add_to(x, normed, adapted, lambda group, y: self._rows[group](y, slots))
+        act = self._rows[mlp.gate_up](x, slots, norm=layer.mlp_norm, activation=decoder.activation)
+        return self._add_branch(x, act, self._rows[mlp.down], layer.mlp_output_norm, slots)
 
     def _add_branch(self, x: Tensor, y: Tensor, group: RowGroup, norm: Norm | None, slots: Tensor) -> Tensor:
         """x + scale · norm(group(y)), written over x where nothing comes between."""

@@ -3,6 +3,8 @@
     q, k = rotate(norm(q)), rotate(norm(k));   cache[position] = k, v
     out[b, n] = Σ_j softmax_j(scale · q[b, n]·K[j, n//G]) V[j, n//G],   j ≤ position, position - j < window
 
+A head's sink is one more logit in the softmax's sum, without a value.
+
 Rotation, the cache's new entry and attention are one call, which is one launch on a GPU.
 
 Shapes: B sequences, N heads, K key/value heads, G = N / K, D head size; qkv [B, (N + 2K)·D] as the projections give it;
@@ -20,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from pronghorn.kernels.attention.sinks import softmax_with_sinks
 from pronghorn.kernels.dispatch import Impl, math_dtype, use_triton
 
 Derived = TypeVar("Derived")
@@ -35,6 +38,7 @@ class Heads:
         q_norm, k_norm: [D] of the RMSNorm of each head before the rotation, both or neither.
         eps, norm_offset: of those norms.
         softcap: logits become softcap · tanh(logits / softcap).
+        sinks: [N], a logit of each head that takes part in the softmax's sum and has no value.
     """
 
     heads: int
@@ -47,6 +51,7 @@ class Heads:
     eps: float = 1e-6
     norm_offset: float = 0.0
     softcap: float | None = None
+    sinks: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -161,12 +166,14 @@ def _attend(q: Tensor, context: Tensor, heads: Heads) -> Tensor:
     """One token's heads [N, D] over its context [L, 2, K, D] -> [N, D]; queries that share a key head are rows."""
     grouped = q.view(1, heads.kv_heads, -1, heads.head_dim)
     k, v = context[:, 0].transpose(0, 1)[None], context[:, 1].transpose(0, 1)[None]
-    if heads.softcap is None:
+    if heads.softcap is None and heads.sinks is None:
         return F.scaled_dot_product_attention(grouped, k, v, scale=heads.scale).reshape(q.shape)
     dtype = math_dtype(q.dtype)
-    logits = grouped.to(dtype) @ k.to(dtype).transpose(-1, -2) * (heads.scale / heads.softcap)
-    weights = (logits.tanh_() * heads.softcap).softmax(-1)
-    return (weights @ v.to(dtype)).to(q.dtype).reshape(q.shape)
+    logits = grouped.to(dtype) @ k.to(dtype).transpose(-1, -2) * heads.scale
+    if heads.softcap is not None:
+        logits = logits.div_(heads.softcap).tanh_().mul_(heads.softcap)
+    sinks = None if heads.sinks is None else heads.sinks.view(heads.kv_heads, -1, 1)
+    return (softmax_with_sinks(logits, sinks) @ v.to(dtype)).to(q.dtype).reshape(q.shape)
 
 
 def _normalise_(turned: Tensor, heads: Heads) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 
+from pronghorn.kernels.nf4 import FourBits, dequantize_4bit
 from pronghorn.weights.quantised import FourBitWeight
 
 
@@ -61,6 +62,33 @@ class FourBitExperts(ExpertWeight):
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         return self.packed.dense(dtype).view(self.packed.state.shape)
+
+    @property
+    def has_whole_blocks(self) -> bool:
+        """Whether every expert's matrix is made of blocks of its own."""
+        return self._size % self.packed.state.blocksize == 0
+
+    def dense_of(self, experts: Tensor, dtype: torch.dtype) -> Tensor:
+        """The matrices of experts [S] (int64, on the stack's device), [S, ...] as `dense` has them. Asks nothing of
+        the device; of a stack that `has_whole_blocks`."""
+        bits, (count, *sides) = self.packed.bits, self.packed.state.shape
+        blocks = self._size // bits.blocksize
+        packed = bits.packed.view(count, -1).index_select(0, experts)
+        scales = bits.absmax.view(count, blocks).index_select(0, experts)
+        if bits.nested is not None:
+            code2, absmax2, offset, blocksize2 = bits.nested
+            numbers = experts[:, None] * blocks + torch.arange(blocks, device=experts.device)
+            scales = code2[scales.int()] * absmax2[numbers // blocksize2] + offset
+        chosen = FourBits(
+            packed, scales.view(-1), bits.code, bits.blocksize, (len(experts) * sides[0], sides[1])
+        )
+        return dequantize_4bit(chosen, dtype).view(len(experts), *sides)
+
+    @property
+    def _size(self) -> int:
+        """Elements of one expert's matrix."""
+        _, rows, columns = self.packed.state.shape
+        return int(rows * columns)
 
 
 def read_experts(module: nn.Module, name: str, transposed: bool) -> ExpertWeight:

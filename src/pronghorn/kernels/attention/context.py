@@ -2,7 +2,8 @@
 
     out[t, n] = Σ_j softmax_j(scale · q[t, n]·K[j, n//G]) V[j, n//G],   j ≤ p(t), p(t) - j < window
 
-with p(t) the token's position in its context, whose last tokens are the new ones.
+with p(t) the token's position in its context, whose last tokens are the new ones. A head's sink is one more logit in
+the softmax's sum, without a value.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pronghorn.kernels.attention.documents import AttentionCall
+from pronghorn.kernels.attention.sinks import add_sinks, softmax_with_sinks
 from pronghorn.kernels.dispatch import math_dtype
 
 aten = torch.ops.aten
@@ -41,10 +43,12 @@ def _flash(q: Tensor, contexts: Sequence[Tensor], slices: Sequence[slice], call:
     ).to(q.device)
     keys = contexts[0] if len(contexts) == 1 else torch.cat(list(contexts))
     window = {} if call.window is None else {"window_size_left": call.window - 1, "window_size_right": 0}
-    out, *_ = aten._flash_attention_forward(
+    out, lse, *_ = aten._flash_attention_forward(
         q, keys[:, 0], keys[:, 1], ends[1], ends[0], max(counts), max(lengths), 0.0, True, False,
         scale=call.scale, **window,
     )  # fmt: skip
+    if call.sinks is not None:
+        add_sinks(out, lse.t(), call.sinks)
     return out
 
 
@@ -59,12 +63,15 @@ def _one(q: Tensor, context: Tensor, call: AttentionCall) -> Tensor:
         allowed &= position - key < call.window
     k, v = (context[:, i].transpose(0, 1).repeat_interleave(heads // kv_heads, 0) for i in (0, 1))
     queries = q.transpose(0, 1)
-    if call.softcap is None:
+    if call.softcap is None and call.sinks is None:
         out = F.scaled_dot_product_attention(
             queries[None], k[None], v[None], attn_mask=allowed, scale=call.scale
         )[0]
         return out.transpose(0, 1)
     dtype = math_dtype(q.dtype)
-    logits = queries.to(dtype) @ k.to(dtype).transpose(1, 2) * (call.scale / call.softcap)
-    logits = logits.tanh_().mul_(call.softcap).masked_fill_(~allowed, float("-inf"))
-    return (logits.softmax(-1) @ v.to(dtype)).to(q.dtype).transpose(0, 1)
+    logits = queries.to(dtype) @ k.to(dtype).transpose(1, 2) * call.scale
+    if call.softcap is not None:
+        logits = logits.div_(call.softcap).tanh_().mul_(call.softcap)
+    logits = logits.masked_fill_(~allowed, float("-inf"))
+    sinks = None if call.sinks is None else call.sinks.view(-1, 1, 1)
+    return (softmax_with_sinks(logits, sinks) @ v.to(dtype)).to(q.dtype).transpose(0, 1)

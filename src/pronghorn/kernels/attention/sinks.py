@@ -19,6 +19,14 @@ def add_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> None:
     lse.copy_(wider)
 
 
+def softmax_with_sinks(logits: Tensor, sinks: Tensor | None) -> Tensor:
+    """The weights of logits [..., L] with one sink [..., 1] a row in their sum; without one the plain softmax."""
+    if sinks is None:
+        return logits.softmax(-1)
+    column = sinks.detach().to(logits.dtype).expand(*logits.shape[:-1], 1)
+    return torch.cat([logits, column], -1).softmax(-1)[..., :-1]
+
+
 def sink_grad(dout: Tensor, out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
     """The sinks' gradient [N] in `lse`'s dtype, from the output and the statistics with sinks."""
     delta = torch.linalg.vecdot(dout.to(lse.dtype), out.to(lse.dtype))

@@ -116,14 +116,14 @@ def _combined(
 
 @triton.jit
 def _decode(
-    qkv_ptr, cache_ptr, tables_ptr, lengths_ptr, cos_ptr, sin_ptr, q_norm_ptr, k_norm_ptr,
+    qkv_ptr, cache_ptr, tables_ptr, lengths_ptr, cos_ptr, sin_ptr, q_norm_ptr, k_norm_ptr, sinks_ptr,
     out_ptr, partial_ptr, stats_ptr, arrived_ptr,
     qkv_stride, table_stride, scale, window, softcap, eps, offset,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, SIZE: tl.constexpr, D: tl.constexpr, TURNED: tl.constexpr,
     GROUP: tl.constexpr, QUERIES: tl.constexpr, TOGETHER: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
     TILE: tl.constexpr, SPLITS: tl.constexpr,
-    NORM: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr, WIDE: tl.constexpr,
-    EARLY: tl.constexpr, PDL: tl.constexpr,
+    NORM: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr, SINKS: tl.constexpr,
+    WIDE: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     b, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     kind: tl.constexpr = cache_ptr.dtype.element_ty
@@ -181,6 +181,11 @@ def _decode(
             top = _capped(tl.sum(q.to(tl.float32) * own_k.to(tl.float32), 1) * scale, softcap, CAPPED)
             total += 1.0
             sums += own_v.to(tl.float32)[None, :]
+            if SINKS:
+                sink = tl.load(sinks_ptr + kv_head * SHARED + g, mask=g < SHARED, other=0.0).to(tl.float32)
+                higher = tl.maximum(top, sink)
+                shrink = tl.exp(top - higher)
+                top, total, sums = higher, shrink + tl.exp(sink - higher), sums * shrink[:, None]
         if EARLY:
             top, total, sums = _attended(q, k, v, seen, top, total, sums, scale, softcap, CAPPED, WIDE)
         for tile in range(start + EARLY, tl.minimum(start + each, first_tile + tiles)):
@@ -248,13 +253,15 @@ def decode_attention(
     _decode[(batch, heads.kv_heads, parts)](
         qkv, cache_, tables, lengths, rotation.cos, rotation.sin,
         qkv if heads.q_norm is None else heads.q_norm, qkv if heads.k_norm is None else heads.k_norm,
+        qkv if heads.sinks is None else heads.sinks,
         out, partial, stats, _arrived(qkv.device, batch, heads.kv_heads),
         qkv.stride(0), tables.stride(0), heads.scale, heads.window or 0, heads.softcap or 1.0, heads.eps,
         heads.norm_offset,
         HEADS=heads.heads, KV_HEADS=heads.kv_heads, SIZE=size, D=wide, TURNED=rotation.cos.shape[1], GROUP=group,
         QUERIES=queries, TOGETHER=max(1, min(16, 128 // queries)), BLOCK_TOKENS=block_tokens, TILE=tile,
         SPLITS=parts, NORM=heads.q_norm is not None, WINDOWED=heads.window is not None,
-        CAPPED=heads.softcap is not None, WIDE=is_wide(qkv), EARLY=int(early), PDL=bool(pdl),
+        CAPPED=heads.softcap is not None, SINKS=heads.sinks is not None, WIDE=is_wide(qkv),
+        EARLY=int(early), PDL=bool(pdl),
         num_warps=4, num_stages=2, **pdl,
     )  # fmt: skip
     return out
