@@ -53,6 +53,7 @@ class ModelSection:
     int8_skip_layers: int | None = field(default=None, metadata={"at_least": 0})
     int8_modules: list[str] | None = None
     int8_copies: int | None = field(default=None, metadata={"at_least": 1})
+    dynamic_4bit: bool | None = None
     bnb_4bit_quant_type: Literal["nf4", "fp4"] | None = None
     bnb_4bit_use_double_quant: bool | None = None
     full_finetuning: bool = False

@@ -123,6 +123,15 @@ def test_stock_transformers_loads_what_is_written(quantised):
     assert held == note["bytes"]
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_what_is_not_quantised_is_in_the_dtype_asked_for(quantised, dtype):
+    model, _ = load(quantised, dtype=dtype)
+    plain = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    assert plain == {getattr(torch, dtype)} and model.config.dtype == getattr(torch, dtype)
+    assert any(type(module) is nn.Linear for module in model.model.layers.modules())
+    assert logits(model).isfinite().all()
+
+
 def test_lists_of_skipped_modules_as_unsloth_s_checkpoints_have_them(folder, tmp_path):
     """Short names, prefixes and full names; what is in 16 bits reaches the fast path as plain weights."""
     skipped = ["lm_head", "model.layers.1.mlp", "model.layers.0.self_attn.k_proj", "multi_modal_projector"]

@@ -5,11 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
+from pronghorn.quantising.calibration import CalibrationRows
+from pronghorn.quantising.dynamic import quantise
 from pronghorn.quantising.formats import forms_of, plain_form
 from pronghorn.quantising.held_out import HeldOut
 from pronghorn.quantising.layers import Decoder, Moments, linear_modules
 from pronghorn.quantising.measure import measure, weigh
 from pronghorn.quantising.rounding import round_plain
+from pronghorn.quantising.settings import DynamicQuantisation
 from tests.tiny import tiny_model
 
 IDS = torch.randint(3, 300, (5, 24), generator=torch.Generator().manual_seed(2))
@@ -124,3 +127,14 @@ def test_held_out_rows_are_compared_as_the_whole_models_would_be():
     assert found.fitted.agreement == pytest.approx(
         float((exact.argmax(-1) == other.argmax(-1)).float().mean())
     )
+
+
+def test_layers_may_be_brought_to_a_device_and_back():
+    """As for a GPU; nothing but the place differs."""
+    found = []
+    for device in (None, torch.device("cpu")):
+        model = tiny_model("llama")
+        rows = CalibrationRows(IDS, IDS[:2])
+        report = quantise(model, rows, DynamicQuantisation(extra="20%"), device=device)
+        found.append((report.as_dict() | {"seconds": 0}, model(IDS).logits))
+    assert found[0][0] == found[1][0] and torch.equal(found[0][1], found[1][1])

@@ -74,6 +74,16 @@ def test_forms_have_whole_blocks_in_a_row():
     )
 
 
+def test_nearest_is_nearest_at_boundaries_too():
+    values = nf4_values(torch.device("cpu"))
+    middles = (values[1:] + values[:-1]) / 2
+    around = torch.cat([middles, middles.nextafter(torch.tensor(2.0)), middles.nextafter(torch.tensor(-2.0))])
+    edges = torch.arange(65) / 32 - 1
+    x = torch.cat([gaussian(40000) * 12, values, around, edges, torch.tensor([-9.0, 9.0, torch.inf])])
+    assert torch.equal(nearest(x), torch.bucketize(x, middles))  # many
+    assert torch.equal(nearest(x[-200:]), torch.bucketize(x[-200:], middles))
+
+
 def test_scales_are_the_best_of_those_tried():
     weight, importance = gaussian(4, 64), torch.linspace(0.1, 3, 64)
     found = search_scales(weight, importance, 32)
@@ -108,7 +118,7 @@ def test_rounding_to_the_output_against_brute_force():
     for seed in range(12):
         weight = gaussian(1, 3, seed=seed)
         scales = Scales(weight.abs().max().view(1), weight.abs().max().view(1))
-        ours = OutputFit(moment).round_with(weight, scales, form).dense()
+        ours = OutputFit(moment).round_with([weight], [scales], [form])[0].dense()
         plain = values[nearest(weight / scales.values)] * scales.values
         best = min(float(row_errors(weight - q[None], moment)) for q in values[every] * scales.values)
         ratios.append([float(row_errors(weight - q, moment)) / best for q in (ours, plain)])
@@ -121,13 +131,23 @@ def test_rounding_to_the_output_is_better_where_inputs_are_correlated():
     weight = gaussian(32, 128)
     for form in (Format(64), Format(32)):
         plain = errors_of(weight, round_plain(weight, form).dense(), moment)
-        fitted = errors_of(weight, OutputFit(moment).round(weight, form).dense(), moment)
+        fitted = errors_of(weight, OutputFit(moment).round([weight], [form])[0].dense(), moment)
         assert fitted.output < 0.4 * plain.output
         assert fitted.weight > plain.weight  # what it pays with
     # The same of outputs themselves.
-    dense = OutputFit(moment).round(weight, Format(64)).dense()
+    dense = OutputFit(moment).round([weight], [Format(64)])[0].dense()
     off = (x @ (weight - dense).t()).square().sum() / (x @ weight.t()).square().sum()
     assert errors_of(weight, dense, moment).output == pytest.approx(float(off), rel=1e-3)
+
+
+def test_weights_that_are_rounded_together_are_as_alone():
+    _, moment = correlated(512, 128)
+    weights, forms = [gaussian(8, 128, seed=7), gaussian(24, 128, seed=8)], [Format(32), Format(128)]
+    fit = OutputFit(moment)
+    for stored, weight, form in zip(fit.round(weights, forms), weights, forms, strict=True):
+        (alone,) = fit.round([weight], [form])
+        assert (stored.indices != alone.indices).float().mean() < 0.01  # products sum in another order
+        assert torch.equal(stored.scales.stored, alone.scales.stored) and stored.form == form
 
 
 def test_rounding_survives_inputs_that_never_came_and_blocks_of_zeros():
@@ -136,7 +156,7 @@ def test_rounding_survives_inputs_that_never_came_and_blocks_of_zeros():
     weight = gaussian(4, 64)
     weight[2] = 0
     for given in (moment, torch.zeros(64, 64)):
-        dense = OutputFit(given).round(weight, Format(64)).dense()
+        dense = OutputFit(given).round([weight], [Format(64)])[0].dense()
         assert dense.isfinite().all() and not dense[2].any()
     assert errors_of(torch.zeros(4, 64), torch.zeros(4, 64), moment).output == 0.0
 

@@ -129,6 +129,8 @@ def load_model(
     _check_loaded(info, source, options.headless)
     if source.gguf_file is not None:
         _forget_gguf(model)
+    if getattr(config, "quantization_config", None) is not None:
+        _to_compute_dtype(model, options.dtype)
     if options.dynamic is not None:
         _quantise_dynamically(model, options, rows, device_map, stream_to)
     keep_four_bit_layout(model)
@@ -161,6 +163,17 @@ def _auto_class(config: Any, options: Options) -> tuple[Any, dict[str, Any]]:
 def reads_images(config: Any) -> bool:
     """Whether a model's configuration has a part for images."""
     return getattr(config, "vision_config", None) is not None
+
+
+def _to_compute_dtype(model: Any, dtype: torch.dtype) -> None:
+    """What a quantised checkpoint holds unquantised, in the dtype asked for: Transformers leaves it in the file's, and
+    layers that were kept out of the quantisation would then compute in another dtype than the rest."""
+    stored = model.get_input_embeddings().weight.dtype
+    for parameter in model.parameters():
+        # Codes may be typed as floats (bnb_4bit_quant_storage); other dtypes than the embedding's are meant so.
+        if parameter.dtype == stored != dtype and getattr(parameter, "quant_state", None) is None:
+            parameter.data = parameter.data.to(dtype)
+    model.config.dtype = dtype
 
 
 def _quantise_dynamically(

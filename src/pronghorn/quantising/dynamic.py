@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from pronghorn.errors import QuantisationRefused
 from pronghorn.quantising.calibration import CalibrationRows
 from pronghorn.quantising.choice import Option, choose
-from pronghorn.quantising.formats import Format, dense_form, plain_form
+from pronghorn.quantising.formats import Format, Stored, dense_form, plain_form
 from pronghorn.quantising.held_out import HeldOut
 from pronghorn.quantising.layers import Decoder, Moments, decoder_layers, linear_modules
 from pronghorn.quantising.measure import Errors, Measured, errors_of, measure, weigh
@@ -109,36 +110,68 @@ def _round(
         with Moments(modules) as moments:
             for chunk in hidden:
                 decoder.run(index, chunk)
+        rounded: list[_Rounded] = []
+        for paths, moment in moments.groups():
+            forms = {path: chosen[f"{layer_names[index]}.{path}"] for path in paths}
+            rounded += _round_group(modules, forms, moment, plain)
         if held_out is not None:
             held_out.run("exact", index)
-        made: dict[str, nn.Module] = {}
-        fitted: dict[nn.Linear, Tensor] = {}
-        for paths, moment in moments.groups():
-            fit = OutputFit(moment)
-            for path in paths:
-                name, module = f"{layer_names[index]}.{path}", modules[path]
-                weight, form, after = module.weight.float(), chosen[name], Errors(0.0, 0.0)
-                rounded = round_plain(weight, plain).dense()
-                before = errors_of(weight, rounded, moment)
-                if form.dense:
-                    fitted[module] = module.weight.clone()
-                else:
-                    stored = fit.round(weight, form)
-                    made[path] = four_bit_linear(module, stored, module.weight.dtype)
-                    fitted[module] = stored.dense()
-                    after = errors_of(weight, fitted[module], moment)
-                shape = (weight.shape[0], weight.shape[1])
-                found.append(ModuleReport(name, shape, form, harm[name], before, after))
-                module.weight.copy_(rounded)
-        if held_out is not None:
+            for one in rounded:
+                one.module.weight.copy_(one.plain)
             held_out.run("plain", index)
-        for module, dense in fitted.items():
-            module.weight.copy_(dense)
+        for one in rounded:
+            one.module.weight.copy_(one.fitted)
         if held_out is not None:
             held_out.run("fitted", index)
         hidden = [decoder.run(index, chunk) for chunk in hidden]
-        for path, made_module in made.items():
-            layer.set_submodule(path, made_module)
+        for one in rounded:
+            name, weight = f"{layer_names[index]}.{one.path}", one.module.weight
+            shape = (weight.shape[0], weight.shape[1])
+            found.append(ModuleReport(name, shape, chosen[name], harm[name], one.before, one.after))
+            if one.stored is not None:
+                layer.set_submodule(one.path, four_bit_linear(one.module, one.stored, weight.dtype))
+    return found
+
+
+@dataclass(frozen=True)
+class _Rounded:
+    """A module of a layer and what it could hold, in the compute dtype: plain NF4, and what its form gives. `stored` is
+    None for one that stays as it is."""
+
+    path: str
+    module: nn.Linear
+    plain: Tensor
+    fitted: Tensor
+    stored: Stored | None
+    before: Errors
+    after: Errors
+
+
+def _round_group(
+    modules: dict[str, nn.Linear], forms: dict[str, Format], moment: Tensor, plain: Format
+) -> list[_Rounded]:
+    """Modules that read the same; their weights stay as they are.
+
+    Args:
+        forms: by the path of each module of the group.
+        moment: second moments [in, in] of what they read.
+    """
+    weights = {path: modules[path].weight.float() for path in forms}
+    few = [path for path, form in forms.items() if not form.dense]
+    fitted = (
+        OutputFit(moment).round([weights[path] for path in few], [forms[path] for path in few]) if few else []
+    )
+    stored = dict(zip(few, fitted, strict=True))
+    found = []
+    for path, weight in weights.items():
+        module, held = modules[path], stored.get(path)
+        nearest = round_plain(weight, plain).dense()
+        dense = weight if held is None else held.dense()
+        before, after = errors_of(weight, nearest, moment), errors_of(weight, dense, moment)
+        dtype = module.weight.dtype
+        found.append(
+            _Rounded(path, module, nearest.to(dtype), dense.to(dtype, copy=True), held, before, after)
+        )
     return found
 
 

@@ -82,9 +82,20 @@ def nf4_values(device: torch.device) -> Tensor:
 
 
 def nearest(scaled: Tensor) -> Tensor:
-    """Indices (int64) of the NF4 values nearest to w / scale."""
+    """Indices (int64) of the NF4 values nearest to w / scale, the lower one at a tie."""
     values = nf4_values(scaled.device)
-    return torch.bucketize(scaled, (values[1:] + values[:-1]) / 2)
+    boundaries = (values[1:] + values[:-1]) / 2
+    if scaled.is_cuda or scaled.numel() < _MANY:
+        return torch.bucketize(scaled, boundaries)
+    # A CPU's search takes 28 ns an element, for branches that it cannot foresee; 15 comparisons take 12.
+    found = torch.zeros(scaled.shape, dtype=torch.uint8)
+    for boundary in boundaries.tolist():
+        found += scaled > boundary
+    return found.long()
+
+
+#: elements from which on the calls of 15 comparisons do not matter
+_MANY = 1 << 15
 
 
 def spread(scales: Tensor, shape: tuple[int, int], blocksize: int) -> Tensor:

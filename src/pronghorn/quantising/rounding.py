@@ -15,6 +15,8 @@ Scales stay fixed meanwhile, so that columns may come in any order and blocks ma
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -41,29 +43,44 @@ class OutputFit:
     """
 
     def __init__(self, moment: Tensor) -> None:
+        self.width = len(moment)
         self.importance = moment.diagonal()
         self.order = self.importance.argsort(descending=True)
         self.factor = inverse_factor(moment[self.order][:, self.order])
 
-    def round(self, weight: Tensor, form: Format) -> Stored:
-        """A weight (fp32) on the grid of `form`."""
-        scales = store_scales(search_scales(weight, self.importance, form.blocksize), form)
-        return self.round_with(weight, scales, form)
+    def round(self, weights: Sequence[Tensor], forms: Sequence[Format]) -> list[Stored]:
+        """Weights (fp32) on the grids of their forms."""
+        scales = [
+            store_scales(search_scales(weight, self.importance, form.blocksize), form)
+            for weight, form in zip(weights, forms, strict=True)
+        ]
+        return self.round_with(weights, scales, forms)
 
-    def round_with(self, weight: Tensor, scales: Scales, form: Format) -> Stored:
+    def round_with(
+        self, weights: Sequence[Tensor], scales: Sequence[Scales], forms: Sequence[Format]
+    ) -> list[Stored]:
         """The same for given scales."""
-        out, width = weight.shape
-        left = weight[:, self.order].t().contiguous()  # [in, out]: columns of W as rows
-        each = spread(scales.values, (out, width), form.blocksize)[:, self.order].t().contiguous()
-        each = torch.where(each == 0, torch.ones_like(each), each)
-        found = torch.empty(width, out, dtype=torch.uint8, device=weight.device)
-        for start in range(0, width, _COLUMNS):
-            part = slice(start, min(start + _COLUMNS, width))
-            rest = slice(part.stop, width)
+        sizes = [len(weight) for weight in weights]
+        each = torch.cat(
+            [
+                spread(own.values, (size, self.width), form.blocksize)
+                for own, form, size in zip(scales, forms, sizes, strict=True)
+            ]
+        )
+        # Columns as rows, [in, Σ out], in their order: all weights take each step together.
+        left = torch.cat(list(weights))[:, self.order].t().contiguous()
+        each = torch.where(each == 0, 1.0, each)[:, self.order].t().contiguous()
+        found = torch.empty(left.shape, dtype=torch.uint8, device=left.device)
+        for start in range(0, self.width, _COLUMNS):
+            part = slice(start, min(start + _COLUMNS, self.width))
+            rest = slice(part.stop, self.width)
             errors = self._round_columns(left, each, found, part)
             left[rest].addmm_(self.factor[part, rest].t(), errors, alpha=-1)
-        indices = torch.empty_like(found).index_copy_(0, self.order, found)
-        return Stored(indices.t().contiguous(), scales, form)
+        indices = torch.empty_like(found).index_copy_(0, self.order, found).t()
+        return [
+            Stored(own.contiguous(), scale, form)
+            for own, scale, form in zip(indices.split(sizes), scales, forms, strict=True)
+        ]
 
     def _round_columns(self, left: Tensor, each: Tensor, found: Tensor, part: slice) -> Tensor:
         """Round some columns one after the other, into `found`; returns their errors e [columns, out]."""
