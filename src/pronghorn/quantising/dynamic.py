@@ -103,34 +103,59 @@ def _round(
     harm = {module.name: module.harm[plain] for module in measured}
     found: list[ModuleReport] = []
     hidden = decoder.inputs()
-    for index, layer in enumerate(decoder.layers):
-        if decoder.device is not None:
-            layer.to(decoder.device)  # where it stays
-        modules = linear_modules(layer)
-        with Moments(modules) as moments:
+    for index, prefix in enumerate(layer_names):
+        with Moments(linear_modules(decoder.layers[index])) as moments:
+            if decoder.device is not None:
+                decoder.layers[index].to(decoder.device)  # where it stays
             for chunk in hidden:
                 decoder.run(index, chunk)
-        rounded: list[_Rounded] = []
-        for paths, moment in moments.groups():
-            forms = {path: chosen[f"{layer_names[index]}.{path}"] for path in paths}
-            rounded += _round_group(modules, forms, moment, plain)
-        if held_out is not None:
-            held_out.run("exact", index)
-            for one in rounded:
-                one.module.weight.copy_(one.plain)
-            held_out.run("plain", index)
-        for one in rounded:
-            one.module.weight.copy_(one.fitted)
-        if held_out is not None:
-            held_out.run("fitted", index)
+        rounded = _round_layer(decoder, index, prefix, moments, chosen, plain, held_out)
         hidden = [decoder.run(index, chunk) for chunk in hidden]
-        for one in rounded:
-            name, weight = f"{layer_names[index]}.{one.path}", one.module.weight
-            shape = (weight.shape[0], weight.shape[1])
-            found.append(ModuleReport(name, shape, chosen[name], harm[name], one.before, one.after))
-            if one.stored is not None:
-                layer.set_submodule(one.path, four_bit_linear(one.module, one.stored, weight.dtype))
+        found += [_reported(f"{prefix}.{one.path}", one, chosen, harm) for one in rounded]
+        _store(decoder.layers[index], rounded)
     return found
+
+
+def _round_layer(
+    decoder: Decoder,
+    index: int,
+    prefix: str,
+    moments: Moments,
+    chosen: dict[str, Format],
+    plain: Format,
+    held_out: HeldOut | None,
+) -> list[_Rounded]:
+    """The modules of a layer, which then hold the values of their forms, still in the compute dtype."""
+    modules = linear_modules(decoder.layers[index])
+    rounded: list[_Rounded] = []
+    for paths, moment in moments.groups():
+        forms = {path: chosen[f"{prefix}.{path}"] for path in paths}
+        rounded += _round_group(modules, forms, moment, plain)
+    if held_out is not None:
+        held_out.run("exact", index)
+        for one in rounded:
+            one.module.weight.copy_(one.plain)
+        held_out.run("plain", index)
+    for one in rounded:
+        one.module.weight.copy_(one.fitted)
+    if held_out is not None:
+        held_out.run("fitted", index)
+    return rounded
+
+
+def _reported(
+    name: str, rounded: _Rounded, chosen: dict[str, Format], harm: dict[str, float]
+) -> ModuleReport:
+    shape = (rounded.module.out_features, rounded.module.in_features)
+    return ModuleReport(name, shape, chosen[name], harm[name], rounded.before, rounded.after)
+
+
+def _store(layer: nn.Module, rounded: list[_Rounded]) -> None:
+    """Put bitsandbytes' modules in the place of those that have 4 bits now, and let go of all else."""
+    while rounded:
+        one = rounded.pop()
+        if one.stored is not None:
+            layer.set_submodule(one.path, four_bit_linear(one.module, one.stored, one.module.weight.dtype))
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,8 @@ class Decoder:
     Args:
         ids: calibration rows [R, S], without padding.
         tokens_at_once: that go through a layer together.
-        device: where layers run (`placed`); None is where they lie.
+        device: where everything but the layers is brought to, and each layer while it is `placed`; None leaves all
+            where it is.
     """
 
     model: Any
@@ -56,6 +57,9 @@ class Decoder:
         self.layers = decoder_layers(self.model)
         self.chunks = self.ids.split(max(1, self.tokens_at_once // self.ids.shape[1]))
         self._arguments: dict[int, list[dict[str, Any]]] = {}
+        if self.device is not None:
+            with self._recording():  # which hides the layers
+                self.model.to(self.device)
 
     @torch.no_grad()
     def inputs(self) -> list[Tensor]:
@@ -70,27 +74,25 @@ class Decoder:
         return found
 
     def run(self, index: int, hidden: Tensor) -> Tensor:
-        """A layer's output for its input [rows, S, H]."""
-        given = hidden if self.device is None else hidden.to(self.device)
-        arguments = self._arguments[len(hidden)][index]
-        if self.device is not None:
-            arguments = _moved(arguments, self.device)
-        output = self.layers[index](given, **arguments)
-        return (output[0] if isinstance(output, tuple) else output).to(hidden.device)
+        """A layer's output for its input [rows, S, H]; it has to be where the rest of the model is."""
+        output = self.layers[index](hidden, **self._arguments[len(hidden)][index])
+        return output[0] if isinstance(output, tuple) else output
 
     @contextmanager
     def placed(self, index: int) -> Iterator[nn.Module]:
-        """A layer on the device, back where it was afterwards."""
+        """A layer on the device for a while. What it holds elsewhere stays there, and is not written back."""
         layer = self.layers[index]
         if self.device is None:
             yield layer
             return
-        home = next(layer.parameters()).device
-        layer.to(self.device)
+        held = [(tensor, tensor.data) for tensor in (*layer.parameters(), *layer.buffers())]
+        for tensor, data in held:
+            tensor.data = data.to(self.device)
         try:
             yield layer
         finally:
-            layer.to(home)
+            for tensor, data in held:
+                tensor.data = data
 
     def logits(self, chunk: Tensor, hidden: Tensor) -> Tensor:
         """The model's logits [rows, S, V] where its last layer gave `hidden`; differentiable in it."""
@@ -126,16 +128,6 @@ def stock_forwards(model: nn.Module) -> Iterator[None]:
     finally:
         for module, forward in held:
             module.__dict__["forward"] = forward
-
-
-def _moved(value: Any, device: torch.device) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, dict):
-        return {name: _moved(item, device) for name, item in value.items()}
-    if isinstance(value, tuple | list):
-        return type(value)(_moved(item, device) for item in value)
-    return value
 
 
 def decoder_layers(model: Any) -> nn.ModuleList:
@@ -180,7 +172,7 @@ class Moments:
     def __exit__(self, *_: object) -> None:
         for hook in self._hooks:
             hook.remove()
-        self._last = None
+        self._last, self._modules = None, {}  # nothing is to keep the layer's weights
 
     def _hook(self, path: str) -> Callable[..., None]:
         def note(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:

@@ -108,7 +108,7 @@ def _gradient_squares(decoder: Decoder, layer_names: Sequence[str]) -> dict[str,
     with torch.no_grad():
         hidden = part.inputs()
         for index in range(len(part.layers)):
-            kept.append(hidden)
+            kept.append([chunk.cpu() for chunk in hidden])
             with part.placed(index):
                 hidden = [part.run(index, chunk) for chunk in hidden]
     gradients = [
@@ -121,7 +121,7 @@ def _gradient_squares(decoder: Decoder, layer_names: Sequence[str]) -> dict[str,
         with part.placed(index):
             hooks = [_add_squares(module, path, sums) for path, module in modules.items()]
             for place, given in enumerate(kept.pop()):
-                leaf = given.detach().requires_grad_()
+                leaf = given.detach().to(gradients[place].device).requires_grad_()
                 output = part.run(index, leaf)
                 output.backward(gradients[place])
                 assert leaf.grad is not None
