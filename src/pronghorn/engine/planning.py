@@ -286,9 +286,17 @@ def plan_levels(binding: Binding, budget: str | int, batch: Batch, **more: Any) 
         host = pool.limit if pool.limit is not None else host
     shape, limit, rates = shape_of(binding, **more), parse_budget(budget, free), rates_of(name)
     aside = vision_bytes(binding, batch.tokens)
-    limit -= aside
     keep_expanded_weights(binding, False)
-    found = plan(shape, limit, batch, rates=rates, host_limit=host)
+    try:
+        found = plan(shape, limit - aside, batch, rates=rates, host_limit=host)
+    except BudgetTooSmall:
+        # An upper bound, of which a run may need little; the tower's weights are there.
+        weights = vision_bytes(binding, 0)
+        if aside == weights:
+            raise
+        aside = weights
+        found = plan(shape, limit - aside, batch, rates=rates, host_limit=host)
+    limit -= aside
     kept = plan_with_expanded(shape, limit, batch, rates, host)
     if kept is not None and kept.time.total < found.time.total:
         found = kept
