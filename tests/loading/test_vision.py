@@ -151,6 +151,13 @@ def test_four_bits_leave_the_tower_as_it_is(kind, folder):
     assert "nf4" in binding_of(model).describe()
 
 
+def test_dynamic_four_bits_are_of_the_language_model(qwen):
+    pytest.importorskip("bitsandbytes")
+    model, _ = FastVisionModel.from_pretrained(qwen, dynamic_4bit=True, dtype=torch.float32)
+    stored = {name for name, module in model.named_modules() if type(module).__name__ == "Linear4bit"}
+    assert stored and all(".language_model.layers." in name for name in stored)
+
+
 def test_int8_layers_are_those_of_the_language_model(qwen):
     model, _ = FastVisionModel.from_pretrained(qwen, load_in_int8=True, dtype=torch.float32)
     stored = {name for name, module in model.named_modules() if type(module).__name__ == "Int8Linear"}

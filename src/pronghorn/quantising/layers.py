@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pronghorn.errors import UnsupportedCheckpoint
+from pronghorn.families import family_of
 
 
 class _Recorder(nn.Module):
@@ -136,6 +137,9 @@ def decoder_layers(model: Any) -> nn.ModuleList:
     Raises:
         UnsupportedCheckpoint: when it has none of the expected length.
     """
+    family = family_of(model.config.model_type)
+    if family is not None and family.reads_images:  # whose vision tower may have as many
+        return model.get_submodule(family.path).layers
     count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     for module in model.modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:
