@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -87,6 +89,30 @@ def test_recorded_steps(family, captured, monkeypatch):
     found = run_tokens(Engine(model, max_batch=4, max_context=128), requests, [0, 1, 5])
     monkeypatch.undo()
     assert_same(found, [run_tokens(Engine(model, max_context=128), [request])[0] for request in requests])
+
+
+@pytest.mark.parametrize(("family", "rows"), [("qwen2_moe", 1), ("gpt_oss", 2)])
+def test_recorded_steps_in_triton(family, rows, captured, monkeypatch):
+    """A whole step by the kernels that a GPU runs: one row, whose products are matrix-vector ones, and two."""
+    pytest.importorskip("triton")
+    from pronghorn.kernels import (
+        decode_attention,
+        grouped_adapters,
+        grouped_glu,
+        grouped_matmul,
+        grouped_rows,
+        matvec,
+        routing,
+    )
+
+    model = adapted(tiny_mixture(family, num_hidden_layers=1))
+    requests = [sampled(PROMPTS[0][:3], "first"), sampled(PROMPTS[0][2:], "second")][:rows]
+    expected = [run_tokens(Engine(model, max_context=64), [request])[0][:2] for request in requests]
+    kernels = (decode_attention, grouped_adapters, grouped_glu, grouped_matmul, grouped_rows, matvec, routing)
+    for module in kernels:
+        monkeypatch.setattr(module, "use_triton", lambda tensor, impl: True)
+    short = [replace(one, sampling=replace(one.sampling, max_new_tokens=2)) for one in requests]
+    assert_same(run_tokens(Engine(model, max_batch=rows, max_context=64), short), expected)
 
 
 def test_trained_experts_adapters_are_put_in_the_tables_that_steps_read(captured):

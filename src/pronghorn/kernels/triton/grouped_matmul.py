@@ -22,6 +22,8 @@ from pronghorn.kernels.grouped_matmul import Groups, LowRankRows
 from pronghorn.kernels.triton.launch import unit_rows
 from pronghorn.kernels.triton.lora import LEAST_RANK, dot, is_wide
 
+#: rows an expert on average up to which tiles are low: a decoding step's
+FEW_ROWS = 8
 #: tiles that a program of `_tile_map` places
 _MAPPED = 64
 
@@ -36,10 +38,13 @@ class Tiles(NamedTuple):
     stages: int
 
 
-def matmul_tiles(columns: int, wide: bool) -> Tiles:
-    """By the product's width: narrow ones (an adapter's A) read x once and are bound by that."""
+def matmul_tiles(columns: int, wide: bool, few: bool = False) -> Tiles:
+    """By the product's width: narrow ones (an adapter's A) read x once and are bound by that. `few` rows an expert are
+    bound by reading weights, which takes many programs with much in flight."""
     if wide:  # fp32 factors: no matrix units, little shared memory
         return Tiles(32, max(16, min(64, triton.next_power_of_2(columns))), 32, 4, 2)
+    if few:
+        return Tiles(16, max(16, min(64, triton.next_power_of_2(columns))), 128, 4, 4)
     if columns <= 64:
         return Tiles(128, max(16, triton.next_power_of_2(columns)), 128, 4, 3)
     return Tiles(128, 128 if columns < 256 else 256, 64, 8, 3)
@@ -173,7 +178,7 @@ def matmul(
         return out
     weight = weight if weight.is_contiguous() else weight.contiguous()
     wide = is_wide(x)
-    chosen = tiles or matmul_tiles(n, wide)
+    chosen = tiles or matmul_tiles(n, wide, few=x.shape[0] <= FEW_ROWS * groups.count)
     places = tile_map(groups, x.shape[0], chosen.rows)
     tma = not wide and _copies_tiles(x) and _tma_takes(x) and _tma_takes(weight)
     left, right, rank = x, x, 0
