@@ -20,6 +20,7 @@ from tests.families.parity import (
     relative_error,
     run,
 )
+from tests.tiny_vision import IMAGE as IMAGE_TOKEN
 from tests.tiny_vision import MODELS, tiny_vision_model, vision_batch
 
 KINDS = sorted(MODELS)
@@ -173,6 +174,18 @@ def test_images_of_gemma_are_seen_both_ways():
     assert abs(losses[0] - losses[1]) > 1e-4
     for ours, theirs in zip(losses[2:], losses[:2], strict=True):
         assert relative_error(ours, theirs) < EXACT
+
+
+def test_images_that_were_embedded_before_are_seen_both_ways_too():
+    stock = tiny_vision_model("gemma3", dtype=torch.float64)
+    batch = vision_batch("gemma3", ROWS["images"], dtype=torch.float64)
+    with torch.no_grad():
+        features = stock.model.get_image_features(batch.pop("pixel_values"), return_dict=True).pooler_output
+        embeds = stock.model.get_input_embeddings()(batch["input_ids"])
+        places = (batch.pop("input_ids") == IMAGE_TOKEN)[..., None]
+        batch["inputs_embeds"] = embeds.masked_scatter(places, features.to(embeds.dtype))
+        ours, theirs = (model(**batch, use_cache=False).loss for model in (bind_copy(stock), stock))
+    assert relative_error(ours, theirs) < EXACT
 
 
 def bind_copy(model):

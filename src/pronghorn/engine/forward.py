@@ -272,7 +272,9 @@ def causal_lm_forward(
     """
     binding: Binding = model.pronghorn_binding
     rows_mask = attention_mask
-    attention_mask, kwargs = past_wrapper(binding, attention_mask, past_key_values, use_cache, kwargs)
+    attention_mask, kwargs = past_wrapper(
+        binding, attention_mask, past_key_values, use_cache, kwargs, embedded=inputs_embeds is not None
+    )
     head = (
         None if labels is None or _loss_of_its_own(model, binding, kwargs) else readable_head(model, binding)
     )

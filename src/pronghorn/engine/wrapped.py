@@ -32,16 +32,29 @@ class RowLayout(dict[str, Any]):
 
 
 def past_wrapper(
-    binding: Binding, attention_mask: Any, cache: Any, use_cache: bool | None, kwargs: dict[str, Any]
+    binding: Binding,
+    attention_mask: Any,
+    cache: Any,
+    use_cache: bool | None,
+    kwargs: dict[str, Any],
+    *,
+    embedded: bool,
 ) -> tuple[Any, dict[str, Any]]:
-    """The attention mask and the further arguments that the module before the decoder is called with."""
+    """The attention mask and the further arguments that the module before the decoder is called with.
+
+    Args:
+        embedded: it is called with embeddings, among which images may be.
+    """
     if not binding.family.reads_images:
         return attention_mask, kwargs
     stream = {name: kwargs[name] for name in _STREAM if name in kwargs}
     types = None
     if binding.family.image_blocks:
-        # Without images every token is text, which needs no mask of its own.
-        types = kwargs.get("token_type_ids") if kwargs.get("pixel_values") is not None else None
+        # Where nothing brings images every token is text, which needs no mask of its own.
+        bring = embedded or any(
+            kwargs.get(name) is not None for name in ("pixel_values", "mm_encoder_outputs")
+        )
+        types = kwargs.get("token_type_ids") if bring else None
         if binding.why_stock(binding.decoder, attention_mask, cache, use_cache, kwargs) is not None:
             packed = types is not None and "cu_seq_lens_q" in stream
             return _dense_masks(binding, types, stream) if packed else attention_mask, kwargs
