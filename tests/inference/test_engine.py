@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from pronghorn.errors import AdapterUnknown, EngineRefused, RequestTooLong, SamplingInvalid
+from pronghorn.inference import engine as engine_module
+from pronghorn.inference.captured import CapturedRunner
 from pronghorn.inference.engine import Engine
 from pronghorn.inference.requests import Request, SamplingParams, Token
 from tests.families.mixtures import MIXTURES
@@ -257,14 +259,43 @@ def test_latent_attention_is_refused(family):
         Engine(tiny_model(family, **MIXTURES.get(family, {})), max_context=64)
 
 
-@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
-def test_angles_that_move_with_the_context_are_refused(kind):
-    factors = {"dynamic": {}, "longrope": {"long_factor": [1.0] * 8, "short_factor": [1.0] * 8}}[kind]
-    rope = {"rope_type": kind, "rope_theta": 1e4, "factor": 2.0, **factors}
-    if kind == "longrope":
-        rope["original_max_position_embeddings"] = 128
-    with pytest.raises(EngineRefused, match=kind):
+def test_angles_that_move_with_the_context_are_refused():
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    with pytest.raises(EngineRefused, match="dynamic"):
         Engine(tiny_model("llama", rope_parameters=rope), max_context=64)
+
+
+def with_long_rope():
+    rope = {
+        "rope_type": "longrope", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 72,
+        "short_factor": [1.0 + 0.2 * i for i in range(8)], "long_factor": [2.0 + 1.5 * i for i in range(8)],
+    }  # fmt: skip
+    return tiny_model("phi3", rope_parameters=rope, original_max_position_embeddings=72, seed=4)
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+def test_contexts_that_outgrow_their_angles(recorded, monkeypatch):
+    """Of 72 tokens: some answers begin and end before it, some behind it, and the third and fourth pass it."""
+    if recorded:
+        monkeypatch.setattr(engine_module, "_runner", CapturedRunner)
+    model = with_long_rope()
+    prompts = [*PROMPTS, PROMPTS[4][:72], PROMPTS[4][:73]]
+    expected = [stock(model, ids) for ids in prompts]
+    engine = Engine(model, max_batch=8, max_context=256)
+    assert run(engine, [greedy(ids) for ids in prompts]) == expected
+    # What is left in the cache serves contexts of its own kind alone.
+    assert [run(engine, [greedy(ids)])[0] for ids in reversed(prompts)] == expected[::-1]
+    few = Engine(model, max_batch=3, max_context=256, cache_tokens=4 * 64)
+    monkeypatch.setattr(few, "_prefill_tokens", 48)
+    assert run(few, [greedy(ids) for ids in prompts], [0, 1, 2, 5, 9, 9, 20]) == expected
+    assert run(Engine(model, max_context=72), [greedy(PROMPTS[0])]) == expected[:1]
+
+
+def test_layers_that_rotate_differently():
+    """Gemma 3's windowed layers have a base of their own."""
+    model = tiny_model("gemma3_text", layer_types=["sliding_attention", "full_attention"], sliding_window=40)
+    found = run(Engine(model, max_context=256), [greedy(ids) for ids in PROMPTS])
+    assert found == [stock(model, ids) for ids in PROMPTS]
 
 
 def test_queries_that_grow_are_refused_where_they_do():

@@ -14,8 +14,9 @@ POSITIONS = 320
 BLOCK = 64
 
 
-def spelled_out(qkv, contexts, lengths, heads, cos, sin):
+def spelled_out(qkv, contexts, lengths, heads, rotation):
     """(out, k, v of the new tokens) in fp64; contexts[b] [past, 2, K, D]."""
+    cos, sin = rotation.cos, rotation.sin
     turned_width = cos.shape[1]
 
     def turned(x, position, weight):
@@ -34,8 +35,11 @@ def spelled_out(qkv, contexts, lengths, heads, cos, sin):
             news.append(None)
             continue
         x = qkv[b].double().view(-1, heads.head_dim)
-        q = turned(x[: heads.heads], length - 1, heads.q_norm)
-        k = turned(x[heads.heads : heads.heads + heads.kv_heads], length - 1, heads.k_norm)
+        row = length - 1
+        if rotation.switch is not None and length > rotation.switch:
+            row += rotation.switch
+        q = turned(x[: heads.heads], row, heads.q_norm)
+        k = turned(x[heads.heads : heads.heads + heads.kv_heads], row, heads.k_norm)
         v = x[heads.heads + heads.kv_heads :]
         k = k.to(qkv.dtype).double()  # as the cache holds it
         keys = torch.cat([contexts[b][:, 0].double(), k[None]])
@@ -65,6 +69,7 @@ def check(
     turned=None,
     norms=False,
     sinks=False,
+    switch=None,
     **options,
 ):
     norm = random(size, dtype=dtype, device=device, seed=9) if norms else None
@@ -75,8 +80,8 @@ def check(
         # From those that hardly count to those that take nearly all.
         own = torch.linspace(-2.0, 8.0, n).to(device, dtype)
         heads = replace(heads, sinks=own)
-    angles = random(POSITIONS, turned or size, dtype=torch.float32, device=device, seed=1)
-    rotation = Rotation(angles.cos().to(dtype), angles.sin().to(dtype))
+    angles = random(POSITIONS + (switch or 0), turned or size, dtype=torch.float32, device=device, seed=1)
+    rotation = Rotation(angles.cos().to(dtype), angles.sin().to(dtype), switch)
     generator = torch.Generator().manual_seed(2)
     counts = [-(-length // BLOCK) for length in lengths]
     order = torch.randperm(sum(counts) + 2, generator=generator).tolist()
@@ -92,7 +97,7 @@ def check(
         .clone()
         for b, length in enumerate(lengths)
     ]
-    expected, news = spelled_out(qkv, contexts, lengths, heads, rotation.cos, rotation.sin)
+    expected, news = spelled_out(qkv, contexts, lengths, heads, rotation)
     before = cache.clone()
     paged = Paged(tables.to(device), torch.tensor(lengths, dtype=torch.int32, device=device))
     for _ in range(2):  # counters are left as they were found
@@ -126,7 +131,7 @@ def test_lengths(impl, lengths, dtype, device):
     "options",
     [
         {"n": 6, "kv": 1}, {"n": 2, "kv": 2, "size": 24}, {"norms": True}, {"window": 70}, {"window": 1},
-        {"softcap": 2.0}, {"turned": 8}, {"sinks": True},
+        {"softcap": 2.0}, {"turned": 8}, {"sinks": True}, {"switch": 129},
         {"sinks": True, "n": 6, "kv": 1, "window": 64, "softcap": 2.0},
         {"n": 8, "kv": 4, "size": 32, "window": 64, "norms": True},
     ],

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pronghorn.blocks import Adapter, LinearProjection, Norm
 from pronghorn.engine import bind
 from pronghorn.engine.altered import altered_part
-from pronghorn.engine.angles import angles_of
+from pronghorn.engine.angles import Angles, angles_of
 from pronghorn.engine.binding import Binding, base_causal_lm
 from pronghorn.engine.experts import (
     STACKS,
@@ -33,6 +33,8 @@ from pronghorn.weights.experts import read_experts
 
 #: kinds of rotation whose angles depend on a position alone, not on how long the context is
 _FIXED_ROTATIONS = ("default", "linear", "llama3", "yarn", "proportional")
+#: one set of angles for short contexts, another for long ones
+LONGROPE = "longrope"
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,8 @@ class Decoder:
         self.vocabulary = int(self.base.lm_head.weight.shape[0])
         self._watched: list[nn.Module] = []
         self._signature: list[Any] = []
+        #: contexts of more tokens have other angles, of all positions; None where they never do
+        self.switch = _switch(self.binding, positions)
         self.rotations = self._rotations()
         self.refresh()
 
@@ -225,10 +229,21 @@ class Decoder:
         return Group(projections, adapters, dtype)
 
     def _rotations(self) -> dict[str | None, Rotation]:
-        positions = torch.arange(self.positions, device=self.device)
+        if self.switch is None:
+            angles = self._angles(self.positions)
+            return {kind: Rotation(cos.contiguous(), sin.contiguous()) for kind, (cos, sin) in angles.items()}
+        found: dict[str | None, Rotation] = {}
+        short, long = self._angles(self.switch), self._angles(self.positions)
+        for kind in short:
+            cos, sin = (torch.cat(pair) for pair in zip(short[kind], long[kind], strict=True))
+            found[kind] = Rotation(cos, sin, self.switch)
+        return found
+
+    def _angles(self, positions: int) -> Angles:
+        """Of the positions before this one, in a context of so many tokens."""
         like = torch.empty(1, 1, dtype=self.residual_dtype, device=self.device)
-        angles = angles_of(self.binding, self.binding.decoder, like, positions)
-        return {kind: Rotation(cos.contiguous(), sin.contiguous()) for kind, (cos, sin) in angles.items()}
+        numbers = torch.arange(positions, device=self.device)
+        return angles_of(self.binding, self.binding.decoder, like, numbers)
 
 
 def why_not(binding: Binding, positions: int) -> str | None:
@@ -259,13 +274,21 @@ def brings_modules(model: nn.Module) -> bool:
 
 
 def _moving_rotation(parameters: Any) -> str | None:
-    """A kind of rotation whose angles change with the context's length, or None."""
+    """A kind of rotation whose angles change with every length of the context, or None."""
     nested = [p for p in parameters.values() if isinstance(p, dict)]
     for found in nested or [parameters]:
         kind = found.get("rope_type", "default")
-        if kind not in _FIXED_ROTATIONS:
+        if kind not in _FIXED_ROTATIONS and (nested or kind != LONGROPE):
             return f"its angles depend on the context's length (rope_type '{kind}')"
     return None
+
+
+def _switch(binding: Binding, positions: int) -> int | None:
+    """The most tokens of a context with LongRoPE's short factors, where contexts of so many positions can have more."""
+    if getattr(binding.decoder.rotary_emb, "rope_type", None) != LONGROPE:
+        return None
+    longest = int(binding.config.rope_parameters["original_max_position_embeddings"])
+    return longest if positions > longest else None
 
 
 def _adapters(module: Any) -> Iterator[tuple[str, Adapter]]:

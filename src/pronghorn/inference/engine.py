@@ -217,7 +217,7 @@ class Engine:
 
     def _take_in(self, sequence: Sequence, most: int | None) -> bool:
         """Hold a waiting sequence's blocks, and where others run, leave each of those one to grow into."""
-        sequence.find_shared(self._pool)
+        sequence.find_shared(self._pool, self._is_long(len(sequence.tokens)))
         needed = -(-len(sequence.tokens) // BLOCK_TOKENS) - len(sequence.blocks)
         fits = most is None or len(sequence.tokens) - sequence.cached <= most
         if fits and needed + len(self._running) <= self._pool.free:
@@ -251,6 +251,10 @@ class Engine:
             # Who has ended, and what the others' tokens are, has to be known before anybody gives up blocks.
             events += self._collect()
             self._make_room()
+        if any(s.left and self._outgrows(s) for s in self._in_order()):
+            events += self._collect()
+            for sequence in filter(self._outgrows, self._in_order()):
+                self._preempt(sequence)
         if self._pending is not None and self._waits_for_tokens():
             events += self._collect()
         batch = [s for s in self._in_order() if s.left]
@@ -287,6 +291,16 @@ class Engine:
         for sequence in self._in_order():
             while sequence.id in self._running and not sequence.grow(self._pool, sequence.length):
                 self._preempt(self._running[max(self._running)])
+
+    def _is_long(self, length: int) -> bool:
+        """Whether contexts of so many tokens are rotated otherwise than short ones."""
+        switch = self._decoder.switch
+        return switch is not None and length > switch
+
+    def _outgrows(self, sequence: Sequence) -> bool:
+        """Whether the next step is the first of a longer context than the cached keys were rotated for. All are then
+        computed again, as Transformers does for Phi-3."""
+        return self._is_long(sequence.length) and not self._is_long(sequence.length - 1)
 
     def _preempt(self, sequence: Sequence) -> None:
         del self._running[sequence.id]

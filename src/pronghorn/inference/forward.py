@@ -50,11 +50,13 @@ def cache_bytes_per_token(decoder: Decoder) -> int:
 
 @dataclass(frozen=True)
 class Part:
-    """New tokens of one sequence in a packed stream: positions `begin` to `begin + count` of a context in `blocks`."""
+    """New tokens of one sequence in a packed stream: positions `begin` to `begin + count` of a context in `blocks`,
+    which will have `length` tokens when all parts are done."""
 
     begin: int
     count: int
     blocks: Sequence[int]
+    length: int
 
 
 def prefill(
@@ -168,8 +170,11 @@ class _PackedAttention:
             for part, p in zip(parts, positions, strict=True)
         ]
         self.places = on_device(torch.cat(places), torch.int64, device)
-        at = on_device(torch.cat(positions), torch.int64, device)
-        self.angles = {kind: (r.cos[at], r.sin[at]) for kind, r in decoder.rotations.items()}
+        self.angles = {}
+        for kind, table in decoder.rotations.items():
+            rows = [p + table.first_row(part.length) for part, p in zip(parts, positions, strict=True)]
+            at = on_device(torch.cat(rows), torch.int64, device)
+            self.angles[kind] = table.cos[at], table.sin[at]
         lengths = tuple(part.count for part in parts)
         offsets = on_device((0, *ends), torch.int32, device)
         self.docs = Documents(offsets, max(lengths), lengths)

@@ -68,7 +68,7 @@ class EagerRunner:
     def prefill(self, parts: Many[tuple[Sequence, int]]) -> list[tuple[Sequence, Token]]:
         ids = [token for sequence, end in parts for token in sequence.tokens[sequence.cached : end]]
         adapter = parts[0][0].request.adapter
-        pieces = [Part(s.cached, end - s.cached, s.blocks) for s, end in parts]
+        pieces = [Part(s.cached, end - s.cached, s.blocks, len(s.tokens)) for s, end in parts]
         hidden = prefill(self.decoder, self.cache, ids, pieces, adapter)
         rows = [row for row, (sequence, end) in enumerate(parts) if end == len(sequence.tokens)]
         if not rows:

@@ -35,9 +35,6 @@ class Sequence:
     _shared: int = 0
     _parent: Parent = None
 
-    def __post_init__(self) -> None:
-        self._parent = ("begin", self.request.adapter)
-
     @property
     def prompt_length(self) -> int:
         return len(self.request.prompt_ids)
@@ -56,8 +53,10 @@ class Sequence:
         """Tokens, those in flight included."""
         return len(self.tokens) + self.in_flight
 
-    def find_shared(self, pool: BlockPool) -> None:
-        """Take over published blocks that hold the beginning; at least the last token is left to compute."""
+    def find_shared(self, pool: BlockPool, is_long: bool = False) -> None:
+        """Take over published blocks that hold the beginning; at least the last token is left to compute. Of a waiting
+        sequence; `is_long`: its keys are rotated as those of long contexts are."""
+        self._parent = ("begin", self.request.adapter, is_long)
         while (end := (len(self.blocks) + 1) * BLOCK_TOKENS) < len(self.tokens):
             block = pool.find(self._parent, self.tokens[end - BLOCK_TOKENS : end])
             if block is None:
@@ -94,4 +93,3 @@ class Sequence:
             pool.give_back(block)
         self.blocks.clear()
         self.cached = self._shared = 0
-        self._parent = ("begin", self.request.adapter)

@@ -13,7 +13,7 @@ cache [blocks, tokens a block, 2, K, D], keys before values; out [B, N·D].
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TypeVar, cast
@@ -56,10 +56,20 @@ class Heads:
 
 @dataclass(frozen=True)
 class Rotation:
-    """cos and sin [positions, Drot] of every position; head elements from Drot on are not rotated."""
+    """cos and sin [positions, Drot] of every position; head elements from Drot on are not rotated.
+
+    Args:
+        switch: contexts of more tokens have other angles, of all positions: the rows from `switch` on. None: all have
+            the same.
+    """
 
     cos: Tensor
     sin: Tensor
+    switch: int | None = None
+
+    def first_row(self, length: int) -> int:
+        """The row of position 0 in a context of `length` tokens."""
+        return 0 if self.switch is None or length <= self.switch else self.switch
 
 
 @dataclass(frozen=True)
@@ -75,7 +85,7 @@ class Paged:
     tables: Tensor
     lengths: Tensor
     host: Sequence[tuple[Sequence[int], int]] | None = None
-    _derived: dict[str, object] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _derived: dict[Hashable, object] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def on_host(self) -> Sequence[tuple[Sequence[int], int]]:
         """(blocks, length) of every row."""
@@ -88,12 +98,14 @@ class Paged:
         """(cos, sin) [B, 1, Drot] of the new tokens, sin with the sign of what it multiplies."""
 
         def make() -> tuple[Tensor, Tensor]:
-            positions = (self.lengths.long() - 1).clamp_(min=0)
-            cos, sin = table.cos[positions], table.sin[positions].clone()
+            rows = (self.lengths.long() - 1).clamp_(min=0)
+            if table.switch is not None:
+                rows += (self.lengths > table.switch) * table.switch
+            cos, sin = table.cos[rows], table.sin[rows].clone()
             sin[:, : sin.shape[1] // 2].neg_()
             return cos[:, None], sin[:, None]
 
-        return self._kept("rotation", make)
+        return self._kept(("rotation", id(table)), make)
 
     def places(self, block_tokens: int) -> tuple[Tensor, Tensor]:
         """Rows that hold a sequence, and where in a cache of [blocks · tokens] their new tokens go; int64 both."""
@@ -109,7 +121,7 @@ class Paged:
 
         return self._kept("places", make)
 
-    def _kept(self, name: str, make: Callable[[], Derived]) -> Derived:
+    def _kept(self, name: Hashable, make: Callable[[], Derived]) -> Derived:
         """What `make` gives, made once: layers of a step ask for the same."""
         if name not in self._derived:
             self._derived[name] = make()

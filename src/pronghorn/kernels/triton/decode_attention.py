@@ -19,6 +19,8 @@ from pronghorn.kernels.decode_attention import Heads, Rotation
 from pronghorn.kernels.triton.launch import dependent_launch, launch_next, processors_of, wait_for_last
 from pronghorn.kernels.triton.lora import dot, is_wide
 
+#: contexts are never longer
+_NEVER = 2**31 - 1
 #: the matrix units take at least so many query heads
 LEAST_GROUP = 16
 #: tokens of a tile; fewer take longer for one sequence, too (560 tokens at 8B on an H200: 7.8 µs, 9.4 with 32)
@@ -118,7 +120,7 @@ def _combined(
 def _decode(
     qkv_ptr, cache_ptr, tables_ptr, lengths_ptr, cos_ptr, sin_ptr, q_norm_ptr, k_norm_ptr, sinks_ptr,
     out_ptr, partial_ptr, stats_ptr, arrived_ptr,
-    qkv_stride, table_stride, scale, window, softcap, eps, offset,
+    qkv_stride, table_stride, switch, scale, window, softcap, eps, offset,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, SIZE: tl.constexpr, D: tl.constexpr, TURNED: tl.constexpr,
     GROUP: tl.constexpr, QUERIES: tl.constexpr, TOGETHER: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
     TILE: tl.constexpr, SPLITS: tl.constexpr,
@@ -150,7 +152,7 @@ def _decode(
     # Rotate-half: the first TURNED elements of a head in pairs that lie half of them apart.
     half: tl.constexpr = TURNED // 2
     rotated = d < TURNED
-    angle = tl.maximum(past, 0) * TURNED + d
+    angle = (tl.maximum(past, 0) + tl.where(length > switch, switch, 0)) * TURNED + d
     cos = tl.load(cos_ptr + angle, mask=rotated, other=1.0).to(tl.float32)
     sin = tl.load(sin_ptr + angle, mask=rotated, other=0.0).to(tl.float32)
     if PDL:
@@ -255,8 +257,8 @@ def decode_attention(
         qkv if heads.q_norm is None else heads.q_norm, qkv if heads.k_norm is None else heads.k_norm,
         qkv if heads.sinks is None else heads.sinks,
         out, partial, stats, _arrived(qkv.device, batch, heads.kv_heads),
-        qkv.stride(0), tables.stride(0), heads.scale, heads.window or 0, heads.softcap or 1.0, heads.eps,
-        heads.norm_offset,
+        qkv.stride(0), tables.stride(0), _NEVER if rotation.switch is None else rotation.switch,
+        heads.scale, heads.window or 0, heads.softcap or 1.0, heads.eps, heads.norm_offset,
         HEADS=heads.heads, KV_HEADS=heads.kv_heads, SIZE=size, D=wide, TURNED=rotation.cos.shape[1], GROUP=group,
         QUERIES=queries, TOGETHER=max(1, min(16, 128 // queries)), BLOCK_TOKENS=block_tokens, TILE=tile,
         SPLITS=parts, NORM=heads.q_norm is not None, WINDOWED=heads.window is not None,
