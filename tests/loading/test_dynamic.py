@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoftQConfig, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -24,6 +24,7 @@ from pronghorn.errors import (
 )
 from pronghorn.export import save_quantised
 from pronghorn.loading import FastLanguageModel
+from pronghorn.loading.compensation import loftq_settings
 from pronghorn.weights import keep_four_bit_layout, read_weight
 from tests.tiny import save_tiny
 
@@ -218,6 +219,10 @@ def test_the_memory_plan_counts_the_bytes_of_mixed_weights(dynamic, folder):
 
 
 # --- adapters that begin with what quantisation lost -------------------------------------------------------------
+
+
+def test_peft_s_own_loftq_config_is_read():
+    assert loftq_settings(LoftQConfig()) == {"loftq_bits": 4, "loftq_iter": 1} and loftq_settings(None) == {}
 
 
 @pytest.mark.parametrize("weighted", [False, True])

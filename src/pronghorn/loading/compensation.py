@@ -54,8 +54,9 @@ def loftq_settings(loftq_config: Any) -> dict[str, Any]:
     Raises:
         UnknownArgument: for names and values that do not exist, or would change the base.
     """
-    given = dict(loftq_config if isinstance(loftq_config, Mapping) else vars(loftq_config or object))
-    given = {name: value for name, value in given.items() if not name.startswith("__")}
+    if loftq_config is None:
+        return {}
+    given = dict(loftq_config if isinstance(loftq_config, Mapping) else vars(loftq_config))
     for name in given:
         if name not in _KNOWN:
             raise UnknownArgument(
