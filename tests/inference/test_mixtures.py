@@ -91,9 +91,14 @@ def test_recorded_steps(family, captured, monkeypatch):
     assert_same(found, [run_tokens(Engine(model, max_context=128), [request])[0] for request in requests])
 
 
+def refused(*arguments):
+    raise AssertionError("a recorded step asks the device")
+
+
 @pytest.mark.parametrize(("family", "rows"), [("qwen2_moe", 1), ("gpt_oss", 2)])
 def test_recorded_steps_in_triton(family, rows, captured, monkeypatch):
-    """A whole step by the kernels that a GPU runs: one row, whose products are matrix-vector ones, and two."""
+    """A whole step by the kernels that a GPU runs, and nothing that waits for it: one row, whose products are
+    matrix-vector ones, and two."""
     pytest.importorskip("triton")
     from pronghorn.kernels import (
         decode_attention,
@@ -111,6 +116,15 @@ def test_recorded_steps_in_triton(family, rows, captured, monkeypatch):
     kernels = (decode_attention, grouped_adapters, grouped_glu, grouped_matmul, grouped_rows, matvec, routing)
     for module in kernels:
         monkeypatch.setattr(module, "use_triton", lambda tensor, impl: True)
+    compute = CapturedRunner.compute
+
+    def asking_nothing(runner, size):
+        with monkeypatch.context() as asked:
+            for name in ("item", "tolist", "__bool__", "__int__", "__float__", "nonzero", "cpu"):
+                asked.setattr(torch.Tensor, name, refused)
+            return compute(runner, size)
+
+    monkeypatch.setattr(CapturedRunner, "compute", asking_nothing)
     short = [replace(one, sampling=replace(one.sampling, max_new_tokens=2)) for one in requests]
     assert_same(run_tokens(Engine(model, max_batch=rows, max_context=64), short), expected)
 
@@ -247,3 +261,19 @@ def test_sampling_in_any_company():
     alone = run_tokens(Engine(model, max_context=128), [request])
     together = run_tokens(Engine(model, max_context=128), [request, sampled(PROMPTS[2]), greedy(PROMPTS[1])])
     assert_same(together[:1], alone)
+
+
+def test_a_mixture_loaded_in_four_bits_with_an_adapter_by_usual_names(tmp_path, captured):
+    pytest.importorskip("bitsandbytes")
+    save_tiny(tmp_path, "qwen2_moe", **MIXTURES["qwen2_moe"])
+    model, _ = FastLanguageModel.from_pretrained(str(tmp_path), load_in_4bit=True, dtype="float32")
+    model = FastLanguageModel.get_peft_model(model, r=4)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0.0, 0.2, generator=torch.Generator().manual_seed(len(name)))
+    model.eval()
+    expected = [stock(model.get_base_model(), ids, 6) for ids in PROMPTS]
+    engine = Engine(model, max_batch=4, max_context=128)
+    assert run(engine, [greedy(ids, "default", 6) for ids in PROMPTS]) == expected
+    assert run(engine, [greedy(ids, None, 6) for ids in PROMPTS]) != expected
