@@ -16,6 +16,7 @@ from pronghorn.inference.captured import CapturedRunner
 from pronghorn.inference.engine import Engine
 from pronghorn.inference.requests import Request, SamplingParams
 from pronghorn.inference.server.loading import load_served
+from pronghorn.weights.experts import hold_in_four_bits
 from tests.families.mixtures import MIXTURES, STACKS, tiny_mixture
 from tests.inference.server.running import ask, running
 from tests.inference.test_engine import assert_same, greedy, prompt, run, run_tokens, sampled, stock
@@ -183,8 +184,6 @@ def test_long_prompts_in_parts_and_shared_beginnings(monkeypatch):
 @pytest.mark.parametrize("family", ["qwen2_moe", "gpt_oss"])
 def test_experts_held_in_four_bits(family, double, captured, monkeypatch):
     pytest.importorskip("bitsandbytes")
-    from pronghorn.weights.experts import hold_in_four_bits
-
     model = tiny_mixture(
         family, **({"num_experts": 12} if family == "qwen2_moe" else {"num_local_experts": 12})
     )
@@ -197,6 +196,19 @@ def test_experts_held_in_four_bits(family, double, captured, monkeypatch):
     assert [run(Engine(model, max_context=128), [request])[0] for request in requests] == expected
     monkeypatch.undo()
     assert run(Engine(model, max_context=128), requests) == expected
+
+
+def test_other_codes_are_seen(captured):
+    pytest.importorskip("bitsandbytes")
+    model = tiny_mixture("qwen2_moe")
+    experts = model.model.layers[0].mlp.experts
+    hold_in_four_bits(experts, "down_proj", "nf4", True)
+    engine = Engine(model, max_context=128)
+    request = sampled(PROMPTS[1])
+    before = run(engine, [request])
+    experts.down_proj_packed = experts.down_proj_packed.flip(0)
+    after = run(engine, [request])
+    assert before != after == run(Engine(model, max_context=128), [request])
 
 
 def test_model_generate_goes_through_the_engine(caplog):

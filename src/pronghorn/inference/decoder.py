@@ -29,7 +29,7 @@ from pronghorn.inference.mixture import ExpertStack, ExpertTable, GatedMlp, Mixt
 from pronghorn.inference.projections import Group
 from pronghorn.kernels.decode_attention import Heads, Rotation
 from pronghorn.kernels.dispatch import math_dtype
-from pronghorn.weights.experts import read_experts
+from pronghorn.weights.experts import four_bit_states, read_experts
 
 #: kinds of rotation whose angles depend on a position alone, not on how long the context is
 _FIXED_ROTATIONS = ("default", "linear", "llama3", "yarn", "proportional")
@@ -132,8 +132,9 @@ class Decoder:
         return True
 
     def places(self) -> list[int]:
-        """Where the parameters lie, adapters' apart."""
-        return [p.data_ptr() for name, p in self.base.named_parameters() if ".lora_" not in name]
+        """Where the parameters and buffers lie, adapters' apart."""
+        held = [p for name, p in self.base.named_parameters() if ".lora_" not in name]
+        return [tensor.data_ptr() for tensor in (*held, *self.base.buffers())]
 
     def embed(self, ids: Tensor) -> Tensor:
         """[T] -> [T, H], as the decoder takes them."""
@@ -330,6 +331,8 @@ def _signature(watched: Sequence[nn.Module]) -> list[Any]:
                 found.append(parameter.data_ptr())
                 # One made in inference mode counts no versions, and cannot be trained either.
                 found.append(0 if parameter.is_inference() else parameter._version)
+        if four_bit_states(module):
+            found.extend(codes.data_ptr() for codes in own["_buffers"].values())
         if own["_forward_hooks"] or own["_forward_pre_hooks"]:
             found.append((len(own["_forward_hooks"]), len(own["_forward_pre_hooks"])))
         if "lora_A" in children:
