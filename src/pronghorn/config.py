@@ -165,6 +165,10 @@ class RunConfig:
         return _where(self.source, self.lines, key)
 
 
+#: What only rows are written in; .json may be a configuration, too, since YAML reads it.
+_ROWS = (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
+
+
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     """Read and check ``path``; ``overrides`` are ``section.key=value`` with the value in YAML.
 
@@ -172,6 +176,12 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
         ConfigInvalid: no such file, no YAML, or a key or value that a run does not know.
     """
     path = Path(path)
+    if path.suffix.lower() in _ROWS and path.is_file():
+        raise ConfigInvalid(
+            "this is a file of rows, and a configuration is wanted",
+            where=str(path),
+            fix=f"write a .yaml file that names it under data: dataset: {path}",
+        )
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:

@@ -190,6 +190,14 @@ def test_missing_file(tmp_path):
         load_config(tmp_path / "absent.yaml")
 
 
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv", "rows.parquet"])
+def test_rows_in_place_of_a_configuration(tmp_path, name):
+    (tmp_path / name).write_bytes(b"PAR1\xff")
+    with pytest.raises(ConfigInvalid, match="a file of rows") as caught:
+        load_config(tmp_path / name)
+    assert f"dataset: {tmp_path / name}" in caught.value.fix
+
+
 def test_reading_a_configuration_imports_no_torch():
     code = "import sys, pronghorn.config; sys.exit('torch' in sys.modules)"
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2] / "src")}

@@ -128,3 +128,56 @@ def test_too_many_held_back_and_unknown_column(tmp_path):
     path = write_lines(tmp_path / "rows.jsonl", [{"text": "one"}, {"text": "two"}])
     assert refused(config_for(path, "  held_back: 2\n")).where == "run.yaml, line 5"
     assert "columns are text" in refused(config_for(path, "  text_field: body\n")).fix
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("rows.csv", "instruction;input;output\nAdd 1, please;;2\nAdd 2;;3\n"),
+        ("rows.tsv", "instruction\tinput\toutput\nAdd 1, please\t\t2\nAdd 2\t\t3\n"),
+        ("rows.csv", 'instruction,input,output\r\n"Add 1, please",,2\r\nAdd 2,,3\r\n'),
+    ],
+)
+def test_tables_are_divided_as_the_data_commands_divide_them(tmp_path, name, text):
+    (tmp_path / name).write_bytes(text.encode())
+    rows = load_rows(config_for(tmp_path / name))
+    assert list(rows.train["instruction"]) == ["Add 1, please", "Add 2"]
+
+
+def test_json_lines_under_their_other_name(tmp_path):
+    path = write_lines(tmp_path / "rows.ndjson", [chat(0), "", chat(1)])
+    with pytest.raises(RowInvalid) as caught, load_rows(config_for(path)).naming_lines():
+        raise RowInvalid("no message", where="row 1 of the train data")
+    assert caught.value.where == f"{path}, line 3"
+
+
+def test_an_error_about_a_row_of_another_file_names_it(tmp_path):
+    path = write_lines(tmp_path / "rows.csv", ["text", "one", "two"])
+    with pytest.raises(RowInvalid) as caught, load_rows(config_for(path)).naming_lines():
+        raise RowInvalid("no message", where="row 1 of the train data")
+    assert caught.value.where == f"{path}, row 2"
+
+
+def test_rows_inside_an_object_are_told(tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps({"data": [chat(0), chat(1)]}))
+    error = refused(config_for(path, "  held_back: 1\n"))
+    assert isinstance(error, RowsUnreadable)
+    assert error.where == str(path) and "2 objects inside 'data'" in error.message
+
+
+def test_a_chat_alone_in_a_file_is_a_row(tmp_path):
+    path = write_lines(tmp_path / "rows.json", [chat(0)])
+    assert load_rows(config_for(path)).are_chats
+
+
+def test_files_of_other_encodings_and_damaged_ones(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_bytes("instruction,output\nCafé,né\n".encode("latin-1"))
+    error = refused(config_for(path))
+    assert error.where == f"{path}, line 2"
+    assert error.fix.startswith(f"pronghorn data clean {path} {tmp_path / 'rows-clean.jsonl'} --encoding")
+    path = tmp_path / "rows.parquet"
+    path.write_bytes(b"PAR1 and nothing else")
+    error = refused(config_for(path))
+    assert error.where == str(path) and error.message.startswith("this Parquet file cannot be read")

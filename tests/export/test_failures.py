@@ -114,6 +114,20 @@ def test_a_folder_that_cannot_be_written(monkeypatch, tmp_path, model):
     assert contents(tmp_path) == {"file": b"x"}
 
 
+@pytest.mark.parametrize("method", ["merged_16bit", "fp8"])
+def test_the_adapter_that_was_loaded_is_not_replaced(tmp_path, method):
+    save_tiny(tmp_path / "base", "llama")
+    base, tokenizer = FastLanguageModel.from_pretrained(str(tmp_path / "base"), load_in_4bit=False)
+    save_adapter(FastLanguageModel.get_peft_model(base, r=4), tokenizer, tmp_path / "adapter", verify=False)
+    before = contents(tmp_path / "adapter")
+    loaded, tokenizer = FastLanguageModel.from_pretrained(str(tmp_path / "adapter"), load_in_4bit=False)
+    with pytest.raises(SaveFailed, match="the adapter was loaded from"):
+        save_merged(loaded, tokenizer, tmp_path / "adapter", method)
+    assert contents(tmp_path / "adapter") == before
+    save_adapter(loaded, tokenizer, tmp_path / "adapter", verify=False)  # an adapter may be saved again there
+    save_merged(loaded, tokenizer, tmp_path / "merged", method, verify=False)
+
+
 def test_a_folder_that_must_not_be_taken_the_place_of(monkeypatch, tmp_path):
     base = save_tiny(tmp_path / "base", "llama")
     loaded, tokenizer = FastLanguageModel.from_pretrained(str(base), dtype="float32", load_in_4bit=False)

@@ -12,7 +12,7 @@ from transformers import Phi3Config, Phi3ForCausalLM
 from pronghorn.engine import binding_of
 from pronghorn.errors import AdapterProblem, PronghornError, TargetModuleNotFound, UnknownArgument
 from pronghorn.export import save_adapter
-from pronghorn.loading import FastLanguageModel
+from pronghorn.loading import FastLanguageModel, FastVisionModel
 from tests.tiny import FAMILIES, save_tiny, tiny_model, tiny_tokenizer
 
 IDS = torch.tensor([[1, 17, 90, 33, 250, 7, 300, 12]])
@@ -303,3 +303,9 @@ def test_a_pickled_adapter_and_none_at_all(saved):
     refused(saved[0], "PH102", "adapter_model.safetensors")
     torch.save({}, saved[0] / "adapter_model.bin")
     refused(saved[0], "PH103", "adapter_model.bin")
+
+
+@pytest.mark.parametrize("made_by", [FastLanguageModel, FastVisionModel])
+def test_a_model_with_its_tokenizer_in_place_of_a_model(made_by):
+    with pytest.raises(UnknownArgument, match="model, tokenizer = "):
+        made_by.get_peft_model((tiny_model("llama"), tiny_tokenizer()), r=4)

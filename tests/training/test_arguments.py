@@ -37,6 +37,17 @@ def test_older_arguments_are_noted_once_each(tmp_path, caplog):
     run.train()
 
 
+def test_a_model_with_its_tokenizer_in_place_of_a_model(tmp_path):
+    pair = (adapter_model(), tiny_tokenizer())
+    with pytest.raises(UnknownArgument, match="gives two things"):
+        SFTTrainer(pair, args=settings(tmp_path), train_dataset=chats())
+
+
+def test_no_rows_at_all(tmp_path):
+    with pytest.raises(DatasetUnusable, match="nothing to train on"):
+        SFTTrainer(adapter_model(), args=settings(tmp_path), processing_class=tiny_tokenizer())
+
+
 def test_unknown_arguments_name_the_nearest(tmp_path):
     with pytest.raises(TypeError, match="'train_datasets': did you mean 'train_dataset'"):
         SFTTrainer(model=adapter_model(), args=settings(tmp_path), train_datasets=chats())

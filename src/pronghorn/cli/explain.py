@@ -33,7 +33,8 @@ def run(words: Sequence[str], language: str | None = None) -> int:
         close = get_close_matches(text.lower(), by_code, n=3, cutoff=0.5)
         raise CommandMisused(
             f"there is no error {text}",
-            fix=f"one of {', '.join(by_code[c].code for c in close)}" if close else "",
+            fix=(f"one of {', '.join(by_code[c].code for c in close)}; " if close else "")
+            + "`pronghorn explain` lists all",
         )
     found = translate_text(text)
     if found is None:

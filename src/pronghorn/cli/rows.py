@@ -13,10 +13,14 @@ from typing import Any
 from pronghorn.cli.console import first_line
 from pronghorn.config import RunConfig
 from pronghorn.data.reading import KINDS, Problem, RowFile, level_of
+from pronghorn.data.reading.csv_rows import delimiter_of
 from pronghorn.data.rows import row_kind
 from pronghorn.errors import ConfigInvalid, PronghornError, RowsUnreadable
 
-_READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+_READERS = {
+    ".json": "json", ".jsonl": "json", ".ndjson": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet",
+}  # fmt: skip
+_JSON_LINES = (".jsonl", ".ndjson")
 
 
 @dataclass(frozen=True)
@@ -35,15 +39,17 @@ class Rows:
 
     @contextmanager
     def naming_lines(self) -> Iterator[None]:
-        """Put the file and line of a .jsonl file in place of ``row N of the train data`` into errors."""
+        """Put the file, and its line or row, in place of ``row N of the train data`` into errors."""
         try:
             yield
         except PronghornError as error:
             match = re.match(r"row (\d+) of the (train|eval)\w* data", error.where)
             if match is not None and self.file is not None:
                 numbers = self.train_numbers if match[2] == "train" else self.held_back_numbers
-                line = line_of_row(self.file, numbers[int(match[1])])
-                error.where = f"{self.file}, line {line}"
+                number = numbers[int(match[1])]
+                lines = self.file.suffix.lower() in _JSON_LINES
+                place = f"line {line_of_row(self.file, number)}" if lines else f"row {number + 1}"
+                error.where = f"{self.file}, {place}"
             raise
 
 
@@ -57,12 +63,14 @@ def load_rows(config: RunConfig) -> Rows:
     rows = _all_rows(config)
     section = config.data
     path = Path(section.dataset).expanduser()
-    file = path if path.suffix.lower() == ".jsonl" and path.is_file() else None
+    file = path if path.is_file() else None
     count = min(len(rows), section.limit or len(rows))
     if not count:
         raise RowsUnreadable(
             f"'{section.dataset}' has no rows", where=config.where("data.dataset"), fix="name other data"
         )
+    if count == 1 and file is not None:
+        _refuse_nested(rows[0], file)
     if section.text_field is not None and section.text_field not in rows.column_names:
         raise ConfigInvalid(
             f"the rows have no column '{section.text_field}'",
@@ -96,13 +104,17 @@ def _all_rows(config: RunConfig) -> Any:
         raise ConfigInvalid(f"there is no file '{name}'", where=where, fix="check 'data.dataset'")
     if path.is_file() and suffix not in _READERS:
         raise ConfigInvalid(
-            f"'{name}' is not a kind of file that is read", where=where, fix=f"one of {', '.join(_READERS)}"
+            f"'{name}' is not a kind of file that is read",
+            where=where,
+            fix=f"one of {', '.join(_READERS)}; `pronghorn data clean {name} rows.jsonl` writes one",
         )
     if path.is_file() and not path.stat().st_size:
         raise RowsUnreadable(f"'{name}' is empty", where=where, fix="name other data")
     try:
         if path.is_file():
-            return datasets.load_dataset(_READERS[suffix], data_files=str(path), split="train")
+            return datasets.load_dataset(
+                _READERS[suffix], data_files=str(path), split="train", **_delimiter(path, suffix)
+            )
         if path.is_dir() and any((path / mark).exists() for mark in ("dataset_dict.json", "state.json")):
             saved = datasets.load_from_disk(str(path))
             return saved[section.split] if isinstance(saved, datasets.DatasetDict) else saved
@@ -118,6 +130,27 @@ def _all_rows(config: RunConfig) -> Any:
         ) from error
 
 
+def _delimiter(path: Path, suffix: str) -> dict[str, str]:
+    """The argument for a table whose fields are not divided by commas, as `pronghorn data` tells it by the header."""
+    if _READERS[suffix] != "csv":
+        return {}
+    with path.open("rb") as lines:
+        found = b"\t" if suffix == ".tsv" else delimiter_of(lines.readline())
+    return {} if found == b"," else {"delimiter": found.decode()}
+
+
+def _refuse_nested(row: dict[str, Any], file: Path) -> None:
+    """Raise for a file that holds its rows inside an object, such as ``{"data": [...]}``."""
+    for key, value in row.items():
+        inside = value if isinstance(value, list) else []
+        if row_kind(row) is None and inside and isinstance(inside[0], dict):
+            raise RowsUnreadable(
+                f"the file is one object, and the rows are the {len(inside)} objects inside '{key}'",
+                where=str(file),
+                fix="write the list of rows itself into the file",
+            )
+
+
 def raise_for_first_bad_row(path: Path) -> None:
     """Raise for the first row of a file that is broken, or differs in its types from the first one.
 
@@ -129,13 +162,9 @@ def raise_for_first_bad_row(path: Path) -> None:
     for record in file.records():
         where = f"{path}, line {record.line}" if record.line else f"{path}, row {record.row}"
         if record.problem is not None:
-            raise RowsUnreadable(
-                f"this line is {_NOT_WHAT.get(file.container, 'not JSON')}: {record.problem.what}",
-                where=where,
-                fix=KINDS[record.problem.kind].fix,
-            )
+            raise _unreadable(record.problem, where, file)
         if record.repairs:
-            raise _repairable(Problem(record.repairs[0], KINDS[record.repairs[0]].title), where, path)
+            raise _unreadable(Problem(record.repairs[0], KINDS[record.repairs[0]].title), where, file)
         if not isinstance(record.value, dict):
             raise RowsUnreadable(
                 "this line is not a row", where=where, fix='write each row as an object: {"messages": ...}'
@@ -152,18 +181,23 @@ def raise_for_first_bad_row(path: Path) -> None:
             )
     for line, problem in file.told:
         if level_of(problem) == "error":
-            raise _repairable(problem, f"{path}, line {line}" if line else str(path), path)
+            raise _unreadable(problem, f"{path}, line {line}" if line else str(path), file)
 
 
 _NOT_WHAT = {"CSV": "not a row of the table", "Parquet": "not readable", "plain text": "not text"}
 
 
-def _repairable(problem: Problem, where: str, path: Path) -> RowsUnreadable:
+def _unreadable(problem: Problem, where: str, file: RowFile) -> RowsUnreadable:
     """The error for a problem, with the command that puts it right where one does."""
     kind = KINDS[problem.kind]
-    target = path.with_name(f"{path.stem}-clean.jsonl")
-    fix = f"pronghorn data clean {path} {target}" if kind.repaired else kind.fix
-    return RowsUnreadable(f"this line is not JSON: {problem.what}", where=where, fix=fix)
+    command = f"pronghorn data clean {file.path} {file.path.with_name(f'{file.path.stem}-clean.jsonl')}"
+    fix = command if kind.repaired else kind.fix
+    if problem.kind == "not-utf-8":
+        fix = f"{command} --encoding cp1252, or whichever encoding it has"
+    what = problem.what
+    if problem.kind != "unreadable":  # which names the file itself
+        what = f"this line is {_NOT_WHAT.get(file.container, 'not JSON')}: {what}"
+    return RowsUnreadable(what, where=where, fix=fix)
 
 
 def line_of_row(path: Path, number: int) -> int:

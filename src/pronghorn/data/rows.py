@@ -262,7 +262,13 @@ def _of_no_kind(row: Mapping[str, Any], text_field: str) -> RowInvalid:
     for name, wanted in expected.items():
         if name in row and not (wanted.startswith("text") and isinstance(row[name], str)):
             found = "empty (null)" if row[name] is None else f"of type {type(row[name]).__name__}"
-            return RowInvalid(f"'{name}' is {found}, not {wanted}", fix="correct the row, or leave it out")
+            fix = "correct the row, or leave it out"
+            if isinstance(row[name], str) and row[name].lstrip().startswith(("[", "{")):
+                found, fix = (
+                    "a list written as text",
+                    "`pronghorn data clean IN OUT.jsonl` makes lists of such texts",
+                )
+            return RowInvalid(f"'{name}' is {found}, not {wanted}", fix=fix)
     columns = ", ".join(f"'{name}'" for name in row) or "none"
     return RowInvalid(
         f"a row with the columns {columns} is of no known kind",

@@ -16,7 +16,7 @@ from pronghorn.embedding.tokens import tokenize
 from pronghorn.embedding.vectors import Batcher, encode_tokens, width_of
 from pronghorn.engine import base_causal_lm
 from pronghorn.errors import PronghornError
-from pronghorn.export.adapter import not_the_base, save_adapter
+from pronghorn.export.adapter import not_a_source, save_adapter
 from pronghorn.export.adapter_probe import look_for_changes
 from pronghorn.export.checkpoint_gate import changed_weights
 from pronghorn.export.folder import write_beside, write_folder
@@ -49,7 +49,7 @@ def save_merged_folder(
         SaveFailed: for a full disk, a folder that cannot be written, an adapter without a merged form.
         ExportDiffers: when it gives other vectors than the model; the folder is kept and marked.
     """
-    plan, target = plan_merge(model), not_the_base(model, path)
+    plan, target = plan_merge(model), not_a_source(model, path)
     export = Export(target, [target])
 
     def write(folder: Path) -> None:

@@ -83,6 +83,22 @@ def not_the_base(model: Any, path: str | os.PathLike[str]) -> Path:
     return target
 
 
+def not_a_source(model: Any, path: str | os.PathLike[str]) -> Path:
+    """`not_the_base` for what is no adapter: it would take the place of the adapter that the model was loaded from.
+
+    Raises:
+        SaveFailed: for the folder of the base, or of an adapter of the model.
+    """
+    target = not_the_base(model, path)
+    if str(target.resolve()) in model.__dict__.get("pronghorn_adapter_folders", ()):
+        raise SaveFailed(
+            "this is the folder that the adapter was loaded from",
+            where=str(target),
+            fix="name another folder",
+        )
+    return target
+
+
 def check_adapter(model: Any, folder: Path) -> Checked:
     """Read every adapter of a folder as stock PEFT does, and compare its tensors with the model's.
 

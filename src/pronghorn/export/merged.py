@@ -16,7 +16,7 @@ import torch
 
 from pronghorn.engine import auto_class, base_causal_lm
 from pronghorn.errors import PackageMissing, UnknownArgument, nearest
-from pronghorn.export.adapter import not_the_base, save_adapter
+from pronghorn.export.adapter import not_a_source, save_adapter
 from pronghorn.export.checkpoint_gate import check_checkpoint
 from pronghorn.export.folder import write_folder
 from pronghorn.export.fp8 import SCALES, plan_fp8
@@ -72,7 +72,7 @@ def save_merged(
         raise PackageMissing("merged_4bit needs the package bitsandbytes", fix="pip install bitsandbytes")
     shard_bytes = parse_size(max_shard_size)
     plan, quantisation = plan_fp8(model) if save_method == "fp8" else (plan_merge(model), None)
-    target = not_the_base(model, path)
+    target = not_a_source(model, path)
     export = Export(target, [target])
 
     def write(folder: Path) -> None:

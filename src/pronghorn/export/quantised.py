@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pronghorn.export.adapter import not_the_base
+from pronghorn.export.adapter import not_a_source
 from pronghorn.export.checkpoint_gate import check_checkpoint
 from pronghorn.export.folder import write_folder
 from pronghorn.export.merged import parse_size
@@ -41,7 +41,7 @@ def save_quantised(
         ExportDiffers: when it predicts otherwise than the model; the folder is kept, export.failed.txt in it says so.
     """
     shard_bytes = parse_size(max_shard_size)
-    target = not_the_base(model, path)
+    target = not_a_source(model, path)
     export = Export(target, [target])
 
     def write(folder: Path) -> None:

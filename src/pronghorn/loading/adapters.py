@@ -331,4 +331,6 @@ def load_adapter(model: Any, source: Source, name: str = "default") -> Any:
             where=str(source.path / ADAPTER_WEIGHTS),
             fix="save or download the adapter again",
         )
+    folders = wrapped.__dict__.get("pronghorn_adapter_folders", ())
+    wrapped.__dict__["pronghorn_adapter_folders"] = (*folders, str(Path(source.location).resolve()))
     return wrapped

@@ -68,6 +68,19 @@ def refuse_other_than(value: Any, choices: Iterable[Any], argument: str) -> None
         )
 
 
+def refuse_pair(model: Any) -> None:
+    """Refuse what `from_pretrained` returns, where a model is expected.
+
+    Raises:
+        UnknownArgument: for a tuple.
+    """
+    if isinstance(model, tuple):
+        raise UnknownArgument(
+            "from_pretrained() gives two things, and both are here where the model is expected",
+            fix="take them apart: model, tokenizer = FastLanguageModel.from_pretrained(...)",
+        )
+
+
 def refuse_no_length(value: Any, argument: str) -> None:
     """Refuse what is no number of tokens; None stands for no limit of one's own.
 

@@ -28,6 +28,7 @@ from pronghorn.loading.arguments import (
     note_without_effect,
     refuse_no_length,
     refuse_other_than,
+    refuse_pair,
     refuse_unknown,
 )
 from pronghorn.loading.dynamic import choose_dynamic
@@ -276,6 +277,7 @@ class FastLanguageModel:
             TargetModuleNotFound: for a module that the model does not have.
             UnknownArgument: for an argument or value that does not exist.
         """
+        refuse_pair(model)
         passed_on = lora_config_fields()
         refuse_unknown(kwargs, FastLanguageModel.get_peft_model, NO_EFFECT_ON_ADAPTERS | passed_on)
         note_without_effect({k: v for k, v in kwargs.items() if k not in passed_on}, "get_peft_model")
@@ -365,6 +367,7 @@ class FastVisionModel(FastLanguageModel):
             finetune_language_layers: adapters on the language model.
             finetune_attention_modules, finetune_mlp_modules: on which linear layers of either.
         """
+        refuse_pair(model)
         if len(args) < 2 and kwargs.get("target_modules") in (None, ALL_LINEAR):
             targets = tower_targets(
                 model,

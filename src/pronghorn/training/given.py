@@ -21,8 +21,12 @@ def training_rows(rows: Any) -> Any:
     """Like `as_dataset`, for the one data set to train on.
 
     Raises:
-        DatasetUnusable: several data sets, such as all splits of one; and whatever `as_dataset` raises.
+        DatasetUnusable: none; several data sets, such as all splits of one; and whatever `as_dataset` raises.
     """
+    if rows is None:
+        raise DatasetUnusable(
+            "there is nothing to train on", fix="give rows: SFTTrainer(..., train_dataset=rows)"
+        )
     if isinstance(rows, dict):
         names = [str(name) for name in rows]
         raise DatasetUnusable(

@@ -12,6 +12,7 @@ import torch
 
 from pronghorn.data.collator import BOOKKEEPING
 from pronghorn.engine import AUTO, base_causal_lm, bind, binding_of
+from pronghorn.loading.arguments import refuse_pair
 from pronghorn.training.arguments import take_older_arguments, usable_optimizer
 from pronghorn.training.config import as_sft_config
 from pronghorn.training.curve_watch import CurveWatch
@@ -79,6 +80,7 @@ class SFTTrainer(SafeTrainer, RowsTrainer):
         formatting_func: Callable[..., Any] | None = None,
         **older: Any,
     ) -> None:
+        refuse_pair(model)
         args = as_sft_config(args)
         if args.stop_early and isinstance(eval_dataset, dict) and "metric_for_best_model" not in args.given:
             args.metric_for_best_model = f"eval_{next(iter(eval_dataset))}_loss"

@@ -96,7 +96,7 @@ def test_csv(tmp_path):
     assert [(record.line, record.problem.kind) for record in records[2:]] == [
         (5, "csv-fields"), (6, "csv-quote"), (8, "csv-quote"),
     ]  # fmt: skip
-    assert told(file) == [(1, "crlf")]
+    assert told(file) == []  # Windows line ends are CSV's own
     _, records = read(tmp_path / "s.csv", b"a;b\n1,5;2\n")
     assert records[0].value == {"a": "1,5", "b": "2"}
     _, records = read(tmp_path / "t.tsv", b"a\tb\n1,5\t2\n")

@@ -92,7 +92,7 @@ class RowFile:
                 yield from self._of_text(text)
             except OSError as error:
                 self.told.append((0, Problem("unreadable", f"reading ended: {error.strerror or error}")))
-        if self.windows_lines:
+        if self.windows_lines and self.container != "CSV":  # whose lines end so by RFC 4180
             self.told.append((1, Problem("crlf", f"{self.windows_lines} lines end with a carriage return")))
 
     def _of_text(self, text: Utf8Stream) -> Iterator[Record]:
@@ -112,8 +112,9 @@ class RowFile:
             reason = getattr(error, "strerror", None) or str(error)
             raise CommandMisused(f"there is no file '{self.name}': {reason}", fix="check the name") from None
         if not stat.S_ISREG(facts.st_mode):
-            what = "a folder" if stat.S_ISDIR(facts.st_mode) else "no regular file"
-            raise CommandMisused(f"'{self.name}' is {what}", fix="name files of rows")
+            if stat.S_ISDIR(facts.st_mode):
+                raise CommandMisused(f"'{self.name}' is a folder", fix=f"name files: {self.path / '*.jsonl'}")
+            raise CommandMisused(f"'{self.name}' is no regular file", fix="name files of rows")
         return facts.st_size
 
     def _open(self) -> BinaryIO:
