@@ -429,3 +429,23 @@ def test_sizes(size, expected):
 def test_no_size(size):
     with pytest.raises(PronghornError):
         parse_size(size)
+
+
+def test_a_change_that_16_bits_cannot_hold_is_said_and_no_failure(tmp_path, caplog):
+    """What a run of a step or two leaves: the merged weight rounds back to the base's."""
+    model = FastLanguageModel.get_peft_model(tiny_model("llama", dtype=torch.bfloat16), r=4)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 2e-5, generator=torch.Generator().manual_seed(0))
+    with caplog.at_level("WARNING", "pronghorn"):
+        assert save_merged(model, tiny_tokenizer(), tmp_path / "merged").checks[0].passed
+    assert any("less than 16 bits can hold" in record.getMessage() for record in caplog.records)
+
+
+def test_an_adapter_that_was_forgotten_is_found(tmp_path, monkeypatch):
+    model = trained(tiny_model("llama", dtype=torch.bfloat16))
+    plain = plan_merge(tiny_model("llama", dtype=torch.bfloat16))
+    monkeypatch.setattr("pronghorn.export.merged.plan_merge", lambda model: plain)
+    with pytest.raises(ExportDiffers, match="14 of 14 adapted weights lost their adapter"):
+        save_merged(model, tiny_tokenizer(), tmp_path / "merged")
