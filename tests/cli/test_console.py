@@ -2,7 +2,7 @@
 
 import pytest
 
-from pronghorn.cli.console import duration, table, wrapped
+from pronghorn.cli.console import duration, table, typed_command, wrapped
 
 
 def test_plain_table(capsys):
@@ -25,3 +25,15 @@ def test_duration(seconds, shown):
 
 def test_wrapped_indents_each_line():
     assert wrapped("one two\nthree", "  ", 8) == "  one\n  two\n  three"
+
+
+def test_the_command_as_it_can_be_typed(tmp_path, monkeypatch):
+    programs = tmp_path / ".venv" / "bin"
+    programs.mkdir(parents=True)
+    (programs / "pronghorn").touch(0o755)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.executable", str(programs / "python"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert typed_command() == ".venv/bin/pronghorn"
+    monkeypatch.setenv("PATH", str(programs))
+    assert typed_command() == "pronghorn"

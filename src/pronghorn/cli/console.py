@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import textwrap
 from collections.abc import Sequence
+from pathlib import Path
 
 from pronghorn.pages import duration as duration
 
@@ -54,6 +56,14 @@ def wrapped(text: str, indent: str, width: int = 100) -> str:
         for line in text.splitlines()
     ]
     return "\n".join(lines)
+
+
+def typed_command() -> str:
+    """What a terminal starts this command by: its path where its environment is not active, and it is not on PATH."""
+    beside = Path(sys.executable).with_name("pronghorn")
+    if not beside.is_file() or shutil.which("pronghorn") == str(beside):
+        return "pronghorn"
+    return str(beside.relative_to(Path.cwd()) if beside.is_relative_to(Path.cwd()) else beside)
 
 
 def first_line(error: BaseException) -> str:

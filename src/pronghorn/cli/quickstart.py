@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from pronghorn.cli.console import duration, heading, say, table, wrapped
+from pronghorn.cli.console import duration, heading, say, table, typed_command, wrapped
 from pronghorn.cli.folders import output_folder
 from pronghorn.cli.models import find_quickstart_model
 from pronghorn.cli.quickstart_plan import Plan
@@ -90,7 +90,7 @@ def run(out: str, steps: int | None = None) -> int:
     say(
         f"report    {folder / 'checkpoints' / 'report.html'} (curves, settings, memory: open it in a browser)"
     )
-    say(f"talk      pronghorn chat {folder / 'adapter'}")
+    say(f"talk      {typed_command()} chat {folder / 'adapter'}")
     return 0
 
 
