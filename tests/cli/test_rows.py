@@ -55,6 +55,18 @@ def test_an_error_about_a_row_names_its_line(tmp_path):
         assert caught.value.where == f"{path}, line {numbers[3] + 2}"
 
 
+def test_further_rows_of_an_error_are_not_numbered_after_rows_were_held_back(tmp_path):
+    path = write_lines(tmp_path / "rows.jsonl", [chat(i) for i in range(20)])
+    message = "7 of 20 rows have no token to train on"
+    for listed in (": rows 3, 4", ": rows 3, 4, 5, 6, 7, …"):
+        with (
+            pytest.raises(RowInvalid) as caught,
+            load_rows(config_for(path, "  held_back: 4\n")).naming_lines(),
+        ):
+            raise RowInvalid(message + listed, where="row 3 of the train data")
+        assert caught.value.message == message
+
+
 @pytest.mark.parametrize(
     ("name", "text"),
     [("rows.csv", "text\none\ntwo\n"), ("rows.json", '[{"text": "one"}, {"text": "two"}]')],

@@ -16,6 +16,7 @@ from pronghorn.embedding.model import embedder_of
 from pronghorn.embedding.rows import Pair
 from pronghorn.embedding.tokens import tokenize
 from pronghorn.embedding.vectors import Batcher, forward
+from pronghorn.errors import UnknownArgument
 from tests.embedding.models import TEXTS, embedder, stock_copy, stock_vectors
 from tests.families.parity import relative_error
 
@@ -95,6 +96,9 @@ def test_vectors_do_not_depend_on_what_shares_their_batch(tmp_path: Path) -> Non
     assert np.abs(model.encode(TEXTS[::-1])[::-1] - together).max() < 1e-6
     assert np.abs(model.encode(TEXTS[2]) - together[2]).max() < 1e-6 and together[2].ndim == 1
     assert np.allclose(np.linalg.norm(together, axis=1), 1, atol=1e-6)
+    for dim in (0, together.shape[1] + 1):
+        with pytest.raises(UnknownArgument, match=f"dim={dim} is no length"):
+            model.encode(TEXTS, dim=dim)
     short = model.encode(TEXTS, dim=8)
     assert short.shape == (4, 8) and np.allclose(np.linalg.norm(short, axis=1), 1, atol=1e-6)
     assert model.encode([]).shape == (0, 64)

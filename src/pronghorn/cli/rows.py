@@ -50,6 +50,8 @@ class Rows:
                 lines = self.file.suffix.lower() in _JSON_LINES
                 place = f"line {line_of_row(self.file, number)}" if lines else f"row {number + 1}"
                 error.where = f"{self.file}, {place}"
+                # Numbers of further rows would be those of the rows that are left once some are held back.
+                error.message = re.sub(r": rows \d+(, (\d+|…))*$", "", error.message)
             raise
 
 

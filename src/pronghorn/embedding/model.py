@@ -204,10 +204,14 @@ def encode(
         fp32 [n, H] as an array, or as a tensor on the model's device; [H] for a single text.
 
     Raises:
-        UnknownArgument: there is no such prompt.
+        UnknownArgument: there is no such prompt, or a vector has no `dim` elements.
         RowInvalid: a text has no tokens.
     """
     found = embedder_of(model)
+    if dim is not None and not 1 <= dim <= width_of(model):
+        raise UnknownArgument(
+            f"dim={dim} is no length of these vectors", fix=f"use 1 to {width_of(model)}, or leave it out"
+        )
     given = [texts] if isinstance(texts, str) else list(texts)
     front = found.layout.prompt(prompt_name) if prompt is None else prompt
     if not given:
