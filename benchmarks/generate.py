@@ -99,9 +99,10 @@ def measure(model: Any, rows: int, prompt: int, new: int, repeats: int) -> dict[
     device = next(model.parameters()).device
     vocabulary = model.config.vocab_size
     generator = torch.Generator().manual_seed(rows * 10_000 + prompt)
-    ids = torch.randint(FIRST_TOKEN, vocabulary, (rows, prompt), generator=generator).to(device)
 
     def answer(count: int) -> tuple[float, Any]:
+        # Other prompts each time: a side may keep what it has of a prompt it knows. The same ones on every side.
+        ids = torch.randint(FIRST_TOKEN, vocabulary, (rows, prompt), generator=generator).to(device)
         _wait(device)
         begin = time.perf_counter()
         out = model.generate(
