@@ -16,8 +16,8 @@ from pronghorn.memory.products import DOWN, GATE_UP, OUT
 from pronghorn.memory.schedule import Batch
 from pronghorn.memory.shape import ModelShape
 
-#: Of the rate of dense products, what grouped ones of a mixture get (Qwen3-30B-A3B's shapes on an H200: 490 of 660 TFLOP/s,
-#: the adapters' narrow products among them).
+#: Of the rate of dense products, what grouped ones get with the adapters' narrow products (Qwen3-30B-A3B's shapes on an
+#: H200: 490 of 660 TFLOP/s).
 GROUPED_SHARE = 0.75
 #: Launches and shorter products of a further tile, forward and backward together; a guess.
 TILE_SECONDS = 100e-6
