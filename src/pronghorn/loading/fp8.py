@@ -15,6 +15,7 @@ from pronghorn.errors import AdapterProblem, Fp8Unavailable, UnknownArgument
 from pronghorn.export import save_merged
 from pronghorn.families import family_of
 from pronghorn.hardware import Hardware
+from pronghorn.quantising.layers import decoder_layers
 from pronghorn.weights import Int8Linear, StoredLinear, lay_side_by_side
 from pronghorn.weights.four_bit import add_fp8_products
 from pronghorn.weights.fp8_linear import (
@@ -154,7 +155,7 @@ def quantise_layers(model: Any, options: Fp8Options, device: torch.device | None
 
 def _linears(model: Any, options: Fp8Options) -> Iterator[tuple[str, nn.Module, str, Any, bool]]:
     """(path, parent, name, module, chosen) of the linear modules of the decoder layers."""
-    layers = decoder_layers(model)
+    layers = decoder_layers(model, "load_in_fp8")
     first = -(-len(layers) // 4) if options.skip_layers is None else options.skip_layers
     last = len(layers) - first
     for index, layer in enumerate(layers):
@@ -172,7 +173,7 @@ def _stack_groups(model: Any) -> None:
     if family is None:
         return
     parts = family.parts
-    for layer in decoder_layers(model):
+    for layer in decoder_layers(model, "load_in_fp8"):
         for parent, names in (
             (parts.attention, (parts.q, parts.k, parts.v)),
             (parts.mlp, (parts.gate, parts.up)),
@@ -186,24 +187,6 @@ def _stack_groups(model: Any) -> None:
 def _to(module: nn.Module, device: torch.device | None) -> None:
     if device is not None:
         module.to(device)
-
-
-def decoder_layers(model: Any) -> nn.ModuleList:
-    """The list of a causal LM's decoder layers.
-
-    Raises:
-        UnknownArgument: when it has none of the expected length.
-    """
-    family = family_of(model.config.model_type)
-    if family is not None and family.reads_images:
-        return model.get_submodule(family.path).layers
-    count = getattr(model.config, "num_hidden_layers", None)
-    for module in model.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count:
-            return module
-    raise UnknownArgument(
-        f"{type(model).__name__} has no list of decoder layers to quantise", fix="leave out load_in_fp8"
-    )
 
 
 def _quantise(

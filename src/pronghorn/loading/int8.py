@@ -14,7 +14,8 @@ from torch import nn
 from pronghorn.errors import Int8Unavailable, UnknownArgument
 from pronghorn.families import family_of
 from pronghorn.hardware import Hardware
-from pronghorn.loading.fp8 import decoder_layers, save_dequantised
+from pronghorn.loading.fp8 import save_dequantised
+from pronghorn.quantising.layers import decoder_layers
 from pronghorn.weights import Int8Linear
 from pronghorn.weights.four_bit import add_int8_products, fits_int8_products
 from pronghorn.weights.int8_linear import fits_int8
@@ -102,7 +103,7 @@ def quantise_to_int8(model: Any, options: Int8Options, device: torch.device | No
         UnknownArgument: when the options leave no module.
     """
     done, kept = 0, []
-    layers = decoder_layers(model)
+    layers = decoder_layers(model, "load_in_int8")
     chosen = range(options.skip_layers, len(layers) - options.skip_layers)
     for index in chosen:
         for paths in _groups(layers[index], model.config.model_type):

@@ -158,7 +158,7 @@ def _moments(model: Any, adapted: Mapping[str, Any], ids: Tensor) -> MomentsOf:
     base = base_causal_lm(model)
     was_training = model.training
     model.eval()
-    layers = decoder_layers(base)
+    layers = decoder_layers(base, "init_lora_weights='loftq'")
     prefix = next(name for name, module in base.named_modules() if module is layers)
     seen = set()
     with model.disable_adapter(), stock_forwards(base):

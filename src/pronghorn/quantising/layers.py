@@ -131,8 +131,8 @@ def stock_forwards(model: nn.Module) -> Iterator[None]:
             module.__dict__["forward"] = forward
 
 
-def decoder_layers(model: Any) -> nn.ModuleList:
-    """The list of a causal LM's decoder layers.
+def decoder_layers(model: Any, asked: str = "dynamic_4bit") -> nn.ModuleList:
+    """The list of a causal LM's decoder layers; `asked` is the argument that wants it.
 
     Raises:
         UnsupportedCheckpoint: when it has none of the expected length.
@@ -145,7 +145,7 @@ def decoder_layers(model: Any) -> nn.ModuleList:
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return module
     raise UnsupportedCheckpoint(
-        f"{type(model).__name__} has no list of decoder layers", fix="load it without dynamic_4bit"
+        f"{type(model).__name__} has no list of decoder layers to quantise", fix=f"load it without {asked}"
     )
 
 
