@@ -244,8 +244,8 @@ def test_a_model_file_cut_short(config, model, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("function", "section", "elsewhere"),
     [
-        # A token does not belong into a file: the hub's own settings (HF_TOKEN) hold it.
-        ("from_pretrained", ModelSection, {"kwargs", "token"}),
+        # A token does not belong into a file: the hub's own settings (HF_TOKEN) hold it. Files hold rows of text.
+        ("from_pretrained", ModelSection, {"kwargs", "token", "images"}),
         # loftq_config is a field of LoraConfig; the other two have one allowed value here, or belong to `model`.
         (
             "get_peft_model",
