@@ -82,7 +82,7 @@ def run(options: argparse.Namespace) -> int:
                 text_field=options.text_field,
             )
         except PronghornError as error:
-            place = _place(options.file, record)
+            place = record.place(options.file)
             error.where = f"{place}; {error.where}" if error.where else place
             if "chat template" in error.message and not options.template:
                 error.fix += ("; " if error.fix else "") + "or try one: --template chatml"
@@ -90,7 +90,7 @@ def run(options: argparse.Namespace) -> int:
         if options.json:
             say(json.dumps({"file": options.file, "row": record.row, "line": record.line, **shown.as_dict()}))
         else:
-            _show(shown, _place(options.file, record))
+            _show(shown, record.place(options.file))
     return 0
 
 
@@ -123,10 +123,6 @@ def _template(name: str) -> str:
     """A name, or the text in a .jinja file."""
     path = Path(name).expanduser()
     return path.read_text(encoding="utf-8") if path.suffix in (".jinja", ".j2") and path.is_file() else name
-
-
-def _place(name: str, record: Record) -> str:
-    return f"{name}, line {record.line}" if record.line else f"{name}, row {record.row}"
 
 
 def _show(shown: RowPreview, place: str) -> None:

@@ -162,7 +162,7 @@ def raise_for_first_bad_row(path: Path) -> None:
     first: dict[str, str] | None = None
     file = RowFile(path)
     for record in file.records():
-        where = f"{path}, line {record.line}" if record.line else f"{path}, row {record.row}"
+        where = record.place(str(path))
         if record.problem is not None:
             raise _unreadable(record.problem, where, file)
         if record.repairs:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -305,9 +304,9 @@ def run_convert(options: argparse.Namespace) -> int:
 def _save_codes(path: Path, codes: Any) -> Path:
     import numpy as np
 
+    from pronghorn.export.folder import write_beside
+
     path = path if path.suffix == ".npy" else path.with_name(f"{path.name}.npy")
     output_folder(str(path.parent), "--out")
-    temporary = path.with_name(f".{path.name}.partial.npy")
-    np.save(temporary, codes)
-    os.replace(temporary, path)
+    write_beside(path.parent, codes.nbytes, lambda folder: np.save(folder / path.name, codes))
     return path

@@ -66,12 +66,10 @@ class PairCollator:
     texts_of_part: int | None = None
 
     def __call__(self, rows: Sequence[TokenPair]) -> dict[str, Any]:
-        texts = [row.texts[0] for row in rows] + [row.texts[1] for row in rows]
-        texts += [text for row in rows for text in row.texts[2:]]
+        texts = texts_of(rows)
         order = list(range(len(texts)))
-        if (
-            self.texts_of_part is not None
-        ):  # texts of like lengths together: rows with padding have less of it
+        # Texts of like lengths together: rows with padding have less of it.
+        if self.texts_of_part is not None:
             order.sort(key=lambda index: len(texts[index]))
         parts = [self.batcher([texts[i] for i in part]) for part in _in_parts(order, self.texts_of_part)]
         places = torch.empty(len(order), dtype=torch.int64)
@@ -82,6 +80,12 @@ class PairCollator:
             "facts": facts_of(rows),
             "tokens": sum(len(text) for text in texts),
         }
+
+
+def texts_of(rows: Sequence[TokenPair]) -> list[np.ndarray]:
+    """The texts of a batch as losses take their vectors: anchors of all rows, positives, negatives."""
+    sides = [row.texts[side] for side in (0, 1) for row in rows]
+    return sides + [text for row in rows for text in row.texts[2:]]
 
 
 def facts_of(rows: Sequence[TokenPair]) -> dict[str, Any]:

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from pronghorn.embedding.batches import TokenPair, facts_of
+from pronghorn.embedding.batches import TokenPair, facts_of, texts_of
 from pronghorn.embedding.losses import Objective
 from pronghorn.embedding.metrics import retrieval, spearman
 from pronghorn.embedding.model import vectors_of
+from pronghorn.embedding.vectors import to_device
 
 
 def evaluate_pairs(
@@ -51,13 +52,8 @@ def _loss(
     losses = []
     for start in range(0, len(rows), rows_of_batch):
         part = rows[start : start + rows_of_batch]
-        texts = [row.texts[side] for side in (0, 1) for row in part]
-        texts += [text for row in part for text in row.texts[2:]]
-        facts = {
-            name: value.to(vectors.device) if isinstance(value, Tensor) else value
-            for name, value in facts_of(part).items()
-        }
-        losses.append(objective(vectors[[places[id(text)] for text in texts]], facts) * len(part))
+        found = vectors[[places[id(text)] for text in texts_of(part)]]
+        losses.append(objective(found, to_device(facts_of(part), vectors.device)) * len(part))
     return float(torch.stack(losses).sum()) / len(rows)
 
 

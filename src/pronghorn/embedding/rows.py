@@ -148,7 +148,7 @@ def _records(file: RowFile) -> Iterator[tuple[Any, str]]:
         RowsUnreadable: for the first that cannot be read.
     """
     for record in file.records():
-        where = f"{file.name}, line {record.line}" if record.line else f"{file.name}, row {record.row}"
+        where = record.place(file.name)
         if record.problem is not None:
             fix = KINDS[record.problem.kind].fix
             raise RowsUnreadable(f"this row cannot be read: {record.problem.what}", where=where, fix=fix)

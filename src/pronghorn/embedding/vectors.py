@@ -12,7 +12,7 @@ from torch.nn.functional import normalize
 
 from pronghorn.data.collator import Collator
 from pronghorn.embedding.layout import Pooling
-from pronghorn.engine import base_causal_lm, binding_of
+from pronghorn.engine import base_causal_lm, binding_of, evaluating
 
 #: What the model itself is called with; the collator's other keys are for training on next tokens.
 _MODEL_KEYS = (
@@ -91,15 +91,11 @@ def encode_tokens(
     """
     device = next(model.parameters()).device
     order = sorted(range(len(texts)), key=lambda index: -len(texts[index]))
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         parts = [
             forward(model, to_device(batcher([texts[i] for i in part]), device), pooling).to(place or device)
             for part in _parts(order, texts, batch_tokens)
         ]
-    finally:
-        model.train(was_training)
     vectors = torch.cat(parts)
     return torch.empty_like(vectors).index_copy_(0, torch.tensor(order, device=vectors.device), vectors)
 

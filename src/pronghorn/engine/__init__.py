@@ -3,6 +3,7 @@
 from pronghorn.engine.auto import auto_class
 from pronghorn.engine.bind import bind, binding_of
 from pronghorn.engine.binding import AUTO, Binding, base_causal_lm
+from pronghorn.engine.modes import evaluating
 from pronghorn.engine.step import StepOutput, TrainingStep
 
 __all__ = [
@@ -14,4 +15,5 @@ __all__ = [
     "base_causal_lm",
     "bind",
     "binding_of",
+    "evaluating",
 ]

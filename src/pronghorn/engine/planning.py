@@ -31,7 +31,7 @@ from pronghorn.memory import (
     rates_of,
 )
 from pronghorn.memory.shape import STORAGES, stored_tensors
-from pronghorn.weights import DenseWeight, FourBitWeight, keep_expanded, stacked
+from pronghorn.weights import DenseWeight, FourBitWeight, is_four_bit, keep_expanded, stacked
 
 #: types whose configs do not say that q, k and v have biases
 _ALWAYS_BIASED = ("qwen2", "qwen2_vl_text", "qwen2_5_vl_text")
@@ -345,12 +345,7 @@ def plan_with_expanded(shape: ModelShape, limit: int, batch: Batch, rates: Rates
 
 def keep_expanded_weights(binding: Binding, keep: bool) -> int:
     """Hold or let go what the products of 4-bit weights are made of; returns the bytes that are held."""
-    return sum(keep_expanded(filter(_holds_four_bits, layer.modules()), keep) for layer in binding.layers)
-
-
-def _holds_four_bits(module: torch.nn.Module) -> bool:
-    # By its own parameter: PEFT's wrapper of such a module hands its weight on.
-    return getattr(module._parameters.get("weight"), "quant_state", None) is not None
+    return sum(keep_expanded(filter(is_four_bit, layer.modules()), keep) for layer in binding.layers)
 
 
 def apply(binding: Binding, found: Plan) -> None:

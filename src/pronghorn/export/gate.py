@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pronghorn.engine import base_causal_lm
+from pronghorn.engine import base_causal_lm, evaluating
 from pronghorn.memory.pool import available_host_bytes
 from pronghorn.weights import (
     BitsAndBytesInt8Weight,
@@ -230,13 +230,8 @@ def torch_predictor(model: Any) -> Predict:
     device = model.get_input_embeddings().weight.device
 
     def predict(ids: Sequence[int]) -> Tensor:
-        was_training = model.training
-        model.eval()
-        try:
-            with torch.no_grad():
-                tensor = torch.tensor([list(ids)], device=device)
-                return model(input_ids=tensor, use_cache=False).logits[0]
-        finally:
-            model.train(was_training)
+        with evaluating(model), torch.no_grad():
+            tensor = torch.tensor([list(ids)], device=device)
+            return model(input_ids=tensor, use_cache=False).logits[0]  # type: ignore[no-any-return]
 
     return predict

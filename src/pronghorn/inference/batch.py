@@ -32,6 +32,8 @@ def generate_batch(
     """
     import torch
 
+    from pronghorn.engine import evaluating
+
     sampling = sampling or Sampling()
     given = torch.tensor(tokenizer(beginning, add_special_tokens=False)["input_ids"], dtype=torch.long)
     encoded = [
@@ -40,19 +42,15 @@ def generate_batch(
     order = sorted(range(len(encoded)), key=lambda i: (len(encoded[i]), i))
     device = next(model.parameters()).device
     answers: list[tuple[str, bool]] = [("", False)] * len(encoded)
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.inference_mode(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(seed)
-            for start in range(0, len(order), batch_size):
-                chosen = order[start : start + batch_size]
-                for index, answer in zip(
-                    chosen, _answer(model, tokenizer, [encoded[i] for i in chosen], sampling), strict=True
-                ):
-                    answers[index] = (beginning + answer[0], answer[1])
-    finally:
-        model.train(was_training)
+    devices = [device] if device.type == "cuda" else []
+    with evaluating(model), torch.inference_mode(), torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            for index, answer in zip(
+                chosen, _answer(model, tokenizer, [encoded[i] for i in chosen], sampling), strict=True
+            ):
+                answers[index] = (beginning + answer[0], answer[1])
     return answers
 
 

@@ -53,17 +53,14 @@ def generate(
     """
     import torch
 
+    from pronghorn.engine import evaluating
+
     inputs = encode_chat(tokenizer, messages).to(next(model.parameters()).device)
     streamer = _text_streamer(tokenizer, on_text) if on_text else None
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.inference_mode():
-            output = model.generate(
-                **inputs, **generation_arguments(tokenizer, sampling), streamer=streamer, use_cache=True
-            )
-    finally:
-        model.train(was_training)
+    with evaluating(model), torch.inference_mode():
+        output = model.generate(
+            **inputs, **generation_arguments(tokenizer, sampling), streamer=streamer, use_cache=True
+        )
     return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
 
 

@@ -19,7 +19,8 @@ from pronghorn.loading.checkpoint import check_folder, read_header, weight_files
 from pronghorn.loading.source import Source, read_json
 from pronghorn.loading.tokenizer import load_tokenizer
 from pronghorn.quantising.calibration import calibration_rows
-from pronghorn.quantising.compensation import CompensationReport, compensate, is_four_bit
+from pronghorn.quantising.compensation import CompensationReport, compensate
+from pronghorn.weights import is_four_bit
 
 logger = logging.getLogger("pronghorn")
 

@@ -35,7 +35,7 @@ from pronghorn.loading.dynamic import choose_dynamic
 from pronghorn.loading.fp8 import choose_fp8
 from pronghorn.loading.hub import download
 from pronghorn.loading.int8 import choose_int8
-from pronghorn.loading.model import Options, check_model, load_model, reads_images
+from pronghorn.loading.model import Options, check_model, load_model
 from pronghorn.loading.precision import choose_bits, choose_dtype
 from pronghorn.loading.saving import add_save_methods
 from pronghorn.loading.source import Source, base_of_adapter, locate
@@ -46,7 +46,7 @@ from pronghorn.loading.tokenizer import (
     load_tokenizer,
     set_pad_token,
 )
-from pronghorn.loading.towers import tower_targets
+from pronghorn.loading.towers import reads_images, tower_targets
 from pronghorn.quantising.calibration import calibration_rows
 from pronghorn.quantising.settings import DynamicQuantisation
 

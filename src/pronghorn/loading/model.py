@@ -28,6 +28,7 @@ from pronghorn.loading.fp8 import Fp8Options, quantise_layers
 from pronghorn.loading.int8 import Int8Options, quantise_to_int8
 from pronghorn.loading.precision import quantisation
 from pronghorn.loading.source import Source
+from pronghorn.loading.towers import reads_images
 from pronghorn.quantising.calibration import CalibrationRows
 from pronghorn.quantising.dynamic import quantise
 from pronghorn.quantising.settings import DynamicQuantisation
@@ -158,11 +159,6 @@ def _auto_class(config: Any, options: Options) -> tuple[Any, dict[str, Any]]:
     own = AutoModel._model_mapping.get(type(config), None)
     pools = own is not None and "add_pooling_layer" in inspect.signature(own.__init__).parameters
     return AutoModel, {"add_pooling_layer": False} if pools else {}
-
-
-def reads_images(config: Any) -> bool:
-    """Whether a model's configuration has a part for images."""
-    return getattr(config, "vision_config", None) is not None
 
 
 def _to_compute_dtype(model: Any, dtype: torch.dtype) -> None:

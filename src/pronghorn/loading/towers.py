@@ -19,20 +19,19 @@ _LANGUAGE_MODEL = "model.language_model"
 _PARTS = LayerParts()
 
 
+def reads_images(config: Any) -> bool:
+    """Whether a model's configuration has a part for images."""
+    return getattr(config, "vision_config", None) is not None
+
+
 def language_path(model: Any) -> str | None:
     """Where the language model of a model that reads images is; None for a model that reads text alone."""
     base = base_causal_lm(model)
     family = family_of(base.config.model_type)
     if family is not None:
         return family.path if family.reads_images else None
-    reads = getattr(base.config, "vision_config", None) is not None
-    return (
-        _LANGUAGE_MODEL
-        if reads
-        and isinstance(getattr(base, "model", None), nn.Module)
-        and hasattr(base.model, "language_model")
-        else None
-    )
+    has = isinstance(getattr(base, "model", None), nn.Module) and hasattr(base.model, "language_model")
+    return _LANGUAGE_MODEL if has and reads_images(base.config) else None
 
 
 def language_targets(path: str, names: Iterable[str], layers: int | Iterable[int] | None = None) -> str:

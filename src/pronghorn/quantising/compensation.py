@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pronghorn.engine import base_causal_lm
+from pronghorn.engine import base_causal_lm, evaluating
 from pronghorn.quantising.layers import Decoder, Moments, decoder_layers, stock_forwards
 from pronghorn.quantising.measure import Errors, errors_of
 from pronghorn.quantising.rounding import damping
-from pronghorn.weights import read_weight
+from pronghorn.weights import is_four_bit, read_weight
 
 logger = logging.getLogger("pronghorn")
 
@@ -148,20 +148,13 @@ def _adapted(base: nn.Module, adapter: str) -> Iterator[tuple[str, Any]]:
             yield name, module
 
 
-def is_four_bit(module: nn.Module) -> bool:
-    """Whether a module is bitsandbytes' with 4 bits."""
-    return getattr(module._parameters.get("weight"), "quant_state", None) is not None
-
-
 def _moments(model: Any, adapted: Mapping[str, Any], ids: Tensor) -> MomentsOf:
     """Second moments of what adapted modules read in the quantised model, a layer after the other."""
     base = base_causal_lm(model)
-    was_training = model.training
-    model.eval()
     layers = decoder_layers(base, "init_lora_weights='loftq'")
     prefix = next(name for name, module in base.named_modules() if module is layers)
     seen = set()
-    with model.disable_adapter(), stock_forwards(base):
+    with evaluating(model), model.disable_adapter(), stock_forwards(base):
         decoder = Decoder(base, ids)
         hidden = decoder.inputs()
         for index in range(len(layers)):
@@ -173,5 +166,4 @@ def _moments(model: Any, adapted: Mapping[str, Any], ids: Tensor) -> MomentsOf:
                 for name in names:
                     seen.add(name)
                     yield name, moment
-    model.train(was_training)
     yield from ((name, None) for name in adapted if name not in seen)  # outside the layers, such as the head

@@ -28,9 +28,11 @@ from pronghorn.errors import (
 from pronghorn.export.folder import write_beside, write_folder
 from pronghorn.export.merge import plan_merge
 from pronghorn.export.safetensors_file import Entry, write_safetensors
+from pronghorn.hardware import probe
 from pronghorn.loading.adapters import load_adapter
 from pronghorn.loading.checkpoint import SINGLE, check_safetensors, read_header, weight_files
 from pronghorn.loading.hub import download
+from pronghorn.loading.precision import choose_bits
 from pronghorn.loading.source import Source, base_of_adapter, locate, read_json
 from pronghorn.speech.four_bits import to_four_bits
 from pronghorn.speech.layout import DualARConfig, config_of, is_dual_ar, not_dual_ar
@@ -72,6 +74,7 @@ def load_speech(
         AdapterMismatch: the adapter is another model's.
         PackageMissing: 4 bits without bitsandbytes.
     """
+    choose_bits(load_in_4bit, False, False, probe())
     source = locate(path)
     folder = _base_folder(source)
     config, tokenizer = _layout_in(folder)

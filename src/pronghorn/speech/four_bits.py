@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-
 import torch
 from torch import nn
 
-from pronghorn.errors import PackageMissing
 from pronghorn.speech.model import DualARModel
 
 
@@ -15,15 +12,7 @@ def to_four_bits(model: DualARModel) -> None:
     """Put modules of bitsandbytes in the place of both transformers' projections; moving them to a device quantises.
 
     Embeddings, norms and heads stay as they are.
-
-    Raises:
-        PackageMissing: bitsandbytes is not installed.
     """
-    if find_spec("bitsandbytes") is None:
-        raise PackageMissing(
-            "load_in_4bit needs the package bitsandbytes, which is not installed",
-            fix="pip install bitsandbytes, or load without quantisation",
-        )
     for decoder in (model.slow, model.fast):
         for layer in decoder.model.layers:
             linears = [(name, module) for name, module in layer.named_modules() if type(module) is nn.Linear]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from pronghorn.engine import base_causal_lm
+from pronghorn.engine import base_causal_lm, evaluating
 from pronghorn.errors import RequestTooLong, SamplingInvalid
 from pronghorn.speech.model import DualARModel
 from pronghorn.speech.orpheus import PLACES, OrpheusLayout
@@ -92,12 +92,8 @@ def generate_codes(
             f"the prompt has {len(prompt['input_ids'])} tokens, the model has {base.config.positions} positions",
             fix="speak the text in parts, or take a shorter reference",
         )
-    training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         frames = _Speaker(base, tokenizer, sampling or Sampling()).speak(prompt, min(max_frames, room))
-    finally:
-        model.train(training)
     books = base.config.num_codebooks
     return np.asarray(frames, dtype=np.int64).T if frames else np.zeros((books, 0), dtype=np.int64)
 
@@ -122,23 +118,19 @@ def generate_frames(
     if sampling.temperature:
         chosen = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
         drawn = {"do_sample": True, **chosen}
-    training = model.training
-    model.eval()
-    try:
-        with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
-            torch.manual_seed(sampling.seed)
-            answer = model.generate(
-                input_ids=prompt,
-                attention_mask=torch.ones_like(prompt),
-                max_new_tokens=max_frames * PLACES + 1,
-                eos_token_id=layout.end_of_speech,
-                pad_token_id=layout.padding,
-                repetition_penalty=sampling.repetition_penalty,
-                use_cache=True,
-                **drawn,
-            )
-    finally:
-        model.train(training)
+    devices = [model.device] if model.device.type == "cuda" else []
+    with evaluating(model), torch.random.fork_rng(devices=devices):
+        torch.manual_seed(sampling.seed)
+        answer = model.generate(
+            input_ids=prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=max_frames * PLACES + 1,
+            eos_token_id=layout.end_of_speech,
+            pad_token_id=layout.padding,
+            repetition_penalty=sampling.repetition_penalty,
+            use_cache=True,
+            **drawn,
+        )
     return layout.frames(answer[0, prompt.shape[1] :].tolist())[:, :max_frames]
 
 

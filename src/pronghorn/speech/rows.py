@@ -141,7 +141,7 @@ def given_rows(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """
     file = RowFile(path)
     for record in file.records():
-        where = f"{path}, line {record.line}" if record.line else f"{path}, row {record.row}"
+        where = record.place(str(path))
         if record.problem is not None or not isinstance(record.value, dict):
             what = "no object" if record.problem is None else record.problem.what
             raise SpeechRowInvalid(

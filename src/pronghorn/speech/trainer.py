@@ -13,8 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import Trainer, TrainingArguments
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers import TrainingArguments
 
 from pronghorn.engine import base_causal_lm, binding_of
 from pronghorn.errors import DatasetUnusable
@@ -22,7 +21,8 @@ from pronghorn.speech.collator import SpeechCollator
 from pronghorn.speech.model import DualAROutput
 from pronghorn.speech.tokenizer import SpeechTokenizer
 from pronghorn.training.meter import Stopwatch, Tally, at_least_one
-from pronghorn.training.progress import ProgressTable, peak_memory_gib
+from pronghorn.training.progress import peak_memory_gib
+from pronghorn.training.safe import SafeTrainer
 
 #: The argument's two names.
 _CHECKPOINTING = ("gradient_checkpointing", "activation_checkpointing")
@@ -53,7 +53,7 @@ class Counts(NamedTuple):
     codes: Any
 
 
-class SpeechTrainer(Trainer):
+class SpeechTrainer(SafeTrainer):
     """Trains a model of `load_speech`, or its adapter, on rows of `SpeechRows`.
 
     Args:
@@ -93,9 +93,7 @@ class SpeechTrainer(Trainer):
         )
         # Both losses are divided by the step's own counts; versions of Transformers ask either.
         self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True
-        shown = [self.pop_callback(kind) for kind in (ProgressCallback, PrinterCallback)]
-        if any(shown) and not args.disable_tqdm:
-            self.add_callback(ProgressTable())
+        self._show_progress()
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Counts | None:
         if not batch_samples:

@@ -3,7 +3,7 @@
 from pronghorn.weights.adjacent import side_by_side
 from pronghorn.weights.base import DenseWeight, Weight
 from pronghorn.weights.dequantised import StoredLinear
-from pronghorn.weights.four_bit import keep_expanded
+from pronghorn.weights.four_bit import is_four_bit, keep_expanded
 from pronghorn.weights.fp8 import Fp8FourBitWeight, Fp8GradWeight, Fp8Weight
 from pronghorn.weights.fp8_linear import Fp8Linear
 from pronghorn.weights.int8 import Int8FourBitWeight, Int8Products, Int8Weight
@@ -28,6 +28,7 @@ __all__ = [
     "Operand",
     "StoredLinear",
     "Weight",
+    "is_four_bit",
     "join",
     "join_tensors",
     "keep_expanded",

@@ -78,6 +78,11 @@ def add_int8_products(modules: Sequence[Any]) -> None:
         module.pronghorn_int8_block = block
 
 
+def is_four_bit(module: Any) -> bool:
+    """Whether a module holds 4 bits itself: PEFT's wrapper of such a module hands its weight on."""
+    return getattr(module._parameters.get("weight"), "quant_state", None) is not None
+
+
 def fits_int8_products(module: Any) -> bool:
     """Whether a module holds 4 bits, and its rows and columns can be turned in blocks."""
     state = getattr(module._parameters.get("weight"), "quant_state", None)

@@ -48,6 +48,10 @@ class Record:
     problem: Problem | None
     original: bytes
 
+    def place(self, name: str) -> str:
+        """Where it stands in a file of that name, in words."""
+        return f"{name}, line {self.line}" if self.line else f"{name}, row {self.row}"
+
 
 class RowFile:
     """A file of rows. Iterate over `records()` once; `told` then holds what is wrong with the file as a whole.

@@ -9,6 +9,7 @@ import torch
 
 from pronghorn.data.collator import documents_of
 from pronghorn.data.rows import IGNORED
+from pronghorn.engine import evaluating
 
 #: Tokens of an answer, and of the end of a prompt that the model is given.
 ANSWER_TOKENS = 48
@@ -59,10 +60,9 @@ def answers(model: Any, tokenizer: Any, prompts: list[Prompt]) -> list[str]:
     for row, prompt in enumerate(prompts):
         ids[row, width - len(prompt.ids) :] = torch.tensor(prompt.ids)
         mask[row, width - len(prompt.ids) :] = 1
-    was_training = model.training
-    model.eval()
+    devices = [device] if device.type == "cuda" else []
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        with evaluating(model), torch.no_grad(), torch.random.fork_rng(devices=devices):
             output = model.generate(
                 input_ids=ids.to(device),
                 attention_mask=mask.to(device),
@@ -76,7 +76,6 @@ def answers(model: Any, tokenizer: Any, prompts: list[Prompt]) -> list[str]:
                 use_cache=True,
             )
     finally:
-        model.train(was_training)
         if device.type == "cuda":
             torch.cuda.empty_cache()
     return [tokenizer.decode(row, skip_special_tokens=True) for row in output[:, width:].tolist()]
