@@ -11,9 +11,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
+from pronghorn.blocks.levels import DEPTHS
 from pronghorn.data.budgets import Budgets
 from pronghorn.data.collator import BOOKKEEPING, Collator
-from pronghorn.engine import TrainingStep, bind
+from pronghorn.engine import TrainingStep, bind, binding_of
 
 #: tokens of a batch's rows
 LENGTHS = (13, 7, 13, 1)
@@ -208,6 +209,32 @@ def assert_same(actual: Outcome, expected: Outcome, tolerance: float) -> None:
         errors[name] = relative_error(actual.gradients[name], gradient)
     failed = {name: error for name, error in errors.items() if not error <= tolerance}
     assert not failed, f"beyond {tolerance}: {failed}"
+
+
+def assert_same_at_every_level(model: Any, tolerance: float) -> None:
+    """Rows through a bound copy at every save level, against the stock model."""
+    batch = rows_batch(model.config.vocab_size, LENGTHS)
+    expected, fast = run(model, batch), bound_copy(model)
+    for level in DEPTHS:  # without a GPU the others keep the same
+        binding_of(fast).set_save_levels(level)  # type: ignore[union-attr]
+        assert_same(run(fast, batch), expected, tolerance)
+
+
+def assert_stream_equals_rows(model: Any, level: str, tolerance: float) -> None:
+    """One packed stream through a bound copy, against the stock model's rows."""
+    rows = rows_batch(model.config.vocab_size, LENGTHS)
+    actual = run(bound_copy(model, level), packed_batch(rows))
+    actual.logits = actual.logits[0]  # type: ignore[index]
+    assert_same(actual, run(model, rows), tolerance)
+
+
+def assert_generates_as_stock(model: Any) -> None:
+    """Greedy tokens of a bound copy are the stock model's."""
+    fast = bound_copy(model.eval())
+    prompt = torch.arange(5)[None]
+    with torch.no_grad():
+        expected = model.generate(prompt, max_new_tokens=6, do_sample=False)
+        assert torch.equal(fast.generate(prompt, max_new_tokens=6, do_sample=False), expected)
 
 
 def add_second_adapter(model: Any, **options: Any) -> None:

@@ -10,14 +10,16 @@ import torch
 
 from pronghorn import FastLanguageModel
 from pronghorn.blocks import head_groups, latent_attention
-from pronghorn.blocks.levels import DEPTHS
 from pronghorn.engine import TrainingStep, bind, binding_of
 from tests.families.mixtures import add_expert_adapter, tiny_mixture
 from tests.families.parity import (
     LENGTHS,
     add_adapter,
     assert_bf16_not_worse,
+    assert_generates_as_stock,
     assert_same,
+    assert_same_at_every_level,
+    assert_stream_equals_rows,
     bound_copy,
     packed_batch,
     quantise_4bit,
@@ -56,22 +58,12 @@ def stock(case: str, mode: str = "lora", dtype: torch.dtype = torch.float64, **m
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("mode", ["lora", "full"])
 def test_rows_match_transformers_at_every_level(case: str, mode: str) -> None:
-    model = stock(case, mode)
-    batch = rows_batch(model.config.vocab_size, LENGTHS)
-    expected = run(model, batch)
-    fast = bound_copy(model)
-    for level in DEPTHS:  # without a GPU the others keep the same
-        binding_of(fast).set_save_levels(level)  # type: ignore[union-attr]
-        assert_same(run(fast, batch), expected, EXACT)
+    assert_same_at_every_level(stock(case, mode), EXACT)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_packed_stream_equals_rows(case: str) -> None:
-    model = stock(case)
-    rows = rows_batch(model.config.vocab_size, LENGTHS)
-    actual = run(bound_copy(model, "attention"), packed_batch(rows))
-    actual.logits = actual.logits[0]  # type: ignore[index]
-    assert_same(actual, run(model, rows), EXACT)
+    assert_stream_equals_rows(stock(case), "attention", EXACT)
 
 
 def test_adapters_on_every_module() -> None:
@@ -192,12 +184,7 @@ def test_the_triton_kernels_together(case: str, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize("case", ["v2 lite", "deepseek_v3", "glm4_moe_lite"])
 def test_generation_is_stock(case: str) -> None:
-    model = stock(case, "full", torch.float32).eval()
-    fast = bound_copy(model)
-    prompt = torch.arange(5)[None]
-    with torch.no_grad():
-        expected = model.generate(prompt, max_new_tokens=6, do_sample=False)
-        assert torch.equal(fast.generate(prompt, max_new_tokens=6, do_sample=False), expected)
+    assert_generates_as_stock(stock(case, "full", torch.float32))
 
 
 def test_what_is_not_covered_is_named() -> None:

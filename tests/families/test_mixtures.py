@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 
-from pronghorn.blocks.levels import DEPTHS
 from pronghorn.blocks.moe import block
 from pronghorn.engine import TrainingStep, base_causal_lm, binding_of
 from tests.families.mixtures import MIXTURES, STACKS, add_expert_adapter, tiny_mixture
@@ -16,6 +15,8 @@ from tests.families.parity import (
     add_second_adapter,
     assert_bf16_not_worse,
     assert_same,
+    assert_same_at_every_level,
+    assert_stream_equals_rows,
     assert_switches_are_seen,
     bound_copy,
     packed_batch,
@@ -36,22 +37,12 @@ def stock(family: str, mode: str = "lora", **options: Any) -> Any:
 @pytest.mark.parametrize("family", MIXTURES)
 @pytest.mark.parametrize("mode", ["lora", "full"])
 def test_rows_match_transformers_at_every_level(family: str, mode: str) -> None:
-    model = stock(family, mode)
-    batch = rows_batch(model.config.vocab_size, LENGTHS)
-    expected = run(model, batch)
-    fast = bound_copy(model)
-    for level in DEPTHS:  # without a GPU the others keep the same
-        binding_of(fast).set_save_levels(level)  # type: ignore[union-attr]
-        assert_same(run(fast, batch), expected, EXACT)
+    assert_same_at_every_level(stock(family, mode), EXACT)
 
 
 @pytest.mark.parametrize("family", MIXTURES)
 def test_packed_stream_equals_rows(family: str) -> None:
-    model = stock(family)
-    rows = rows_batch(model.config.vocab_size, LENGTHS)
-    actual = run(bound_copy(model, "none"), packed_batch(rows))
-    actual.logits = actual.logits[0]  # type: ignore[index]
-    assert_same(actual, run(model, rows), EXACT)
+    assert_stream_equals_rows(stock(family), "none", EXACT)
 
 
 @pytest.mark.parametrize(

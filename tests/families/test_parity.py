@@ -21,6 +21,7 @@ from tests.families.parity import (
     add_adapter,
     add_second_adapter,
     assert_bf16_not_worse,
+    assert_generates_as_stock,
     assert_same,
     assert_switches_are_seen,
     bound_copy,
@@ -265,12 +266,7 @@ def test_dropout_matches_peft_under_the_same_masks(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_generation_is_stock(family: str) -> None:
-    model = stock(family, torch.float32).eval()
-    fast = bound_copy(model)
-    prompt = torch.arange(5)[None]
-    with torch.no_grad():
-        expected = model.generate(prompt, max_new_tokens=6, do_sample=False)
-        assert torch.equal(fast.generate(prompt, max_new_tokens=6, do_sample=False), expected)
+    assert_generates_as_stock(stock(family, torch.float32))
 
 
 def test_undo_restores_the_stock_model() -> None:
