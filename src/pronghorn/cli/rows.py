@@ -111,9 +111,9 @@ def _with_texts(rows: Any, numbers: list[int], config: RunConfig, file: Path | N
     empty: dict[int, str] = {}
     for number in numbers:
         row = texts[number]
-        what = [p.what for p in problems_of(row, format_of(row, field), field) if p.kind == "empty-field"]
-        if what:
-            empty[number] = what[0]
+        found = [p.what for p in problems_of(row, format_of(row, field), field) if p.kind == "empty-field"]
+        if found:
+            empty[number] = found[0]
     if not empty:
         return numbers
     if config.training.other.get("drop_unsupervised_rows"):
