@@ -8,6 +8,10 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    Cohere2Config,
+    Cohere2ForCausalLM,
+    CohereConfig,
+    CohereForCausalLM,
     DeepseekV2Config,
     DeepseekV2ForCausalLM,
     DeepseekV3Config,
@@ -68,6 +72,8 @@ FAMILIES: dict[str, tuple[type, type]] = {
     "smollm3": (SmolLM3Config, SmolLM3ForCausalLM),
     "youtu": (YoutuConfig, YoutuForCausalLM),
     "minicpm3": (MiniCPM3Config, MiniCPM3ForCausalLM),
+    "cohere": (CohereConfig, CohereForCausalLM),
+    "cohere2": (Cohere2Config, Cohere2ForCausalLM),
 }
 
 #: families whose layers are mixtures of experts; `tests.families.mixtures` configures them

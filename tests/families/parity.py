@@ -78,6 +78,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "youtu": {"tie_word_embeddings": True},
     "minicpm3": {"scale_emb": 3.0, "scale_depth": 0.9, "dim_model_base": 40},
+    "cohere": {"use_qk_norm": True, "logit_scale": 0.7, "attention_bias": True},
+    "cohere2": {
+        "sliding_window": 6,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "logit_scale": 1.3,
+        "tie_word_embeddings": True,
+    },
     "granite": {
         "embedding_multiplier": 3.0,
         "residual_multiplier": 0.4,

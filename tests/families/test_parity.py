@@ -191,7 +191,7 @@ def test_four_bit(family: str, double_quant: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    "family", ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "granite"]
+    "family", ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "granite", "cohere"]
 )
 def test_bf16_is_not_worse_than_transformers(family: str) -> None:
     """Over six draws the ratio was 0.6 to 0.94."""

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from transformers import (
+    CohereConfig,
     DeepseekV2Config,
     Gemma2Config,
     Gemma3TextConfig,
@@ -102,6 +103,7 @@ def test_normed_queries_and_keys(level: str, monkeypatch: pytest.MonkeyPatch) ->
 
 #: families whose layers hold more, or other things, than Llama's
 OTHERS: dict[str, Any] = {
+    "cohere": CohereConfig(**SIZES, use_qk_norm=True),
     "gemma2": Gemma2Config(**SIZES),
     "gemma3": Gemma3TextConfig(**SIZES),
     "granite": GraniteConfig(**SIZES, residual_multiplier=0.2),

@@ -57,7 +57,8 @@ class AttentionBlock(AttentionOutput):
     """One layer's attention: output_scale · output_norm(o(attention(query_scale · Rq, Rk, v))) of q, k, v of norm(x).
 
     cos and sin are [T, Drot] with Drot ≤ D; T tokens, H hidden, N heads, K kv-heads, D head size. `query_scale` is
-    [T, 1, 1]. `output_norm` and `output_scale` come between the o-projection and the residual sum.
+    [T, 1, 1]. `pairs`: R turns neighbouring elements of a head, not halves. `output_norm` and `output_scale` come
+    between the o-projection and the residual sum.
     """
 
     norm: Norm
@@ -71,6 +72,7 @@ class AttentionBlock(AttentionOutput):
     call: AttentionCall
     q_norm: Norm | None = None
     k_norm: Norm | None = None
+    pairs: bool = False
     query_scale: Tensor | None = None
 
     Saves: ClassVar[type[AttentionSaves]] = AttentionSaves
@@ -84,8 +86,7 @@ class AttentionBlock(AttentionOutput):
     def rebuild(self, x: Tensor, dtype: torch.dtype, saves: AttentionSaves) -> None:
         """Compute whatever is missing in `saves` up to the attention output."""
         if saves.q is None:
-            normed, _ = self.norm.forward(x, dtype, fp8=self.qkv.quantises_rows, int8=self.qkv.turns_rows)
-            saves.normed = normed.tensor
+            normed = self._normed(x, dtype, saves)
             # A norm on q and k needs whole inputs in its backward; a rotation takes the adapters in on the way.
             defers = self.q_norm is None
             joined = defers and self.qkv.total_rank > 0
@@ -104,6 +105,14 @@ class AttentionBlock(AttentionOutput):
             q, k = self._rotated(saves)
             saves.out, saves.lse = attention_forward(q, k, saves.v, self.docs, self.call)
 
+    def _normed(self, x: Tensor, dtype: torch.dtype, saves: AttentionSaves) -> Operand:
+        """The norm of x, which may be there."""
+        if saves.normed is not None:
+            return Operand(saves.normed)
+        normed, _ = self.norm.forward(x, dtype, fp8=self.qkv.quantises_rows, int8=self.qkv.turns_rows)
+        saves.normed = normed.tensor
+        return normed
+
     def _rotate(self, saves: AttentionSaves) -> None:
         """Rotate q and k, after adding to q, k and v what the projections left to be added: in place, or where they are
         columns of one matrix into new tensors."""
@@ -112,12 +121,12 @@ class AttentionBlock(AttentionOutput):
         adapters = (self.qkv.deferred(0, xa), self.qkv.deferred(1, xa), self.qkv.deferred(2, xa))
         apart = all(x.is_contiguous() for x in (q, k, v))
         if adapters == (None, None, None):
-            rotated = qk_rope_forward(q, k, self.cos, self.sin, inplace=apart)
+            rotated = qk_rope_forward(q, k, self.cos, self.sin, inplace=apart, pairs=self.pairs)
             if not apart:
                 (saves.q, saves.k), saves.v = rotated, v.contiguous()
             return
         into = None if apart else (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape))
-        adapted_rope_(q, k, v, self.cos, self.sin, adapters, into=into)
+        adapted_rope_(q, k, v, self.cos, self.sin, adapters, into=into, pairs=self.pairs)
         if into is not None:
             saves.q, saves.k, saves.v = into
 
@@ -126,18 +135,28 @@ class AttentionBlock(AttentionOutput):
         assert saves.q is not None and saves.k is not None
         if self.q_norm is None or self.k_norm is None:
             return saves.q, saves.k
-        q, k = qk_rope_forward(
-            saves.q,
-            saves.k,
-            self.cos,
-            self.sin,
-            q_norm_weight=self.q_norm.weight,
-            k_norm_weight=self.k_norm.weight,
-            eps=self.q_norm.eps,
-            weight_offset=self.q_norm.offset,
-        )
+        if self._norms_apart:
+            q, k = self.q_norm.of_heads(saves.q), self.k_norm.of_heads(saves.k)
+            q, k = qk_rope_forward(q, k, self.cos, self.sin, inplace=True, pairs=self.pairs)
+        else:
+            q, k = qk_rope_forward(
+                saves.q,
+                saves.k,
+                self.cos,
+                self.sin,
+                q_norm_weight=self.q_norm.weight,
+                k_norm_weight=self.k_norm.weight,
+                eps=self.q_norm.eps,
+                weight_offset=self.q_norm.offset,
+                pairs=self.pairs,
+            )
         self._scale_(q)
         return q, k
+
+    @property
+    def _norms_apart(self) -> bool:
+        """Whether the norms of q and k are not the one of a head that the rotation takes in."""
+        return self.q_norm is not None and not self.q_norm.is_of_a_head(self.head_dim)
 
     def _scale_(self, q: Tensor | None) -> None:
         """Rotated queries by their factors, or the gradients of what these gave; in place."""
@@ -152,8 +171,10 @@ class AttentionBlock(AttentionOutput):
         saves: AttentionSaves,
         sink: GradientSink,
         need: bool,
+        residual_grad: Tensor | None = None,
     ) -> Tensor | None:
-        """dX [T, H] including the residual path (None unless `need`); `saves` rebuilt before, consumed here."""
+        """dX [T, H] including the residual path (None unless `need`), whose gradient is dy unless it is given; `saves`
+        rebuilt before, consumed here."""
         given = as_operand(dy)
         dy = given.tensor
         dout = self.output_grad(given, dtype, saves, sink)
@@ -179,7 +200,7 @@ class AttentionBlock(AttentionOutput):
         self.qkv.parameter_grads(dys, normed, saves.xa_qkv, dxa, sink)
         if dnormed is None:
             return None
-        dx = self.norm.backward(dnormed, x, dy, sink).tensor
+        dx = self.norm.backward(dnormed, x, dy if residual_grad is None else residual_grad, sink).tensor
         return dx if need else None
 
     def _projection_grads(
@@ -190,21 +211,29 @@ class AttentionBlock(AttentionOutput):
         stack, columns = self.qkv.stack, self.qkv.fp8_columns()
         if need_input and self.q_norm is None:
             if columns is not None and isinstance(stack, Fp8Weight):
-                parts, rows = unrotate_joined_fp8(dq, dk, dv, self.cos, self.sin, stack.columns)
+                parts, rows = unrotate_joined_fp8(
+                    dq, dk, dv, self.cos, self.sin, stack.columns, pairs=self.pairs
+                )
                 return parts, Operand(parts[0], rows, stack.columns)
             if self.qkv.is_one_matrix or (
                 joining.QKV_INPUT_GRAD and isinstance(stack, DenseWeight | Int8Products)
             ):
-                return self.qkv.of_outputs(unrotate_joined(dq, dk, dv, self.cos, self.sin)), None
+                return self.qkv.of_outputs(
+                    unrotate_joined(dq, dk, dv, self.cos, self.sin, pairs=self.pairs)
+                ), None
         dq, dk = self._rope_backward(dq, dk, saves, sink)
         return self.qkv.of_outputs([g.reshape(g.shape[0], -1) for g in (dq, dk, dv)]), None
 
     def _rope_backward(
         self, dq: Tensor, dk: Tensor, saves: AttentionSaves, sink: GradientSink
     ) -> tuple[Tensor, Tensor]:
-        if self.q_norm is None or self.k_norm is None:
-            dq, dk, _, _ = qk_rope_backward(dq, dk, self.cos, self.sin, inplace=True)
-            return dq, dk
+        if self.q_norm is None or self.k_norm is None or self._norms_apart:
+            dq, dk, _, _ = qk_rope_backward(dq, dk, self.cos, self.sin, inplace=True, pairs=self.pairs)
+            if self.q_norm is None or self.k_norm is None:
+                return dq, dk
+            assert saves.q is not None and saves.k is not None
+            dq = self.q_norm.of_heads_backward(dq, saves.q, sink)
+            return dq, self.k_norm.of_heads_backward(dk, saves.k, sink)
         dq, dk, dq_weight, dk_weight = qk_rope_backward(
             dq,
             dk,
@@ -217,6 +246,7 @@ class AttentionBlock(AttentionOutput):
             eps=self.q_norm.eps,
             weight_offset=self.q_norm.offset,
             need_weight_grad=sink.wants(self.q_norm.weight) or sink.wants(self.k_norm.weight),
+            pairs=self.pairs,
         )
         if dq_weight is not None and dk_weight is not None:
             sink.add(self.q_norm.weight, dq_weight)

@@ -45,6 +45,11 @@ class AttentionOutput:
             branch = self.output_norm.forward(branch, branch.dtype)[0].tensor
         return branch if self.output_scale == 1.0 else branch.mul_(self.output_scale)
 
+    def add_output_(self, out: Tensor, saves: OutputSaves) -> None:
+        """out [T, H] += o of the kept attention output, with neither norm nor factor after it."""
+        assert saves.out is not None and self.output_norm is None and self.output_scale == 1.0
+        saves.xa_o = self.o.forward_add_(out, saves.out.view(saves.out.shape[0], -1))
+
     def columns_of_dy(self) -> Tensor | Turned | None:
         """`ProjectionGroup.columns_of_dy` of o, where the gradient of the residual sum is the one of its output."""
         return self.o.columns_of_dy() if self.output_norm is None and self.output_scale == 1.0 else None

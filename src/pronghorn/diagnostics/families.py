@@ -135,6 +135,10 @@ def _differences(family: DecoderFamily) -> Iterator[str]:
         yield "tokens of an image see one another"
     if family.mixture is not None:
         yield "mixture of experts"
+    if parts.mlp_norm is None:
+        yield "attention and MLP side by side on one LayerNorm"
+    if family.turns == "pairs":
+        yield "RoPE that turns neighbouring pairs"
     if parts.qkv is not None:
         yield "q, k, v in one module"
     if parts.gate_up is not None:

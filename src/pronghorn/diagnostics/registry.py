@@ -29,6 +29,7 @@ CHECKS: list[Check] = [
         "kernel_checks",
         {
             "RMSNorm": "rms_norm",
+            "LayerNorm": "layer_norm",
             "rotary embedding": "rope",
             "rotary embedding with head norms": "rope_with_norms",
             "heads of latent attention": "latent_heads",

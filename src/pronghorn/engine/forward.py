@@ -52,7 +52,6 @@ from pronghorn.engine.stream import flatten_rows, unflatten_rows
 from pronghorn.engine.wrapped import RowLayout, past_wrapper, visual_rows, with_image_blocks
 from pronghorn.families import MOE
 from pronghorn.kernels.attention import AttentionCall
-from pronghorn.kernels.rms_norm import rms_norm
 
 logger = logging.getLogger("pronghorn")
 
@@ -131,6 +130,7 @@ def _attention_block(layer: Any, call: LayerCall, read: ReadGroups) -> Attention
         ),
         q_norm=_read_part_norm(attention, parts.q_norm, offset),
         k_norm=_read_part_norm(attention, parts.k_norm, offset),
+        pairs=binding.family.turns == "pairs",
         query_scale=call.query_scale,
         output_norm=_read_part_norm(layer, parts.attention_output_norm, offset),
         output_scale=scales.residual,
@@ -141,13 +141,14 @@ def _glu_block(layer: Any, call: LayerCall, read: ReadGroups) -> GluBlock:
     binding, parts = call.binding, call.binding.family.parts
     widths = (binding.config.intermediate_size,) * 2
     return GluBlock(
-        norm=read_norm(getattr(layer, parts.mlp_norm), binding.family.norm_offset),
+        norm=read_norm(getattr(layer, parts.mlp_norm or parts.input_norm), binding.family.norm_offset),
         gate_up=_group(read[4], None if parts.gate_up is None else widths),
         down=_group(read[6]),
         activation=binding.activation,
         tile_rows=binding.tile_rows or TILE_ROWS,
         output_norm=_read_part_norm(layer, parts.mlp_output_norm, binding.family.norm_offset),
         output_scale=binding.scales.residual,
+        beside_attention=parts.mlp_norm is None,
     )
 
 
@@ -234,8 +235,7 @@ def decoder_forward(
         hidden_states = torch.nn.Module.__call__(layer, hidden_states, pronghorn=call)
         if visual is not None and index < len(deepstack):
             hidden_states = hidden_states.index_add(0, visual, deepstack[index].to(hidden_states.dtype))
-    norm = read_norm(decoder.norm, binding.family.norm_offset)
-    hidden_states = rms_norm(hidden_states, norm.weight, norm.eps, weight_offset=norm.offset)
+    hidden_states = read_norm(decoder.norm, binding.family.norm_offset)(hidden_states)
     output = BaseModelOutputWithPast if binding.family.mixture is None else MoeModelOutputWithPast
     return output(last_hidden_state=unflatten_rows(hidden_states, stream))
 

@@ -23,7 +23,6 @@ from pronghorn.engine.loss import shifted_loss, without_padding
 from pronghorn.engine.read import active_module, dropout_seed, read_norm
 from pronghorn.engine.stream import Stream, flatten_rows, unflatten_rows
 from pronghorn.families import MOE
-from pronghorn.kernels.rms_norm import rms_norm
 from pronghorn.weights import read_weight
 
 #: Rows of logits that are looked at together.
@@ -177,12 +176,12 @@ class _Layers:
             return None, out
         parts, attention, glu = self.binding.family.parts, saves.attention, saves.glu
         stages = [
-            (f"{parts.input_norm}", "output of", attention.normed),
+            (f"{parts.input_norm}", "output of", attention.normed if parts.mlp_norm else glu.normed),
             *self._head_stages(attention),
             (f"{parts.attention}", "attention of", attention.out),
             (f"{parts.attention}.{parts.o}", "output of", attention.projected),
             (parts.attention_output_norm or f"{parts.attention}.{parts.o}", "residual sum after", glu.summed),
-            (f"{parts.mlp_norm}", "output of", glu.normed),
+            (parts.mlp_norm or parts.input_norm, "output of", glu.normed),
             *self._mlp_stages(layer, glu, out),
         ]
         prefix = self._name_of_module(layer)
@@ -249,9 +248,10 @@ class _Layers:
         model = self.binding.model
         head = readable_head(model, self.binding)
         norm = read_norm(model.model.norm, self.binding.family.norm_offset)
+        norm = replace(norm, weight=norm.weight.detach())
         leaf = hidden.detach().requires_grad_()
         with torch.enable_grad():
-            normed = rms_norm(leaf, norm.weight.detach(), norm.eps, weight_offset=norm.offset)
+            normed = norm(leaf)
         if not _finite(normed):
             bad = self._bad_weight(model.model.norm, None)
             return bad or self._activation("the output of the final norm", None, normed), None

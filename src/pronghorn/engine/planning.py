@@ -90,6 +90,7 @@ def shape_of_config(
         fused=fused,
         output_norms=family.parts.mlp_output_norm is not None,
         scaled_branches=scales.residual != 1.0,
+        parallel=family.parts.mlp_norm is None,
         rotations=len(rotations),
         attention="flex" if attention == "flash" and scales.attention_softcap else attention,
         mixture=mixture_shape(config, ranks),

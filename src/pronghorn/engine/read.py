@@ -164,10 +164,12 @@ def _read_peft(module: Any, reading: Reading, slot: int) -> Projection:
 
 
 def read_norm(module: nn.Module, offset: float) -> Norm:
-    """An RMSNorm module. Transformers calls the epsilon `variance_epsilon` or `eps`."""
+    """An RMSNorm module, or a LayerNorm without bias, by its class's name. Transformers calls the epsilon
+    `variance_epsilon` or `eps`."""
     module = active_module(module)
     eps = getattr(module, "variance_epsilon", None)
-    return Norm(module.weight, float(eps if eps is not None else module.eps), offset)  # type: ignore[arg-type]
+    centred = type(module).__name__.endswith("LayerNorm")
+    return Norm(module.weight, float(eps if eps is not None else module.eps), offset, centred)  # type: ignore[arg-type]
 
 
 def dropout_seed(training: bool) -> int:

@@ -1,6 +1,7 @@
 """The model families with a fast path. Adding one: a `DecoderFamily` in a file of its own, listed here."""
 
 from pronghorn.families import (
+    cohere,
     deepseek,
     gemma,
     gpt_oss,
@@ -34,6 +35,8 @@ FAMILIES: tuple[DecoderFamily, ...] = (
     phi.FAMILY,
     granite.FAMILY,
     smollm.FAMILY,
+    cohere.COHERE,
+    cohere.COHERE2,
     mixtral.FAMILY,
     qwen_moe.QWEN2_MOE,
     qwen_moe.QWEN3_MOE,

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 from pronghorn.families.mixture import MixtureParts
+
+#: what of a head turns together: element i with the one half the rotated width away, or neighbours
+Turns = Literal["halves", "pairs"]
 
 #: slots of the projections that read codes
 Q_UP, KV_UP = 8, 9
@@ -52,8 +55,8 @@ class LayerParts:
     latent: LatentParts | None = None
     #: of what the attention gives, before the residual sum
     attention_output_norm: str | None = None
-    #: of the residual sum, before the MLP
-    mlp_norm: str = "post_attention_layernorm"
+    #: of the residual sum, before the MLP; None where the MLP reads what the attention reads, beside it
+    mlp_norm: str | None = "post_attention_layernorm"
     mlp: str = "mlp"
     gate: str = "gate_proj"
     up: str = "up_proj"
@@ -176,7 +179,7 @@ class DecoderFamily:
         model_types: `config.model_type` values it covers.
         prefix: Transformers' class prefix; the classes that the fast path was reviewed for are
             `{prefix}ForCausalLM`, `{prefix}Model`, `{prefix}DecoderLayer`, `{prefix}Attention`, `{prefix}MLP`,
-            `{prefix}RMSNorm` and `{prefix}RotaryEmbedding`.
+            `{prefix}RMSNorm` (or `{prefix}LayerNorm`, which takes off the mean) and `{prefix}RotaryEmbedding`.
         decoder: the class of the decoder where it is not `{prefix}Model`.
         causal_lm: the class of the whole model where it is not `{prefix}ForCausalLM`.
         mlp_class: the class of a layer's MLP where it is not `{prefix}MLP`.
@@ -188,6 +191,8 @@ class DecoderFamily:
         window: sliding window in tokens of a layer, None for full attention.
         rotation: by config and layer what the rotary module is asked for: `ONE_ROTATION`, the name of one of several
             kinds of layers, or None for a layer that does not rotate.
+        turns: what of a head its angles turn together. `angles`: how the rotary module repeats each angle: for the
+            other half, or beside itself.
         scales: factors and caps that the config sets.
         norm_offset: 1.0 where norms multiply by (1 + weight).
         activation: the config's key for the MLP's activation.
@@ -208,6 +213,8 @@ class DecoderFamily:
     mixture: MixtureParts | None = None
     window: Callable[[Any, int], int | None] = no_window
     rotation: Callable[[Any, int], str | None] = one_rotation
+    turns: Turns = "halves"
+    angles: Turns = "halves"
     scales: Callable[[Any], Scales] = no_scales
     norm_offset: float = 0.0
     activation: str = "hidden_act"

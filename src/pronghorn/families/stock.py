@@ -8,8 +8,6 @@ NO_PRE_NORM = "no norm before attention and MLP, and norms of q and k over all h
 #: `config.model_type` -> what its decoder layers have that no block computes
 STOCK = {
     "axk1": f"{LATENT}, and a norm of what the experts give",
-    "cohere": f"attention and MLP side by side on one {LAYER_NORM}, and {PAIRS}",
-    "cohere2": f"attention and MLP side by side on one {LAYER_NORM}, and {PAIRS}",
     "deepseek_v32": f"{LATENT} over the keys that an indexer picks",
     "ernie4_5": PAIRS,
     "exaone4": "no norm before attention and MLP",

@@ -74,11 +74,11 @@ class Products:
         width = self.shape.linear(name)[1]
         return [self._new(rows * width), self._new(4 * rows)] if self.shape.eight_bit_forward else []
 
-    def _add_down(self, rows: int) -> None:
-        """The down projection onto what is there: a residual sum, or one with the adapter's share."""
+    def _add(self, name: str, rows: int) -> None:
+        """A projection onto what is there: a residual sum, or one with the adapter's share."""
         shape = self.shape
-        operand = self._operand("down", rows)
-        unpacked = self._new(shape.linear_parameters("down") * shape.unpacked_forward)
+        operand = self._operand(name, rows)
+        unpacked = self._new(shape.linear_parameters(name) * shape.unpacked_forward)
         # An fp8 product cannot add in place.
         apart = self._new(rows * shape.hidden * self.element) if shape.fp8_forward else -1
         self._free(unpacked, apart, *operand)

@@ -96,6 +96,7 @@ class ModelShape:
         fused: q, k, v are one module and gate, up another; the rank of its adapter stands under q or gate.
         output_norms: norms follow the o- and the down-projection.
         scaled_branches: what attention and MLP give is multiplied before the residual sum.
+        parallel: the MLP is beside the attention, on the same norm.
         rotations: kinds of angles that layers rotate by.
         joined: the plain weights of q, k, v and of gate, up lie side by side (`weights.stack`).
         state_element: bytes of each of the optimizer's two states per trained element.
@@ -124,6 +125,7 @@ class ModelShape:
     fused: bool = False
     output_norms: bool = False
     scaled_branches: bool = False
+    parallel: bool = False
     rotations: int = 1
     trained: Literal["adapters", "all"] = "adapters"
     attention: str = "flash"
@@ -267,6 +269,7 @@ class ModelShape:
             element=self.element,
             residual_element=self.residual_element,
             output_norms=self.output_norms,
+            parallel=self.parallel,
             codes=None
             if latent is None
             else sum(self.linear(n)[0] for n in ("q", "kv")) + self.linear("o")[1],
@@ -350,7 +353,7 @@ class ModelShape:
             self.hidden,
         ]
         for plain in self._plain:
-            sizes += [self.hidden] * (4 if self.output_norms else 2)
+            sizes += [self.hidden] * (4 if self.output_norms else 1 if self.parallel else 2)
             sizes += [self.head_dim] * 2 if self.qk_norm else []
             if self.latent is not None:
                 of_q = [self.latent.q_code] if self.latent.q_code else []
