@@ -57,7 +57,7 @@ WINDOWS = {"tiny": 9, "mid": 200}
 
 FAMILIES = (
     "llama", "mistral", "ministral", "ministral3", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3",
-    "granite", "smollm3", "cohere", "cohere2", "qwen3_moe",
+    "granite", "smollm3", "cohere", "cohere2", "glm4", "qwen3_moe",
 )  # fmt: skip
 #: adapted beside the linear modules, by family
 STACKS = {"qwen3_moe": ["experts.gate_up_proj", "experts.down_proj"]}
@@ -126,7 +126,7 @@ def _differences(family: str, window: int, layers: int) -> dict[str, Any]:
         "gemma2": {**by_layer, **caps, "query_pre_attn_scalar": 24},
         "gemma3_text": {**by_layer, "query_pre_attn_scalar": 24},
         "smollm3": {**by_layer, "use_sliding_window": True, "no_rope_layers": [1, 0] * (layers // 2)},
-        "cohere": {"use_qk_norm": True, "logit_scale": 0.3},
+        "cohere": {"logit_scale": 0.5},
         "cohere2": {**by_layer, "logit_scale": 0.3},
         "phi3": {"sliding_window": window, "partial_rotary_factor": 0.75},
         # Every token takes all experts: which ones are chosen is no continuous function, and 16 bits choose others.

@@ -85,6 +85,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "logit_scale": 1.3,
         "tie_word_embeddings": True,
     },
+    "glm": {"attention_bias": True, "partial_rotary_factor": 0.5},
+    "glm4": {"attention_bias": True, "partial_rotary_factor": 0.5},
+    "ernie4_5": {"use_bias": True},
+    "helium": {},
     "granite": {
         "embedding_multiplier": 3.0,
         "residual_multiplier": 0.4,

@@ -10,6 +10,7 @@ from transformers import (
     DeepseekV2Config,
     Gemma2Config,
     Gemma3TextConfig,
+    GlmConfig,
     GraniteConfig,
     LlamaConfig,
     Phi3Config,
@@ -106,6 +107,7 @@ OTHERS: dict[str, Any] = {
     "cohere": CohereConfig(**SIZES, use_qk_norm=True),
     "gemma2": Gemma2Config(**SIZES),
     "gemma3": Gemma3TextConfig(**SIZES),
+    "glm": GlmConfig(**SIZES, pad_token_id=0),
     "granite": GraniteConfig(**SIZES, residual_multiplier=0.2),
     "phi3": Phi3Config(**SIZES, pad_token_id=0),
 }

@@ -64,10 +64,11 @@ def shape_of_config(
     family, heads = found.for_config(config), config.num_attention_heads
     scales, latent = family.scales(config), latent_shape(config)
     rotations = {family.rotation(config, index) for index in range(config.num_hidden_layers)}
-    fused = family.parts.qkv is not None
+    fused, fused_gate_up = family.parts.qkv is not None, family.parts.gate_up is not None
     if ranks is None:
         of_heads = PROJECTIONS[:3] if latent is None else ("q", "kv", *latent.raised)
-        names = ("q", "o", "gate", "down") if fused else (*of_heads, *PROJECTIONS[3:])
+        of_heads = ("q",) if fused else of_heads
+        names = (*of_heads, "o", "gate", *(() if fused_gate_up else ("up",)), "down")
         ranks = dict.fromkeys(names, rank)
     return ModelShape(
         layers=config.num_hidden_layers,
@@ -88,6 +89,7 @@ def shape_of_config(
         qkv_bias=any(getattr(config, name, False) for name in ("attention_bias", "qkv_bias"))
         or config.model_type in _ALWAYS_BIASED,
         fused=fused,
+        fused_gate_up=fused_gate_up,
         output_norms=family.parts.mlp_output_norm is not None,
         scaled_branches=scales.residual != 1.0,
         parallel=family.parts.mlp_norm is None,

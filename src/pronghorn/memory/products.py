@@ -31,7 +31,9 @@ class Products:
         """Gate and up from the norm's codes, which go then, or from rows that are quantised for them."""
         shape = self.shape
         added_later = self._defers(GATE_UP) or not shape.rank(*GATE_UP)
-        joined = shape.fused or (shape.joined and joining.GATE_UP_FORWARD and added_later and not shape.int8)
+        joined = shape.fused_gate_up or (
+            shape.joined and joining.GATE_UP_FORWARD and added_later and not shape.int8
+        )
         self._project(saves, GATE_UP, "xa_gate_up", rows, [] if "codes" in saves else None, joined)
         self._drop(saves, "codes", "code_scales")
 
@@ -85,7 +87,8 @@ class Products:
 
     def _joined_operand(self, names: tuple[str, ...], rows: int) -> list[int] | None:
         """dY of a stack in 8 bits, made before its products; None without one."""
-        if self.shape.fused or not (self.shape.joined and self.shape.eight_bit_forward):
+        fused = self.shape.fused_gate_up if names == GATE_UP else self.shape.fused
+        if fused or not (self.shape.joined and self.shape.eight_bit_forward):
             return None
         return [self._new(rows * sum(self.shape.linear(name)[0] for name in names)), self._new(4 * rows)]
 

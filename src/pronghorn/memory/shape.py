@@ -93,7 +93,7 @@ class ModelShape:
         trained: "adapters", or "all" for full fine-tuning in the stored dtype.
         attention: the attention implementation ("flash", "cudnn", …), which decides its workspace.
         packed: adapters lie in flat storage, with a copy in the compute dtype.
-        fused: q, k, v are one module and gate, up another; the rank of its adapter stands under q or gate.
+        fused: q, k, v are one module; the rank of its adapter stands under q. `fused_gate_up`: so are gate, up.
         output_norms: norms follow the o- and the down-projection.
         scaled_branches: what attention and MLP give is multiplied before the residual sum.
         parallel: the MLP is beside the attention, on the same norm.
@@ -123,6 +123,7 @@ class ModelShape:
     qk_norm: bool = False
     qkv_bias: bool = False
     fused: bool = False
+    fused_gate_up: bool = False
     output_norms: bool = False
     scaled_branches: bool = False
     parallel: bool = False
@@ -176,10 +177,11 @@ class ModelShape:
     @property
     def modules(self) -> tuple[tuple[str, ...], ...]:
         """The projections that each linear module gives; a mixture has none."""
-        if self.fused:
-            return ("q", "k", "v"), ("o",), ("gate", "up"), ("down",)
-        of_mlp = PROJECTIONS[4:] if self.mixture is None else ()
-        return tuple((name,) for name in (*self.of_heads, "o", *of_mlp))
+        of_heads = (("q", "k", "v"),) if self.fused else tuple((name,) for name in self.of_heads)
+        if self.mixture is not None:
+            return (*of_heads, ("o",))
+        gate_up = (("gate", "up"),) if self.fused_gate_up else (("gate",), ("up",))
+        return (*of_heads, ("o",), *gate_up, ("down",))
 
     @property
     def of_heads(self) -> tuple[str, ...]:
