@@ -84,8 +84,8 @@ _FALLBACKS = (
     ),
     (
         "batches with images",
-        "kernel by kernel, not as one CUDA graph",
-        "the vision tower's shapes change with them",
+        "the vision tower kernel by kernel, the language model as one CUDA graph",
+        "the tower's shapes change with the images",
     ),
     (
         "generation for a prompt with images",

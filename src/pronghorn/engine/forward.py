@@ -229,7 +229,9 @@ def decoder_forward(
     )
     # What a vision tower's earlier layers gave, added after as many first layers (DeepStack, arXiv 2406.04334).
     deepstack = kwargs.get("deepstack_visual_embeds") or ()
-    visual = visual_rows(kwargs["visual_pos_masks"], stream) if deepstack else None
+    visual = kwargs.get("visual_rows")
+    if deepstack and visual is None:
+        visual = visual_rows(kwargs["visual_pos_masks"], stream)
     for index, layer in enumerate(decoder.layers[: decoder.config.num_hidden_layers]):
         # Module.__call__, so that hooks run but Transformers' checkpoint wrapper does not: saves are ours to plan.
         hidden_states = torch.nn.Module.__call__(layer, hidden_states, pronghorn=call)

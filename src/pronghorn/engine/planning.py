@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -268,6 +268,32 @@ def _storage(projection: Any, dtype: torch.dtype) -> str:
     return described if described in STORAGES else _name(dtype)
 
 
+@dataclass(frozen=True)
+class Limits:
+    """Bytes that a run may reserve on its GPU and pin on the host, and the GPU's rates."""
+
+    budget: int
+    host: int
+    rates: Rates
+
+
+def device_limits(binding: Binding, budget: str | int) -> Limits:
+    """What a budget allows on a model's device.
+
+    Raises:
+        BudgetInvalid: it is no size.
+    """
+    device = next(binding.model.parameters()).device
+    free, name = None, "H200"
+    host = int(available_host_bytes() * HOST_SHARE)
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+        name = torch.cuda.get_device_name(device)
+        pinned = host_pool(device).limit
+        host = host if pinned is None else pinned
+    return Limits(parse_budget(budget, free), host, rates_of(name))
+
+
 def plan_levels(binding: Binding, budget: str | int, batch: Batch, **more: Any) -> Plan:
     """Choose the save levels of a bound model on a GPU for a budget, set them, and reserve the host memory they need.
 
@@ -278,16 +304,8 @@ def plan_levels(binding: Binding, budget: str | int, batch: Batch, **more: Any) 
     Raises:
         BudgetTooSmall, BudgetInvalid: as `memory.plan` does.
     """
-    device = next(binding.model.parameters()).device
-    free, name = None, "H200"
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
-        name = torch.cuda.get_device_name(device)
-    host = int(available_host_bytes() * HOST_SHARE)
-    pool = host_pool(device) if device.type == "cuda" else None
-    if pool is not None:
-        host = pool.limit if pool.limit is not None else host
-    shape, limit, rates = shape_of(binding, **more), parse_budget(budget, free), rates_of(name)
+    limits = device_limits(binding, budget)
+    shape, limit, rates, host = shape_of(binding, **more), limits.budget, limits.rates, limits.host
     aside = vision_bytes(binding, batch.tokens)
     keep_expanded_weights(binding, False)
     try:
@@ -354,15 +372,18 @@ def keep_expanded_weights(binding: Binding, keep: bool) -> int:
 def apply(binding: Binding, found: Plan) -> None:
     """Set a plan's levels; on a GPU the pinned memory is taken now, so that a step can be captured."""
     binding.use_plan(found.levels, found.tile_rows)
-    reserve_host(binding, found.batch.tokens)
+    reserve_host((binding, found.batch.tokens))
 
 
-def reserve_host(binding: Binding, tokens: int) -> None:
-    """Take the pinned memory that a pass over `tokens` parks at the current save levels; why there is less is told."""
+def reserve_host(*passes: tuple[Binding, int]) -> None:
+    """Take the pinned memory that passes of a model's decoders, each over so many tokens, park together at the current
+    save levels; why there is less is told."""
+    binding = passes[0][0]
     device = next(binding.model.parameters()).device
-    if device.type != "cuda" or not any(map(parks, binding.save_levels)):
+    parking = [(one, tokens) for one, tokens in passes if any(map(parks, one.save_levels))]
+    if device.type != "cuda" or not parking:
         return
-    refused = host_pool(device).reserve(host_bytes(binding, tokens))
+    refused = host_pool(device).reserve(sum(host_bytes(one, tokens) for one, tokens in parking))
     if refused is not None:
         binding.tell_once(f"layers keep on the GPU what should wait in host memory: {refused}")
 

@@ -9,7 +9,7 @@ dtype and of the residual stream.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from pronghorn.blocks import Level, joining, keeps, parks
@@ -51,8 +51,12 @@ class Step(Products):
 
     # --- the step ----------------------------------------------------------------------------------------------
 
-    def run(self) -> None:
-        """Forward, loss, backward."""
+    def run(self, *between: Callable[[], None]) -> None:
+        """Forward, loss, backward.
+
+        Args:
+            between: what else happens after the loss, on the same allocator.
+        """
         shape, t = self.shape, self.tokens
         inputs = [self._new(8 * t) for _ in range(4)]
         embeddings = hidden = self._new(self._residual())
@@ -64,6 +68,8 @@ class Step(Products):
         if not self._holds(embeddings):
             self._free(embeddings)
         gradient = self._loss(normed)
+        for other in between:
+            other()
         self._mark("loss")
         dhidden = self._new(self.batch.loss_rows * shape.hidden * self.element)
         self._free(gradient)
