@@ -18,6 +18,7 @@ from pronghorn.blocks.levels import Level, keeps
 from pronghorn.blocks.norm import Norm
 from pronghorn.blocks.projection import GradientSink, ProjectionGroup
 from pronghorn.kernels.attention import AttentionCall, Documents, attention_forward, attention_sink_grad
+from pronghorn.kernels.gated_output import gated_output_backward, gated_output_forward
 from pronghorn.kernels.qkv_grads import unrotate_joined, unrotate_joined_fp8
 from pronghorn.kernels.rope import adapted_rope_, qk_rope_backward, qk_rope_forward
 from pronghorn.weights import DenseWeight, Fp8Weight, Int8Products, Operand
@@ -34,6 +35,8 @@ class AttentionSaves:
 
     out: Tensor | None = None
     lse: Tensor | None = None
+    #: [T, N, D], where the q-projection gives a gate of the output besides
+    gate: Tensor | None = None
     q: Tensor | None = None
     k: Tensor | None = None
     v: Tensor | None = None
@@ -47,7 +50,7 @@ class AttentionSaves:
         """Drop what the level does not keep."""
         if not keeps(level, "attention"):
             self.q = self.k = self.v = self.out = self.lse = self.xa_qkv = self.xa_o = None
-            self.projected = None
+            self.projected = self.gate = None
         if not keeps(level, "all"):
             self.normed = None
 
@@ -58,7 +61,8 @@ class AttentionBlock(AttentionOutput):
 
     cos and sin are [T, Drot] with Drot ≤ D; T tokens, H hidden, N heads, K kv-heads, D head size. `query_scale` is
     [T, 1, 1]. `pairs`: R turns neighbouring elements of a head, not halves. `output_norm` and `output_scale` come
-    between the o-projection and the residual sum.
+    between the o-projection and the residual sum. With `gated`, where q and k have norms, the q-projection gives q and
+    a gate of each head [T, N, 2D], and o reads attention(…) · σ(gate).
     """
 
     norm: Norm
@@ -74,6 +78,7 @@ class AttentionBlock(AttentionOutput):
     k_norm: Norm | None = None
     pairs: bool = False
     query_scale: Tensor | None = None
+    gated: bool = False
 
     Saves: ClassVar[type[AttentionSaves]] = AttentionSaves
 
@@ -93,7 +98,7 @@ class AttentionBlock(AttentionOutput):
             joined = joined and joining.joins_qkv_forward(x.shape[0], self.kv_heads * self.head_dim)
             (q, k, v), saves.xa_qkv = self.qkv.forward(normed, defer_adapters=defers, joined=joined)
             del normed
-            saves.q = q.view(-1, self.heads, self.head_dim)
+            saves.q, saves.gate = self._query_and_gate(q)
             saves.k = k.view(-1, self.kv_heads, self.head_dim)
             saves.v = v.view(-1, self.kv_heads, self.head_dim)
             del q, k, v
@@ -112,6 +117,20 @@ class AttentionBlock(AttentionOutput):
         normed, _ = self.norm.forward(x, dtype, fp8=self.qkv.quantises_rows, int8=self.qkv.turns_rows)
         saves.normed = normed.tensor
         return normed
+
+    def _query_and_gate(self, q: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What the q-projection gives [T, N·D], or with a gate [T, N·2D], by heads."""
+        if not self.gated:
+            return q.view(-1, self.heads, self.head_dim), None
+        query, gate = q.view(-1, self.heads, 2 * self.head_dim).chunk(2, 2)
+        return query.contiguous(), gate.contiguous()
+
+    def read_by_o(self, saves: AttentionSaves) -> Tensor:
+        """The attention's output, or what its gate leaves of it."""
+        if saves.gate is None:
+            return super().read_by_o(saves)
+        assert saves.out is not None
+        return gated_output_forward(saves.out, saves.gate).flatten(1)
 
     def _rotate(self, saves: AttentionSaves) -> None:
         """Rotate q and k, after adding to q, k and v what the projections left to be added: in place, or where they are
@@ -181,6 +200,10 @@ class AttentionBlock(AttentionOutput):
         del given
         out, lse, v = saves.out, saves.lse, saves.v
         assert out is not None and lse is not None and v is not None
+        dgate = None
+        if saves.gate is not None:
+            dout, dgate, _ = gated_output_backward(dout, out, saves.gate)
+            saves.gate = None
         if sink.wants(self.call.sinks):
             sink.add(self.call.sinks, attention_sink_grad(dout.view_as(out), out, lse, self.call))
         q, k = self._rotated(saves)
@@ -189,8 +212,8 @@ class AttentionBlock(AttentionOutput):
         saves.out = saves.lse = saves.v = None
         del out, dout, v, q, k
         need_normed = need or sink.wants(self.norm.weight)
-        dys, of_stack = self._projection_grads(dq, dk, dv, saves, sink, need_normed)
-        del dq, dk, dv
+        dys, of_stack = self._projection_grads(dq, dk, dv, dgate, saves, sink, need_normed)
+        del dq, dk, dv, dgate
         saves.q = saves.k = None
         if saves.normed is None:
             saves.normed = self.norm.forward(x, dtype)[0].tensor
@@ -204,7 +227,14 @@ class AttentionBlock(AttentionOutput):
         return dx if need else None
 
     def _projection_grads(
-        self, dq: Tensor, dk: Tensor, dv: Tensor, saves: AttentionSaves, sink: GradientSink, need_input: bool
+        self,
+        dq: Tensor,
+        dk: Tensor,
+        dv: Tensor,
+        dgate: Tensor | None,
+        saves: AttentionSaves,
+        sink: GradientSink,
+        need_input: bool,
     ) -> tuple[list[Tensor], Operand | None]:
         """Gradients of the projections' outputs [T, out] from those of what the attention saw, side by side where their
         weights are multiplied as one; and quantised for a stack in fp8."""
@@ -222,6 +252,7 @@ class AttentionBlock(AttentionOutput):
                     unrotate_joined(dq, dk, dv, self.cos, self.sin, pairs=self.pairs)
                 ), None
         dq, dk = self._rope_backward(dq, dk, saves, sink)
+        dq = dq if dgate is None else torch.cat([dq, dgate], 2)
         return self.qkv.of_outputs([g.reshape(g.shape[0], -1) for g in (dq, dk, dv)]), None
 
     def _rope_backward(

@@ -88,6 +88,11 @@ _FALLBACKS = (
         "the tower's shapes change with the images",
     ),
     (
+        "generation where most layers are linear attention",
+        "Transformers' own loop and decoder",
+        "the engine's cache is of keys and values",
+    ),
+    (
         "generation for a prompt with images",
         "Transformers' own loop and decoder",
         "the engine reads text",
@@ -145,6 +150,10 @@ def _differences(family: DecoderFamily) -> Iterator[str]:
         yield "gate, up in one module"
     if parts.q_norm is not None:
         yield "norms of q and k"
+    if parts.gated:
+        yield "a gate on the attention's output"
+    if parts.recurrent is not None:
+        yield "linear attention (gated delta rule) in most layers"
     if parts.sinks is not None:
         yield "attention sinks"
     if parts.attention_output_norm is not None:

@@ -49,6 +49,15 @@ CHECKS: list[Check] = [
     ),
     *_group(
         "kernels",
+        "recurrent_checks",
+        {
+            "short convolution": "short_conv",
+            "gated attention output": "gated_output",
+            "gated delta rule": "delta_rule",
+        },
+    ),
+    *_group(
+        "kernels",
         "decode_checks",
         {"products of few rows": "few_rows", "attention to a cache in blocks": "paged_attention"},
     ),

@@ -22,6 +22,7 @@ from transformers.utils.generic import can_return_tuple
 
 from pronghorn.blocks import (
     AttentionBlock,
+    AttentionPart,
     DecoderLayer,
     GluBlock,
     Level,
@@ -36,6 +37,7 @@ from pronghorn.blocks.glu import TILE_ROWS
 from pronghorn.blocks.levels import is_roomy
 from pronghorn.blocks.projection import Projection
 from pronghorn.engine.binding import Binding
+from pronghorn.engine.delta import delta_net_block
 from pronghorn.engine.latent import latent_attention_block
 from pronghorn.engine.layer_call import LayerCall, ReadGroups
 from pronghorn.engine.loss import scaled_logits, shifted_loss, without_padding
@@ -92,7 +94,12 @@ def build_layer(layer: Any, call: LayerCall) -> DecoderLayer:
     asked_for_checkpointing = bool(getattr(layer, "gradient_checkpointing", False)) and layer.training
     level: Level = "none" if asked_for_checkpointing else binding.save_level(index)
     mlp = MLP_BLOCKS[binding.mlp_of(layer)](layer, call, read)
-    attention = _attention_block if binding.family.parts.latent is None else latent_attention_block
+    parts = binding.family.parts.of(layer)
+    attention: Callable[[Any, LayerCall, ReadGroups], AttentionPart] = _attention_block
+    if parts.latent is not None:
+        attention = latent_attention_block
+    elif parts.delta is not None:
+        attention = delta_net_block
     return DecoderLayer.build(attention(layer, call, read), mlp, level, call.dtype, call.stash)
 
 
@@ -132,6 +139,7 @@ def _attention_block(layer: Any, call: LayerCall, read: ReadGroups) -> Attention
         k_norm=_read_part_norm(attention, parts.k_norm, offset),
         pairs=binding.family.turns == "pairs",
         query_scale=call.query_scale,
+        gated=parts.gated,
         output_norm=_read_part_norm(layer, parts.attention_output_norm, offset),
         output_scale=scales.residual,
     )

@@ -15,11 +15,12 @@ from pronghorn.engine.experts import stack_ranks
 from pronghorn.engine.joined import joins, weights_to_join
 from pronghorn.engine.read import Reading
 from pronghorn.errors import BudgetTooSmall, UnsupportedCheckpoint
-from pronghorn.families import KV_UP, MOE, Q_UP, family_of
+from pronghorn.families import DELTA, KV_UP, MOE, Q_UP, family_of
 from pronghorn.memory import (
     HOST_SHARE,
     PROJECTIONS,
     Batch,
+    DeltaShape,
     LatentShape,
     MixtureShape,
     ModelShape,
@@ -62,13 +63,14 @@ def shape_of_config(
             fix="train it without a budget: it runs Transformers' own forward",
         )
     family, heads = found.for_config(config), config.num_attention_heads
-    scales, latent = family.scales(config), latent_shape(config)
+    scales, latent, delta = family.scales(config), latent_shape(config), delta_shape(config)
     rotations = {family.rotation(config, index) for index in range(config.num_hidden_layers)}
     fused, fused_gate_up = family.parts.qkv is not None, family.parts.gate_up is not None
     if ranks is None:
         of_heads = PROJECTIONS[:3] if latent is None else ("q", "kv", *latent.raised)
         of_heads = ("q",) if fused else of_heads
         names = (*of_heads, "o", "gate", *(() if fused_gate_up else ("up",)), "down")
+        names += () if delta is None else delta.names
         ranks = dict.fromkeys(names, rank)
     return ModelShape(
         layers=config.num_hidden_layers,
@@ -98,6 +100,8 @@ def shape_of_config(
         mixture=mixture_shape(config, ranks),
         dense_layers=_dense_layers(config),
         latent=latent,
+        delta=delta,
+        gated=family.parts.gated,
         **more,
     )
 
@@ -154,6 +158,29 @@ def latent_shape(config: Any) -> LatentShape | None:
     )
 
 
+def delta_shape(config: Any) -> DeltaShape | None:
+    """The layers of a config whose attention is the gated delta rule, or None."""
+    family = family_of(config.model_type)
+    assert family is not None
+    parts = family.parts.recurrent
+    if parts is None or parts.delta is None:
+        return None
+    keys, values = config.linear_num_key_heads, config.linear_num_value_heads
+    of_keys, wide = 2 * keys * config.linear_key_head_dim, values * config.linear_value_head_dim
+    by_keys = len(parts.delta.inputs) == 2
+    return DeltaShape(
+        tuple(kind == "linear_attention" for kind in config.layer_types),
+        {"qkvz": of_keys + 2 * wide, "ba": 2 * values}
+        if by_keys
+        else {"qkv": of_keys + wide, "z": wide, "b": values, "a": values},
+        keys,
+        config.linear_key_head_dim,
+        values,
+        config.linear_value_head_dim,
+        config.linear_conv_kernel_dim,
+    )
+
+
 def _dense_layers(config: Any) -> int:
     """How many layers of a config with mixtures have none."""
     family = family_of(config.model_type)
@@ -186,22 +213,24 @@ def shape_of(binding: Binding, **more: Any) -> ModelShape:
     embedding = binding.model.get_input_embeddings().weight
     dtype = binding.weight_dtype or embedding.dtype
     mixtures = [layer for layer in binding.layers if binding.mlp_of(layer) == MOE]
-    layer = mixtures[0] if mixtures else binding.layers[len(binding.layers) // 2]
+    parts = binding.family.parts
+    usual = [layer for layer in mixtures or binding.layers if parts.of(layer) is parts]
+    layer = usual[0 if mixtures else len(usual) // 2]
     groups = binding.groups(layer, Reading(True))
     names = dict(enumerate(PROJECTIONS))
-    if binding.family.parts.latent is not None:
+    if parts.latent is not None:
         names |= {1: "kv", Q_UP: "q_up", KV_UP: "kv_up"}
-    ranks = {
-        names[slot + i]: sum(adapter.rank for adapter in projection.adapters)
-        for slot, found in groups.items()
-        if slot in names
-        for i, projection in enumerate(found)
-        if isinstance(projection, LinearProjection)
-    }
+    ranks = _ranks(groups, names)
+    recurrent = next((layer for layer in binding.layers if parts.of(layer) is not parts), None)
+    if recurrent is not None:
+        delta = delta_shape(binding.config)
+        assert delta is not None
+        names = {**{DELTA + i: name for i, name in enumerate(delta.inputs)}, 3: "out"}
+        ranks |= _ranks(binding.groups(recurrent, Reading(True)), names)
     if mixtures:
         ranks |= stack_ranks(layer, binding.family)
     read = [binding.groups(layer, Reading(True)) for layer in binding.layers]
-    storages = tuple(_storage((found.get(4) or found[0])[0], dtype) for found in read)
+    storages = tuple(_storage((found.get(4) or found.get(0) or found[DELTA])[0], dtype) for found in read)
     linear_tensors = () if mixtures else _mixed_tensors(read)
     stored = max(set(storages), key=storages.count)
     return shape_of_config(
@@ -216,6 +245,17 @@ def shape_of(binding: Binding, **more: Any) -> ModelShape:
         joined=_joined(groups, embedding.device),
         **more,
     )
+
+
+def _ranks(groups: Mapping[int, Sequence[Any]], names: Mapping[int, str]) -> dict[str, int]:
+    """Summed ranks of the adapters on each projection of a layer that has a name, by its slot."""
+    return {
+        names[slot + i]: sum(adapter.rank for adapter in projection.adapters)
+        for slot, found in groups.items()
+        if slot in names
+        for i, projection in enumerate(found)
+        if isinstance(projection, LinearProjection)
+    }
 
 
 def _mixed_tensors(read: Sequence[Mapping[int, Sequence[Any]]]) -> tuple[int, ...]:

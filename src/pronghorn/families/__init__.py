@@ -14,11 +14,22 @@ from pronghorn.families import (
     mixtral,
     phi,
     qwen,
+    qwen_hybrid,
     qwen_moe,
     smollm,
 )
 from pronghorn.families.mixture import MOE, MixtureParts
-from pronghorn.families.spec import ACTIVATIONS, KV_UP, Q_UP, DecoderFamily, LatentParts, LayerParts, Scales
+from pronghorn.families.spec import (
+    ACTIVATIONS,
+    DELTA,
+    KV_UP,
+    Q_UP,
+    DecoderFamily,
+    DeltaParts,
+    LatentParts,
+    LayerParts,
+    Scales,
+)
 from pronghorn.families.stock import STOCK
 
 FAMILIES: tuple[DecoderFamily, ...] = (
@@ -47,6 +58,8 @@ FAMILIES: tuple[DecoderFamily, ...] = (
     mixtral.FAMILY,
     qwen_moe.QWEN2_MOE,
     qwen_moe.QWEN3_MOE,
+    qwen_hybrid.QWEN3_5,
+    qwen_hybrid.QWEN3_5_VISION,
     gpt_oss.FAMILY,
     deepseek.DEEPSEEK_V2,
     deepseek.DEEPSEEK_V3,
@@ -57,12 +70,14 @@ FAMILIES: tuple[DecoderFamily, ...] = (
 
 __all__ = [
     "ACTIVATIONS",
+    "DELTA",
     "FAMILIES",
     "KV_UP",
     "MOE",
     "Q_UP",
     "STOCK",
     "DecoderFamily",
+    "DeltaParts",
     "LatentParts",
     "LayerParts",
     "MixtureParts",

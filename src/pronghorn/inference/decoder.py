@@ -274,6 +274,8 @@ def why_not(binding: Binding, positions: int) -> str | None:
         return altered
     if family.parts.latent is not None:
         return "its attention is latent, which is cached by codes"
+    if family.parts.recurrent is not None:
+        return "most of its layers keep a recurrent state, of which its cache of keys and values has none"
     growth = binding.scales.query_growth
     if growth is not None and positions > growth[1]:
         return f"its queries grow beyond {growth[1]:,} tokens, and max_context is {positions:,}"

@@ -4,16 +4,18 @@ from pronghorn.memory.cost import step_time
 from pronghorn.memory.estimate import Estimate, Inner, estimate
 from pronghorn.memory.gpus import GPUS, Gpu, Rates, gpu_of, rates_of
 from pronghorn.memory.offload import HostStash
+from pronghorn.memory.parts import DeltaShape, LatentShape, MixtureShape
 from pronghorn.memory.plan import Plan, gib, longest_that_fits, parse_budget, plan
 from pronghorn.memory.pool import HOST_SHARE, HostPool, available_host_bytes
 from pronghorn.memory.schedule import Batch
-from pronghorn.memory.shape import PROJECTIONS, LatentShape, MixtureShape, ModelShape
+from pronghorn.memory.shape import PROJECTIONS, ModelShape
 
 __all__ = [
     "GPUS",
     "HOST_SHARE",
     "PROJECTIONS",
     "Batch",
+    "DeltaShape",
     "Estimate",
     "Gpu",
     "HostPool",

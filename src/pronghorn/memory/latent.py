@@ -9,9 +9,10 @@ from pronghorn.blocks import Level, keeps
 from pronghorn.blocks.head_groups import head_groups
 from pronghorn.memory.mixture import MixtureStep
 from pronghorn.memory.parallel import ParallelStep
+from pronghorn.memory.parts import LatentShape
 from pronghorn.memory.products import Held
 from pronghorn.memory.schedule import Step
-from pronghorn.memory.shape import LatentShape, ModelShape
+from pronghorn.memory.shape import ModelShape
 
 _CODES = ("q", "kv")
 _RAISED = ("k", "v", "xa_q_up", "xa_kv_up")
