@@ -71,7 +71,7 @@ def delta_rule() -> str:
         # Factors of several products in a row are rounded to 16 bits: three times what one product may be off.
         bound = 12 * max(torch.finfo(dtype).eps / 2, 1e-6)
         for name, got, want in zip(
-            ("out", "dq", "dk", "dv", "dg", "dbeta"), found, (truth, *grads), strict=True
+            ("out", "dq", "dk", "dv", "dg", "dbeta"), found, (truth.detach(), *grads), strict=True
         ):
             close(compared, name, got, want, dtype, bound=bound)
     return said(compared)
