@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from pronghorn.kernels.matvec import (
     FourBit,
+    RowAdapter,
     RowNorm,
     RowShare,
     adapter_down,
@@ -181,3 +182,35 @@ def test_four_bits_with_an_activation(impl, width, device):
     found = matvec_4bit(x, [part for part, _ in made], norm=norm, activation="silu", impl=impl)
     gate, up = (exact.abs() @ weight.abs().t()).chunk(2, 1)
     assert_sums_near(found, expected, gate * (1 + up) + up, dtype)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("four_bits_", [False, True])
+@pytest.mark.parametrize("widths,activation", [((24,), None), ((16, 8, 8), None), ((12, 12), "silu")])
+def test_adapter_in_the_weights_launch(impl, four_bits_, widths, activation, device):
+    """Three rows after each other with the same scratch; the second row has no adapter."""
+    width, dtype, outs, parts = 1088, torch.float32, sum(widths), len(widths)
+    ends = tuple(sum(widths[: i + 1]) for i in range(parts))
+    _, norm, _, _, _, b, _ = case(1, width, outs, dtype, device)
+    a = random(3, parts * 16, width, dtype=dtype, device=device, seed=3, scale=0.1)
+    weights = [random(n, width, dtype=dtype, device=device, seed=i, scale=0.05) for i, n in enumerate(widths)]
+    if four_bits_:
+        made = [quantised(weight, True) for weight in weights]
+        four, weights = [part for part, _ in made], [dense for _, dense in made]
+    weight = torch.cat(weights)
+    handed = torch.zeros(parts * 16, dtype=torch.int64, device=device)
+    turn = torch.zeros(1, dtype=torch.int32, device=device)
+    for seed, slot in enumerate((1, 0, 2)):
+        turn += 1
+        x = random(1, width, dtype=dtype, device=device, seed=10 + seed)
+        slots = torch.tensor([slot], dtype=torch.int32, device=device)
+        share = RowAdapter(a, b, slots, ends, handed, turn)
+        options = {"norm": norm, "share": share, "activation": activation, "impl": impl}
+        found = matvec_4bit(x, four, **options) if four_bits_ else matvec(x, weights, **options)
+        exact = normed(x, norm)
+        y = exact @ weight.double().t() + shared(exact, a, b, slots, ends, 16)
+        terms = exact.abs() @ weight.double().abs().t() + exact.abs().sum()
+        if activation is not None:
+            gate, up = terms.chunk(2, 1)
+            terms = gate * (1 + up) + up
+        assert_sums_near(found, finished(y, None, activation, None), terms, dtype)

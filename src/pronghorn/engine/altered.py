@@ -30,12 +30,11 @@ def altered_part(decoder: Any, parts: LayerParts, mixture: MixtureParts | None =
         reason = None if mixture is None else why_stock_experts(layer._modules[parts.mlp], mixture)
         if reason is not None:
             return f"layers.{index}.{parts.mlp}.{reason}"
-        here = parts.of(layer)
-        for name, module in _replaced(layer, here):
+        for name, module in _replaced(layer, parts):
             reason = _why_altered(module)
             if reason is not None:
                 return f"layers.{index}.{name} {reason}"
-        for module in _projections(layer, here):
+        for module in _projections(layer, parts):
             reason = _why_rows(module)
             if reason is not None:
                 return reason
@@ -46,8 +45,6 @@ def _replaced(layer: Any, parts: LayerParts) -> Iterator[tuple[str, nn.Module]]:
     """The modules of a layer whose forward the blocks never call."""
     # Children are looked up directly: nn.Module's attribute lookup, for every layer of every step, costs milliseconds.
     children = layer._modules
-    if parts.delta is not None:
-        yield f"{parts.attention}.{parts.delta.conv}", children[parts.attention]._modules[parts.delta.conv]
     for name in (parts.attention, parts.mlp, *parts.norms):
         yield name, children[name]
     inner = [(parts.attention, name) for name in parts.attention_norms]

@@ -24,15 +24,22 @@ from pronghorn.kernels.decode_attention import Paged, decode_attention
 from pronghorn.kernels.glu import glu_forward
 from pronghorn.kernels.matvec import (
     FourBit,
+    RowAdapter,
     RowNorm,
     RowShare,
     adapter_down,
     adapter_up_,
+    fits_few_rows,
     matvec,
     matvec_4bit,
 )
 from pronghorn.weights import DenseWeight, FourBitWeight, Weight
 from pronghorn.weights.operand import as_operand
+
+#: so many rows go straight through weights in 4 bits; for more, these are unpacked first
+MOST_ROWS_4BIT = 0
+#: whether both products of one row's adapter ride in the launch of the weight's
+ADAPTERS_INSIDE = False
 
 
 @dataclass
@@ -76,9 +83,12 @@ class Table:
 class RowGroup:
     """A group of projections for few rows, each with its own adapter."""
 
-    def __init__(self, group: Group, names: Sequence[str]) -> None:
+    def __init__(self, group: Group, names: Sequence[str], turn: Tensor) -> None:
         self.group = group
         self.table = Table.of(group, names)
+        self.turn = turn
+        if self.table is not None:
+            self.handed = torch.zeros(self.table.a.shape[1], dtype=torch.int64, device=turn.device)
         self.dense = _dense_parts(group)
         self.four_bit = _four_bit_parts(group)
 
@@ -94,32 +104,54 @@ class RowGroup:
     ) -> Tensor:
         """y [B, out], or act [B, out / 2], in the compute dtype; or the residual, which it was added to."""
         group, out_dtype = self.group, out_dtype or self.group.dtype
-        if norm is not None and norm.centred:  # no product takes it in
-            x, norm = norm.forward(x, group.dtype)[0].tensor, None
         row_norm = None if norm is None else RowNorm(norm.weight.detach(), norm.eps, norm.offset)
-        share = None
-        if self.table is not None:
-            xa = adapter_down(x, self.table.a, slots, row_norm)
-            share = RowShare(xa, self.table.b, slots, self.table.ends)
         if len(x) == 1 and x.dtype == group.dtype and (self.dense or self.four_bit):
-            options = {
-                "norm": row_norm, "bias": group.stacked_bias, "share": share, "residual": residual,
-                "activation": activation, "out_dtype": out_dtype,
-            }  # fmt: skip
-            if self.dense:
-                return matvec(x, self.dense, **options)
-            return matvec_4bit(x, self.four_bit, **options)
-        normed = x if norm is None else normalised(norm, x, group.dtype, group)
-        if residual is not None:
-            group.add_to_(residual, normed)
-            return residual if share is None else adapter_up_(residual, share)
-        y = group.forward(normed)
+            adapter: RowShare | RowAdapter | None
+            adapter = self._inside(slots) if ADAPTERS_INSIDE else self._share(x, slots, row_norm)
+            return self._as_stored(x, row_norm, adapter, residual, activation, out_dtype)
+        share = self._share(x, slots, row_norm)
+        if len(x) <= MOST_ROWS_4BIT and x.dtype == group.dtype and fits_few_rows(len(x), self.four_bit):
+            if share is None:
+                return self._as_stored(x, row_norm, None, residual, activation, out_dtype)
+            y = self._as_stored(x, row_norm, None, residual, None, group.dtype)
+        else:
+            normed = x if norm is None else normalised(norm, x, group.dtype, group)
+            y = group.forward(normed) if residual is None else group.add_to_(residual, normed)
         if share is not None:
             adapter_up_(y, share)
-        if activation is not None:
-            gate, up = y.chunk(2, 1)
-            y = glu_forward(gate, up, activation)
-        return y.to(out_dtype)
+        return y if residual is not None else _activated(y, activation).to(out_dtype)
+
+    def _share(self, x: Tensor, slots: Tensor, norm: RowNorm | None) -> RowShare | None:
+        if self.table is None:
+            return None
+        xa = adapter_down(x, self.table.a, slots, norm)
+        return RowShare(xa, self.table.b, slots, self.table.ends)
+
+    def _inside(self, slots: Tensor) -> RowAdapter | None:
+        if self.table is None:
+            return None
+        return RowAdapter(self.table.a, self.table.b, slots, self.table.ends, self.handed, self.turn)
+
+    def _as_stored(
+        self,
+        x: Tensor,
+        norm: RowNorm | None,
+        share: RowShare | RowAdapter | None,
+        residual: Tensor | None,
+        activation: str | None,
+        out_dtype: torch.dtype,
+    ) -> Tensor:
+        """Few rows straight times the weights as they lie."""
+        bias = self.group.stacked_bias
+        if self.dense:
+            return matvec(
+                x, self.dense, norm=norm, bias=bias, share=share, residual=residual, activation=activation,
+                out_dtype=out_dtype,
+            )  # fmt: skip
+        return matvec_4bit(
+            x, self.four_bit, norm=norm, bias=bias, share=share, residual=residual, activation=activation,
+            out_dtype=out_dtype,
+        )  # fmt: skip
 
 
 class FusedDecoder:
@@ -133,8 +165,12 @@ class FusedDecoder:
         self.decoder = decoder
         names = decoder.adapters
         self.layers = decoder.layers
-        self.head = RowGroup(decoder.head, names)
-        self._rows = {group: RowGroup(group, names) for layer in self.layers for group in layer.groups}
+        #: counts steps of one row: what programs of one launch hand each other is of this step if it says so
+        self.turn = torch.zeros(1, dtype=torch.int32, device=decoder.device)
+        self.head = RowGroup(decoder.head, names, self.turn)
+        self._rows = {
+            group: RowGroup(group, names, self.turn) for layer in self.layers for group in layer.groups
+        }
         #: where all lies that a recorded step reads besides adapters
         self.weights = decoder.places()
 
@@ -156,31 +192,26 @@ class FusedDecoder:
     def logits(self, ids: Tensor, cache: Cache, paged: Paged, slots: Tensor) -> Tensor:
         """[B, V] for ids [B], whose rows take the adapters in `slots`; fp32 or the compute dtype."""
         decoder = self.decoder
+        if ADAPTERS_INSIDE and len(ids) == 1 and decoder.adapters:
+            self.turn += 1
         x = decoder.embed(ids)
         for index, layer in enumerate(self.layers):
-            qkv = layer.norm_heads_(self._rows[layer.qkv](x, slots, norm=layer.norm))
+            qkv = self._rows[layer.qkv](x, slots, norm=layer.norm)
             rotation = decoder.rotations[layer.rotation]
             out = decode_attention(qkv, cache.layers[index], paged, layer.heads, rotation)
-            # Made before the attention is added to x, where the MLP is beside it.
-            beside = None if layer.mlp_norm is not None else self._activated(x, layer, slots)
             x = self._add_branch(x, out, self._rows[layer.o], layer.attention_output_norm, slots)
-            x = self._mlp(x, layer, slots, beside)
+            x = self._mlp(x, layer, slots)
         return self._head(x, slots)
 
-    def _mlp(self, x: Tensor, layer: Layer, slots: Tensor, act: Tensor | None) -> Tensor:
+    def _mlp(self, x: Tensor, layer: Layer, slots: Tensor) -> Tensor:
         decoder, mlp = self.decoder, layer.mlp
-        if isinstance(mlp, Mixture) and layer.mlp_norm is not None:
+        if isinstance(mlp, Mixture):
             # Router, experts and shared expert read the same norm.
             normed = as_operand(normalised(layer.mlp_norm, x, decoder.dtype, mlp.router)).tensor
             adapted = slots if layer.expert_tables else None
             return mlp.add_to(x, normed, adapted, lambda group, y: self._rows[group](y, slots))
-        act = self._activated(x, layer, slots) if act is None else act
-        return self._add_branch(x, act, self._rows[mlp.groups[1]], layer.mlp_output_norm, slots)
-
-    def _activated(self, x: Tensor, layer: Layer, slots: Tensor) -> Tensor:
-        """act(gate) · up of a layer's gate and up."""
-        norm = layer.mlp_norm or layer.norm
-        return self._rows[layer.mlp.groups[0]](x, slots, norm=norm, activation=self.decoder.activation)
+        act = self._rows[mlp.gate_up](x, slots, norm=layer.mlp_norm, activation=decoder.activation)
+        return self._add_branch(x, act, self._rows[mlp.down], layer.mlp_output_norm, slots)
 
     def _add_branch(self, x: Tensor, y: Tensor, group: RowGroup, norm: Norm | None, slots: Tensor) -> Tensor:
         """x + scale · norm(group(y)), written over x where nothing comes between."""
@@ -202,6 +233,14 @@ class FusedDecoder:
         if scales.logit_softcap is not None:
             logits = torch.tanh(logits / scales.logit_softcap) * scales.logit_softcap
         return logits
+
+
+def _activated(y: Tensor, activation: str | None) -> Tensor:
+    """act(gate) · up of [gate | up]; y itself without an activation."""
+    if activation is None:
+        return y
+    gate, up = y.chunk(2, 1)
+    return glu_forward(gate, up, activation)
 
 
 def _dense_parts(group: Group) -> tuple[Tensor, ...]:

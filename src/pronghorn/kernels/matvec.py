@@ -42,6 +42,26 @@ class RowShare(NamedTuple):
     ends: tuple[int, ...]
 
 
+class RowAdapter(NamedTuple):
+    """The adapter of one row, both of whose products ride in the weight's launch: some programs multiply x by A, the
+    others add B to their outputs once they see all of xa.
+
+    a [slots, parts · R, in] and the others as in `RowShare`, slots [1]. handed int64 [parts · R]: where xa is handed
+    on, each number beside the turn, int32 [1], which has to be another one in every call with the same `handed`.
+    """
+
+    a: Tensor
+    b: Tensor
+    slots: Tensor
+    ends: tuple[int, ...]
+    handed: Tensor
+    turn: Tensor
+
+    def share(self, x: Tensor, norm: RowNorm | None, impl: Impl | None = None) -> RowShare:
+        """The same in launches of its own."""
+        return RowShare(adapter_down(x, self.a, self.slots, norm, impl=impl), self.b, self.slots, self.ends)
+
+
 class FourBit(NamedTuple):
     """A weight [rows, in] in 4 bits, `in` a multiple of its blocks' size; `numbers` is what its code holds, on the
     host."""
@@ -60,7 +80,7 @@ def matvec(
     *,
     norm: RowNorm | None = None,
     bias: Tensor | None = None,
-    share: RowShare | None = None,
+    share: RowShare | RowAdapter | None = None,
     residual: Tensor | None = None,
     activation: str | None = None,
     out_dtype: torch.dtype | None = None,
@@ -78,6 +98,7 @@ def matvec(
         from pronghorn.kernels.triton.matvec import dense
 
         return dense(x, weights, norm, bias, share, residual, activation, out_dtype or x.dtype)
+    share = share.share(x, norm, "torch") if isinstance(share, RowAdapter) else share
     wide = [weight.to(math_dtype(x.dtype)) for weight in weights]
     y = _normed(x, norm) @ torch.cat(wide).t()
     return _finished(y, x, bias, share, residual, activation, out_dtype)
@@ -89,21 +110,44 @@ def matvec_4bit(
     *,
     norm: RowNorm | None = None,
     bias: Tensor | None = None,
-    share: RowShare | None = None,
+    share: RowShare | RowAdapter | None = None,
     residual: Tensor | None = None,
     activation: str | None = None,
     out_dtype: torch.dtype | None = None,
     impl: Impl | None = None,
 ) -> Tensor:
-    """`matvec` by up to three weights with the same input; the codes are read as they are."""
+    """`matvec` by up to three weights with the same input; the codes are read as they are. Several rows, for which
+    `fits_few_rows` holds, go through the matrix units, without adapters."""
     if use_triton(x, impl):
+        if len(x) > 1:
+            from pronghorn.kernels.triton.skinny import few_rows
+
+            return few_rows(x, parts, norm, bias, residual, activation, out_dtype or x.dtype)
         from pronghorn.kernels.triton.matvec_4bit import four_bit
 
         return four_bit(x, parts, norm, bias, share, residual, activation, out_dtype or x.dtype)
+    share = share.share(x, norm, "torch") if isinstance(share, RowAdapter) else share
     dtype = math_dtype(x.dtype)
     weights = [dequantize_4bit(part.bits, dtype, impl="torch") for part in parts]
     y = _normed(x, norm) @ torch.cat(weights).t()
     return _finished(y, x, bias, share, residual, activation, out_dtype)
+
+
+def fits_few_rows(rows: int, parts: Sequence[FourBit]) -> bool:
+    """Whether `matvec_4bit` takes 2 to 64 rows of x times these weights."""
+    bits = [part.bits for part in parts]
+    return (
+        2 <= rows <= 64
+        and bool(parts)
+        and all(
+            b.shape[0] % 64 == 0
+            and b.blocksize % 64 == 0
+            and b.shape[1] % (4 * b.blocksize) == 0
+            and b.shape[0] * b.shape[1] < 2**31
+            and (b.nested is None or (b.nested[3] % 4 == 0 and b.absmax.data_ptr() % 4 == 0))
+            for b in bits
+        )
+    )
 
 
 def adapter_down(

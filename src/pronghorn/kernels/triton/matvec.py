@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pronghorn.kernels.matvec import RowNorm, RowShare
+from pronghorn.kernels.matvec import RowAdapter, RowNorm, RowShare
 from pronghorn.kernels.triton.glu import value_and_slope
 from pronghorn.kernels.triton.launch import dependent_launch, launch_next, unit_rows, wait_for_last
 
@@ -36,6 +36,48 @@ def share_of(b, xa_ptr, batch, row, known, end0, end1, parts_rank, R: tl.constex
 
 
 @triton.jit
+def hand_on_xa(
+    j, x_ptr, a_ptr, norm_ptr, slots_ptr, handed_ptr, turn, width, eps, offset, COUNT: tl.constexpr,
+    NORM: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Number j of norm(x) Aᵀ, in one word with the turn, which makes it safe to read without any fence."""
+    slot = tl.load(slots_ptr)
+    column = tl.arange(0, BLOCK)
+    at = a_ptr + (slot.to(tl.int64) * COUNT + j) * width + column
+    a = tl.load(at, mask=column < width, other=0.0)
+    if PDL:
+        launch_next()
+        wait_for_last()
+    sums = tl.zeros([BLOCK], tl.float32)
+    square = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, width, BLOCK):
+        inside = column < width - start
+        x = tl.load(x_ptr + start + column, mask=inside, other=0.0).to(tl.float32)
+        if NORM:
+            square += x * x
+            x = x * (tl.load(norm_ptr + start + column, mask=inside, other=0.0).to(tl.float32) + offset)
+        sums += a.to(tl.float32) * x
+        a = tl.load(at + start + BLOCK, mask=column < width - start - BLOCK, other=0.0)
+    xa = tl.sum(sums, 0)
+    if NORM:
+        xa = xa / tl.sqrt(tl.sum(square, 0) / width + eps)
+    xa = tl.where(slot > 0, xa, 0.0)
+    low = xa.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
+    tl.store(handed_ptr + j, (turn.to(tl.int64) << 32) | low)
+
+
+@triton.jit
+def awaited_share(b, handed_ptr, turn, row, known, end0, end1, R: tl.constexpr):
+    """`share_of` with the numbers that `hand_on_xa` gives, as soon as they are there."""
+    part = (row >= end0).to(tl.int32) + (row >= end1).to(tl.int32)
+    at = handed_ptr + part[:, None] * R + tl.arange(0, R)[None, :]
+    words = tl.load(at, mask=known[:, None], other=0, volatile=True)
+    while tl.max(tl.max((known[:, None] & ((words >> 32) != turn)).to(tl.int32), 1), 0) > 0:
+        words = tl.load(at, mask=known[:, None], other=0, volatile=True)
+    return tl.sum(words.to(tl.int32).to(tl.float32, bitcast=True) * b.to(tl.float32), 1)
+
+
+@triton.jit
 def part_of(first, w0, w1, w2, rows0, rows1, PARTS: tl.constexpr):
     """The weight that a program's outputs belong to, which begin with `first`, and the first of that weight's."""
     w_ptr, begin = w0, first * 0
@@ -52,18 +94,52 @@ def part_of(first, w0, w1, w2, rows0, rows1, PARTS: tl.constexpr):
 
 @triton.jit
 def _one_row(
-    x_ptr, w0, w1, w2, norm_ptr, bias_ptr, residual_ptr, out_ptr, slots_ptr, xa_ptr, b_ptr,
+    x_ptr, w0, w1, w2, norm_ptr, bias_ptr, residual_ptr, out_ptr, slots_ptr, xa_ptr, b_ptr, a_ptr, turn_ptr,
     rows, rows0, rows1, width, x_stride, out_stride, table_stride, outs, end0, end1, parts_rank, eps, offset,
     NORM: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, GLU: tl.constexpr, R: tl.constexpr,
-    PARTS: tl.constexpr, OWN: tl.constexpr, WHOLE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
+    INSIDE: tl.constexpr, PARTS: tl.constexpr, OWN: tl.constexpr, WHOLE: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr, A_BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """out[b] of one row b a program column. OWN: every row has a weight of its own out of a table, none for slot 0."""
+    """out[b] of one row b a program column. OWN: every row has a weight of its own out of a table, none for slot 0.
+    INSIDE: so many programs in front of the others multiply by A."""
+    program = tl.program_id(0)
+    if INSIDE > 0:
+        turn = tl.load(turn_ptr)
+        if program < INSIDE:
+            hand_on_xa(
+                program, x_ptr, a_ptr, norm_ptr, slots_ptr, xa_ptr, turn, width, eps, offset, INSIDE, NORM,
+                A_BLOCK, PDL,
+            )  # fmt: skip
+        else:
+            _outputs(
+                program - INSIDE, turn,
+                x_ptr, w0, w1, w2, norm_ptr, bias_ptr, residual_ptr, out_ptr, slots_ptr, xa_ptr, b_ptr,
+                rows, rows0, rows1, width, x_stride, out_stride, table_stride, outs, end0, end1, parts_rank, eps,
+                offset, NORM, BIAS, RESIDUAL, GLU, R, True, PARTS, OWN, WHOLE, ROWS, BLOCK, PDL,
+            )  # fmt: skip
+    else:
+        _outputs(
+            program, 0,
+            x_ptr, w0, w1, w2, norm_ptr, bias_ptr, residual_ptr, out_ptr, slots_ptr, xa_ptr, b_ptr,
+            rows, rows0, rows1, width, x_stride, out_stride, table_stride, outs, end0, end1, parts_rank, eps,
+            offset, NORM, BIAS, RESIDUAL, GLU, R, False, PARTS, OWN, WHOLE, ROWS, BLOCK, PDL,
+        )  # fmt: skip
+
+
+@triton.jit
+def _outputs(
+    program, turn, x_ptr, w0, w1, w2, norm_ptr, bias_ptr, residual_ptr, out_ptr, slots_ptr, xa_ptr, b_ptr,
+    rows, rows0, rows1, width, x_stride, out_stride, table_stride, outs, end0, end1, parts_rank, eps, offset,
+    NORM: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, GLU: tl.constexpr, R: tl.constexpr,
+    AWAITED: tl.constexpr, PARTS: tl.constexpr, OWN: tl.constexpr, WHOLE: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Some outputs of a program that multiplies by the weight."""
     batch = tl.program_id(1)
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    row = program * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)
     known = row < rows
-    w_ptr, begin = part_of(tl.program_id(0) * ROWS, w0, w1, w2, rows0, rows1, PARTS if GLU == "" else 1)
+    w_ptr, begin = part_of(program * ROWS, w0, w1, w2, rows0, rows1, PARTS if GLU == "" else 1)
     if OWN:
         slot = tl.load(slots_ptr + batch)
         w_ptr += slot.to(tl.int64) * table_stride
@@ -113,13 +189,19 @@ def _one_row(
     if BIAS:
         y += tl.load(bias_ptr + row, mask=known, other=0.0).to(tl.float32)
     if R > 0:
-        y += share_of(b, xa_ptr, batch, row, known, end0, end1, parts_rank, R)
+        if AWAITED:
+            y += awaited_share(b, xa_ptr, turn, row, known, end0, end1, R)
+        else:
+            y += share_of(b, xa_ptr, batch, row, known, end0, end1, parts_rank, R)
     if GLU != "":
         up = tl.sum(other, 1) * rstd
         if BIAS:
             up += tl.load(bias_ptr + rows + row, mask=known, other=0.0).to(tl.float32)
         if R > 0:
-            up += share_of(b_up, xa_ptr, batch, rows + row, known, end0, end1, parts_rank, R)
+            if AWAITED:
+                up += awaited_share(b_up, xa_ptr, turn, rows + row, known, end0, end1, R)
+            else:
+                up += share_of(b_up, xa_ptr, batch, rows + row, known, end0, end1, parts_rank, R)
         value, _ = value_and_slope(y, GLU)
         y = value * up
     to = batch * out_stride + row
@@ -162,7 +244,7 @@ def dense(
     weights: Sequence[Tensor],
     norm: RowNorm | None,
     bias: Tensor | None,
-    share: RowShare | None,
+    share: RowShare | RowAdapter | None,
     residual: Tensor | None,
     activation: str | None,
     out_dtype: torch.dtype,
@@ -184,18 +266,24 @@ def dense(
     while activation is None and any(weight.shape[0] % config["ROWS"] for weight in weights[:-1]):
         config["ROWS"] //= 2
     whole = width % config["BLOCK"] == 0 and rows % config["ROWS"] == 0
-    _one_row[(triton.cdiv(rows, config["ROWS"]), 1)](
+    _one_row[(kinds["INSIDE"] + triton.cdiv(rows, config["ROWS"]), 1)](
         x, *padded, *pointers, rows, *sizes, width, x.stride(0), out.stride(0), 0, *numbers,
-        **kinds, PARTS=len(weights), OWN=False, WHOLE=whole, PDL=bool(pdl), **config, **pdl,
+        **kinds, PARTS=len(weights), OWN=False, WHOLE=whole,
+        A_BLOCK=a_block(width, config["num_warps"]), PDL=bool(pdl), **config, **pdl,
     )  # fmt: skip
     return out
+
+
+def a_block(width: int, warps: int) -> int:
+    """What a program has of a row of A at a time."""
+    return min(triton.next_power_of_2(width), 1024 * warps)
 
 
 def arguments(
     x: Tensor,
     norm: RowNorm | None,
     bias: Tensor | None,
-    share: RowShare | None,
+    share: RowShare | RowAdapter | None,
     residual: Tensor | None,
     activation: str | None,
     out: Tensor,
@@ -203,23 +291,31 @@ def arguments(
 ) -> tuple[tuple[Tensor, ...], tuple[Any, ...], dict[str, Any]]:
     """Pointers, numbers and kinds that the kernels here share; what is absent points to x."""
     ends = (outs, outs) if share is None else (*share.ends, outs, outs)[:2]
+    xa, a, turn = x, x, x
+    if isinstance(share, RowAdapter):
+        xa, a, turn = share.handed, share.a, share.turn
+    elif share is not None:
+        xa = share.xa
     pointers = (
         x if norm is None else norm.weight,
         x if bias is None else bias,
         x if residual is None else residual,
         out,
         x if share is None else share.slots,
-        x if share is None else share.xa,
+        xa,
         x if share is None else share.b,
+        a,
+        turn,
     )
     eps, offset = (0.0, 0.0) if norm is None else (norm.eps, norm.offset)
-    parts_rank = 0 if share is None else share.xa.shape[1]
+    parts_rank = 0 if share is None else xa.shape[-1]
     kinds = {
         "NORM": norm is not None,
         "BIAS": bias is not None,
         "RESIDUAL": residual is not None,
         "GLU": activation or "",
         "R": 0 if share is None else share.b.shape[2],
+        "INSIDE": xa.numel() if isinstance(share, RowAdapter) else 0,
     }
     return pointers, (outs, *ends, parts_rank, eps, offset), kinds
 
@@ -236,7 +332,7 @@ def down(x: Tensor, a: Tensor, slots: Tensor, norm: RowNorm | None) -> Tensor:
     whole = width % config["BLOCK"] == 0 and rows % config["ROWS"] == 0
     _one_row[(triton.cdiv(rows, config["ROWS"]), batch)](
         x, a, a, a, *pointers, rows, rows, rows, width, x.stride(0), out.stride(0), a.stride(0), *numbers,
-        **kinds, PARTS=1, OWN=True, WHOLE=whole, PDL=bool(pdl), **config, **pdl,
+        **kinds, PARTS=1, OWN=True, WHOLE=whole, A_BLOCK=1, PDL=bool(pdl), **config, **pdl,
     )  # fmt: skip
     return out
 

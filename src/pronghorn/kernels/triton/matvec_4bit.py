@@ -17,10 +17,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pronghorn.kernels.matvec import FourBit, RowNorm, RowShare
+from pronghorn.kernels.matvec import FourBit, RowAdapter, RowNorm, RowShare
 from pronghorn.kernels.triton.glu import value_and_slope
 from pronghorn.kernels.triton.launch import dependent_launch, launch_next, unit_rows, wait_for_last
-from pronghorn.kernels.triton.matvec import arguments, own_b, share_of
+from pronghorn.kernels.triton.matvec import (
+    a_block,
+    arguments,
+    awaited_share,
+    hand_on_xa,
+    own_b,
+    share_of,
+)
 
 # Of a half word's four codes the low bytes of their fp16 numbers, then the high ones: each out of two registers of
 # codes 0 to 7 and two of codes 8 to 15, and between the two by the code's highest bit. Value 2i of a word is the high
@@ -138,15 +145,59 @@ def _block_scales(
 
 @triton.jit
 def _one_row(
+    x_ptr, x16_ptr, norm16_ptr, code_ptr, l0, l1, l2, l3, h0, h1, h2, h3,
+    packed0, packed1, packed2, absmax0, absmax1, absmax2,
+    coarse0, coarse1, coarse2, shift0, shift1, shift2, fine0, fine1, fine2,
+    norm_ptr, bias_ptr, residual_ptr, out_ptr, slots_ptr, xa_ptr, b_ptr, a_ptr, turn_ptr,
+    rows, rows0, rows1, words, outs, end0, end1, parts_rank, eps, offset,
+    NORM: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, GLU: tl.constexpr, R: tl.constexpr,
+    INSIDE: tl.constexpr, PARTS: tl.constexpr, NESTED: tl.constexpr, SIZE: tl.constexpr, SIZE2: tl.constexpr,
+    TABLE: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr, WHOLE: tl.constexpr, PAIRS: tl.constexpr,
+    A_BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """INSIDE: so many programs in front of the others multiply by A."""
+    program = tl.program_id(0)
+    if INSIDE > 0:
+        turn = tl.load(turn_ptr)
+        if program < INSIDE:
+            hand_on_xa(
+                program, x16_ptr, a_ptr, norm16_ptr, slots_ptr, xa_ptr, turn, words * 8, eps, offset, INSIDE,
+                NORM, A_BLOCK, PDL,
+            )  # fmt: skip
+        else:
+            _outputs(
+                program - INSIDE, turn,
+                x_ptr, code_ptr, l0, l1, l2, l3, h0, h1, h2, h3, packed0, packed1, packed2, absmax0, absmax1, absmax2,
+                coarse0, coarse1, coarse2, shift0, shift1, shift2, fine0, fine1, fine2,
+                norm_ptr, bias_ptr, residual_ptr, out_ptr, slots_ptr, xa_ptr, b_ptr,
+                rows, rows0, rows1, words, outs, end0, end1, parts_rank, eps, offset,
+                NORM, BIAS, RESIDUAL, GLU, R, True, PARTS, NESTED, SIZE, SIZE2, TABLE, ROWS, WORDS, WHOLE, PAIRS, PDL,
+            )  # fmt: skip
+    else:
+        _outputs(
+            program, 0,
+            x_ptr, code_ptr, l0, l1, l2, l3, h0, h1, h2, h3, packed0, packed1, packed2, absmax0, absmax1, absmax2,
+            coarse0, coarse1, coarse2, shift0, shift1, shift2, fine0, fine1, fine2,
+            norm_ptr, bias_ptr, residual_ptr, out_ptr, slots_ptr, xa_ptr, b_ptr,
+            rows, rows0, rows1, words, outs, end0, end1, parts_rank, eps, offset,
+            NORM, BIAS, RESIDUAL, GLU, R, False, PARTS, NESTED, SIZE, SIZE2, TABLE, ROWS, WORDS, WHOLE, PAIRS, PDL,
+        )  # fmt: skip
+
+
+@triton.jit
+def _outputs(
+    program, turn,
     x_ptr, code_ptr, l0, l1, l2, l3, h0, h1, h2, h3, packed0, packed1, packed2, absmax0, absmax1, absmax2,
     coarse0, coarse1, coarse2, shift0, shift1, shift2, fine0, fine1, fine2,
     norm_ptr, bias_ptr, residual_ptr, out_ptr, slots_ptr, xa_ptr, b_ptr,
     rows, rows0, rows1, words, outs, end0, end1, parts_rank, eps, offset,
     NORM: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, GLU: tl.constexpr, R: tl.constexpr,
-    PARTS: tl.constexpr, NESTED: tl.constexpr, SIZE: tl.constexpr, SIZE2: tl.constexpr, TABLE: tl.constexpr,
-    ROWS: tl.constexpr, WORDS: tl.constexpr, WHOLE: tl.constexpr, PAIRS: tl.constexpr, PDL: tl.constexpr,
+    AWAITED: tl.constexpr, PARTS: tl.constexpr, NESTED: tl.constexpr, SIZE: tl.constexpr, SIZE2: tl.constexpr,
+    TABLE: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr, WHOLE: tl.constexpr, PAIRS: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    first = tl.program_id(0) * ROWS
+    """Some outputs of a program that multiplies by the weight."""
+    first = program * ROWS
     row = first + tl.arange(0, ROWS)
     known = row < rows
     packed_ptr, absmax_ptr, coarse_ptr, shift_ptr, fine_ptr = packed0, absmax0, coarse0, shift0, fine0
@@ -224,9 +275,15 @@ def _one_row(
         if GLU != "":
             up += tl.load(bias_ptr + rows + row, mask=known, other=0.0).to(tl.float32)
     if R > 0:
-        y += share_of(b, xa_ptr, 0, row, known, end0, end1, parts_rank, R)
+        if AWAITED:
+            y += awaited_share(b, xa_ptr, turn, row, known, end0, end1, R)
+        else:
+            y += share_of(b, xa_ptr, 0, row, known, end0, end1, parts_rank, R)
         if GLU != "":
-            up += share_of(b_up, xa_ptr, 0, rows + row, known, end0, end1, parts_rank, R)
+            if AWAITED:
+                up += awaited_share(b_up, xa_ptr, turn, rows + row, known, end0, end1, R)
+            else:
+                up += share_of(b_up, xa_ptr, 0, rows + row, known, end0, end1, parts_rank, R)
     if GLU != "":
         value, _ = value_and_slope(y, GLU)
         y = value * up
@@ -265,7 +322,7 @@ def four_bit(
     parts: Sequence[FourBit],
     norm: RowNorm | None,
     bias: Tensor | None,
-    share: RowShare | None,
+    share: RowShare | RowAdapter | None,
     residual: Tensor | None,
     activation: str | None,
     out_dtype: torch.dtype,
@@ -287,14 +344,16 @@ def four_bit(
         config["ROWS"] //= 2
     pdl = dependent_launch(x.device)
     pairs = all(tensor.dtype == torch.bfloat16 and tensor.data_ptr() % 4 == 0 for tensor in (x, pointers[0]))
+    wide_x, wide_norm = x, pointers[0]
     if pairs:
         x, pointers = x.view(torch.int32), (pointers[0].view(torch.int32), *pointers[1:])
-    _one_row[(triton.cdiv(rows, config["ROWS"]),)](
-        x, bits[0].code, *table_words(parts[0].numbers),
+    _one_row[(kinds["INSIDE"] + triton.cdiv(rows, config["ROWS"]),)](
+        x, wide_x, wide_norm, bits[0].code, *table_words(parts[0].numbers),
         *(part.packed.view(-1).view(torch.int32) for part in bits), *(part.absmax for part in bits),
         *(n[1] for n in nested), *(n[2] for n in nested), *(n[0] for n in nested),
         *pointers, rows, padded[0].rows, padded[1].rows, width // 8, *numbers, **kinds,
         PARTS=len(parts), NESTED=bits[0].nested is not None, SIZE=bits[0].blocksize, SIZE2=nested[0][3],
-        TABLE=x.is_cuda, WHOLE=width % (8 * config["WORDS"]) == 0, PAIRS=pairs, PDL=bool(pdl), **config, **pdl,
+        TABLE=x.is_cuda, WHOLE=width % (8 * config["WORDS"]) == 0, PAIRS=pairs,
+        A_BLOCK=a_block(width, config["num_warps"]), PDL=bool(pdl), **config, **pdl,
     )  # fmt: skip
     return out
