@@ -3,8 +3,9 @@
     python -m benchmarks.longest --caps 24,80 --sides unsloth,pronghorn-offload --checkpoints DIR
 
 One process a side and cap: the model is loaded once, then rows of growing length are trained for two steps each, until
-one runs out of memory; between the last that fitted and the first that did not, the search halves the interval. The
-cap is torch's allocator limit, less 0.8 GiB for the CUDA context.
+one runs out of memory; between the last that fitted and the first that did not, the search halves the interval. Where a
+step takes minutes, `--lengths 196608,215040 --steps 1` tries just these. The cap is torch's allocator limit, less
+0.8 GiB for the CUDA context.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ GRAIN = 1024
 
 @dataclass(frozen=True)
 class Attempt:
-    """One length: seconds of the second step and peak reserved GiB, or why it failed."""
+    """One length: seconds of a step (the first does not count where there are several) and peak reserved GiB, or why it
+    failed."""
 
     length: int
     step_s: float = 0.0
@@ -81,7 +83,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def train_row(job: Job, loaded: Loaded, length: int) -> Attempt:
-    """Two steps of one row; what it held is given back."""
+    """The job's steps of one row; what it held is given back."""
     import torch
 
     workload = dataclasses.replace(job.workload, rows=1, length=length)
@@ -90,13 +92,16 @@ def train_row(job: Job, loaded: Loaded, length: int) -> Attempt:
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
     rows = columns(job.steps, length, CONFIGS[workload.model]["vocab_size"])
-    stopwatch = Stopwatch(1, job.steps - 1, time.time())
+    # A step that is alone is timed from its beginning, which only a stopwatch with turns notes.
+    warmup = min(1, job.steps - 1)
+    timed = job.steps - warmup
+    stopwatch = Stopwatch(warmup, timed, time.time(), None if warmup else lambda: None)
     error = ""
     try:
         trainer = make_trainer(job, loaded, rows)
         watch(trainer, stopwatch)
         trainer.train()
-        if int(stopwatch.timed(stopwatch.real_tokens)) != length * (job.steps - 1):
+        if int(stopwatch.timed(stopwatch.real_tokens)) != length * timed:
             error = "the row was cut"
     except Exception as failure:  # the search goes on with a shorter row
         kind = "out of memory" if is_out_of_memory(failure) else type(failure).__name__
@@ -107,7 +112,7 @@ def train_row(job: Job, loaded: Loaded, length: int) -> Attempt:
     gc.collect()
     if on_gpu:
         torch.cuda.empty_cache()
-    return Attempt(length, stopwatch.region_s / max(1, job.steps - 1), reserved, error)
+    return Attempt(length, stopwatch.region_s / timed, reserved, error)
 
 
 def find_longest(
@@ -120,18 +125,21 @@ def find_longest(
     cap_memory(workload.cap_gib)
     optimizer = "adamw_torch_fused" if torch.cuda.is_available() else "adamw_torch"
     # A library may size its position tables by the longest row it is told of.
-    job = Job(dataclasses.replace(workload, length=options.most), side, checkpoint, Path(), 2, optimizer)
+    most = max(options.lengths or [options.most])
+    job = Job(dataclasses.replace(workload, length=most), side, checkpoint, Path(), options.steps, optimizer)
     attempts: list[Attempt] = []
     with tempfile.TemporaryDirectory(prefix="bench-out-") as output:
         job = dataclasses.replace(job, output=Path(output))
         loaded = load_model(job)
         deadline = time.time() + options.seconds
-        for found in search(
-            lambda length: train_row(job, loaded, length),
-            options.first,
-            options.most,
-            options.resolution,
-            deadline,
+
+        def attempt(length: int) -> Attempt:
+            return train_row(job, loaded, length)
+
+        for found in (
+            map(attempt, options.lengths)
+            if options.lengths
+            else search(attempt, options.first, options.most, options.resolution, deadline)
         ):
             attempts.append(found)
             print(f"{side.name} {describe(found)}", flush=True)
@@ -189,8 +197,10 @@ def run_all(options: argparse.Namespace) -> list[dict[str, Any]]:
             for side in (find_side(name) for name in options.sides.split(",")):
                 name = f"{base.name}@{cap:g}"
                 arguments = ["--workload", name, "--side", side.name, "--checkpoint", str(checkpoint)]
-                for setting in ("first", "most", "resolution", "seconds"):
+                for setting in ("first", "most", "resolution", "seconds", "steps"):
                     arguments += [f"--{setting}", str(getattr(options, setting))]
+                if options.lengths:
+                    arguments += ["--lengths", ",".join(map(str, options.lengths))]
                 # Loading and a last attempt begun just in time.
                 timeout = options.seconds + 240
                 status, output = run_module(
@@ -215,6 +225,11 @@ def run_all(options: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
+def lengths(text: str) -> list[int]:
+    """ "65536,196608" as numbers."""
+    return [int(part) for part in text.split(",")]
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.longest", description=__doc__)
     parser.add_argument("--workload", default="llama8b-qlora")
@@ -222,6 +237,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--caps", default="24", help="GiB, comma-separated")
     parser.add_argument("--first", type=int, default=16384, help="tokens of the first row tried")
     parser.add_argument("--most", type=int, default=1 << 20, help="tokens of the longest row tried")
+    parser.add_argument("--lengths", type=lengths, help="try just these, comma-separated")
+    parser.add_argument("--steps", type=int, default=2, help="steps of each length")
     parser.add_argument("--resolution", type=float, default=0.1, help="as a share of the length")
     parser.add_argument("--seconds", type=float, default=200.0, help="time for one side's search")
     parser.add_argument("--checkpoints", type=Path)

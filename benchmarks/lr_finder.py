@@ -1,11 +1,13 @@
 """Is the advised learning rate a good one? A fine grid of rates, each trained for the same budget, beside the advice.
 
-    python -m benchmarks.lr_finder --model MODEL --out results.json [--steps 40] [--data docstrings]
+    python -m benchmarks.lr_finder --model MODEL --out results.json [--steps 40] [--data docstrings] [--seeds 0,1,2]
 
 Three data sets that every machine has: docstrings of Python's library (chats), its functions' sources (plain text),
 names of Unicode characters (chats). Every cell of the grid trains the same new adapter on the same rows in the same
-order, for `--steps` steps of a linear schedule, and is judged by the loss of held-back rows. What the output file holds
-already is not run again. The figures of docs/tuning.md are in benchmarks/results/2026-11-21-cpu-lr-finder.json.
+order, for `--steps` steps of a linear schedule, and is judged by the loss of held-back rows. A seed decides the
+adapter's beginning and the order of the rows. `--workers` studies several data sets and seeds at the same time, in a
+process each. What the output file holds already is not run again. The figures of docs/tuning.md are in
+benchmarks/results/*-lr-finder.json.
 """
 
 from __future__ import annotations
@@ -15,11 +17,13 @@ import ast
 import hashlib
 import json
 import math
+import multiprocessing
 import sysconfig
 import time
 import unicodedata
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import cache
 from pathlib import Path
 from textwrap import dedent
@@ -88,21 +92,24 @@ def _characters() -> list[dict[str, Any]]:
 class Bench:
     """One model with one adapter, put back to its beginning for every run."""
 
-    def __init__(self, model: str, folder: Path, steps: int) -> None:
+    def __init__(self, model: str, name: str, seed: int, steps: int, folder: Path) -> None:
         from pronghorn import FastLanguageModel
 
         loaded, self.tokenizer = FastLanguageModel.from_pretrained(
             model, max_seq_length=LENGTH, load_in_4bit=False
         )
         self.model = FastLanguageModel.get_peft_model(
-            loaded, r=RANK, lora_alpha=2 * RANK, use_gradient_checkpointing=False, random_state=SEED
+            loaded, r=RANK, lora_alpha=2 * RANK, use_gradient_checkpointing=False, random_state=seed
         )
-        self.folder, self.steps = folder, steps
+        train, held = rows_of(name)
+        self.chats = "messages" in train[0]
+        self.rows: tuple[Any, Any] = train[: 4 * ROWS * steps], held
+        self.seed, self.steps, self.folder = seed, steps, folder
         self.start = {
             name: p.detach().clone() for name, p in self.model.named_parameters() if p.requires_grad
         }
 
-    def trainer(self, name: str, rate: float) -> Any:
+    def trainer(self, rate: float) -> Any:
         """A trainer of the adapter as it was at first."""
         import torch
 
@@ -113,9 +120,8 @@ class Bench:
                 if key in self.start:
                     parameter.copy_(self.start[key])
                     parameter.grad = None
-        train, held = rows_of(name)
         settings = SFTConfig(
-            output_dir=str(self.folder / name),
+            output_dir=str(self.folder),
             max_steps=self.steps,
             per_device_train_batch_size=ROWS,
             per_device_eval_batch_size=ROWS,
@@ -123,36 +129,75 @@ class Bench:
             lr_scheduler_type="linear",
             warmup_steps=2,
             max_length=LENGTH,
-            assistant_only_loss="messages" in train[0],
+            assistant_only_loss=self.chats,
             pad_to_multiple_of=64,
             logging_steps=5,
             save_strategy="no",
+            report=False,
             report_to="none",
             disable_tqdm=True,
-            seed=SEED,
+            seed=self.seed,
         )
-        return SFTTrainer(
+        train, held = self.rows
+        trainer = SFTTrainer(
             model=self.model,
             args=settings,
             processing_class=self.tokenizer,
-            train_dataset=train[: 4 * ROWS * self.steps],
+            train_dataset=train,
             eval_dataset=held,
         )
+        self.rows = trainer.train_dataset, trainer.eval_dataset  # prepared once
+        return trainer
 
-    def run(self, name: str, rate: float) -> dict[str, Any]:
+    def run(self, rate: float) -> dict[str, Any]:
         """Train at a rate; the held-back loss and the training losses."""
-        trainer = self.trainer(name, rate)
+        trainer = self.trainer(rate)
         began = time.perf_counter()
         trainer.train()
         seconds = time.perf_counter() - began
         losses = [round(entry["loss"], 4) for entry in trainer.state.log_history if "loss" in entry]
         return {"held": trainer.evaluate()["eval_loss"], "train": losses, "seconds": round(seconds, 1)}
 
-    def advise(self, name: str, steps: int) -> dict[str, Any]:
+    def advise(self, steps: int) -> dict[str, Any]:
         """What the range test finds, before anything is trained."""
         from pronghorn.training.lr_finder import range_test
 
-        return range_test(self.trainer(name, 1e-4), steps=steps).as_dict()
+        return range_test(self.trainer(1e-4), steps=steps).as_dict()
+
+
+def cell_name(name: str, seed: int) -> str:
+    """How a file of results calls a data set at a seed."""
+    return name if seed == SEED else f"{name}, seed {seed}"
+
+
+def study(
+    options: argparse.Namespace, name: str, seed: int, found: dict[str, Any], part: Path
+) -> dict[str, Any]:
+    """A data set at a seed: the advice, the run at the advised rate, the grid; written to `part` after each of them."""
+    found = {"steps": options.steps, "test_steps": options.test_steps, "grid": {}, **found}
+    rates = [
+        rate
+        for rate in grid(options.low, options.high, options.per_decade)
+        if f"{rate:g}" not in found["grid"]
+    ]
+    if not rates and "at_advised" in found:
+        return found
+    bench = Bench(options.model, name, seed, options.steps, part.with_suffix(""))
+
+    def keep(what: str, value: dict[str, Any]) -> None:
+        part.write_text(json.dumps(found, indent=1))
+        print(f"{cell_name(name, seed)}: {what}", json.dumps(value)[:160], flush=True)
+
+    if "advised" not in found:
+        found["advised"] = bench.advise(options.test_steps)
+        keep("advised", found["advised"])
+    if "at_advised" not in found:
+        found["at_advised"] = bench.run(found["advised"]["learning_rate"])
+        keep("at the advised rate", found["at_advised"])
+    for rate in rates:
+        found["grid"][f"{rate:g}"] = bench.run(rate)
+        keep(f"{rate:g}", found["grid"][f"{rate:g}"])
+    return found
 
 
 def table(cells: dict[str, Any]) -> str:
@@ -182,28 +227,24 @@ def main() -> None:
     parser.add_argument("--high", type=float, default=1e-2)
     parser.add_argument("--per-decade", type=int, default=4)
     parser.add_argument("--data", default=",".join(DATA_SETS))
+    parser.add_argument("--seeds", default=str(SEED))
+    parser.add_argument("--workers", type=int, default=1, help="processes, each with the model")
     options = parser.parse_args()
     out = Path(options.out)
     cells: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {}
-    bench = Bench(options.model, out.parent / "runs", options.steps)
-
-    def keep(name: str, part: str, key: str | None, value: Any) -> None:
-        found = cells.setdefault(name, {"grid": {}})
-        if key is None:
-            found[part] = value
-        else:
-            found[part][key] = value
-        out.write_text(json.dumps(cells, indent=1))
-        print(name, part, key or "", json.dumps(value)[:200], flush=True)
-
-    for name in options.data.split(","):
-        if "advised" not in cells.get(name, {}):
-            keep(name, "advised", None, bench.advise(name, options.test_steps))
-        for rate in grid(options.low, options.high, options.per_decade):
-            if f"{rate:g}" not in cells[name]["grid"]:
-                keep(name, "grid", f"{rate:g}", bench.run(name, rate))
-        if "at_advised" not in cells[name]:
-            keep(name, "at_advised", None, bench.run(name, cells[name]["advised"]["learning_rate"]))
+    parts = out.with_suffix(".parts")
+    parts.mkdir(parents=True, exist_ok=True)
+    with ProcessPoolExecutor(options.workers, multiprocessing.get_context("spawn")) as pool:
+        studies = {}
+        for name in options.data.split(","):
+            for seed in map(int, options.seeds.split(",")):
+                cell = cell_name(name, seed)
+                part = parts / f"{name}-{seed}.json"
+                found = json.loads(part.read_text()) if part.exists() else cells.get(cell, {})
+                studies[pool.submit(study, options, name, seed, found, part)] = cell
+        for done in as_completed(studies):
+            cells[studies[done]] = done.result()
+            out.write_text(json.dumps(dict(sorted(cells.items())), indent=1))
     print(table(cells))
 
 

@@ -57,7 +57,7 @@ WINDOWS = {"tiny": 9, "mid": 200}
 
 FAMILIES = (
     "llama", "mistral", "ministral", "ministral3", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3",
-    "granite", "smollm3", "qwen3_moe",
+    "granite", "smollm3", "cohere", "cohere2", "glm4", "qwen3_moe",
 )  # fmt: skip
 #: adapted beside the linear modules, by family
 STACKS = {"qwen3_moe": ["experts.gate_up_proj", "experts.down_proj"]}
@@ -99,8 +99,8 @@ def family_config(family: str, size: str) -> Any:
     from transformers import AutoConfig
 
     sizes = dict(SIZES[size])
-    if family == "qwen2":
-        del sizes["head_dim"]  # it has none: hidden_size / num_attention_heads
+    if family in ("qwen2", "cohere2"):
+        del sizes["head_dim"]  # they have none: hidden_size / num_attention_heads
     settings = {"max_position_embeddings": 2048, "tie_word_embeddings": False, "pad_token_id": 0}
     differences = _differences(family, WINDOWS[size], sizes["num_hidden_layers"])
     return AutoConfig.for_model(family, **sizes, **settings, **differences)
@@ -126,6 +126,8 @@ def _differences(family: str, window: int, layers: int) -> dict[str, Any]:
         "gemma2": {**by_layer, **caps, "query_pre_attn_scalar": 24},
         "gemma3_text": {**by_layer, "query_pre_attn_scalar": 24},
         "smollm3": {**by_layer, "use_sliding_window": True, "no_rope_layers": [1, 0] * (layers // 2)},
+        "cohere": {"logit_scale": 0.5},
+        "cohere2": {**by_layer, "logit_scale": 0.3},
         "phi3": {"sliding_window": window, "partial_rotary_factor": 0.75},
         # Every token takes all experts: which ones are chosen is no continuous function, and 16 bits choose others.
         "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 4, "moe_intermediate_size": 48, "norm_topk_prob": True},

@@ -8,22 +8,34 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    Cohere2Config,
+    Cohere2ForCausalLM,
+    CohereConfig,
+    CohereForCausalLM,
     DeepseekV2Config,
     DeepseekV2ForCausalLM,
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
+    Ernie4_5Config,
+    Ernie4_5ForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     GemmaConfig,
     GemmaForCausalLM,
+    Glm4Config,
+    Glm4ForCausalLM,
     Glm4MoeLiteConfig,
     Glm4MoeLiteForCausalLM,
+    GlmConfig,
+    GlmForCausalLM,
     GptOssConfig,
     GptOssForCausalLM,
     GraniteConfig,
     GraniteForCausalLM,
+    HeliumConfig,
+    HeliumForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MiniCPM3Config,
@@ -43,6 +55,8 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen2MoeConfig,
     Qwen2MoeForCausalLM,
+    Qwen3_5ForCausalLM,
+    Qwen3_5TextConfig,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3MoeConfig,
@@ -68,6 +82,13 @@ FAMILIES: dict[str, tuple[type, type]] = {
     "smollm3": (SmolLM3Config, SmolLM3ForCausalLM),
     "youtu": (YoutuConfig, YoutuForCausalLM),
     "minicpm3": (MiniCPM3Config, MiniCPM3ForCausalLM),
+    "cohere": (CohereConfig, CohereForCausalLM),
+    "cohere2": (Cohere2Config, Cohere2ForCausalLM),
+    "glm": (GlmConfig, GlmForCausalLM),
+    "glm4": (Glm4Config, Glm4ForCausalLM),
+    "ernie4_5": (Ernie4_5Config, Ernie4_5ForCausalLM),
+    "helium": (HeliumConfig, HeliumForCausalLM),
+    "qwen3_5_text": (Qwen3_5TextConfig, Qwen3_5ForCausalLM),
 }
 
 #: families whose layers are mixtures of experts; `tests.families.mixtures` configures them
@@ -108,6 +129,17 @@ LATENT_SIZES: dict[str, Any] = {
     "num_key_value_heads": 4,
 }
 
+#: families with linear attention in some layers: 2 heads of v go with a head of q and k
+RECURRENT = ("qwen3_5_text",)
+RECURRENT_SIZES: dict[str, Any] = {
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_conv_kernel_dim": 4,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 32,
+}
+
 SPECIAL_TOKENS = ["<|pad|>", "<|begin|>", "<|end|>", "<|im_start|>", "<|im_end|>"]
 
 CHAT_TEMPLATE = (
@@ -125,7 +157,12 @@ _TEXT = [
 def tiny_config(family: str, **config: Any) -> Any:
     """The config of `tiny_model`; keyword arguments override `TINY`."""
     return (FAMILIES | MIXTURES)[family][0](
-        **{**TINY, **(LATENT_SIZES if family in LATENT else {}), **config}
+        **{
+            **TINY,
+            **(LATENT_SIZES if family in LATENT else {}),
+            **(RECURRENT_SIZES if family in RECURRENT else {}),
+            **config,
+        }
     )
 
 
@@ -141,8 +178,10 @@ def tiny_model(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if name.endswith("norm.weight"):
-                    # Gemma multiplies by 1 + w.
-                    parameter.uniform_(0.5, 1.5).sub_(1.0 if family.startswith("gemma") else 0.0)
+                    # Gemma and Qwen3.5 multiply by 1 + w, but not after linear attention.
+                    plus_one = family.startswith("gemma") or family in RECURRENT
+                    plus_one = plus_one and not name.endswith("linear_attn.norm.weight")
+                    parameter.uniform_(0.5, 1.5).sub_(1.0 if plus_one else 0.0)
                 elif name.endswith("bias"):
                     parameter.normal_(0.0, 0.1)
                 else:

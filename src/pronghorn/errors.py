@@ -35,9 +35,35 @@ class PronghornError(Exception):
         return f"[{self.code}] {self.message}{where}.{fix}"
 
 
+#: What settings are called elsewhere, too far from their names here to be found by their letters.
+_ALSO_CALLED = {
+    "alpha": "lora_alpha",
+    "batch_size": "per_device_train_batch_size",
+    "dropout": "lora_dropout",
+    "epochs": "num_train_epochs",
+    "gradient_accumulation": "gradient_accumulation_steps",
+    "lora_r": "r",
+    "lora_rank": "r",
+    "lr": "learning_rate",
+    "micro_batch_size": "per_device_train_batch_size",
+    "model_id": "name",
+    "model_name_or_path": "name",
+    "model_path": "name",
+    "num_epochs": "num_train_epochs",
+    "rank": "r",
+    "scheduler": "lr_scheduler_type",
+    "steps": "max_steps",
+    "tune": "search",
+    "val_set_size": "held_back",
+    "warmup": "warmup_steps",
+}
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """A "did you mean" clause for an unknown name, or an empty string when nothing is close."""
-    close = get_close_matches(name, list(known), n=1, cutoff=0.6)
+    known = list(known)
+    meant = _ALSO_CALLED.get(name.lower())
+    close = [meant] if meant in known else get_close_matches(name, known, n=1, cutoff=0.6)
     return f"did you mean '{close[0]}'?" if close else ""
 
 

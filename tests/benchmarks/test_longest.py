@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from benchmarks import longest
 from benchmarks.longest import Attempt, is_out_of_memory, search, table
 from benchmarks.models import write_checkpoint
+from benchmarks.side import RESULT_PREFIX
 
 
 def lengths_tried(limit: int, first: int = 16384, most: int = 1 << 20, resolution: float = 0.05) -> list[int]:
@@ -62,3 +64,13 @@ def test_two_lengths_train_in_one_process(tmp_path, capsys) -> None:
     out = capsys.readouterr().out
     assert '"longest": 128' in out
     assert "pronghorn-none 64 tokens" in out
+
+
+def test_lengths_that_are_named_may_take_one_step_each(tmp_path, capsys) -> None:
+    checkpoint = write_checkpoint("tiny", tmp_path / "tiny")
+    arguments = ["--workload", "tiny", "--side", "pronghorn-none", "--checkpoint", str(checkpoint)]
+    assert longest.main([*arguments, "--lengths", "96,64", "--steps", "1"]) == 0
+    out = capsys.readouterr().out
+    attempts = json.loads(out[out.index(RESULT_PREFIX) + len(RESULT_PREFIX) :])["attempts"]
+    assert [attempt["length"] for attempt in attempts] == [96, 64]
+    assert all(attempt["step_s"] > 0 and not attempt["error"] for attempt in attempts)

@@ -22,7 +22,7 @@ from tests.tiny import tiny_model
 
 
 @pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text", "phi3", "granite", "youtu"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text", "phi3", "granite", "youtu", "cohere2"])
 def test_declared_bytes_are_kept_bytes(family: str, level: str) -> None:
     model = add_adapter(tiny_model(family), r=4)
     bind(model, save_levels=level)
@@ -53,6 +53,7 @@ def test_declared_bytes_are_kept_bytes(family: str, level: str) -> None:
         element=4,
         residual_element=4,
         output_norms=family == "gemma3_text",
+        parallel=family == "cohere2",
         codes=codes,
         raised=2 * config.num_attention_heads * head_dim + of_v + 2 * 4 if latent else 0,
     )

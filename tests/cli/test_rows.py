@@ -6,6 +6,7 @@ import pytest
 
 from pronghorn.cli.rows import load_rows
 from pronghorn.config import parse_config
+from pronghorn.data import check
 from pronghorn.errors import ConfigInvalid, PronghornError, RowInvalid, RowsUnreadable
 
 
@@ -193,3 +194,33 @@ def test_files_of_other_encodings_and_damaged_ones(tmp_path):
     path.write_bytes(b"PAR1 and nothing else")
     error = refused(config_for(path))
     assert error.where == str(path) and error.message.startswith("this Parquet file cannot be read")
+
+
+EMPTY = {
+    "chat": {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": " "}]},
+    "pair": {"prompt": "q", "completion": ""},
+    "alpaca": {"instruction": "q", "input": "", "output": ""},
+    "text": {"text": "\n"},
+}
+SOUND = {
+    "chat": chat(1),
+    "pair": {"prompt": "q", "completion": "a"},
+    "alpaca": {"instruction": "q", "input": "", "output": "a"},
+    "text": {"text": "a"},
+}
+
+
+@pytest.mark.parametrize("kind", EMPTY)
+def test_what_check_calls_an_error_is_refused(tmp_path, kind):
+    sound, empty = SOUND[kind], EMPTY[kind]
+    path = write_lines(tmp_path / "rows.jsonl", [sound, "", empty, sound, empty, empty])
+    error = refused(config_for(path, "  held_back: 1\n"))
+    assert isinstance(error, RowInvalid) and error.where == f"{path}, line 3"
+    assert "2 further rows" in error.message and f"pronghorn data clean {path}" in error.fix
+    report = check(path)
+    assert {finding.place for finding in report.findings if finding.kind == "empty-field"} == {
+        f"{path}:{line}" for line in (3, 5, 6)
+    }
+    dropped = config_for(path, "training:\n  drop_unsupervised_rows: true\n")
+    assert load_rows(dropped).train_numbers == [0, 2]
+    assert load_rows(config_for(path, "  limit: 1\n")).train_numbers == [0]

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -35,7 +36,7 @@ def test_a_script_and_its_own_modules_see_ours_and_libraries_the_real_one(tmp_pa
         script(
             tmp_path,
             "import trl, transformers\n"
-            "from trl import SFTTrainer, SFTConfig, DPOTrainer\n"
+            "from trl import SFTTrainer, SFTConfig, RewardTrainer\n"
             "from transformers import TrainingArguments, AutoTokenizer\n"
             "import transformers.models.llama.modeling_llama as modeling\n"
             "import trl.trainer.sft_trainer as inside\n"
@@ -53,7 +54,7 @@ def test_a_script_and_its_own_modules_see_ours_and_libraries_the_real_one(tmp_pa
 
     assert seen["SFTTrainer"] is ScriptTrainer is seen["UnslothTrainer"] is seen["helper"].SFTTrainer
     assert seen["SFTConfig"] is SFTConfig is seen["helper"].via
-    assert seen["DPOTrainer"] is trl.DPOTrainer and seen["AutoTokenizer"] is transformers.AutoTokenizer
+    assert seen["RewardTrainer"] is trl.RewardTrainer and seen["AutoTokenizer"] is transformers.AutoTokenizer
     assert seen["TrainingArguments"] is TrainingArguments
     assert seen["library"] is trl.SFTTrainer is seen["inside"].SFTTrainer
     assert trl.SFTTrainer is not ScriptTrainer and seen["modeling"].LlamaModel is transformers.LlamaModel
@@ -128,7 +129,7 @@ def test_what_has_no_counterpart_is_said():
         with pytest.raises(NotInDropIn, match=r"unsloth\.dataprep has no counterpart"):
             import unsloth.dataprep  # noqa: F401
         with pytest.raises(ImportError):  # what scripts catch
-            from unsloth import PatchFastRL  # noqa: F401
+            from unsloth import to_sharegpt  # noqa: F401
 
 
 def test_in_a_notebook_beside_an_installed_unsloth(tmp_path):
@@ -173,6 +174,12 @@ def test_the_command_tells_the_scripts_line_and_its_status(tmp_path, capsys):
     assert main(["run", str(broken)]) == 1
     said = capsys.readouterr().err
     assert "KeyError: 'key'" in said and "line 2" in said and "runpy" not in said
+    older = script(tmp_path, "from trl import PPOTrainerOfOld\n", "older.py")
+    assert main(["run", str(older)]) == 2
+    assert "[PH405] cannot import name 'PPOTrainerOfOld'" in capsys.readouterr().err
+    if find_spec("vllm") is None:
+        assert main(["run", str(script(tmp_path, "from vllm import SamplingParams\n", "vllm_one.py"))]) == 2
+        assert "[PH406] the script imports vllm" in capsys.readouterr().err
     with pytest.raises(SystemExit) as ended:
         main(["run", str(script(tmp_path, "import sys\nsys.exit(7)\n", "ends.py"))])
     assert ended.value.code == 7

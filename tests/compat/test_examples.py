@@ -8,8 +8,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
+from pronghorn import binding_of
 from pronghorn.cli.main import main
 from pronghorn.compat.script import run_script
+from tests.data.chat_tokenizers import chat_tokenizer
+from tests.tiny import tiny_model
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "examples" / "dropin"
 
@@ -129,9 +132,51 @@ def test_vision_trains_saves_and_answers(tmp_path, capsys):
     assert torch.equal(merged.generate(**seen["inputs"], max_new_tokens=8), seen["output"])
 
 
+def test_gemma_learns_its_own_chat_format(tmp_path, capsys):
+    tiny_model("gemma3_text", vocab_size=448).save_pretrained(tmp_path / "gemma")
+    chat_tokenizer("gemma").save_pretrained(tmp_path / "gemma")
+    seen = run("gemma_chat", str(tmp_path / "gemma"))
+    assert "trained on: '5 metres are 500 centimetres.<end_of_turn>'" in capsys.readouterr().out
+    assert falls(losses(seen["trainer"])) and seen["output"].shape[0] == 1
+    assert Path("outputs/dropin/gemma_chat/merged/model.safetensors").exists()
+
+
+def test_continued_pretraining_moves_embeddings_at_their_own_rate(tiny):
+    seen = run("continued_pretraining", tiny)
+    assert falls(losses(seen["trainer"])) and len(seen["pieces"]) > 1
+    rates = {round(group["initial_lr"], 6) for group in seen["trainer"].optimizer.param_groups}
+    assert rates == {5e-3, 5e-4}
+    assert seen["trainer"].args.get_warmup_steps(10) == 1
+
+
+def test_preference_prefers(tiny, capsys):
+    seen = run("preference", tiny)
+    curve = losses(seen["dpo_trainer"])
+    # The reference is the model without its adapter, which begins as that: log 2.
+    assert curve[0] == pytest.approx(math.log(2), abs=1e-3) and curve[-1] < curve[0] - 0.05
+    assert (seen["dpo_trainer"].args.beta, seen["dpo_trainer"].args.max_length) == (0.1, 128)
+    assert Path("outputs/dropin/preference/lora_model/adapter_model.safetensors").exists()
+    assert binding_of(seen["model"]).bound
+
+
+def test_rewards_are_sought(tiny, caplog):
+    seen = run("rewards", tiny)
+    rewards = [entry["reward"] for entry in seen["trainer"].state.log_history if "reward" in entry]
+    assert len(rewards) == 2 and Path("outputs/dropin/rewards/lora_model").is_dir()
+    assert "fast_inference=True changes nothing" in caplog.text
+
+
+def test_ollama_gets_its_files(tiny, capsys):
+    pytest.importorskip("gguf")
+    run("ollama", tiny)
+    folder = Path("outputs/dropin/ollama/model")
+    assert {path.name for path in folder.iterdir()} == {"Modelfile", "model.F16.gguf", "model.Q8_0.gguf"}
+    assert (folder / "Modelfile").read_text() in capsys.readouterr().out
+
+
 def test_every_script_is_run_here():
     """make_rows.py only writes the rows, which are those in the repository."""
     here = Path(__file__).read_text()
     names = {path.stem for path in SCRIPTS.glob("*.py")} - {"make_rows"}
-    assert len(names) == 11
+    assert len(names) == 16
     assert all(f'"{name}"' in here or f"{name}.py" in here for name in names)

@@ -105,9 +105,8 @@ def test_every_kernel_that_training_calls_has_a_check():
     sources = [
         path.read_text() for path in PACKAGE.rglob("*.py") if not {"kernels", "diagnostics"} & set(path.parts)
     ]
-    files = [
-        PACKAGE / "diagnostics" / f"{name}_checks.py" for name in ("decode", "kernel", "mixture", "quantised")
-    ]
+    names = ("decode", "kernel", "mixture", "quantised", "recurrent")
+    files = [PACKAGE / "diagnostics" / f"{name}_checks.py" for name in names]
     checks = "".join(path.read_text() for path in files)
     missing = []
     for path in sorted((PACKAGE / "kernels").glob("*.py")):

@@ -104,6 +104,6 @@ def test_every_page_is_in_the_sites_menu():
 def test_the_table_of_names_is_what_drop_in_mode_knows(page):
     text = page.read_text(encoding="utf-8")
     alike = {"__version__", "unsloth_train", "UnslothModel", "UnslothVisionDataCollator"}
-    alike |= {f"Fast{family}Model" for family in ("Mistral", "Qwen2")}
+    alike |= {f"Fast{family}Model" for family in ("Mistral", "Qwen2")} | {"PatchFastRL", "PatchKTOTrainer"}
     for public in MODULES["unsloth"].keys() - alike:
         assert public in text, public

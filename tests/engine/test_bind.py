@@ -108,12 +108,12 @@ def test_a_config_that_the_family_does_not_cover_is_refused() -> None:
 
 
 def test_a_reviewed_stock_family_says_what_is_missing() -> None:
-    from transformers import CohereConfig, CohereForCausalLM
+    from transformers import Starcoder2Config, Starcoder2ForCausalLM
 
     sizes = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
-    model = CohereForCausalLM(CohereConfig(**sizes, num_attention_heads=2, eos_token_id=2, bos_token_id=1))
+    model = Starcoder2ForCausalLM(Starcoder2Config(**sizes, num_attention_heads=2, num_key_value_heads=2))
     binding = bind(model)
-    assert "CohereDecoderLayer" in binding.reasons[0] and "side by side" in binding.reasons[0]
+    assert "Starcoder2DecoderLayer" in binding.reasons[0] and "without a gate" in binding.reasons[0]
     loss = model(input_ids=torch.arange(6)[None], labels=torch.arange(6)[None]).loss
     loss.backward()
     assert loss.isfinite()

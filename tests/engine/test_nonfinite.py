@@ -81,6 +81,27 @@ def test_a_weight_of_a_layer(family, place, index, layer):
 
 
 @pytest.mark.parametrize(
+    "place,index",
+    [
+        ("in_proj_qkv.base_layer.weight", (2, 5)),
+        ("in_proj_z.lora_A.default.weight", (1, 7)),
+        ("in_proj_a.base_layer.weight", (1, 3)),
+        ("conv1d.weight", (3, 0, 1)),
+        ("A_log", (2,)),
+        ("norm.weight", (5,)),
+        ("out_proj.lora_B.default.weight", (4, 2)),
+    ],
+)
+def test_a_weight_of_linear_attention(place, index):
+    model = adapted("qwen3_5_text")
+    name = f"{INNER}model.layers.0.linear_attn.{place}"
+    plant(model, name, index)
+    found = find_nonfinite(model, packed())
+    assert found is not None
+    assert (found.tensor, found.kind, found.layer, found.index) == (name, "weight", 0, index)
+
+
+@pytest.mark.parametrize(
     "family,place,index",
     [
         ("gemma3_text", "post_attention_layernorm.weight", (5,)),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
@@ -31,6 +34,16 @@ def task(rows: int = 12, steps: int = 3, **options: Any) -> Task:
     )  # fmt: skip
     given = {"load": load, "adapter": {"target_modules": ["q_proj", "v_proj"]}, **options}
     return Task(rows=rows_of(rows), held_out=rows_of(4), settings=settings, **given)
+
+
+def killed_once(flag: Path, model: Any, tokenizer: Any, rows: Any) -> float:
+    """A metric whose first caller is killed."""
+    try:
+        flag.touch(exist_ok=False)
+    except FileExistsError:
+        return 1.0
+    os.kill(os.getpid(), signal.SIGKILL)
+    return 0.0
 
 
 def outcome(trial: Trial) -> dict[str, Any]:

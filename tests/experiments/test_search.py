@@ -17,10 +17,9 @@ from pronghorn.errors import SearchChanged, SearchFailed, SearchInvalid
 from pronghorn.experiments.search import Space, search, steps_of
 from pronghorn.experiments.search.footprint import Footprint
 from pronghorn.experiments.search.journal import JOURNAL
-from pronghorn.experiments.search.search import Umpire
 from pronghorn.experiments.search.swapping import adapted
-from pronghorn.experiments.search.workers import Place, check_room, mourn, work_in_processes
-from tests.experiments.searches import SPACE, load, outcome, task
+from pronghorn.experiments.search.workers import Deaths, Place, check_room
+from tests.experiments.searches import SPACE, killed_once, load, outcome, task
 from tests.tiny import tiny_model
 
 
@@ -162,22 +161,32 @@ def test_what_is_refused_before_anything_runs(tmp_path):
     assert not list(tmp_path.glob("*"))
 
 
-def test_a_worker_comes_to_the_same(whole, tmp_path):
-    """The process's own base, and all decisions in this one."""
-    referee = Umpire(task(), Space(SPACE), tmp_path, "grid", 1, None, False)
-    work_in_processes(task(), Space(SPACE), referee, 1)
-    (trial,) = referee.result().trials
-    assert outcome(trial) == outcome(whole[0].trials[0]) and referee.result().adapter.is_dir()
-
-
-def test_a_worker_that_dies_takes_its_trial_with_it():
+def test_a_trial_whose_process_dies_is_run_once_more(caplog):
     told: list[Any] = []
-    worker = SimpleNamespace(job=(3, {"r": 4}), stop=lambda: None, process=SimpleNamespace(exitcode=-9))
-    mourn(worker, SimpleNamespace(record=told.append))
-    assert told[0].number == 3 and told[0].status == "failed" and "exit code -9: killed" in told[0].reason
+    referee, deaths = SimpleNamespace(record=told.append), Deaths()
+    worker = SimpleNamespace(ready=True, job=(3, {"r": 4}), process=SimpleNamespace(exitcode=-9))
+    deaths.mourn(worker, referee)
+    assert deaths.next() == (3, {"r": 4}) and deaths.next() is None and not told
+    assert "trial 3 is run once more: its process ended with exit code -9: killed" in caplog.text
+    deaths.mourn(worker, referee)
+    assert deaths.next() is None
+    assert (told[0].number, told[0].status) == (3, "failed") and told[0].reason.startswith("twice, ")
     worker.job = None
+    deaths.mourn(worker, referee)
+    assert len(told) == 1, "between two trials nothing is lost"
+    worker.ready = False
     with pytest.raises(SearchFailed, match="a worker could not begin"):
-        mourn(worker, None)
+        deaths.mourn(worker, referee)
+
+
+def test_two_workers_come_to_the_same_though_one_is_killed(whole, tmp_path):
+    """Each process has a base of its own; the trial at which one is killed is run once more."""
+    killed = partial(killed_once, tmp_path / "killed")
+    result = search(task(metric=killed), Space(SPACE), tmp_path / "search", workers=2)
+    assert (tmp_path / "killed").is_file()
+    losses = [{str(t.settings): (t.status, t.loss) for t in of.trials} for of in (result, whole[0])]
+    assert losses[0] == losses[1]
+    assert sorted(trial.number for trial in result.trials) == [0, 1, 2, 3] and result.adapter.is_dir()
 
 
 def test_workers_need_what_a_process_can_be_given(tmp_path):

@@ -78,6 +78,18 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "youtu": {"tie_word_embeddings": True},
     "minicpm3": {"scale_emb": 3.0, "scale_depth": 0.9, "dim_model_base": 40},
+    "cohere": {"use_qk_norm": True, "logit_scale": 0.7, "attention_bias": True},
+    "cohere2": {
+        "sliding_window": 6,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "logit_scale": 1.3,
+        "tie_word_embeddings": True,
+    },
+    "glm": {"attention_bias": True, "partial_rotary_factor": 0.5},
+    "glm4": {"attention_bias": True, "partial_rotary_factor": 0.5},
+    "ernie4_5": {"use_bias": True},
+    "helium": {},
+    "qwen3_5_text": {"rope_parameters": {"rope_theta": 10000.0, "partial_rotary_factor": 0.5}},
     "granite": {
         "embedding_multiplier": 3.0,
         "residual_multiplier": 0.4,
@@ -91,6 +103,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 TARGETS = [
     "q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "gate_proj", "up_proj", "gate_up_proj", "down_proj",
     "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj",
+    "in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj",
 ]  # fmt: skip
 
 
@@ -114,7 +127,7 @@ def quantise_4bit(model: Any, double_quant: bool) -> Any:
     import bitsandbytes as bnb
 
     for layer in model.model.layers:
-        for parent in (layer.self_attn, layer.mlp):
+        for parent in (getattr(layer, "self_attn", None) or layer.linear_attn, layer.mlp):
             for name, linear in list(parent.named_children()):
                 if not isinstance(linear, torch.nn.Linear):
                     continue

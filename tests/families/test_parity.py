@@ -14,6 +14,7 @@ import torch
 
 from pronghorn.blocks import LEVELS, parks
 from pronghorn.engine import bind, binding_of
+from tests import tiny
 from tests.families.parity import (
     FAMILIES,
     LENGTHS,
@@ -34,6 +35,12 @@ from tests.families.parity import (
 from tests.tiny import tiny_model
 
 EXACT = 5e-6
+#: where Transformers computes a recurrence, whose errors add up, in fp32 as well
+RECURRENT = 3e-5
+
+
+def exact(family: str) -> float:
+    return RECURRENT if family in tiny.RECURRENT else EXACT
 
 
 def stock(family: str, dtype: torch.dtype = torch.float64, **options: Any) -> Any:
@@ -62,7 +69,7 @@ def test_rows_match_transformers(family: str, level: str, mode: str) -> None:
         model = add_adapter(model)
     batch = rows_batch(model.config.vocab_size, LENGTHS)
     fast = bound_copy(model, level)
-    assert_same(run(fast, batch), expected_of(model, batch), EXACT)
+    assert_same(run(fast, batch), expected_of(model, batch), exact(family))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -76,7 +83,7 @@ def test_packed_stream_equals_rows(family: str, mode: str) -> None:
     expected = expected_of(model, rows)
     actual = run(fast, packed_batch(rows))
     actual.logits = actual.logits[0]  # type: ignore[index]
-    assert_same(actual, expected, EXACT)
+    assert_same(actual, expected, exact(family))
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral"])
@@ -187,11 +194,11 @@ def test_four_bit(family: str, double_quant: bool) -> None:
     fast = bound_copy(model, "none")
     expected, actual = run(model, batch, logits=False), run(fast, batch, logits=False)
     # fp32: 2⁻²⁴ per operation over sums of some hundred terms, through two layers.
-    assert_same(actual, expected, 2e-5)
+    assert_same(actual, expected, 2e-5 + exact(family))
 
 
 @pytest.mark.parametrize(
-    "family", ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "granite"]
+    "family", ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "granite", "cohere"]
 )
 def test_bf16_is_not_worse_than_transformers(family: str) -> None:
     """Over six draws the ratio was 0.6 to 0.94."""

@@ -24,8 +24,12 @@ def spelled_out(qkv, contexts, lengths, heads, rotation):
             rstd = (x.square().mean(-1, keepdim=True) + heads.eps).rsqrt()
             x = x * rstd * (weight.double() + heads.norm_offset)
         part, rest = x[..., :turned_width], x[..., turned_width:]
-        first, second = part.chunk(2, -1)
-        part = part * cos[position].double() + torch.cat([-second, first], -1) * sin[position].double()
+        if rotation.pairs:
+            other = torch.stack([-part[..., 1::2], part[..., ::2]], -1).flatten(-2)
+        else:
+            first, second = part.chunk(2, -1)
+            other = torch.cat([-second, first], -1)
+        part = part * cos[position].double() + other * sin[position].double()
         return torch.cat([part, rest], -1)
 
     outs, news = [], []
@@ -70,6 +74,7 @@ def check(
     norms=False,
     sinks=False,
     switch=None,
+    pairs=False,
     **options,
 ):
     norm = random(size, dtype=dtype, device=device, seed=9) if norms else None
@@ -81,7 +86,7 @@ def check(
         own = torch.linspace(-2.0, 8.0, n).to(device, dtype)
         heads = replace(heads, sinks=own)
     angles = random(POSITIONS + (switch or 0), turned or size, dtype=torch.float32, device=device, seed=1)
-    rotation = Rotation(angles.cos().to(dtype), angles.sin().to(dtype), switch)
+    rotation = Rotation(angles.cos().to(dtype), angles.sin().to(dtype), switch, pairs)
     generator = torch.Generator().manual_seed(2)
     counts = [-(-length // BLOCK) for length in lengths]
     order = torch.randperm(sum(counts) + 2, generator=generator).tolist()
@@ -131,7 +136,8 @@ def test_lengths(impl, lengths, dtype, device):
     "options",
     [
         {"n": 6, "kv": 1}, {"n": 2, "kv": 2, "size": 24}, {"norms": True}, {"window": 70}, {"window": 1},
-        {"softcap": 2.0}, {"turned": 8}, {"sinks": True}, {"switch": 129},
+        {"softcap": 2.0}, {"turned": 8}, {"sinks": True}, {"switch": 129}, {"pairs": True},
+        {"pairs": True, "turned": 8, "norms": True},
         {"sinks": True, "n": 6, "kv": 1, "window": 64, "softcap": 2.0},
         {"n": 8, "kv": 4, "size": 32, "window": 64, "norms": True},
     ],

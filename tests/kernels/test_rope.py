@@ -20,28 +20,31 @@ def angles(tokens, width, device):
     return angle.cos(), angle.sin()
 
 
-def oracle(x, cos, sin, weight=None, eps=0.0, offset=0.0):
-    """Transformers' formula: x · cos + rotate_half(x) · sin on the rotated part."""
+def oracle(x, cos, sin, weight=None, eps=0.0, offset=0.0, pairs=False):
+    """Transformers' formula: x · cos + rotate_half(x) · sin on the rotated part; Llama's rotate_half or Cohere's."""
     x = x.double()
     if weight is not None:
         x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * (weight.double() + offset)
     width = cos.shape[-1]
     part, rest = x[..., :width], x[..., width:]
     turned = torch.cat((-part[..., width // 2 :], part[..., : width // 2]), -1)
+    if pairs:
+        turned = torch.stack((-part[..., 1::2], part[..., ::2]), -1).flatten(-2)
     return torch.cat((part * cos.double()[:, None] + turned * sin.double()[:, None], rest), -1)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("norm", [False, True])
-def test_forward_and_backward(impl, dtype, shape, norm, device):
+@pytest.mark.parametrize("norm,pairs", [(False, False), (True, False), (False, True), (True, True)])
+def test_forward_and_backward(impl, dtype, shape, norm, pairs, device):
     tokens, heads, kv_heads, head_dim, rotated = shape
     q = random(tokens, heads, head_dim, dtype=dtype, device=device)
     k = random(tokens, kv_heads, head_dim, dtype=dtype, device=device, seed=1)
     cos, sin = (a.to(dtype) for a in angles(tokens, rotated, device))
     weights = [random(head_dim, dtype=dtype, device=device, seed=s) if norm else None for s in (2, 3)]
     options = {"q_norm_weight": weights[0], "k_norm_weight": weights[1], "eps": 1e-5, "weight_offset": 0.5}
+    options["pairs"] = pairs
     outputs = qk_rope_forward(q, k, cos, sin, **options, impl=impl)
     dys = [random(*x.shape, dtype=dtype, device=device, seed=s) for s, x in ((4, q), (5, k))]
     found = qk_rope_backward(*dys, cos, sin, q=q, k=k, **options, need_weight_grad=norm, impl=impl)
@@ -49,7 +52,7 @@ def test_forward_and_backward(impl, dtype, shape, norm, device):
         leaf = x.double().requires_grad_()
         weight = weights[i]
         wide = None if weight is None else weight.double().requires_grad_()
-        expected = oracle(leaf, cos, sin, wide, 1e-5, 0.5)
+        expected = oracle(leaf, cos, sin, wide, 1e-5, 0.5, pairs)
         assert_near(outputs[i], expected)
         leaves = [leaf] if wide is None else [leaf, wide]
         grads = torch.autograd.grad(expected, leaves, dys[i].double())
@@ -77,8 +80,8 @@ def test_in_place_on_slices_of_one_buffer(impl, device):
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [*SHAPES, (50, 4, 2, 64, 64), (33, 2, 1, 80, 32)])
-@pytest.mark.parametrize("ranks", [(8, 8, 8), (16, 0, 64), (0, 0, 0)])
-def test_adapters_are_added_on_the_way(impl, dtype, shape, ranks, device, monkeypatch):
+@pytest.mark.parametrize("ranks,pairs", [((8, 8, 8), False), ((16, 0, 64), True), ((0, 0, 0), False)])
+def test_adapters_are_added_on_the_way(impl, dtype, shape, ranks, pairs, device, monkeypatch):
     """q, k, v are column slices of one buffer; the adapters' shares are added before q and k are rotated."""
     if impl == "triton" and shape[0] > 2:  # several heads a program, which few tokens alone would not have
         config = {**rope.adapted_config(shape[0], 8192, 8192), "HEADS": 4}
@@ -99,13 +102,13 @@ def test_adapters_are_added_on_the_way(impl, dtype, shape, ranks, device, monkey
             whole = whole + ((0.5 + i) * adapter.xa.double() @ b.double().t()).view(part.shape)
         parts.append(part)
         adapters.append(adapter)
-        expected.append(oracle(whole, cos, sin) if i < 2 else whole)
+        expected.append(oracle(whole, cos, sin, pairs=pairs) if i < 2 else whole)
         at, column = at + count * head_dim, column + rank
     beyond, before = buffer[:, at:].clone(), buffer.clone()
     apart = tuple(torch.empty(part.shape, dtype=dtype, device=device) for part in parts)
-    adapted_rope_(*parts, cos, sin, tuple(adapters), into=apart, impl=impl)
+    adapted_rope_(*parts, cos, sin, tuple(adapters), into=apart, pairs=pairs, impl=impl)
     assert torch.equal(buffer, before)
-    adapted_rope_(*parts, cos, sin, tuple(adapters), impl=impl)
+    adapted_rope_(*parts, cos, sin, tuple(adapters), pairs=pairs, impl=impl)
     for part, new, want in zip(parts, apart, expected, strict=True):
         assert_near(part, want, slack=2.0)
         assert torch.equal(part, new)

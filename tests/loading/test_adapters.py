@@ -44,7 +44,8 @@ def test_the_default_adapts_every_projection_and_trains_nothing_else(family):
     model = adapted(family)
     assert isinstance(model, PeftModel)
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
-    assert len(trained) == 2 * 2 * {"phi3": 4, "youtu": 8, "minicpm3": 8}.get(family, 7)
+    modules = {"phi3": 4, "glm": 6, "glm4": 6, "youtu": 8, "minicpm3": 8, "qwen3_5_text": 6}.get(family, 7)
+    assert len(trained) == 2 * 2 * modules
     assert all("lora_" in name for name in trained)
     assert binding_of(model).bound
     assert set(binding_of(model).save_levels) == {"offload"}

@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 from transformers import (
+    CohereConfig,
     DeepseekV2Config,
     Gemma2Config,
     Gemma3TextConfig,
+    GlmConfig,
     GraniteConfig,
     LlamaConfig,
     Phi3Config,
@@ -102,8 +104,10 @@ def test_normed_queries_and_keys(level: str, monkeypatch: pytest.MonkeyPatch) ->
 
 #: families whose layers hold more, or other things, than Llama's
 OTHERS: dict[str, Any] = {
+    "cohere": CohereConfig(**SIZES, use_qk_norm=True),
     "gemma2": Gemma2Config(**SIZES),
     "gemma3": Gemma3TextConfig(**SIZES),
+    "glm": GlmConfig(**SIZES, pad_token_id=0),
     "granite": GraniteConfig(**SIZES, residual_multiplier=0.2),
     "phi3": Phi3Config(**SIZES, pad_token_id=0),
 }

@@ -6,8 +6,8 @@ import torch
 from pronghorn.engine import binding_of
 from pronghorn.speech import SpeechRows, add_speech_adapter, load_speech
 from pronghorn.speech.collator import SpeechCollator
+from pronghorn.speech.memory import SpeechMemory
 from pronghorn.speech.names import join, published_parts
-from pronghorn.speech.trainer import BOOKKEEPING
 from tests.speech import reference
 from tests.speech.tiny import FLAT, LAYOUTS, NESTED, random_codes, random_tensors, save_speech_tiny
 
@@ -28,7 +28,7 @@ def case(request, tmp_path_factory):
 def batch_of(tokenizer, rows):
     """What the trainer hands to the model."""
     batch = SpeechCollator(tokenizer.semantic)(rows)
-    return {name: value for name, value in batch.items() if name not in BOOKKEEPING}
+    return {name: value for name, value in batch.items() if name not in SpeechMemory.bookkeeping}
 
 
 def sizes_of(layout):

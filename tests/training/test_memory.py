@@ -69,17 +69,17 @@ class Plans:
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 * GIB, 8 * GIB))
         monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 2 * GIB)
 
-    def plan(self, binding, budget, batch):
+    def plan(self, run, budget, batch):
         self.budgets.append(budget)
         return SimpleNamespace(estimate=SimpleNamespace(reserved=1000))
 
-    def rehearse(self, trainer, step, batch) -> None:
+    def rehearse(self, run, step, batch) -> None:
         if self.failures:
             self.failures -= 1
             raise torch.OutOfMemoryError("as the test wants it")
 
     def take(self) -> list:
-        memory.take_memory(self.trainer, None)
+        memory.take_memory(memory.RunMemory(self.trainer), None)
         return self.budgets
 
 

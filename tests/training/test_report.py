@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
+import json
 import logging
+import sqlite3
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ import pytest
 import torch
 from datasets import Dataset
 from transformers import TrainerCallback
+from transformers.integrations import integration_utils
 
 from pronghorn import SFTConfig
+from pronghorn.errors import PackageMissing, UnknownArgument
 from pronghorn.pages import write_whole
 from pronghorn.training.ledger import StepLedger
 from pronghorn.training.report.page import report_page
@@ -193,15 +196,59 @@ def test_a_run_that_never_began_leaves_the_report_of_the_one_before(done, monkey
     assert load_run(done.args.output_dir) == before
 
 
-@pytest.mark.parametrize("to", ["none", "tensorboard"])
-def test_other_reports_go_on_working(tmp_path, to):
-    if to == "tensorboard" and not any(map(importlib.util.find_spec, ("tensorboard", "tensorboardX"))):
-        pytest.skip("tensorboard is not installed")
-    run = trainer(tmp_path, max_steps=2, **{**TOLD, "report_to": to})
+def tensorboard_losses(folder: Path) -> list[tuple[int, float]]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (file,) = folder.rglob("events.out.tfevents*")
+    events = EventAccumulator(str(file)).Reload()
+    assert "train/grad_norm" in events.Tags()["scalars"]
+    return [(event.step, event.value) for event in events.Scalars("train/loss")]
+
+
+def wandb_losses(folder: Path) -> list[tuple[int, float]]:
+    """The last one: what the run's file holds is W&B's own format."""
+    import wandb
+
+    assert list(folder.glob("wandb/offline-run-*/*.wandb"))
+    summary = wandb.run.summary
+    last = [(summary["train/global_step"], summary["train/loss"])]
+    wandb.finish()
+    return last
+
+
+def trackio_losses(folder: Path) -> list[tuple[int, float]]:
+    (file,) = folder.rglob("*.db")
+    rows = sqlite3.connect(file).execute("select metrics from metrics order by step").fetchall()
+    entries = [json.loads(metrics) for (metrics,) in rows]
+    return [(entry["train/global_step"], entry["train/loss"]) for entry in entries if "train/loss" in entry]
+
+
+@pytest.mark.parametrize("read", [tensorboard_losses, wandb_losses, trackio_losses])
+def test_other_reports_get_what_is_logged(tmp_path, monkeypatch, read):
+    """Through Transformers' own callbacks, offline."""
+    package = read.__name__.partition("_")[0]
+    for name, value in {
+        "WANDB_MODE": "offline", "WANDB_SILENT": "true", "WANDB_DIR": tmp_path, "TRACKIO_DIR": tmp_path / "trackio",
+        "TENSORBOARD_LOGGING_DIR": tmp_path / "tensorboard",
+    }.items():  # fmt: skip
+        monkeypatch.setenv(name, str(value))
+    pytest.importorskip(package)
+    run = trainer(tmp_path, max_steps=3, **{**TOLD, "report_to": package})
     run.train()
-    names = {type(callback).__name__ for callback in run.callback_handler.callbacks}
-    assert ("TensorBoardCallback" in names) == (to == "tensorboard")
+    logged = [(entry["step"], entry["loss"]) for entry in run.state.log_history if "loss" in entry]
+    seen = read(tmp_path)
+    assert len(logged) == 3 and len(seen) == (1 if package == "wandb" else 3)
+    for told, known in zip(seen, logged[-len(seen) :], strict=True):
+        assert told == pytest.approx(known, rel=1e-6)
     assert (tmp_path / "report.html").is_file()
+
+
+def test_reports_that_cannot_be_are_refused_before_a_model_is_loaded(monkeypatch):
+    with pytest.raises(UnknownArgument, match=r"report_to cannot be 'wandbs'.*did you mean 'wandb'"):
+        SFTConfig(report_to="wandbs")
+    monkeypatch.setattr(integration_utils, "is_trackio_available", lambda: False)
+    with pytest.raises(PackageMissing, match=r"needs the package trackio.*pip install trackio"):
+        SFTConfig(report_to=["trackio"])
 
 
 def test_callbacks_of_others_see_every_log(tmp_path):

@@ -1,6 +1,7 @@
 """Attention and GLU blocks with hand-derived backward passes and declared saves. No Transformers in here."""
 
 from pronghorn.blocks.attention import AttentionBlock
+from pronghorn.blocks.delta_net import DeltaNetBlock
 from pronghorn.blocks.glu import GluBlock
 from pronghorn.blocks.latent_attention import LatentAttentionBlock
 from pronghorn.blocks.layer import AttentionPart, DecoderLayer, LayerSaves, MlpBlock
@@ -33,6 +34,7 @@ __all__ = [
     "AttentionBlock",
     "AttentionPart",
     "DecoderLayer",
+    "DeltaNetBlock",
     "GluBlock",
     "GradientSink",
     "LatentAttentionBlock",

@@ -18,6 +18,7 @@ from pronghorn.blocks.levels import Level, keeps
 from pronghorn.blocks.norm import Norm
 from pronghorn.blocks.projection import GradientSink, ProjectionGroup
 from pronghorn.kernels.attention import AttentionCall, Documents, attention_forward, attention_sink_grad
+from pronghorn.kernels.gated_output import gated_output_backward, gated_output_forward
 from pronghorn.kernels.qkv_grads import unrotate_joined, unrotate_joined_fp8
 from pronghorn.kernels.rope import adapted_rope_, qk_rope_backward, qk_rope_forward
 from pronghorn.weights import DenseWeight, Fp8Weight, Int8Products, Operand
@@ -34,6 +35,8 @@ class AttentionSaves:
 
     out: Tensor | None = None
     lse: Tensor | None = None
+    #: [T, N, D], where the q-projection gives a gate of the output besides
+    gate: Tensor | None = None
     q: Tensor | None = None
     k: Tensor | None = None
     v: Tensor | None = None
@@ -47,7 +50,7 @@ class AttentionSaves:
         """Drop what the level does not keep."""
         if not keeps(level, "attention"):
             self.q = self.k = self.v = self.out = self.lse = self.xa_qkv = self.xa_o = None
-            self.projected = None
+            self.projected = self.gate = None
         if not keeps(level, "all"):
             self.normed = None
 
@@ -57,7 +60,9 @@ class AttentionBlock(AttentionOutput):
     """One layer's attention: output_scale · output_norm(o(attention(query_scale · Rq, Rk, v))) of q, k, v of norm(x).
 
     cos and sin are [T, Drot] with Drot ≤ D; T tokens, H hidden, N heads, K kv-heads, D head size. `query_scale` is
-    [T, 1, 1]. `output_norm` and `output_scale` come between the o-projection and the residual sum.
+    [T, 1, 1]. `pairs`: R turns neighbouring elements of a head, not halves. `output_norm` and `output_scale` come
+    between the o-projection and the residual sum. With `gated`, where q and k have norms, the q-projection gives q and
+    a gate of each head [T, N, 2D], and o reads attention(…) · σ(gate).
     """
 
     norm: Norm
@@ -71,7 +76,9 @@ class AttentionBlock(AttentionOutput):
     call: AttentionCall
     q_norm: Norm | None = None
     k_norm: Norm | None = None
+    pairs: bool = False
     query_scale: Tensor | None = None
+    gated: bool = False
 
     Saves: ClassVar[type[AttentionSaves]] = AttentionSaves
 
@@ -84,15 +91,14 @@ class AttentionBlock(AttentionOutput):
     def rebuild(self, x: Tensor, dtype: torch.dtype, saves: AttentionSaves) -> None:
         """Compute whatever is missing in `saves` up to the attention output."""
         if saves.q is None:
-            normed, _ = self.norm.forward(x, dtype, fp8=self.qkv.quantises_rows, int8=self.qkv.turns_rows)
-            saves.normed = normed.tensor
+            normed = self._normed(x, dtype, saves)
             # A norm on q and k needs whole inputs in its backward; a rotation takes the adapters in on the way.
             defers = self.q_norm is None
             joined = defers and self.qkv.total_rank > 0
             joined = joined and joining.joins_qkv_forward(x.shape[0], self.kv_heads * self.head_dim)
             (q, k, v), saves.xa_qkv = self.qkv.forward(normed, defer_adapters=defers, joined=joined)
             del normed
-            saves.q = q.view(-1, self.heads, self.head_dim)
+            saves.q, saves.gate = self._query_and_gate(q)
             saves.k = k.view(-1, self.kv_heads, self.head_dim)
             saves.v = v.view(-1, self.kv_heads, self.head_dim)
             del q, k, v
@@ -104,6 +110,28 @@ class AttentionBlock(AttentionOutput):
             q, k = self._rotated(saves)
             saves.out, saves.lse = attention_forward(q, k, saves.v, self.docs, self.call)
 
+    def _normed(self, x: Tensor, dtype: torch.dtype, saves: AttentionSaves) -> Operand:
+        """The norm of x, which may be there."""
+        if saves.normed is not None:
+            return Operand(saves.normed)
+        normed, _ = self.norm.forward(x, dtype, fp8=self.qkv.quantises_rows, int8=self.qkv.turns_rows)
+        saves.normed = normed.tensor
+        return normed
+
+    def _query_and_gate(self, q: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What the q-projection gives [T, N·D], or with a gate [T, N·2D], by heads."""
+        if not self.gated:
+            return q.view(-1, self.heads, self.head_dim), None
+        query, gate = q.view(-1, self.heads, 2 * self.head_dim).chunk(2, 2)
+        return query.contiguous(), gate.contiguous()
+
+    def read_by_o(self, saves: AttentionSaves) -> Tensor:
+        """The attention's output, or what its gate leaves of it."""
+        if saves.gate is None:
+            return super().read_by_o(saves)
+        assert saves.out is not None
+        return gated_output_forward(saves.out, saves.gate).flatten(1)
+
     def _rotate(self, saves: AttentionSaves) -> None:
         """Rotate q and k, after adding to q, k and v what the projections left to be added: in place, or where they are
         columns of one matrix into new tensors."""
@@ -112,12 +140,12 @@ class AttentionBlock(AttentionOutput):
         adapters = (self.qkv.deferred(0, xa), self.qkv.deferred(1, xa), self.qkv.deferred(2, xa))
         apart = all(x.is_contiguous() for x in (q, k, v))
         if adapters == (None, None, None):
-            rotated = qk_rope_forward(q, k, self.cos, self.sin, inplace=apart)
+            rotated = qk_rope_forward(q, k, self.cos, self.sin, inplace=apart, pairs=self.pairs)
             if not apart:
                 (saves.q, saves.k), saves.v = rotated, v.contiguous()
             return
         into = None if apart else (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape))
-        adapted_rope_(q, k, v, self.cos, self.sin, adapters, into=into)
+        adapted_rope_(q, k, v, self.cos, self.sin, adapters, into=into, pairs=self.pairs)
         if into is not None:
             saves.q, saves.k, saves.v = into
 
@@ -126,18 +154,28 @@ class AttentionBlock(AttentionOutput):
         assert saves.q is not None and saves.k is not None
         if self.q_norm is None or self.k_norm is None:
             return saves.q, saves.k
-        q, k = qk_rope_forward(
-            saves.q,
-            saves.k,
-            self.cos,
-            self.sin,
-            q_norm_weight=self.q_norm.weight,
-            k_norm_weight=self.k_norm.weight,
-            eps=self.q_norm.eps,
-            weight_offset=self.q_norm.offset,
-        )
+        if self._norms_apart:
+            q, k = self.q_norm.of_heads(saves.q), self.k_norm.of_heads(saves.k)
+            q, k = qk_rope_forward(q, k, self.cos, self.sin, inplace=True, pairs=self.pairs)
+        else:
+            q, k = qk_rope_forward(
+                saves.q,
+                saves.k,
+                self.cos,
+                self.sin,
+                q_norm_weight=self.q_norm.weight,
+                k_norm_weight=self.k_norm.weight,
+                eps=self.q_norm.eps,
+                weight_offset=self.q_norm.offset,
+                pairs=self.pairs,
+            )
         self._scale_(q)
         return q, k
+
+    @property
+    def _norms_apart(self) -> bool:
+        """Whether the norms of q and k are not the one of a head that the rotation takes in."""
+        return self.q_norm is not None and not self.q_norm.is_of_a_head(self.head_dim)
 
     def _scale_(self, q: Tensor | None) -> None:
         """Rotated queries by their factors, or the gradients of what these gave; in place."""
@@ -152,14 +190,20 @@ class AttentionBlock(AttentionOutput):
         saves: AttentionSaves,
         sink: GradientSink,
         need: bool,
+        residual_grad: Tensor | None = None,
     ) -> Tensor | None:
-        """dX [T, H] including the residual path (None unless `need`); `saves` rebuilt before, consumed here."""
+        """dX [T, H] including the residual path (None unless `need`), whose gradient is dy unless it is given; `saves`
+        rebuilt before, consumed here."""
         given = as_operand(dy)
         dy = given.tensor
         dout = self.output_grad(given, dtype, saves, sink)
         del given
         out, lse, v = saves.out, saves.lse, saves.v
         assert out is not None and lse is not None and v is not None
+        dgate = None
+        if saves.gate is not None:
+            dout, dgate, _ = gated_output_backward(dout, out, saves.gate)
+            saves.gate = None
         if sink.wants(self.call.sinks):
             sink.add(self.call.sinks, attention_sink_grad(dout.view_as(out), out, lse, self.call))
         q, k = self._rotated(saves)
@@ -168,8 +212,8 @@ class AttentionBlock(AttentionOutput):
         saves.out = saves.lse = saves.v = None
         del out, dout, v, q, k
         need_normed = need or sink.wants(self.norm.weight)
-        dys, of_stack = self._projection_grads(dq, dk, dv, saves, sink, need_normed)
-        del dq, dk, dv
+        dys, of_stack = self._projection_grads(dq, dk, dv, dgate, saves, sink, need_normed)
+        del dq, dk, dv, dgate
         saves.q = saves.k = None
         if saves.normed is None:
             saves.normed = self.norm.forward(x, dtype)[0].tensor
@@ -179,32 +223,48 @@ class AttentionBlock(AttentionOutput):
         self.qkv.parameter_grads(dys, normed, saves.xa_qkv, dxa, sink)
         if dnormed is None:
             return None
-        dx = self.norm.backward(dnormed, x, dy, sink).tensor
+        dx = self.norm.backward(dnormed, x, dy if residual_grad is None else residual_grad, sink).tensor
         return dx if need else None
 
     def _projection_grads(
-        self, dq: Tensor, dk: Tensor, dv: Tensor, saves: AttentionSaves, sink: GradientSink, need_input: bool
+        self,
+        dq: Tensor,
+        dk: Tensor,
+        dv: Tensor,
+        dgate: Tensor | None,
+        saves: AttentionSaves,
+        sink: GradientSink,
+        need_input: bool,
     ) -> tuple[list[Tensor], Operand | None]:
         """Gradients of the projections' outputs [T, out] from those of what the attention saw, side by side where their
         weights are multiplied as one; and quantised for a stack in fp8."""
         stack, columns = self.qkv.stack, self.qkv.fp8_columns()
         if need_input and self.q_norm is None:
             if columns is not None and isinstance(stack, Fp8Weight):
-                parts, rows = unrotate_joined_fp8(dq, dk, dv, self.cos, self.sin, stack.columns)
+                parts, rows = unrotate_joined_fp8(
+                    dq, dk, dv, self.cos, self.sin, stack.columns, pairs=self.pairs
+                )
                 return parts, Operand(parts[0], rows, stack.columns)
             if self.qkv.is_one_matrix or (
                 joining.QKV_INPUT_GRAD and isinstance(stack, DenseWeight | Int8Products)
             ):
-                return self.qkv.of_outputs(unrotate_joined(dq, dk, dv, self.cos, self.sin)), None
+                return self.qkv.of_outputs(
+                    unrotate_joined(dq, dk, dv, self.cos, self.sin, pairs=self.pairs)
+                ), None
         dq, dk = self._rope_backward(dq, dk, saves, sink)
+        dq = dq if dgate is None else torch.cat([dq, dgate], 2)
         return self.qkv.of_outputs([g.reshape(g.shape[0], -1) for g in (dq, dk, dv)]), None
 
     def _rope_backward(
         self, dq: Tensor, dk: Tensor, saves: AttentionSaves, sink: GradientSink
     ) -> tuple[Tensor, Tensor]:
-        if self.q_norm is None or self.k_norm is None:
-            dq, dk, _, _ = qk_rope_backward(dq, dk, self.cos, self.sin, inplace=True)
-            return dq, dk
+        if self.q_norm is None or self.k_norm is None or self._norms_apart:
+            dq, dk, _, _ = qk_rope_backward(dq, dk, self.cos, self.sin, inplace=True, pairs=self.pairs)
+            if self.q_norm is None or self.k_norm is None:
+                return dq, dk
+            assert saves.q is not None and saves.k is not None
+            dq = self.q_norm.of_heads_backward(dq, saves.q, sink)
+            return dq, self.k_norm.of_heads_backward(dk, saves.k, sink)
         dq, dk, dq_weight, dk_weight = qk_rope_backward(
             dq,
             dk,
@@ -217,6 +277,7 @@ class AttentionBlock(AttentionOutput):
             eps=self.q_norm.eps,
             weight_offset=self.q_norm.offset,
             need_weight_grad=sink.wants(self.q_norm.weight) or sink.wants(self.k_norm.weight),
+            pairs=self.pairs,
         )
         if dq_weight is not None and dk_weight is not None:
             sink.add(self.q_norm.weight, dq_weight)

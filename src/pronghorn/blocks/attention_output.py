@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -34,28 +34,37 @@ class AttentionOutput:
     output_norm: Norm | None = None
     output_scale: float = 1.0
 
+    def read_by_o(self, saves: Any) -> Tensor:
+        """What the o-projection reads [T, N·F]: the attention's output, or what a gate leaves of it."""
+        out: Tensor = saves.out
+        return out.view(out.shape[0], -1)
+
     def output(self, saves: OutputSaves) -> Tensor:
         """The block's output before the residual [T, H]: the o-projection of the kept attention output."""
         branch = saves.projected
         if branch is None:
-            assert saves.out is not None
-            (branch,), saves.xa_o = self.o.forward(saves.out.view(saves.out.shape[0], -1))
+            (branch,), saves.xa_o = self.o.forward(self.read_by_o(saves))
         if self.output_norm is not None:
             saves.projected = branch
             branch = self.output_norm.forward(branch, branch.dtype)[0].tensor
         return branch if self.output_scale == 1.0 else branch.mul_(self.output_scale)
+
+    def add_output_(self, out: Tensor, saves: OutputSaves) -> None:
+        """out [T, H] += o of the kept attention output, with neither norm nor factor after it."""
+        assert saves.out is not None and self.output_norm is None and self.output_scale == 1.0
+        saves.xa_o = self.o.forward_add_(out, self.read_by_o(saves))
 
     def columns_of_dy(self) -> Tensor | Turned | None:
         """`ProjectionGroup.columns_of_dy` of o, where the gradient of the residual sum is the one of its output."""
         return self.o.columns_of_dy() if self.output_norm is None and self.output_scale == 1.0 else None
 
     def output_grad(self, dy: Operand, dtype: torch.dtype, saves: OutputSaves, sink: GradientSink) -> Tensor:
-        """The gradient of the attention's output [T, N, F] from that of the residual sum [T, H]."""
+        """The gradient of what the o-projection reads [T, N, F] from that of the residual sum [T, H]."""
         dbranch = self._branch_grad(dy, dtype, saves, sink)
         del dy
         out = saves.out
         assert out is not None
-        flat = out.view(out.shape[0], -1)
+        flat = self.read_by_o(saves)
         dout, dxa = self.o.input_grad([dbranch], flat, sink, xa=saves.xa_o)
         self.o.parameter_grads([dbranch], flat, saves.xa_o, dxa, sink)
         dbranch.release()

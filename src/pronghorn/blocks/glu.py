@@ -89,7 +89,7 @@ class GluBlock:
 
     `tile_rows`: most rows that gate and up exist for at a time where no level keeps them. `output_norm` and
     `output_scale` come between the down projection and the residual sum; the attention block has a norm there where
-    this one has.
+    this one has. `beside_attention`: y is the layer's input, which others keep; the attention's branch is added to out.
     """
 
     Saves: ClassVar[type[GluSaves]] = GluSaves
@@ -101,6 +101,7 @@ class GluBlock:
     tile_rows: int = TILE_ROWS
     output_norm: Norm | None = None
     output_scale: float = 1.0
+    beside_attention: bool = False
 
     def trainable(self) -> list[Tensor]:
         norms = self.norm.trainable() + ([] if self.output_norm is None else self.output_norm.trainable())
@@ -125,14 +126,14 @@ class GluBlock:
             for projection in projections
         ) and all(t.dtype in (torch.float32, torch.float64) for t in self.trainable())
 
-    def add_residual(self, x: Tensor, branch: Tensor, dtype: torch.dtype, saves: GluSaves) -> None:
-        """The residual sum y [T, H] in x's dtype, and its norm."""
+    def add_residual(self, x: Tensor, branch: Tensor | None, dtype: torch.dtype, saves: GluSaves) -> None:
+        """The residual sum y [T, H] in x's dtype, and its norm; without a branch y is x."""
         # Codes of all rows are not held through many tiles, which make their own.
         whole = len(self.tiles(x.shape[0])) == 1
         normed, saves.summed = self.norm.forward(
-            branch.to(x.dtype),
+            x if branch is None else branch.to(x.dtype),
             dtype,
-            residual=x,
+            residual=None if branch is None else x,
             fp8=whole and self.gate_up.quantises_rows,
             int8=whole and self.gate_up.turns_rows,
         )
@@ -148,10 +149,10 @@ class GluBlock:
             out = self._forward_apart(dtype, level, saves, tiles)
         elif len(tiles) > 1:
             # The residual sum becomes the output in place where nothing keeps it.
-            out = summed.clone() if keeps(level, "attention") else summed
+            out = summed.clone() if self._keeps_sum(level) else summed
             for at in tiles:
                 self.down.forward_add_(out[at], *self._activated(dtype, level, saves.rows(at)))
-        elif keeps(level, "attention"):
+        elif self._keeps_sum(level):
             out, saves.xa_down = self.down.forward_residual(summed, *self._activated(dtype, level, saves))
         else:
             out = summed
@@ -187,8 +188,8 @@ class GluBlock:
         return out
 
     def _keeps_sum(self, level: Level) -> bool:
-        """Whether the residual sum itself is kept (`GluSaves.trim`)."""
-        return keeps(level, "attention" if self.output_norm is None else "all")
+        """Whether the residual sum itself is kept (`GluSaves.trim`), here or by who gave it."""
+        return self.beside_attention or keeps(level, "attention" if self.output_norm is None else "all")
 
     def _activated(self, dtype: torch.dtype, level: Level, saves: GluSaves) -> tuple[Operand, Tensor | None]:
         """act [rows, I], and the down projection's XA where it was formed along the way; what the level does not keep

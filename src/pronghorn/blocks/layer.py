@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from pronghorn.blocks.attention import AttentionBlock
 from pronghorn.blocks.attention_output import OutputSaves
+from pronghorn.blocks.glu import GluBlock
 from pronghorn.blocks.levels import Level, keeps, parks
 from pronghorn.blocks.projection import GradientSink
 from pronghorn.errors import BackwardTwice
@@ -129,8 +131,11 @@ class DecoderLayer:
         dtype: torch.dtype,
         stash: Stash | None = None,
     ) -> DecoderLayer:
+        """A layer whose kind is that of its MLP block."""
         unique = {id(t): t for t in attention.trainable() + glu.trainable()}
-        return DecoderLayer(attention, glu, level, dtype, stash, list(unique.values()))
+        beside = isinstance(glu, GluBlock) and glu.beside_attention
+        kind = ParallelLayer if beside else DecoderLayer
+        return kind(attention, glu, level, dtype, stash, list(unique.values()))  # type: ignore[arg-type]
 
     def __call__(self, x: Tensor) -> Tensor:
         """Hidden states [T, H] -> [T, H]. Keeps nothing when no gradient can be asked for."""
@@ -160,6 +165,39 @@ class DecoderLayer:
             saves.attention.normed = None
         if saves.glu.summed is None:
             self.glu.add_residual(x, self.attention.output(saves.attention), self.dtype, saves.glu)
+
+
+@dataclass(frozen=True)
+class ParallelLayer(DecoderLayer):
+    """A layer whose attention and MLP read the same norm: x -> y = x + attention(norm(x)) + glu(norm(x)).
+
+    The norm is there once, and no residual sum between the two: nothing of the attention is rebuilt for the MLP.
+    """
+
+    attention: AttentionBlock
+    glu: GluBlock
+
+    def forward(self, x: Tensor, level: Level) -> tuple[Tensor, LayerSaves]:
+        of_attention, of_glu = self.attention.Saves(), self.glu.Saves()
+        self.glu.add_residual(x, None, self.dtype, of_glu)
+        of_attention.normed = of_glu.normed
+        out = self.glu.forward(self.dtype, level, of_glu)
+        self.attention.rebuild(x, self.dtype, of_attention)
+        self.attention.add_output_(out, of_attention)
+        of_attention.trim(level)
+        # Kept as x and, at "all", by the other block.
+        of_glu.summed = of_attention.normed = None
+        return out, LayerSaves(of_attention, of_glu)
+
+    def backward(
+        self, dout: Tensor, x: Tensor, saves: LayerSaves, sink: GradientSink, need: bool
+    ) -> Tensor | None:
+        of_attention: Any = saves.attention
+        saves.glu.summed = x
+        through_glu = self.glu.backward(dout, self.dtype, saves.glu, sink).tensor
+        of_attention.normed, saves.glu = saves.glu.normed, self.glu.Saves()
+        self.attention.rebuild(x, self.dtype, of_attention)
+        return self.attention.backward(dout, x, self.dtype, of_attention, sink, need, through_glu)
 
 
 class _DecoderLayerFunction(torch.autograd.Function):

@@ -11,8 +11,9 @@ input, which is always kept. At the levels that begin with "offload" everything 
 | all                          | + norm outputs                                       | activation product             |
 
 Where norms follow the o- and the down-projection, what these gave is kept from "attention" on, and the residual sum,
-which the attention's is enough to rebuild, only at "all". Of latent attention q, k, v are kept only at "all", up to
-there the codes in their place: they are narrow, and make q, k and v again for a fraction of the work.
+which the attention's is enough to rebuild, only at "all". Where attention and MLP stand side by side there is no such
+sum, and one norm. Of latent attention q, k, v are kept only at "all", up to there the codes in their place: they are
+narrow, and make q, k and v again for a fraction of the work.
 
 XA are the adapters' products, a few columns. Per byte kept, all depths save about the same work: a matrix product with
 H inputs gives one element for 2 H operations.
@@ -94,7 +95,8 @@ class LayerWidths:
     `output_norms`: norms follow the o- and the down-projection. `router`: logits, where the MLP is a mixture of
     experts, as elements of `element` bytes; `intermediate` and `glu_ranks` are then those of all experts of a token.
     `codes`: of latent attention, what the first products give and the attention's output, kept from "attention" on in
-    place of q, k, v and out; what is made of codes, and XA of these products, are `raised`, kept at "all".
+    place of q, k, v and out; what is made of codes, and XA of these products, are `raised`, kept at "all". `parallel`:
+    the MLP is beside the attention, with one norm for both and no residual sum between them.
     """
 
     hidden: int
@@ -110,6 +112,7 @@ class LayerWidths:
     router: int = 0
     codes: int | None = None
     raised: int = 0
+    parallel: bool = False
 
 
 def kept_bytes_per_token(level: Level, widths: LayerWidths) -> int:
@@ -120,12 +123,15 @@ def kept_bytes_per_token(level: Level, widths: LayerWidths) -> int:
     if keeps(level, "attention"):
         heads = 2 * w.q + 2 * w.kv if w.codes is None else w.codes
         total += (heads + w.attention_ranks) * w.element + 4 * w.heads
-        total += 2 * w.hidden * w.element if w.output_norms else w.hidden * w.residual_element
+        if not w.parallel:
+            total += 2 * w.hidden * w.element if w.output_norms else w.hidden * w.residual_element
         total += w.router * w.element
     if keeps(level, "matmuls"):
         total += (2 * w.intermediate + w.glu_ranks) * w.element
     if keeps(level, "all"):
-        total += (2 * w.hidden + w.raised) * w.element + w.output_norms * w.hidden * w.residual_element
+        total += (
+            (2 - w.parallel) * w.hidden + w.raised
+        ) * w.element + w.output_norms * w.hidden * w.residual_element
     return total
 
 

@@ -12,6 +12,7 @@ from importlib import import_module
 from pronghorn import __version__
 from pronghorn.cli.arguments import add_model, add_run_file
 from pronghorn.cli.numbers import not_negative, positive
+from pronghorn.cli.parser import Parser
 from pronghorn.errors import PronghornError
 
 EXIT_USER_ERROR = 2
@@ -49,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="pronghorn",
         description="Fine-tune language models fast and in little memory, on stock Hugging Face checkpoints.",
     )

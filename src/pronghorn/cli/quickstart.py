@@ -59,6 +59,9 @@ def run(out: str, steps: int | None = None) -> int:
     heading("pronghorn quickstart")
     say(f"machine   {hardware.name}, {hardware.cpu_cores} cores, {hardware.compute_dtype}")
     say(f"data      {len(train_rows)} rows to train on, {len(held_rows)} held back")
+    if plan.seconds is not None:
+        limit = f"at most {plan.steps} steps or {duration(plan.seconds)} of training"
+        say(f"time      {limit}; loading, answers, evaluation and saving come on top")
 
     with watch.phase("load the model, add the adapter"):
         model, tokenizer = steps_of.load(model_file, plan, SEED)

@@ -102,7 +102,8 @@ class TimeLimit(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if time.monotonic() - self.started > self.seconds and state.global_step < state.max_steps:
             say(
-                f"stopped after {state.global_step} of {state.max_steps} steps: {self.seconds:.0f} s have passed"
+                f"stopped after {state.global_step} of {state.max_steps} steps: "
+                f"the {self.seconds:.0f} s that training may take have passed"
             )
             control.should_training_stop = True
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import re
 from collections.abc import Iterator
@@ -12,15 +13,22 @@ from typing import Any
 
 from pronghorn.cli.console import first_line
 from pronghorn.config import RunConfig
+from pronghorn.data.checks.formats import format_of, problems_of
 from pronghorn.data.reading import KINDS, Problem, RowFile, level_of
 from pronghorn.data.reading.csv_rows import delimiter_of
-from pronghorn.data.rows import row_kind
-from pronghorn.errors import ConfigInvalid, PronghornError, RowsUnreadable
+from pronghorn.data.rows import CHAT_COLUMNS, row_kind
+from pronghorn.errors import ConfigInvalid, PronghornError, RowInvalid, RowsUnreadable
+
+logger = logging.getLogger("pronghorn")
 
 _READERS = {
     ".json": "json", ".jsonl": "json", ".ndjson": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet",
 }  # fmt: skip
 _JSON_LINES = (".jsonl", ".ndjson")
+#: Columns with the texts of rows; others, such as images, need not be read to look at these.
+_TEXT_COLUMNS = (
+    *CHAT_COLUMNS, "prompt", "completion", "instruction", "input", "output", "response", "system", "chosen", "rejected",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -47,9 +55,7 @@ class Rows:
             if match is not None and self.file is not None:
                 numbers = self.train_numbers if match[2] == "train" else self.held_back_numbers
                 number = numbers[int(match[1])]
-                lines = self.file.suffix.lower() in _JSON_LINES
-                place = f"line {line_of_row(self.file, number)}" if lines else f"row {number + 1}"
-                error.where = f"{self.file}, {place}"
+                error.where = place_of_row(self.file, number)
                 # Numbers of further rows would be those of the rows that are left once some are held back.
                 error.message = re.sub(r": rows \d+(, (\d+|…))*$", "", error.message)
             raise
@@ -61,6 +67,7 @@ def load_rows(config: RunConfig) -> Rows:
     Raises:
         ConfigInvalid: there is no such data, or fewer rows than are held back.
         RowsUnreadable: it cannot be read, with the line for a .jsonl file.
+        RowInvalid: a text is empty, which `pronghorn data check` calls an error, too.
     """
     rows = _all_rows(config)
     section = config.data
@@ -85,11 +92,44 @@ def load_rows(config: RunConfig) -> Rows:
             where=config.where("data.held_back"),
             fix="hold back fewer",
         )
-    numbers = list(range(count))
+    numbers = _with_texts(rows, list(range(count)), config, file)
     if section.held_back:
         random.Random(config.training.seed).shuffle(numbers)
     held, trained = numbers[: section.held_back], numbers[section.held_back :]
     return Rows(rows.select(trained), rows.select(held) if held else None, trained, held, file)
+
+
+def _with_texts(rows: Any, numbers: list[int], config: RunConfig, file: Path | None) -> list[int]:
+    """The numbers of rows without an empty text. An empty answer has a token to train on, the end of the turn, so the
+    trainer takes it; what it teaches is to say nothing.
+
+    Raises:
+        RowInvalid: there are others, and ``training.drop_unsupervised_rows`` does not leave them out.
+    """
+    field = config.data.text_field or "text"
+    texts = rows.select_columns([name for name in rows.column_names if name in (*_TEXT_COLUMNS, field)])
+    empty: dict[int, str] = {}
+    for number in numbers:
+        row = texts[number]
+        found = [p.what for p in problems_of(row, format_of(row, field), field) if p.kind == "empty-field"]
+        if found:
+            empty[number] = found[0]
+    if not empty:
+        return numbers
+    if config.training.other.get("drop_unsupervised_rows"):
+        logger.warning("pronghorn: %d of %d rows with an empty text are left out", len(empty), len(numbers))
+        return [number for number in numbers if number not in empty]
+    number, what = next(iter(empty.items()))
+    if len(empty) > 1:
+        what += f", and so it is in {len(empty) - 1} further rows"
+    if file is None:
+        raise RowInvalid(
+            what, where=f"row {number + 1}", fix="--set training.drop_unsupervised_rows=true leaves them out"
+        )
+    clean = f"pronghorn data clean {file} {file.with_name(f'{file.stem}-clean.jsonl')}"
+    raise RowInvalid(
+        what, where=place_of_row(file, number), fix=f"write them, or set such rows aside: {clean}"
+    )
 
 
 def _all_rows(config: RunConfig) -> Any:
@@ -200,6 +240,12 @@ def _unreadable(problem: Problem, where: str, file: RowFile) -> RowsUnreadable:
     if problem.kind != "unreadable":  # which names the file itself
         what = f"this line is {_NOT_WHAT.get(file.container, 'not JSON')}: {what}"
     return RowsUnreadable(what, where=where, fix=fix)
+
+
+def place_of_row(path: Path, number: int) -> str:
+    """Where row ``number`` (from 0) of a file stands, for a message."""
+    lines = path.suffix.lower() in _JSON_LINES
+    return f"{path}, line {line_of_row(path, number)}" if lines else f"{path}, row {number + 1}"
 
 
 def line_of_row(path: Path, number: int) -> int:

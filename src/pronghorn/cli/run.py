@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import traceback
+import warnings
 from argparse import Namespace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from pronghorn.errors import CommandMisused, PronghornError
+from pronghorn.errors import CommandMisused, DropInUnavailable, NotInDropIn, PronghornError
 
 EXIT_SCRIPT_FAILED = 1
 EXIT_USER_ERROR = 2
@@ -39,6 +41,9 @@ def register(commands: Any) -> None:
 
 def run(options: Namespace) -> int:
     """Returns 0, 2 for a mistake that is explained, 1 for any other exception of the script."""
+    # Notes on what this library and PEFT call of Transformers, and on an optional kernel of bitsandbytes.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|trl)\.")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from pronghorn.compat.script import run_script
 
     models = dict(_redirection(given) for given in options.models)
@@ -71,10 +76,26 @@ def _tell(error: Exception, script: str) -> int:
     traceback.print_exception(type(error), error, shown)
     from pronghorn.diagnostics.translate import translate
 
-    known = translate(error)
+    known = _missing(error, shown) or translate(error)
     if known is not None:
         print(f"pronghorn: {known}", file=sys.stderr)
     return EXIT_SCRIPT_FAILED if known is None else EXIT_USER_ERROR
+
+
+def _missing(error: Exception, shown: TracebackType | None) -> PronghornError | None:
+    """What an import of the script's own means, which is not that of a library; None for any other error."""
+    if not isinstance(error, ImportError) or shown is None or shown.tb_next is not None:
+        return None
+    if (error.name or "").partition(".")[0] == "vllm":
+        return DropInUnavailable(
+            "the script imports vllm, which has no part here",
+            fix="FastLanguageModel.for_inference(model), then model.generate(**inputs), on pronghorn's engine",
+        )
+    if isinstance(error, ModuleNotFoundError):
+        return None
+    return NotInDropIn(
+        f"{error.msg}", fix="this version has it no more, or elsewhere: change the script's import"
+    )
 
 
 def _from_script(tb: TracebackType | None, script: str) -> TracebackType | None:

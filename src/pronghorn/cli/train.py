@@ -61,6 +61,7 @@ def make_trainer(config: RunConfig, settings: Any) -> tuple[Any, Rows]:
     """The trainer of a run, and its rows."""
     from pronghorn.cli.rows import load_rows
 
+    adapter_arguments(config)  # refuses an unknown key before anything is read
     rows = load_rows(config)
     if "assistant_only_loss" not in config.training.other:
         settings.assistant_only_loss = config.data.responses_only and rows.are_chats

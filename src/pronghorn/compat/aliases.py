@@ -27,7 +27,7 @@ from typing import Any
 
 from pronghorn import __version__
 from pronghorn.compat.model_ids import redirect
-from pronghorn.compat.names import MODULES, REPLACED
+from pronghorn.compat.names import INSTEAD, LATER, MODULES, REPLACED
 from pronghorn.errors import DropInUnavailable, NotInDropIn, nearest
 
 _ALIASED = ("unsloth", "unsloth_zoo")
@@ -69,7 +69,9 @@ class AliasModule(ModuleType):
             raise AttributeError(name)  # a submodule: the import statement looks for it next
         raise NotInDropIn(
             f"{self.__name__}.{name} has no counterpart in pronghorn",
-            fix=nearest(name, homes) or f"leave it out; {self.__name__} has {', '.join(sorted(homes))}",
+            fix=INSTEAD.get(name)
+            or nearest(name, homes)
+            or f"leave it out; {self.__name__} has {', '.join(sorted(homes))}",
         )
 
     def __dir__(self) -> list[str]:
@@ -87,7 +89,9 @@ class AliasFinder(Loader, MetaPathFinder):
         if fullname not in MODULES:
             raise NotInDropIn(
                 f"the module {fullname} has no counterpart in pronghorn",
-                fix=nearest(fullname, MODULES) or f"import from {', '.join(sorted(MODULES))}",
+                fix=INSTEAD.get(fullname.split(".")[1])
+                or nearest(fullname, MODULES)
+                or f"import from {', '.join(sorted(MODULES))}",
             )
         return spec_from_loader(fullname, self, origin="pronghorn", is_package=True)
 
@@ -104,11 +108,12 @@ class StandIn(ModuleType):
     Args:
         real: the module that everything else comes from.
         ours: name -> object; resolved already, because finding them imports the real module.
+        later: name -> home, looked up when the user's code asks.
     """
 
-    def __init__(self, real: ModuleType, ours: Mapping[str, Any]) -> None:
+    def __init__(self, real: ModuleType, ours: Mapping[str, Any], later: Mapping[str, str]) -> None:
         super().__init__(real.__name__, real.__doc__)
-        own = {"_real": real, "_ours": dict(ours)}
+        own = {"_real": real, "_ours": dict(ours), "_later": later}
         # The import system reads these from the module's dictionary.
         own |= {
             name: getattr(real, name)
@@ -118,8 +123,9 @@ class StandIn(ModuleType):
         self.__dict__.update(own)
 
     def __getattr__(self, name: str) -> Any:
-        if name in self.__dict__["_ours"] and asked_by_user(sys._getframe(1)):
-            return self.__dict__["_ours"][name]
+        ours, later = self.__dict__["_ours"], self.__dict__["_later"]
+        if (name in ours or name in later) and asked_by_user(sys._getframe(1)):
+            return ours[name] if name in ours else resolve(later[name])
         return getattr(self.__dict__["_real"], name)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -171,7 +177,7 @@ class DropIn:
         redirect(self._models)
         sys.meta_path.insert(0, self._finder)
         for module, names in ours.items():
-            self._stands[module] = StandIn(sys.modules[module], names)
+            self._stands[module] = StandIn(sys.modules[module], names, LATER.get(module, {}))
             sys.modules[module] = self._stands[module]
         print(announcement(), file=sys.stderr, flush=True)
         return self

@@ -7,7 +7,7 @@ import logging
 from typing import Any
 
 from pronghorn import loading
-from pronghorn.compat.generation import add_generate
+from pronghorn.compat.generation import add_methods
 from pronghorn.compat.model_ids import meant_by
 from pronghorn.errors import HubUnreachable, ModelNotFound
 
@@ -29,6 +29,11 @@ class FastLanguageModel(loading.FastLanguageModel):
         """
         if kwargs.pop("auto_model", None) is not None:
             logger.warning("pronghorn: auto_model= has no effect: the checkpoint says which class it is of")
+        if kwargs.get("fast_inference"):
+            logger.warning(
+                "pronghorn: fast_inference=True changes nothing, as vLLM has no part here; "
+                "after for_inference(model) model.generate runs on pronghorn's engine"
+            )
         meant = meant_by(model_name)
         whole = kwargs.get("full_finetuning", False)
         if meant.four_bit and not whole and not _chooses_precision(args, kwargs):
@@ -43,7 +48,7 @@ class FastLanguageModel(loading.FastLanguageModel):
                 raise
             logger.warning("pronghorn: %s; the copy '%s' is loaded instead", error.message, meant.mirror)
             model, tokenizer = loading.FastLanguageModel.from_pretrained(meant.mirror, *args, **kwargs)
-        add_generate(model)
+        add_methods(model)
         return model, tokenizer
 
     @staticmethod
@@ -63,7 +68,7 @@ class FastLanguageModel(loading.FastLanguageModel):
             model, tokenizer = FastLanguageModel.from_pretrained(named, **loads, **shared)
         kwargs.pop("images", None)
         adapted = loading.FastVisionModel.get_peft_model(model, *args, **kwargs)
-        add_generate(adapted)
+        add_methods(adapted)
         return adapted if tokenizer is None else (adapted, tokenizer)
 
 

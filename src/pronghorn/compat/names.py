@@ -31,6 +31,10 @@ _TRAINERS = {
         for name in ("UnslothTrainer", "UnslothVisionDataCollator", "unsloth_train")
     },
 }
+#: What patched TRL once: its trainers take a bound model as they are.
+_PATCHES = dict.fromkeys(
+    ("PatchDPOTrainer", "PatchFastRL", "PatchKTOTrainer"), f"{_TRAINER}:nothing_to_patch"
+)
 _KERNELS = {"fast_linear_forward": "pronghorn.kernels:fast_linear_forward"}
 
 #: Whole modules that are ours: module -> name -> home.
@@ -41,12 +45,14 @@ MODULES: dict[str, dict[str, str]] = {
         **_FAMILIES,
         **_PRECISION,
         **_TRAINERS,
+        **_PATCHES,
         **_TEMPLATES,
     },
     "unsloth.chat_templates": _TEMPLATES,
     "unsloth.kernels": _KERNELS,
     "unsloth.kernels.utils": _KERNELS,
     "unsloth.models": {**_LOADERS, **_FAMILIES, **_PRECISION},
+    "unsloth.models.dpo": _PATCHES,
     "unsloth.models.loader": _LOADERS,
     "unsloth.trainer": _TRAINERS,
     "unsloth_zoo": {"__version__": "pronghorn:__version__"},
@@ -56,8 +62,28 @@ MODULES: dict[str, dict[str, str]] = {
     "unsloth_zoo.vision_utils": {"UnslothVisionDataCollator": _TRAINERS["UnslothVisionDataCollator"]},
 }
 
+#: Names of Unsloth's, of modules too, that have no counterpart -> what to do instead.
+INSTEAD = {
+    "apply_chat_template": "tokenizer.apply_chat_template in dataset.map; or leave it out: the trainer does it for "
+    "rows of messages",
+    "create_ollama_modelfile": "model.save_pretrained_gguf, which writes a Modelfile beside its files",
+    "dataprep": "pronghorn data synthesize, which makes rows out of documents",
+    "FastSentenceTransformer": "pronghorn embed train, or pronghorn.embedding",
+    "to_sharegpt": "leave it out: the trainer reads rows of instruction, input and output as they are",
+    "vLLMSamplingParams": "FastLanguageModel.for_inference(model) and model.generate(...)",
+}
+
 #: Real modules of which a script sees a few names of ours, and everything else as it is.
 REPLACED: dict[str, dict[str, str]] = {
     "trl": {"SFTConfig": f"{_ARGUMENTS}:SFTConfig", "SFTTrainer": f"{_TRAINER}:ScriptTrainer"},
     "transformers": {"TrainingArguments": f"{_ARGUMENTS}:TrainingArguments"},
+}
+
+#: As REPLACED, but found when a script asks: TRL's own classes with what older versions took.
+LATER: dict[str, dict[str, str]] = {
+    "trl": {
+        f"{method}{kind}": f"pronghorn.compat.preference:{method}{kind}"
+        for method in ("CPO", "DPO", "GRPO", "ORPO")
+        for kind in ("Config", "Trainer")
+    }
 }

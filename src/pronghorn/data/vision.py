@@ -79,8 +79,7 @@ class VisionDataCollator:
         self.find_answers = responses_only if callable(responses_only) else None
         if responses_only is True:
             self.find_answers = answer_finder(processor.tokenizer)
-        #: what the trainer sets: whether a bound model gets one stream, and sizes that such a batch without images is
-        #: rounded up to
+        #: what the trainer sets: whether a bound model gets one stream, and sizes that it is rounded up to
         self.flat = True
         self.budgets: Budgets | None = None
         found = (getattr(base_causal_lm(model).config, name, None) for name in _IMAGE_TOKENS)
@@ -177,7 +176,7 @@ class VisionDataCollator:
         """One stream (`data.collator.Collator`); images and their shapes lie in the order of their tokens."""
         ids, real = inputs["input_ids"], inputs["attention_mask"].bool()
         images = {n: x for n, x in inputs.items() if n not in _PER_TOKEN}
-        stream = Collator(self.processor.tokenizer.pad_token_id, budgets=None if images else self.budgets)
+        stream = Collator(self.processor.tokenizer.pad_token_id, budgets=self.budgets)
         rows = zip(ids, labels, real, strict=True)
         batch = stream([{"input_ids": i[mine].numpy(), "labels": x[mine].numpy()} for i, x, mine in rows])
         if not images:
@@ -190,6 +189,15 @@ class VisionDataCollator:
             positions, _ = wrapper.get_rope_index(
                 ids, attention_mask=inputs["attention_mask"], **kinds, **grids
             )
-            # Transformers' order: the place in the document, then time, height and width.
-            batch["position_ids"] = torch.cat([batch["position_ids"][None], positions[:, real][:, None]])
-        return {**batch, **images, **{n: x[real][None] for n, x in per_token.items()}}
+            # Transformers' order: the place in the document, then time, height and width; padding is text.
+            places = batch["position_ids"]
+            of_images = places.expand(positions.shape[0], -1).clone()
+            of_images[:, : int(real.sum())] = positions[:, real]
+            batch["position_ids"] = torch.cat([places, of_images])[:, None]
+        filled = batch["input_ids"].shape[1]
+        return {**batch, **images, **{n: _filled(x[real], filled) for n, x in per_token.items()}}
+
+
+def _filled(types: Tensor, count: int) -> Tensor:
+    """Types of tokens [1, count], text where there are no more."""
+    return torch.nn.functional.pad(types, (0, count - types.shape[0]))[None]

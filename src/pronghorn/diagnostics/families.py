@@ -84,8 +84,13 @@ _FALLBACKS = (
     ),
     (
         "batches with images",
-        "kernel by kernel, not as one CUDA graph",
-        "the vision tower's shapes change with them",
+        "the vision tower kernel by kernel, the language model as one CUDA graph",
+        "the tower's shapes change with the images",
+    ),
+    (
+        "generation where most layers are linear attention",
+        "Transformers' own loop and decoder",
+        "the engine's cache is of keys and values",
     ),
     (
         "generation for a prompt with images",
@@ -135,12 +140,20 @@ def _differences(family: DecoderFamily) -> Iterator[str]:
         yield "tokens of an image see one another"
     if family.mixture is not None:
         yield "mixture of experts"
+    if parts.mlp_norm is None:
+        yield "attention and MLP side by side on one LayerNorm"
+    if family.turns == "pairs":
+        yield "RoPE that turns neighbouring pairs"
     if parts.qkv is not None:
         yield "q, k, v in one module"
     if parts.gate_up is not None:
         yield "gate, up in one module"
     if parts.q_norm is not None:
         yield "norms of q and k"
+    if parts.gated:
+        yield "a gate on the attention's output"
+    if parts.recurrent is not None:
+        yield "linear attention (gated delta rule) in most layers"
     if parts.sinks is not None:
         yield "attention sinks"
     if parts.attention_output_norm is not None:

@@ -17,6 +17,7 @@ from pronghorn.diagnostics.checks import Unsound
 from pronghorn.diagnostics.compare import Comparison, close, device, draw, dtypes
 from pronghorn.kernels import dropout as dropout_kernel
 from pronghorn.kernels import glu as glu_kernels
+from pronghorn.kernels import layer_norm as centred_kernels
 from pronghorn.kernels import linear_cross_entropy as head_kernels
 from pronghorn.kernels import lora as lora_kernels
 from pronghorn.kernels import qkv_grads as joined_kernels
@@ -55,9 +56,32 @@ def rms_norm() -> str:
     return said(compared)
 
 
-def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def layer_norm() -> str:
+    """Of rows, and of heads that have a weight each."""
+    compared = Comparison()
+    for dtype in dtypes():
+        for groups in (1, 4):
+            x, dy, carried = (draw(4 * TOKENS, WIDTH, dtype=dtype, seed=i) for i in range(3))
+            weight = draw(groups, WIDTH, dtype=dtype, seed=5).squeeze(0)
+            leaves = [x.double().requires_grad_(), weight.double().requires_grad_()]
+            normed = F.layer_norm(leaves[0], (WIDTH,), eps=EPS)
+            truth = (normed.view(-1, *weight.shape) * leaves[1]).view(x.shape)
+            want_dx, want_dw = torch.autograd.grad(truth, leaves, dy.double())
+            compared.near("y", centred_kernels.layer_norm_forward(x, weight, EPS), truth)
+            dx, dw = centred_kernels.layer_norm_backward(
+                dy, x, weight, eps=EPS, residual_grad=carried, need_weight_grad=True
+            )
+            assert dw is not None
+            compared.near("dx", dx, want_dx + carried.double(), slack=2.0)
+            compared.near("dweight", dw, want_dw, slack=4.0)
+    return said(compared)
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor, pairs: bool = False) -> Tensor:
     half = cos.shape[-1] // 2
     turned = torch.cat([-x[..., half:], x[..., :half]], -1)
+    if pairs:
+        turned = torch.stack([-x[..., 1::2], x[..., ::2]], -1).flatten(-2)
     return x * cos.double()[:, None] + turned * sin.double()[:, None]
 
 
@@ -74,15 +98,16 @@ def rope() -> str:
     for dtype in dtypes():
         cos, sin = angles(dim, dtype)
         q, k, v = (draw(TOKENS, heads, dim, dtype=dtype, seed=heads) for heads in (4, 2, 3))
-        found = rope_kernels.qk_rope_forward(q, k, cos, sin)
-        leaves = [x.double().requires_grad_() for x in (q, k)]
-        truth = [_rotated(x, cos, sin) for x in leaves]
-        dq, dk = (draw(*x.shape, dtype=dtype, seed=9) for x in (q, k))
-        grads = torch.autograd.grad(truth, leaves, [dq.double(), dk.double()])
-        back = rope_kernels.qk_rope_backward(dq, dk, cos, sin)
-        for i, name in enumerate(("q", "k")):
-            compared.near(name, found[i], truth[i])
-            compared.near(f"d{name}", back[i], grads[i])
+        for pairs in (False, True):
+            found = rope_kernels.qk_rope_forward(q, k, cos, sin, pairs=pairs)
+            leaves = [x.double().requires_grad_() for x in (q, k)]
+            truth = [_rotated(x, cos, sin, pairs) for x in leaves]
+            dq, dk = (draw(*x.shape, dtype=dtype, seed=9) for x in (q, k))
+            grads = torch.autograd.grad(truth, leaves, [dq.double(), dk.double()])
+            back = rope_kernels.qk_rope_backward(dq, dk, cos, sin, pairs=pairs)
+            for i, name in enumerate(("q", "k")):
+                compared.near(name, found[i], truth[i])
+                compared.near(f"d{name}", back[i], grads[i])
         v = v[:, :2].contiguous()
         shares = tuple(
             LowRank(draw(TOKENS, 16, dtype=dtype, seed=i), draw(x.shape[1] * dim, 16, dtype=dtype, scale=0.2), 0.5)

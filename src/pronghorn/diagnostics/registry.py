@@ -29,6 +29,7 @@ CHECKS: list[Check] = [
         "kernel_checks",
         {
             "RMSNorm": "rms_norm",
+            "LayerNorm": "layer_norm",
             "rotary embedding": "rope",
             "rotary embedding with head norms": "rope_with_norms",
             "heads of latent attention": "latent_heads",
@@ -45,6 +46,15 @@ CHECKS: list[Check] = [
         "kernels",
         "mixture_checks",
         {"experts' products": "products", "experts' gated units": "unit", "routing to experts": "routing"},
+    ),
+    *_group(
+        "kernels",
+        "recurrent_checks",
+        {
+            "short convolution": "short_conv",
+            "gated attention output": "gated_output",
+            "gated delta rule": "delta_rule",
+        },
     ),
     *_group(
         "kernels",

@@ -45,6 +45,9 @@ class EmbeddingConfig(transformers.TrainingArguments):
         default=None,
         metadata={"help": "Texts that run at a time; the batch's gradient is the same, its memory theirs."},
     )
+    memory_budget: str | None = field(
+        default=None, metadata={"help": "GPU memory that save levels are planned for: '8GiB', or 'auto'."}
+    )
     query_prompt: str | None = field(
         default=None, metadata={"help": "Put in front of anchors; left out: the model's own 'query' prompt."}
     )

@@ -41,18 +41,35 @@ def backward(
         loss = loss_of(forward(parts[0]))
         run_backward(loss)
         return loss.detach()
+    # A scalar whose gradient with respect to the vectors is theirs: trainers take nothing else.
+    return in_two_passes(parts, forward, loss_of, lambda part, g: run_backward((forward(part) * g).sum()))
+
+
+def in_two_passes(
+    parts: Sequence[Any],
+    vectors_of: Callable[[Any], Tensor],
+    loss_of: Callable[[Tensor], Tensor],
+    differentiate: Callable[[Any, Tensor], Any],
+) -> Tensor:
+    """Vectors of every part, their loss and dL/dv; then every part's gradients.
+
+    Args:
+        differentiate: adds the gradients of a part whose vectors' gradient is given.
+
+    Returns:
+        the loss, detached.
+    """
     states, found = [], []
     with torch.no_grad():
         for part in parts:
             states.append(_random_state())
-            found.append(forward(part))
+            found.append(vectors_of(part))
     vectors = torch.cat(found).requires_grad_()
     loss = loss_of(vectors)
     (gradients,) = torch.autograd.grad(loss, vectors)
     for part, state, gradient in zip(parts, states, gradients.split([len(v) for v in found]), strict=True):
         with _replayed(state):
-            # A scalar whose gradient with respect to the vectors is theirs: trainers take nothing else.
-            run_backward((forward(part) * gradient).sum())
+            differentiate(part, gradient)
     return loss.detach()
 
 

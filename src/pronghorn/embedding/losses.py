@@ -78,6 +78,11 @@ class Objective:
     margin: float = 0.2
     dims: Sequence[int] = ()
 
+    @property
+    def scored(self) -> bool:
+        """Whether rows have scores."""
+        return self.name in SCORED
+
     def __call__(self, vectors: Tensor, facts: Mapping[str, Any]) -> Tensor:
         """The loss of a batch: vectors [n + n + m, H] of anchors, positives and negatives; `facts` are those of
         `batches.facts_of`."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +15,20 @@ from torch import Tensor
 from pronghorn.embedding.batches import PairCollator, TokenPair, tokenize_pairs
 from pronghorn.embedding.config import EmbeddingConfig
 from pronghorn.embedding.evaluation import evaluate_pairs
-from pronghorn.embedding.gradient_cache import backward
-from pronghorn.embedding.layout import write_layout
+from pronghorn.embedding.gradient_cache import backward, in_two_passes
+from pronghorn.embedding.layout import Pooling, write_layout
+from pronghorn.embedding.memory import EmbeddingMemory, halved
 from pronghorn.embedding.model import embedder_of
 from pronghorn.embedding.rows import as_pairs, read_pairs
+from pronghorn.embedding.task import FACTS, pass_over
 from pronghorn.embedding.vectors import Batcher, forward, width_of
-from pronghorn.errors import CommandMisused, UnknownArgument
+from pronghorn.errors import CommandMisused, OutOfMemory, UnknownArgument
 from pronghorn.training.arguments import usable_optimizer
 from pronghorn.training.meter import Stopwatch
 from pronghorn.training.progress import peak_memory_gib
 from pronghorn.training.safe import SafeTrainer
 from pronghorn.training.setup import match_precision, take_over_checkpointing
+from pronghorn.training.steps import StaticSteps
 
 logger = logging.getLogger("pronghorn")
 
@@ -39,6 +44,7 @@ class EmbeddingTrainer(SafeTrainer):
     """
 
     control: Any
+    data_collator: Any
 
     def __init__(
         self,
@@ -63,6 +69,7 @@ class EmbeddingTrainer(SafeTrainer):
         take_over_checkpointing(args, model, bool(args.gradient_checkpointing))
         self._embedder, self._given = embedder, args
         self._watch, self._tokens, self._all_tokens = Stopwatch(), 0, 0
+        self._steps: StaticSteps | None = None
         train_rows = None if train_dataset is None else self._rows(train_dataset, "train")
         eval_rows = None if eval_dataset is None else self._rows(eval_dataset, "eval")
         known = train_rows or eval_rows or []
@@ -123,16 +130,76 @@ class EmbeddingTrainer(SafeTrainer):
         model.train()
         batch = self._prepare_inputs(inputs)
         self._tokens += batch["tokens"]
-        share = 1 / self.current_gradient_accumulation_steps
-
-        def loss_of(vectors: Tensor) -> Tensor:
-            return share * self.objective(vectors.index_select(0, batch["places"]), batch["facts"])
+        loss = self._in_static_steps(batch)
+        if loss is not None:
+            return loss
 
         def vectors_of_part(part: Any) -> Tensor:
             with self.compute_loss_context_manager():
-                return forward(model, part, self._embedder.pooling)
+                return forward(model, part, self.pooling)
 
-        return backward(batch["parts"], vectors_of_part, loss_of, self.accelerator.backward)
+        return backward(batch["parts"], vectors_of_part, self._loss_of(batch), self.accelerator.backward)
+
+    @property
+    def pooling(self) -> Pooling:
+        """How a text's vector is made of its tokens'."""
+        return self._embedder.pooling
+
+    def _loss_of(self, batch: dict[str, Any]) -> Callable[[Tensor], Tensor]:
+        """A batch's share of the step's loss, of its parts' vectors."""
+        share = 1 / self.current_gradient_accumulation_steps
+        return lambda vectors: (
+            share * self.objective(vectors.index_select(0, batch["places"]), batch["facts"])
+        )
+
+    def _in_static_steps(self, batch: dict[str, Any]) -> Tensor | None:
+        """The same in passes of static shape, or None where these cannot be. A batch that does not fit in one part runs
+        in two from there on, with the same loss and gradients."""
+        steps, parts = self._static_steps(), batch["parts"]
+        share = self.current_gradient_accumulation_steps
+        if len(parts) == 1:
+            facts = {"places": batch["places"], **batch["facts"]}
+            facts = {name: facts[name] for name in FACTS if facts[name] is not None}
+            try:
+                whole = steps.run(pass_over(parts[0], **facts), share)
+                return None if whole is None else whole.loss  # type: ignore[no-any-return]
+            except OutOfMemory:
+                halves = halved(parts[0])
+                if halves is None:
+                    raise
+                parts = halves
+        elif not steps.takes(pass_over(parts[0])):
+            return None
+        return in_two_passes(
+            parts,
+            lambda part: steps.run(pass_over(part), 1).vectors,
+            self._loss_of(batch),
+            lambda part, gradient: steps.run(pass_over(part, gradient=gradient), 1),
+        )
+
+    def _static_steps(self) -> StaticSteps:
+        if self._steps is None:
+            self._steps = StaticSteps(self, None, EmbeddingMemory(self))
+        return self._steps
+
+    def get_train_dataloader(self) -> Any:
+        collator = self.data_collator
+        budgets = self._static_steps().budgets()
+        batcher = Batcher(self.model, self._embedder.tokenizer.pad_token_id, budgets)
+        self.data_collator = replace(collator, batcher=batcher)
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator = collator
+
+    @contextmanager
+    def _while_training(self) -> Iterator[None]:
+        try:
+            with super()._while_training():
+                yield
+        finally:
+            if self._steps is not None:
+                self._steps.release()
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """6 operations for each weight and token, as Transformers estimates them."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from pronghorn.data.budgets import Budgets
 from pronghorn.data.collator import Collator
 from pronghorn.embedding.layout import Pooling
 from pronghorn.engine import base_causal_lm, binding_of, evaluating
@@ -25,20 +26,27 @@ class Batcher:
     """Makes batches of texts for a model: one flat stream for a bound one, else rows padded on the right.
 
     A batch has `inputs`, what the model is called with; `lengths` int64 [n], the tokens of each text; and `kept` int64
-    [T], where the texts' tokens lie in the rows one after another (None where nothing else does).
+    [T], where the texts' tokens lie in the rows one after another (None where nothing else does). `filled`: the last
+    length is that of what fills the stream up.
+
+    Args:
+        budgets: round all sizes of a stream up for steps of static shape.
     """
 
-    def __init__(self, model: Any, pad_token_id: int | None) -> None:
+    def __init__(self, model: Any, pad_token_id: int | None, budgets: Budgets | None = None) -> None:
         binding = binding_of(model)
         self.flat = binding is not None and binding.bound
-        self._collate = Collator(pad_token_id or 0, flat=self.flat, for_engine=self.flat)
+        self._filled = self.flat and budgets is not None
+        self._collate = Collator(pad_token_id or 0, flat=self.flat, for_engine=self.flat, budgets=budgets)
 
     def __call__(self, texts: Sequence[np.ndarray]) -> dict[str, Any]:
         batch = self._collate([{"input_ids": ids} for ids in texts])
-        lengths = torch.tensor([len(ids) for ids in texts])
+        lengths = [len(ids) for ids in texts]
+        if self._filled:
+            lengths.append(batch["input_ids"].numel() - sum(lengths))
         inputs = {name: batch[name] for name in _MODEL_KEYS if name in batch}
         kept = None if self.flat else batch["attention_mask"].reshape(-1).nonzero().squeeze(1)
-        return {"inputs": inputs, "lengths": lengths, "kept": kept}
+        return {"inputs": inputs, "lengths": torch.tensor(lengths), "kept": kept, "filled": self._filled}
 
 
 def pool(hidden_states: Tensor, lengths: Tensor, pooling: Pooling) -> Tensor:
@@ -57,7 +65,9 @@ def pool(hidden_states: Tensor, lengths: Tensor, pooling: Pooling) -> Tensor:
     if pooling == "last":
         return hidden_states.index_select(0, ends - 1).to(wide)
     if pooling == "cls":
-        return hidden_states.index_select(0, ends - lengths).to(wide)
+        # Of a text without tokens, which fills nothing up, any will do.
+        firsts = (ends - lengths).clamp(max=hidden_states.shape[0] - 1)
+        return hidden_states.index_select(0, firsts).to(wide)
     # unsafe: the lengths are the collator's, and checking them would wait for the device.
     return torch.segment_reduce(hidden_states.to(wide), "mean", lengths=lengths, axis=0, unsafe=True)
 
@@ -71,7 +81,8 @@ def forward(model: Any, batch: Mapping[str, Any], pooling: Pooling) -> Tensor:
     hidden = hidden.reshape(-1, hidden.shape[-1])
     if batch["kept"] is not None:
         hidden = hidden.index_select(0, batch["kept"])
-    return pool(hidden, batch["lengths"], pooling)
+    vectors = pool(hidden, batch["lengths"], pooling)
+    return vectors[:-1] if batch["filled"] else vectors
 
 
 @torch.no_grad()

@@ -30,11 +30,12 @@ def altered_part(decoder: Any, parts: LayerParts, mixture: MixtureParts | None =
         reason = None if mixture is None else why_stock_experts(layer._modules[parts.mlp], mixture)
         if reason is not None:
             return f"layers.{index}.{parts.mlp}.{reason}"
-        for name, module in _replaced(layer, parts):
+        here = parts.of(layer)
+        for name, module in _replaced(layer, here):
             reason = _why_altered(module)
             if reason is not None:
                 return f"layers.{index}.{name} {reason}"
-        for module in _projections(layer, parts):
+        for module in _projections(layer, here):
             reason = _why_rows(module)
             if reason is not None:
                 return reason
@@ -45,6 +46,8 @@ def _replaced(layer: Any, parts: LayerParts) -> Iterator[tuple[str, nn.Module]]:
     """The modules of a layer whose forward the blocks never call."""
     # Children are looked up directly: nn.Module's attribute lookup, for every layer of every step, costs milliseconds.
     children = layer._modules
+    if parts.delta is not None:
+        yield f"{parts.attention}.{parts.delta.conv}", children[parts.attention]._modules[parts.delta.conv]
     for name in (parts.attention, parts.mlp, *parts.norms):
         yield name, children[name]
     inner = [(parts.attention, name) for name in parts.attention_norms]

@@ -38,6 +38,9 @@ def angles_of(binding: Binding, decoder: Any, hidden: Tensor, positions: Tensor)
             if not complex_ones and cos.shape[-1] == _frequencies(decoder.rotary_emb):
                 # gpt-oss gives each angle once, where others repeat them for the second half.
                 cos, sin = torch.cat([cos, cos], -1), torch.cat([sin, sin], -1)
+            if binding.family.turns != binding.family.angles:
+                half = cos.shape[-1] // 2
+                cos, sin = (angle[..., :half].repeat_interleave(2, -1) for angle in (cos, sin))
             found[kind] = cos[0], sin[0]
     if None in binding.rotations:
         # A layer that does not rotate turns by no angle: x · 1 + x' · 0 is x.

@@ -129,15 +129,16 @@ def _why_unknown(model: Any) -> str:
 
 def _missing_parts(decoder: Any, family: DecoderFamily) -> list[str]:
     """Classes and submodules that differ from the ones the family was reviewed for."""
-    parts, prefix = family.parts, family.prefix
+    prefix = family.prefix
     found = {
         family.decoder or f"{prefix}Model": type(decoder).__name__,
-        f"{prefix}RotaryEmbedding": type(getattr(decoder, "rotary_emb", None)).__name__,
+        family.rotary or f"{prefix}RotaryEmbedding": type(getattr(decoder, "rotary_emb", None)).__name__,
     }
     for index, layer in enumerate(decoder.layers):
+        parts = family.parts.of(layer)
         attention, mlp = getattr(layer, parts.attention, None), getattr(layer, parts.mlp, None)
         found[f"{prefix}DecoderLayer"] = type(layer).__name__
-        found[f"{prefix}Attention"] = type(attention).__name__
+        found[f"{prefix}{'Attention' if parts.delta is None else 'GatedDeltaNet'}"] = type(attention).__name__
         if family.mlp(decoder.config, index) == "glu":
             found[family.mlp_class or f"{prefix}MLP"] = type(mlp).__name__
         elif family.mixture is not None:
@@ -145,6 +146,7 @@ def _missing_parts(decoder: Any, family: DecoderFamily) -> list[str]:
         differing = [f"{name} is a {actual}" for name, actual in found.items() if name != actual]
         wanted = [(attention, n) for names in parts.attention_projections.values() for n in names]
         wanted += [(attention, n) for n in parts.attention_norms]
+        wanted += [] if parts.delta is None else [(attention, parts.delta.conv)]
         if family.mlp(decoder.config, index) == "glu":
             wanted += [(mlp, n) for names in parts.mlp_projections for n in names]
         wanted += [(layer, n) for n in parts.norms]
@@ -160,6 +162,8 @@ def _unread_parts(layer: Any, parts: LayerParts, mlp: str) -> list[str]:
     known: dict[str, set[str | None]] = {"": {parts.attention, parts.mlp, *parts.norms}}
     inner = (name for names in parts.attention_projections.values() for name in names)
     known[parts.attention] = {*inner, *parts.attention_norms}
+    if parts.delta is not None:
+        known[parts.attention].add(parts.delta.conv)
     if mlp == "glu":
         known[parts.mlp] = {name for names in parts.mlp_projections for name in names}
     return [

@@ -87,8 +87,9 @@ class Binding:
     def weight_dtype(self) -> torch.dtype | None:
         """The dtype that the first query projection asks to be multiplied in: its own; of a 4-bit weight the 16-bit
         compute dtype it was loaded with; None when it leaves that to its input."""
-        parts = self.family.parts
-        projection = getattr(getattr(self.layers[0], parts.attention), parts.attention_projections[0][0])
+        parts = self.family.parts.of(self.layers[0])
+        first = next(iter(parts.attention_projections.values()))[0]
+        projection = getattr(getattr(self.layers[0], parts.attention), first)
         linear = getattr(projection, "base_layer", projection)
         if linear.weight.dtype.is_floating_point and getattr(linear.weight, "quant_state", None) is None:
             return linear.weight.dtype
@@ -97,7 +98,7 @@ class Binding:
         return asked if asked in (torch.bfloat16, torch.float16) else None
 
     def layer_index(self, layer: Any) -> int:
-        return int(getattr(layer, self.family.parts.attention).layer_idx)
+        return int(getattr(layer, self.family.parts.of(layer).attention).layer_idx)
 
     def attention_backend(
         self,
@@ -191,7 +192,7 @@ class Binding:
     def head_dim(self) -> int:
         """The size of a head of q and k."""
         parts = self.family.parts
-        attention = getattr(self.layers[0], parts.attention)
+        attention = next(getattr(layer, parts.attention) for layer in self.layers if parts.of(layer) is parts)
         return int(attention.head_dim if parts.latent is None else attention.qk_head_dim)
 
     def _attention_dtype(self) -> torch.dtype:
@@ -226,6 +227,11 @@ class Binding:
         return [
             f"{found}; values of {values} columns are padded to the keys' {keys}, the kernels' one size of heads"
         ]
+
+    def _describe_recurrent(self) -> list[str]:
+        parts = self.family.parts
+        count = sum(parts.of(layer) is not parts for layer in self.layers)
+        return [f"  linear attention: the gated delta rule in {count} layers"] if count else []
 
     def new_stash(self, device: torch.device) -> HostStash | None:
         """Host memory for one forward pass, where a layer's level asks for it and the device is a GPU."""
@@ -315,6 +321,7 @@ class Binding:
             f"{name} ({self.family.name} family): {len(self.layers)} layers in attention and GLU blocks, {label}",
             *self._describe_attention(),
             *self._describe_latent(),
+            *self._describe_recurrent(),
             f"  save levels: {counts}",
             f"  weights: {', '.join(sorted({weight.storage for weight in linear}))}",
             *mixture.lines,
@@ -342,7 +349,7 @@ class Binding:
         return read_groups(layer, self.family.parts, reading, self.mlp_of(layer), self.family.mixture)
 
     def _group_names(self, layer: Any) -> dict[int, tuple[str, tuple[str, ...]]]:
-        return group_names(self.family.parts, self.mlp_of(layer), self.family.mixture)
+        return group_names(self.family.parts.of(layer), self.mlp_of(layer), self.family.mixture)
 
     def _module_projections(self) -> list[str]:
         """Projections outside the formulas, grouped by reason."""

@@ -22,6 +22,7 @@ from transformers.utils.generic import can_return_tuple
 
 from pronghorn.blocks import (
     AttentionBlock,
+    AttentionPart,
     DecoderLayer,
     GluBlock,
     Level,
@@ -36,6 +37,7 @@ from pronghorn.blocks.glu import TILE_ROWS
 from pronghorn.blocks.levels import is_roomy
 from pronghorn.blocks.projection import Projection
 from pronghorn.engine.binding import Binding
+from pronghorn.engine.delta import delta_net_block
 from pronghorn.engine.latent import latent_attention_block
 from pronghorn.engine.layer_call import LayerCall, ReadGroups
 from pronghorn.engine.loss import scaled_logits, shifted_loss, without_padding
@@ -52,7 +54,6 @@ from pronghorn.engine.stream import flatten_rows, unflatten_rows
 from pronghorn.engine.wrapped import RowLayout, past_wrapper, visual_rows, with_image_blocks
 from pronghorn.families import MOE
 from pronghorn.kernels.attention import AttentionCall
-from pronghorn.kernels.rms_norm import rms_norm
 
 logger = logging.getLogger("pronghorn")
 
@@ -93,7 +94,12 @@ def build_layer(layer: Any, call: LayerCall) -> DecoderLayer:
     asked_for_checkpointing = bool(getattr(layer, "gradient_checkpointing", False)) and layer.training
     level: Level = "none" if asked_for_checkpointing else binding.save_level(index)
     mlp = MLP_BLOCKS[binding.mlp_of(layer)](layer, call, read)
-    attention = _attention_block if binding.family.parts.latent is None else latent_attention_block
+    parts = binding.family.parts.of(layer)
+    attention: Callable[[Any, LayerCall, ReadGroups], AttentionPart] = _attention_block
+    if parts.latent is not None:
+        attention = latent_attention_block
+    elif parts.delta is not None:
+        attention = delta_net_block
     return DecoderLayer.build(attention(layer, call, read), mlp, level, call.dtype, call.stash)
 
 
@@ -131,7 +137,9 @@ def _attention_block(layer: Any, call: LayerCall, read: ReadGroups) -> Attention
         ),
         q_norm=_read_part_norm(attention, parts.q_norm, offset),
         k_norm=_read_part_norm(attention, parts.k_norm, offset),
+        pairs=binding.family.turns == "pairs",
         query_scale=call.query_scale,
+        gated=parts.gated,
         output_norm=_read_part_norm(layer, parts.attention_output_norm, offset),
         output_scale=scales.residual,
     )
@@ -141,13 +149,14 @@ def _glu_block(layer: Any, call: LayerCall, read: ReadGroups) -> GluBlock:
     binding, parts = call.binding, call.binding.family.parts
     widths = (binding.config.intermediate_size,) * 2
     return GluBlock(
-        norm=read_norm(getattr(layer, parts.mlp_norm), binding.family.norm_offset),
+        norm=read_norm(getattr(layer, parts.mlp_norm or parts.input_norm), binding.family.norm_offset),
         gate_up=_group(read[4], None if parts.gate_up is None else widths),
         down=_group(read[6]),
         activation=binding.activation,
         tile_rows=binding.tile_rows or TILE_ROWS,
         output_norm=_read_part_norm(layer, parts.mlp_output_norm, binding.family.norm_offset),
         output_scale=binding.scales.residual,
+        beside_attention=parts.mlp_norm is None,
     )
 
 
@@ -228,14 +237,15 @@ def decoder_forward(
     )
     # What a vision tower's earlier layers gave, added after as many first layers (DeepStack, arXiv 2406.04334).
     deepstack = kwargs.get("deepstack_visual_embeds") or ()
-    visual = visual_rows(kwargs["visual_pos_masks"], stream) if deepstack else None
+    visual = kwargs.get("visual_rows")
+    if deepstack and visual is None:
+        visual = visual_rows(kwargs["visual_pos_masks"], stream)
     for index, layer in enumerate(decoder.layers[: decoder.config.num_hidden_layers]):
         # Module.__call__, so that hooks run but Transformers' checkpoint wrapper does not: saves are ours to plan.
         hidden_states = torch.nn.Module.__call__(layer, hidden_states, pronghorn=call)
         if visual is not None and index < len(deepstack):
             hidden_states = hidden_states.index_add(0, visual, deepstack[index].to(hidden_states.dtype))
-    norm = read_norm(decoder.norm, binding.family.norm_offset)
-    hidden_states = rms_norm(hidden_states, norm.weight, norm.eps, weight_offset=norm.offset)
+    hidden_states = read_norm(decoder.norm, binding.family.norm_offset)(hidden_states)
     output = BaseModelOutputWithPast if binding.family.mixture is None else MoeModelOutputWithPast
     return output(last_hidden_state=unflatten_rows(hidden_states, stream))
 

@@ -20,7 +20,7 @@ def moe_block(layer: Any, call: LayerCall, read: ReadGroups) -> MoeBlock:
     """The second half of a layer whose MLP is a mixture of experts."""
     binding = call.binding
     parts, mixture = binding.family.parts, binding.family.mixture
-    assert mixture is not None
+    assert mixture is not None and parts.mlp_norm is not None
     mlp = getattr(layer, parts.mlp)
     experts = getattr(mlp, mixture.experts)
     gate_up, down = read_stacks(experts, mixture.transposed)

@@ -22,8 +22,7 @@ from pronghorn.engine.layer_call import LayerCall
 from pronghorn.engine.loss import shifted_loss, without_padding
 from pronghorn.engine.read import active_module, dropout_seed, read_norm
 from pronghorn.engine.stream import Stream, flatten_rows, unflatten_rows
-from pronghorn.families import MOE
-from pronghorn.kernels.rms_norm import rms_norm
+from pronghorn.families import MOE, LayerParts
 from pronghorn.weights import read_weight
 
 #: Rows of logits that are looked at together.
@@ -175,14 +174,14 @@ class _Layers:
             out, saves = build_layer(layer, call).forward(hidden, "all")
         if _finite(out):
             return None, out
-        parts, attention, glu = self.binding.family.parts, saves.attention, saves.glu
+        parts, attention, glu = self.binding.family.parts.of(layer), saves.attention, saves.glu
         stages = [
-            (f"{parts.input_norm}", "output of", attention.normed),
-            *self._head_stages(attention),
+            (f"{parts.input_norm}", "output of", attention.normed if parts.mlp_norm else glu.normed),
+            *_head_stages(parts, attention),
             (f"{parts.attention}", "attention of", attention.out),
             (f"{parts.attention}.{parts.o}", "output of", attention.projected),
             (parts.attention_output_norm or f"{parts.attention}.{parts.o}", "residual sum after", glu.summed),
-            (f"{parts.mlp_norm}", "output of", glu.normed),
+            (parts.mlp_norm or parts.input_norm, "output of", glu.normed),
             *self._mlp_stages(layer, glu, out),
         ]
         prefix = self._name_of_module(layer)
@@ -197,20 +196,6 @@ class _Layers:
                     return self._at_token(weight, int(_first_row(tensor))), out
             return self._activation(f"the {what} {prefix}.{name}", index, tensor), out
         raise AssertionError("the layer's output is its last stage")
-
-    def _head_stages(self, saves: Any) -> list[tuple[str, str, Tensor | None]]:
-        """What makes q, k and v, in this order."""
-        parts = self.binding.family.parts
-        latent = parts.latent
-        if latent is None:
-            q, k, v = (parts.q, parts.k, parts.v) if parts.qkv is None else (parts.qkv,) * 3
-            found = [(q, saves.q), (k, saves.k), (v, saves.v)]
-        else:
-            found = [(latent.q, saves.q if latent.q_up is None else saves.code_q), (latent.kv, saves.code_kv)]
-            if latent.q_norm is not None and latent.q_up is not None:
-                found += [(latent.q_norm, None), (latent.q_up, saves.q)]
-            found += [(latent.kv_norm, None), (latent.kv_up, saves.k), (latent.kv_up, saves.v)]
-        return [(f"{parts.attention}.{name}", "output of", tensor) for name, tensor in found]
 
     def _mlp_stages(self, layer: Any, saves: Any, out: Tensor) -> list[tuple[str, str, Tensor | None]]:
         """What the second half of a layer makes after its norm, in this order."""
@@ -249,9 +234,10 @@ class _Layers:
         model = self.binding.model
         head = readable_head(model, self.binding)
         norm = read_norm(model.model.norm, self.binding.family.norm_offset)
+        norm = replace(norm, weight=norm.weight.detach())
         leaf = hidden.detach().requires_grad_()
         with torch.enable_grad():
-            normed = rms_norm(leaf, norm.weight.detach(), norm.eps, weight_offset=norm.offset)
+            normed = norm(leaf)
         if not _finite(normed):
             bad = self._bad_weight(model.model.norm, None)
             return bad or self._activation("the output of the final norm", None, normed), None
@@ -452,3 +438,24 @@ def _finding(name: str, kind: str, layer: int | None, tensor: Tensor) -> Finding
         dtype=str(tensor.dtype).removeprefix("torch."),
         index=tuple(reversed(index)),
     )
+
+
+def _head_stages(parts: LayerParts, saves: Any) -> list[tuple[str, str, Tensor | None]]:
+    """What makes q, k and v, in this order."""
+    latent, delta = parts.latent, parts.delta
+    if delta is not None:
+        # Two modules give what four do elsewhere.
+        inputs = (
+            delta.inputs if len(delta.inputs) == 4 else tuple(name for name in delta.inputs for _ in range(2))
+        )
+        found = list(zip(inputs, (saves.mixed, saves.z, saves.b, saves.a), strict=True))
+        found += [(delta.conv, None), (delta.norm, None)]
+    elif latent is None:
+        q, k, v = (parts.q, parts.k, parts.v) if parts.qkv is None else (parts.qkv,) * 3
+        found = [(q, saves.q), (k, saves.k), (v, saves.v)]
+    else:
+        found = [(latent.q, saves.q if latent.q_up is None else saves.code_q), (latent.kv, saves.code_kv)]
+        if latent.q_norm is not None and latent.q_up is not None:
+            found += [(latent.q_norm, None), (latent.q_up, saves.q)]
+        found += [(latent.kv_norm, None), (latent.kv_up, saves.k), (latent.kv_up, saves.v)]
+    return [(f"{parts.attention}.{name}", "output of", tensor) for name, tensor in found]

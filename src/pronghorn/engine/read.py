@@ -52,8 +52,9 @@ def group_names(
     parts: LayerParts, mlp: str = "glu", mixture: MixtureParts | None = None
 ) -> dict[int, tuple[str, tuple[str, ...]]]:
     """The modules of a layer that share their input, with their parent, by the slot of the first: q k v at 0, o at 3,
-    gate and up at 4, down at 6, the gate of a shared expert at 7, at 8 and 9 what makes q and k, v of latent
-    codes. A kind of MLP other than "glu" reads its own weights, but for a mixture's shared expert."""
+    gate and up at 4, down at 6, the gate of a shared expert at 7, at 8 and 9 what makes q and k, v of codes, from 10
+    on what a recurrence reads its input with. A kind of MLP other than "glu" reads its own weights, but for a mixture's
+    shared expert."""
     gate_up, down = parts.mlp_projections
     found = {slot: (parts.attention, names) for slot, names in parts.attention_projections.items()}
     if mlp == "glu":
@@ -74,7 +75,7 @@ def read_groups(
 ) -> dict[int, list[Projection]]:
     """A layer's projections by the slots of `group_names`."""
     found = {}
-    for slot, (path, names) in group_names(parts, mlp, mixture).items():
+    for slot, (path, names) in group_names(parts.of(layer), mlp, mixture).items():
         # Once a group: nn.Module's look-ups, for every layer of every step, cost milliseconds.
         parent = layer.get_submodule(path)
         found[slot] = [
@@ -164,10 +165,12 @@ def _read_peft(module: Any, reading: Reading, slot: int) -> Projection:
 
 
 def read_norm(module: nn.Module, offset: float) -> Norm:
-    """An RMSNorm module. Transformers calls the epsilon `variance_epsilon` or `eps`."""
+    """An RMSNorm module, or a LayerNorm without bias, by its class's name. Transformers calls the epsilon
+    `variance_epsilon` or `eps`."""
     module = active_module(module)
     eps = getattr(module, "variance_epsilon", None)
-    return Norm(module.weight, float(eps if eps is not None else module.eps), offset)  # type: ignore[arg-type]
+    centred = type(module).__name__.endswith("LayerNorm")
+    return Norm(module.weight, float(eps if eps is not None else module.eps), offset, centred)  # type: ignore[arg-type]
 
 
 def dropout_seed(training: bool) -> int:

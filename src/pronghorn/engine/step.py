@@ -15,7 +15,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,48 +23,31 @@ from torch import Tensor, nn
 
 from pronghorn.blocks import ModuleProjection
 from pronghorn.blocks.levels import is_roomy
-from pronghorn.engine.altered import altered_part
-from pronghorn.engine.bind import binding_of
+from pronghorn.engine.binding import Binding
 from pronghorn.engine.flat import FlatAdapters, lay_out
-from pronghorn.engine.forward import readable_head
 from pronghorn.engine.joined import join_weights
 from pronghorn.engine.planning import reserve_host
 from pronghorn.engine.read import Reading
 from pronghorn.engine.signature import has_hooks, module_tree, state_of
+from pronghorn.engine.tasks import CAPTURABLE, NUMBERS, LanguageTask, Task
 
 logger = logging.getLogger("pronghorn")
 
-#: Tensors of a batch that a graph reads; everything else that it may hold besides is in `_HOST`.
-_TENSORS = ("input_ids", "labels", "position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "loss_rows")
-_HOST = ("max_length_q", "max_length_k", "document_lengths")
-#: What batches with images have besides. The vision tower's shapes are those of the images: no graph is made of them.
-_IMAGES = (
-    "pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw", "second_per_grid_ts", "token_type_ids",
-)  # fmt: skip
-#: Attention implementations that ask the host for nothing but the longest document.
-_CAPTURABLE = ("flash", "cudnn", "flex")
 #: Graphs kept at most. One costs its kernels' parameters (some 10 MiB), all share one memory pool.
 MAX_GRAPHS = 32
 #: Gradients of this size are copied before an eager micro-batch adds to them, so that it can be tried again in parts.
 _GUARDED_BYTES = 512 * 2**20
-#: Tokens of the batch that compiles and loads every kernel before the first capture.
-_REHEARSAL_TOKENS = 256
-
-
-@dataclass(frozen=True)
-class StepOutput:
-    """The micro-batch's loss (0-dim fp32) and the number of right predictions (0-dim int64), both the caller's."""
-
-    loss: Tensor
-    num_correct: Tensor
 
 
 @dataclass
 class _Graph:
+    """A recorded pass. `trained`: inputs whose gradients it leaves."""
+
     graph: torch.cuda.CUDAGraph
     inputs: dict[str, Tensor]
-    normalizer: Tensor
-    output: StepOutput
+    counts: tuple[Tensor, ...]
+    output: Any
+    trained: list[str] = field(default_factory=list)
 
 
 class TrainingStep:
@@ -78,24 +61,31 @@ class TrainingStep:
         model: a bound model, or the PEFT model around it.
         capture: replay CUDA graphs where possible; False always runs eagerly.
         around: context in which the model is called (autocast).
+        task: what is computed; None: a causal LM's loss.
     """
 
     def __init__(
-        self, model: Any, *, capture: bool = True, around: Callable[[], AbstractContextManager] = nullcontext
+        self,
+        model: Any,
+        *,
+        capture: bool = True,
+        around: Callable[[], AbstractContextManager] = nullcontext,
+        task: Task | None = None,
     ) -> None:
-        binding = binding_of(model)
-        assert binding is not None and binding.bound
-        self.model, self.binding, self.capture = model, binding, capture
+        self.task = LanguageTask(model) if task is None else task
+        self.model, self.capture = model, capture
         self._around = around
-        self._flat: FlatAdapters | None = None
+        self._flat: list[FlatAdapters | None] = [None for _ in self.task.bindings]
         self._gradients: list[tuple[nn.Parameter, Tensor]] = []
         self._tree: list[nn.Module] = []
         self._state: list[Any] = []
         self._chosen: tuple[Any, ...] = ()
-        self._graphs: dict[tuple[int, ...], _Graph] = {}
+        self._graphs: dict[tuple[Any, ...], _Graph] = {}
+        self._warm: set[frozenset[str]] = set()
         self._pool: Any = None
         self._stream: torch.cuda.Stream | None = None
         self._model_reason: str | None = None
+        self._looked_at = False
         self.reason: str | None = None
         self.captured, self.capture_seconds = 0, 0.0
         #: False once memory has run out in the middle of adding to gradients that could not be put back
@@ -103,68 +93,83 @@ class TrainingStep:
 
     # --- what runs --------------------------------------------------------------------------------------------
 
-    def run(self, batch: Mapping[str, Any], normalizer: Any) -> StepOutput | None:
-        """Forward and backward of a batch, loss and gradients divided by `normalizer` (a number or a 0-dim tensor).
+    def run(self, batch: Mapping[str, Any], normalizer: Any) -> Any:
+        """Forward and backward of a batch; what the task gives (`StepOutput`), or None.
 
         None where the batch or the model asks for something else, which `reason` names; nothing has happened then, and
         the model's ordinary call is the way to go.
 
+        Args:
+            normalizer: what loss and gradients are divided by, a number or a 0-dim tensor; a tuple where the task
+                has several losses.
+
         Raises:
             torch.OutOfMemoryError: gradients are as they were before, unless `gradients_intact` is False.
         """
-        self._settle()
-        self.reason = self._model_reason or _why_another_batch(batch)
-        if self.reason is not None:
+        if not self.takes(batch):
             return None
         accumulating = self._attach()
-        graph = self._graph_for(batch) if self.capture and not self._has_images(batch) else None
+        values = normalizer if isinstance(normalizer, tuple) else (normalizer,)
+        if not self._captures(batch):
+            return self._run_eagerly(batch, values, accumulating)
+        with self._around():
+            inputs = self.task.inputs(batch)
+        graph = self._graph_for(inputs, batch, len(values))
         if graph is None:
-            return self._run_eagerly(batch, normalizer, accumulating)
+            return self._run_eagerly(batch, values, accumulating)
         for name, held in graph.inputs.items():
-            held.copy_(batch[name], non_blocking=True)
-        _set(graph.normalizer, normalizer)
+            held.detach().copy_(inputs[name].detach(), non_blocking=True)
+        for count, value in zip(graph.counts, values, strict=True):
+            _set(count, value)
         graph.graph.replay()
-        return StepOutput(graph.output.loss.clone(), graph.output.num_correct.clone())
+        if graph.trained:
+            # What stands in front of the recorded part goes on from its gradients.
+            gradients = [graph.inputs[name].grad for name in graph.trained]
+            torch.autograd.backward([inputs[name] for name in graph.trained], gradients)
+        return _of_the_caller(graph.output, Tensor.clone)
 
-    def _run_eagerly(self, batch: Mapping[str, Any], normalizer: Any, accumulating: bool) -> StepOutput:
+    def takes(self, batch: Mapping[str, Any]) -> bool:
+        """Whether `run` runs a batch; `reason` says why not."""
+        self._settle()
+        self.reason = self._model_reason or self.task.why_another_batch(batch)
+        return self.reason is None
+
+    def _run_eagerly(self, batch: Mapping[str, Any], values: tuple[Any, ...], accumulating: bool) -> Any:
         """Without a graph; when memory runs out on the way, gradients are put back as they were where that is cheap."""
-        device = batch["input_ids"].device
+        device = self._device
         size = sum(buffer.nbytes for _, buffer in self._gradients)
         guard = accumulating and _guards(device) and size <= _GUARDED_BYTES
         before = [buffer.clone() for _, buffer in self._gradients] if guard else []
+        counts = _ones(len(values), device)
+        for count, value in zip(counts, values, strict=True):
+            _set(count, value)
         try:
-            return self._execute(batch, _set(torch.ones((), device=device), normalizer))
+            return self._execute(batch, counts)
         except torch.OutOfMemoryError:
             self.gradients_intact = guard or not accumulating
             for index, (_, buffer) in enumerate(self._gradients):
                 _set(buffer, before[index] if guard else 0.0)
             raise
 
-    def _execute(self, batch: Mapping[str, Any], normalizer: Tensor) -> StepOutput:
+    def _execute(self, batch: Mapping[str, Any], counts: tuple[Tensor, ...]) -> Any:
         with self._packed():
             with self._around():
-                outputs = self.model(**batch, num_items_in_batch=normalizer, use_cache=False)
-            outputs.loss.backward()
-        return StepOutput(outputs.loss.detach(), outputs.num_correct)
+                output: Any = self.task.forward(batch, counts)
+            if "loss" in output._fields:
+                output.loss.backward()
+        return _of_the_caller(output, Tensor.detach)
 
     @contextmanager
     def _packed(self) -> Iterator[None]:
-        if self._flat is not None:
-            self._flat.refresh()
-        self.binding.packed = self._flat
+        for binding, flat in zip(self.task.bindings, self._flat, strict=True):
+            if flat is not None:
+                flat.refresh()
+            binding.packed = flat
         try:
             yield
         finally:
-            self.binding.packed = None
-
-    def _has_images(self, batch: Mapping[str, Any]) -> bool:
-        if not any(name in batch for name in _IMAGES):
-            return False
-        if next(iter(batch.values())).is_cuda:
-            self.binding.tell_once(
-                "batches with images are launched kernel by kernel: the vision tower's shapes change with them"
-            )
-        return True
+            for binding in self.task.bindings:
+                binding.packed = None
 
     # --- gradients --------------------------------------------------------------------------------------------
 
@@ -180,7 +185,7 @@ class TrainingStep:
         if self._graphs:
             logger.warning("pronghorn: the model has changed: its captured steps are made anew")
         self.release()
-        self._model_reason = self._why_another_call()
+        self._model_reason, self._looked_at = self.task.why_another_call(), False
         if self._model_reason is None:
             self._lay_out()
         self._tree = module_tree(self.model)
@@ -190,52 +195,46 @@ class TrainingStep:
         return bool(self._state) and self._state == state_of(self._tree) and self._chosen == self._choices()
 
     def _choices(self) -> tuple[Any, ...]:
-        return self.binding.save_levels, self.binding.tile_rows, self.binding.attention
-
-    def _why_another_call(self) -> str | None:
-        """Why the model's loss is not the blocks' and the fused head's, or None."""
-        binding = self.binding
-        altered = altered_part(binding.decoder, binding.family.parts, binding.family.mixture)
-        if altered is not None:
-            return altered
-        if "_loss_function" in binding.model.__dict__ or readable_head(binding.model, binding) is None:
-            return "lm_head or the loss runs through its own forward"
-        return None
+        return tuple((b.save_levels, b.tile_rows, b.attention) for b in self.task.bindings)
 
     def _lay_out(self) -> None:
-        device = next(self.model.parameters()).device
-        groups = {
-            (self.binding.layer_index(layer), slot): found
-            for layer in self.binding.layers
-            for slot, found in self.binding.groups(layer, Reading(True)).items()
+        device = self._device
+        self._flat = [self._flat_of(binding, device) for binding in self.task.bindings]
+        buffers = {
+            parameter: buffer
+            for flat in self._flat
+            if flat is not None
+            for parameter, buffer in zip(flat.parameters, flat.gradient_of(), strict=True)
         }
-        join_weights(groups, roomy=is_roomy(self.binding.save_levels))
-        self._flat = lay_out(groups, self._compute_dtype(device))
-        buffers = (
-            {}
-            if self._flat is None
-            else dict(zip(self._flat.parameters, self._flat.gradient_of(), strict=True))
-        )
         self._gradients = [
             (p, buffers[p] if p in buffers else torch.zeros_like(p, memory_format=torch.contiguous_format))
             for p in self.model.parameters()
             if p.requires_grad
         ]
 
-    def _compute_dtype(self, device: torch.device) -> torch.dtype:
+    def _flat_of(self, binding: Binding, device: torch.device) -> FlatAdapters | None:
+        groups = {
+            (binding.layer_index(layer), slot): found
+            for layer in binding.layers
+            for slot, found in binding.groups(layer, Reading(True)).items()
+        }
+        join_weights(groups, roomy=is_roomy(binding.save_levels))
+        return lay_out(groups, self._compute_dtype(binding, device))
+
+    def _compute_dtype(self, binding: Binding, device: torch.device) -> torch.dtype:
         with self._around():
             if torch.is_autocast_enabled(device.type):
                 return torch.get_autocast_dtype(device.type)
-        return self.binding.weight_dtype or self.binding.model.get_input_embeddings().weight.dtype
+        dtype: torch.dtype = binding.weight_dtype or binding.model.get_input_embeddings().weight.dtype
+        return dtype
 
     def _attach(self) -> bool:
         """Every `.grad` is our buffer, holding what it held before; returns whether any held something."""
         if all(p.grad is None for p, _ in self._gradients):
-            if self._flat is not None:
-                self._flat.gradients.zero_()
-                mine = set(map(id, self._flat.parameters))
-            else:
-                mine = set()
+            mine: set[int] = set()
+            for flat in filter(None, self._flat):
+                flat.gradients.zero_()
+                mine |= set(map(id, flat.parameters))
             for parameter, buffer in self._gradients:
                 if id(parameter) not in mine:
                     buffer.zero_()
@@ -255,14 +254,16 @@ class TrainingStep:
         """Why steps of this model are not captured, or None."""
         if device.type != "cuda":
             return f"CUDA graphs need a CUDA GPU, the model is on the {device.type.upper()}"
-        binding = self.binding
         hooked = next((name for name, module in self.model.named_modules() if has_hooks(module)), None)
         if hooked is not None:
             return f"{hooked} has hooks, which a graph would run only once"
-        dtype = self._compute_dtype(device)
+        return next(filter(None, (self._why_eager(binding, device) for binding in self.task.bindings)), None)
+
+    def _why_eager(self, binding: Binding, device: torch.device) -> str | None:
+        dtype = self._compute_dtype(binding, device)
         for window in binding.windowed():
             backend = binding.attention_backend(device, dtype, binding.head_dim, window=window)
-            if backend not in _CAPTURABLE:
+            if backend not in CAPTURABLE:
                 return f"attention runs as '{backend}', document by document"
         rope = getattr(binding.config, "rope_parameters", None) or {}
         # One kind of angles, or several by the layers' names.
@@ -277,64 +278,89 @@ class TrainingStep:
                 return "adapter dropout draws its masks from the host's random numbers"
         return None
 
-    def _graph_for(self, batch: Mapping[str, Any]) -> _Graph | None:
+    def _captures(self, batch: Mapping[str, Any]) -> bool:
+        """Whether a batch of this kind is recorded. Why it is not is told once."""
+        if not self.capture:
+            return False
+        if not self._looked_at:
+            self._looked_at = True
+            reason = self.why_eager(self._device)
+            if reason is not None:
+                self._give_up(reason)
+                return False
+        reason = self.task.why_eager(batch)
+        if reason is not None:
+            self._tell(f"such batches are launched kernel by kernel instead of as one CUDA graph: {reason}")
+        return reason is None
+
+    def _tell(self, reason: str) -> None:
+        self.task.bindings[0].tell_once(reason)
+
+    def _give_up(self, reason: str) -> None:
+        self.capture = False
+        self._tell(f"steps are launched kernel by kernel instead of as one CUDA graph: {reason}")
+
+    def _graph_for(
+        self, inputs: dict[str, Tensor], batch: Mapping[str, Any], counts: int = 1
+    ) -> _Graph | None:
         """The graph of a batch's shape, captured at the first meeting; None where it has to run eagerly."""
-        sizes = [batch[name].shape[-1] for name in ("input_ids", "loss_rows", "cu_seq_lens_q")]
-        key = (*sizes, int(batch["max_length_q"]))
+        numbers = {name: batch[name] for name in NUMBERS if name in batch}
+        shapes = ((name, x.shape, x.requires_grad) for name, x in sorted(inputs.items()))
+        key = (*shapes, *numbers.values())
         graph = self._graphs.get(key)
         if graph is not None:
             return graph
-        device = batch["input_ids"].device
-        reason = self.why_eager(device)
-        if reason is None and len(self._graphs) >= MAX_GRAPHS:
-            self.binding.tell_once(f"{MAX_GRAPHS} shapes of batches are captured; further ones run eagerly")
+        if len(self._graphs) >= MAX_GRAPHS:
+            self._tell(f"{MAX_GRAPHS} shapes of batches are captured; further ones run eagerly")
             return None
-        if reason is None:
-            try:
-                return self._capture(key, batch)
-            except torch.OutOfMemoryError:
-                self.release()
-                raise
-            except Exception as error:
-                first_line = str(error).partition("\n")[0]
-                reason = f"the capture failed ({type(error).__name__}: {first_line})"
-                self.release()
-        self.capture = False
-        self.binding.tell_once(f"steps are launched kernel by kernel instead of as one CUDA graph: {reason}")
+        try:
+            return self._capture(key, inputs, numbers, counts)
+        except torch.OutOfMemoryError:
+            self.release()
+            raise
+        except Exception as error:
+            first_line = str(error).partition("\n")[0]
+            self.release()
+            self._give_up(f"the capture failed ({type(error).__name__}: {first_line})")
         return None
 
-    def _capture(self, key: tuple[int, ...], batch: Mapping[str, Any]) -> _Graph:
+    def _capture(
+        self, key: tuple[Any, ...], given: dict[str, Tensor], numbers: dict[str, int], counted: int
+    ) -> _Graph:
         began = time.perf_counter()
-        device = batch["input_ids"].device
+        device = self._device
         if self._stream is None:
             self._stream = torch.cuda.Stream(device)
             self._pool = torch.cuda.graph_pool_handle()
+        kind = frozenset(given)
+        if kind not in self._warm:
             # Compiles and loads kernels, creates library handles and workspaces.
-            small = _nonsense(device, _REHEARSAL_TOKENS, _REHEARSAL_TOKENS // 2, 2, _REHEARSAL_TOKENS // 2)
+            self._warm.add(kind)
             self._stream.wait_stream(torch.cuda.current_stream(device))
-            self._run_for_nothing(small, self._stream)
+            self._run_for_nothing(self.task.warm_up(device, kind), counted, self._stream)
         # Nothing can be pinned while a graph is recorded.
-        reserve_host(self.binding, batch["input_ids"].numel())
-        inputs = {name: batch[name].clone() for name in _TENSORS}
-        static = {
-            **inputs,
-            **{name: batch[name] for name in ("max_length_q", "max_length_k") if name in batch},
-        }
-        normalizer = torch.ones((), dtype=torch.float32, device=device)
+        reserve_host(*self.task.parked(given))
+        inputs = {name: x.detach().clone().requires_grad_(x.requires_grad) for name, x in given.items()}
+        counts = _ones(counted, device)
         graph = torch.cuda.CUDAGraph()
         # Random numbers drawn while recording must not shift those of the run. "relaxed": other threads (pinning of
         # batches) may allocate meanwhile, and kernels met for the first time may be loaded.
         with torch.random.fork_rng(devices=[device]):
             with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="relaxed"):
-                output = self._execute(static, normalizer)
-        captured = _Graph(graph, inputs, normalizer, output)
+                output = self._execute({**inputs, **numbers}, counts)
+        trained = [name for name, x in inputs.items() if x.grad is not None]
+        captured = _Graph(graph, inputs, counts, output, trained)
         self._graphs[key] = captured
         self.captured += 1
         self.capture_seconds += time.perf_counter() - began
         return captured
 
-    def rehearse(self, tokens: int, loss_rows: int, documents: int, longest: int) -> None:
+    def rehearse(self, batch: Mapping[str, Any], counts: int = 1) -> None:
         """Take the memory of the largest batch before the first one comes: its graph, or an eager pass over nothing.
+
+        Args:
+            batch: of the largest sizes; its values do not matter.
+            counts: how many numbers losses are divided by.
 
         Raises:
             torch.OutOfMemoryError: it does not fit; everything taken is given back.
@@ -342,20 +368,21 @@ class TrainingStep:
         self._settle()
         if self._model_reason is not None:
             return
-        device = next(self.model.parameters()).device
-        batch = _nonsense(device, tokens, loss_rows, documents, longest)
         try:
-            if not self.capture or self._graph_for(batch) is None:
-                self._run_for_nothing(
-                    batch, torch.cuda.current_stream(device) if device.type == "cuda" else None
-                )
+            recorded = self._captures(batch) and self._graph_for(self.task.inputs(batch), batch, counts)
+            if not recorded:
+                device = self._device
+                stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+                self._run_for_nothing(batch, counts, stream)
         except torch.OutOfMemoryError:
             self.release()
             raise
 
-    def _run_for_nothing(self, batch: dict[str, Any], stream: torch.cuda.Stream | None) -> None:
+    def _run_for_nothing(
+        self, batch: Mapping[str, Any], counts: int, stream: torch.cuda.Stream | None
+    ) -> None:
         """Run a batch eagerly and forget its gradients and random numbers."""
-        device = batch["input_ids"].device
+        device = self._device
         before = [(p, p.grad) for p, _ in self._gradients]
         held = [(buffer, buffer.clone()) for p, buffer in self._gradients if p.grad is buffer]
         for parameter, buffer in self._gradients:
@@ -363,7 +390,7 @@ class TrainingStep:
         devices = [device] if device.type == "cuda" else []
         try:
             with torch.random.fork_rng(devices=devices), torch.cuda.stream(stream):
-                self._execute(batch, torch.ones((), device=device))
+                self._execute(batch, _ones(counts, device))
         finally:
             if stream is not None:
                 # What is put back below must come after the last gradient that was added over there.
@@ -374,6 +401,10 @@ class TrainingStep:
                 buffer.copy_(values)
 
     @property
+    def _device(self) -> torch.device:
+        return next(self.model.parameters()).device  # type: ignore[no-any-return]
+
+    @property
     def holds_graphs(self) -> bool:
         """Whether captured steps take memory now."""
         return bool(self._graphs)
@@ -382,39 +413,19 @@ class TrainingStep:
         """Give back the graphs and their memory."""
         if self._graphs:
             self._graphs.clear()
+            self._warm.clear()
             self._pool = self._stream = None
             gc.collect()
             torch.cuda.empty_cache()
 
 
-def _nonsense(
-    device: torch.device, tokens: int, loss_rows: int, documents: int, longest: int
-) -> dict[str, Any]:
-    """A batch of a shape, of nothing but the first token."""
-    documents = max(documents, -(-tokens // longest))
-    zeros = torch.zeros(1, tokens, dtype=torch.int64, device=device)
-    bounds = torch.arange(documents + 1, device=device).mul_(longest).clamp_(max=tokens).to(torch.int32)
-    return {
-        "input_ids": zeros,
-        "labels": zeros,
-        "position_ids": torch.arange(tokens, device=device)[None] % longest,
-        "cu_seq_lens_q": bounds,
-        "cu_seq_lens_k": bounds,
-        "loss_rows": torch.arange(loss_rows, device=device),
-        "max_length_q": longest,
-        "max_length_k": longest,
-        "document_lengths": tuple(max(min(longest, tokens - longest * i), 0) for i in range(documents)),
-    }
+def _ones(count: int, device: torch.device) -> tuple[Tensor, ...]:
+    return tuple(torch.ones((), dtype=torch.float32, device=device) for _ in range(count))
 
 
-def _why_another_batch(batch: Mapping[str, Any]) -> str | None:
-    """Why a batch is not one packed stream of tokens, or None."""
-    unknown = sorted(set(batch) - {*_TENSORS, *_HOST, *_IMAGES})
-    missing = [name for name in (*_TENSORS, "max_length_q") if name not in batch]
-    if not unknown and not missing:
-        return None
-    named = "has " + ", ".join(unknown) if unknown else "lacks " + ", ".join(missing)
-    return f"the batch {named}: a step of static shape takes one packed stream of tokens"
+def _of_the_caller(output: Any, made: Callable[[Tensor], Tensor]) -> Any:
+    """A task's output with every tensor detached, or copied."""
+    return type(output)(*map(made, output))
 
 
 def _guards(device: torch.device) -> bool:

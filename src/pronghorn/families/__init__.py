@@ -1,20 +1,35 @@
 """The model families with a fast path. Adding one: a `DecoderFamily` in a file of its own, listed here."""
 
 from pronghorn.families import (
+    cohere,
     deepseek,
+    ernie,
     gemma,
+    glm,
     gpt_oss,
     granite,
+    helium,
     llama,
     mistral,
     mixtral,
     phi,
     qwen,
+    qwen_hybrid,
     qwen_moe,
     smollm,
 )
 from pronghorn.families.mixture import MOE, MixtureParts
-from pronghorn.families.spec import ACTIVATIONS, KV_UP, Q_UP, DecoderFamily, LatentParts, LayerParts, Scales
+from pronghorn.families.spec import (
+    ACTIVATIONS,
+    DELTA,
+    KV_UP,
+    Q_UP,
+    DecoderFamily,
+    DeltaParts,
+    LatentParts,
+    LayerParts,
+    Scales,
+)
 from pronghorn.families.stock import STOCK
 
 FAMILIES: tuple[DecoderFamily, ...] = (
@@ -34,9 +49,17 @@ FAMILIES: tuple[DecoderFamily, ...] = (
     phi.FAMILY,
     granite.FAMILY,
     smollm.FAMILY,
+    cohere.COHERE,
+    cohere.COHERE2,
+    glm.GLM,
+    glm.GLM4,
+    ernie.FAMILY,
+    helium.FAMILY,
     mixtral.FAMILY,
     qwen_moe.QWEN2_MOE,
     qwen_moe.QWEN3_MOE,
+    qwen_hybrid.QWEN3_5,
+    qwen_hybrid.QWEN3_5_VISION,
     gpt_oss.FAMILY,
     deepseek.DEEPSEEK_V2,
     deepseek.DEEPSEEK_V3,
@@ -47,12 +70,14 @@ FAMILIES: tuple[DecoderFamily, ...] = (
 
 __all__ = [
     "ACTIVATIONS",
+    "DELTA",
     "FAMILIES",
     "KV_UP",
     "MOE",
     "Q_UP",
     "STOCK",
     "DecoderFamily",
+    "DeltaParts",
     "LatentParts",
     "LayerParts",
     "MixtureParts",

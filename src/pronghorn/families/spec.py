@@ -5,12 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 from pronghorn.families.mixture import MixtureParts
 
+#: what of a head turns together: element i with the one half the rotated width away, or neighbours
+Turns = Literal["halves", "pairs"]
+
 #: slots of the projections that read codes
 Q_UP, KV_UP = 8, 9
+#: slot of the first of those that a recurrence's layer reads its input with
+DELTA = 10
 
 
 @dataclass(frozen=True)
@@ -31,11 +36,27 @@ class LatentParts:
 
 
 @dataclass(frozen=True)
+class DeltaParts:
+    """Names inside the linear attention of layers with the gated delta rule (`blocks.delta_net`).
+
+    `inputs` read the layer's input: [q | k | v], z, b and a; or where there are two of them [q | k | v | z] and
+    [b | a], one head of k after the other.
+    """
+
+    inputs: tuple[str, ...] = ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a")
+    conv: str = "conv1d"
+    norm: str = "norm"
+    decay: str = "A_log"
+    dt_bias: str = "dt_bias"
+
+
+@dataclass(frozen=True)
 class LayerParts:
     """Paths inside a decoder layer. A part that a family lacks is None.
 
     `qkv` and `gate_up` are one module for what others have apart; q, k, v or gate, up are then not looked at. So are q,
-    k, v and their norms where the attention is `latent`.
+    k, v and their norms where the attention is `latent` or a recurrence, the gated `delta` rule. `recurrent` are the
+    parts of layers with such a recurrence, where a family has both kinds.
     """
 
     input_norm: str = "input_layernorm"
@@ -50,10 +71,14 @@ class LayerParts:
     #: a logit per head in the softmax's denominator
     sinks: str | None = None
     latent: LatentParts | None = None
+    delta: DeltaParts | None = None
+    #: q gives a gate of each head's output besides
+    gated: bool = False
+    recurrent: LayerParts | None = None
     #: of what the attention gives, before the residual sum
     attention_output_norm: str | None = None
-    #: of the residual sum, before the MLP
-    mlp_norm: str = "post_attention_layernorm"
+    #: of the residual sum, before the MLP; None where the MLP reads what the attention reads, beside it
+    mlp_norm: str | None = "post_attention_layernorm"
     mlp: str = "mlp"
     gate: str = "gate_proj"
     up: str = "up_proj"
@@ -63,10 +88,22 @@ class LayerParts:
     #: of what the MLP gives, before the residual sum
     mlp_output_norm: str | None = None
 
+    @property
+    def kinds(self) -> tuple[LayerParts, ...]:
+        """The parts of each kind of layer that there may be."""
+        return (self,) if self.recurrent is None else (self, self.recurrent)
+
+    def of(self, layer: Any) -> LayerParts:
+        """The parts of one layer, by the attention that it has."""
+        other = self.recurrent
+        return other if other is not None and other.attention in layer._modules else self
+
     @cached_property
     def attention_projections(self) -> dict[int, tuple[str, ...]]:
         """Names of the attention's modules with the same input, by the slot of the first (`engine.read.group_names`):
         those that read the layer's input, the one that reads the attention's output, those that read codes."""
+        if self.delta is not None:
+            return {DELTA: self.delta.inputs, 3: (self.o,)}
         if self.latent is None:
             return {0: (self.q, self.k, self.v) if self.qkv is None else (self.qkv,), 3: (self.o,)}
         latent = self.latent
@@ -76,6 +113,8 @@ class LayerParts:
     @cached_property
     def attention_norms(self) -> tuple[str, ...]:
         """Names of the norms inside the attention."""
+        if self.delta is not None:
+            return (self.delta.norm,)
         latent = self.latent
         found = (self.q_norm, self.k_norm) if latent is None else (latent.q_norm, latent.kv_norm)
         return tuple(name for name in found if name is not None)
@@ -92,6 +131,10 @@ class LayerParts:
             latent = self.latent
             held |= {} if latent.q_up is None else {self.q: (latent.q, latent.q_up)}
             held |= dict.fromkeys((self.k, self.v), (latent.kv, latent.kv_up))
+        if self.recurrent is not None and self.recurrent.delta is not None:
+            inputs, other = self.recurrent.delta.inputs, self.recurrent
+            held |= {name: (name, inputs[0]) for name in (self.q, self.k, self.v)}
+            held[self.o] = (self.o, other.o)
         return held
 
     @cached_property
@@ -176,8 +219,9 @@ class DecoderFamily:
         model_types: `config.model_type` values it covers.
         prefix: Transformers' class prefix; the classes that the fast path was reviewed for are
             `{prefix}ForCausalLM`, `{prefix}Model`, `{prefix}DecoderLayer`, `{prefix}Attention`, `{prefix}MLP`,
-            `{prefix}RMSNorm` and `{prefix}RotaryEmbedding`.
-        decoder: the class of the decoder where it is not `{prefix}Model`.
+            `{prefix}RMSNorm` (or `{prefix}LayerNorm`, which takes off the mean) and `{prefix}RotaryEmbedding`.
+        decoder: the class of the decoder where it is not `{prefix}Model`. rotary: of its angles where it is not
+            `{prefix}RotaryEmbedding`.
         causal_lm: the class of the whole model where it is not `{prefix}ForCausalLM`.
         mlp_class: the class of a layer's MLP where it is not `{prefix}MLP`.
         path: where the decoder is in the whole model; between them may stand a module that puts images among tokens.
@@ -188,6 +232,8 @@ class DecoderFamily:
         window: sliding window in tokens of a layer, None for full attention.
         rotation: by config and layer what the rotary module is asked for: `ONE_ROTATION`, the name of one of several
             kinds of layers, or None for a layer that does not rotate.
+        turns: what of a head its angles turn together. `angles`: how the rotary module repeats each angle: for the
+            other half, or beside itself.
         scales: factors and caps that the config sets.
         norm_offset: 1.0 where norms multiply by (1 + weight).
         activation: the config's key for the MLP's activation.
@@ -198,6 +244,7 @@ class DecoderFamily:
     model_types: tuple[str, ...]
     prefix: str
     decoder: str = ""
+    rotary: str = ""
     causal_lm: str = ""
     mlp_class: str = ""
     path: str = "model"
@@ -208,6 +255,8 @@ class DecoderFamily:
     mixture: MixtureParts | None = None
     window: Callable[[Any, int], int | None] = no_window
     rotation: Callable[[Any, int], str | None] = one_rotation
+    turns: Turns = "halves"
+    angles: Turns = "halves"
     scales: Callable[[Any], Scales] = no_scales
     norm_offset: float = 0.0
     activation: str = "hidden_act"

@@ -1,26 +1,19 @@
 """Model types that run Transformers' own forward, and what the blocks would have to learn first."""
 
 LATENT = "latent attention"
-PAIRS = "RoPE that turns neighbouring pairs, where the kernels turn the halves of a head"
 LAYER_NORM = "LayerNorm"
 NO_PRE_NORM = "no norm before attention and MLP, and norms of q and k over all heads at once"
 
 #: `config.model_type` -> what its decoder layers have that no block computes
 STOCK = {
     "axk1": f"{LATENT}, and a norm of what the experts give",
-    "cohere": f"attention and MLP side by side on one {LAYER_NORM}, and {PAIRS}",
-    "cohere2": f"attention and MLP side by side on one {LAYER_NORM}, and {PAIRS}",
     "deepseek_v32": f"{LATENT} over the keys that an indexer picks",
-    "ernie4_5": PAIRS,
     "exaone4": "no norm before attention and MLP",
     "gemma3n_text": "embeddings and projections of each layer's own, and layers that share keys and values",
     "gemma4_text": "embeddings and projections of each layer's own, and layers that share keys and values",
-    "glm": PAIRS,
-    "glm4": PAIRS,
     "gpt2": f"{LAYER_NORM} with biases, learned positions and an MLP without a gate",
     "gpt_neox": f"{LAYER_NORM} with biases and an MLP without a gate",
     "glm_moe_dsa": f"{LATENT} over the keys that an indexer picks",
-    "helium": PAIRS,
     "hunyuan_v1_dense": "norms of q and k after the rotation",
     "kimi_linear": f"linear attention in most layers, {LATENT} in the others",
     "longcat_flash": f"two blocks of {LATENT} in a layer, beside experts of which some do nothing",
@@ -29,7 +22,6 @@ STOCK = {
     "olmo2": NO_PRE_NORM,
     "olmo3": NO_PRE_NORM,
     "phi": f"attention and MLP side by side on one {LAYER_NORM}, and an MLP without a gate",
-    "qwen3_5_text": "linear attention (gated delta rule) in most layers, and a gate on the attention's output",
     "qwen3_next": "linear attention (gated delta rule) in most layers, and a gate on the attention's output",
     "stablelm": f"{LAYER_NORM} with biases",
     "starcoder2": f"{LAYER_NORM} with biases and an MLP without a gate",

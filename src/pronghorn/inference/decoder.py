@@ -39,17 +39,28 @@ LONGROPE = "longrope"
 
 @dataclass(frozen=True)
 class Layer:
-    """One decoder layer. `rotation` is a key of `Decoder.rotations`."""
+    """One decoder layer. `rotation` is a key of `Decoder.rotations`; without an `mlp_norm` the MLP reads what q, k and
+    v read. `head_norms`: of q and k, where the rotation does not take them in."""
 
     norm: Norm
     qkv: Group
     heads: Heads
     rotation: str | None
     o: Group
-    mlp_norm: Norm
+    mlp_norm: Norm | None
     mlp: GatedMlp | Mixture
     attention_output_norm: Norm | None = None
     mlp_output_norm: Norm | None = None
+    head_norms: tuple[Norm, Norm] | None = None
+
+    def norm_heads_(self, qkv: Tensor) -> Tensor:
+        """qkv [T, (N + 2 K) D] with `head_norms` of q and k, in place."""
+        if self.head_norms is not None:
+            counts = self.heads.heads, self.heads.kv_heads, self.heads.kv_heads
+            parts = qkv.view(len(qkv), -1, self.heads.head_dim).split(counts, 1)
+            for part, norm in zip(parts, self.head_norms, strict=False):
+                part.copy_(norm.of_heads(part))
+        return qkv
 
     @property
     def groups(self) -> tuple[Group, ...]:
@@ -158,6 +169,9 @@ class Decoder:
             return None if name is None else read_norm(getattr(parent, name), family.norm_offset)
 
         q_norm, k_norm = norm(attention, parts.q_norm), norm(attention, parts.k_norm)
+        head_norms = None
+        if q_norm is not None and k_norm is not None and not q_norm.is_of_a_head(attention.head_dim):
+            head_norms, q_norm, k_norm = (q_norm, k_norm), None, None
         heads = Heads(
             heads=config.num_attention_heads,
             kv_heads=config.num_key_value_heads,
@@ -177,10 +191,11 @@ class Decoder:
             heads=heads,
             rotation=family.rotation(config, index),
             o=groups[3],
-            mlp_norm=read_norm(getattr(layer, parts.mlp_norm), family.norm_offset),
+            mlp_norm=norm(layer, parts.mlp_norm),
             mlp=GatedMlp(groups[4], groups[6]) if mlp == "glu" else self._mixture(layer, groups),
             attention_output_norm=norm(layer, parts.attention_output_norm),
             mlp_output_norm=norm(layer, parts.mlp_output_norm),
+            head_norms=head_norms,
         )
 
     def _mixture(self, layer: Any, groups: dict[int, Group]) -> Mixture:
@@ -230,14 +245,18 @@ class Decoder:
         return Group(projections, adapters, dtype)
 
     def _rotations(self) -> dict[str | None, Rotation]:
+        pairs = self.binding.family.turns == "pairs"
         if self.switch is None:
             angles = self._angles(self.positions)
-            return {kind: Rotation(cos.contiguous(), sin.contiguous()) for kind, (cos, sin) in angles.items()}
+            return {
+                kind: Rotation(cos.contiguous(), sin.contiguous(), pairs=pairs)
+                for kind, (cos, sin) in angles.items()
+            }
         found: dict[str | None, Rotation] = {}
         short, long = self._angles(self.switch), self._angles(self.positions)
         for kind in short:
             cos, sin = (torch.cat(pair) for pair in zip(short[kind], long[kind], strict=True))
-            found[kind] = Rotation(cos, sin, self.switch)
+            found[kind] = Rotation(cos, sin, self.switch, pairs)
         return found
 
     def _angles(self, positions: int) -> Angles:
@@ -255,6 +274,8 @@ def why_not(binding: Binding, positions: int) -> str | None:
         return altered
     if family.parts.latent is not None:
         return "its attention is latent, which is cached by codes"
+    if family.parts.recurrent is not None:
+        return "most of its layers keep a recurrent state, of which its cache of keys and values has none"
     growth = binding.scales.query_growth
     if growth is not None and positions > growth[1]:
         return f"its queries grow beyond {growth[1]:,} tokens, and max_context is {positions:,}"

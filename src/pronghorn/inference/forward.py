@@ -99,14 +99,16 @@ def run_layers(decoder: Decoder, x: Tensor, segments: Sequence[Segment], attend:
     slots = _slots(decoder, segments, len(x))
     for index, layer in enumerate(decoder.layers):
         qkv = layer.qkv.forward(normalised(layer.norm, x, decoder.dtype, layer.qkv), segments)
-        x = _add_branch(decoder, x, attend(index, layer, qkv), layer.o, layer.attention_output_norm, segments)
-        if isinstance(layer.mlp, Mixture):
+        attended = attend(index, layer, layer.norm_heads_(qkv))
+        # Made before the attention is added to x, where the MLP is beside it.
+        beside = None if layer.mlp_norm is not None else _activated(decoder, x, layer, segments)
+        x = _add_branch(decoder, x, attended, layer.o, layer.attention_output_norm, segments)
+        if isinstance(layer.mlp, Mixture) and layer.mlp_norm is not None:
             normed = as_operand(normalised(layer.mlp_norm, x, decoder.dtype, layer.mlp.router)).tensor
             x = layer.mlp.add_to(x, normed, slots, lambda group, y: group.forward(y, segments))
             continue
-        gate_up, down = layer.mlp.groups
-        wide = gate_up.forward(normalised(layer.mlp_norm, x, decoder.dtype, gate_up), segments)
-        x = _add_branch(decoder, x, _activated(decoder, wide), down, layer.mlp_output_norm, segments)
+        act = _activated(decoder, x, layer, segments) if beside is None else beside
+        x = _add_branch(decoder, x, act, layer.mlp.groups[1], layer.mlp_output_norm, segments)
     return x
 
 
@@ -127,6 +129,8 @@ def normalised(norm: Norm, x: Tensor, dtype: torch.dtype, consumer: Group) -> Te
     if x.device.type == "cpu" and not weight.quantises_rows:
         # One call of torch; a few rows at a time are bound by the number of calls.
         scale = norm.weight.detach()
+        if norm.centred:
+            return F.layer_norm(x, (x.shape[-1],), scale, None, norm.eps).to(dtype)
         if norm.offset:
             scale = scale.float() + norm.offset
             return F.rms_norm(x.float(), (x.shape[-1],), scale, norm.eps).to(dtype)
@@ -147,8 +151,10 @@ def _add_branch(
     return torch.add(x, branch, alpha=scale).to(x.dtype)
 
 
-def _activated(decoder: Decoder, wide: Tensor) -> Tensor:
-    """act(gate) · up [T, I] of [gate | up] [T, 2I]."""
+def _activated(decoder: Decoder, x: Tensor, layer: Layer, segments: Sequence[Segment]) -> Tensor:
+    """act(gate) · up [T, I] of a layer's gate and up."""
+    gate_up = layer.mlp.groups[0]
+    wide = gate_up.forward(normalised(layer.mlp_norm or layer.norm, x, decoder.dtype, gate_up), segments)
     gate, up = wide.chunk(2, 1)
     if wide.device.type == "cpu" and decoder.activation == "silu" and len(wide) <= 16:
         return F.silu(gate).mul_(up)
@@ -192,6 +198,7 @@ class _PackedAttention:
             k_norm_weight=heads.k_norm,
             eps=heads.eps,
             weight_offset=heads.norm_offset,
+            pairs=self.decoder.rotations[layer.rotation].pairs,
         )
         cached = self.cache.layers[index]
         flat = cached.flatten(0, 1)

@@ -104,6 +104,8 @@ class RowGroup:
     ) -> Tensor:
         """y [B, out], or act [B, out / 2], in the compute dtype; or the residual, which it was added to."""
         group, out_dtype = self.group, out_dtype or self.group.dtype
+        if norm is not None and norm.centred:  # no product takes it in
+            x, norm = norm.forward(x, group.dtype)[0].tensor, None
         row_norm = None if norm is None else RowNorm(norm.weight.detach(), norm.eps, norm.offset)
         if len(x) == 1 and x.dtype == group.dtype and (self.dense or self.four_bit):
             adapter: RowShare | RowAdapter | None
@@ -196,22 +198,29 @@ class FusedDecoder:
             self.turn += 1
         x = decoder.embed(ids)
         for index, layer in enumerate(self.layers):
-            qkv = self._rows[layer.qkv](x, slots, norm=layer.norm)
+            qkv = layer.norm_heads_(self._rows[layer.qkv](x, slots, norm=layer.norm))
             rotation = decoder.rotations[layer.rotation]
             out = decode_attention(qkv, cache.layers[index], paged, layer.heads, rotation)
+            # Made before the attention is added to x, where the MLP is beside it.
+            beside = None if layer.mlp_norm is not None else self._activated(x, layer, slots)
             x = self._add_branch(x, out, self._rows[layer.o], layer.attention_output_norm, slots)
-            x = self._mlp(x, layer, slots)
+            x = self._mlp(x, layer, slots, beside)
         return self._head(x, slots)
 
-    def _mlp(self, x: Tensor, layer: Layer, slots: Tensor) -> Tensor:
+    def _mlp(self, x: Tensor, layer: Layer, slots: Tensor, act: Tensor | None) -> Tensor:
         decoder, mlp = self.decoder, layer.mlp
-        if isinstance(mlp, Mixture):
+        if isinstance(mlp, Mixture) and layer.mlp_norm is not None:
             # Router, experts and shared expert read the same norm.
             normed = as_operand(normalised(layer.mlp_norm, x, decoder.dtype, mlp.router)).tensor
             adapted = slots if layer.expert_tables else None
             return mlp.add_to(x, normed, adapted, lambda group, y: self._rows[group](y, slots))
-        act = self._rows[mlp.gate_up](x, slots, norm=layer.mlp_norm, activation=decoder.activation)
-        return self._add_branch(x, act, self._rows[mlp.down], layer.mlp_output_norm, slots)
+        act = self._activated(x, layer, slots) if act is None else act
+        return self._add_branch(x, act, self._rows[mlp.groups[1]], layer.mlp_output_norm, slots)
+
+    def _activated(self, x: Tensor, layer: Layer, slots: Tensor) -> Tensor:
+        """act(gate) · up of a layer's gate and up."""
+        norm = layer.mlp_norm or layer.norm
+        return self._rows[layer.mlp.groups[0]](x, slots, norm=norm, activation=self.decoder.activation)
 
     def _add_branch(self, x: Tensor, y: Tensor, group: RowGroup, norm: Norm | None, slots: Tensor) -> Tensor:
         """x + scale · norm(group(y)), written over x where nothing comes between."""

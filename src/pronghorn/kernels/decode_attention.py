@@ -61,11 +61,13 @@ class Rotation:
     Args:
         switch: contexts of more tokens have other angles, of all positions: the rows from `switch` on. None: all have
             the same.
+        pairs: neighbouring elements are turned, not halves.
     """
 
     cos: Tensor
     sin: Tensor
     switch: int | None = None
+    pairs: bool = False
 
     def first_row(self, length: int) -> int:
         """The row of position 0 in a context of `length` tokens."""
@@ -102,7 +104,7 @@ class Paged:
             if table.switch is not None:
                 rows += (self.lengths > table.switch) * table.switch
             cos, sin = table.cos[rows], table.sin[rows].clone()
-            sin[:, : sin.shape[1] // 2].neg_()
+            (sin[:, ::2] if table.pairs else sin[:, : sin.shape[1] // 2]).neg_()
             return cos[:, None], sin[:, None]
 
         return self._kept(("rotation", id(table)), make)
@@ -149,7 +151,7 @@ def decode_attention(
     by_head = qkv.view(batch, heads.heads + 2 * heads.kv_heads, size)
     turned = by_head[:, : heads.heads + heads.kv_heads]
     _normalise_(turned, heads)
-    _rotate_(turned, *paged.rotation(rotation))
+    _rotate_(turned, *paged.rotation(rotation), rotation.pairs)
     rows, places = paged.places(cache.shape[1])
     new = by_head[:, heads.heads :].view(batch, 2, heads.kv_heads, size)
     cache.view(-1, *cache.shape[2:]).index_copy_(0, places, new if len(rows) == batch else new[rows])
@@ -199,10 +201,11 @@ def _normalise_(turned: Tensor, heads: Heads) -> None:
         part.copy_(F.rms_norm(part.to(dtype), (heads.head_dim,), scale, heads.eps))
 
 
-def _rotate_(x: Tensor, cos: Tensor, sin: Tensor) -> None:
-    """x cos + (second half, first half) sin of the first Drot elements of every head, in place; `sin` is signed."""
+def _rotate_(x: Tensor, cos: Tensor, sin: Tensor, pairs: bool) -> None:
+    """x cos + (what turns with x) sin of the first Drot elements of every head, in place; `sin` is signed."""
     width = cos.shape[-1]
     part = x if width == x.shape[-1] else x[..., :width]
     dtype = math_dtype(x.dtype) if cos.dtype != x.dtype else x.dtype
     wide = part.to(dtype)
-    part.copy_((wide * cos).addcmul_(wide.roll(width // 2, -1), sin.to(dtype)))
+    other = wide.unflatten(-1, (-1, 2)).flip(-1).flatten(-2) if pairs else wide.roll(width // 2, -1)
+    part.copy_((wide * cos).addcmul_(other, sin.to(dtype)))

@@ -339,10 +339,9 @@ def _settle_bits(source: Source, config: Any, options: Options) -> int:
         )
     stored_bits = 4 if stored.get("load_in_4bit") else 8
     if options.bits != stored_bits and options.bits_reason == "asked for":
+        instead = "" if options.bits == 16 else f"; the arguments ask for {options.bits}"
         logger.warning(
-            "pronghorn: the checkpoint is stored in %d bits and is loaded so; the arguments ask for %d",
-            stored_bits,
-            options.bits,
+            "pronghorn: the checkpoint is stored in %d bits and is loaded so%s", stored_bits, instead
         )
     if stored_bits == 4:  # the machine, not the one that made the checkpoint, decides what it computes in
         stored["bnb_4bit_compute_dtype"] = str(options.dtype).removeprefix("torch.")

@@ -67,7 +67,7 @@ def tower_targets(
     family = family_of(base.config.model_type)
     parts = _PARTS if family is None else family.parts
     groups = [
-        *(parts.attention_projections.values() if attention else ()),
+        *(group for kind in parts.kinds for group in kind.attention_projections.values() if attention),
         *(parts.mlp_projections if mlp else ()),
     ]
     names = [name for group in groups for name in group]

@@ -1,22 +1,26 @@
 """Where kept activations live, what a step takes, and the plan for a budget. (Save levels themselves are `blocks`'.)"""
 
-from pronghorn.memory.estimate import Estimate, estimate
+from pronghorn.memory.cost import step_time
+from pronghorn.memory.estimate import Estimate, Inner, estimate
 from pronghorn.memory.gpus import GPUS, Gpu, Rates, gpu_of, rates_of
 from pronghorn.memory.offload import HostStash
-from pronghorn.memory.plan import Plan, longest_that_fits, parse_budget, plan
+from pronghorn.memory.parts import DeltaShape, LatentShape, MixtureShape
+from pronghorn.memory.plan import Plan, gib, longest_that_fits, parse_budget, plan
 from pronghorn.memory.pool import HOST_SHARE, HostPool, available_host_bytes
 from pronghorn.memory.schedule import Batch
-from pronghorn.memory.shape import PROJECTIONS, LatentShape, MixtureShape, ModelShape
+from pronghorn.memory.shape import PROJECTIONS, ModelShape
 
 __all__ = [
     "GPUS",
     "HOST_SHARE",
     "PROJECTIONS",
     "Batch",
+    "DeltaShape",
     "Estimate",
     "Gpu",
     "HostPool",
     "HostStash",
+    "Inner",
     "LatentShape",
     "MixtureShape",
     "ModelShape",
@@ -24,9 +28,11 @@ __all__ = [
     "Rates",
     "available_host_bytes",
     "estimate",
+    "gib",
     "gpu_of",
     "longest_that_fits",
     "parse_budget",
     "plan",
     "rates_of",
+    "step_time",
 ]

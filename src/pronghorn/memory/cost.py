@@ -101,7 +101,10 @@ def layer_times(shape: ModelShape, batch: Batch, rates: Rates) -> LayerTimes:
     return LayerTimes(
         forward=forward,
         backward=backward,
-        rebuild_attention=product(*of_layer, *OUT) + attend + passes(2 * heads + 2 * h) + down_again,
+        rebuild_attention=product(*of_layer, *(() if shape.parallel else OUT))
+        + attend
+        + passes(2 * heads + 2 * h)
+        + down_again,
         rebuild_glu=product(*GATE_UP) + passes(rows),
         rebuild_norms=passes(4 * h) + product(*raised),
         per_tile=3 * unpack(*GATE_UP, *DOWN) + TILE_SECONDS,

@@ -33,6 +33,15 @@ class Estimate:
     moments: dict[str, int]
 
 
+@dataclass(frozen=True)
+class Inner:
+    """A second decoder, whose forward and backward stand between the first one's."""
+
+    shape: ModelShape
+    levels: str | Sequence[str]
+    batch: Batch
+
+
 def estimate(
     shape: ModelShape,
     levels: str | Sequence[str],
@@ -40,28 +49,56 @@ def estimate(
     *,
     tile_rows: int | None = None,
     capability: tuple[int, int] = (9, 0),
+    inner: Inner | None = None,
+    more: Sequence[int] = (),
 ) -> Estimate:
-    """Predict a step at the given save levels; see `Estimate`."""
-    checked = check_levels(levels, shape.layers)
-    memory, fixed, weights = with_model(shape, capability)
-    kind = step_of(shape)
-    step = kind(shape, checked, batch, memory, tile_rows or TILE_ROWS)
-    step.run()
+    """Predict a step at the given save levels; see `Estimate`.
+
+    Args:
+        inner: a second decoder of the model.
+        more: bytes of further tensors that live from step to step.
+    """
+    parts = [Inner(shape, levels, batch), *([inner] if inner else [])]
+    memory, fixed, weights = with_model(shape, capability, [part.shape for part in parts[1:]], more)
+    checked = [check_levels(part.levels, part.shape.layers) for part in parts]
+
+    def step() -> dict[str, int]:
+        steps = [
+            step_of(part.shape)(part.shape, found, part.batch, memory, tile_rows or TILE_ROWS)
+            for part, found in zip(parts, checked, strict=True)
+        ]
+        steps[0].run(*(one.run for one in steps[1:]))
+        return {name: max(one.moments[name] for one in steps) for name in steps[0].moments}
+
+    moments = step()
     # The second step meets the blocks that the first one left, in another order than they were made in.
-    kind(shape, checked, batch, memory, tile_rows or TILE_ROWS).run()
+    step()
     assert memory.allocated == fixed, "the schedule leaves something allocated"
-    host = sum(host_bytes_per_token(level, shape.widths) for level in checked) * batch.tokens
-    return Estimate(fixed, weights, max(step.moments.values()), memory.peak_reserved, host, step.moments)
+    host = sum(
+        sum(host_bytes_per_token(level, part.shape.widths) for level in found) * part.batch.tokens
+        for part, found in zip(parts, checked, strict=True)
+    )
+    return Estimate(fixed, weights, max(moments.values()), memory.peak_reserved, host, moments)
 
 
-def with_model(shape: ModelShape, capability: tuple[int, int]) -> tuple[Allocator, int, int]:
-    """An allocator that holds what lives from step to step; the bytes of all of it and of the weights."""
+def with_model(
+    shape: ModelShape,
+    capability: tuple[int, int],
+    others: Sequence[ModelShape] = (),
+    more: Sequence[int] = (),
+) -> tuple[Allocator, int, int]:
+    """An allocator that holds what lives from step to step; the bytes of all of it and of the weights.
+
+    Args:
+        others, more: decoders and bytes of tensors that the model has besides.
+    """
     memory = Allocator()
-    for size in shape.weight_tensors():
+    for size in (*more, *(size for one in (shape, *others) for size in one.weight_tensors())):
         memory.new(size)
     weights = memory.allocated
-    for size in shape.training_tensors():
-        memory.new(size)
+    for one in (shape, *others):
+        for size in one.training_tensors():
+            memory.new(size)
     library = LIBRARY_BYTES.get(capability[0], OTHER_LIBRARY_BYTES)
     for _ in range(2):
         memory.new(library // 2)

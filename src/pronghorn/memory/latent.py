@@ -8,9 +8,11 @@ from __future__ import annotations
 from pronghorn.blocks import Level, keeps
 from pronghorn.blocks.head_groups import head_groups
 from pronghorn.memory.mixture import MixtureStep
+from pronghorn.memory.parallel import ParallelStep
+from pronghorn.memory.parts import LatentShape
 from pronghorn.memory.products import Held
 from pronghorn.memory.schedule import Step
-from pronghorn.memory.shape import LatentShape, ModelShape
+from pronghorn.memory.shape import ModelShape
 
 _CODES = ("q", "kv")
 _RAISED = ("k", "v", "xa_q_up", "xa_kv_up")
@@ -128,6 +130,8 @@ class LatentMixtureStep(LatentStep, MixtureStep):
 
 def step_of(shape: ModelShape) -> type[Step]:
     """The kind of step that a model of `shape` takes."""
+    if shape.parallel:
+        return ParallelStep
     if shape.latent is None:
         return Step if shape.mixture is None else MixtureStep
     return LatentStep if shape.mixture is None else LatentMixtureStep

@@ -6,9 +6,9 @@ This follows `blocks.moe` line by line, as `memory.schedule` follows the other b
 from __future__ import annotations
 
 from pronghorn.blocks import Level, keeps
+from pronghorn.memory.parts import MixtureShape
 from pronghorn.memory.products import Held
 from pronghorn.memory.schedule import Step
-from pronghorn.memory.shape import MixtureShape
 
 
 class MixtureStep(Step):

@@ -31,7 +31,9 @@ class Products:
         """Gate and up from the norm's codes, which go then, or from rows that are quantised for them."""
         shape = self.shape
         added_later = self._defers(GATE_UP) or not shape.rank(*GATE_UP)
-        joined = shape.fused or (shape.joined and joining.GATE_UP_FORWARD and added_later and not shape.int8)
+        joined = shape.fused_gate_up or (
+            shape.joined and joining.GATE_UP_FORWARD and added_later and not shape.int8
+        )
         self._project(saves, GATE_UP, "xa_gate_up", rows, [] if "codes" in saves else None, joined)
         self._drop(saves, "codes", "code_scales")
 
@@ -74,18 +76,19 @@ class Products:
         width = self.shape.linear(name)[1]
         return [self._new(rows * width), self._new(4 * rows)] if self.shape.eight_bit_forward else []
 
-    def _add_down(self, rows: int) -> None:
-        """The down projection onto what is there: a residual sum, or one with the adapter's share."""
+    def _add(self, name: str, rows: int) -> None:
+        """A projection onto what is there: a residual sum, or one with the adapter's share."""
         shape = self.shape
-        operand = self._operand("down", rows)
-        unpacked = self._new(shape.linear_parameters("down") * shape.unpacked_forward)
+        operand = self._operand(name, rows)
+        unpacked = self._new(shape.linear_parameters(name) * shape.unpacked_forward)
         # An fp8 product cannot add in place.
         apart = self._new(rows * shape.hidden * self.element) if shape.fp8_forward else -1
         self._free(unpacked, apart, *operand)
 
     def _joined_operand(self, names: tuple[str, ...], rows: int) -> list[int] | None:
         """dY of a stack in 8 bits, made before its products; None without one."""
-        if self.shape.fused or not (self.shape.joined and self.shape.eight_bit_forward):
+        fused = self.shape.fused_gate_up if names == GATE_UP else self.shape.fused
+        if fused or not (self.shape.joined and self.shape.eight_bit_forward):
             return None
         return [self._new(rows * sum(self.shape.linear(name)[0] for name in names)), self._new(4 * rows)]
 

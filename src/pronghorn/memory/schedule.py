@@ -9,7 +9,7 @@ dtype and of the residual stream.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from pronghorn.blocks import Level, joining, keeps, parks
@@ -51,8 +51,12 @@ class Step(Products):
 
     # --- the step ----------------------------------------------------------------------------------------------
 
-    def run(self) -> None:
-        """Forward, loss, backward."""
+    def run(self, *between: Callable[[], None]) -> None:
+        """Forward, loss, backward.
+
+        Args:
+            between: what else happens after the loss, on the same allocator.
+        """
         shape, t = self.shape, self.tokens
         inputs = [self._new(8 * t) for _ in range(4)]
         embeddings = hidden = self._new(self._residual())
@@ -64,6 +68,8 @@ class Step(Products):
         if not self._holds(embeddings):
             self._free(embeddings)
         gradient = self._loss(normed)
+        for other in between:
+            other()
         self._mark("loss")
         dhidden = self._new(self.batch.loss_rows * shape.hidden * self.element)
         self._free(gradient)
@@ -105,15 +111,19 @@ class Step(Products):
 
     def _layer_forward(self, index: int, level: Level, x: int, embeddings: int) -> int:
         saves: Held = {}
-        self._attend(level, saves)
-        self._trim_attention(level, saves)
-        out = self._glu_forward(level, saves)
+        out = self._output(level, saves)
         kept = {"x": (x, self._residual()), **saves}
         if parks(level):
             self._park(index, kept, embeddings)
         else:
             self.kept[index] = kept
         return out
+
+    def _output(self, level: Level, saves: Held) -> int:
+        """`DecoderLayer.forward`: the layer's output; what the level keeps stays in `saves`."""
+        self._attend(level, saves)
+        self._trim_attention(level, saves)
+        return self._glu_forward(level, saves)
 
     def _trim_attention(self, level: Level, saves: Held) -> None:
         """`AttentionSaves.trim`, but for the norm's output."""
@@ -141,9 +151,11 @@ class Step(Products):
         """`AttentionBlock.rebuild`: up to the attention's output."""
         shape, t, e = self.shape, self.tokens, self.element
         if "q" not in saves:
-            codes = self._operand("q", t)
-            self._keep(saves, "normed_attention", t * shape.hidden * e)
-            self._free(self._new(4 * t))
+            codes = None
+            if "normed_attention" not in saves:
+                codes = self._operand("q", t)
+                self._keep(saves, "normed_attention", t * shape.hidden * e)
+                self._free(self._new(4 * t))
             joined = self._joins_qkv()
             self._project(saves, QKV, "xa_qkv", t, codes, joined)
             if joined:  # the rotation writes them apart
@@ -176,7 +188,7 @@ class Step(Products):
         shape, e = self.shape, self.element
         keeps_all, keeps_wide, keeps_sum = (keeps(level, d) for d in ("all", "matmuls", "attention"))  # type: ignore[arg-type]
         keeps_projected = shape.output_norms and keeps_sum
-        keeps_sum = keeps_all if shape.output_norms else keeps_sum
+        keeps_sum = keeps_all if shape.output_norms else keeps_sum or shape.parallel
         tiles = self._tiles() if not keeps_wide else [slice(0, self.tokens)]
         out = self._new(self._residual()) if keeps_sum and (self._apart or len(tiles) > 1) else -1
         if keeps_projected and len(tiles) > 1:
@@ -202,7 +214,7 @@ class Step(Products):
                 self._keep(saves, "xa_down", rows * shape.rank("down") * e)
                 if keeps_sum and len(tiles) == 1:
                     out = self._new(self._residual())
-                self._add_down(rows)
+                self._add("down", rows)
                 self._free(act)
             if not keeps_wide:
                 self._drop(saves, "xa_down")
@@ -215,21 +227,29 @@ class Step(Products):
     # --- a layer, backward --------------------------------------------------------------------------------------
 
     def _layer_backward(self, index: int, level: Level, dout: int) -> int:
-        shape, t = self.shape, self.tokens
+        shape = self.shape
         saves = self._fetch(index) if parks(level) else self.kept[index]
+        need = index > 0 or shape.trained == "all"
+        dx = self._input_gradient(level, saves, need)
+        self._free(dout)
+        self._drop(saves, *list(saves))
+        return dx
+
+    def _input_gradient(self, level: Level, saves: Held, need: bool) -> int:
+        """`DecoderLayer.backward`."""
+        shape, t = self.shape, self.tokens
         self._attend(level, saves)
         dsummed, codes = self._glu_backward(saves)
-        self._drop(saves, "summed", "normed_glu", *_GLU)
+        self._drop(saves, "summed", "normed_glu")
+        self._drop_glu(saves)
         dbranch = self._branch_grad(t) if self._apart else -1
         if shape.output_norms and shape.hands_on:
             codes = [self._new(t * shape.hidden), self._new(4 * t)]
         self._drop(saves, "projected_attention")
         dout_o = self._input_grad(OUT, t, "xa_o" in saves, True, codes)
         self._free(dbranch)
-        need = index > 0 or shape.trained == "all"
         dx = self._attention_backward(saves, dout_o, need)
-        self._free(dsummed, dout)
-        self._drop(saves, *list(saves))
+        self._free(dsummed)
         return dx
 
     def _attention_backward(self, saves: Held, dout_o: int, need: bool) -> int:
@@ -287,7 +307,8 @@ class Step(Products):
             if not kept:
                 rebuilt = "normed_glu" not in saves
                 if rebuilt:
-                    if shape.fp8_forward or (shape.int8 and len(tiles) == 1):
+                    made = shape.fp8_forward or (shape.int8 and len(tiles) == 1)
+                    if made and not shape.parallel:  # LayerNorm's output is quantised by who multiplies it
                         self._keep(saves, "codes", rows * shape.hidden)
                         self._keep(saves, "code_scales", 4 * rows)
                     self._keep(saves, "normed_glu", rows * shape.hidden * e)
@@ -301,19 +322,24 @@ class Step(Products):
                 rebuilt = True
                 self._keep(saves, "normed_glu", rows * shape.hidden * e)
             dnormed = self._input_grad(GATE_UP, rows, True, True, self._joined_operand(GATE_UP, rows))
-            if len(tiles) == 1 and shape.hands_on and shape.residual_element == e and not self._apart:
+            hands_on = shape.hands_on and not shape.parallel
+            if len(tiles) == 1 and hands_on and shape.residual_element == e and not self._apart:
                 codes = [self._new(rows * shape.hidden), self._new(4 * rows)]
             part = self._new(rows * shape.hidden * shape.residual_element)
             if not kept:
                 self._drop(saves, "gate", "up", "xa_gate_up")
             self._free(dnormed, dbranch)
-            if rebuilt:
+            if rebuilt and not (shape.parallel and len(tiles) == 1):  # the attention beside it reads it, too
                 self._drop(saves, "normed_glu")
             if len(tiles) > 1:
                 self._free(part)
             else:
                 dsummed = part
         return dsummed, codes
+
+    def _drop_glu(self, saves: Held) -> None:
+        """What the GLU block kept, but for the residual sum and its norm."""
+        self._drop(saves, *_GLU)
 
     @property
     def _apart(self) -> bool:

@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Literal
 
 from pronghorn.blocks import LayerWidths
+from pronghorn.memory.parts import DeltaShape, LatentShape, MixtureShape
 
 #: The projections of a layer in the order of their use.
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
@@ -35,50 +36,6 @@ STORAGES = (
 
 
 @dataclass(frozen=True)
-class MixtureShape:
-    """The MLP of a layer that is a mixture of experts.
-
-    Args:
-        experts, top_k: how many there are, and how many a token goes to.
-        intermediate: of one expert. `shared`: of the one that every token goes through besides, 0 without.
-        ranks: adapter rank of the stacks "gate_up" and "down".
-        wide_logits: the router's logits are fp32.
-    """
-
-    experts: int
-    top_k: int
-    intermediate: int
-    shared: int = 0
-    ranks: Mapping[str, int] = field(default_factory=lambda: {"gate_up": 0, "down": 0})
-    wide_logits: bool = False
-
-    def sizes(self, hidden: int) -> dict[str, tuple[int, int]]:
-        """(out, in) of an expert's matrices."""
-        return {"gate_up": (2 * self.intermediate, hidden), "down": (hidden, self.intermediate)}
-
-
-@dataclass(frozen=True)
-class LatentShape:
-    """Latent attention, whose q, k and v are made of codes (`blocks.latent_attention`).
-
-    Args:
-        q_code, kv_code: columns of the codes, without the rotated key. q_code is 0 where the layer's input gives q.
-        nope, rope, value: columns of a head: of q and k without and with rotation, of v.
-    """
-
-    q_code: int
-    kv_code: int
-    nope: int
-    rope: int
-    value: int
-
-    @property
-    def raised(self) -> tuple[str, ...]:
-        """The projections that read codes."""
-        return ("q_up", "kv_up") if self.q_code else ("kv_up",)
-
-
-@dataclass(frozen=True)
 class ModelShape:
     """Sizes of a decoder model and of what is trained on it.
 
@@ -93,9 +50,10 @@ class ModelShape:
         trained: "adapters", or "all" for full fine-tuning in the stored dtype.
         attention: the attention implementation ("flash", "cudnn", …), which decides its workspace.
         packed: adapters lie in flat storage, with a copy in the compute dtype.
-        fused: q, k, v are one module and gate, up another; the rank of its adapter stands under q or gate.
+        fused: q, k, v are one module; the rank of its adapter stands under q. `fused_gate_up`: so are gate, up.
         output_norms: norms follow the o- and the down-projection.
         scaled_branches: what attention and MLP give is multiplied before the residual sum.
+        parallel: the MLP is beside the attention, on the same norm.
         rotations: kinds of angles that layers rotate by.
         joined: the plain weights of q, k, v and of gate, up lie side by side (`weights.stack`).
         state_element: bytes of each of the optimizer's two states per trained element.
@@ -103,6 +61,8 @@ class ModelShape:
         dense_layers: how many layers have an MLP of `intermediate` all the same; a step is planned as if they had none.
         latent: the attention, where it is latent. Projections are then q (or its code), kv (the other code), q_up and
             kv_up; `head_dim` is that of q and k.
+        delta: the layers that have another attention, where there are such.
+        gated: the q-projection gives a gate of the attention's output besides.
     """
 
     layers: int
@@ -122,8 +82,10 @@ class ModelShape:
     qk_norm: bool = False
     qkv_bias: bool = False
     fused: bool = False
+    fused_gate_up: bool = False
     output_norms: bool = False
     scaled_branches: bool = False
+    parallel: bool = False
     rotations: int = 1
     trained: Literal["adapters", "all"] = "adapters"
     attention: str = "flash"
@@ -133,6 +95,8 @@ class ModelShape:
     mixture: MixtureShape | None = None
     dense_layers: int = 0
     latent: LatentShape | None = None
+    delta: DeltaShape | None = None
+    gated: bool = False
 
     @property
     def element(self) -> int:
@@ -161,8 +125,11 @@ class ModelShape:
                 "kv_up": (self.heads * latent.nope + of_v, latent.kv_code),
                 "o": (h, of_v),
             }[name]
+        delta = self.delta
+        if delta is not None and name in delta.names:
+            return (h, delta.wide) if name == "out" else (delta.inputs[name], h)
         return {
-            "q": (q, h),
+            "q": (2 * q if self.gated else q, h),
             "k": (kv, h),
             "v": (kv, h),
             "o": (h, q),
@@ -174,10 +141,18 @@ class ModelShape:
     @property
     def modules(self) -> tuple[tuple[str, ...], ...]:
         """The projections that each linear module gives; a mixture has none."""
-        if self.fused:
-            return ("q", "k", "v"), ("o",), ("gate", "up"), ("down",)
-        of_mlp = PROJECTIONS[4:] if self.mixture is None else ()
-        return tuple((name,) for name in (*self.of_heads, "o", *of_mlp))
+        of_heads = (("q", "k", "v"),) if self.fused else tuple((name,) for name in self.of_heads)
+        if self.mixture is not None:
+            return (*of_heads, ("o",))
+        gate_up = (("gate", "up"),) if self.fused_gate_up else (("gate",), ("up",))
+        return (*of_heads, ("o",), *gate_up, ("down",))
+
+    def modules_of(self, recurrent: bool) -> tuple[tuple[str, ...], ...]:
+        """`modules` of a layer, of the attention that it has."""
+        if not recurrent or self.delta is None:
+            return self.modules
+        of_mlp = [names for names in self.modules if names[0] in PROJECTIONS[4:]]
+        return *((name,) for name in self.delta.names), *of_mlp
 
     @property
     def of_heads(self) -> tuple[str, ...]:
@@ -195,13 +170,18 @@ class ModelShape:
         return self.storage.split(" in ")[0] if self.storage.startswith("nf4") else self.dtype
 
     @property
-    def _plain(self) -> Iterator[bool]:
-        """Of each layer, whether it is without a mixture."""
-        return (self.mixture is None or index < self.dense_layers for index in range(self.layers))
+    def _kinds(self) -> Iterator[tuple[bool, bool]]:
+        """Of each layer, whether it is without a mixture, and whether its attention is a recurrence."""
+        for index in range(self.layers):
+            yield self.mixture is None or index < self.dense_layers, self.is_recurrent(index)
 
-    def _linears(self, plain: bool) -> Iterator[tuple[int, int, int]]:
+    def is_recurrent(self, index: int) -> bool:
+        """Whether a layer is one of `delta`."""
+        return self.delta is not None and self.delta.kinds[index]
+
+    def _linears(self, plain: bool, recurrent: bool) -> Iterator[tuple[int, int, int]]:
         """(out, in, rank) of the linear modules of a layer, without a shared expert's."""
-        for names in self.modules:
+        for names in self.modules_of(recurrent):
             yield *self.module_linear(names), self.rank(*names)
         if plain and self.mixture is not None:
             h, i = self.hidden, self.intermediate
@@ -231,18 +211,18 @@ class ModelShape:
     def adapter_parameters(self) -> int:
         """Trained adapter elements of the model."""
         return sum(
-            sum(rank * (out + width) for out, width, rank in self._linears(plain))
+            sum(rank * (out + width) for out, width, rank in self._linears(plain, recurrent))
             + sum(rank * sides for _, rank, sides in self._stacks(plain))
-            for plain in self._plain
+            for plain, recurrent in self._kinds
         )
 
     @property
     def parameters(self) -> int:
         """Elements of the model without adapters."""
         layers = sum(
-            sum(out * width for out, width, _ in self._linears(plain))
+            sum(out * width for out, width, _ in self._linears(plain, recurrent))
             + sum(size for size, _, _ in self._stacks(plain))
-            for plain in self._plain
+            for plain, recurrent in self._kinds
         )
         return sum(size for size, _ in self._dense_tensors()) + layers
 
@@ -267,6 +247,7 @@ class ModelShape:
             element=self.element,
             residual_element=self.residual_element,
             output_norms=self.output_norms,
+            parallel=self.parallel,
             codes=None
             if latent is None
             else sum(self.linear(n)[0] for n in ("q", "kv")) + self.linear("o")[1],
@@ -349,10 +330,12 @@ class ModelShape:
             *([] if self.tied else [self.vocabulary * self.hidden]),
             self.hidden,
         ]
-        for plain in self._plain:
-            sizes += [self.hidden] * (4 if self.output_norms else 2)
-            sizes += [self.head_dim] * 2 if self.qk_norm else []
-            if self.latent is not None:
+        for plain, recurrent in self._kinds:
+            sizes += [self.hidden] * (4 if self.output_norms else 1 if self.parallel else 2)
+            sizes += [self.head_dim] * 2 if self.qk_norm and not recurrent else []
+            if recurrent:
+                sizes += self._delta_tensors()
+            elif self.latent is not None:
                 of_q = [self.latent.q_code] if self.latent.q_code else []
                 sizes += [*of_q, self.latent.kv_code]
                 sizes += [*of_q, self.linear("kv")[0], self.hidden] if self.qkv_bias else []
@@ -362,6 +345,12 @@ class ModelShape:
                 sizes += [self.mixture.experts * self.hidden, 3 * self.mixture.shared * self.hidden]
         yield from ((size, size * e) for size in sizes)
 
+    def _delta_tensors(self) -> list[int]:
+        """Elements of the convolution, the gates' two vectors and the norm of the rule's output."""
+        delta = self.delta
+        assert delta is not None
+        return [delta.mixed * delta.conv, delta.values, delta.values, delta.value_dim]
+
     def weight_tensors(self) -> Iterator[int]:
         """Bytes of every tensor that holds the model's weights."""
         yield from (size for _, size in self._dense_tensors())
@@ -369,8 +358,8 @@ class ModelShape:
             yield from self.linear_tensors
             return
         storages = self.layer_storages or (self.storage,) * self.layers
-        for storage, plain in zip(storages, self._plain, strict=True):
-            for out, width, _ in self._linears(plain):
+        for storage, (plain, recurrent) in zip(storages, self._kinds, strict=True):
+            for out, width, _ in self._linears(plain, recurrent):
                 yield from stored_tensors(out, width, storage)
             for size, _, _ in self._stacks(plain):
                 yield from stored_tensors(1, size, self.storage_of_stacks)
@@ -380,8 +369,8 @@ class ModelShape:
         if self.trained == "all":
             for size, _ in self._dense_tensors():
                 yield from (size * self.element,) * 3
-            for plain in self._plain:
-                for out, width, _ in self._linears(plain):
+            for plain, recurrent in self._kinds:
+                for out, width, _ in self._linears(plain, recurrent):
                     yield from (out * width * self.element,) * 3
                 for size, _, _ in self._stacks(plain):
                     yield from (size * self.element,) * 3
@@ -389,14 +378,14 @@ class ModelShape:
         total = self.adapter_parameters
         if not total:
             return
-        stacked = [rank * sides for plain in self._plain for _, rank, sides in self._stacks(plain)]
+        stacked = [rank * sides for plain, _ in self._kinds for _, rank, sides in self._stacks(plain)]
         for size in stacked:  # values and gradient, two states
             yield from (size * 4, size * 4, size * self.state_element, size * self.state_element)
         if self.packed:
             total -= sum(stacked)
             yield from (total * 4, total * 4, total * self.element)
-        for plain in self._plain:
-            for *sides, rank in self._linears(plain):
+        for plain, recurrent in self._kinds:
+            for *sides, rank in self._linears(plain, recurrent):
                 for width in sides if rank else ():
                     yield from (rank * width * self.state_element,) * 2
                     if not self.packed:

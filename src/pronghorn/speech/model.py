@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import ModelOutput
 
+from pronghorn.data.rows import IGNORED
 from pronghorn.engine import binding_of
 from pronghorn.engine.forward import readable_head
 from pronghorn.engine.loss import summed_loss
@@ -119,7 +120,8 @@ class DualARModel(PreTrainedModel):
         Args:
             input_ids: [1, T]; codes: [1, K, T], at semantic tokens the frame's.
             labels: [1, T], unshifted, -100 where nothing is learned.
-            frame_rows: [n] positions t whose successor is a frame that is learned.
+            frame_rows: [n] positions t whose successor is a frame that is learned. Like `loss_rows` they may hold the
+                last position, to fill them up to a size: it counts nothing.
             loss_rows: positions with a supervised successor, as in `pronghorn.engine`.
             token_count, code_count: what the sums of losses are divided by; None: their own numbers.
             stream: position_ids, cu_seq_lens_q, … of the documents.
@@ -131,9 +133,10 @@ class DualARModel(PreTrainedModel):
             output.token_logits = self.slow.lm_head(normed)
         if labels is None:
             return output
-        successors = labels[0, 1:]
+        # The last position predicts nothing.
+        successors = nn.functional.pad(labels[0, 1:], (0, 1), value=IGNORED)
         if loss_rows is None:
-            loss_rows = (successors != -100).nonzero().squeeze(1)
+            loss_rows = (successors != IGNORED).nonzero().squeeze(1)
         if frame_rows is None:
             frame_rows = self.is_semantic(successors).nonzero().squeeze(1)
         output.token_loss, output.tokens_correct = _sum_of(
@@ -145,12 +148,16 @@ class DualARModel(PreTrainedModel):
         if frame_rows.numel() == 0:
             output.code_loss, output.codes_correct = normed.new_zeros(()), frame_rows.new_zeros(())
         else:
-            frames = codes[0].index_select(1, frame_rows + 1).T
+            frames = codes[0].index_select(1, (frame_rows + 1).clamp(max=input_ids.shape[1] - 1)).T
+            unlearned = successors.index_select(0, frame_rows) == IGNORED
             hidden = self.run_fast(read[0].index_select(0, frame_rows), frames)
             if return_logits:
                 output.code_logits = self.fast.lm_head(hidden)
             output.code_loss, output.codes_correct = _sum_of(
-                self.fast, hidden.flatten(0, 1), frames.flatten(), code_count
+                self.fast,
+                hidden.flatten(0, 1),
+                frames.masked_fill(unlearned[:, None], IGNORED).flatten(),
+                code_count,
             )
         output.loss = output.token_loss + code_weight * output.code_loss
         return output
@@ -159,7 +166,7 @@ class DualARModel(PreTrainedModel):
 def _sum_of(
     causal_lm: Any, rows: Tensor, targets: Tensor, count: int | Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Σ CE(lm_head(rows [n, H]), targets [n]) / count (None: n), and how many predictions are right."""
+    """Σ CE(lm_head(rows [n, H]), targets [n]) / count (None: of the targets), and how many predictions are right."""
     binding = binding_of(causal_lm)
     head = readable_head(causal_lm, binding) if binding is not None and binding.bound else None
     if head is not None:
@@ -167,4 +174,5 @@ def _sum_of(
     logits = causal_lm.lm_head(rows)
     wide = torch.promote_types(logits.dtype, torch.float32)
     total = nn.functional.cross_entropy(logits.to(wide), targets, reduction="sum")
-    return total / (targets.numel() if count is None else count), (logits.argmax(-1) == targets).sum()
+    learned = (targets != IGNORED).sum() if count is None else count
+    return total / learned, (logits.argmax(-1) == targets).sum()

@@ -7,8 +7,9 @@ However the rows of a step are spread over micro-batches and processes, loss and
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -18,16 +19,17 @@ from transformers import TrainingArguments
 from pronghorn.engine import base_causal_lm, binding_of
 from pronghorn.errors import DatasetUnusable
 from pronghorn.speech.collator import SpeechCollator
+from pronghorn.speech.memory import SpeechMemory
 from pronghorn.speech.model import DualAROutput
+from pronghorn.speech.task import SpeechOutput
 from pronghorn.speech.tokenizer import SpeechTokenizer
 from pronghorn.training.meter import Stopwatch, Tally, at_least_one
 from pronghorn.training.progress import peak_memory_gib
 from pronghorn.training.safe import SafeTrainer
+from pronghorn.training.steps import StaticSteps
 
 #: The argument's two names.
 _CHECKPOINTING = ("gradient_checkpointing", "activation_checkpointing")
-#: Of a batch, for the trainer and not for the model.
-BOOKKEEPING = ("real_tokens", "supervised", "frames", "rows")
 
 
 @dataclass
@@ -36,10 +38,13 @@ class SpeechConfig(TrainingArguments):
 
     - `code_weight`: weight of the codes' loss beside the tokens'.
     - `gradient_checkpointing=True` chooses the leanest save level of both transformers.
+    - `memory_budget`: what the GPU may be filled up to, as a size ("8GiB") or "auto"; None keeps the levels as they are
+      unless the largest batch does not fit.
     - the rate is one for LoRA, batches keep all columns, and nothing is reported anywhere unless asked for.
     """
 
     code_weight: float = field(default=1.0, metadata={"help": "weight of the codes' loss beside the tokens'"})
+    memory_budget: str | None = field(default=None, metadata={"help": "GPU memory, as 8GiB, or auto"})
     learning_rate: float = field(default=2e-4, metadata={"help": "the highest one of the schedule"})
     logging_steps: float = field(default=1, metadata={"help": "steps between logs"})
     remove_unused_columns: bool | None = field(default=False, metadata={"help": "rows have no others"})
@@ -63,6 +68,8 @@ class SpeechTrainer(SafeTrainer):
         DatasetUnusable: there are no rows.
     """
 
+    data_collator: Any
+
     def __init__(
         self,
         model: Any,
@@ -78,6 +85,7 @@ class SpeechTrainer(SafeTrainer):
         self._books = base.config.num_codebooks
         self._tokens, self._codes = Tally(), Tally()
         self._watch = Stopwatch()
+        self._steps: StaticSteps | None = None
         if any(getattr(args, name, False) for name in _CHECKPOINTING):
             for decoder in (base.slow, base.fast):
                 binding_of(decoder).set_save_levels("none")  # type: ignore[union-attr]
@@ -105,7 +113,37 @@ class SpeechTrainer(SafeTrainer):
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         self._watch.start()
-        return super().training_step(model, inputs, num_items_in_batch)
+        inputs = self._prepare_inputs(inputs)
+        counts = num_items_in_batch or self._counts_of(inputs)
+        output = self._static_steps().run(inputs, tuple(counts))
+        if output is None:
+            return super().training_step(model, inputs, num_items_in_batch)
+        _count(self._tokens, self._codes, inputs, output, counts, self._books)
+        return output.loss  # type: ignore[no-any-return]
+
+    def _static_steps(self) -> StaticSteps:
+        if self._steps is None:
+            own = type(self).compute_loss is not SpeechTrainer.compute_loss
+            reason = f"{type(self).__name__} computes its loss itself" if own else None
+            self._steps = StaticSteps(self, reason, SpeechMemory(self))
+        return self._steps
+
+    def get_train_dataloader(self) -> Any:
+        collator = self.data_collator
+        self.data_collator = replace(collator, budgets=self._static_steps().budgets())
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator = collator
+
+    @contextmanager
+    def _while_training(self) -> Iterator[None]:
+        try:
+            with super()._while_training():
+                yield
+        finally:
+            if self._steps is not None:
+                self._steps.release()
 
     def compute_loss(
         self,
@@ -129,7 +167,7 @@ class SpeechTrainer(SafeTrainer):
         return Counts(at_least_one(inputs["supervised"]), at_least_one(inputs["frames"] * self._books))
 
     def _run(self, model: Any, inputs: dict[str, Any], counts: Counts) -> DualAROutput:
-        given = {name: value for name, value in inputs.items() if name not in BOOKKEEPING}
+        given = {name: value for name, value in inputs.items() if name not in SpeechMemory.bookkeeping}
         return model(  # type: ignore[no-any-return]
             **given, token_count=counts.tokens, code_count=counts.codes, code_weight=self.args.code_weight
         )
@@ -186,7 +224,12 @@ class SpeechTrainer(SafeTrainer):
 
 
 def _count(
-    tokens: Tally, codes: Tally, inputs: dict[str, Any], output: DualAROutput, counts: Counts, books: int
+    tokens: Tally,
+    codes: Tally,
+    inputs: dict[str, Any],
+    output: DualAROutput | SpeechOutput,
+    counts: Counts,
+    books: int,
 ) -> None:
     """Add a batch's sums of losses to what is counted."""
     tokens.add(

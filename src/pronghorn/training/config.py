@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import transformers
 import trl
+from transformers.integrations import integration_utils
 
-from pronghorn.errors import UnknownArgument, nearest
+from pronghorn.errors import PackageMissing, UnknownArgument, nearest
 from pronghorn.tuning.recommend import recommended_arguments
 
 logger = logging.getLogger("pronghorn")
@@ -131,6 +133,7 @@ class SFTConfig(trl.SFTConfig):
         if self.stop_early:
             self._keep_the_best()
         super().__post_init__()
+        _check_reports(self.report_to)
 
     def _keep_the_best(self) -> None:
         """Save and load the weights of the best evaluation, as far as nothing else was asked for."""
@@ -171,6 +174,27 @@ def _check_length(length: Any) -> None:
         raise UnknownArgument(
             f"max_length={length!r} is no number of tokens", fix='use a positive whole number, "auto" or None'
         )
+
+
+def _check_reports(names: Sequence[str]) -> None:
+    """Refuse what Transformers would refuse only when the model is loaded and the rows are prepared.
+
+    Raises:
+        UnknownArgument: a name that it has no callback for.
+        PackageMissing: the callback's package is not installed.
+    """
+    for name in names:
+        if name not in integration_utils.INTEGRATION_TO_CALLBACK:
+            known = sorted(integration_utils.INTEGRATION_TO_CALLBACK)
+            raise UnknownArgument(
+                f"report_to cannot be '{name}'", fix=nearest(name, known) or f"use one of {', '.join(known)}"
+            )
+        installed = getattr(integration_utils, f"is_{name}_available", None)
+        if installed is not None and not installed():
+            raise PackageMissing(
+                f"report_to='{name}' needs the package {name}, which is not installed or switched off",
+                fix=f"pip install {name}, or leave report_to out: report.html is written anyway",
+            )
 
 
 def as_sft_config(args: Any) -> SFTConfig:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from pronghorn.data.budgets import power_of_two
-from pronghorn.engine import AUTO, Binding, TrainingStep, binding_of
+from pronghorn.data.collator import BOOKKEEPING
+from pronghorn.data.images import has_images
+from pronghorn.data.split import split_batch
+from pronghorn.engine import AUTO, Binding, LanguageTask, Task, TrainingStep, binding_of
 from pronghorn.engine.planning import levels_without_gpu, plan_levels, shape_of, vision_bytes
 from pronghorn.errors import BudgetInvalid, OutOfMemory
 from pronghorn.memory import Batch, Plan, available_host_bytes, estimate
@@ -73,7 +77,70 @@ def _longest_row(dataset: Any) -> int | None:
     return pc.max(lengths).as_py()  # type: ignore[no-any-return, attr-defined]
 
 
-def take_memory(trainer: Any, step: TrainingStep | None) -> None:
+class RunMemory:
+    """What the steps of a run take: of an SFTTrainer's here.
+
+    Args:
+        trainer: its model is bound, or not.
+    """
+
+    #: keys of a batch that are not for the model
+    bookkeeping: Sequence[str] = BOOKKEEPING
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+
+    @property
+    def bindings(self) -> list[Binding]:
+        """Of the decoders whose levels are planned; none where one of them is not bound."""
+        binding = binding_of(self.trainer.model)
+        return [] if binding is None or not binding.bound else [binding]
+
+    @property
+    def bound(self) -> bool:
+        return bool(self.bindings)
+
+    @property
+    def budget(self) -> str | int | None:
+        """What the user allows."""
+        return self.trainer.args.memory_budget  # type: ignore[no-any-return]
+
+    def task(self) -> Task:
+        """What a step computes."""
+        return LanguageTask(self.trainer.model)
+
+    def largest(self) -> Batch | None:
+        """The largest batch of the run; None where it is not known."""
+        return largest_batch(self.trainer)
+
+    def plan(self, budget: str | int, batch: Batch) -> Plan:
+        """Choose levels for a budget and set them.
+
+        Raises:
+            BudgetTooSmall, BudgetInvalid: as `engine.planning.plan_levels`.
+        """
+        return plan_levels(self.bindings[0], budget, batch)
+
+    def rehearse(self, step: TrainingStep, batch: Batch) -> None:
+        """A step of the largest batch over nothing.
+
+        Raises:
+            torch.OutOfMemoryError: it does not fit.
+        """
+        assert isinstance(step.task, LanguageTask)
+        longest = batch.tokens // self.trainer.args.per_device_train_batch_size
+        documents, device = power_of_two(batch.documents), self.trainer.args.device
+        sizes = batch.tokens, batch.loss_rows, documents, min(power_of_two(longest), batch.tokens)
+        step.rehearse(step.task.nonsense(device, *sizes))
+        if has_images(next(iter(self.trainer.train_dataset), None)):
+            step.rehearse(step.task.nonsense(device, *sizes, images=True))
+
+    def split(self, batch: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]] | None:
+        """Two batches whose losses and gradients add up to a batch's; None where it cannot be split."""
+        return split_batch(batch)
+
+
+def take_memory(run: RunMemory, step: TrainingStep | None) -> None:
     """Plan the save levels where the run has a `memory_budget` or nobody chose any, and on a GPU rehearse the largest
     batch before anything is trained.
 
@@ -85,16 +152,17 @@ def take_memory(trainer: Any, step: TrainingStep | None) -> None:
         BudgetInvalid: a budget that is no size, or one for a run whose largest batch is not known.
         OutOfMemory: the GPU has less than the budget says, because others use it.
     """
-    binding, batch, budget = binding_of(trainer.model), largest_batch(trainer), trainer.args.memory_budget
-    if binding is None or not binding.bound:
+    batch, budget = run.largest(), run.budget
+    if not run.bound:
         return
-    if trainer.args.device.type != "cuda":
+    automatic = any(binding.automatic for binding in run.bindings)
+    if run.trainer.args.device.type != "cuda":
         if budget is not None:
             logger.warning("pronghorn: memory_budget=%s is for a GPU's memory and has no effect here", budget)
-        if binding.automatic and batch is not None:
-            binding.use_plan(
-                [levels_without_gpu(binding, batch, available_host_bytes())] * len(binding.layers), None
-            )
+        for binding in run.bindings:
+            if binding.automatic and batch is not None:
+                level = levels_without_gpu(binding, batch, available_host_bytes())
+                binding.use_plan([level] * len(binding.layers), None)
         return
     if batch is None:
         if budget is not None:
@@ -104,22 +172,22 @@ def take_memory(trainer: Any, step: TrainingStep | None) -> None:
             )
         return
     if budget is not None and budget != AUTO:
-        expected = _plan(binding, budget, batch)
+        expected = _plan(run, budget, batch)
         try:
-            _rehearse(trainer, step, batch)
+            _rehearse(run, step, batch)
         except torch.OutOfMemoryError as error:
-            raise _less_than_planned(trainer, budget, expected, error) from None
-    elif budget is None and not binding.automatic:
+            raise _less_than_planned(run.trainer, budget, expected, error) from None
+    elif budget is None and not automatic:
         try:
-            _rehearse(trainer, step, batch)
+            _rehearse(run, step, batch)
         except torch.OutOfMemoryError:
             logger.warning("pronghorn: the largest batch (%d tokens) does not fit as set", batch.tokens)
-            _plan_what_is_free(trainer, binding, step, batch)
+            _plan_what_is_free(run, step, batch)
     else:
-        _plan_what_is_free(trainer, binding, step, batch)
+        _plan_what_is_free(run, step, batch)
 
 
-def _plan_what_is_free(trainer: Any, binding: Binding, step: TrainingStep | None, batch: Batch) -> None:
+def _plan_what_is_free(run: RunMemory, step: TrainingStep | None, batch: Batch) -> None:
     """Levels for all the memory there is; where a rehearsal shows that it was less, for a share of it. The last failure
     is the user's.
 
@@ -127,21 +195,21 @@ def _plan_what_is_free(trainer: Any, binding: Binding, step: TrainingStep | None
         BudgetTooSmall, torch.OutOfMemoryError: the batch fits at no levels.
     """
     torch.cuda.empty_cache()
-    found = _plan(binding, AUTO, batch)
+    found = _plan(run, AUTO, batch)
     for share in SHARES_OF_WHAT_WAS_FREE:
         try:
-            _rehearse(trainer, step, batch)
+            _rehearse(run, step, batch)
             return
         except torch.OutOfMemoryError:
             logger.warning("pronghorn: memory ran out in the rehearsal of this plan: once more with less")
         # Here, where the error no longer keeps the failed pass's tensors alive.
         torch.cuda.empty_cache()
-        found = _plan(binding, int(found.estimate.reserved * share), batch)
-    _rehearse(trainer, step, batch)
+        found = _plan(run, int(found.estimate.reserved * share), batch)
+    _rehearse(run, step, batch)
 
 
-def _plan(binding: Binding, budget: str | int, batch: Batch) -> Plan:
-    found = plan_levels(binding, budget, batch)
+def _plan(run: RunMemory, budget: str | int, batch: Batch) -> Plan:
+    found = run.plan(budget, batch)
     logger.warning(
         "pronghorn: memory plan for %.2f GiB: %s (%s); %.2f GiB expected for %d tokens",
         found.budget / 2**30,
@@ -164,9 +232,6 @@ def _less_than_planned(
     )
 
 
-def _rehearse(trainer: Any, step: TrainingStep | None, batch: Batch) -> None:
-    if step is None:
-        return
-    longest = batch.tokens // trainer.args.per_device_train_batch_size
-    documents = power_of_two(batch.documents)
-    step.rehearse(batch.tokens, batch.loss_rows, documents, min(power_of_two(longest), batch.tokens))
+def _rehearse(run: RunMemory, step: TrainingStep | None, batch: Batch) -> None:
+    if step is not None:
+        run.rehearse(step, batch)

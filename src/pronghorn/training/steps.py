@@ -10,12 +10,9 @@ import torch
 from accelerate.utils import DistributedType
 
 from pronghorn.data.budgets import Budgets
-from pronghorn.data.collator import BOOKKEEPING
-from pronghorn.data.split import split_batch
-from pronghorn.engine import StepOutput, TrainingStep
+from pronghorn.engine import TrainingStep
 from pronghorn.errors import OutOfMemory
-from pronghorn.training.memory import largest_batch, take_memory
-from pronghorn.training.setup import is_bound
+from pronghorn.training.memory import RunMemory, take_memory
 
 logger = logging.getLogger("pronghorn")
 
@@ -26,57 +23,79 @@ class StaticSteps:
     """Runs a trainer's micro-batches through `engine.TrainingStep`, where nothing asks for another way.
 
     Args:
-        trainer: a `pronghorn.SFTTrainer`.
+        trainer: a `pronghorn.SFTTrainer`, or another one.
         own_loss: why the loss is not the engine's, or None.
+        run: what the trainer's steps take; None: those of an SFTTrainer.
     """
 
-    def __init__(self, trainer: Any, own_loss: str | None) -> None:
-        self._trainer = trainer
+    def __init__(self, trainer: Any, own_loss: str | None = None, run: RunMemory | None = None) -> None:
+        self._trainer, self._memory = trainer, run or RunMemory(trainer)
         self._step: TrainingStep | None = None
-        self._why_not = own_loss or _why_ordinary(trainer)
+        self._why_not = own_loss or _why_ordinary(trainer, self._memory.bound)
         self._planned = False
         self._told: set[str] = set()
         self._too_large: float = float("inf")
-        if self._why_not is not None and is_bound(trainer.model):
+        if self._why_not is not None and self._memory.bound:
             self._tell(self._why_not)
 
     @property
     def captures(self) -> bool:
         """Whether CUDA graphs are wanted and nothing is known to be against them."""
         trainer = self._trainer
-        wanted = trainer.args.cuda_graphs and trainer.args.device.type == "cuda"
+        wanted = getattr(trainer.args, "cuda_graphs", True) and trainer.args.device.type == "cuda"
         return bool(wanted and self._why_not is None)
 
     def budgets(self) -> Budgets | None:
         """The sizes batches are rounded up to; None where no graph needs them."""
         if not self.captures:
             return None
-        largest = largest_batch(self._trainer)
+        largest = self._memory.largest()
         return Budgets(None if largest is None else largest.tokens)
 
-    def run(self, inputs: Mapping[str, Any], normalizer: Any) -> StepOutput | None:
-        """One micro-batch forward and backward, or None where the trainer has to do it in its ordinary way."""
+    def run(self, inputs: Mapping[str, Any], normalizer: Any) -> Any:
+        """One micro-batch forward and backward: what the task gives, a named tuple of sums over the micro-batch. None
+        where the trainer has to do it in its ordinary way."""
+        step = self._ready()
+        if step is None:
+            return None
+        output = self._run(step, self._for_the_model(inputs), normalizer)
+        if output is None and step.reason is not None:
+            self._tell(step.reason)
+        return output
+
+    def takes(self, inputs: Mapping[str, Any]) -> bool:
+        """Whether `run` runs such a micro-batch."""
+        step = self._ready()
+        if step is None:
+            return False
+        taken = step.takes(self._for_the_model(inputs))
+        if step.reason is not None:
+            self._tell(step.reason)
+        return taken
+
+    def _for_the_model(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in inputs.items() if name not in self._memory.bookkeeping}
+
+    def _ready(self) -> TrainingStep | None:
+        """The step, with the run's memory taken; None where every micro-batch takes the trainer's ordinary way."""
         if self._why_not is not None:
             self._plan_once()
             return None
-        batch = {name: value for name, value in inputs.items() if name not in BOOKKEEPING}
         if self._step is None:
             context = self._trainer.compute_loss_context_manager
-            self._step = TrainingStep(self._trainer.model, capture=self.captures, around=context)
-            take_memory(self._trainer, self._step)
-        output = self._run(self._step, batch, normalizer)
-        if output is None and self._step.reason is not None:
-            self._tell(self._step.reason)
-        return output
+            model, task = self._trainer.model, self._memory.task()
+            self._step = TrainingStep(model, capture=self.captures, around=context, task=task)
+            take_memory(self._memory, self._step)
+        return self._step
 
     def _plan_once(self) -> None:
         """Save levels for steps that the trainer runs in its ordinary way; without a rehearsal."""
         if not self._planned:
             self._planned = True
             if self._trainer.args.n_gpu <= 1:
-                take_memory(self._trainer, None)
+                take_memory(self._memory, None)
 
-    def _run(self, step: TrainingStep, batch: Mapping[str, Any], normalizer: Any) -> StepOutput | None:
+    def _run(self, step: TrainingStep, batch: Mapping[str, Any], normalizer: Any) -> Any:
         """A micro-batch, in parts where it does not fit; their losses and gradients add up to the whole's."""
         tokens = batch["input_ids"].numel() if "input_ids" in batch else 0
         if tokens < self._too_large:
@@ -86,14 +105,13 @@ class StaticSteps:
                 # Outside of this block the error would keep the tensors of the failed pass alive.
                 failure = str(error).partition("\n")[0]
             self._after_running_out(step, tokens, failure)
-        parts = split_batch(batch)
+        parts = self._memory.split(batch)
         if parts is None:
             raise _does_not_fit(tokens)
         done = [self._run(step, part, normalizer) for part in parts]
         outputs = [output for output in done if output is not None]
         assert len(outputs) == 2, "a part of a batch is a batch of the same kind"
-        losses, correct = zip(*((output.loss, output.num_correct) for output in outputs), strict=True)
-        return StepOutput(losses[0] + losses[1], correct[0] + correct[1])
+        return type(outputs[0])(*(first + second for first, second in zip(*outputs, strict=True)))
 
     def _after_running_out(self, step: TrainingStep, tokens: int, failure: str) -> None:
         if not step.gradients_intact:
@@ -128,7 +146,7 @@ class StaticSteps:
 
     def _tell(self, reason: str) -> None:
         if (
-            self._trainer.args.cuda_graphs
+            getattr(self._trainer.args, "cuda_graphs", True)
             and self._trainer.args.device.type == "cuda"
             and reason not in self._told
         ):
@@ -143,9 +161,9 @@ def _does_not_fit(tokens: int) -> OutOfMemory:
     )
 
 
-def _why_ordinary(trainer: Any) -> str | None:
+def _why_ordinary(trainer: Any, bound: bool) -> str | None:
     """Why every micro-batch takes the trainer's ordinary way, or None."""
-    if not is_bound(trainer.model):
+    if not bound:
         return "the model runs its stock forward"
     if trainer.args.world_size > 1 or trainer.accelerator.distributed_type != DistributedType.NO:
         return "gradients are exchanged between processes during backward"

@@ -34,6 +34,9 @@ logger = logging.getLogger("pronghorn")
 #: Seconds that a worker without work may take to end.
 _GOODBYE = 10.0
 
+#: A trial's number and its settings.
+Job = tuple[int, Settings]
+
 
 @dataclass(frozen=True)
 class Place:
@@ -77,12 +80,13 @@ def places(count: int) -> list[Place]:
 
 
 class _Worker:
-    """A worker's process, and the trial it is at."""
+    """A worker's process, whether it has its base, and the trial it is at."""
 
     def __init__(self, task: Task, space: Space, place: Place) -> None:
         context = multiprocessing.get_context("spawn")
         self.place = place
-        self.job: tuple[int, Settings] | None = None
+        self.ready = False
+        self.job: Job | None = None
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=_run, args=(theirs, task, space, place), daemon=True)
         try:
@@ -104,13 +108,15 @@ class _Worker:
 def work_in_processes(task: Task, space: Space, referee: Referee, count: int) -> None:
     """`work` in `count` processes; the others begin when the first has loaded the base and the memory is known to do.
 
-    A process that dies at a trial (out of the host's memory, say) makes it a failed one, and another takes its place.
+    Where a process dies at a trial (killed, or out of the host's memory), another takes its place, and the trial is
+    run once more: a second death makes it a failed one.
 
     Raises:
         SearchInvalid: workers that share a GPU, or the host, for which its memory is too small.
-        SearchFailed: a worker died before its first trial, or raised an error that is not the trial's.
+        SearchFailed: a worker died before it had its base, or raised an error that is not the trial's.
     """
     where, *others = places(count)
+    deaths = Deaths()
     with _stopped([_Worker(task, space, where)]) as workers:
         while workers:
             for connection in wait([worker.connection for worker in workers]):
@@ -119,7 +125,8 @@ def work_in_processes(task: Task, space: Space, referee: Referee, count: int) ->
                     name, arguments = worker.connection.recv()
                 except (EOFError, ConnectionResetError):
                     workers.remove(worker)
-                    mourn(worker, referee)
+                    worker.stop()
+                    deaths.mourn(worker, referee)
                     workers.append(_Worker(task, space, worker.place))
                     continue
                 if name == "end":
@@ -131,30 +138,55 @@ def work_in_processes(task: Task, space: Space, referee: Referee, count: int) ->
                     check_room(where, arguments[-1])
                     workers += [_Worker(task, space, place) for place in others]
                     others = []
-                _serve(worker, referee, name, arguments)
+                _serve(worker, referee, deaths, name, arguments)
 
 
-def _serve(worker: _Worker, referee: Referee, name: str, arguments: tuple[Any, ...]) -> None:
+def _serve(worker: _Worker, referee: Referee, deaths: Deaths, name: str, arguments: tuple[Any, ...]) -> None:
     if name == "raised":
         raise arguments[0]
-    answer = getattr(referee, name)(*arguments)
     if name == "next":
-        worker.job = answer
+        answer = worker.job = deaths.next() or referee.next()
+    else:
+        answer = getattr(referee, name)(*arguments)
+    if name == "ready":
+        worker.ready = True
     elif name == "record":
         worker.job = None
     worker.connection.send(answer)
 
 
-def mourn(worker: _Worker, referee: Referee) -> None:
-    """A process is gone: its trial failed."""
-    worker.stop()
-    code = worker.process.exitcode
-    reason = f"its process ended with exit code {code}" + (
-        ": killed, as when memory runs out" if code == -9 else ""
-    )
-    if worker.job is None:
-        raise SearchFailed(f"a worker could not begin: {reason}", fix="fewer workers, or try it with one")
-    referee.record(Trial(*worker.job, "failed", reason))
+class Deaths:
+    """Trials whose processes died: who is tried once more, and who has failed."""
+
+    def __init__(self) -> None:
+        self._again: list[Job] = []
+        self._tried: set[int] = set()
+
+    def next(self) -> Job | None:
+        """A trial to be run once more."""
+        return self._again.pop() if self._again else None
+
+    def mourn(self, worker: _Worker, referee: Referee) -> None:
+        """A process is gone.
+
+        Raises:
+            SearchFailed: before it had its base, which another would not get either.
+        """
+        code = worker.process.exitcode
+        reason = f"its process ended with exit code {code}" + (
+            ": killed, as when memory runs out" if code == -9 else ""
+        )
+        if not worker.ready:
+            raise SearchFailed(f"a worker could not begin: {reason}", fix="fewer workers, or try it with one")
+        if worker.job is None:
+            return
+        number, settings = worker.job
+        if number in self._tried:
+            referee.record(Trial(number, settings, "failed", f"twice, {reason}"))
+            return
+        logger.warning("pronghorn: trial %d is run once more: %s", number, reason)
+        self._tried.add(number)
+        self._again.append(worker.job)
 
 
 def check_room(place: Place, found: Footprint | None) -> None:

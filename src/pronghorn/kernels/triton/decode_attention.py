@@ -124,7 +124,7 @@ def _decode(
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, SIZE: tl.constexpr, D: tl.constexpr, TURNED: tl.constexpr,
     GROUP: tl.constexpr, QUERIES: tl.constexpr, TOGETHER: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
     TILE: tl.constexpr, SPLITS: tl.constexpr,
-    NORM: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr, SINKS: tl.constexpr,
+    NORM: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr, SINKS: tl.constexpr, PAIRS: tl.constexpr,
     WIDE: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     b, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -149,7 +149,7 @@ def _decode(
         k, v, seen = _tile(
             cache_ptr, tables_ptr, start, kv_head, t, d, past, begin, BLOCK_TOKENS, TILE, SIZE, KV_HEADS, WINDOWED
         )  # fmt: skip
-    # Rotate-half: the first TURNED elements of a head in pairs that lie half of them apart.
+    # The first TURNED elements of a head turn in pairs, that lie half of them apart or beside each other.
     half: tl.constexpr = TURNED // 2
     rotated = d < TURNED
     angle = (tl.maximum(past, 0) + tl.where(length > switch, switch, 0)) * TURNED + d
@@ -159,8 +159,12 @@ def _decode(
         wait_for_last()
     if (length > 0) & (split < active):
         g = tl.arange(0, GROUP)
-        partner = tl.where(rotated, tl.where(d < half, d + half, d - half), d)
-        sign = tl.where(d < half, -1.0, 1.0)
+        if PAIRS:
+            partner = tl.where(rotated, d ^ 1, d)
+            sign = tl.where(d % 2 == 0, -1.0, 1.0)
+        else:
+            partner = tl.where(rotated, tl.where(d < half, d + half, d - half), d)
+            sign = tl.where(d < half, -1.0, 1.0)
         row = qkv_ptr + b * qkv_stride
         q = _turned(
             row, kv_head * SHARED + g, d, partner, sign, cos, sin, g < SHARED, q_norm_ptr, SIZE, eps, offset, NORM
@@ -262,8 +266,8 @@ def decode_attention(
         HEADS=heads.heads, KV_HEADS=heads.kv_heads, SIZE=size, D=wide, TURNED=rotation.cos.shape[1], GROUP=group,
         QUERIES=queries, TOGETHER=max(1, min(16, 128 // queries)), BLOCK_TOKENS=block_tokens, TILE=tile,
         SPLITS=parts, NORM=heads.q_norm is not None, WINDOWED=heads.window is not None,
-        CAPPED=heads.softcap is not None, SINKS=heads.sinks is not None, WIDE=is_wide(qkv),
-        EARLY=int(early), PDL=bool(pdl),
+        CAPPED=heads.softcap is not None, SINKS=heads.sinks is not None, PAIRS=rotation.pairs,
+        WIDE=is_wide(qkv), EARLY=int(early), PDL=bool(pdl),
         num_warps=4, num_stages=2, **pdl,
     )  # fmt: skip
     return out

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pronghorn.kernels.triton.fp8 import column_factors, inverse, scale_for
+from pronghorn.kernels.triton.rope import places
 
 #: Heads a program holds at once.
 HEADS = 8
@@ -17,7 +18,8 @@ HEADS = 8
 def _unrotate_joined(
     dq_ptr, dk_ptr, dv_ptr, out_ptr, cos_ptr, sin_ptr, q_heads, k_heads, dq_stride, dk_stride, dv_stride, out_stride,
     q_groups, k_groups,
-    D: tl.constexpr, ROTATED: tl.constexpr, HEADS: tl.constexpr, HALF_BLOCK: tl.constexpr, REST_BLOCK: tl.constexpr,
+    D: tl.constexpr, ROTATED: tl.constexpr, STEP: tl.constexpr, APART: tl.constexpr, HEADS: tl.constexpr,
+    HALF_BLOCK: tl.constexpr, REST_BLOCK: tl.constexpr,
 ):  # fmt: skip
     token, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
     zero = group * 0  # makes tensors of numbers that may be constants, so that the branches agree
@@ -31,20 +33,21 @@ def _unrotate_joined(
         from_ptr, heads, stride = dk_ptr, zero + k_heads, zero + dk_stride
         group, begin = group - q_groups, (zero + q_heads) * D
     head, column = group * HEADS + tl.arange(0, HEADS), tl.arange(0, HALF_BLOCK)
-    offset = head[:, None] * D + column[None, :]
+    place = column * STEP
+    offset = head[:, None] * D + place[None, :]
     inside = (head < heads)[:, None] & (column < half)[None, :]
     from_row, to_row = from_ptr + token * stride, out_ptr + token * out_stride + begin
     first = tl.load(from_row + offset, mask=inside, other=0.0).to(tl.float32)
-    second = tl.load(from_row + offset + half, mask=inside, other=0.0).to(tl.float32)
+    second = tl.load(from_row + offset + APART, mask=inside, other=0.0).to(tl.float32)
     turns = column < turned
-    angle = token * ROTATED + column
+    angle = token * ROTATED + place
     cos_first = tl.load(cos_ptr + angle, mask=turns, other=1.0).to(tl.float32)[None, :]
-    cos_second = tl.load(cos_ptr + angle + half, mask=turns, other=1.0).to(tl.float32)[None, :]
+    cos_second = tl.load(cos_ptr + angle + APART, mask=turns, other=1.0).to(tl.float32)[None, :]
     sin_first = tl.load(sin_ptr + angle, mask=turns, other=0.0).to(tl.float32)[None, :]
-    sin_second = tl.load(sin_ptr + angle + half, mask=turns, other=0.0).to(tl.float32)[None, :]
+    sin_second = tl.load(sin_ptr + angle + APART, mask=turns, other=0.0).to(tl.float32)[None, :]
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     tl.store(to_row + offset, (first * cos_first + second * sin_second).to(dtype), mask=inside)
-    tl.store(to_row + offset + half, (second * cos_second - first * sin_first).to(dtype), mask=inside)
+    tl.store(to_row + offset + APART, (second * cos_second - first * sin_first).to(dtype), mask=inside)
     if REST_BLOCK > 0:
         column = ROTATED + tl.arange(0, REST_BLOCK)
         offset = head[:, None] * D + column[None, :]
@@ -52,7 +55,7 @@ def _unrotate_joined(
         tl.store(to_row + offset, tl.load(from_row + offset, mask=inside, other=0.0), mask=inside)
 
 
-def unrotate_joined(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def unrotate_joined(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor, pairs: bool) -> Tensor:
     dq, dk, dv = (_heads_packed(x) for x in (dq, dk, dv))
     cos, sin = cos.contiguous(), sin.contiguous()
     tokens, q_heads, size = dq.shape
@@ -62,7 +65,7 @@ def unrotate_joined(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor
     if tokens:
         _unrotate_joined[(tokens, q_groups + 2 * k_groups)](
             dq, dk, dv, out, cos, sin, q_heads, k_heads, dq.stride(0), dk.stride(0), dv.stride(0), out.stride(0),
-            q_groups, k_groups, D=size, ROTATED=rotated, HEADS=HEADS,
+            q_groups, k_groups, **places(rotated, pairs), D=size, ROTATED=rotated, HEADS=HEADS,
             HALF_BLOCK=triton.next_power_of_2(rotated // 2),
             REST_BLOCK=triton.next_power_of_2(rest) if rest else 0, num_warps=4,
         )  # fmt: skip

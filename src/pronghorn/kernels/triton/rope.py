@@ -16,18 +16,19 @@ from pronghorn.kernels.triton.lora import LEAST_RANK, dot, is_wide, rank_block
 @triton.jit
 def _group_forward(
     x_ptr, y_ptr, cos_ptr, sin_ptr, weight_ptr, group, heads, x_stride, y_stride, eps, weight_offset,
-    NORM: tl.constexpr, D: tl.constexpr, ROTATED: tl.constexpr,
+    NORM: tl.constexpr, D: tl.constexpr, ROTATED: tl.constexpr, STEP: tl.constexpr, APART: tl.constexpr,
     HEADS: tl.constexpr, HALF_BLOCK: tl.constexpr, REST_BLOCK: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     half: tl.constexpr = ROTATED // 2
     head = group * HEADS + tl.arange(0, HEADS)
     column = tl.arange(0, HALF_BLOCK)
-    offset = head[:, None] * D + column[None, :]
+    place = column * STEP
+    offset = head[:, None] * D + place[None, :]
     inside = (head[:, None] < heads) & (column[None, :] < half)
     x_row, y_row = x_ptr + token * x_stride, y_ptr + token * y_stride
     first = tl.load(x_row + offset, mask=inside, other=0.0).to(tl.float32)
-    second = tl.load(x_row + offset + half, mask=inside, other=0.0).to(tl.float32)
+    second = tl.load(x_row + offset + APART, mask=inside, other=0.0).to(tl.float32)
     if REST_BLOCK > 0:
         rest_column = tl.arange(0, REST_BLOCK)
         rest_offset = head[:, None] * D + ROTATED + rest_column[None, :]
@@ -39,22 +40,22 @@ def _group_forward(
             square += tl.sum(rest * rest, 1)
         rstd = (1.0 / tl.sqrt(square / D + eps))[:, None]
         known = column < half
-        w_first = tl.load(weight_ptr + column, mask=known, other=0.0).to(tl.float32) + weight_offset
-        w_second = tl.load(weight_ptr + half + column, mask=known, other=0.0).to(tl.float32) + weight_offset
+        w_first = tl.load(weight_ptr + place, mask=known, other=0.0).to(tl.float32) + weight_offset
+        w_second = tl.load(weight_ptr + APART + place, mask=known, other=0.0).to(tl.float32) + weight_offset
         first = first * rstd * w_first[None, :]
         second = second * rstd * w_second[None, :]
         if REST_BLOCK > 0:
             w_rest = tl.load(weight_ptr + ROTATED + rest_column, mask=rest_column < D - ROTATED, other=0.0)
             rest = rest * rstd * (w_rest.to(tl.float32) + weight_offset)[None, :]
     known = column < half
-    angle = token * ROTATED + column
+    angle = token * ROTATED + place
     cos_first = tl.load(cos_ptr + angle, mask=known, other=0.0).to(tl.float32)[None, :]
-    cos_second = tl.load(cos_ptr + angle + half, mask=known, other=0.0).to(tl.float32)[None, :]
+    cos_second = tl.load(cos_ptr + angle + APART, mask=known, other=0.0).to(tl.float32)[None, :]
     sin_first = tl.load(sin_ptr + angle, mask=known, other=0.0).to(tl.float32)[None, :]
-    sin_second = tl.load(sin_ptr + angle + half, mask=known, other=0.0).to(tl.float32)[None, :]
+    sin_second = tl.load(sin_ptr + angle + APART, mask=known, other=0.0).to(tl.float32)[None, :]
     dtype: tl.constexpr = y_ptr.dtype.element_ty
     tl.store(y_row + offset, (first * cos_first - second * sin_first).to(dtype), mask=inside)
-    tl.store(y_row + offset + half, (second * cos_second + first * sin_second).to(dtype), mask=inside)
+    tl.store(y_row + offset + APART, (second * cos_second + first * sin_second).to(dtype), mask=inside)
     if REST_BLOCK > 0:
         tl.store(y_row + rest_offset, rest.to(dtype), mask=rest_inside)
 
@@ -63,19 +64,19 @@ def _group_forward(
 def _forward(
     q_ptr, k_ptr, qy_ptr, ky_ptr, cos_ptr, sin_ptr, qw_ptr, kw_ptr,
     q_heads, k_heads, q_stride, k_stride, qy_stride, ky_stride, eps, weight_offset, q_groups,
-    NORM: tl.constexpr, D: tl.constexpr, ROTATED: tl.constexpr,
+    NORM: tl.constexpr, D: tl.constexpr, ROTATED: tl.constexpr, STEP: tl.constexpr, APART: tl.constexpr,
     HEADS: tl.constexpr, HALF_BLOCK: tl.constexpr, REST_BLOCK: tl.constexpr,
 ):  # fmt: skip
     group = tl.program_id(1)
     if group < q_groups:
         _group_forward(
             q_ptr, qy_ptr, cos_ptr, sin_ptr, qw_ptr, group, q_heads, q_stride, qy_stride, eps, weight_offset,
-            NORM, D, ROTATED, HEADS, HALF_BLOCK, REST_BLOCK,
+            NORM, D, ROTATED, STEP, APART, HEADS, HALF_BLOCK, REST_BLOCK,
         )  # fmt: skip
     else:
         _group_forward(
             k_ptr, ky_ptr, cos_ptr, sin_ptr, kw_ptr, group - q_groups, k_heads, k_stride, ky_stride, eps,
-            weight_offset, NORM, D, ROTATED, HEADS, HALF_BLOCK, REST_BLOCK,
+            weight_offset, NORM, D, ROTATED, STEP, APART, HEADS, HALF_BLOCK, REST_BLOCK,
         )  # fmt: skip
 
 
@@ -83,24 +84,24 @@ def _forward(
 def _group_backward(
     dy_ptr, dx_ptr, x_ptr, cos_ptr, sin_ptr, weight_ptr, partial_row, group, heads,
     dy_stride, dx_stride, x_stride, eps, weight_offset,
-    NORM: tl.constexpr, NEED_WEIGHT: tl.constexpr, D: tl.constexpr, ROTATED: tl.constexpr,
-    HEADS: tl.constexpr, HALF_BLOCK: tl.constexpr, REST_BLOCK: tl.constexpr,
+    NORM: tl.constexpr, NEED_WEIGHT: tl.constexpr, D: tl.constexpr, ROTATED: tl.constexpr, STEP: tl.constexpr,
+    APART: tl.constexpr, HEADS: tl.constexpr, HALF_BLOCK: tl.constexpr, REST_BLOCK: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     half: tl.constexpr = ROTATED // 2
     head = group * HEADS + tl.arange(0, HEADS)
     column = tl.arange(0, HALF_BLOCK)
-    known = column < half
-    offset = head[:, None] * D + column[None, :]
+    known, place = column < half, column * STEP
+    offset = head[:, None] * D + place[None, :]
     inside = (head[:, None] < heads) & known[None, :]
     dy_row, dx_row = dy_ptr + token * dy_stride, dx_ptr + token * dx_stride
     dy_first = tl.load(dy_row + offset, mask=inside, other=0.0).to(tl.float32)
-    dy_second = tl.load(dy_row + offset + half, mask=inside, other=0.0).to(tl.float32)
-    angle = token * ROTATED + column
+    dy_second = tl.load(dy_row + offset + APART, mask=inside, other=0.0).to(tl.float32)
+    angle = token * ROTATED + place
     cos_first = tl.load(cos_ptr + angle, mask=known, other=0.0).to(tl.float32)[None, :]
-    cos_second = tl.load(cos_ptr + angle + half, mask=known, other=0.0).to(tl.float32)[None, :]
+    cos_second = tl.load(cos_ptr + angle + APART, mask=known, other=0.0).to(tl.float32)[None, :]
     sin_first = tl.load(sin_ptr + angle, mask=known, other=0.0).to(tl.float32)[None, :]
-    sin_second = tl.load(sin_ptr + angle + half, mask=known, other=0.0).to(tl.float32)[None, :]
+    sin_second = tl.load(sin_ptr + angle + APART, mask=known, other=0.0).to(tl.float32)[None, :]
     first = dy_first * cos_first + dy_second * sin_second
     second = dy_second * cos_second - dy_first * sin_first
     if REST_BLOCK > 0:
@@ -112,7 +113,7 @@ def _group_backward(
     if NORM:
         x_row = x_ptr + token * x_stride
         x_first = tl.load(x_row + offset, mask=inside, other=0.0).to(tl.float32)
-        x_second = tl.load(x_row + offset + half, mask=inside, other=0.0).to(tl.float32)
+        x_second = tl.load(x_row + offset + APART, mask=inside, other=0.0).to(tl.float32)
         square = tl.sum(x_first * x_first, 1) + tl.sum(x_second * x_second, 1)
         if REST_BLOCK > 0:
             x_rest = tl.load(x_row + rest_offset, mask=rest_inside, other=0.0).to(tl.float32)
@@ -120,10 +121,10 @@ def _group_backward(
         rstd = (1.0 / tl.sqrt(square / D + eps))[:, None]
         x_first, x_second = x_first * rstd, x_second * rstd
         if NEED_WEIGHT:
-            tl.store(partial_row + column, tl.sum(first * x_first, 0), mask=known)
-            tl.store(partial_row + half + column, tl.sum(second * x_second, 0), mask=known)
-        w_first = tl.load(weight_ptr + column, mask=known, other=0.0).to(tl.float32) + weight_offset
-        w_second = tl.load(weight_ptr + half + column, mask=known, other=0.0).to(tl.float32) + weight_offset
+            tl.store(partial_row + place, tl.sum(first * x_first, 0), mask=known)
+            tl.store(partial_row + APART + place, tl.sum(second * x_second, 0), mask=known)
+        w_first = tl.load(weight_ptr + place, mask=known, other=0.0).to(tl.float32) + weight_offset
+        w_second = tl.load(weight_ptr + APART + place, mask=known, other=0.0).to(tl.float32) + weight_offset
         first, second = first * w_first[None, :], second * w_second[None, :]
         along = tl.sum(first * x_first, 1) + tl.sum(second * x_second, 1)
         if REST_BLOCK > 0:
@@ -140,7 +141,7 @@ def _group_backward(
             rest = (rest - x_rest * along) * rstd
     dtype: tl.constexpr = dx_ptr.dtype.element_ty
     tl.store(dx_row + offset, first.to(dtype), mask=inside)
-    tl.store(dx_row + offset + half, second.to(dtype), mask=inside)
+    tl.store(dx_row + offset + APART, second.to(dtype), mask=inside)
     if REST_BLOCK > 0:
         tl.store(dx_row + rest_offset, rest.to(dtype), mask=rest_inside)
 
@@ -150,8 +151,8 @@ def _backward(
     dq_ptr, dk_ptr, dqx_ptr, dkx_ptr, q_ptr, k_ptr, cos_ptr, sin_ptr, qw_ptr, kw_ptr, partial_ptr,
     q_heads, k_heads, dq_stride, dk_stride, dqx_stride, dkx_stride, q_stride, k_stride,
     eps, weight_offset, q_groups,
-    NORM: tl.constexpr, NEED_WEIGHT: tl.constexpr, D: tl.constexpr, ROTATED: tl.constexpr,
-    HEADS: tl.constexpr, HALF_BLOCK: tl.constexpr, REST_BLOCK: tl.constexpr,
+    NORM: tl.constexpr, NEED_WEIGHT: tl.constexpr, D: tl.constexpr, ROTATED: tl.constexpr, STEP: tl.constexpr,
+    APART: tl.constexpr, HEADS: tl.constexpr, HALF_BLOCK: tl.constexpr, REST_BLOCK: tl.constexpr,
 ):  # fmt: skip
     group = tl.program_id(1)
     partial_row = partial_ptr + (tl.program_id(0).to(tl.int64) * tl.num_programs(1) + group) * D
@@ -159,13 +160,13 @@ def _backward(
         _group_backward(
             dq_ptr, dqx_ptr, q_ptr, cos_ptr, sin_ptr, qw_ptr, partial_row, group, q_heads,
             dq_stride, dqx_stride, q_stride, eps, weight_offset,
-            NORM, NEED_WEIGHT, D, ROTATED, HEADS, HALF_BLOCK, REST_BLOCK,
+            NORM, NEED_WEIGHT, D, ROTATED, STEP, APART, HEADS, HALF_BLOCK, REST_BLOCK,
         )  # fmt: skip
     else:
         _group_backward(
             dk_ptr, dkx_ptr, k_ptr, cos_ptr, sin_ptr, kw_ptr, partial_row, group - q_groups, k_heads,
             dk_stride, dkx_stride, k_stride, eps, weight_offset,
-            NORM, NEED_WEIGHT, D, ROTATED, HEADS, HALF_BLOCK, REST_BLOCK,
+            NORM, NEED_WEIGHT, D, ROTATED, STEP, APART, HEADS, HALF_BLOCK, REST_BLOCK,
         )  # fmt: skip
 
 
@@ -174,8 +175,9 @@ def _adapted(
     q_ptr, k_ptr, v_ptr, qy_ptr, ky_ptr, vy_ptr, cos_ptr, sin_ptr, xa0, xa1, xa2, b0, b1, b2, s0, s1, s2, r0, r1, r2,
     q_heads, k_heads, q_stride, k_stride, v_stride, qy_stride, ky_stride, vy_stride,
     xa_stride0, xa_stride1, xa_stride2, tokens, q_groups, k_groups,
-    D: tl.constexpr, ROTATED: tl.constexpr, HALF_BLOCK: tl.constexpr, REST_BLOCK: tl.constexpr,
-    R: tl.constexpr, BT: tl.constexpr, HEADS: tl.constexpr, STAGES: tl.constexpr, WIDE: tl.constexpr,
+    D: tl.constexpr, ROTATED: tl.constexpr, STEP: tl.constexpr, APART: tl.constexpr, HALF_BLOCK: tl.constexpr,
+    REST_BLOCK: tl.constexpr, R: tl.constexpr, BT: tl.constexpr, HEADS: tl.constexpr, STAGES: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
     """Up to HEADS heads of q, k or v for BT tokens in turn: x + s · XA Bᵀ, rotated unless it is v (angle 0).
 
@@ -200,36 +202,37 @@ def _adapted(
         group = group - q_groups
     start = tl.program_id(1).to(tl.int64) * BT
     row, column, r = tl.arange(0, BT), tl.arange(0, HALF_BLOCK), tl.arange(0, R)
+    place = column * STEP
     known_row, known, known_rank = row < tokens - start, column < half, r < rank
     inside = known_row[:, None] & known[None, :]
-    angle = start * ROTATED + row[:, None] * ROTATED + column[None, :]
+    angle = start * ROTATED + row[:, None] * ROTATED + place[None, :]
     turns = known_row[:, None] & (column < turned)[None, :]
     cos_first = tl.load(cos_ptr + angle, mask=turns, other=1.0)
-    cos_second = tl.load(cos_ptr + angle + half, mask=turns, other=1.0)
+    cos_second = tl.load(cos_ptr + angle + APART, mask=turns, other=1.0)
     sin_first = tl.load(sin_ptr + angle, mask=turns, other=0.0)
-    sin_second = tl.load(sin_ptr + angle + half, mask=turns, other=0.0)
+    sin_second = tl.load(sin_ptr + angle + APART, mask=turns, other=0.0)
     xa = tl.load(
         xa_ptr + start * xa_stride + row[:, None] * xa_stride + r[None, :],
         mask=known_row[:, None] & known_rank[None, :], other=0.0,
     )  # fmt: skip
-    b_at = column[:, None] * rank + r[None, :]
+    b_at = place[:, None] * rank + r[None, :]
     b_known = known[:, None] & known_rank[None, :]
     dtype: tl.constexpr = q_ptr.dtype.element_ty
     last = tl.minimum(group * HEADS + HEADS, heads)
     for head in tl.range(group * HEADS, last, num_stages=STAGES):
-        at = x_ptr + start * stride + row[:, None] * stride + head * D + column[None, :]
+        at = x_ptr + start * stride + row[:, None] * stride + head * D + place[None, :]
         b_head = b_ptr + head * D * rank
         first = tl.load(at, mask=inside, other=0.0).to(tl.float32)
-        second = tl.load(at + half, mask=inside, other=0.0).to(tl.float32)
+        second = tl.load(at + APART, mask=inside, other=0.0).to(tl.float32)
         b_first = tl.load(b_head + b_at, mask=b_known, other=0.0)
-        b_second = tl.load(b_head + half * rank + b_at, mask=b_known, other=0.0)
+        b_second = tl.load(b_head + APART * rank + b_at, mask=b_known, other=0.0)
         first += dot(xa, tl.trans(b_first), WIDE) * scaling
         second += dot(xa, tl.trans(b_second), WIDE) * scaling
         turned_first = first * cos_first.to(tl.float32) - second * sin_first.to(tl.float32)
         turned_second = second * cos_second.to(tl.float32) + first * sin_second.to(tl.float32)
-        to = y_ptr + start * y_stride + row[:, None] * y_stride + head * D + column[None, :]
+        to = y_ptr + start * y_stride + row[:, None] * y_stride + head * D + place[None, :]
         tl.store(to, turned_first.to(dtype), mask=inside)
-        tl.store(to + half, turned_second.to(dtype), mask=inside)
+        tl.store(to + APART, turned_second.to(dtype), mask=inside)
         if REST_BLOCK > 0:
             beyond = ROTATED + tl.arange(0, REST_BLOCK)
             rest_known = beyond < D
@@ -264,9 +267,15 @@ def rope_config(heads: int, kv_heads: int) -> dict[str, int]:
     return {"HEADS": 8, "num_warps": 4}
 
 
-def _blocks(head_dim: int, rotated: int) -> dict[str, int]:
+def places(rotated: int, pairs: bool) -> dict[str, int]:
+    """Where elements that turn together lie: the first of pair c at c · STEP, the second APART from it."""
+    return {"STEP": 2, "APART": 1} if pairs else {"STEP": 1, "APART": rotated // 2}
+
+
+def _blocks(head_dim: int, rotated: int, pairs: bool) -> dict[str, int]:
     rest = head_dim - rotated
     return {
+        **places(rotated, pairs),
         "D": head_dim,
         "ROTATED": rotated,
         "HALF_BLOCK": triton.next_power_of_2(rotated // 2),
@@ -284,6 +293,7 @@ def forward(
     eps: float,
     weight_offset: float,
     inplace: bool,
+    pairs: bool,
 ) -> tuple[Tensor, Tensor]:
     if inplace and not (_heads_packed(q) is q and _heads_packed(k) is k):
         raise ValueError("in place needs heads and elements contiguous inside a token")
@@ -299,7 +309,7 @@ def forward(
             q, k, q_out, k_out, cos, sin, q if q_weight is None else q_weight, k if k_weight is None else k_weight,
             q_heads, k.shape[1], q.stride(0), k.stride(0), q_out.stride(0), k_out.stride(0),
             eps, weight_offset, q_groups,
-            NORM=q_weight is not None, **_blocks(head_dim, cos.shape[-1]), **config,
+            NORM=q_weight is not None, **_blocks(head_dim, cos.shape[-1], pairs), **config,
         )  # fmt: skip
     return q_out, k_out
 
@@ -312,6 +322,7 @@ def adapted_rope_(
     sin: Tensor,
     adapters: tuple[LowRank | None, LowRank | None, LowRank | None],
     into: tuple[Tensor, Tensor, Tensor] | None,
+    pairs: bool,
 ) -> None:
     ys = into or (q, k, v)
     if any(_heads_packed(x) is not x for x in (q, k, v, *ys)):
@@ -331,7 +342,8 @@ def adapted_rope_(
             q, k, v, *ys, cos, sin, *xas, *bs, *scalings, *ranks, heads, k.shape[1],
             q.stride(0), k.stride(0), v.stride(0), *[y.stride(0) for y in ys],
             *[xa.stride(0) for xa in xas], tokens, q_groups, k_groups,
-            D=head_dim, ROTATED=rotated, HALF_BLOCK=max(triton.next_power_of_2(rotated // 2), LEAST_RANK),
+            **places(rotated, pairs), D=head_dim, ROTATED=rotated,
+            HALF_BLOCK=max(triton.next_power_of_2(rotated // 2), LEAST_RANK),
             REST_BLOCK=max(triton.next_power_of_2(head_dim - rotated), LEAST_RANK) if rotated < head_dim else 0,
             R=rank_block(ranks), WIDE=is_wide(q), **config,
         )  # fmt: skip
@@ -345,6 +357,7 @@ def backward(
     norm: tuple[Tensor, Tensor, Tensor, Tensor, float, float] | None,
     need_weight_grad: bool,
     inplace: bool,
+    pairs: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     packed_q, packed_k = _heads_packed(dq), _heads_packed(dk)
     cos, sin = cos.contiguous(), sin.contiguous()
@@ -370,7 +383,7 @@ def backward(
             packed_q, packed_k, out_q, out_k, q, k, cos, sin, q_weight, k_weight, partial,
             q_heads, dk.shape[1], packed_q.stride(0), packed_k.stride(0), out_q.stride(0), out_k.stride(0),
             q.stride(0), k.stride(0), eps, weight_offset, q_groups,
-            NORM=norm is not None, NEED_WEIGHT=need_weight_grad, **_blocks(head_dim, cos.shape[-1]), **config,
+            NORM=norm is not None, NEED_WEIGHT=need_weight_grad, **_blocks(head_dim, cos.shape[-1], pairs), **config,
         )  # fmt: skip
     if not need_weight_grad:
         return out_q, out_k, None, None

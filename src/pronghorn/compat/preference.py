@@ -1,0 +1,82 @@
+"""TRL's trainers for preferences and rewards, as scripts call them: TRL's own classes, under older arguments too.
+
+What they train is the model that they are given, so a bound one takes the fast path in them. A class is made when a
+script asks for it, since finding TRL's takes seconds; `from pronghorn.compat.preference import DPOTrainer` does so.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import logging
+import warnings
+from importlib import import_module
+from typing import Any
+
+import torch
+
+from pronghorn.compat.arguments import as_current
+
+logger = logging.getLogger("pronghorn")
+
+#: Where TRL has these trainers and their configurations now; older scripts import all of them from its top.
+_HOMES = {"CPO": "trl.experimental.cpo", "DPO": "trl", "GRPO": "trl", "ORPO": "trl.experimental.orpo"}
+_NAMES = {f"{method}{kind}" for method in _HOMES for kind in ("Config", "Trainer")}
+#: Arguments of older versions that cut prompts, made files or chose a padding, for versions that do without them.
+_GONE = {
+    "generate_during_eval", "is_encoder_decoder", "label_pad_token_id", "max_completion_length", "max_prompt_length",
+    "max_target_length", "padding_value", "unsloth_num_chunks", "vllm_sampling_params",
+}  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _NAMES:
+        raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+    trains = name.endswith("Trainer")
+    with warnings.catch_warnings():  # of TRL's, that what is in trl.experimental may change
+        warnings.simplefilter("ignore")
+        base = getattr(import_module(_HOMES[name.removesuffix("Trainer" if trains else "Config")]), name)
+    made = _trainer(base) if trains else _configuration(base)
+    globals()[name] = made  # pickles of arguments, which checkpoints hold, find it here
+    return made
+
+
+def _configuration(base: type) -> type:
+    """A configuration class that takes older names; without a GPU it asks for none of its formats."""
+
+    def __init__(self: Any, *args: Any, **given: Any) -> None:
+        known = {item.name for item in dataclasses.fields(base)}
+        current = as_current(_without_gone(given, known), base, tell=True)
+        if not torch.cuda.is_available():
+            current |= {"bf16": False, "fp16": False}
+        base.__init__(self, *args, **current)  # type: ignore[misc]
+
+    return type(
+        base.__name__, (base,), {"__init__": __init__, "__module__": __name__, "__doc__": base.__doc__}
+    )
+
+
+def _trainer(base: type) -> type:
+    """A trainer class that takes `tokenizer=`, and arguments that belong to its configuration now."""
+
+    def __init__(self: Any, *args: Any, tokenizer: Any = None, **given: Any) -> None:
+        own = inspect.signature(base).parameters
+        settings = given.get("args")
+        if tokenizer is not None:
+            given.setdefault("processing_class", tokenizer)
+        for name in [name for name in given if name not in own and hasattr(settings, name)]:
+            setattr(settings, name, given.pop(name))
+            logger.warning("pronghorn: %s= belongs to %s now", name, type(settings).__name__)
+        base.__init__(self, *args, **_without_gone(given, own))  # type: ignore[misc]
+
+    return type(
+        base.__name__, (base,), {"__init__": __init__, "__module__": __name__, "__doc__": base.__doc__}
+    )
+
+
+def _without_gone(given: dict[str, Any], known: Any) -> dict[str, Any]:
+    """What is given less the arguments that this version does without, which is said."""
+    gone = sorted(name for name in given if name in _GONE and name not in known)
+    for name in gone:
+        logger.warning("pronghorn: %s= has no effect any more", name)
+    return {name: value for name, value in given.items() if name not in gone}
