@@ -63,7 +63,8 @@ def test_a_step_of_static_shape_gives_autograds_gradients() -> None:
     rows = rows_batch(model.config.vocab_size, LENGTHS)
     step = TrainingStep(bound_copy(model, "attention").train())
     assert_same(run_step(step, step.model, rows), run(model, rows, logits=False), BOUND)
-    assert step._flat is not None and len(step._flat.parameters) == 2 * (8 + 7)
+    (flat,) = step._flat
+    assert flat is not None and len(flat.parameters) == 2 * (8 + 7)
 
 
 @pytest.mark.parametrize("options", [{"use_dora": True}, {"modules_to_save": ["conv1d", "norm"]}], ids=list)

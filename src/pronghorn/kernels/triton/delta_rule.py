@@ -20,6 +20,8 @@ from pronghorn.kernels.triton.lora import dot, is_wide
 
 #: most columns of a head of v at a time: of the programs that go through all chunks, and of the others
 STATE_COLUMNS, COLUMNS = 32, 64
+#: warps of the programs that hold three or more tiles [C, D] at once
+GRADIENT_WARPS = 8
 #: heads a program of `_units` takes
 _HEADS = 16
 
@@ -471,12 +473,12 @@ def backward(
     dsums, dbeta = torch.empty_like(made.sums), torch.empty_like(made.sums)
     _output_grads[grid](
         made.q, made.k, made.sums, document, made.states, dstates, made.news, dout, dunit_q, dunit_k, dsums,
-        *shared, **{**sizes, "num_warps": 8},
+        *shared, **{**sizes, "num_warps": GRADIENT_WARPS},
     )  # fmt: skip
     dv = v.new_empty(v.shape)
     _system_grads[grid](
         made.k, v, beta, made.sums, document, made.inverse, made.values, made.keys, made.states, dnews, dunit_k, dv,
-        dsums, dbeta, tokens, k_heads, heads, v.stride(0), g.stride(0), group, **{**sizes, "num_warps": 8},
+        dsums, dbeta, tokens, k_heads, heads, v.stride(0), g.stride(0), group, **{**sizes, "num_warps": GRADIENT_WARPS},
     )  # fmt: skip
     dq, dk = (v.new_empty(tokens, k_heads, of_k) for _ in range(2))
     rows = tokens * k_heads
