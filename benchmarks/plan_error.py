@@ -173,19 +173,23 @@ def _spread(errors: list[float]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.plan_error", description=__doc__)
-    parser.add_argument("--write", metavar="PAGE.md", help="put the table between the page's two comments")
+    parser.add_argument(
+        "--write",
+        metavar="PAGE.md",
+        help="put the table between the two comments of the page, and of zh/PAGE.md",
+    )
     options = parser.parse_args()
     found = table(list(rows()))
     if options.write is None:
         print(found)
         return
     page = Path(options.write)
-    text = page.read_text(encoding="utf-8")
-    before, _, rest = text.partition(START)
-    after = rest.partition(END)[2]
-    temporary = page.with_suffix(".tmp")
-    temporary.write_text(f"{before}{START}\n{found}\n{END}{after}", encoding="utf-8")
-    temporary.replace(page)
+    for version in (page, page.parent / "zh" / page.name):
+        before, _, rest = version.read_text(encoding="utf-8").partition(START)
+        after = rest.partition(END)[2]
+        temporary = version.with_suffix(".tmp")
+        temporary.write_text(f"{before}{START}\n{found}\n{END}{after}", encoding="utf-8")
+        temporary.replace(version)
 
 
 if __name__ == "__main__":

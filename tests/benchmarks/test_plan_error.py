@@ -5,9 +5,11 @@ from __future__ import annotations
 import statistics
 from pathlib import Path
 
+import pytest
+
 from benchmarks.plan_error import END, START, rows, table
 
-PAGE = Path(__file__).parents[2] / "docs" / "planning.md"
+DOCS = Path(__file__).parents[2] / "docs"
 
 
 def test_predictions_stay_close_to_what_was_measured() -> None:
@@ -20,7 +22,8 @@ def test_predictions_stay_close_to_what_was_measured() -> None:
     assert len(times) >= 14 and statistics.median(times) < 0.05 and max(times) < 0.12
 
 
-def test_the_page_shows_the_table_of_now() -> None:
+@pytest.mark.parametrize("page", [DOCS / "planning.md", DOCS / "zh" / "planning.md"], ids=str)
+def test_the_page_shows_the_table_of_now(page: Path) -> None:
     """After a change: python -m benchmarks.plan_error --write docs/planning.md"""
-    text = PAGE.read_text(encoding="utf-8")
+    text = page.read_text(encoding="utf-8")
     assert text.partition(START)[2].partition(END)[0].strip() == table(list(rows()))

@@ -70,6 +70,16 @@ def slug(heading: str) -> str:
     return re.sub(r"\s", "-", kept.strip())
 
 
+def table_rows(page: Path) -> list[list[str]]:
+    """The cells of every line of a table, headers included."""
+    lines = (line.strip() for line in _without_blocks(page).splitlines())
+    return [
+        [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+        for line in lines
+        if line.startswith("|")
+    ]
+
+
 def commands(page: Path) -> Iterator[tuple[int, str]]:
     """(line of the page, command line) of every call of `pronghorn` in its shell blocks."""
     for block in blocks(page):

@@ -1,5 +1,6 @@
 """What the guide says can be followed: links lead somewhere, commands parse, the Chinese pages are in step."""
 
+import re
 import shlex
 
 import pytest
@@ -20,6 +21,7 @@ from tests.docs.pages import (
     links,
     marks,
     slug,
+    table_rows,
 )
 
 PAGES = sorted([*DOCS.rglob("*.md"), *ROOT.glob("*.md"), ROOT / "benchmarks" / "README.md"])
@@ -85,6 +87,31 @@ def test_chinese_pages_are_in_step(chinese):
     ]
     for table in ("<!-- table:", "| --- "):
         assert chinese.read_text("utf-8").count(table) == english.read_text("utf-8").count(table)
+
+
+#: English page -> why there is no Chinese one
+ENGLISH_ONLY = {
+    "errors.md": "errors.zh-CN.md, made of the same explanations",
+    "families.md": "made of the families' code: names, types and fields",
+    "lab-notes.md": "a log of trials",
+}
+
+
+def test_every_page_is_there_in_chinese():
+    english = {page.name for page in DOCS.glob("*.md")} - {"errors.zh-CN.md"}
+    assert {page.name for page in IN_CHINESE} == english - ENGLISH_ONLY.keys()
+    assert ENGLISH_ONLY.keys() <= english
+
+
+@pytest.mark.parametrize("chinese", IN_CHINESE, ids=name)
+def test_figures_of_tables_are_the_same_in_chinese(chinese):
+    """Cells of nothing but figures; words may stand in another order."""
+    for ours, theirs in zip(table_rows(chinese), table_rows(IN_CHINESE[chinese]), strict=True):
+        assert len(ours) == len(theirs), f"{name(chinese)}: {ours}"
+        for cell, english in zip(ours, theirs, strict=True):
+            if not re.search(r"[^\W\d_]", english):
+                figures = re.findall(r"\d+(?:[.,]\d+)*", english)
+                assert re.findall(r"\d+(?:[.,]\d+)*", cell) == figures, f"{name(chinese)}: {ours}"
 
 
 def test_every_page_is_in_the_sites_menu():

@@ -16,6 +16,11 @@ def test_every_kind_stands_in_the_documentation():
         level = f"{kind.level}, repaired" if kind.repaired else kind.level
         assert f"| `{kind.id}` | {level} | {kind.title} | {kind.fix} |" in written
     assert written.count("\n| `") == len(KINDS)
+    chinese = (ROOT / "docs" / "zh" / "data.md").read_text(encoding="utf-8")
+    starts = [
+        f"| `{kind.id}` | {kind.level}{', repaired' if kind.repaired else ''} |" for kind in KINDS.values()
+    ]
+    assert [line for line in starts if line not in chinese] == []
 
 
 def test_what_is_not_seen_is_spelled_out():
