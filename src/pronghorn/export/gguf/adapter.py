@@ -94,6 +94,10 @@ def _adapted(model: Any) -> Iterator[tuple[str, Any, str]]:
 
 def _pair(dialect: Dialect, name: str, module: Any, adapter: str, alpha: float) -> list[Entry]:
     a, b = (getattr(module, part)[adapter].weight for part in ("lora_A", "lora_B"))
+    if not dialect.is_written(name):
+        raise _not_plain(f"{name} is not the language model's")
+    if len(dialect.places(name)) > 1:
+        raise _not_plain(f"{name} stands in two parts in a GGUF file")
     scale = module.scaling[adapter] * module.r[adapter] / alpha
     right = dialect.entries(Entry(name, tuple(b.shape), torch.float32, partial(_scaled, b, scale)))[0]
     left = Entry(f"{right.name}.lora_a", tuple(a.shape), torch.float32, partial(_scaled, a, 1.0))

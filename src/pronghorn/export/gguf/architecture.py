@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -12,9 +13,14 @@ from torch import Tensor
 
 from pronghorn.errors import NotExportable
 from pronghorn.export.gguf.families import GgufFamily, family_of
-from pronghorn.export.gguf.rope import add_rope, rope_factors
+from pronghorn.export.gguf.latent import KV_B, KV_B_PARTS, is_latent, join_kv_b, kv_b_shapes, split_kv_b
+from pronghorn.export.gguf.rope import add_rope, rope_factors, rope_of
 from pronghorn.export.safetensors_file import Entry
 
+logger = logging.getLogger("pronghorn")
+
+#: What a model for images has besides its language model, and what stands before the names of that.
+_TOWERS, _LANGUAGE_MODEL = ("visual", "vision_tower", "multi_modal_projector"), "language_model."
 #: Experts' gate and up [E, 2I, H], which stand apart in a file; experts' down, whose name has no ".weight".
 _JOINED, _JOINED_PARTS = "experts.gate_up_proj", ("experts.gate_proj.weight", "experts.up_proj.weight")
 _STACKED = "experts.down_proj"
@@ -24,10 +30,11 @@ _ROW = "shared_expert_gate.weight"
 
 @dataclass(frozen=True)
 class Dialect:
-    """How one model is written down in GGUF."""
+    """How one model is written down in GGUF; of a model for images `config` is its language model's part of `whole`."""
 
     family: GgufFamily
     config: Any
+    whole: Any
 
     @property
     def architecture(self) -> str:
@@ -39,18 +46,41 @@ class Dialect:
 
     @property
     def kv_heads(self) -> int:
+        if is_latent(self.config):  # the codes are all heads' keys and values
+            return 1
         return int(getattr(self.config, "num_key_value_heads", None) or self.heads)
 
     @property
     def head_dim(self) -> int:
         return int(getattr(self.config, "head_dim", None) or self.config.hidden_size // self.heads)
 
+    @property
+    def rotary_dim(self) -> int:
+        """Elements of a head among which are those that turn."""
+        return int(self.config.qk_rope_head_dim) if is_latent(self.config) else self.head_dim
+
+    @property
+    def key_and_value_length(self) -> tuple[int, int]:
+        """Elements of a head's key and value, as they lie in llama.cpp's cache."""
+        if is_latent(self.config):
+            return self.config.kv_lora_rank + self.config.qk_rope_head_dim, self.config.kv_lora_rank
+        return self.head_dim, self.head_dim
+
+    def is_written(self, name: str) -> bool:
+        """Whether a checkpoint's tensor belongs to the language model."""
+        return not any(part in _TOWERS for part in name.split("."))
+
     def places(self, name: str) -> list[str]:
-        """GGUF's names of a checkpoint's tensor: none where it has no place, two for experts' joined gate and up."""
+        """GGUF's names of a checkpoint's tensor: none where it has no place, two for experts' joined gate and up and
+        for what makes keys and values of a code."""
         table = _names(self.architecture, int(self.config.num_hidden_layers))
+        name = name.replace(_LANGUAGE_MODEL, "", 1).replace(
+            "e_score_correction_bias", "e_score_correction.bias"
+        )
         parts = [f"{name}.weight" if name.endswith(_STACKED) else name]
-        if name.endswith(_JOINED):
-            parts = [f"{name.removesuffix(_JOINED)}{part}" for part in _JOINED_PARTS]
+        for whole, halves in ((_JOINED, _JOINED_PARTS), (KV_B, KV_B_PARTS)):
+            if name.endswith(whole):
+                parts = [f"{name.removesuffix(whole)}{part}" for part in halves]
         found = [table.get_name(part, try_suffixes=(".weight", ".bias")) for part in parts]
         return [] if None in found else found
 
@@ -58,6 +88,8 @@ class Dialect:
         """A checkpoint's tensor as it stands in the file, one for each of its places."""
         if name.endswith(_JOINED):
             return list(tensor.chunk(2, dim=1))
+        if name.endswith(KV_B):
+            return split_kv_b(tensor, self.config)
         if name.endswith(_ROW):
             return [tensor[0]]
         if (heads := self._rotated_heads(name)) is not None:
@@ -68,6 +100,8 @@ class Dialect:
         """The way back from `written`; `name` is the checkpoint's."""
         if name.endswith(_JOINED):
             return torch.cat(tensors, dim=1)
+        if name.endswith(KV_B):
+            return join_kv_b(tensors)
         if name.endswith(_ROW):
             return tensors[0][None]
         if (heads := self._rotated_heads(name)) is not None:
@@ -86,14 +120,16 @@ class Dialect:
                 f"the tensor {entry.name} has no place in a GGUF file of {self.architecture}",
                 fix="save_pretrained_merged keeps it",
             )
-        shape = entry.shape
+        shapes = [entry.shape]
         if entry.name.endswith(_JOINED):
-            shape = (shape[0], shape[1] // 2, shape[2])
+            shapes = [(entry.shape[0], entry.shape[1] // 2, entry.shape[2])] * 2
+        elif entry.name.endswith(KV_B):
+            shapes = kv_b_shapes(self.config)
         elif entry.name.endswith(_ROW):
-            shape = shape[1:]
+            shapes = [entry.shape[1:]]
         return [
             Entry(place, shape, torch.float32, partial(self._made, entry, index))
-            for index, place in enumerate(places)
+            for index, (place, shape) in enumerate(zip(places, shapes, strict=True))
         ]
 
     def _made(self, entry: Entry, index: int) -> Tensor:
@@ -114,18 +150,25 @@ def dialect_of(config: Any) -> Dialect:
     Raises:
         NotExportable: for a family without one, or settings that llama.cpp would compute otherwise.
     """
-    return Dialect(family_of(config), config)
+    return Dialect(family_of(config), config.get_text_config(), config)
 
 
 def gguf_entries(dialect: Dialect, entries: Sequence[Entry]) -> list[Entry]:
     """A merged checkpoint's tensors under GGUF's names, rows in llama.cpp's order, in fp32; factors of the RoPE first.
+    Of a model for images the language model's.
 
     Raises:
         NotExportable: for a tensor that has no place.
     """
-    factors = rope_factors(dialect.config, dialect.head_dim)
+    factors = rope_factors(dialect.config, dialect.rotary_dim)
+    if dialect.whole is not dialect.config:
+        logger.warning(
+            "pronghorn: the GGUF file holds the language model; for images llama.cpp reads the vision tower from a "
+            "file of its own (mmproj), that of the base model where the tower was not trained"
+        )
     found = [Entry(name, tuple(f.shape), torch.float32, lambda f=f: f) for name, f in factors.items()]  # type: ignore[misc]
-    return found + [written for entry in entries for written in dialect.entries(entry)]
+    of_text = [entry for entry in entries if dialect.is_written(entry.name)]
+    return found + [written for entry in of_text for written in dialect.entries(entry)]
 
 
 @lru_cache(maxsize=4)
@@ -163,9 +206,25 @@ def add_architecture(writer: Any, dialect: Dialect, vocabulary: int) -> None:
         writer.add_feed_forward_length(int(inner))
     writer.add_head_count(dialect.heads)
     writer.add_head_count_kv(dialect.kv_heads)
-    writer.add_layer_norm_rms_eps(float(config.rms_norm_eps))
+    if hasattr(config, "layer_norm_eps"):
+        writer.add_layer_norm_eps(float(config.layer_norm_eps))
+    else:
+        writer.add_layer_norm_rms_eps(float(config.rms_norm_eps))
     writer.add_vocab_size(vocabulary)
-    writer.add_key_length(dialect.head_dim)
-    writer.add_value_length(dialect.head_dim)
-    add_rope(writer, config, dialect.architecture, dialect.head_dim, dialect.family.partial_rotary)
+    key, value = dialect.key_and_value_length
+    writer.add_key_length(key)
+    writer.add_value_length(value)
+    add_rope(writer, config, dialect.architecture, dialect.rotary_dim, dialect.family.partial_rotary)
     dialect.family.describe(writer, config)
+    if dialect.whole is not config:
+        _describe_images(writer, dialect)
+
+
+def _describe_images(writer: Any, dialect: Dialect) -> None:
+    """How positions in three axes share a head, and how many layers take what earlier layers of a tower gave."""
+    section = rope_of(dialect.config).get("mrope_section")
+    if section is not None:
+        writer.add_rope_dimension_sections([*section, 0, 0][:4])
+    layers = getattr(dialect.whole.vision_config, "deepstack_visual_indexes", None)
+    if layers is not None:
+        writer.add_num_deepstack_layers(len(layers))

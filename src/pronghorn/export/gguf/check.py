@@ -18,6 +18,7 @@ from pronghorn.export.adapter_probe import look_for_changes
 from pronghorn.export.gate import Checked, Limits, Predict, Probe, compare, place_for_second, torch_predictor
 from pronghorn.export.gguf import llama_cpp
 from pronghorn.export.gguf.architecture import Dialect
+from pronghorn.export.gguf.latent import is_latent
 from pronghorn.export.gguf.methods import Method
 from pronghorn.export.merge import adapted_weights
 from pronghorn.export.safetensors_file import Entry
@@ -138,15 +139,19 @@ def _tensors(
     found = {tensor.name: tensor for tensor in reader.tensors}
     config.tie_word_embeddings = "output.weight" not in found
     stock = type(base)(config).to(base.config.dtype)
-    for name, parameter in stock.named_parameters():
-        parts = [found[place] for place in dialect.places(name)]
+    # What chooses experts is a buffer; a vision tower, which texts do not pass, stays as it was made.
+    held = {**dict(stock.named_parameters()), **dict(stock.named_buffers())}
+    for name, tensor in held.items():
+        if not dialect.is_written(name) or not (places := dialect.places(name)):
+            continue
+        parts = [found[place] for place in places]
         written = [
             torch.from_numpy(dequantize(part.data, part.tensor_type).copy()).view(
                 *(int(size) for size in reversed(part.shape))
             )
             for part in parts
         ]
-        parameter.data = dialect.restored(name, written).to(parameter.dtype)
+        tensor.data = dialect.restored(name, written).to(tensor.dtype)
     yield "the file's tensors", torch_predictor(stock.to(device).eval())
 
 
@@ -176,6 +181,8 @@ def _metadata_problems(reader: Any, dialect: Dialect, entries: dict[str, Entry])
         if shape != entries[name].shape:
             problems.append(f"{name} is {list(shape)}, not {list(entries[name].shape)}")
     for key, name in _SIZES.items():
+        if key == "attention.head_count_kv" and is_latent(dialect.config):
+            continue
         field = reader.fields.get(f"{dialect.architecture}.{key}")
         here, there = getattr(dialect.config, name, None), field and int(field.contents())
         if here is not None and here != there:
@@ -191,6 +198,8 @@ def _changed(
 
     found = {tensor.name: tensor for tensor in reader.tensors}
     for name, make_base, make_merged in adapted_weights(model):
+        if not dialect.is_written(name):
+            continue
         base = make_base()
         both = [Entry(name, tuple(base.shape), torch.float32, make) for make in (lambda: base, make_merged)]  # noqa: B023
         for below, above in zip(*(dialect.entries(entry) for entry in both), strict=True):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from pronghorn.errors import NotExportable
+from pronghorn.export.gguf.latent import describe_latent, leading_dense_layers
+from pronghorn.export.gguf.rope import rope_of
 from pronghorn.families.spec import ACTIVATIONS
 
 logger = logging.getLogger("pronghorn")
@@ -16,6 +18,11 @@ logger = logging.getLogger("pronghorn")
 _GEMMA_27B_LAYERS = {"gemma2": 46, "gemma3_text": 62}
 #: Every n-th layer of a Gemma attends to all tokens, the others to a window.
 _GEMMA_PATTERN = {"gemma2": 2, "gemma3_text": 6}
+
+#: Layers of the Command R+, in whose size llama.cpp knows that q and k have norms.
+_COMMAND_R_PLUS_LAYERS = 64
+#: Layers of the DeepSeeks without a code of q, which it knows by that.
+_LITE_LAYERS = (26, 27)
 
 #: Whether the weights of the chosen experts are made to sum to one.
 _NORMALISES = {"qwen2_moe": False, "qwen3_moe": True}
@@ -114,6 +121,65 @@ def _describe_granite(writer: Any, config: Any) -> None:
     writer.add_logit_scale(float(config.logits_scaling))
 
 
+def _check_cohere(config: Any) -> None:
+    """Raises:
+    NotExportable: for biases, and for norms of q and k in fewer layers than llama.cpp reads them for.
+    """
+    if getattr(config, "attention_bias", False):
+        raise _computed_otherwise(config.model_type, "biases", "none")
+    large = int(config.num_hidden_layers) >= _COMMAND_R_PLUS_LAYERS
+    if config.model_type == "cohere" and bool(config.use_qk_norm) is not large:
+        given = f"use_qk_norm={config.use_qk_norm} in {config.num_hidden_layers} layers"
+        raise _computed_otherwise(
+            "cohere", given, f"norms of q and k from {_COMMAND_R_PLUS_LAYERS} layers on"
+        )
+
+
+def _check_cohere2(config: Any) -> None:
+    """Raises:
+    NotExportable: for what `_check_cohere` refuses, and another order of windowed layers.
+    """
+    _check_cohere(config)
+    _check_every_fourth(
+        "cohere2", "with a sliding window", [t == "full_attention" for t in config.layer_types]
+    )
+
+
+def _check_every_fourth(kind: str, what: str, others: Sequence[bool]) -> None:
+    """Raises:
+    NotExportable: where it is not every fourth layer that differs from the others.
+    """
+    if list(others) != [(i + 1) % 4 == 0 for i in range(len(others))]:
+        raise _computed_otherwise(kind, f"other layers {what}", "another kind in every 4. layer")
+
+
+def _describe_cohere(writer: Any, config: Any) -> None:
+    writer.add_logit_scale(float(config.logit_scale))
+    if (window := getattr(config, "sliding_window", None)) is not None:
+        writer.add_sliding_window(int(window))
+
+
+def _check_latent(config: Any) -> None:
+    """Raises:
+    NotExportable: for another rotation, choice of experts or order of layers than llama.cpp has.
+    """
+    kind, rope = config.model_type, rope_of(config)
+    if not getattr(config, "rope_interleave", True):
+        raise _computed_otherwise(kind, "rope_interleave=False", "rotation of neighbouring pairs")
+    if config.attention_bias:
+        raise _computed_otherwise(kind, "biases", "none")
+    if (config.q_lora_rank is None) is not (config.num_hidden_layers in _LITE_LAYERS):
+        given = f"q_lora_rank={config.q_lora_rank} in {config.num_hidden_layers} layers"
+        raise _computed_otherwise(kind, given, f"no code of q in models of {_LITE_LAYERS} layers")
+    if rope.get("rope_type") == "yarn" and rope.get("mscale") != rope.get("mscale_all_dim"):
+        raise _computed_otherwise(kind, "mscale other than mscale_all_dim", "both the same")
+    if getattr(config, "topk_method", "greedy") != "greedy":
+        raise _computed_otherwise(kind, f"topk_method={config.topk_method!r}", "no groups of experts")
+    kinds = getattr(config, "mlp_layer_types", None) or ()
+    if "dense" in kinds[leading_dense_layers(config) :]:
+        raise _computed_otherwise(kind, "layers without experts behind ones with", "the first without only")
+
+
 def _check_experts(config: Any) -> None:
     """Raises:
     NotExportable: for layers without experts, or weights of chosen experts that are summed otherwise.
@@ -163,6 +229,26 @@ FAMILIES: dict[str, GgufFamily] = {
     ),
     "qwen2_moe": GgufFamily("qwen2moe", check=_check_experts, describe=_describe_experts),
     "qwen3_moe": GgufFamily("qwen3moe", check=_check_experts, describe=_describe_experts),
+    "cohere": GgufFamily("command-r", in_transformers=False, check=_check_cohere, describe=_describe_cohere),
+    "cohere2": GgufFamily("cohere2", in_transformers=False, check=_check_cohere2, describe=_describe_cohere),
+    "glm4": GgufFamily("glm4", partial_rotary=True, in_transformers=False),
+    "ernie4_5": GgufFamily("ernie4_5", in_transformers=False),
+    **dict.fromkeys(
+        ("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "youtu"),
+        GgufFamily("deepseek2", in_transformers=False, check=_check_latent, describe=describe_latent),
+    ),
+    **dict.fromkeys(
+        ("qwen2_vl", "qwen2_5_vl"), GgufFamily("qwen2vl", in_transformers=False, check=_warn_of_window)
+    ),
+    "qwen3_vl": GgufFamily("qwen3vl", in_transformers=False),
+    "gemma3": GgufFamily(
+        "gemma3",
+        activation="gelu_tanh",
+        norm_offset=1.0,
+        in_transformers=False,
+        check=_check_gemma3,
+        describe=_describe_gemma3,
+    ),
 }
 
 
@@ -178,7 +264,7 @@ def family_of(config: Any) -> GgufFamily:
             f"models of the type '{kind}' cannot be written as GGUF; {', '.join(FAMILIES)} can",
             fix="save_pretrained_merged, then llama.cpp's own converter",
         )
-    family = FAMILIES[kind]
+    family, config = FAMILIES[kind], config.get_text_config()
     name = "hidden_activation" if getattr(config, "hidden_activation", None) else "hidden_act"
     given = getattr(config, name, "silu")
     if ACTIVATIONS.get(given) != family.activation:
