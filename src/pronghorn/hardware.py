@@ -44,6 +44,43 @@ class Hardware:
         return self.device == "cuda"
 
 
+@dataclass(frozen=True)
+class GpuMemory:
+    """A GPU's memory in bytes.
+
+    Args:
+        total: all of it. free: what nobody has. reserved: what torch has in this process, used or not.
+        allowed: what torch may have in this process (`torch.cuda.set_per_process_memory_fraction`); None: everything.
+    """
+
+    total: int
+    free: int
+    reserved: int
+    allowed: int | None = None
+
+    @property
+    def others(self) -> int:
+        """What neither is free nor this process's."""
+        return max(self.total - self.free - self.reserved, 0)
+
+    @property
+    def within_reach(self) -> int:
+        """What torch can have in this process at most."""
+        reach = self.free + self.reserved
+        return reach if self.allowed is None else min(reach, self.allowed)
+
+
+def gpu_memory(device: Any = None) -> GpuMemory:
+    """Of a CUDA device; None is the current one."""
+    import torch
+
+    free, total = torch.cuda.mem_get_info(device)
+    share = torch.cuda.get_per_process_memory_fraction(device)
+    return GpuMemory(
+        total, free, torch.cuda.memory_reserved(device), int(share * total) if share < 1 else None
+    )
+
+
 @lru_cache(maxsize=1)
 def probe() -> Hardware:
     """Look at the machine once per process. Imports torch; initialises CUDA when there is a GPU."""

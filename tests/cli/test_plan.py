@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from pronghorn.cli.main import main
+from pronghorn.hardware import GpuMemory
 from tests.tiny import save_tiny, tiny_config
 
 LLAMA_8B = {
@@ -137,7 +138,7 @@ def test_the_gpu_of_this_machine(
 ) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.get_device_name", lambda: name)
-    monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (40 * 2**30, 79 * 2**30))
+    monkeypatch.setattr("pronghorn.cli.plan.gpu_memory", lambda: GpuMemory(79 * 2**30, 40 * 2**30, 0))
     found = plan_of(capsys, folder, "--batch", "1", "--load-in-4bit")
     assert found["gpu"] == gpu and 36 * 2**30 < found["budget_bytes"] < 40 * 2**30, (
         "what is free, less a headroom"

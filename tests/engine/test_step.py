@@ -310,6 +310,27 @@ def test_without_a_gpu_the_reason_is_said_once(caplog: pytest.LogCaptureFixture)
     assert caplog.text.count("CUDA graphs need a CUDA GPU") == 1 and not step.captured
 
 
+def test_memory_that_ran_out_while_recording_is_told_from_what_cannot_be_recorded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A recording that ends early complains of its own end, with what ended it behind that."""
+    step = TrainingStep(adapted())
+    step.capture, failure = True, torch.OutOfMemoryError("as the test wants it")
+
+    def record(*_: Any) -> None:
+        try:
+            raise failure
+        finally:
+            raise RuntimeError("capturing stream has unjoined work")
+
+    monkeypatch.setattr(step, "_capture", record)
+    with pytest.raises(torch.OutOfMemoryError, match="as the test wants it"):
+        step._graph_for({}, {})
+    assert step.capture
+    failure = ValueError("of another kind")
+    assert step._graph_for({}, {}) is None and not step.capture
+
+
 class TestCaptured:
     pytestmark = gpu_only
 

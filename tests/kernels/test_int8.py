@@ -297,3 +297,15 @@ def test_integers_add_up_exactly(impl, device):
 def test_no_rows(impl, device):
     left, right = operands(3, 32, 64, device)
     assert product((left[0][:0], left[1][:0]), right, impl=impl).shape == (0, 32)
+
+
+@pytest.mark.parametrize("staged", [2, 4, 6, 8], ids=["bf16", "fp32", "bf16 and factors", "fp32 and factors"])
+def test_rows_that_are_held_fit_into_shared_memory(staged: int) -> None:
+    """Of all stages together, on Hopper (227 KiB) and Ada (99 KiB)."""
+    from pronghorn.kernels.triton.int8 import Held, way_of
+
+    for shared in (232_448, 101_376):
+        for blocks in range(8, 600, 8):
+            way = way_of(blocks, 64, staged, shared)
+            if isinstance(way, Held) and way.stages > 1:
+                assert way.stages * way.rows * (way.main + way.rest) * 64 * staged <= shared

@@ -12,6 +12,7 @@ from pronghorn.blocks import kept_bytes_per_token
 from pronghorn.engine import AUTO, binding_of
 from pronghorn.engine.planning import shape_of
 from pronghorn.errors import BudgetInvalid, OutOfMemory
+from pronghorn.hardware import GpuMemory
 from pronghorn.memory import Batch
 from pronghorn.training import memory
 from tests.training.runs import adapter_model, losses, trainer
@@ -66,8 +67,7 @@ class Plans:
         monkeypatch.setattr(memory, "_plan", self.plan)
         monkeypatch.setattr(memory, "_rehearse", self.rehearse)
         monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 * GIB, 8 * GIB))
-        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 2 * GIB)
+        monkeypatch.setattr(memory, "gpu_memory", lambda device: GpuMemory(8 * GIB, GIB, 2 * GIB))
 
     def plan(self, run, budget, batch):
         self.budgets.append(budget)

@@ -10,6 +10,7 @@ from pronghorn.cli.console import first_line
 from pronghorn.cli.models import resolve_model
 from pronghorn.cli.numbers import not_negative, positive, whole
 from pronghorn.errors import BudgetInvalid, CommandMisused, ModelNotFound
+from pronghorn.hardware import gpu_memory
 
 if TYPE_CHECKING:
     from pronghorn.memory import Gpu
@@ -161,10 +162,10 @@ def _gpus(options: argparse.Namespace) -> tuple[list[tuple[Gpu, int | None]], in
             )
         taken = replace(by_name["H200"], note="no GPU is named, and none is here: an H200's rates are taken")
         return [(taken, parse_budget(options.budget))], None
-    name, (free, total) = torch.cuda.get_device_name(), torch.cuda.mem_get_info()
+    name, memory = torch.cuda.get_device_name(), gpu_memory()
     unlisted = replace(by_name["4090"], name=name, note="it is not listed: a 4090's rates are taken")
-    budget = parse_budget(options.budget or "auto", free)
-    return [(gpu_of(name, total) or unlisted, budget)], int(available_host_bytes() * HOST_SHARE)
+    budget = parse_budget(options.budget or "auto", memory.within_reach)
+    return [(gpu_of(name, memory.total) or unlisted, budget)], int(available_host_bytes() * HOST_SHARE)
 
 
 def _prices(given: list[str], gpus: list[Gpu]) -> dict[str, float]:

@@ -8,6 +8,7 @@ import torch
 
 from pronghorn.blocks import LinearProjection, joining
 from pronghorn.blocks.projection import Projection
+from pronghorn.hardware import gpu_memory
 from pronghorn.weights import DenseWeight, Weight, join, join_tensors, side_by_side, stacked
 
 #: Share of the free device memory by which the allocator's reserve may grow from weights that have moved, where memory
@@ -65,4 +66,5 @@ def _memory(device: torch.device) -> tuple[float, float]:
     """Bytes that are free, and that the allocator holds; without limit where nobody counts them."""
     if device.type != "cuda":
         return float("inf"), 0.0
-    return torch.cuda.mem_get_info(device)[0], torch.cuda.memory_reserved(device)
+    memory = gpu_memory(device)
+    return memory.within_reach - memory.reserved, memory.reserved

@@ -16,6 +16,7 @@ from pronghorn.engine.joined import joins, weights_to_join
 from pronghorn.engine.read import Reading
 from pronghorn.errors import BudgetTooSmall, UnsupportedCheckpoint
 from pronghorn.families import DELTA, KV_UP, MOE, Q_UP, family_of
+from pronghorn.hardware import gpu_memory
 from pronghorn.memory import (
     HOST_SHARE,
     PROJECTIONS,
@@ -327,7 +328,7 @@ def device_limits(binding: Binding, budget: str | int) -> Limits:
     free, name = None, "H200"
     host = int(available_host_bytes() * HOST_SHARE)
     if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+        free = gpu_memory(device).within_reach
         name = torch.cuda.get_device_name(device)
         pinned = host_pool(device).limit
         host = host if pinned is None else pinned

@@ -315,12 +315,12 @@ class TrainingStep:
             return None
         try:
             return self._capture(key, inputs, numbers, counts)
-        except torch.OutOfMemoryError:
-            self.release()
-            raise
         except Exception as error:
-            first_line = str(error).partition("\n")[0]
             self.release()
+            ran_out = _out_of_memory(error)
+            if ran_out is not None:
+                raise ran_out from None
+            first_line = str(error).partition("\n")[0]
             self._give_up(f"the capture failed ({type(error).__name__}: {first_line})")
         return None
 
@@ -410,13 +410,21 @@ class TrainingStep:
         return bool(self._graphs)
 
     def release(self) -> None:
-        """Give back the graphs and their memory."""
-        if self._graphs:
+        """Give back the graphs and their memory, and what is left of one that failed."""
+        if self._graphs or self._stream is not None:
             self._graphs.clear()
             self._warm.clear()
             self._pool = self._stream = None
             gc.collect()
             torch.cuda.empty_cache()
+
+
+def _out_of_memory(error: BaseException | None) -> torch.OutOfMemoryError | None:
+    """The error itself, or the one that it hides: the end of a recording that memory ran out in complains of streams
+    that were not joined."""
+    while error is not None and not isinstance(error, torch.OutOfMemoryError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def _ones(count: int, device: torch.device) -> tuple[Tensor, ...]:

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from pronghorn.hardware import probe
+from pronghorn.hardware import gpu_memory, probe
 from pronghorn.inference.captured import CapturedRunner
 from pronghorn.inference.checks import check_request
 from pronghorn.inference.decoder import Decoder
@@ -364,8 +364,7 @@ def _runner(decoder: Decoder, cache: Cache, max_batch: int, max_context: int) ->
 def _room(decoder: Decoder) -> int:
     """Tokens whose keys and values fit into `CACHE_SHARE` of the memory that is free."""
     if decoder.device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(decoder.device)
-        free += torch.cuda.memory_reserved(decoder.device) - torch.cuda.memory_allocated(decoder.device)
+        free = gpu_memory(decoder.device).within_reach - torch.cuda.memory_allocated(decoder.device)
     else:
         free = available_host_bytes() // 4  # others run here, too
     return int(free * CACHE_SHARE) // cache_bytes_per_token(decoder)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,36 +16,13 @@ from pronghorn.data.split import split_batch
 from pronghorn.engine import AUTO, Binding, LanguageTask, Task, TrainingStep, binding_of
 from pronghorn.engine.planning import levels_without_gpu, plan_levels, shape_of, vision_bytes
 from pronghorn.errors import BudgetInvalid, OutOfMemory
+from pronghorn.hardware import gpu_memory
 from pronghorn.memory import Batch, Plan, available_host_bytes, estimate
 
 logger = logging.getLogger("pronghorn")
 
 #: of a plan whose rehearsal ran out of memory, the shares that are planned for next
 SHARES_OF_WHAT_WAS_FREE = (0.9, 0.75)
-
-
-@dataclass(frozen=True)
-class Memory:
-    """A GPU's memory in bytes: all of it, free, and what this process has reserved."""
-
-    total: int
-    free: int
-    reserved: int
-
-    @property
-    def others(self) -> int:
-        """What neither is free nor this process's."""
-        return max(self.total - self.free - self.reserved, 0)
-
-    @property
-    def within_reach(self) -> int:
-        """What this process can have at most."""
-        return self.free + self.reserved
-
-
-def memory_now(device: torch.device) -> Memory:
-    free, total = torch.cuda.mem_get_info(device)
-    return Memory(total, free, torch.cuda.memory_reserved(device))
 
 
 def largest_batch(trainer: Any) -> Batch | None:
@@ -203,6 +180,7 @@ def _plan_what_is_free(run: RunMemory, step: TrainingStep | None, batch: Batch) 
         except torch.OutOfMemoryError:
             logger.warning("pronghorn: memory ran out in the rehearsal of this plan: once more with less")
         # Here, where the error no longer keeps the failed pass's tensors alive.
+        gc.collect()
         torch.cuda.empty_cache()
         found = _plan(run, int(found.estimate.reserved * share), batch)
     _rehearse(run, step, batch)
@@ -224,7 +202,7 @@ def _plan(run: RunMemory, budget: str | int, batch: Batch) -> Plan:
 def _less_than_planned(
     trainer: Any, budget: str | int, found: Plan, error: torch.OutOfMemoryError
 ) -> OutOfMemory:
-    memory, first_line = memory_now(trainer.args.device), str(error).partition("\n")[0]
+    memory, first_line = gpu_memory(trainer.args.device), str(error).partition("\n")[0]
     return OutOfMemory(
         f"memory_budget={budget}: the plan needs {found.estimate.reserved / 2**30:.2f} GiB, but this process can have "
         f"{memory.within_reach / 2**30:.2f} of the GPU's {memory.total / 2**30:.2f} GiB ({first_line})",

@@ -11,8 +11,9 @@ import torch
 from pronghorn.engine import binding_of
 from pronghorn.engine.planning import shape_of
 from pronghorn.errors import OutOfMemory
+from pronghorn.hardware import GpuMemory, gpu_memory
 from pronghorn.memory import Batch, ModelShape, estimate
-from pronghorn.training.memory import Memory, largest_batch, memory_now, planned_reserved
+from pronghorn.training.memory import largest_batch, planned_reserved
 
 _GIB = 2**30
 #: What others on the GPU may take without being named as the reason: a context and a desktop.
@@ -21,7 +22,7 @@ _OTHERS = _GIB // 2
 _TOLERATED = 1.05
 
 
-def shortage(trainer: Any, failure: str, memory: Memory | None = None) -> OutOfMemory:
+def shortage(trainer: Any, failure: str, memory: GpuMemory | None = None) -> OutOfMemory:
     """The error for a run whose memory ran out.
 
     Args:
@@ -32,11 +33,13 @@ def shortage(trainer: Any, failure: str, memory: Memory | None = None) -> OutOfM
     if memory is None:
         if trainer.args.device.type != "cuda":
             return OutOfMemory(f"memory ran out: {failure}", fix=_GENERAL)
-        memory = memory_now(trainer.args.device)
+        memory = gpu_memory(trainer.args.device)
     had = (
         f"this process had {memory.reserved / _GIB:.2f} of the GPU's {memory.total / _GIB:.2f} GiB, others "
         f"{memory.others / _GIB:.2f}, {memory.free / _GIB:.2f} were free"
     )
+    if memory.allowed is not None:
+        had += f", torch may have {memory.allowed / _GIB:.2f} here (set_per_process_memory_fraction)"
     binding, batch = binding_of(trainer.model), largest_batch(trainer)
     if binding is None or not binding.bound or batch is None:
         return OutOfMemory(f"memory ran out ({failure}): {had}", fix=_advice(memory, None, None))
@@ -59,7 +62,7 @@ _GENERAL = (
 )
 
 
-def _advice(memory: Memory, planned: int | None, fitting: str | None) -> str:
+def _advice(memory: GpuMemory, planned: int | None, fitting: str | None) -> str:
     """What helps most, by what differs from the plan."""
     said = []
     if memory.others > _OTHERS:

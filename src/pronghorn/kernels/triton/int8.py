@@ -214,7 +214,11 @@ class Long(NamedTuple):
 
 
 def held(blocks: int, lanes: int, element: int, shared: int) -> Held:
-    """Powers of two that waste little: one for all blocks, or one for most and one for the rest."""
+    """Powers of two that waste little: one for all blocks, or one for most and one for the rest.
+
+    Args:
+        element: bytes that go through the stages for each number. shared: bytes of shared memory of a program.
+    """
     whole = max(triton.next_power_of_2(blocks), 16)
     main = whole if whole == blocks or whole == 16 else whole // 2
     rest = max(triton.next_power_of_2(blocks - main), 16) if blocks > main else 0
@@ -227,6 +231,14 @@ def held(blocks: int, lanes: int, element: int, shared: int) -> Held:
     stages = max(1, min(3, (shared - 24 * 1024) // (numbers * element)))
     resident = 4 if numbers <= 6144 else 3 if numbers <= 10240 else 2 if numbers <= 16384 else 1
     return Held(rows, main, rest, warps, stages, resident)
+
+
+def way_of(blocks: int, lanes: int, element: int, shared: int) -> Held | Long:
+    """How rows of that many blocks are quantised; arguments as those of `held`."""
+    way, width = held(blocks, lanes, element, shared), blocks * lanes
+    # Alone on its processor a program must have much to hold, or it waits too often; so it does without stages.
+    alone = way.per_processor == 1 and (width < HELD * 3 // 4 or way.stages == 1)
+    return Long(4096 // lanes, 4, 3) if width > HELD or alone else way
 
 
 def quantise_joined(
@@ -262,10 +274,9 @@ def quantise_joined(
         "FACTOR": lanes**-0.5 if rotated else 1.0, "WIDE": is_wide(a),
     }  # fmt: skip
     if way is None:
-        way = held(blocks, lanes, a.element_size(), limits(device)[1])
-        # Alone on its processor a program must have much to hold, or it waits too often.
-        if width > HELD or (way.per_processor == 1 and width < HELD * 3 // 4):
-            way = Long(4096 // lanes, 4, 3)
+        # The factors of columns go through the same stages as the numbers, in fp32.
+        staged = a.element_size() + (0 if columns is None else columns.element_size())
+        way = way_of(blocks, lanes, staged, limits(device)[1])
     if isinstance(way, Long):
         _quantise_long[(rows,)](
             *arguments, **constants, COUNT=way.blocks, STAGES=way.stages, num_warps=way.warps
