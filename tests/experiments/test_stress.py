@@ -110,3 +110,14 @@ def test_what_cannot_be_scored(tmp_path):
     stream = trainer(tmp_path, rows=chats(12).to_iterable_dataset(), eval_dataset=chats(3))
     with pytest.raises(DatasetUnusable, match="stream"):
         stress(stream)
+
+
+def test_rows_that_cannot_be_wrong_are_refused_before_anything_is_trained(tmp_path):
+    rows = [{"prompt": f"Is it {n}? ", "completion": "yes"} for n in range(12)]
+    told = []
+    with pytest.raises(DatasetUnusable, match="all rows have the same answer"):
+        stress(
+            trainer(tmp_path, rows=Dataset.from_list(rows), eval_dataset=chats(3), max_steps=1),
+            on_score=told.append,
+        )
+    assert not told

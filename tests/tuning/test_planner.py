@@ -102,6 +102,8 @@ def test_short_rows_are_packed_and_counted_once() -> None:
     assert work.tokens > 0.9 * 1024 and work.padding < 0.1
     even = Workload.of(LengthReport(["rows"], array("Q", [900] * 100), array("Q", [900] * 100)), 512)
     assert not even.packing and even.tokens == 512 and even.rows_cut == 100
+    report.problems["json.broken"] = 2
+    assert Workload.of(report).reason.startswith(f"{work.reason}; rows that could not be measured: 2 (")
 
 
 def test_totals_follow_the_steps() -> None:

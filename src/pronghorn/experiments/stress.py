@@ -145,6 +145,8 @@ def stress(
     rows, held_out = _documents(trainer.train_dataset), held_out_rows(trainer)
     if held_out is None:
         raise DatasetUnusable("there are no held-out rows to score on", fix="give an eval_dataset")
+    # Rows that cannot be wrong are refused before the clean ones are trained on.
+    swap_answers(rows, max(shares, default=0.0), seeds[0])
     start = _Start(trainer.model)
     scores = []
     try:

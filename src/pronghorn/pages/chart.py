@@ -19,6 +19,8 @@ DRAWN = 900
 LOGARITHMIC = 60.0
 #: Width of the window of a smoothed curve, as a share of its points.
 _SMOOTHED = 1 / 25
+#: Per cent of the width that labels are apart at least: on a phone, the width of two digits.
+_APART = 5.0
 
 CHART_STYLE = """
 :root { --c0: #b0622a; --c1: #2563a8; --c2: #2c7a4b; --c3: #8a3fa0; --c4: #a8852b; --c5: #0f7f86; --c6: #b23a5e;
@@ -152,10 +154,8 @@ def chart(
         f'<span class="y" style="top:{up.down(tick) / 10:.1f}%">{_number(tick)}</span>' for tick in up.ticks()
     ]
     texts += [_x_label(across, tick) for tick in across.ticks(6, whole=True)]
-    for mark in marks:
-        drawn, label = _mark(across, mark)
-        parts.append(drawn)
-        texts.append(label)
+    parts += [_mark(across, mark) for mark in marks]
+    texts += _labels(across, marks)
     if limit is not None:
         height = up.down(limit[0])
         parts.append(f'<line class="limit" x1="0" x2="1000" y1="{height:.1f}" y2="{height:.1f}"/>')
@@ -287,19 +287,32 @@ def _y(point: tuple[float, float]) -> float:
     return point[1]
 
 
-def _mark(across: _Axis, mark: Mark) -> tuple[str, str]:
-    left, right = across.along(max(mark.first, across.low)), across.along(min(mark.last, across.high))
+def _mark(across: _Axis, mark: Mark) -> str:
+    left, right = _ends(across, mark)
     colour = f"var(--{mark.level if mark.level in ('error', 'warning') else 'soft'})"
     if right - left < 4:
         at = (left + right) / 2
-        drawn = f'<line class="mark" style="stroke:{colour}" x1="{at:.1f}" x2="{at:.1f}" y1="0" y2="1000"/>'
-    else:
-        drawn = (
-            f'<rect class="band" style="fill:{colour}" x="{left:.1f}" width="{right - left:.1f}" y="0" '
-            f'height="1000"/>'
-        )
-    middle = min(max((left + right) / 20, 1), 99)
-    return drawn, f'<span class="told" style="left:{middle:.1f}%">{shown(mark.label, 8)}</span>'
+        return f'<line class="mark" style="stroke:{colour}" x1="{at:.1f}" x2="{at:.1f}" y1="0" y2="1000"/>'
+    return f'<rect class="band" style="fill:{colour}" x="{left:.1f}" width="{right - left:.1f}" y="0" height="1000"/>'
+
+
+def _ends(across: _Axis, mark: Mark) -> tuple[float, float]:
+    """Of a mark, as far as it is on the axis."""
+    return across.along(max(mark.first, across.low)), across.along(min(mark.last, across.high))
+
+
+def _labels(across: _Axis, marks: Sequence[Mark]) -> list[str]:
+    """Above the middle of each mark; those that would lie upon one another are told together."""
+    placed: list[tuple[float, list[str]]] = []
+    for middle, label in sorted((sum(_ends(across, mark)) / 20, mark.label) for mark in marks):
+        if placed and middle - placed[-1][0] < _APART:
+            placed[-1][1].append(label)
+        else:
+            placed.append((middle, [label]))
+    return [
+        f'<span class="told" style="left:{min(max(middle, 1), 99):.1f}%">{shown(", ".join(labels), 24)}</span>'
+        for middle, labels in placed
+    ]
 
 
 def _x_label(across: _Axis, tick: float) -> str:

@@ -53,6 +53,9 @@ class Workload:
         advised, reason = report.advice()
         chosen = length or advised
         reason = reason if length is None else f"as asked; {advised:,} is advised"
+        left_out = sum(report.problems.values())
+        if left_out:
+            reason += f"; rows that could not be measured: {left_out:,} (pronghorn data check names them)"
         cut = report.at(chosen)
         rows = len(report.tokens)
         kept = sum(report.tokens) - cut.tokens_lost

@@ -25,7 +25,8 @@ h2 + .charts { margin-top: 4px; }
 @media (max-width: 560px) { .settings tr:first-child { display: none; }
   .settings tr { display: grid; grid-template-columns: 1fr auto; border-bottom: 1px solid var(--line); padding: 6px 0; }
   .settings td { border: 0; padding: 0; } .settings td:nth-child(2) { grid-column: 1 / -1; order: 3; }
-  .tiles { grid-template-columns: 1fr 1fr; } }
+  .settings td:last-child { text-align: right; }
+  .tiles { grid-template-columns: repeat(2, minmax(0, 1fr)); } }
 """
 )
 _DATA_NAMES = {
@@ -97,7 +98,7 @@ def _tiles(record: RunRecord) -> str:
 
 
 def _loss(value: float) -> str:
-    return f"{value:.4f}" if math.isfinite(value) else "not a number"
+    return f"{value:.4f}" if math.isfinite(value) else "NaN"
 
 
 def _gib(count: float) -> str:
@@ -247,16 +248,12 @@ def _data(data: Mapping[str, Mapping[str, Any]]) -> str:
     known = {name: facts for name, facts in data.items() if facts}
     if not known:
         return '<p class="soft">The data is a stream: nothing is counted before it is read.</p>'
-    keys = list(dict.fromkeys(key for facts in known.values() for key in facts))
+    keys = dict.fromkeys(key for facts in known.values() for key in facts)
     rows = [
-        (
-            shown(name, 80),
-            *(_count(facts.get(key), key) for key in keys),
-        )
-        for name, facts in known.items()
+        (shown(_DATA_NAMES.get(key, key), 60), *(_count(facts.get(key), key) for facts in known.values()))
+        for key in keys
     ]
-    names = [_DATA_NAMES.get(key, key) for key in keys]
-    return table(("", *(shown(name, 60) for name in names)), rows, numbers=range(1, len(keys) + 1))
+    return table(("", *(shown(name, 80) for name in known)), rows, numbers=range(1, len(known) + 1))
 
 
 def _count(value: Any, key: str) -> str:
