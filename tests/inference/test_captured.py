@@ -25,7 +25,7 @@ from tests.inference.test_engine import (
     sampled,
 )
 from tests.inference.test_engine_adapters import fp8, int8, nf4, with_adapters
-from tests.tiny import FAMILIES, LATENT, RECURRENT, tiny_model
+from tests.tiny import FAMILIES, RECURRENT, tiny_model
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def alone(model):
     return [run_tokens(Engine(model, max_context=256), [request])[0] for request in REQUESTS]
 
 
-@pytest.mark.parametrize("family", sorted({*FAMILIES} - {*LATENT, *RECURRENT}))
+@pytest.mark.parametrize("family", sorted({*FAMILIES} - {*RECURRENT}))
 def test_families(family, captured, monkeypatch):
     model = tiny_model(family, seed=1)
     requests = [sampled(ids) for ids in PROMPTS[1:4]]

@@ -12,8 +12,7 @@ from pronghorn.inference import engine as engine_module
 from pronghorn.inference.captured import CapturedRunner
 from pronghorn.inference.engine import Engine
 from pronghorn.inference.requests import Request, SamplingParams, Token
-from tests.families.mixtures import MIXTURES
-from tests.tiny import FAMILIES, LATENT, RECURRENT, tiny_model
+from tests.tiny import FAMILIES, RECURRENT, tiny_model
 
 NEW = 24
 
@@ -77,7 +76,7 @@ def expected(model):
     return [stock(model, ids) for ids in PROMPTS]
 
 
-@pytest.mark.parametrize("family", sorted({*FAMILIES} - {*LATENT, *RECURRENT}))
+@pytest.mark.parametrize("family", sorted({*FAMILIES} - {*RECURRENT}))
 def test_greedy_answers_are_those_of_stock_generate(family):
     model = tiny_model(family, seed=1)
     found = run(Engine(model, max_batch=8, max_context=256), [greedy(ids) for ids in PROMPTS])
@@ -253,16 +252,15 @@ def test_requests_that_cannot_be_answered(model):
     assert not engine.has_work
 
 
-@pytest.mark.parametrize("family", ["youtu", "deepseek_v3"])
-def test_latent_attention_is_refused(family):
-    with pytest.raises(EngineRefused, match="latent"):
-        Engine(tiny_model(family, **MIXTURES.get(family, {})), max_context=64)
-
-
-def test_angles_that_move_with_the_context_are_refused():
+def test_angles_that_move_beyond_the_original_length():
     rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
-    with pytest.raises(EngineRefused, match="dynamic"):
-        Engine(tiny_model("llama", rope_parameters=rope), max_context=64)
+    model = tiny_model("llama", rope_parameters=rope, max_position_embeddings=160)
+    expected = [stock(model, ids) for ids in PROMPTS]
+    # The module keeps the frequencies of a long context until it sees a shorter one than the original length.
+    model(input_ids=torch.tensor([prompt(0, 200)]))
+    assert run(Engine(model, max_context=160), [greedy(ids) for ids in PROMPTS]) == expected
+    with pytest.raises(EngineRefused, match="beyond 160 tokens"):
+        Engine(model, max_context=161)
 
 
 def with_long_rope():

@@ -25,6 +25,8 @@ from pronghorn.engine.experts import (
 from pronghorn.engine.layer_call import compute_dtype
 from pronghorn.engine.read import Reading, active_module, group_names, read_norm, read_projection
 from pronghorn.errors import EngineRefused
+from pronghorn.families import KV_UP, Q_UP
+from pronghorn.inference.latent import LatentHeads
 from pronghorn.inference.mixture import ExpertStack, ExpertTable, GatedMlp, Mixture, SharedExpert
 from pronghorn.inference.projections import Group
 from pronghorn.kernels.decode_attention import Heads, Rotation
@@ -35,6 +37,8 @@ from pronghorn.weights.experts import four_bit_states, read_experts
 _FIXED_ROTATIONS = ("default", "linear", "llama3", "yarn", "proportional")
 #: one set of angles for short contexts, another for long ones
 LONGROPE = "longrope"
+#: frequencies that shrink with every token beyond the original length
+DYNAMIC = "dynamic"
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,7 @@ class Layer:
 
     norm: Norm
     qkv: Group
-    heads: Heads
+    heads: Heads | LatentHeads
     rotation: str | None
     o: Group
     mlp_norm: Norm | None
@@ -55,9 +59,10 @@ class Layer:
 
     def norm_heads_(self, qkv: Tensor) -> Tensor:
         """qkv [T, (N + 2 K) D] with `head_norms` of q and k, in place."""
-        if self.head_norms is not None:
-            counts = self.heads.heads, self.heads.kv_heads, self.heads.kv_heads
-            parts = qkv.view(len(qkv), -1, self.heads.head_dim).split(counts, 1)
+        heads = self.heads
+        if self.head_norms is not None and isinstance(heads, Heads):
+            counts = heads.heads, heads.kv_heads, heads.kv_heads
+            parts = qkv.view(len(qkv), -1, heads.head_dim).split(counts, 1)
             for part, norm in zip(parts, self.head_norms, strict=False):
                 part.copy_(norm.of_heads(part))
         return qkv
@@ -65,7 +70,8 @@ class Layer:
     @property
     def groups(self) -> tuple[Group, ...]:
         """All that rows are multiplied by, experts apart."""
-        return self.qkv, self.o, *self.mlp.groups
+        latent = self.heads.groups if isinstance(self.heads, LatentHeads) else ()
+        return self.qkv, *latent, self.o, *self.mlp.groups
 
     @property
     def expert_tables(self) -> list[ExpertTable]:
@@ -172,7 +178,28 @@ class Decoder:
         head_norms = None
         if q_norm is not None and k_norm is not None and not q_norm.is_of_a_head(attention.head_dim):
             head_norms, q_norm, k_norm = (q_norm, k_norm), None, None
-        heads = Heads(
+        heads: Heads | LatentHeads
+        if parts.latent is None:
+            heads = self._heads(attention, index, q_norm, k_norm)
+        else:
+            heads = self._latent(attention, groups)
+        return Layer(
+            norm=read_norm(getattr(layer, parts.input_norm), family.norm_offset),
+            qkv=groups[0],
+            heads=heads,
+            rotation=family.rotation(config, index),
+            o=groups[3],
+            mlp_norm=norm(layer, parts.mlp_norm),
+            mlp=GatedMlp(groups[4], groups[6]) if mlp == "glu" else self._mixture(layer, groups),
+            attention_output_norm=norm(layer, parts.attention_output_norm),
+            mlp_output_norm=norm(layer, parts.mlp_output_norm),
+            head_norms=head_norms,
+        )
+
+    def _heads(self, attention: Any, index: int, q_norm: Norm | None, k_norm: Norm | None) -> Heads:
+        family, config = self.binding.family, self.binding.config
+        parts = family.parts
+        return Heads(
             heads=config.num_attention_heads,
             kv_heads=config.num_key_value_heads,
             head_dim=attention.head_dim,
@@ -185,17 +212,24 @@ class Decoder:
             softcap=self.scales.attention_softcap,
             sinks=None if parts.sinks is None else attention._parameters[parts.sinks].detach(),
         )
-        return Layer(
-            norm=read_norm(getattr(layer, parts.input_norm), family.norm_offset),
-            qkv=groups[0],
-            heads=heads,
-            rotation=family.rotation(config, index),
-            o=groups[3],
-            mlp_norm=norm(layer, parts.mlp_norm),
-            mlp=GatedMlp(groups[4], groups[6]) if mlp == "glu" else self._mixture(layer, groups),
-            attention_output_norm=norm(layer, parts.attention_output_norm),
-            mlp_output_norm=norm(layer, parts.mlp_output_norm),
-            head_norms=head_norms,
+
+    def _latent(self, attention: Any, groups: dict[int, Group]) -> LatentHeads:
+        family = self.binding.family
+        names = family.parts.latent
+        assert names is not None
+        if groups[KV_UP].stacked_bias is not None:
+            raise _refused(f"{names.kv_up} has a bias")
+        q_norm = names.q_norm
+        return LatentHeads(
+            heads=self.binding.config.num_attention_heads,
+            nope=attention.qk_nope_head_dim,
+            rope=attention.qk_rope_head_dim,
+            scale=float(attention.scaling),
+            pairs=names.pairs,
+            q_norm=None if q_norm is None else read_norm(getattr(attention, q_norm), family.norm_offset),
+            q_up=groups.get(Q_UP),
+            kv_norm=read_norm(getattr(attention, names.kv_norm), family.norm_offset),
+            kv_up=groups[KV_UP],
         )
 
     def _mixture(self, layer: Any, groups: dict[int, Group]) -> Mixture:
@@ -247,6 +281,8 @@ class Decoder:
     def _rotations(self) -> dict[str | None, Rotation]:
         pairs = self.binding.family.turns == "pairs"
         if self.switch is None:
+            # A dynamic module keeps the frequencies of the longest context it has seen until it sees a short one.
+            self._angles(1)
             angles = self._angles(self.positions)
             return {
                 kind: Rotation(cos.contiguous(), sin.contiguous(), pairs=pairs)
@@ -272,14 +308,14 @@ def why_not(binding: Binding, positions: int) -> str | None:
     altered = altered_part(binding.decoder, family.parts, family.mixture)
     if altered is not None:
         return altered
-    if family.parts.latent is not None:
-        return "its attention is latent, which is cached by codes"
     if family.parts.recurrent is not None:
         return "most of its layers keep a recurrent state, of which its cache of keys and values has none"
     growth = binding.scales.query_growth
     if growth is not None and positions > growth[1]:
         return f"its queries grow beyond {growth[1]:,} tokens, and max_context is {positions:,}"
-    return _moving_rotation(getattr(config, "rope_parameters", None) or {})
+    return _moving_rotation(
+        getattr(config, "rope_parameters", None) or {}, positions, config.max_position_embeddings
+    )
 
 
 def brings_modules(model: nn.Module) -> bool:
@@ -295,12 +331,17 @@ def brings_modules(model: nn.Module) -> bool:
     )
 
 
-def _moving_rotation(parameters: Any) -> str | None:
-    """A kind of rotation whose angles change with every length of the context, or None."""
+def _moving_rotation(parameters: Any, positions: int, original: int) -> str | None:
+    """A kind of rotation whose angles change with every length of the context up to `positions`, or None; dynamic
+    NTK's stay as they are up to the original length."""
     nested = [p for p in parameters.values() if isinstance(p, dict)]
     for found in nested or [parameters]:
         kind = found.get("rope_type", "default")
-        if kind not in _FIXED_ROTATIONS and (nested or kind != LONGROPE):
+        if kind == DYNAMIC and positions > original:
+            return (
+                f"its angles change with the context's length beyond {original:,} tokens (rope_type '{kind}')"
+            )
+        if kind not in (*_FIXED_ROTATIONS, DYNAMIC) and (nested or kind != LONGROPE):
             return f"its angles depend on the context's length (rope_type '{kind}')"
     return None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -12,16 +13,16 @@ from torch.nn import functional as F
 
 from pronghorn.blocks import Norm
 from pronghorn.inference.decoder import Decoder, Layer
+from pronghorn.inference.latent import LatentHeads, adapter_of_rows
 from pronghorn.inference.mixture import Mixture
 from pronghorn.inference.moving import on_device
 from pronghorn.inference.paging import BLOCK_TOKENS
-from pronghorn.inference.projections import Group, Segment
+from pronghorn.inference.projections import Group, Segment, Table, normalised
 from pronghorn.kernels.attention import AttentionCall, Documents, attention_forward
 from pronghorn.kernels.attention.context import attend_to_context
 from pronghorn.kernels.decode_attention import Paged, decode_attention, gather_context
 from pronghorn.kernels.glu import glu_forward
 from pronghorn.kernels.rope import qk_rope_forward
-from pronghorn.weights import Operand
 from pronghorn.weights.operand import as_operand
 
 #: [T, Σ(q, k, v)] of a layer, before the rotation, -> [T, N·D]
@@ -29,13 +30,14 @@ Attend = Callable[[int, Layer, Tensor], Tensor]
 
 
 class Cache:
-    """Keys and values of every layer, [blocks, tokens a block, 2, K, D] each."""
+    """Keys and values of every layer, [blocks, tokens a block, 2, K, D]; of latent attention codes, [..., R + P]."""
 
     def __init__(self, decoder: Decoder, blocks: int) -> None:
         self.blocks = blocks
         self.layers = [
             torch.zeros(
-                blocks, BLOCK_TOKENS, 2, layer.heads.kv_heads, layer.heads.head_dim,
+                # Of codes one more, for rows that hold no sequence.
+                blocks + isinstance(layer.heads, LatentHeads), BLOCK_TOKENS, *layer.heads.entry,
                 dtype=decoder.dtype, device=decoder.device,
             )
             for layer in decoder.layers
@@ -44,8 +46,7 @@ class Cache:
 
 def cache_bytes_per_token(decoder: Decoder) -> int:
     """What a token takes in all layers."""
-    heads = [layer.heads for layer in decoder.layers]
-    return sum(2 * h.kv_heads * h.head_dim for h in heads) * decoder.dtype.itemsize
+    return sum(math.prod(layer.heads.entry) for layer in decoder.layers) * decoder.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def prefill(
 
     All sequences take the same adapter.
     """
-    attend = _PackedAttention(decoder, cache, parts)
+    attend = _PackedAttention(decoder, cache, parts, adapter)
     x = decoder.embed(on_device(ids, torch.int64, decoder.device))
     x = run_layers(decoder, x, [Segment(adapter, slice(0, len(ids)))], attend)
     return x.index_select(0, attend.last_rows)
@@ -76,8 +77,19 @@ def decode(decoder: Decoder, cache: Cache, ids: Tensor, paged: Paged, segments: 
     """Hidden states [B, H] of one new token a sequence, before the final norm."""
 
     def attend(index: int, layer: Layer, qkv: Tensor) -> Tensor:
-        rotation = decoder.rotations[layer.rotation]
-        return decode_attention(qkv, cache.layers[index], paged, layer.heads, rotation)
+        rotation, heads = decoder.rotations[layer.rotation], layer.heads
+        if isinstance(heads, LatentHeads):
+            slots = slots_of(decoder, segments, len(ids))
+            adapter = adapter_of_rows(Table.of(heads.kv_up, decoder.adapters), slots)
+            return heads.decode(
+                qkv,
+                cache.layers[index],
+                paged,
+                rotation,
+                lambda group, y: group.forward(y, segments),
+                adapter,
+            )
+        return decode_attention(qkv, cache.layers[index], paged, heads, rotation)
 
     return run_layers(decoder, decoder.embed(ids), segments, attend)
 
@@ -96,7 +108,9 @@ def logits_of(decoder: Decoder, x: Tensor, segments: Sequence[Segment]) -> Tenso
 
 def run_layers(decoder: Decoder, x: Tensor, segments: Sequence[Segment], attend: Attend) -> Tensor:
     """All layers over x [T, H]."""
-    slots = _slots(decoder, segments, len(x))
+    slots = None
+    if decoder.adapts_experts and any(segment.adapter is not None for segment in segments):
+        slots = slots_of(decoder, segments, len(x))
     for index, layer in enumerate(decoder.layers):
         qkv = layer.qkv.forward(normalised(layer.norm, x, decoder.dtype, layer.qkv), segments)
         attended = attend(index, layer, layer.norm_heads_(qkv))
@@ -112,30 +126,13 @@ def run_layers(decoder: Decoder, x: Tensor, segments: Sequence[Segment], attend:
     return x
 
 
-def _slots(decoder: Decoder, segments: Sequence[Segment], tokens: int) -> Tensor | None:
-    """int64 [T]: the adapter's slot of each token, where experts have adapters and somebody asks for one."""
-    if not decoder.adapts_experts or all(segment.adapter is None for segment in segments):
-        return None
+def slots_of(decoder: Decoder, segments: Sequence[Segment], tokens: int) -> Tensor:
+    """int64 [T]: the adapter's slot of each token."""
     slots = [0] * tokens
     for segment in segments:
         count = segment.rows.stop - segment.rows.start
         slots[segment.rows] = [decoder.slot(segment.adapter)] * count
     return on_device(slots, torch.int64, decoder.device)
-
-
-def normalised(norm: Norm, x: Tensor, dtype: torch.dtype, consumer: Group) -> Tensor | Operand:
-    """The norm of x [T, H] in `dtype`, quantised where that is what the consumer multiplies."""
-    weight = consumer.stack or consumer.weights[0]
-    if x.device.type == "cpu" and not weight.quantises_rows:
-        # One call of torch; a few rows at a time are bound by the number of calls.
-        scale = norm.weight.detach()
-        if norm.centred:
-            return F.layer_norm(x, (x.shape[-1],), scale, None, norm.eps).to(dtype)
-        if norm.offset:
-            scale = scale.float() + norm.offset
-            return F.rms_norm(x.float(), (x.shape[-1],), scale, norm.eps).to(dtype)
-        return F.rms_norm(x, (x.shape[-1],), scale, norm.eps).to(dtype)
-    return norm.forward(x, dtype, fp8=weight.quantises_rows, int8=weight.fuses)[0]
 
 
 def _add_branch(
@@ -164,8 +161,8 @@ def _activated(decoder: Decoder, x: Tensor, layer: Layer, segments: Sequence[Seg
 class _PackedAttention:
     """Attention of new tokens of several sequences, whose contexts may hold tokens from before."""
 
-    def __init__(self, decoder: Decoder, cache: Cache, parts: Sequence[Part]) -> None:
-        self.decoder, self.cache, self.parts = decoder, cache, parts
+    def __init__(self, decoder: Decoder, cache: Cache, parts: Sequence[Part], adapter: str | None) -> None:
+        self.decoder, self.cache, self.parts, self.adapter = decoder, cache, parts, adapter
         device = decoder.device
         ends = list(accumulate(part.count for part in parts))
         self.slices = [slice(end - part.count, end) for part, end in zip(parts, ends, strict=True)]
@@ -188,6 +185,8 @@ class _PackedAttention:
 
     def __call__(self, index: int, layer: Layer, qkv: Tensor) -> Tensor:
         heads, tokens = layer.heads, qkv.shape[0]
+        if isinstance(heads, LatentHeads):
+            return self._latent(index, layer.rotation, heads, qkv)
         by_head = qkv.view(tokens, heads.heads + 2 * heads.kv_heads, heads.head_dim)
         q, k, v = by_head.split((heads.heads, heads.kv_heads, heads.kv_heads), 1)
         q, k = qk_rope_forward(
@@ -204,14 +203,35 @@ class _PackedAttention:
         flat = cached.flatten(0, 1)
         flat[:, 0].index_copy_(0, self.places, k)
         flat[:, 1].index_copy_(0, self.places, v)
-        backend = self.decoder.binding.attention_backend(
-            qkv.device, qkv.dtype, heads.head_dim, window=heads.window is not None
-        )
-        if backend == "cudnn" and self.decoder.binding.attention is None:
-            backend = "flash"  # cuDNN builds a plan for every rough size, up to a second each: prompts vary
+        backend = self._backend(qkv, heads.head_dim, heads.window is not None)
         call = AttentionCall(heads.scale, heads.window, backend, heads.softcap, heads.sinks)
         if not self.continues:
             out, _ = attention_forward(q, k, v.contiguous(), self.docs, call)
             return out.reshape(tokens, -1)
         contexts = [gather_context(cached, part.blocks, part.begin + part.count) for part in self.parts]
         return attend_to_context(q, contexts, self.slices, call).reshape(tokens, -1)
+
+    def _latent(self, index: int, rotation: str | None, heads: LatentHeads, codes: Tensor) -> Tensor:
+        def project(group: Group, y: Tensor) -> Tensor:
+            return group.forward(y, [Segment(self.adapter, slice(0, len(y)))])
+
+        cos, sin = (angles[:, : heads.rope // 2] for angles in self.angles[rotation])
+        q, entries = heads.read(codes, cos, sin, project)
+        cached = self.cache.layers[index]
+        cached.flatten(0, 1).index_copy_(0, self.places, entries)
+        call = AttentionCall(heads.scale, None, self._backend(codes, q.shape[2], False))
+        if not self.continues:
+            k, v = heads.raised(entries, project)
+            out, _ = attention_forward(q, k, v.contiguous(), self.docs, call)
+            return out.reshape(len(codes), -1)
+        ends = [gather_context(cached, part.blocks, part.begin + part.count) for part in self.parts]
+        contexts = [heads.context(entries, project) for entries in ends]
+        out = attend_to_context(q, contexts, self.slices, call)
+        return out[..., : heads.value].reshape(len(codes), -1)
+
+    def _backend(self, like: Tensor, head_dim: int, windowed: bool) -> str:
+        binding = self.decoder.binding
+        backend = binding.attention_backend(like.device, like.dtype, head_dim, window=windowed)
+        if backend == "cudnn" and binding.attention is None:
+            return "flash"  # cuDNN builds a plan for every rough size, up to a second each: prompts vary
+        return backend

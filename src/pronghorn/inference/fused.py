@@ -10,16 +10,16 @@ products, with norm and activation as kernels of their own: nine launches a laye
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from pronghorn.blocks import Norm
 from pronghorn.inference.decoder import Decoder, Layer
-from pronghorn.inference.forward import Cache, normalised
+from pronghorn.inference.forward import Cache
+from pronghorn.inference.latent import LatentHeads, adapter_of_rows
 from pronghorn.inference.mixture import ExpertTable, Mixture
-from pronghorn.inference.projections import Group
+from pronghorn.inference.projections import Group, Table, normalised
 from pronghorn.kernels.decode_attention import Paged, decode_attention
 from pronghorn.kernels.glu import glu_forward
 from pronghorn.kernels.matvec import (
@@ -40,44 +40,6 @@ from pronghorn.weights.operand import as_operand
 MOST_ROWS_4BIT = 0
 #: whether both products of one row's adapter ride in the launch of the weight's
 ADAPTERS_INSIDE = False
-
-
-@dataclass
-class Table:
-    """A group's adapters by slot, 0 for none: a [slots, parts · R, in], b [slots, out, R] with the scaling in it."""
-
-    a: Tensor
-    b: Tensor
-    ends: tuple[int, ...]
-
-    def tensors(self) -> tuple[Tensor, ...]:
-        """What recorded steps read."""
-        return self.a, self.b
-
-    @staticmethod
-    def of(group: Group, names: Sequence[str]) -> Table | None:
-        """None where no adapter has a part in the group.
-
-        Raises:
-            ValueError: an adapter has a bias, which has no place in the table.
-        """
-        shares = {slot: group.shares[n] for slot, n in enumerate(names, start=1) if n in group.shares}
-        if not shares:
-            return None
-        like = next(iter(shares.values()))
-        rank = max(columns.stop - columns.start for s in shares.values() for _, columns, _, _ in s.parts)
-        rank = 1 << max(4, (rank - 1).bit_length())
-        ends = tuple(sum(group.widths[: i + 1]) for i in range(len(group.widths)))
-        a = like.a.new_zeros(len(names) + 1, len(group.widths) * rank, like.a.shape[1])
-        b = like.a.new_zeros(len(names) + 1, ends[-1], rank)
-        for slot, share in shares.items():
-            for i, columns, own, bias in share.parts:
-                if bias is not None:
-                    raise ValueError("an adapter's B has a bias")
-                width = columns.stop - columns.start
-                a[slot, i * rank : i * rank + width] = share.a[columns]
-                b[slot, ends[i] - group.widths[i] : ends[i], :width] = own
-        return Table(a, b, ends)
 
 
 class RowGroup:
@@ -199,8 +161,19 @@ class FusedDecoder:
         x = decoder.embed(ids)
         for index, layer in enumerate(self.layers):
             qkv = layer.norm_heads_(self._rows[layer.qkv](x, slots, norm=layer.norm))
-            rotation = decoder.rotations[layer.rotation]
-            out = decode_attention(qkv, cache.layers[index], paged, layer.heads, rotation)
+            rotation, heads = decoder.rotations[layer.rotation], layer.heads
+            if isinstance(heads, LatentHeads):
+                adapter = adapter_of_rows(self._rows[heads.kv_up].table, slots)
+                out = heads.decode(
+                    qkv,
+                    cache.layers[index],
+                    paged,
+                    rotation,
+                    lambda group, y: self._rows[group](y, slots),
+                    adapter,
+                )
+            else:
+                out = decode_attention(qkv, cache.layers[index], paged, heads, rotation)
             # Made before the attention is added to x, where the MLP is beside it.
             beside = None if layer.mlp_norm is not None else self._activated(x, layer, slots)
             x = self._add_branch(x, out, self._rows[layer.o], layer.attention_output_norm, slots)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pronghorn.blocks import Adapter, LinearProjection
+from pronghorn.blocks import Adapter, LinearProjection, Norm
 from pronghorn.weights import DenseWeight, Operand, Weight, join, join_tensors, side_by_side, stacked
 from pronghorn.weights.operand import as_operand
 
@@ -113,6 +113,59 @@ class Group:
             if share is not None:
                 rows = segment.rows
                 share.add_(y.split(self.widths, 1), x.to(self.dtype), rows)
+
+
+@dataclass
+class Table:
+    """A group's adapters by slot, 0 for none: a [slots, parts · R, in], b [slots, out, R] with the scaling in it."""
+
+    a: Tensor
+    b: Tensor
+    ends: tuple[int, ...]
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What recorded steps read."""
+        return self.a, self.b
+
+    @staticmethod
+    def of(group: Group, names: Sequence[str]) -> Table | None:
+        """None where no adapter has a part in the group.
+
+        Raises:
+            ValueError: an adapter has a bias, which has no place in the table.
+        """
+        shares = {slot: group.shares[n] for slot, n in enumerate(names, start=1) if n in group.shares}
+        if not shares:
+            return None
+        like = next(iter(shares.values()))
+        rank = max(columns.stop - columns.start for s in shares.values() for _, columns, _, _ in s.parts)
+        rank = 1 << max(4, (rank - 1).bit_length())
+        ends = tuple(sum(group.widths[: i + 1]) for i in range(len(group.widths)))
+        a = like.a.new_zeros(len(names) + 1, len(group.widths) * rank, like.a.shape[1])
+        b = like.a.new_zeros(len(names) + 1, ends[-1], rank)
+        for slot, share in shares.items():
+            for i, columns, own, bias in share.parts:
+                if bias is not None:
+                    raise ValueError("an adapter's B has a bias")
+                width = columns.stop - columns.start
+                a[slot, i * rank : i * rank + width] = share.a[columns]
+                b[slot, ends[i] - group.widths[i] : ends[i], :width] = own
+        return Table(a, b, ends)
+
+
+def normalised(norm: Norm, x: Tensor, dtype: torch.dtype, consumer: Group) -> Tensor | Operand:
+    """The norm of x [T, H] in `dtype`, quantised where that is what the consumer multiplies."""
+    weight = consumer.stack or consumer.weights[0]
+    if x.device.type == "cpu" and not weight.quantises_rows:
+        # One call of torch; a few rows at a time are bound by the number of calls.
+        scale = norm.weight.detach()
+        if norm.centred:
+            return F.layer_norm(x, (x.shape[-1],), scale, None, norm.eps).to(dtype)
+        if norm.offset:
+            scale = scale.float() + norm.offset
+            return F.rms_norm(x.float(), (x.shape[-1],), scale, norm.eps).to(dtype)
+        return F.rms_norm(x, (x.shape[-1],), scale, norm.eps).to(dtype)
+    return norm.forward(x, dtype, fp8=weight.quantises_rows, int8=weight.fuses)[0]
 
 
 def _laid_side_by_side(projections: Sequence[LinearProjection]) -> Weight | None:

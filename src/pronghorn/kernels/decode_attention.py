@@ -53,6 +53,11 @@ class Heads:
     softcap: float | None = None
     sinks: Tensor | None = None
 
+    @property
+    def entry(self) -> tuple[int, ...]:
+        """The shape of what the cache holds of a token."""
+        return 2, self.kv_heads, self.head_dim
+
 
 @dataclass(frozen=True)
 class Rotation:

@@ -44,9 +44,9 @@ def latent_heads_forward(
         forward(q, pair, shared, cos, sin, k, v, pairs)
         return k, v
     if q is not None:
-        q[..., nope:] = _rotate(q[..., nope:], cos[:, None], sin[:, None], pairs)
+        q[..., nope:] = rotate(q[..., nope:], cos[:, None], sin[:, None], pairs)
     k[..., :nope], v[:] = pair[..., :nope], pair[..., nope:]
-    k[..., nope:] = _rotate(shared, cos, sin, pairs)[:, None]
+    k[..., nope:] = rotate(shared, cos, sin, pairs)[:, None]
     return k, v
 
 
@@ -72,13 +72,13 @@ def latent_heads_backward(
         from pronghorn.kernels.triton.latent_heads import backward
 
         return dpair, backward(dq, dk, dv, cos, sin, dpair, pairs)
-    dq[..., nope:] = _rotate(dq[..., nope:], cos[:, None], -sin[:, None], pairs)
+    dq[..., nope:] = rotate(dq[..., nope:], cos[:, None], -sin[:, None], pairs)
     dpair[..., :nope], dpair[..., nope:] = dk[..., :nope], dv
     of_shared = dk[..., nope:].to(math_dtype(dk.dtype)).sum(1)
-    return dpair, _rotate(of_shared, cos, -sin, pairs).to(dk.dtype)
+    return dpair, rotate(of_shared, cos, -sin, pairs).to(dk.dtype)
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor, pairs: bool) -> Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, pairs: bool) -> Tensor:
     """x [..., P] turned by cos, sin [..., P / 2], in x's dtype."""
     wide = x.to(math_dtype(x.dtype))
     c, s = cos.to(wide.dtype), sin.to(wide.dtype)
