@@ -53,3 +53,9 @@ def test_mistakes_are_one_line(tiny, capsys):
     (tiny.parent / "rows.txt").write_text("", encoding="utf-8")
     assert command(tiny) == 2
     assert "[PH3" in capsys.readouterr().err
+
+
+def test_a_mixture_is_refused_before_it_is_measured(tiny, capsys):
+    mixture = save_tiny(tiny.parent / "mixture", "mixtral", num_local_experts=4)
+    assert command(mixture) == 2
+    assert "no form of 4 bits in a checkpoint" in capsys.readouterr().err

@@ -19,13 +19,16 @@ from pronghorn.errors import (
     AdapterMismatch,
     CalibrationMissing,
     CommandMisused,
+    PronghornError,
     QuantisationRefused,
+    RowsUnreadable,
     UnknownArgument,
 )
 from pronghorn.export import save_quantised
 from pronghorn.loading import FastLanguageModel
 from pronghorn.loading.compensation import loftq_settings
 from pronghorn.weights import keep_four_bit_layout, read_weight
+from pronghorn.weights.experts import four_bit_states
 from tests.tiny import save_tiny
 
 ROWS = [
@@ -335,9 +338,48 @@ def test_refusals_name_what_helps(folder, quantised, tmp_path):
         load(folder, dynamic_4bit=DynamicQuantisation(calibration=str(tmp_path / "absent.jsonl")))
     with pytest.raises(QuantisationRefused, match="quantised already"):
         load(quantised, dynamic_4bit=SETTINGS)
-    mixture = save_tiny(tmp_path / "mixture", "mixtral", num_local_experts=4)
-    with pytest.raises(QuantisationRefused, match="stacks of experts"):
+    mixture = save_tiny(tmp_path / "mixture", "gpt_oss", num_local_experts=4)
+    with pytest.raises(QuantisationRefused, match="inputs in rows"):
         load(mixture, dynamic_4bit=SETTINGS)
+
+
+def test_a_mixture_trains_and_answers_on_fitted_stacks(tmp_path):
+    path = save_tiny(tmp_path / "mixture", "mixtral", num_local_experts=4, num_experts_per_tok=2)
+    # Less than all in 16 bits takes, enough for a stack or two.
+    model, _ = load(path, dynamic_4bit=DynamicQuantisation(extra="200%", calibration=ROWS, tokens=600))
+    report = model.pronghorn_quantisation
+    stacks = {m.name: m for m in report.modules if "experts" in m.name}
+    assert len(stacks) == 4 and {m.shape for m in stacks.values()} == {(4 * 256, 64), (4 * 64, 128)}
+    dense = {name for name, m in stacks.items() if m.form.dense}
+    assert report.nbytes <= 3 * report.plain_nbytes and 0 < len(dense) < 4
+    for index, layer in enumerate(model.model.layers):
+        held = {f"model.layers.{index}.mlp.experts.{name}" for name in four_bit_states(layer.mlp.experts)}
+        assert held | dense >= {name for name in stacks if f"layers.{index}." in name} and not held & dense
+    assert report.predictions.fitted.kl < 0.5 * report.predictions.plain.kl
+    assert binding_of(model).bound
+    exact, plain = logits(stock(path)), logits(load(path)[0])
+    assert divergence(exact, logits(model)) < 0.5 * divergence(exact, plain)
+    adapted = FastLanguageModel.get_peft_model(
+        model, r=4, target_modules=["q_proj", "gate_proj", "up_proj", "down_proj"]
+    )
+    loss = adapted(input_ids=IDS, labels=IDS, use_cache=False).loss
+    loss.backward()
+    grads = [
+        p.grad for n, p in adapted.named_parameters() if (p.requires_grad and "lora_A" in n) or "lora_B" in n
+    ]
+    assert loss.isfinite() and all(g is not None and g.isfinite().all() for g in grads)
+
+
+def test_an_unreadable_calibration_row_is_named(folder, tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"text": "the pronghorn ran"}\n{"text": broken\n{"text": "again"}\n')
+    with pytest.raises(RowsUnreadable, match="cannot be read") as caught:
+        load(folder, dynamic_4bit=DynamicQuantisation(calibration=str(file)))
+    assert "line 2" in str(caught.value)
+    file.write_text('{"text": "the pronghorn ran"}\n{"number": 7}\n')
+    with pytest.raises(PronghornError) as caught:
+        load(folder, dynamic_4bit=DynamicQuantisation(calibration=str(file)))
+    assert "line 2" in str(caught.value)
 
 
 def test_refusals_of_adapters_name_what_helps(folder, quantised, tmp_path):

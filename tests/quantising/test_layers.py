@@ -9,14 +9,51 @@ from pronghorn.quantising.calibration import CalibrationRows
 from pronghorn.quantising.dynamic import quantise
 from pronghorn.quantising.formats import forms_of, plain_form
 from pronghorn.quantising.held_out import HeldOut
-from pronghorn.quantising.layers import Decoder, Moments, linear_modules
+from pronghorn.quantising.layers import Decoder, Moments
 from pronghorn.quantising.measure import measure, weigh
+from pronghorn.quantising.parts import StackPart, parts_of, watching
 from pronghorn.quantising.rounding import round_plain
 from pronghorn.quantising.settings import DynamicQuantisation
+from tests.families.mixtures import tiny_mixture
 from tests.tiny import tiny_model
 
 IDS = torch.randint(3, 300, (5, 24), generator=torch.Generator().manual_seed(2))
 NAMES = ["model.layers.0", "model.layers.1"]
+
+
+def test_a_stack_of_experts_is_one_part_whose_products_are_seen():
+    """Moments of what its experts read together, and outputs with the expert that gave them."""
+    model = tiny_mixture("qwen2_moe")
+    model.config._experts_implementation = "grouped_mm"
+    decoder, seen = Decoder(model, IDS[:2]), []
+    with torch.no_grad():
+        (hidden,) = decoder.inputs()
+        parts, moments = parts_of(decoder.layers[0]), Moments()
+        routed = []
+        gate = decoder.layers[0].mlp.gate
+        gate.register_forward_hook(lambda _, given, out: routed.append((given[0].flatten(0, -2), out)))
+
+        def note(path, given, output, expert):
+            moments.note(path, given)
+            seen.append((path, given, output, expert))
+
+        with watching(parts, note):
+            decoder.run(0, hidden)
+    assert model.config._experts_implementation == "grouped_mm"
+    stacks = {path for path, part in parts.items() if isinstance(part, StackPart)}
+    assert stacks == {"mlp.experts.gate_up_proj", "mlp.experts.down_proj"}
+    ((tokens, scores),) = routed
+    chosen = next(x for x in scores if not x.is_floating_point())  # [T, k]
+    x = tokens.repeat_interleave(chosen.shape[1], 0).double()
+    (found,) = [moment for paths, moment in moments.groups() if "mlp.experts.gate_up_proj" in paths]
+    assert torch.allclose(found.double(), x.t() @ x / len(x), rtol=1e-4, atol=1e-6)
+    gate_up = [
+        (given, output, expert) for path, given, output, expert in seen if path.endswith("gate_up_proj")
+    ]
+    assert sorted(expert for _, _, expert in gate_up) == sorted(set(chosen.flatten().tolist()))
+    for given, output, expert in gate_up:
+        weight = parts["mlp.experts.gate_up_proj"].stack[expert]
+        assert torch.allclose(output, given @ weight.t(), atol=1e-5)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "phi3", "qwen3", "gemma3_text"])
@@ -38,14 +75,14 @@ def test_moments_are_shared_by_modules_with_the_same_input():
     model = tiny_model("llama")
     decoder = Decoder(model, IDS, tokens_at_once=48)
     seen = {}
-    modules = linear_modules(decoder.layers[0])
-    for path, module in modules.items():
-        module.register_forward_pre_hook(
+    parts, moments = parts_of(decoder.layers[0]), Moments()
+    for path, part in parts.items():
+        part.module.register_forward_pre_hook(
             lambda _, given, path=path: seen.setdefault(path, []).append(given[0].flatten(0, 1))
         )
     with torch.no_grad():
         hidden = decoder.inputs()
-        with Moments(modules) as moments:
+        with watching(parts, moments.note):
             for chunk in hidden:
                 decoder.run(0, chunk)
     groups = moments.groups()

@@ -6,10 +6,9 @@ import argparse
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from pronghorn.cli.console import first_line
-from pronghorn.cli.models import resolve_model
+from pronghorn.cli.models import config_of
 from pronghorn.cli.numbers import not_negative, positive, whole
-from pronghorn.errors import BudgetInvalid, CommandMisused, ModelNotFound
+from pronghorn.errors import BudgetInvalid, CommandMisused
 from pronghorn.hardware import gpu_memory
 
 if TYPE_CHECKING:
@@ -86,7 +85,7 @@ def run(options: argparse.Namespace) -> int:
     name = options.named or options.model
     if name is None:
         raise CommandMisused("a model is missing", fix="pronghorn plan --model MODEL")
-    config = text_config(_config(name))
+    config = text_config(config_of(name))
     gpus, host_limit = _gpus(options)
     prices = _prices(options.price_per_hour, [gpu for gpu, _ in gpus])
     job, advice = _job(options, name, config, host_limit)
@@ -109,27 +108,6 @@ def run(options: argparse.Namespace) -> int:
     view = output.View(name, choose(found), found, budget, prices.get(gpu.name), advice, options.compare)
     output.show(view, as_json=options.json)
     return 0
-
-
-def _config(name: str) -> Any:
-    """The Transformers config of a folder, a GGUF file or a hub repository, of which nothing else is read."""
-    from pronghorn.loading.model import load_config
-    from pronghorn.loading.source import base_of_adapter, locate
-
-    source = locate(resolve_model(name))
-    if source.kind == "adapter":
-        source = base_of_adapter(source)
-    if source.is_local:
-        return load_config(source, trust_remote_code=False)
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.from_pretrained(source.location, revision=source.revision)
-    except (OSError, ValueError) as error:
-        raise ModelNotFound(
-            f"'{name}' is no local folder and the hub did not give its config: {first_line(error)}",
-            fix="check the name; without a network give a folder with a config.json",
-        ) from error
 
 
 def _gpus(options: argparse.Namespace) -> tuple[list[tuple[Gpu, int | None]], int | None]:

@@ -47,19 +47,22 @@ def register(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Measure, write, check; 0 when stock Transformers loads what was made."""
-    from pronghorn.cli.models import resolve_model
+    from pronghorn.cli.models import config_of, resolve_model
     from pronghorn.cli.quiet import quiet_libraries
 
     quiet_libraries()
     from pronghorn.export import save_quantised
     from pronghorn.loading import FastLanguageModel
+    from pronghorn.loading.dynamic import check_folder_holds
     from pronghorn.quantising.settings import DynamicQuantisation
 
     started = time.monotonic()
     given = {"extra": options.budget, "tokens": options.tokens, "calibration": options.data}
     settings = DynamicQuantisation(**{name: value for name, value in given.items() if value is not None})
+    name = resolve_model(options.model)
+    check_folder_holds(config_of(name))
     model, tokenizer = FastLanguageModel.from_pretrained(
-        resolve_model(options.model), max_seq_length=None, load_in_4bit=True, dynamic_4bit=settings
+        name, max_seq_length=None, load_in_4bit=True, dynamic_4bit=settings
     )
     report = model.pronghorn_quantisation
     made_of = {"original": model.pronghorn_source.name, "calibration": options.data, "extra": settings.extra}

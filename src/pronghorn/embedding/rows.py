@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pronghorn.data.docstrings import docstring_rows
-from pronghorn.data.reading import KINDS, RowFile, level_of
+from pronghorn.data.reading import RowFile, readable_rows
 from pronghorn.errors import CommandMisused, RowInvalid, RowsUnreadable
 
 #: Column names of the two texts of a row, and of the number that says how alike they are.
@@ -122,7 +122,7 @@ def read_texts(file: str | os.PathLike[str], column: str = "text") -> list[str]:
         RowsUnreadable, RowInvalid: with the file and the line.
     """
     texts = []
-    for row, where in _records(RowFile(file)):
+    for row, where in readable_rows(RowFile(file)):
         if not isinstance(row, Mapping) or not isinstance(row.get(column), str):
             columns = ", ".join(map(str, row)) if isinstance(row, Mapping) else "none"
             raise RowInvalid(
@@ -137,27 +137,8 @@ def read_texts(file: str | os.PathLike[str], column: str = "text") -> list[str]:
 
 
 def _read_file(file: RowFile) -> Iterator[Pair]:
-    for row, where in _records(file):
+    for row, where in readable_rows(file):
         yield pair_of(_with_number(row) if file.container == "CSV" else row, where)
-
-
-def _records(file: RowFile) -> Iterator[tuple[Any, str]]:
-    """The rows of a file, each with where it stands.
-
-    Raises:
-        RowsUnreadable: for the first that cannot be read.
-    """
-    for record in file.records():
-        where = record.place(file.name)
-        if record.problem is not None:
-            fix = KINDS[record.problem.kind].fix
-            raise RowsUnreadable(f"this row cannot be read: {record.problem.what}", where=where, fix=fix)
-        if record.value is not None:
-            yield record.value, where
-    for line, problem in file.told:
-        if level_of(problem) == "error":
-            where = f"{file.name}, line {line}" if line else file.name
-            raise RowsUnreadable(problem.what, where=where, fix=KINDS[problem.kind].fix)
 
 
 def _with_number(row: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from pronghorn.errors import QuantisationRefused, UnknownArgument
+from pronghorn.families import MixtureParts, family_of
 from pronghorn.quantising.settings import DynamicQuantisation, as_settings
 
 
@@ -36,18 +37,31 @@ def choose_dynamic(
     return settings
 
 
-def check_can_be_quantised(config: Any, is_mixture: bool) -> None:
+def check_folder_holds(config: Any) -> None:
     """
     Raises:
-        QuantisationRefused: for a checkpoint that is quantised already, or a mixture of experts.
+        QuantisationRefused: for a model whose quantised form has no checkpoint.
+    """
+    family = family_of(config.model_type)
+    if family is not None and family.mixture is not None:
+        raise QuantisationRefused(
+            "a mixture's stacks of experts have no form of 4 bits in a checkpoint that bitsandbytes reads",
+            fix="load it with dynamic_4bit where it is trained; that measures again each time",
+        )
+
+
+def check_can_be_quantised(config: Any, mixture: MixtureParts | None) -> None:
+    """
+    Raises:
+        QuantisationRefused: for a checkpoint that is quantised already, or experts stored with inputs in rows.
     """
     if getattr(config, "quantization_config", None) is not None:
         raise QuantisationRefused(
             "the checkpoint is quantised already, and what that lost cannot be measured",
             fix="load it without dynamic_4bit, or load the 16-bit original with it",
         )
-    if is_mixture:
+    if mixture is not None and mixture.transposed:
         raise QuantisationRefused(
-            "most of a mixture's weights are stacks of experts, which bitsandbytes stores in one form only",
+            f"experts of {config.model_type} models are stored with inputs in rows, along which nothing is fitted",
             fix="load it without dynamic_4bit",
         )

@@ -98,7 +98,7 @@ def load_model(
     if options.dynamic is None:
         bits = _settle_bits(source, config, options)
     else:
-        check_can_be_quantised(config, mixture_of(config) is not None)
+        check_can_be_quantised(config, mixture_of(config))
         bits = 16  # it is read so, and quantised here
     extra: dict[str, Any] = {
         "quantization_config": _quantisation(source, options, bits, reads_images(config))

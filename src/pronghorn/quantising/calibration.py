@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pronghorn.data.reading import RowFile
+from pronghorn.data.reading import RowFile, readable_rows
 from pronghorn.data.rows import RowFormat, RowRenderer
 from pronghorn.errors import CalibrationMissing, PronghornError
 
@@ -49,12 +49,12 @@ def calibration_rows(data: Any, tokenizer: Any, tokens: int) -> CalibrationRows:
         raise CalibrationMissing("there is no tokenizer to read calibration rows with", fix="give one")
     form = RowFormat()
     render, found, row = RowRenderer(tokenizer, form), list[int](), 0
-    for row, value in enumerate(_rows(data), start=1):
+    for row, (value, where) in enumerate(_rows(data), start=1):
         given = {form.text_field: value} if isinstance(value, str) else value
         try:
             found += render(given)["input_ids"]
         except PronghornError as error:
-            error.where = error.where or f"row {row} of the calibration data"
+            error.where = error.where or where or f"row {row} of the calibration data"
             raise
         if len(found) >= tokens + HELD_OUT_TOKENS:
             break
@@ -70,11 +70,12 @@ def calibration_rows(data: Any, tokenizer: Any, tokens: int) -> CalibrationRows:
     return CalibrationRows(rows[:measured], held_out if len(held_out) else None)
 
 
-def _rows(data: Any) -> Iterator[str | Mapping[str, Any]]:
-    if isinstance(data, str | os.PathLike):
-        yield from _of_docstrings() if str(data) == DOCSTRINGS else _of_file(Path(data))
+def _rows(data: Any) -> Iterator[tuple[Any, str]]:
+    """Texts and rows, each with where it stands in a file, else nothing."""
+    if isinstance(data, str | os.PathLike) and str(data) != DOCSTRINGS:
+        yield from readable_rows(RowFile(Path(data).expanduser()))
     elif isinstance(data, Iterable) and not isinstance(data, Mapping):
-        yield from data
+        yield from ((row, "") for row in (_of_docstrings() if isinstance(data, str) else data))
     else:
         raise CalibrationMissing(
             f"calibration={data!r} holds no rows", fix="give a list of texts or rows, a data set or a file"
@@ -88,9 +89,3 @@ def _of_docstrings() -> Iterator[dict[str, Any]]:
     random.Random(0).shuffle(rows)  # by name they are sorted, and the first ones alike
     for row in rows:
         yield {"messages": row.messages()}
-
-
-def _of_file(path: Path) -> Iterator[Any]:
-    for record in RowFile(path.expanduser()).records():
-        if record.problem is None and record.value is not None:
-            yield record.value

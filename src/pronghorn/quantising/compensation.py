@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from pronghorn.engine import base_causal_lm, evaluating
 from pronghorn.quantising.layers import Decoder, Moments, decoder_layers, stock_forwards
 from pronghorn.quantising.measure import Errors, errors_of
+from pronghorn.quantising.parts import LinearPart, watching
 from pronghorn.quantising.rounding import damping
 from pronghorn.weights import is_four_bit, read_weight
 
@@ -160,7 +161,8 @@ def _moments(model: Any, adapted: Mapping[str, Any], ids: Tensor) -> MomentsOf:
         for index in range(len(layers)):
             start = f"{prefix}.{index}."
             here = {name: module.base_layer for name, module in adapted.items() if name.startswith(start)}
-            with Moments(here) as moments:
+            moments = Moments()
+            with watching({name: LinearPart(module) for name, module in here.items()}, moments.note):
                 hidden = [decoder.run(index, chunk) for chunk in hidden]
             for names, moment in moments.groups():
                 for name in names:

@@ -1,4 +1,5 @@
-"""Dynamic quantisation of a loaded 16-bit model: measure every linear layer, choose its form, round it to fit."""
+"""Dynamic quantisation of a loaded 16-bit model: measure every part (linear layers, stacks of experts), choose its
+form, round it to fit."""
 
 from __future__ import annotations
 
@@ -16,12 +17,13 @@ from pronghorn.quantising.calibration import CalibrationRows
 from pronghorn.quantising.choice import Option, choose
 from pronghorn.quantising.formats import Format, Stored, dense_form, plain_form
 from pronghorn.quantising.held_out import HeldOut
-from pronghorn.quantising.layers import Decoder, Moments, decoder_layers, linear_modules
+from pronghorn.quantising.layers import Decoder, Moments, decoder_layers
 from pronghorn.quantising.measure import Errors, Measured, errors_of, measure, weigh
+from pronghorn.quantising.parts import Part, parts_of, watching
 from pronghorn.quantising.report import ModuleReport, Report
 from pronghorn.quantising.rounding import OutputFit, round_plain
 from pronghorn.quantising.settings import DynamicQuantisation
-from pronghorn.quantising.store import four_bit_linear, mark_quantised
+from pronghorn.quantising.store import mark_quantised
 
 logger = logging.getLogger("pronghorn")
 
@@ -34,7 +36,7 @@ def quantise(
     double: bool = True,
     device: torch.device | None = None,
 ) -> Report:
-    """Bring the linear modules of a model's decoder layers into 4 bits, those that bear it least into more.
+    """Bring the parts of a model's decoder layers into 4 bits, those that bear it least into more.
 
     The model's weights are read in 16 bits where they lie. Besides them there is one layer at a time on `device`, and
     what has been quantised already.
@@ -44,7 +46,7 @@ def quantise(
         device: where layers run and the model lies afterwards; None leaves everything where it is.
 
     Raises:
-        QuantisationRefused: for a model without plain linear layers, or a mixture of experts.
+        QuantisationRefused: for a model without plain linear layers.
     """
     started = time.monotonic()
     model.requires_grad_(False)
@@ -104,12 +106,15 @@ def _round(
     found: list[ModuleReport] = []
     hidden = decoder.inputs()
     for index, prefix in enumerate(layer_names):
-        with Moments(linear_modules(decoder.layers[index])) as moments:
-            if decoder.device is not None:
-                decoder.layers[index].to(decoder.device)  # where it stays
+        if decoder.device is not None:
+            decoder.layers[index].to(decoder.device)  # where it stays
+        parts, moments = parts_of(decoder.layers[index]), Moments()
+        with watching(parts, moments.note):
             for chunk in hidden:
                 decoder.run(index, chunk)
-        rounded = _round_layer(decoder, index, prefix, moments, chosen, plain, held_out)
+        rounded = _round_layer(
+            index, parts, {p: chosen[f"{prefix}.{p}"] for p in parts}, moments, plain, held_out
+        )
         hidden = [decoder.run(index, chunk) for chunk in hidden]
         found += [_reported(f"{prefix}.{one.path}", one, chosen, harm) for one in rounded]
         _store(decoder.layers[index], rounded)
@@ -117,27 +122,24 @@ def _round(
 
 
 def _round_layer(
-    decoder: Decoder,
     index: int,
-    prefix: str,
+    parts: dict[str, Part],
+    forms: dict[str, Format],
     moments: Moments,
-    chosen: dict[str, Format],
     plain: Format,
     held_out: HeldOut | None,
 ) -> list[_Rounded]:
-    """The modules of a layer, which then hold the values of their forms, still in the compute dtype."""
-    modules = linear_modules(decoder.layers[index])
+    """The parts of a layer, which then hold the values of their forms, still in the compute dtype."""
     rounded: list[_Rounded] = []
     for paths, moment in moments.groups():
-        forms = {path: chosen[f"{prefix}.{path}"] for path in paths}
-        rounded += _round_group(modules, forms, moment, plain)
+        rounded += _round_group(parts, {path: forms[path] for path in paths}, moment, plain)
     if held_out is not None:
         held_out.run("exact", index)
         for one in rounded:
-            one.module.weight.copy_(one.plain)
+            one.part.copy_(one.plain)
         held_out.run("plain", index)
     for one in rounded:
-        one.module.weight.copy_(one.fitted)
+        one.part.copy_(one.fitted)
     if held_out is not None:
         held_out.run("fitted", index)
     return rounded
@@ -146,25 +148,25 @@ def _round_layer(
 def _reported(
     name: str, rounded: _Rounded, chosen: dict[str, Format], harm: dict[str, float]
 ) -> ModuleReport:
-    shape = (rounded.module.out_features, rounded.module.in_features)
-    return ModuleReport(name, shape, chosen[name], harm[name], rounded.before, rounded.after)
+    rows, columns = rounded.part.weight.shape
+    return ModuleReport(name, (rows, columns), chosen[name], harm[name], rounded.before, rounded.after)
 
 
 def _store(layer: nn.Module, rounded: list[_Rounded]) -> None:
-    """Put bitsandbytes' modules in the place of those that have 4 bits now, and let go of all else."""
+    """Hold in 4 bits what has them now, as bitsandbytes does, and let go of all else."""
     while rounded:
         one = rounded.pop()
         if one.stored is not None:
-            layer.set_submodule(one.path, four_bit_linear(one.module, one.stored, one.module.weight.dtype))
+            one.part.store(layer, one.path, one.stored)
 
 
 @dataclass(frozen=True)
 class _Rounded:
-    """A module of a layer and what it could hold, in the compute dtype: plain NF4, and what its form gives. `stored` is
+    """A part of a layer and what it could hold, in the compute dtype: plain NF4, and what its form gives. `stored` is
     None for one that stays as it is."""
 
     path: str
-    module: nn.Linear
+    part: Part
     plain: Tensor
     fitted: Tensor
     stored: Stored | None
@@ -173,15 +175,15 @@ class _Rounded:
 
 
 def _round_group(
-    modules: dict[str, nn.Linear], forms: dict[str, Format], moment: Tensor, plain: Format
+    parts: dict[str, Part], forms: dict[str, Format], moment: Tensor, plain: Format
 ) -> list[_Rounded]:
-    """Modules that read the same; their weights stay as they are.
+    """Parts that read the same; their weights stay as they are.
 
     Args:
-        forms: by the path of each module of the group.
+        forms: by the path of each part of the group.
         moment: second moments [in, in] of what they read.
     """
-    weights = {path: modules[path].weight.float() for path in forms}
+    weights = {path: parts[path].weight.float() for path in forms}
     few = [path for path, form in forms.items() if not form.dense]
     fitted = (
         OutputFit(moment).round([weights[path] for path in few], [forms[path] for path in few]) if few else []
@@ -189,14 +191,12 @@ def _round_group(
     stored = dict(zip(few, fitted, strict=True))
     found = []
     for path, weight in weights.items():
-        module, held = modules[path], stored.get(path)
+        part, held = parts[path], stored.get(path)
         nearest = round_plain(weight, plain).dense()
         dense = weight if held is None else held.dense()
         before, after = errors_of(weight, nearest, moment), errors_of(weight, dense, moment)
-        dtype = module.weight.dtype
-        found.append(
-            _Rounded(path, module, nearest.to(dtype), dense.to(dtype, copy=True), held, before, after)
-        )
+        dtype = part.weight.dtype
+        found.append(_Rounded(path, part, nearest.to(dtype), dense.to(dtype, copy=True), held, before, after))
     return found
 
 

@@ -1,11 +1,11 @@
-"""A decoder one layer at a time: what goes into each, what its linear modules read, gradients back through it.
+"""A decoder one layer at a time: what goes into each, what its parts read, gradients back through it.
 
 Only one layer has to be on the device; the rows' hidden states wait on the host meanwhile.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -149,51 +149,31 @@ def decoder_layers(model: Any, asked: str = "dynamic_4bit") -> nn.ModuleList:
     )
 
 
-def linear_modules(layer: nn.Module) -> dict[str, nn.Linear]:
-    """A layer's plain linear modules by their path in it."""
-    return {path: module for path, module in layer.named_modules() if type(module) is nn.Linear}
-
-
 class Moments:
-    """XᵀX / T of what each of a layer's linear modules reads, fp32 [in, in]; modules with the same input share one.
-
-    Use as a context around runs of the layer.
+    """XᵀX / T of what each part reads, fp32 [in, in]; parts with the same input share one. `note` is called with every
+    input while a layer runs.
     """
 
-    def __init__(self, modules: dict[str, nn.Module]) -> None:
-        self._modules = modules
+    def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
         self._tokens: dict[str, int] = {}
         self._shared: dict[str, str] = {}
         self._last: tuple[str, Tensor] | None = None
-        self._hooks: list[Any] = []
 
-    def __enter__(self) -> Moments:
-        for path, module in self._modules.items():
-            self._hooks.append(module.register_forward_pre_hook(self._hook(path)))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._last, self._modules = None, {}  # nothing is to keep the layer's weights
-
-    def _hook(self, path: str) -> Callable[..., None]:
-        def note(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            (given,) = arguments
-            if self._last is not None and self._last[1] is given:
-                self._shared[path] = self._last[0]
-                return
-            self._last = (path, given)
-            rows = given.detach().reshape(-1, given.shape[-1]).float()
-            total = self._sums.setdefault(path, rows.new_zeros(rows.shape[1], rows.shape[1]))
-            total.addmm_(rows.t(), rows)
-            self._tokens[path] = self._tokens.get(path, 0) + len(rows)
-
-        return note
+    def note(self, path: str, given: Tensor, *_: object) -> None:
+        """What a part has read, [..., in]."""
+        if self._last is not None and self._last[1] is given:
+            self._shared[path] = self._last[0]
+            return
+        self._last = (path, given)
+        rows = given.detach().reshape(-1, given.shape[-1]).float()
+        total = self._sums.setdefault(path, rows.new_zeros(rows.shape[1], rows.shape[1]))
+        total.addmm_(rows.t(), rows)
+        self._tokens[path] = self._tokens.get(path, 0) + len(rows)
 
     def groups(self) -> list[tuple[list[str], Tensor]]:
-        """Modules that read the same, in the order of their use, and their moment."""
+        """Parts that read the same, in the order of their use, and their moment."""
+        self._last = None
         return [
             ([path, *(p for p, first in self._shared.items() if first == path)], total / self._tokens[path])
             for path, total in self._sums.items()

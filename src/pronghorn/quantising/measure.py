@@ -1,4 +1,4 @@
-"""What 4 bits do to each linear module of a model: to its weight, to its output, and to what the model predicts.
+"""What 4 bits do to each part of a model (`parts`): to its weight, to its output, and to what the model predicts.
 
 With E = W − Q, A = XᵀX / T of what the module reads and g the gradient of the model's log likelihood in its output:
 
@@ -17,10 +17,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pronghorn.quantising.formats import Format, forms_of
-from pronghorn.quantising.layers import Decoder, Moments, linear_modules
+from pronghorn.quantising.layers import Decoder, Moments
+from pronghorn.quantising.parts import parts_of, watching
 from pronghorn.quantising.rounding import round_plain
 
 #: calibration tokens that gradients are taken of: they need a pass back, and their layers' inputs wait on the host
@@ -29,7 +30,7 @@ GRADIENT_TOKENS = 2048
 
 @dataclass(frozen=True)
 class Errors:
-    """Relative squared errors of a module's weight and of its output."""
+    """Relative squared errors of a part's weight and of its output."""
 
     weight: float
     output: float
@@ -37,7 +38,7 @@ class Errors:
 
 @dataclass
 class Measured:
-    """A linear module before it is quantised.
+    """A part before it is quantised.
 
     Args:
         row_errors: for each form (E A Eᵀ)_ii [out] on the CPU, of plain rounding.
@@ -67,7 +68,7 @@ def errors_of(weight: Tensor, quantised: Tensor, moment: Tensor) -> Errors:
 
 @torch.no_grad()
 def measure(decoder: Decoder, layer_names: Sequence[str], double: bool) -> list[Measured]:
-    """Every linear module of the decoder's layers in its forms of 4 bits, in the unquantised model; `harm` stays empty.
+    """Every part of the decoder's layers in its forms of 4 bits, in the unquantised model; `harm` stays empty.
 
     Args:
         layer_names: full names of the layers.
@@ -76,12 +77,13 @@ def measure(decoder: Decoder, layer_names: Sequence[str], double: bool) -> list[
     found = []
     hidden = decoder.inputs()
     for index, layer in enumerate(decoder.layers):
-        with decoder.placed(index), Moments(linear_modules(layer)) as moments:
-            hidden = [decoder.run(index, chunk) for chunk in hidden]
-            modules = linear_modules(layer)
+        with decoder.placed(index):
+            parts, moments = parts_of(layer), Moments()
+            with watching(parts, moments.note):
+                hidden = [decoder.run(index, chunk) for chunk in hidden]
             for paths, moment in moments.groups():
                 for path in paths:
-                    weight = modules[path].weight.float()
+                    weight = parts[path].weight.float()
                     rows = {
                         form: row_errors(weight - round_plain(weight, form).dense(), moment).cpu()
                         for form in forms_of(weight.shape[1], double)
@@ -100,7 +102,7 @@ def weigh(decoder: Decoder, layer_names: Sequence[str], measured: Sequence[Measu
 
 
 def _gradient_squares(decoder: Decoder, layer_names: Sequence[str]) -> dict[str, Tensor]:
-    """G [out] of every linear module, on the CPU."""
+    """G [out] of every part, on the CPU."""
     rows = max(1, GRADIENT_TOKENS // decoder.ids.shape[1])
     # A row at a time: logits in fp32 are the largest tensor there is.
     part = Decoder(decoder.model, decoder.ids[:rows], decoder.ids.shape[1], decoder.device)
@@ -116,23 +118,18 @@ def _gradient_squares(decoder: Decoder, layer_names: Sequence[str]) -> dict[str,
     ]
     found: dict[str, Tensor] = {}
     for index in range(len(part.layers) - 1, -1, -1):
-        modules = linear_modules(part.layers[index])
-        sums: dict[str, Tensor] = {}
         with part.placed(index):
-            hooks = [_add_squares(module, path, sums) for path, module in modules.items()]
+            parts = parts_of(part.layers[index])
+            squares = _Squares({path: len(own.weight) for path, own in parts.items()})
             for place, given in enumerate(kept.pop()):
                 leaf = given.detach().to(gradients[place].device).requires_grad_()
-                output = part.run(index, leaf)
+                with watching(parts, squares.note):
+                    output = part.run(index, leaf)
                 output.backward(gradients[place])
                 assert leaf.grad is not None
                 gradients[place] = leaf.grad
-            for hook in hooks:
-                hook.remove()
-        count = part.ids.numel()
-        for path, module in modules.items():
-            total = sums.get(path)
-            zeros = torch.zeros(module.out_features)  # a module that nothing went through
-            found[f"{layer_names[index]}.{path}"] = zeros if total is None else total.cpu() / count
+        for path, total in squares.sums.items():
+            found[f"{layer_names[index]}.{path}"] = total / part.ids.numel()
     return found
 
 
@@ -155,12 +152,17 @@ def _draw(log_probabilities: Tensor) -> Tensor:
     return torch.searchsorted(reached, thresholds * reached[:, -1:]).squeeze(1)
 
 
-def _add_squares(module: nn.Module, path: str, sums: dict[str, Tensor]) -> torch.utils.hooks.RemovableHandle:
-    def on_output(_: nn.Module, __: object, output: Tensor) -> None:
+class _Squares:
+    """Σ g² [out] of the gradients g of what parts give, on the CPU; zeros of a part that nothing goes through."""
+
+    def __init__(self, sizes: dict[str, int]) -> None:
+        self.sums = {path: torch.zeros(size) for path, size in sizes.items()}
+
+    def note(self, path: str, given: Tensor, output: Tensor, expert: int) -> None:
+        """Take the gradient of an output in, once it is there."""
+        rows = slice(expert * output.shape[-1], (expert + 1) * output.shape[-1])
+
         def on_gradient(gradient: Tensor) -> None:
-            added = gradient.detach().float().flatten(0, -2).square().sum(0)
-            sums[path] = sums[path] + added if path in sums else added
+            self.sums[path][rows] += gradient.detach().float().flatten(0, -2).square().sum(0).cpu()
 
         output.register_hook(on_gradient)
-
-    return module.register_forward_hook(on_output)

@@ -16,7 +16,7 @@ HEADER = ("module", "weight error", "output error", "harm", "MiB", "stored as", 
 
 @dataclass(frozen=True)
 class ModuleReport:
-    """One linear module.
+    """One linear module, or a stack of experts.
 
     Args:
         harm: estimated KL in nats a token that plain NF4 would cost here (`measure`).
@@ -83,7 +83,7 @@ class Report:
             for found in ([m.before for m in self.modules], [m.after for m in self.modules])
         )
         return (
-            f"{len(self.modules)} linear layers in {self.nbytes / 2**20:,.1f} MiB ({shown}), "
+            f"{len(self.modules)} weights in {self.nbytes / 2**20:,.1f} MiB ({shown}), "
             f"{self.plain_nbytes / 2**20:,.1f} as plain {self.plain}; mean output error {before:.2e} → {after:.2e}, "
             f"measured on {self.tokens:,} tokens in {self.seconds:.0f} s"
             + (

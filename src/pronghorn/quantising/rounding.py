@@ -28,6 +28,8 @@ DAMPING = 0.01
 _FACTORS = (0.80, 0.84, 0.88, 0.92, 0.96, 1.0, 1.04)
 #: columns whose corrections are applied to the rest in one product
 _COLUMNS = 64
+#: weights that are rounded together; a mixture's stack has many times as many
+_AT_ONCE = 1 << 26
 
 
 def round_plain(weight: Tensor, form: Format) -> Stored:
@@ -67,8 +69,18 @@ class OutputFit:
                 for own, form, size in zip(scales, forms, sizes, strict=True)
             ]
         )
+        rows = max(1, _AT_ONCE // self.width)
+        pieces = zip(torch.cat(list(weights)).split(rows), each.split(rows), strict=True)
+        indices = torch.cat([self._round_rows(weight, scale) for weight, scale in pieces])
+        return [
+            Stored(own.contiguous(), scale, form)
+            for own, scale, form in zip(indices.split(sizes), scales, forms, strict=True)
+        ]
+
+    def _round_rows(self, weight: Tensor, each: Tensor) -> Tensor:
+        """Indices uint8 [rows, in] of weights with a scale each."""
         # Columns as rows, [in, Σ out], in their order: all weights take each step together.
-        left = torch.cat(list(weights))[:, self.order].t().contiguous()
+        left = weight[:, self.order].t().contiguous()
         each = torch.where(each == 0, 1.0, each)[:, self.order].t().contiguous()
         found = torch.empty(left.shape, dtype=torch.uint8, device=left.device)
         for start in range(0, self.width, _COLUMNS):
@@ -76,11 +88,7 @@ class OutputFit:
             rest = slice(part.stop, self.width)
             errors = self._round_columns(left, each, found, part)
             left[rest].addmm_(self.factor[part, rest].t(), errors, alpha=-1)
-        indices = torch.empty_like(found).index_copy_(0, self.order, found).t()
-        return [
-            Stored(own.contiguous(), scale, form)
-            for own, scale, form in zip(indices.split(sizes), scales, forms, strict=True)
-        ]
+        return torch.empty_like(found).index_copy_(0, self.order, found).t()
 
     def _round_columns(self, left: Tensor, each: Tensor, found: Tensor, part: slice) -> Tensor:
         """Round some columns one after the other, into `found`; returns their errors e [columns, out]."""

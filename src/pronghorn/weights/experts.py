@@ -115,9 +115,15 @@ def hold_in_four_bits(module: nn.Module, name: str, quant_type: str, double_quan
     """
     from bitsandbytes.functional import quantize_4bit
 
-    parameter = module._parameters.pop(name)
+    parameter = module._parameters[name]
     assert parameter is not None
     packed, state = quantize_4bit(parameter.data, quant_type=quant_type, compress_statistics=double_quant)
+    hold_packed(module, name, packed, state)
+
+
+def hold_packed(module: nn.Module, name: str, packed: Tensor, state: Any) -> None:
+    """Replace a stacked parameter by codes of it and their `QuantState`, as `hold_in_four_bits` does."""
+    del module._parameters[name]
     module.register_buffer(f"{name}_packed", packed)
     module.register_buffer(name, empty_stack(state, packed.device), persistent=False)
     module.__dict__.setdefault("four_bit_states", {})[name] = state

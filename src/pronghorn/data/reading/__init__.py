@@ -3,6 +3,7 @@
 from pronghorn.data.reading.files import Record, RowFile
 from pronghorn.data.reading.parse import parse
 from pronghorn.data.reading.problems import KINDS, Finding, Kind, Level, Problem, level_of
+from pronghorn.data.reading.readable import readable_rows
 
 __all__ = [
     "KINDS",
@@ -14,4 +15,5 @@ __all__ = [
     "RowFile",
     "level_of",
     "parse",
+    "readable_rows",
 ]
