@@ -14,12 +14,12 @@ TILE = 2048
 @triton.jit
 def _normed(out, weight_ptr, column, known, width, eps, NORM: tl.constexpr):
     """out / rms, 1 / rms and the weight; without a norm out and ones."""
+    rstd = tl.full([out.shape[0], 1], 1.0, tl.float32)
+    weight = tl.full([1, out.shape[1]], 1.0, tl.float32)
     if NORM:
         rstd = tl.rsqrt(tl.sum(out * out, 1) / width + eps)[:, None]
         weight = tl.load(weight_ptr + column, mask=known, other=0.0).to(tl.float32)[None, :]
-        return out * rstd, rstd, weight
-    one = tl.full([1, 1], 1.0, tl.float32)
-    return out, one, one
+    return out * rstd, rstd, weight
 
 
 @triton.jit

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 #: tokens and channels of a tile
-TOKENS, CHANNELS = 32, 128
+TOKENS, CHANNELS = 32, 64
 
 
 @triton.jit
@@ -125,7 +125,7 @@ def backward(
     _backward[grid](
         dy, x, weight, weight if bias is None else bias, document, dx, dweight, dbias, *x.shape, x.stride(0),
         dy.stride(0), W=weight.shape[1], BIAS=bias is not None, WEIGHTS=need_weight_grad,
-        BT=TOKENS, BC=CHANNELS, num_warps=4,
+        BT=TOKENS, BC=CHANNELS, num_warps=8,
     )  # fmt: skip
     if not need_weight_grad:
         return dx, None, None
