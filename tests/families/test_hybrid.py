@@ -12,9 +12,13 @@ import pytest
 import torch
 
 from pronghorn import FastLanguageModel
-from pronghorn.blocks import delta_net
+from pronghorn.blocks import LEVELS, Level, delta_net, kept_bytes_per_token
 from pronghorn.blocks.delta_net import DeltaHeads
 from pronghorn.engine import TrainingStep, bind, binding_of
+from pronghorn.engine.forward import build_layer
+from pronghorn.engine.layer_call import LayerCall
+from pronghorn.engine.planning import shape_of
+from pronghorn.engine.stream import flatten_rows
 from pronghorn.errors import EngineRefused
 from pronghorn.inference.engine import Engine
 from tests.families.parity import (
@@ -104,6 +108,19 @@ def test_what_the_engine_cannot_do_is_said() -> None:
         "no layer of full attention"
         in bind(tiny_model("qwen3_5_text", layer_types=["linear_attention"] * 2)).describe()
     )
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_both_kinds_of_layers_keep_no_more_than_is_declared(level: Level) -> None:
+    model = add_adapter(stock(torch.float32))
+    binding = bind(model, save_levels=level)
+    declared, base = kept_bytes_per_token(level, shape_of(binding).widths), model.get_base_model()
+    hidden, stream = flatten_rows(base.model.embed_tokens(torch.arange(40)[None]), None, None, {})
+    call, kept = LayerCall.of(binding, hidden, stream, 0), []
+    for layer in base.model.layers:
+        _, saves = build_layer(layer, call).forward(hidden, level)
+        kept.append(sum(t.nbytes for t in (hidden, *saves.tensors())) / 40)
+    assert max(kept) <= declared <= max(kept) * 1.1
 
 
 def test_a_mutated_kernel_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,7 +29,8 @@ from tests.memory.live import LiveBytes
 #: Modules that ask `use_triton` by a name of their own.
 _KERNELS = (
     "rms_norm", "layer_norm", "rope", "qkv_grads", "glu", "lora", "linear_cross_entropy", "nf4", "fp8", "int8",
-    "latent_heads", "routing", "grouped_adapters", "grouped_glu", "grouped_matmul", "grouped_rows",
+    "latent_heads", "short_conv", "gated_output", "routing", "grouped_adapters", "grouped_glu", "grouped_matmul",
+    "grouped_rows",
 )  # fmt: skip
 
 

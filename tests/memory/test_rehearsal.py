@@ -14,6 +14,7 @@ from transformers import (
     GraniteConfig,
     LlamaConfig,
     Phi3Config,
+    Qwen3_5TextConfig,
     Qwen3Config,
     YoutuConfig,
 )
@@ -159,6 +160,14 @@ def test_latent_attention_before_a_mixture(level: str, monkeypatch: pytest.Monke
         target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
     )
     compare(model, level, 4096)
+
+
+@pytest.mark.parametrize("level", ["offload", "none", "attention", "matmuls", "all"])
+def test_linear_attention_among_others(level: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepare(monkeypatch, parking=True)
+    kinds = ["linear_attention", "linear_attention", "full_attention"]
+    config = Qwen3_5TextConfig(**SIZES, layer_types=kinds)
+    compare(meta_model(config), level, 4096, 1024 if level == "attention" else None)
 
 
 @pytest.mark.parametrize("family", ["gemma2", "phi3"])

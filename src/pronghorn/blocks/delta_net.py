@@ -174,8 +174,14 @@ class DeltaNetBlock(AttentionOutput):
         dy = given.tensor
         dread = self.output_grad(given, dtype, saves, sink)
         del given
-        dinputs = self._input_grads(dread, saves, sink)
+        dout, dz = self._gate_grads(dread, saves, sink)
         del dread
+        *dqkv, dg, dbeta = delta_rule_backward(dout, *self._rule_inputs(saves))
+        del dout
+        joined = torch.cat([x.flatten(1) for x in dqkv], 1)
+        del dqkv
+        dinputs = self._input_grads(joined, dz, dg, dbeta, saves, sink)
+        del joined, dz, dg, dbeta
         if saves.normed is None:
             saves.normed = self.norm.forward(x, dtype)[0].tensor
         need_normed = need or sink.wants(self.norm.weight)
@@ -187,29 +193,36 @@ class DeltaNetBlock(AttentionOutput):
         dx = self.norm.backward(dnormed, x, dy, sink).tensor
         return dx if need else None
 
-    def _input_grads(self, dread: Tensor, saves: DeltaSaves, sink: GradientSink) -> list[Tensor]:
-        """Gradients of what the projections of the layer's input gave, from that of what o read [T, N, F]."""
-        out, mixed, z, a, b = saves.out, saves.mixed, saves.z, saves.a, saves.b
-        assert out is not None and mixed is not None and z is not None and a is not None and b is not None
+    def _gate_grads(self, dread: Tensor, saves: DeltaSaves, sink: GradientSink) -> tuple[Tensor, Tensor]:
+        """Gradients of the rule's output and of z, from that of what o read [T, N, F]."""
+        assert saves.out is not None and saves.z is not None
         norm = self.head_norm
         dout, dz, dweight = gated_output_backward(
-            dread, out, z, weight=norm.weight, eps=norm.eps, need_weight_grad=sink.wants(norm.weight)
+            dread,
+            saves.out,
+            saves.z,
+            weight=norm.weight,
+            eps=norm.eps,
+            need_weight_grad=sink.wants(norm.weight),
         )
         if dweight is not None:
             sink.add(norm.weight, dweight)
         saves.out = saves.z = None
-        del out, z
-        given = self._rule_inputs(saves)
-        *dqkv, dg, dbeta = delta_rule_backward(dout, *given)
-        del dout
-        joined = torch.cat([x.flatten(1) for x in dqkv], 1)
-        del dqkv
+        return dout, dz
+
+    def _input_grads(
+        self, dqkv: Tensor, dz: Tensor, dg: Tensor, dbeta: Tensor, saves: DeltaSaves, sink: GradientSink
+    ) -> list[Tensor]:
+        """Gradients of what the projections of the layer's input gave, from those of what the convolution and the gates
+        made of it."""
+        mixed, a, b = saves.mixed, saves.a, saves.b
+        assert mixed is not None and a is not None and b is not None
         dmixed, dconv, dconv_bias = short_conv_backward(
-            joined,
+            dqkv,
             mixed,
             self.conv[:, 0],
             self.conv_bias,
-            given[-1],
+            self.docs.document_of_token(mixed.shape[0]),
             need_weight_grad=sink.wants(self.conv) or sink.wants(self.conv_bias),
         )
         saves.mixed = None

@@ -226,7 +226,7 @@ def shape_of(binding: Binding, **more: Any) -> ModelShape:
     if recurrent is not None:
         delta = delta_shape(binding.config)
         assert delta is not None
-        names = {**{DELTA + i: name for i, name in enumerate(delta.inputs)}, 3: "out"}
+        names = {**{DELTA + i: name for i, name in enumerate(delta.inputs)}, 3: delta.output}
         ranks |= _ranks(binding.groups(recurrent, Reading(True)), names)
     if mixtures:
         ranks |= stack_ranks(layer, binding.family)

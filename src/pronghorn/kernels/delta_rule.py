@@ -41,7 +41,12 @@ EPS = 1e-6
 
 
 def _runs_in_triton(q: Tensor, v: Tensor, impl: Impl | None) -> bool:
-    """Whether the Triton kernels run, which take heads of 16 to 128 (q, k) and of 16 to 256 (v), powers of two."""
+    """Whether the Triton kernels run, which take heads of 16 to 128 (q, k) and of 16 to 256 (v), powers of two.
+
+    In fp32 they do only if asked for: products without matrix units, and minutes to compile at the usual sizes.
+    """
+    if impl is None and v.dtype == torch.float32:
+        return False
     sizes = (q.shape[2], 128), (v.shape[2], 256)
     fit = all(16 <= size <= most and size & (size - 1) == 0 for size, most in sizes)
     return fit and multiplies_in_triton(v, impl)

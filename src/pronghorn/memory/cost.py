@@ -19,6 +19,9 @@ from pronghorn.memory.shape import ModelShape
 #: Of the rate of dense products, what grouped ones get with the adapters' narrow products (Qwen3-30B-A3B's shapes on an
 #: H200: 490 of 660 TFLOP/s).
 GROUPED_SHARE = 0.75
+#: Passes over the rule's output [T, N·F] that the gated delta rule and its convolution take as long as, forward and
+#: backward; a guess.
+RULE_PASSES = (45, 120)
 #: Launches and shorter products of a further tile, forward and backward together; a guess.
 TILE_SECONDS = 100e-6
 
@@ -79,29 +82,32 @@ def layer_times(shape: ModelShape, batch: Batch, rates: Rates) -> LayerTimes:
     length = t / max(batch.documents, 1)
     attention_flop = 2.0 * shape.q * t * length
     on_attention = CUDNN_ATTENTION if shape.attention == "cudnn" else rates.attention
-    attend = attention_flop / on_attention[0]
+    attend, attend_back = attention_flop / on_attention[0], 2.5 * attention_flop / on_attention[1]
     h, i, heads = shape.hidden, shape.linear("down")[1], shape.q + shape.kv
     # Of latent attention the codes are kept, which q, k and v are made of again.
     raised = () if shape.latent is None else shape.latent.raised
     of_layer = tuple(name for name in shape.of_heads if name not in raised)
+    of_output, projections = OUT, shape.projections
+    if shape.delta is not None:  # most layers are of that kind
+        of_layer, of_output = tuple(shape.delta.inputs), (shape.delta.output,)
+        projections = (*shape.delta.names, *GATE_UP, *DOWN)
+        attend, attend_back = (passes(count * shape.delta.wide) for count in RULE_PASSES)
     # A mixture takes a row for each expert of a token: written and read on the way in, and on the way out.
     rows = 0 if shape.mixture is None else shape.mixture.top_k * h
     norms = passes(6 * h)
-    forward = product(*shape.projections) + attend + norms + passes(2 * heads + 3 * i + 2 * rows)
+    forward = product(*projections) + attend + norms + passes(2 * heads + 3 * i + 2 * rows)
     weight_grads = (
-        2.0 * shape.linear_parameters(*shape.projections) * t / rates.matmul
-        if shape.trained == "all"
-        else 0.0
+        2.0 * shape.linear_parameters(*projections) * t / rates.matmul if shape.trained == "all" else 0.0
     )
-    input_grads = product(*shape.projections, fp8=shape.fp8_backward, unpacked=shape.unpacked_backward)
-    backward = input_grads + weight_grads + 2.5 * attention_flop / on_attention[1]
+    input_grads = product(*projections, fp8=shape.fp8_backward, unpacked=shape.unpacked_backward)
+    backward = input_grads + weight_grads + attend_back
     backward += passes(6 * i + 8 * h + 2 * heads + 4 * rows)
     # A norm's backward wants what the down projection gave, which the levels from "attention" on keep.
     down_again = product(*DOWN) + passes(3 * i) if shape.output_norms else 0.0
     return LayerTimes(
         forward=forward,
         backward=backward,
-        rebuild_attention=product(*of_layer, *(() if shape.parallel else OUT))
+        rebuild_attention=product(*of_layer, *(() if shape.parallel else of_output))
         + attend
         + passes(2 * heads + 2 * h)
         + down_again,

@@ -11,6 +11,7 @@ from pronghorn.memory.mixture import MixtureStep
 from pronghorn.memory.parallel import ParallelStep
 from pronghorn.memory.parts import LatentShape
 from pronghorn.memory.products import Held
+from pronghorn.memory.recurrent import RecurrentMixtureStep, RecurrentStep
 from pronghorn.memory.schedule import Step
 from pronghorn.memory.shape import ModelShape
 
@@ -132,6 +133,8 @@ def step_of(shape: ModelShape) -> type[Step]:
     """The kind of step that a model of `shape` takes."""
     if shape.parallel:
         return ParallelStep
+    if shape.delta is not None:
+        return RecurrentStep if shape.mixture is None else RecurrentMixtureStep
     if shape.latent is None:
         return Step if shape.mixture is None else MixtureStep
     return LatentStep if shape.mixture is None else LatentMixtureStep

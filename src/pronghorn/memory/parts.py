@@ -56,7 +56,7 @@ class DeltaShape:
 
     Args:
         kinds: of each layer, whether it is one.
-        inputs: by name what the projections of a layer's input give; the one of its output is called "out".
+        inputs: by name what the projections of a layer's input give. `output`: the one that reads the rule's output.
         keys, key_dim: heads of q and k, and their size. values, value_dim: of v.
         conv: width of the convolution.
     """
@@ -68,6 +68,7 @@ class DeltaShape:
     values: int
     value_dim: int
     conv: int
+    output: str = "o_recurrent"
 
     @property
     def mixed(self) -> int:
@@ -81,4 +82,4 @@ class DeltaShape:
 
     @property
     def names(self) -> tuple[str, ...]:
-        return (*self.inputs, "out")
+        return (*self.inputs, self.output)

@@ -21,7 +21,7 @@ from pronghorn.memory.offload import bytes_in_flight
 from pronghorn.memory.products import DOWN, GATE_UP, OUT, QKV, Held, Products
 from pronghorn.memory.shape import ModelShape
 
-_ATTENTION = ("q", "k", "v", "out", "lse", "xa_qkv", "xa_o", "projected_attention")
+_ATTENTION = ("q", "k", "v", "gate_of_output", "out", "lse", "xa_qkv", "xa_o", "projected_attention")
 _GLU = ("gate", "up", "xa_gate_up", "xa_down", "projected_glu")
 
 
@@ -163,6 +163,11 @@ class Step(Products):
                 for name in QKV:
                     self._keep(saves, name, t * shape.linear(name)[0] * e)
                 self._free(wide)
+            if shape.gated:
+                wide, _ = saves.pop("q")
+                for name in ("q", "gate_of_output"):
+                    self._keep(saves, name, t * shape.q * e)
+                self._free(wide)
         if "out" not in saves:
             rotated = [self._new(t * width * e) for width in (shape.q, shape.kv)] if shape.qk_norm else []
             self._keep(saves, "out", t * shape.q * e)
@@ -173,8 +178,10 @@ class Step(Products):
         """`AttentionBlock.output`: what the residual sum adds."""
         shape, size = self.shape, self.tokens * self.shape.hidden * self.element
         if "projected_attention" not in saves:
-            self._project(saves, OUT, "xa_o", self.tokens)
-            saves["projected_attention"] = saves.pop("o")
+            read, (name,) = self._read_by_o(), self._output_names
+            self._project(saves, (name,), "xa_o", self.tokens)
+            saves["projected_attention"] = saves.pop(name)
+            self._free(read)
         branch = (
             saves["projected_attention"][0] if shape.output_norms else saves.pop("projected_attention")[0]
         )
@@ -182,6 +189,15 @@ class Step(Products):
             branch = self._new(size)
             self._free(self._new(4 * self.tokens))
         return branch
+
+    @property
+    def _output_names(self) -> tuple[str, ...]:
+        """The projection of the attention's output."""
+        return OUT
+
+    def _read_by_o(self) -> int:
+        """`AttentionOutput.read_by_o`, where a gate makes it; else -1."""
+        return self._new(self.tokens * self.shape.q * self.element) if self.shape.gated else -1
 
     def _glu_forward(self, level: Level, saves: Held) -> int:
         """The layer's output."""
@@ -246,8 +262,9 @@ class Step(Products):
         if shape.output_norms and shape.hands_on:
             codes = [self._new(t * shape.hidden), self._new(4 * t)]
         self._drop(saves, "projected_attention")
-        dout_o = self._input_grad(OUT, t, "xa_o" in saves, True, codes)
-        self._free(dbranch)
+        read = self._read_by_o()
+        dout_o = self._input_grad(self._output_names, t, "xa_o" in saves, True, codes)
+        self._free(dbranch, read)
         dx = self._attention_backward(saves, dout_o, need)
         self._free(dsummed)
         return dx
@@ -255,6 +272,10 @@ class Step(Products):
     def _attention_backward(self, saves: Held, dout_o: int, need: bool) -> int:
         """`AttentionBlock.backward` from the gradient of the attention's output on."""
         shape, t, e = self.shape, self.tokens, self.element
+        dgate = []
+        if shape.gated:
+            dout_o, *dgate = self._after(dout_o, [self._new(t * shape.q * e) for _ in range(2)])
+            self._drop(saves, "gate_of_output")
         rotated = [self._new(t * width * e) for width in (shape.q, shape.kv)] if shape.qk_norm else []
         gradients = [self._new(t * width * e) for width in (shape.q, shape.kv, shape.kv)]
         for _ in range(head_groups(t, shape.kv_heads, shape.attention)):
@@ -263,7 +284,9 @@ class Step(Products):
         self._drop(saves, "out", "lse", "v")
         if shape.qk_norm:
             fresh = [self._new(t * width * e) for width in (shape.q, shape.kv)]
-            self._free(*gradients[:2])
+            if shape.gated:
+                fresh[:1] = self._after(fresh[0], [self._new(2 * t * shape.q * e)])
+            self._free(*gradients[:2], *dgate)
             gradients = [*fresh, gradients[2]]
         codes = None
         joined = shape.joined and need and (joining.QKV_INPUT_GRAD or shape.fp8_forward)
@@ -275,6 +298,11 @@ class Step(Products):
             codes = self._joined_operand(QKV, t) if shape.int8 else codes
         self._drop(saves, "q", "k")
         return self._through_norm(saves, QKV, "xa_qkv", gradients, need, codes)
+
+    def _after(self, source: int, made: list[int]) -> list[int]:
+        """What was made of something, which goes then."""
+        self._free(source)
+        return made
 
     def _through_norm(
         self,

@@ -127,7 +127,7 @@ class ModelShape:
             }[name]
         delta = self.delta
         if delta is not None and name in delta.names:
-            return (h, delta.wide) if name == "out" else (delta.inputs[name], h)
+            return (h, delta.wide) if name == delta.output else (delta.inputs[name], h)
         return {
             "q": (2 * q if self.gated else q, h),
             "k": (kv, h),
@@ -239,7 +239,7 @@ class ModelShape:
             kv=self.kv,
             heads=self.heads,
             intermediate=self.intermediate if mixture is None else mixture.top_k * mixture.intermediate,
-            attention_ranks=self.rank(*self.of_heads, "o") - self.rank(*raised),
+            attention_ranks=self._attention_ranks - self.rank(*raised),
             glu_ranks=self.rank("gate", "up", "down")
             if mixture is None
             else mixture.top_k * sum(mixture.ranks.values()),
@@ -248,11 +248,26 @@ class ModelShape:
             residual_element=self.residual_element,
             output_norms=self.output_norms,
             parallel=self.parallel,
-            codes=None
-            if latent is None
-            else sum(self.linear(n)[0] for n in ("q", "kv")) + self.linear("o")[1],
+            codes=self._codes,
             raised=0 if latent is None else self._raised_heads + self.rank(*raised),
         )
+
+    @property
+    def _attention_ranks(self) -> int:
+        """Summed ranks of a layer's attention; where there are two kinds, of the one that has more."""
+        of_rule = 0 if self.delta is None else self.rank(*self.delta.names)
+        return max(self.rank(*self.of_heads, "o"), of_rule)
+
+    @property
+    def _codes(self) -> int | None:
+        """What is kept in place of q, k, v and the output (`LayerWidths.codes`); where there are two kinds of layers,
+        of the one that keeps more."""
+        if self.latent is not None:
+            return sum(self.linear(n)[0] for n in ("q", "kv")) + self.linear("o")[1]
+        usual = (3 if self.gated else 2) * self.q + 2 * self.kv
+        if self.delta is not None:
+            return max(usual, sum(self.delta.inputs.values()) + self.delta.wide)
+        return usual if self.gated else None
 
     @property
     def _raised_heads(self) -> int:
