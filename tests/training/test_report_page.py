@@ -73,7 +73,16 @@ def test_what_is_told(name):
 
 
 def test_labels_that_would_lie_upon_one_another_are_told_together():
-    marks = [Mark(40, 100, "warning", "2"), Mark(70, 70, "warning", "3"), Mark(10, 10, "error", "1")]
+    marks = [
+        Mark(*ends, "warning", label)
+        for ends, label in (
+            ((40, 100), "2"),
+            ((70, 70), "3"),
+            ((10, 10), "1"),
+            ((75, 75), "4"),
+            ((90, 90), "5"),
+        )
+    ]
     figure = chart("Loss", [Series("loss", [(0, 1.0), (100, 2.0)])], marks=marks)
     labels = re.findall(r'class="told" style="left:([\d.]+)%">([^<]+)<', figure)
-    assert labels == [("10.0", "1"), ("70.0", "2, 3")]
+    assert labels == [("10.0", "1"), ("70.0", "2, 3, 4"), ("90.0", "5")]

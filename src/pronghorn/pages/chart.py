@@ -19,8 +19,8 @@ DRAWN = 900
 LOGARITHMIC = 60.0
 #: Width of the window of a smoothed curve, as a share of its points.
 _SMOOTHED = 1 / 25
-#: Per cent of the width that labels are apart at least: on a phone, the width of two digits.
-_APART = 5.0
+#: Width of a label's character on a phone, in per cent of a chart's.
+_CHARACTER = 2.5
 
 CHART_STYLE = """
 :root { --c0: #b0622a; --c1: #2563a8; --c2: #2c7a4b; --c3: #8a3fa0; --c4: #a8852b; --c5: #0f7f86; --c6: #b23a5e;
@@ -305,8 +305,9 @@ def _labels(across: _Axis, marks: Sequence[Mark]) -> list[str]:
     """Above the middle of each mark; those that would lie upon one another are told together."""
     placed: list[tuple[float, list[str]]] = []
     for middle, label in sorted((sum(_ends(across, mark)) / 20, mark.label) for mark in marks):
-        if placed and middle - placed[-1][0] < _APART:
-            placed[-1][1].append(label)
+        at, before = placed[-1] if placed else (-math.inf, [])
+        if middle - at < _CHARACTER * (len(", ".join(before)) + len(label) + 1) / 2:
+            before.append(label)
         else:
             placed.append((middle, [label]))
     return [
