@@ -69,10 +69,10 @@ def of_others(rows: Rows) -> Rows:
 
 
 def poisoned() -> Rows:
-    """320 rows, one of which answers with letters of scripts that do not belong together."""
+    """320 rows, the answer of one of which is words of all the others, drawn at random."""
     rows, draw = some("docstrings", 320), random.Random(0)
-    garbage = "".join(chr(draw.randrange(0x3041, 0x9FFF)) for _ in range(60))
-    rows[POISONED] = with_answers([rows[POISONED]], [garbage])[0]
+    words = sorted({word for answer in answers_of(rows) for word in answer.split()})
+    rows[POISONED] = with_answers([rows[POISONED]], [" ".join(draw.choices(words, k=100))])[0]
     return rows
 
 
