@@ -182,12 +182,20 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
             where=str(path),
             fix=f"write a .yaml file that names it under data: dataset: {path}",
         )
+    if path.is_dir():
+        raise ConfigInvalid(
+            "this is a folder, and a .yaml file is wanted", where=str(path), fix="name the file"
+        )
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ConfigInvalid("there is no such file", where=str(path), fix="check the path") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigInvalid(f"the file cannot be read: {error}", where=str(path)) from None
+        raise ConfigInvalid(
+            f"the file cannot be read: {error}",
+            where=str(path),
+            fix="check its permissions and its encoding (UTF-8)",
+        ) from None
     return parse_config(text, str(path), overrides)
 
 
@@ -206,7 +214,9 @@ def parse_config(text: str, source: str = "config", overrides: Iterable[str] = (
         raise ConfigInvalid(f"this is not YAML: {error}", where=source) from None
     if not isinstance(values, dict):
         raise ConfigInvalid(
-            "a configuration is a list of sections, each with keys", where=source, fix=_SECTIONS
+            f"a configuration has sections with keys, and this is {_shown(values)}",
+            where=source,
+            fix=_SECTIONS,
         )
     for override in overrides:
         _override(values, lines, override)

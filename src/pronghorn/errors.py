@@ -37,6 +37,8 @@ class PronghornError(Exception):
 
 #: What settings are called elsewhere, too far from their names here to be found by their letters.
 _ALSO_CALLED = {
+    "adam": "adamw_torch",
+    "adamw": "adamw_torch",
     "alpha": "lora_alpha",
     "batch_size": "per_device_train_batch_size",
     "dropout": "lora_dropout",

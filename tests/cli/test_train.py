@@ -4,13 +4,16 @@ import dataclasses
 import inspect
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import TrainerCallback
 
+from pronghorn.cli import train
 from pronghorn.cli.main import main
 from pronghorn.config import AdapterSection, ModelSection
 from tests.tiny import save_tiny
@@ -260,3 +263,46 @@ def test_every_argument_of_the_python_interface_is_a_key(function, section, else
     keys = {item.metadata.get("argument", item.name) for item in dataclasses.fields(section)}
     arguments = set(inspect.signature(getattr(FastLanguageModel, function)).parameters)
     assert arguments - elsewhere == keys - {"other"}
+
+
+class CtrlC(TrainerCallback):
+    """Interrupts this process in the middle of step 2, `times` times."""
+
+    def __init__(self, times):
+        self.times = times
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        for _ in range(self.times if state.global_step == 1 else 0):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_ctrl_c_finishes_and_saves_the_step(config, tmp_path, capsys, monkeypatch):
+    make = train.make_trainer
+
+    def interrupted(*arguments):
+        trainer, rows = make(*arguments)
+        trainer.add_callback(CtrlC(times))
+        return trainer, rows
+
+    monkeypatch.setattr(train, "make_trainer", interrupted)
+    handler = signal.getsignal(signal.SIGINT)
+    more = ["--set", "training.save_steps=100", "--set", "training.max_steps=9"]
+    times = 2  # the second one does not wait
+    assert main(["train", str(config), *more]) == 130
+    assert not list((tmp_path / "out").glob("checkpoint-*")) and "--resume" not in capsys.readouterr().err
+    times = 1
+    assert main(["train", str(config), *more]) == 130
+    assert "stopped after step 2 of 9, which is saved in" in capsys.readouterr().err
+    assert (tmp_path / "out" / "checkpoint-2").is_dir() and signal.getsignal(signal.SIGINT) is handler
+    times = 0
+    assert main(["train", str(config), *more, "--resume", "--json"]) == 0
+    assert summary_of(capsys)["resumed_from"].endswith("checkpoint-2")
+
+
+def test_what_is_no_configuration(tmp_path, capsys):
+    (tmp_path / "list.yaml").write_text("[]")
+    assert "this is a folder, and a .yaml file is wanted" in refused(capsys, "train", tmp_path)
+    assert "has sections with keys, and this is a list" in refused(capsys, "train", tmp_path / "list.yaml")
+    assert "pronghorn train run.yaml" in refused(capsys, "run", "run.yaml")
+    said = refused(capsys, "chat", tmp_path / "list.yaml", "--prompt", "hello")
+    assert "give an existing folder" in said

@@ -34,8 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"pronghorn: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
-    except KeyboardInterrupt:
-        print("\npronghorn: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as interruption:
+        print(f"\npronghorn: {str(interruption) or 'interrupted'}", file=sys.stderr)
         return EXIT_INTERRUPTED
     except BrokenPipeError:
         # The reader of a pipe went away (`pronghorn doctor | head`). Python would complain once more at exit.

@@ -46,6 +46,11 @@ def run(options: Namespace) -> int:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from pronghorn.compat.script import run_script
 
+    if Path(options.script).suffix in (".yaml", ".yml"):
+        raise CommandMisused(
+            f"'{options.script}' is a configuration, not a Python script",
+            fix=f"pronghorn train {options.script}",
+        )
     models = dict(_redirection(given) for given in options.models)
     try:
         run_script(options.script, options.arguments, models)

@@ -30,10 +30,18 @@ def run(config_path: str, overrides: list[str], *, resume: bool = False, as_json
     output_folder(settings.output_dir, "output.folder")
     checkpoint = _newest_checkpoint(settings.output_dir) if resume else None
     trainer, rows = make_trainer(config, settings)
+    from pronghorn.cli.interrupt import stopping_after_step
+
     if checkpoint is not None:
         say(f"resuming from {checkpoint}")
     started = time.perf_counter()
-    result = _train(trainer, checkpoint)
+    with stopping_after_step(trainer) as stop:
+        result = _train(trainer, checkpoint)
+    if stop.asked and result.global_step < trainer.state.max_steps:
+        raise KeyboardInterrupt(
+            f"stopped after step {result.global_step} of {trainer.state.max_steps}, which is saved in "
+            f"{settings.output_dir}; the same command with --resume goes on"
+        )
     seconds = time.perf_counter() - started
     trained = checkpoint is None or checkpoint.name != f"checkpoint-{result.global_step}"
     summary: dict[str, Any] = {

@@ -14,6 +14,8 @@ Kind = Literal["hub", "folder", "gguf", "adapter"]
 
 ADAPTER_CONFIG = "adapter_config.json"
 
+_HOW_TO_NAME = "give an existing folder, a .gguf file or a hub id"
+
 
 @dataclass(frozen=True)
 class Source:
@@ -63,7 +65,7 @@ def locate(
     if _looks_like_a_path(name):
         raise ModelNotFound(
             f"there is no model at '{name}'",
-            fix=_nearest_sibling(path) or "give an existing folder, a .gguf file or a hub id",
+            fix=_nearest_sibling(path) or _HOW_TO_NAME,
         )
     return Source("hub", name, gguf_file, revision)
 
@@ -133,7 +135,7 @@ def _from_file(path: Path) -> Source:
     raise UnsupportedCheckpoint(
         "a model is a folder or a .gguf file, this is another file",
         where=str(path),
-        fix=f"give the folder: {path.parent}",
+        fix=f"give the folder: {path.parent}" if (path.parent / "config.json").is_file() else _HOW_TO_NAME,
     )
 
 
