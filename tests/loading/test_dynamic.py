@@ -357,6 +357,17 @@ def test_a_mixture_trains_and_answers_on_fitted_stacks(tmp_path):
         assert held | dense >= {name for name in stacks if f"layers.{index}." in name} and not held & dense
     assert report.predictions.fitted.kl < 0.5 * report.predictions.plain.kl
     assert binding_of(model).bound
+    shape, held = shape_of(binding_of(model)), 0
+    for layer in model.model.layers:
+        experts = layer.mlp.experts
+        held += sum(p.nbytes for p in experts.parameters())
+        for name, state in four_bit_states(experts).items():
+            held += experts._buffers[f"{name}_packed"].nbytes + state.absmax.nbytes + state.code.nbytes
+            held += state.state2.absmax.nbytes + state.state2.code.nbytes + state.offset.nbytes
+    assert sum(shape.stack_tensors) == held and shape.storage_of_stacks == "nf4"
+    others = sum(p.nbytes for name, p in model.named_parameters() if "experts" not in name)
+    assert sum(shape.weight_tensors()) == pytest.approx(held + others, rel=0.01)
+    assert not shape_of(binding_of(load(path)[0])).stack_tensors
     exact, plain = logits(stock(path)), logits(load(path)[0])
     assert divergence(exact, logits(model)) < 0.5 * divergence(exact, plain)
     adapted = FastLanguageModel.get_peft_model(

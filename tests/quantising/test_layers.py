@@ -99,7 +99,8 @@ def test_weights_of_errors_are_squared_gradients_of_the_model_s_likelihood():
     from pronghorn.quantising.measure import _draw, _gradient_squares
 
     model = tiny_model("llama").requires_grad_(False)
-    found = _gradient_squares(Decoder(model, IDS), NAMES)
+    decoder = Decoder(model, IDS)
+    found = _gradient_squares(decoder, NAMES, measure(decoder, NAMES, double=True)[1])
     outputs = {}
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and "layers" in name:
@@ -129,8 +130,8 @@ def test_harm_is_about_the_divergence_that_rounding_a_module_makes():
     model = tiny_model("llama").requires_grad_(False)
     ids = torch.randint(3, 300, (16, 32), generator=torch.Generator().manual_seed(3))
     decoder = Decoder(model, ids)
-    measured = measure(decoder, NAMES, double=True)
-    weigh(decoder, NAMES, measured)
+    measured, kept = measure(decoder, NAMES, double=True)
+    weigh(decoder, NAMES, measured, kept)
     assert len(measured) == 14 and all(set(m.harm) == set(forms_of(m.shape[1], True)) for m in measured)
     with torch.no_grad():
         exact = model(ids).logits.log_softmax(-1)

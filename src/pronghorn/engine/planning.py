@@ -11,7 +11,7 @@ import torch
 
 from pronghorn.blocks import Level, LinearProjection, host_bytes_per_token, kept_bytes_per_token, parks
 from pronghorn.engine.binding import Binding, host_pool
-from pronghorn.engine.experts import stack_ranks
+from pronghorn.engine.experts import read_mixture, stack_ranks
 from pronghorn.engine.joined import joins, weights_to_join
 from pronghorn.engine.read import Reading
 from pronghorn.errors import BudgetTooSmall, UnsupportedCheckpoint
@@ -34,6 +34,7 @@ from pronghorn.memory import (
 )
 from pronghorn.memory.shape import STORAGES, stored_tensors
 from pronghorn.weights import DenseWeight, FourBitWeight, is_four_bit, keep_expanded, stacked
+from pronghorn.weights.experts import DenseExperts, ExpertWeight, FourBitExperts
 
 #: types whose configs do not say that q, k and v have biases
 _ALWAYS_BIASED = ("qwen2", "qwen2_vl_text", "qwen2_5_vl_text")
@@ -232,7 +233,7 @@ def shape_of(binding: Binding, **more: Any) -> ModelShape:
         ranks |= stack_ranks(layer, binding.family)
     read = [binding.groups(layer, Reading(True)) for layer in binding.layers]
     storages = tuple(_storage((found.get(4) or found.get(0) or found[DELTA])[0], dtype) for found in read)
-    linear_tensors = () if mixtures else _mixed_tensors(read)
+    linear_tensors = _mixed_tensors(read)
     stored = max(set(storages), key=storages.count)
     return shape_of_config(
         binding.model.config,
@@ -240,12 +241,23 @@ def shape_of(binding: Binding, **more: Any) -> ModelShape:
         storage=stored,
         layer_storages=storages if len(set(storages)) > 1 and not linear_tensors else (),
         linear_tensors=linear_tensors,
+        stack_tensors=_mixed_stacks(read_mixture(binding.family, binding.config, mixtures).weights),
         dtype=_name(dtype),
         attention=binding.attention_backend(embedding.device, dtype, binding.head_dim),
         trained="adapters" if any(ranks.values()) else "all",
         joined=_joined(groups, embedding.device),
         **more,
     )
+
+
+def _mixed_stacks(stacks: Sequence[ExpertWeight]) -> tuple[int, ...]:
+    """Bytes of every tensor of stacks of experts, where some are in 4 bits and others are not, or in blocks of another
+    size than 64; () where `storage` says it all."""
+    four_bit = [stack.packed for stack in stacks if isinstance(stack, FourBitExperts)]
+    dense = [stack for stack in stacks if isinstance(stack, DenseExperts)]
+    if not four_bit or (not dense and all(weight.state.blocksize == 64 for weight in four_bit)):
+        return ()
+    return (*(n for weight in four_bit for n in weight.stored_bytes), *(s.weight.nbytes for s in dense))
 
 
 def _ranks(groups: Mapping[int, Sequence[Any]], names: Mapping[int, str]) -> dict[str, int]:

@@ -44,7 +44,8 @@ class ModelShape:
         storage: how the layers' linear weights are stored, one of `STORAGES`.
         layer_storages: each layer's own, where they differ; `storage` is then the one that most have.
         linear_tensors: bytes of every tensor that holds the layers' linear weights, where modules of one layer are
-            stored in different ways (dynamic quantisation); `storage` is then the one that most have.
+            stored in different ways (dynamic quantisation); `storage` is then the one that most have. `stack_tensors`:
+            the same of stacks of experts.
         dtype: the compute dtype; embeddings, norms and head are stored in it.
         residual_element: bytes of an element of the residual stream.
         trained: "adapters", or "all" for full fine-tuning in the stored dtype.
@@ -76,6 +77,7 @@ class ModelShape:
     storage: str = "bfloat16"
     layer_storages: tuple[str, ...] = ()
     linear_tensors: tuple[int, ...] = ()
+    stack_tensors: tuple[int, ...] = ()
     dtype: str = "bfloat16"
     residual_element: int = 2
     tied: bool = False
@@ -166,7 +168,9 @@ class ModelShape:
 
     @property
     def storage_of_stacks(self) -> str:
-        """How a mixture's experts are stored: in 4 bits as the linear weights, or plain."""
+        """How a mixture's experts are stored: in 4 bits as the linear weights, or plain; in 4 bits where some are."""
+        if self.stack_tensors:
+            return "nf4"
         return self.storage.split(" in ")[0] if self.storage.startswith("nf4") else self.dtype
 
     @property
@@ -369,14 +373,12 @@ class ModelShape:
     def weight_tensors(self) -> Iterator[int]:
         """Bytes of every tensor that holds the model's weights."""
         yield from (size for _, size in self._dense_tensors())
-        if self.linear_tensors:
-            yield from self.linear_tensors
-            return
+        yield from (*self.linear_tensors, *self.stack_tensors)
         storages = self.layer_storages or (self.storage,) * self.layers
         for storage, (plain, recurrent) in zip(storages, self._kinds, strict=True):
-            for out, width, _ in self._linears(plain, recurrent):
+            for out, width, _ in self._linears(plain, recurrent) if not self.linear_tensors else ():
                 yield from stored_tensors(out, width, storage)
-            for size, _, _ in self._stacks(plain):
+            for size, _, _ in self._stacks(plain) if not self.stack_tensors else ():
                 yield from stored_tensors(1, size, self.storage_of_stacks)
 
     def training_tensors(self) -> Iterator[int]:

@@ -54,13 +54,13 @@ def quantise(
     names = _layer_names(model)
     plain = plain_form(double)
     decoder = Decoder(model, rows.ids, device=device)
-    measured = measure(decoder, names, double)
+    measured, kept = measure(decoder, names, double)
     if not measured:
         raise QuantisationRefused(
             f"{type(model).__name__} has no plain linear layers to quantise",
             fix="load it without dynamic_4bit",
         )
-    weigh(decoder, names, measured)
+    weigh(decoder, names, measured, kept)
     chosen = _choose(measured, settings, plain, dense_form(model.dtype))
     logger.info("pronghorn: measured %d modules in %.0f s", len(measured), time.monotonic() - started)
     held_out = None if rows.held_out is None else HeldOut(Decoder(model, rows.held_out, device=device))

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -67,8 +68,11 @@ def errors_of(weight: Tensor, quantised: Tensor, moment: Tensor) -> Errors:
 
 
 @torch.no_grad()
-def measure(decoder: Decoder, layer_names: Sequence[str], double: bool) -> list[Measured]:
-    """Every part of the decoder's layers in its forms of 4 bits, in the unquantised model; `harm` stays empty.
+def measure(
+    decoder: Decoder, layer_names: Sequence[str], double: bool
+) -> tuple[list[Measured], list[Tensor]]:
+    """Every part of the decoder's layers in its forms of 4 bits, in the unquantised model; `harm` stays empty. And what
+    `weigh` takes gradients of: a part of each layer's input and of the last one's output, on the CPU.
 
     Args:
         layer_names: full names of the layers.
@@ -76,6 +80,7 @@ def measure(decoder: Decoder, layer_names: Sequence[str], double: bool) -> list[
     """
     found = []
     hidden = decoder.inputs()
+    kept = [_first_rows(hidden, _gradient_rows(decoder))]
     for index, layer in enumerate(decoder.layers):
         with decoder.placed(index):
             parts, moments = parts_of(layer), Moments()
@@ -90,44 +95,53 @@ def measure(decoder: Decoder, layer_names: Sequence[str], double: bool) -> list[
                     }
                     shape = (weight.shape[0], weight.shape[1])
                     found.append(Measured(f"{layer_names[index]}.{path}", shape, rows, {}))
-    return found
+        kept.append(_first_rows(hidden, len(kept[0])))
+    return found, kept
 
 
-def weigh(decoder: Decoder, layer_names: Sequence[str], measured: Sequence[Measured]) -> None:
-    """Fill in `harm`, by one pass forward and back over a part of the calibration rows."""
-    squares = _gradient_squares(decoder, layer_names)
+def _gradient_rows(decoder: Decoder) -> int:
+    return max(1, GRADIENT_TOKENS // decoder.ids.shape[1])
+
+
+def _first_rows(chunks: Sequence[Tensor], count: int) -> Tensor:
+    """Of hidden states [rows, S, H] in chunks, on the CPU."""
+    return torch.cat(
+        [row.cpu() for row in islice((row for chunk in chunks for row in chunk.split(1)), count)]
+    )
+
+
+def weigh(
+    decoder: Decoder, layer_names: Sequence[str], measured: Sequence[Measured], kept: list[Tensor]
+) -> None:
+    """Fill in `harm`, by one pass back over a part of the calibration rows, whose hidden states `measure` has kept."""
+    squares = _gradient_squares(decoder, layer_names, kept)
     for module in measured:
         weights = squares[module.name]
         module.harm = {form: 0.5 * float((rows * weights).sum()) for form, rows in module.row_errors.items()}
 
 
-def _gradient_squares(decoder: Decoder, layer_names: Sequence[str]) -> dict[str, Tensor]:
-    """G [out] of every part, on the CPU."""
-    rows = max(1, GRADIENT_TOKENS // decoder.ids.shape[1])
+def _gradient_squares(decoder: Decoder, layer_names: Sequence[str], kept: list[Tensor]) -> dict[str, Tensor]:
+    """G [out] of every part, on the CPU; lets go of `kept`."""
+    output = kept.pop()
     # A row at a time: logits in fp32 are the largest tensor there is.
-    part = Decoder(decoder.model, decoder.ids[:rows], decoder.ids.shape[1], decoder.device)
-    kept: list[list[Tensor]] = []  # inputs of each layer
-    with torch.no_grad():
-        hidden = part.inputs()
-        for index in range(len(part.layers)):
-            kept.append([chunk.cpu() for chunk in hidden])
-            with part.placed(index):
-                hidden = [part.run(index, chunk) for chunk in hidden]
+    part = Decoder(decoder.model, decoder.ids[: len(output)], decoder.ids.shape[1], decoder.device)
+    place = part.inputs()[0].device
     gradients = [
-        _gradient_of_likelihood(part, ids, given) for ids, given in zip(part.chunks, hidden, strict=True)
+        _gradient_of_likelihood(part, ids, given.to(place))
+        for ids, given in zip(part.chunks, output.split(1), strict=True)
     ]
     found: dict[str, Tensor] = {}
     for index in range(len(part.layers) - 1, -1, -1):
         with part.placed(index):
             parts = parts_of(part.layers[index])
             squares = _Squares({path: len(own.weight) for path, own in parts.items()})
-            for place, given in enumerate(kept.pop()):
-                leaf = given.detach().to(gradients[place].device).requires_grad_()
+            for row, given in enumerate(kept.pop().split(1)):
+                leaf = given.detach().to(place).requires_grad_()
                 with watching(parts, squares.note):
                     output = part.run(index, leaf)
-                output.backward(gradients[place])
+                output.backward(gradients[row])
                 assert leaf.grad is not None
-                gradients[place] = leaf.grad
+                gradients[row] = leaf.grad
         for path, total in squares.sums.items():
             found[f"{layer_names[index]}.{path}"] = total / part.ids.numel()
     return found
