@@ -56,11 +56,15 @@ from transformers import (
     Qwen2MoeConfig,
     Qwen2MoeForCausalLM,
     Qwen3_5ForCausalLM,
+    Qwen3_5MoeForCausalLM,
+    Qwen3_5MoeTextConfig,
     Qwen3_5TextConfig,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
     SmolLM3Config,
     SmolLM3ForCausalLM,
     YoutuConfig,
@@ -100,6 +104,8 @@ MIXTURES: dict[str, tuple[type, type]] = {
     "mixtral": (MixtralConfig, MixtralForCausalLM),
     "qwen2_moe": (Qwen2MoeConfig, Qwen2MoeForCausalLM),
     "qwen3_moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM),
+    "qwen3_next": (Qwen3NextConfig, Qwen3NextForCausalLM),
+    "qwen3_5_moe_text": (Qwen3_5MoeTextConfig, Qwen3_5MoeForCausalLM),
 }
 
 #: 4 query heads share 2 key/value heads; every size is a multiple of 64, the smallest block of bitsandbytes' NF4.
@@ -130,7 +136,7 @@ LATENT_SIZES: dict[str, Any] = {
 }
 
 #: families with linear attention in some layers: 2 heads of v go with a head of q and k
-RECURRENT = ("qwen3_5_text",)
+RECURRENT = ("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next")
 RECURRENT_SIZES: dict[str, Any] = {
     "layer_types": ["linear_attention", "full_attention"],
     "linear_conv_kernel_dim": 4,

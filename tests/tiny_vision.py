@@ -30,11 +30,13 @@ from transformers import (
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
     Qwen2VLImageProcessorPil,
+    Qwen3_5Config,
+    Qwen3_5ForConditionalGeneration,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
 )
 
-from tests.tiny import TINY, tiny_tokenizer
+from tests.tiny import RECURRENT_SIZES, TINY, tiny_tokenizer
 
 MODELS: dict[str, tuple[type, type]] = {
     "qwen2_vl": (Qwen2VLConfig, Qwen2VLForConditionalGeneration),
@@ -42,6 +44,9 @@ MODELS: dict[str, tuple[type, type]] = {
     "qwen3_vl": (Qwen3VLConfig, Qwen3VLForConditionalGeneration),
     "gemma3": (Gemma3Config, Gemma3ForConditionalGeneration),
 }
+
+#: with linear attention in the text part: `tests.families.test_hybrid` holds it to a bound of its own
+HYBRIDS: dict[str, tuple[type, type]] = {"qwen3_5": (Qwen3_5Config, Qwen3_5ForConditionalGeneration)}
 
 #: ids of the tokens that `tiny_processor` adds to `tests.tiny.tiny_tokenizer`'s 320
 VISION_START, VISION_END, IMAGE, VIDEO = 320, 321, 322, 323
@@ -94,6 +99,11 @@ def tiny_vision_config(kind: str, **text: Any) -> Any:
             vision_config=tower,
             **_QWEN_IDS,
         )
+    if kind == "qwen3_5":
+        text_config = {**_TEXT, **RECURRENT_SIZES, **_mrope((2, 1, 1)), **text}
+        text_config["rope_parameters"]["partial_rotary_factor"] = 0.5
+        tower = {**_TOWER, "intermediate_size": 48, "num_position_embeddings": 64}
+        return Qwen3_5Config(text_config=text_config, vision_config=tower, **_QWEN_IDS)
     layers = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 6}
     return Gemma3Config(
         text_config={**_TEXT, **layers, "query_pre_attn_scalar": 24, **text},
@@ -110,7 +120,7 @@ def tiny_vision_model(kind: str, *, seed: int = 0, dtype: torch.dtype = torch.fl
     """A random model, in eval mode, with weights larger than Transformers' own, so that a wrong formula shows."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = MODELS[kind][1](tiny_vision_config(kind, **text))
+        model = (MODELS | HYBRIDS)[kind][1](tiny_vision_config(kind, **text))
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if name.endswith("norm.weight") and "language_model" in name:

@@ -46,7 +46,10 @@ def test_weights_are_counted_exactly(family: str) -> None:
     assert shape.adapter_parameters == sum(p.numel() for p in adapted.parameters() if p.requires_grad)
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "deepseek_v2", "deepseek_v3", "glm4_moe_lite"])
+@pytest.mark.parametrize(
+    "family",
+    ["mixtral", "qwen3_moe", "deepseek_v2", "deepseek_v3", "glm4_moe_lite"],
+)
 def test_weights_of_mixtures_are_counted_exactly(family: str) -> None:
     """Layers without a mixture, shared experts and routers among them."""
     mostly = {"num_hidden_layers": 3, "mlp_layer_types": ["sparse", "dense", "sparse"]}

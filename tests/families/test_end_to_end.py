@@ -35,7 +35,12 @@ def answers(model: Any, ids: torch.Tensor) -> torch.Tensor:
     "family,four_bit",
     [
         *[("gemma2", False), ("gemma3_text", True), ("phi3", True), ("granite", False), ("smollm3", False)],
-        *[("qwen3_5_text", True), ("youtu", True), ("deepseek_v3", False), ("deepseek_v2", True)],
+        *[
+            ("qwen3_5_text", True),
+            ("youtu", True),
+            ("deepseek_v3", False),
+            ("deepseek_v2", True),
+        ],
     ],
 )
 def test_from_a_checkpoint_to_another(family: str, four_bit: bool, tmp_path: Path) -> None:

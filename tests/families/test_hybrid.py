@@ -24,6 +24,7 @@ from pronghorn.inference.engine import Engine
 from tests.families.parity import (
     FAMILIES,
     LENGTHS,
+    TARGETS,
     add_adapter,
     assert_bf16_not_worse,
     assert_same,
@@ -35,12 +36,24 @@ from tests.families.parity import (
     run_step,
 )
 from tests.tiny import tiny_model
+from tests.tiny_vision import tiny_vision_model, vision_batch
 
 BOUND = 3e-5
 
 
 def stock(dtype: torch.dtype = torch.float64, **options: Any) -> Any:
     return tiny_model("qwen3_5_text", **{**FAMILIES["qwen3_5_text"], **options}).to(dtype)
+
+
+def test_the_text_part_of_a_model_for_images() -> None:
+    """Checkpoints are of this class. Positions of images have a time, a height and a width."""
+    model = tiny_vision_model("qwen3_5", dtype=torch.float64)
+    model = add_adapter(model, target_modules=rf".*language_model.*\.({'|'.join(TARGETS)})")
+    rows = vision_batch("qwen3_5", [(3, (2, 2), 6), (2, (2, 3), 4, (2, 2), 5), (7,)], dtype=torch.float64)
+    expected, fast = run(model, rows), bound_copy(model)
+    for level in ("none", "all"):
+        binding_of(fast).set_save_levels(level)  # type: ignore[union-attr]
+        assert_same(run(fast, rows), expected, BOUND)
 
 
 @pytest.mark.parametrize("mode", ["lora", "full"])

@@ -16,6 +16,7 @@ from transformers import (
     Phi3Config,
     Qwen3_5TextConfig,
     Qwen3Config,
+    Qwen3NextConfig,
     YoutuConfig,
 )
 
@@ -168,6 +169,22 @@ def test_linear_attention_among_others(level: str, monkeypatch: pytest.MonkeyPat
     kinds = ["linear_attention", "linear_attention", "full_attention"]
     config = Qwen3_5TextConfig(**SIZES, layer_types=kinds)
     compare(meta_model(config), level, 4096, 1024 if level == "attention" else None)
+
+
+@pytest.mark.parametrize("level", ["none", "all"])
+def test_linear_attention_before_a_mixture(level: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two modules of the layer's input, taken apart by heads."""
+    prepare(monkeypatch, parking=True)
+    sizes = {"hidden_size": 2048, "num_attention_heads": 16, "num_key_value_heads": 2, "head_dim": 256}
+    of_experts = {"num_experts": 64, "num_experts_per_tok": 6, "moe_intermediate_size": 512}
+    kinds = ["linear_attention", "linear_attention", "full_attention"]
+    config = Qwen3NextConfig(**{**SIZES, **sizes}, **of_experts, layer_types=kinds)
+    model = meta_model(
+        config,
+        target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "in_proj_qkvz", "in_proj_ba", "out_proj"],
+        target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+    )
+    compare(model, level, 4096)
 
 
 @pytest.mark.parametrize("family", ["gemma2", "phi3"])

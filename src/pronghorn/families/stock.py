@@ -22,7 +22,6 @@ STOCK = {
     "olmo2": NO_PRE_NORM,
     "olmo3": NO_PRE_NORM,
     "phi": f"attention and MLP side by side on one {LAYER_NORM}, and an MLP without a gate",
-    "qwen3_next": "linear attention (gated delta rule) in most layers, and a gate on the attention's output",
     "stablelm": f"{LAYER_NORM} with biases",
     "starcoder2": f"{LAYER_NORM} with biases and an MLP without a gate",
 }
