@@ -62,6 +62,29 @@ def run(pooling: str, steps: int) -> dict[str, Any]:
     }
 
 
+def table(runs: list[dict[str, Any]]) -> str:
+    """Markdown: each pooling before and after."""
+    lines = [
+        "| pooling | recall@1 | recall@10 | MRR@10 | nDCG@10 | loss | training |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    forms = {
+        "recall@1": "{:.1%}",
+        "recall@10": "{:.1%}",
+        "mrr@10": "{:.3f}",
+        "ndcg@10": "{:.3f}",
+        "loss": "{:.2f}",
+    }
+    for found in runs:
+        cells = [
+            " → ".join(form.format(found[when][f"eval_{name}"]) for when in ("before", "after"))
+            for name, form in forms.items()
+        ]
+        shown = " | ".join(cells).replace("%", " %")
+        lines.append(f"| `{found['pooling']}` | {shown} | {found['seconds']:.0f} s |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
@@ -72,7 +95,7 @@ def main() -> None:
     for pooling in options.pooling.split(","):
         runs.append(run(pooling, options.steps))
         options.out.write_text(json.dumps(runs, indent=1) + "\n", encoding="utf-8")
-        print(json.dumps(runs[-1], indent=1))
+    print(table(runs))
 
 
 if __name__ == "__main__":

@@ -70,14 +70,19 @@ def slug(heading: str) -> str:
     return re.sub(r"\s", "-", kept.strip())
 
 
+def tables(page: Path) -> list[list[list[str]]]:
+    """Each table as the cells of its lines."""
+    found = re.findall(r"(?:^ *\|.*\n)+", _without_blocks(page), re.MULTILINE)
+    return [[_cells(line) for line in text.splitlines()] for text in found]
+
+
 def table_rows(page: Path) -> list[list[str]]:
-    """The cells of every line of a table, headers included."""
-    lines = (line.strip() for line in _without_blocks(page).splitlines())
-    return [
-        [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
-        for line in lines
-        if line.startswith("|")
-    ]
+    """The cells of every line of all tables, headers included."""
+    return [row for rows in tables(page) for row in rows]
+
+
+def _cells(line: str) -> list[str]:
+    return [cell.strip() for cell in re.split(r"(?<!\\)\|", line.strip())[1:-1]]
 
 
 def commands(page: Path) -> Iterator[tuple[int, str]]:
