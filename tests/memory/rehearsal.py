@@ -131,14 +131,17 @@ def batch_of(tokens: int, documents: int) -> dict[str, Any]:
 
 
 def measure(model: Any, tokens: int, documents: int, memory: Allocator | None = None) -> int:
-    """The most bytes alive in forward and backward, beyond the model; `memory` lives through two steps."""
+    """The most bytes alive in forward and backward, beyond the model and gradients, which lie in buffers as in a training
+    step; `memory` lives through two steps."""
     peak = 0
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.zeros_like(parameter)
     for _ in range(1 if memory is None else 2):
         batch = batch_of(tokens, documents)
         with LiveBytes(memory) as counter:
             model(**batch).loss.backward()
         peak = max(peak, counter.peak)
-        model.zero_grad(set_to_none=True)
     return peak
 
 

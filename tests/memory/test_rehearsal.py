@@ -16,6 +16,7 @@ from transformers import (
     Phi3Config,
     Qwen3_5TextConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
     Qwen3NextConfig,
     YoutuConfig,
 )
@@ -41,6 +42,10 @@ SIZES: dict[str, Any] = {
 }
 
 
+#: Experts' matrices as PEFT names them.
+STACKS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+
+
 def compare(model: Any, levels: str | list[str], tokens: int, tile_rows: int | None = None) -> None:
     binding = binding_of(model)
     assert binding is not None
@@ -50,11 +55,11 @@ def compare(model: Any, levels: str | list[str], tokens: int, tile_rows: int | N
     memory, fixed, _ = with_model(shape, (9, 0))
     peak = measure(model, tokens, 4, memory)
     found = estimate(shape, levels, batch, tile_rows=tile_rows)
-    # Gradients are counted among what lives from step to step, and are made here once more on the way.
-    gradients = shape.adapter_parameters * 4
+    # A layer's gradients are made apart from their buffers here, as adapters are not packed: they wait for its end.
+    gradients = shape.adapter_parameters * 4 // shape.layers if shape.mixture is None else 0
     # Beyond those, one per cent of what the step takes: casts of single adapters, statistics of a row.
-    assert found.allocated - fixed == pytest.approx(peak - gradients / 2, abs=gradients / 2 + 0.01 * peak)
-    assert found.reserved == pytest.approx(memory.peak_reserved - gradients / 2, rel=0.03)
+    assert found.allocated - fixed == pytest.approx(peak - gradients / 2, abs=gradients / 2 + 0.013 * peak)
+    assert found.reserved == pytest.approx(memory.peak_reserved, rel=0.02)
 
 
 @pytest.mark.parametrize("tile_rows", [None, 2048])
@@ -148,8 +153,11 @@ def test_latent_attention_of_a_long_stream_in_four_bits(level: str, monkeypatch:
     compare(in_four_bits(meta_model(YoutuConfig(**LATENT, q_lora_rank=1536))), level, 65536)
 
 
-@pytest.mark.parametrize("level", ["none", "offload-matmuls", "matmuls", "all"])
-def test_latent_attention_before_a_mixture(level: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("tile_rows", [None, 2048])
+@pytest.mark.parametrize("level", ["none", "attention", "offload-matmuls", "matmuls", "all"])
+def test_latent_attention_before_a_mixture(
+    level: str, tile_rows: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """DeepSeek-V2-Lite's sizes."""
     prepare(monkeypatch, parking=True)
     sizes = {"hidden_size": 2048, "num_attention_heads": 16, "num_key_value_heads": 16}
@@ -158,9 +166,25 @@ def test_latent_attention_before_a_mixture(level: str, monkeypatch: pytest.Monke
     model = meta_model(
         config,
         target_modules=["q_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"],
-        target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+        target_parameters=STACKS,
     )
-    compare(model, level, 4096)
+    compare(model, level, 8192, tile_rows)
+
+
+@pytest.mark.parametrize("tile_rows", [None, 2048])
+@pytest.mark.parametrize("level", ["none", "offload-attention", "attention", "all"])
+def test_a_mixture(level: str, tile_rows: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Qwen3-30B-A3B's sizes: gradients of a layer's experts wait for its end, those of later tiles are added."""
+    prepare(monkeypatch, parking=True)
+    sizes = {
+        "hidden_size": 2048,
+        "moe_intermediate_size": 768,
+        "num_key_value_heads": 4,
+        "vocab_size": 151936,
+    }
+    config = Qwen3MoeConfig(**{**SIZES, **sizes}, num_experts=128, num_experts_per_tok=8)
+    attention = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    compare(meta_model(config, target_modules=attention, target_parameters=STACKS), level, 8192, tile_rows)
 
 
 @pytest.mark.parametrize("level", ["offload", "none", "attention", "matmuls", "all"])
@@ -182,7 +206,7 @@ def test_linear_attention_before_a_mixture(level: str, monkeypatch: pytest.Monke
     model = meta_model(
         config,
         target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "in_proj_qkvz", "in_proj_ba", "out_proj"],
-        target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+        target_parameters=STACKS,
     )
     compare(model, level, 4096)
 

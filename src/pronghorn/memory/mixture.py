@@ -5,6 +5,8 @@ This follows `blocks.moe` line by line, as `memory.schedule` follows the other b
 
 from __future__ import annotations
 
+from functools import cached_property
+
 from pronghorn.blocks import Level, keeps
 from pronghorn.memory.parts import MixtureShape
 from pronghorn.memory.products import Held
@@ -55,24 +57,23 @@ class MixtureStep(Step):
 
     def _glu_backward(self, saves: Held) -> tuple[int, list[int] | None]:
         """`MoeBlock.backward`: the gradient of the residual sum. Gradients of the experts' adapters wait for the
-        layer's end."""
+        layer's end (`_layer_backward`)."""
         shape, mixture, e = self.shape, self._mixture, self.element
         kept = "gate_up" in saves
         tiles = [slice(0, self.tokens)] if kept else self._tiles()
         dsummed = self._new(self._residual()) if len(tiles) > 1 else -1
-        gradients: list[int] = []
         for at in tiles:
             rows = at.stop - at.start
             routing = self._expand(saves, rows)
             dy = self._rows(rows, shape.hidden)
             dxa, dact = self._input_product("down", rows, mixture.intermediate)
             dweights = self._new(4 * rows * mixture.top_k)
-            gradients += self._adapter_gradients("down")
+            self._adapter_gradients("down", rows, "xa_down" in saves)
             self._free(dy, dact, dxa)
             self._drop(saves, "xa_down")
             dxa, drows = self._input_product("gate_up", rows, shape.hidden)
             x = self._rows(rows, shape.hidden)
-            gradients += self._adapter_gradients("gate_up")
+            self._adapter_gradients("gate_up", rows, True)
             self._free(x, dxa)
             self._drop(saves, "gate_up", "xa_gate_up")
             dnormed = self._new(rows * shape.hidden * e)
@@ -90,7 +91,6 @@ class MixtureStep(Step):
             else:
                 dsummed = part
         self._drop(saves, "normed_glu")
-        self._free(*gradients)
         return dsummed, None
 
     def _expand(self, saves: Held, rows: int) -> list[int]:
@@ -157,14 +157,38 @@ class MixtureStep(Step):
             found.append(self._new(mixture.experts * out * width * self.element))
         return found
 
-    def _adapter_gradients(self, stack: str) -> list[int]:
-        """dA and dB in fp32, B's turned into PEFT's order."""
+    def _layer_backward(self, index: int, level: Level, dout: int) -> int:
+        dx = super()._layer_backward(index, level, dout)
+        self._free(*self._gradients.values())
+        self._gradients.clear()
+        return dx
+
+    @cached_property
+    def _gradients(self) -> dict[tuple[str, str], int]:
+        """Those of a layer's adapters on stacks, by stack and side."""
+        return {}
+
+    def _adapter_gradients(self, stack: str, tokens: int, with_xa: bool) -> None:
+        """`ExpertProjection.parameter_grads`: dA and dB in fp32, B's turned into PEFT's order."""
         mixture = self._mixture
         out, width = mixture.sizes(self.shape.hidden)[stack]
-        size = 4 * mixture.experts * mixture.ranks[stack]
+        rank = mixture.ranks[stack]
+        size = 4 * mixture.experts * rank
         if not size:
-            return []
-        da, turned = self._new(size * width), self._new(size * out)
-        db = [self._new(size * out) for _ in range(2)]
-        self._free(turned, db.pop())
-        return [da, *db]
+            return
+        self._give(stack, "a", size * width)
+        xa = -1
+        if not with_xa:
+            copy = self._new(mixture.experts * rank * width * self.element)
+            xa = self._rows(tokens, rank)
+            self._free(copy)
+        turned = self._new(size * out)
+        self._give(stack, "b", size * out)
+        self._free(turned, xa)
+
+    def _give(self, stack: str, side: str, size: int) -> None:
+        """`GradientSink.add`: the sum with what earlier tiles gave is a new tensor."""
+        made, held = self._new(size), self._gradients.get((stack, side))
+        self._gradients[stack, side] = made if held is None else self._new(size)
+        if held is not None:
+            self._free(made, held)
