@@ -149,8 +149,14 @@ def test_chunks_are_bounded():
     rows = default_chunk_rows(128256, 2, "cuda")
     assert rows % 128 == 0 and rows * 128256 * 2 <= 128 * 2**20
     assert default_chunk_rows(10**9, 4, "cpu") == 16
-    assert default_chunk_rows(128256, 2, "cuda", roomy=True) >= 1024 > rows
-    assert default_chunk_rows(128256, 2, "cpu", roomy=True) == default_chunk_rows(128256, 2, "cpu")
+    assert (
+        default_chunk_rows(128256, 2, "cuda", "roomy")
+        >= 1024
+        > rows
+        > default_chunk_rows(128256, 2, "cuda", "short")
+        >= 128
+    )
+    assert default_chunk_rows(128256, 2, "cpu", "roomy") == default_chunk_rows(128256, 2, "cpu")
 
 
 def test_the_upstream_factor_is_not_rounded_to_16_bits(device):

@@ -131,8 +131,8 @@ def batch_of(tokens: int, documents: int) -> dict[str, Any]:
 
 
 def measure(model: Any, tokens: int, documents: int, memory: Allocator | None = None) -> int:
-    """The most bytes alive in forward and backward, beyond the model and gradients, which lie in buffers as in a training
-    step; `memory` lives through two steps."""
+    """The most bytes alive in forward and backward, beyond the model and its gradients, which lie in buffers of their
+    own; `memory` lives through two steps."""
     peak = 0
     for parameter in model.parameters():
         if parameter.requires_grad:

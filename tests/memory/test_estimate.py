@@ -80,7 +80,7 @@ def test_peaks_measured_on_an_h200(sizes: dict[str, Any], batch: Batch, level: s
     were short ones at every level: the peak is there at 1.5B."""
     shape = ModelShape(**sizes, packed=False)
     short, tall = (
-        default_chunk_rows(shape.vocabulary, 2, "cuda", roomy=roomy)
+        default_chunk_rows(shape.vocabulary, 2, "cuda", "roomy" if roomy else "usual")
         for roomy in (False, level in ("matmuls", "all"))
     )
     at_the_peak = sizes["hidden"] == QWEN_1_5B["hidden"]

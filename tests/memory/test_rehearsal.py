@@ -51,7 +51,7 @@ def compare(model: Any, levels: str | list[str], tokens: int, tile_rows: int | N
     assert binding is not None
     binding.set_save_levels(levels)
     binding.tile_rows = tile_rows
-    shape, batch = shape_of(binding, packed=False), Batch(tokens, tokens - 4, 4)
+    shape, batch = shape_of(binding, packed=False, captured=False), Batch(tokens, tokens - 4, 4)
     memory, fixed, _ = with_model(shape, (9, 0))
     peak = measure(model, tokens, 4, memory)
     found = estimate(shape, levels, batch, tile_rows=tile_rows)

@@ -23,9 +23,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import TYPE_CHECKING, Literal, cast
 
 from pronghorn.errors import UnknownSaveLevel, nearest
+
+if TYPE_CHECKING:
+    from pronghorn.kernels.linear_cross_entropy import Space
 
 Level = Literal["offload", "none", "offload-attention", "attention", "offload-matmuls", "matmuls", "all"]
 LEVELS: tuple[Level, ...] = (
@@ -85,6 +88,17 @@ def parks(level: Level) -> bool:
 def is_roomy(levels: Sequence[Level]) -> bool:
     """Whether no layer rebuilds a matrix product: memory is not what is short."""
     return all(keeps(level, "matmuls") and not parks(level) for level in levels)
+
+
+#: Tiles of the GLU block of at most so many rows are chosen where memory is short.
+SHORT_TILES = 1024
+
+
+def space_of(levels: Sequence[Level], tile_rows: int | None) -> Space:
+    """What the loss's chunks may take, by what was chosen for the layers."""
+    if is_roomy(levels):
+        return "roomy"
+    return "short" if tile_rows is not None and tile_rows <= SHORT_TILES else "usual"
 
 
 @dataclass(frozen=True)

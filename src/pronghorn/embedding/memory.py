@@ -12,7 +12,7 @@ from pronghorn.data.budgets import power_of_two
 from pronghorn.data.split import split_batch
 from pronghorn.embedding.task import EmbeddingTask
 from pronghorn.engine import TrainingStep
-from pronghorn.engine.planning import apply, device_limits, shape_of
+from pronghorn.engine.planning import apply, device_limits, placed_bytes, shape_of
 from pronghorn.memory import Batch, Plan, plan
 from pronghorn.training.memory import RunMemory
 
@@ -37,7 +37,7 @@ class EmbeddingMemory(RunMemory):
 
     def plan(self, budget: str | int, batch: Batch) -> Plan:
         (binding,) = self.bindings
-        limits, shape = device_limits(binding, budget), shape_of(binding)
+        limits, shape = device_limits(binding, budget), shape_of(binding, placed=placed_bytes(binding))
         # No head. Token vectors in fp32 and their gradient, for the pooling.
         aside = 2 * 4 * batch.tokens * shape.hidden
         found = plan(

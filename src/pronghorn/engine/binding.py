@@ -43,6 +43,12 @@ class Binding:
     attention: str | None = None
     #: most rows of the widest tensors that exist at a time where no level keeps them; None: the blocks' own choice
     tile_rows: int | None = None
+    #: adapters and gradients lie where a `TrainingStep` wants them: what a plan measures is there
+    laid_out: bool = False
+    #: bytes that a plan has left over, which weights may take that are laid side by side; None: nobody has planned
+    spare: int | None = None
+    #: bytes that a recorded step is to ask for at once (`memory.Estimate.piece`)
+    piece: int = 0
     #: the adapters' flat storage while a `TrainingStep` runs; else None, and every call reads PEFT's own tensors
     packed: FlatAdapters | None = None
     #: LongRoPE's frequencies for short and for long streams, by device (`engine.angles`)
@@ -248,7 +254,7 @@ class Binding:
         """
         automatic = levels == AUTO
         self.save_levels = check_levels("offload" if automatic else levels, self.config.num_hidden_layers)
-        self.automatic = automatic
+        self.automatic, self.spare = automatic, None
 
     def use_plan(self, levels: Sequence[str], tile_rows: int | None) -> None:
         """Take the levels that a plan chose; another trainer may plan anew."""

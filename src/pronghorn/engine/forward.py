@@ -34,7 +34,7 @@ from pronghorn.blocks import (
     SplitGroup,
 )
 from pronghorn.blocks.glu import TILE_ROWS
-from pronghorn.blocks.levels import is_roomy
+from pronghorn.blocks.levels import space_of
 from pronghorn.blocks.projection import Projection
 from pronghorn.engine.binding import Binding
 from pronghorn.engine.delta import delta_net_block
@@ -324,7 +324,7 @@ def causal_lm_forward(
         labels,
         loss_rows,
         num_items_in_batch,
-        is_roomy(binding.save_levels),
+        space_of(binding.save_levels, binding.tile_rows),
         binding.scales,
     )
     aux_loss = None

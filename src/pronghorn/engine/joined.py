@@ -30,11 +30,13 @@ def weights_to_join(slot: int, projections: Sequence[Projection]) -> list[Weight
     return list(linear) if wanted and plain and len(linear) == len(projections) else []
 
 
-def join_weights(groups: Mapping[tuple[int, int], Sequence[Projection]], *, roomy: bool) -> int:
+def join_weights(
+    groups: Mapping[tuple[int, int], Sequence[Projection]], *, roomy: bool, spare: int | None = None
+) -> int:
     """Join groups of projections, by (layer, slot); returns how many lie side by side now.
 
     One group at a time exists twice. The rest stays as it is once the moving has taken more memory than one group, or
-    where memory is `roomy` a share of what is free.
+    where memory is `roomy` a share of what is free; of planned memory no more than its `spare` bytes are taken.
     """
     done, largest, before = 0, 0, None
     for (_, slot), projections in groups.items():
@@ -51,7 +53,12 @@ def join_weights(groups: Mapping[tuple[int, int], Sequence[Projection]], *, room
         largest = max(largest, size)
         free, reserved = _memory(device)
         before = reserved if before is None else before
-        if reserved - before > max(1.25 * largest, free * _GROWTH * roomy) or free < 2 * size:
+        grown = reserved - before
+        if spare is None:
+            enough = grown <= max(1.25 * largest, free * _GROWTH * roomy)
+        else:
+            enough = grown + size <= spare
+        if not enough or free < 2 * size:
             break
         done += join(weights)
         biases = [p.bias for p in projections if isinstance(p, LinearProjection) and p.bias is not None]

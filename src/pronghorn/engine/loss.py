@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from pronghorn.blocks import LinearProjection
 from pronghorn.families import Scales
-from pronghorn.kernels.linear_cross_entropy import default_chunk_rows, linear_cross_entropy
+from pronghorn.kernels.linear_cross_entropy import Space, default_chunk_rows, linear_cross_entropy
 
 NO_SCALES = Scales()
 
@@ -26,13 +26,13 @@ def shifted_loss(
     labels: Tensor,
     loss_rows: Tensor | None,
     num_items_in_batch: Tensor | int | None,
-    roomy: bool = False,
+    space: Space = "usual",
     scales: Scales = NO_SCALES,
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy over the rows that have a supervised successor; see `causal_lm_forward`.
 
     `loss_rows` may hold rows without one, to fill it up to a size: they count nothing and get a zero gradient.
-    `roomy`: memory is not short. Of `scales` those of the logits count.
+    `space`: for chunks of logits. Of `scales` those of the logits count.
     """
     batch, length = labels.shape
     # Row t predicts label t + 1; the last position of each row predicts nothing.
@@ -42,7 +42,7 @@ def shifted_loss(
     flat = hidden_states.reshape(batch * length, -1)
     rows = _TakeRows.apply(flat, loss_rows)
     targets = successors.index_select(0, loss_rows)
-    return summed_loss(head, rows, targets, num_items_in_batch, roomy, scales)
+    return summed_loss(head, rows, targets, num_items_in_batch, space, scales)
 
 
 def summed_loss(
@@ -50,7 +50,7 @@ def summed_loss(
     rows: Tensor,
     targets: Tensor,
     normalizer: Tensor | int | None,
-    roomy: bool = False,
+    space: Space = "usual",
     scales: Scales = NO_SCALES,
 ) -> tuple[Tensor, Tensor]:
     """Σ CE(head(rows [n, H]), targets [n]) / normalizer (None: their number), and how many predictions are right."""
@@ -70,7 +70,7 @@ def summed_loss(
             normalizer=normalizer,
             logit_scale=scales.logits,
             softcap=scales.logit_softcap,
-            chunk_rows=default_chunk_rows(stored.shape[0], dtype.itemsize, rows.device.type, roomy),
+            chunk_rows=default_chunk_rows(stored.shape[0], dtype.itemsize, rows.device.type, space),
         )
 
 

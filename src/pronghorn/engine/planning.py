@@ -31,6 +31,7 @@ from pronghorn.memory import (
     parse_budget,
     plan,
     rates_of,
+    with_margin,
 )
 from pronghorn.memory.shape import STORAGES, stored_tensors
 from pronghorn.weights import DenseWeight, FourBitWeight, is_four_bit, keep_expanded, stacked
@@ -245,7 +246,7 @@ def shape_of(binding: Binding, **more: Any) -> ModelShape:
         dtype=_name(dtype),
         attention=binding.attention_backend(embedding.device, dtype, binding.head_dim),
         trained="adapters" if any(ranks.values()) else "all",
-        joined=_joined(groups, embedding.device),
+        joined=all(_joined(found, embedding.device, binding.laid_out) for found in read),
         **more,
     )
 
@@ -300,12 +301,13 @@ def _mixed_tensors(read: Sequence[Mapping[int, Sequence[Any]]]) -> tuple[int, ..
     return tuple(size for tensors in sizes for size in tensors)
 
 
-def _joined(groups: dict[int, list[Any]], device: torch.device) -> bool:
+def _joined(groups: Mapping[int, Sequence[Any]], device: torch.device, laid_out: bool) -> bool:
     """Whether the weights of a layer's groups lie side by side, or will in a training step."""
     for slot in {0, 4} & {*groups}:
         weights = [p.weight for p in groups[slot] if isinstance(p, LinearProjection)]
         whole = len(weights) == len(groups[slot])
-        if not (whole and stacked(weights)) and not (joins(device) and weights_to_join(slot, groups[slot])):
+        will = not laid_out and joins(device) and weights_to_join(slot, groups[slot])
+        if not (whole and stacked(weights)) and not will:
             return False
     return True
 
@@ -347,6 +349,15 @@ def device_limits(binding: Binding, budget: str | int) -> Limits:
     return Limits(parse_budget(budget, free), host, rates_of(name))
 
 
+def placed_bytes(binding: Binding) -> int | None:
+    """What the allocator holds for weights, adapters and gradients, once they lie as steps want them; else None."""
+    device = next(binding.model.parameters()).device
+    if device.type != "cuda" or not binding.laid_out:
+        return None
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_reserved(device)
+
+
 def plan_levels(binding: Binding, budget: str | int, batch: Batch, **more: Any) -> Plan:
     """Choose the save levels of a bound model on a GPU for a budget, set them, and reserve the host memory they need.
 
@@ -358,14 +369,16 @@ def plan_levels(binding: Binding, budget: str | int, batch: Batch, **more: Any) 
         BudgetTooSmall, BudgetInvalid: as `memory.plan` does.
     """
     limits = device_limits(binding, budget)
-    shape, limit, rates, host = shape_of(binding, **more), limits.budget, limits.rates, limits.host
-    aside = vision_bytes(binding, batch.tokens)
     keep_expanded_weights(binding, False)
+    shape = shape_of(binding, placed=placed_bytes(binding), **more)
+    limit, rates, host = limits.budget, limits.rates, limits.host
+    there = 0 if shape.placed is None else vision_bytes(binding, 0)
+    aside = vision_bytes(binding, batch.tokens) - there
     try:
         found = plan(shape, limit - aside, batch, rates=rates, host_limit=host)
     except BudgetTooSmall:
         # An upper bound, of which a run may need little; the tower's weights are there.
-        weights = vision_bytes(binding, 0)
+        weights = vision_bytes(binding, 0) - there
         if aside == weights:
             raise
         aside = weights
@@ -394,9 +407,14 @@ def plan_with_expanded(shape: ModelShape, limit: int, batch: Batch, rates: Rates
     four_bit = sum(-(-size // 512) * 512 for size in shape.linear_tensors or one_layer * shape.layers)
     if limit <= four_bit:
         return None
+    expanded = [
+        size
+        for names in shape.modules
+        for size in stored_tensors(*shape.module_linear(names), shape.multiplied)
+    ] * shape.layers
     try:
         found = plan(
-            replace(shape, storage=shape.multiplied, linear_tensors=()),
+            replace(shape, storage=shape.multiplied, linear_tensors=tuple(expanded), placed=None),
             limit - four_bit,
             batch,
             rates=rates,
@@ -425,6 +443,8 @@ def keep_expanded_weights(binding: Binding, keep: bool) -> int:
 def apply(binding: Binding, found: Plan) -> None:
     """Set a plan's levels; on a GPU the pinned memory is taken now, so that a step can be captured."""
     binding.use_plan(found.levels, found.tile_rows)
+    binding.piece = found.estimate.piece
+    binding.spare = max(found.budget - with_margin(found.estimate.reserved), 0)
     reserve_host((binding, found.batch.tokens))
 
 

@@ -173,6 +173,10 @@ class TrainingStep:
 
     # --- gradients --------------------------------------------------------------------------------------------
 
+    def lay_out(self) -> None:
+        """Put weights, adapters and gradients where steps want them, so that their memory is taken."""
+        self._settle()
+
     def _settle(self) -> None:
         """Make or renew everything that depends on the model's state."""
         if self._unchanged():
@@ -218,7 +222,8 @@ class TrainingStep:
             for layer in binding.layers
             for slot, found in binding.groups(layer, Reading(True)).items()
         }
-        join_weights(groups, roomy=is_roomy(binding.save_levels))
+        join_weights(groups, roomy=is_roomy(binding.save_levels), spare=binding.spare)
+        binding.laid_out = True
         return lay_out(groups, self._compute_dtype(binding, device))
 
     def _compute_dtype(self, binding: Binding, device: torch.device) -> torch.dtype:
@@ -347,6 +352,9 @@ class TrainingStep:
         # batches) may allocate meanwhile, and kernels met for the first time may be loaded.
         with torch.random.fork_rng(devices=[device]):
             with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="relaxed"):
+                if not self._graphs:
+                    # Given back at once: what follows is cut out of one segment instead of rounded up to its own.
+                    torch.empty(self._piece, dtype=torch.uint8, device=device)
                 output = self._execute({**inputs, **numbers}, counts)
         trained = [name for name, x in inputs.items() if x.grad is not None]
         captured = _Graph(graph, inputs, counts, output, trained)
@@ -399,6 +407,10 @@ class TrainingStep:
                 parameter.grad = gradient
             for buffer, values in held:
                 buffer.copy_(values)
+
+    @property
+    def _piece(self) -> int:
+        return max(binding.piece for binding in self.task.bindings)
 
     @property
     def _device(self) -> torch.device:

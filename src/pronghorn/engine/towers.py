@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from pronghorn.blocks.levels import is_roomy
+from pronghorn.blocks.levels import space_of
 from pronghorn.engine.binding import Binding
 from pronghorn.engine.forward import readable_head
 from pronghorn.engine.loss import shifted_loss
@@ -93,9 +93,9 @@ def loss_of_embedded(binding: Binding, batch: Mapping[str, Any], normalizer: Ten
     )
     head = readable_head(binding.model, binding)
     assert head is not None
-    roomy = is_roomy(binding.save_levels)
+    space = space_of(binding.save_levels, binding.tile_rows)
     labels, rows = (batch[name] for name in _LOSS)
-    return shifted_loss(head, output.last_hidden_state, labels, rows, normalizer, roomy, binding.scales)
+    return shifted_loss(head, output.last_hidden_state, labels, rows, normalizer, space, binding.scales)
 
 
 def embedded_nonsense(binding: Binding, stream: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ trained) while it is there, in forward; backward only scales. lse, loss and weig
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -17,23 +17,25 @@ from torch.autograd.function import once_differentiable
 
 from pronghorn.kernels.dispatch import Impl, math_dtype, use_triton
 
-# Bytes of one chunk of logits. On a GPU a chunk must be tall enough to fill the matrix units: at V = 128k and bf16
-# 128 MiB are 512 rows. A CPU, too, multiplies 512 rows in the time of 256.
-CHUNK_BYTES = {"cuda": 128 * 2**20, "cpu": 128 * 2**20}
-#: Where memory is not short, 1,024 rows or more: 28.4 -> 27.1 ms at V = 128k and H = 4,096 (8,192 rows, H200), 15.3 ->
-#: 13.8 ms at V = 152k and H = 1,536. Taller ones gain nothing more.
-ROOMY_CHUNK_BYTES = {**CHUNK_BYTES, "cuda": 320 * 2**20}
+#: How much memory there is for what exists for a moment only.
+Space = Literal["short", "usual", "roomy"]
+#: Bytes of a chunk of logits on a GPU, which must be tall enough to fill the matrix units: at V = 128k and bf16 128 MiB
+#: are 512 rows. Where memory is not short, 1,024 rows or more: 28.4 -> 27.1 ms at V = 128k and H = 4,096 (8,192 rows,
+#: H200), 15.3 -> 13.8 ms at V = 152k and H = 1,536. Taller ones gain nothing more. Where it is, 128 rows.
+CHUNK_BYTES: dict[Space, int] = {"short": 40 * 2**20, "usual": 128 * 2**20, "roomy": 320 * 2**20}
+#: A CPU, too, multiplies 512 rows in the time of 256.
+CPU_CHUNK_BYTES = 128 * 2**20
 #: Elements of logits that a CPU turns into probabilities at a time: 4 MiB in fp32, which stay in its caches.
 BLOCK_ELEMENTS = 1 << 20
 
 Lora = tuple[Tensor, Tensor, float]
 
 
-def default_chunk_rows(vocabulary: int, element: int, device_type: str, roomy: bool = False) -> int:
+def default_chunk_rows(vocabulary: int, element: int, device_type: str, space: Space = "usual") -> int:
     """Rows in a chunk of logits of `element` bytes each: a multiple of 128 where there are that many, never less than
-    16. `roomy`: memory is not short."""
-    limits = ROOMY_CHUNK_BYTES if roomy else CHUNK_BYTES
-    rows = limits.get(device_type, limits["cuda"]) // (vocabulary * element)
+    16."""
+    limit = CPU_CHUNK_BYTES if device_type == "cpu" else CHUNK_BYTES[space]
+    rows = limit // (vocabulary * element)
     return max(rows // 128 * 128, 16) if rows >= 128 else max(rows, 16)
 
 

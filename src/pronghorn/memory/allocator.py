@@ -64,6 +64,11 @@ class Allocator:
                     block = self._join(block, neighbour)
             insort(self._free[block.small], (block.size, block.address))
 
+    def reserve(self, size: int) -> None:
+        """What is held so far is `size` bytes, as somebody has asked; nothing more fits into its holes."""
+        self.reserved = self.peak_reserved = size
+        self._free = {True: [], False: []}
+
     def reset_peaks(self) -> None:
         self.peak_allocated, self.peak_reserved = self.allocated, self.reserved
 
@@ -109,3 +114,46 @@ class Allocator:
     def _unlist(self, block: _Block) -> None:
         free = self._free[block.small]
         free.pop(bisect_left(free, (block.size, block.address)))
+
+
+class GrowingAllocator(Allocator):
+    """Large blocks come from one segment that grows at its end: what it comes to is the piece that holds a sequence of
+    allocations without another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.piece = 0
+        self._last: _Block | None = None
+
+    def _take(self, size: int, small: bool) -> _Block:
+        free, last = self._free[small], self._last
+        if small or bisect_left(free, (size, -1)) < len(free):
+            return super()._take(size, small)
+        there = last.size if last is not None and last.free else 0
+        grown = -(-(size - there) // (2 * MIB)) * (2 * MIB)
+        if last is not None and last.free:
+            self._unlist(last)
+            block = last
+            block.size += grown
+        else:
+            # Above all segments of small blocks, whose addresses grow from 0 on.
+            block = _Block((1 << 50) + self.piece, grown, small)
+            self._at[block.address] = block
+            block.before, self._last = last, block
+            if last is not None:
+                last.after = block
+        self.piece += grown
+        self.reserved += grown
+        self.peak_reserved = max(self.peak_reserved, self.reserved)
+        return block
+
+    def _split(self, block: _Block, size: int) -> None:
+        super()._split(block, size)
+        if block is self._last:
+            self._last = block.after
+
+    def _join(self, block: _Block, neighbour: _Block) -> _Block:
+        joined = super()._join(block, neighbour)
+        if self._last in (block, neighbour):
+            self._last = joined
+        return joined

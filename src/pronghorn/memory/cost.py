@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pronghorn.blocks import Level, host_bytes_per_token, keeps
+from pronghorn.kernels.linear_cross_entropy import Space, default_chunk_rows
 from pronghorn.memory.gpus import CUDNN_ATTENTION, Rates
 from pronghorn.memory.offload import bytes_in_flight
 from pronghorn.memory.products import DOWN, GATE_UP, OUT
@@ -118,9 +119,12 @@ def layer_times(shape: ModelShape, batch: Batch, rates: Rates) -> LayerTimes:
     )
 
 
-def head_time(shape: ModelShape, batch: Batch, rates: Rates) -> float:
-    """Loss: logits and their product back."""
-    return 4.0 * shape.hidden * shape.vocabulary * batch.loss_rows / rates.matmul
+def head_time(shape: ModelShape, batch: Batch, rates: Rates, space: Space = "usual") -> float:
+    """Loss: logits and their product back. Every chunk of them reads the head twice."""
+    weight = shape.hidden * shape.vocabulary
+    chunks = -(-batch.loss_rows // default_chunk_rows(shape.vocabulary, shape.element, "cuda", space))
+    products = 4.0 * weight * batch.loss_rows / rates.matmul
+    return max(products, 2.0 * chunks * weight * shape.element / rates.bandwidth)
 
 
 @dataclass(frozen=True)
@@ -147,6 +151,7 @@ def step_time(
     rates: Rates,
     times: LayerTimes | None = None,
     tiles: int = 1,
+    space: Space = "usual",
 ) -> StepTime:
     """Predict a step: layers compute one after another, copies run beside them, one layer ahead or behind."""
     times = times or layer_times(shape, batch, rates)
@@ -158,7 +163,7 @@ def step_time(
     waited += _backward_wait(sizes, backward, rates.link)
     recompute = sum(times.rebuild(level) for level in levels)
     base = len(levels) * (times.forward + times.backward + (tiles - 1) * times.per_tile) + head_time(
-        shape, batch, rates
+        shape, batch, rates, space
     )
     return StepTime(base + recompute + waited, base, recompute, waited, len(levels) * times.full_rebuild)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from pronghorn.blocks import check_levels, host_bytes_per_token
 from pronghorn.blocks.glu import TILE_ROWS
-from pronghorn.memory.allocator import MIB, Allocator
+from pronghorn.memory.allocator import MIB, Allocator, GrowingAllocator
 from pronghorn.memory.latent import step_of
 from pronghorn.memory.schedule import Batch
 from pronghorn.memory.shape import ModelShape
@@ -22,7 +22,8 @@ class Estimate:
     """Bytes of one training step.
 
     `fixed`: weights, adapters, gradients, optimizer states, libraries. `moments`: the most that is allocated in
-    forward, loss and backward, `fixed` included. `host`: pinned host memory.
+    forward, loss and backward, `fixed` included. `host`: pinned host memory. `piece`: what to ask for at once, so that
+    the large tensors of a recorded step lie in one segment.
     """
 
     fixed: int
@@ -31,6 +32,7 @@ class Estimate:
     reserved: int
     host: int
     moments: dict[str, int]
+    piece: int = 0
 
 
 @dataclass(frozen=True)
@@ -62,23 +64,32 @@ def estimate(
     memory, fixed, weights = with_model(shape, capability, [part.shape for part in parts[1:]], more)
     checked = [check_levels(part.levels, part.shape.layers) for part in parts]
 
-    def step() -> dict[str, int]:
+    def step(on: Allocator) -> dict[str, int]:
         steps = [
-            step_of(part.shape)(part.shape, found, part.batch, memory, tile_rows or TILE_ROWS)
+            step_of(part.shape)(part.shape, found, part.batch, on, tile_rows or TILE_ROWS)
             for part, found in zip(parts, checked, strict=True)
         ]
         steps[0].run(*(one.run for one in steps[1:]))
         return {name: max(one.moments[name] for one in steps) for name in steps[0].moments}
 
-    moments = step()
-    # The second step meets the blocks that the first one left, in another order than they were made in.
-    step()
-    assert memory.allocated == fixed, "the schedule leaves something allocated"
+    piece = 0
+    if shape.captured:
+        # A graph is recorded once, into segments that nothing else uses.
+        pool = GrowingAllocator() if shape.in_one_piece else Allocator()
+        moments = {name: fixed + size for name, size in step(pool).items()}
+        piece = pool.piece if isinstance(pool, GrowingAllocator) else 0
+        reserved, left = memory.reserved + pool.peak_reserved, pool.allocated
+    else:
+        moments = step(memory)
+        # The second step meets the blocks that the first one left, in another order than they were made in.
+        step(memory)
+        reserved, left = memory.peak_reserved, memory.allocated - fixed
+    assert left == 0, "the schedule leaves something allocated"
     host = sum(
         sum(host_bytes_per_token(level, part.shape.widths) for level in found) * part.batch.tokens
         for part, found in zip(parts, checked, strict=True)
     )
-    return Estimate(fixed, weights, max(moments.values()), memory.peak_reserved, host, moments)
+    return Estimate(fixed, weights, max(moments.values()), reserved, host, moments, piece)
 
 
 def with_model(
@@ -96,9 +107,12 @@ def with_model(
     for size in (*more, *(size for one in (shape, *others) for size in one.weight_tensors())):
         memory.new(size)
     weights = memory.allocated
-    for one in (shape, *others):
-        for size in one.training_tensors():
-            memory.new(size)
+    for size in (size for one in (shape, *others) for size in one.laid_out_tensors()):
+        memory.new(size)
+    if shape.placed is not None:
+        memory.reserve(shape.placed)
+    for size in (size for one in (shape, *others) for size in one.optimizer_tensors()):
+        memory.new(size)
     library = LIBRARY_BYTES.get(capability[0], OTHER_LIBRARY_BYTES)
     for _ in range(2):
         memory.new(library // 2)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 from pronghorn.blocks import LEVELS, Level, host_bytes_per_token, saved_bytes_per_token
 from pronghorn.blocks.glu import TILE_ROWS, tile_slices
+from pronghorn.blocks.levels import space_of
 from pronghorn.errors import BudgetInvalid, BudgetTooSmall
 from pronghorn.memory.cost import StepTime, layer_times, step_time
 from pronghorn.memory.estimate import Estimate, estimate, with_model
@@ -22,8 +23,10 @@ from pronghorn.memory.shape import ModelShape
 
 #: Of a GPU's memory, what "auto" leaves to others: the CUDA context, kernels that load later, fragmentation.
 HEADROOM, HEADROOM_BYTES = 0.04, 700 * 2**20
+#: Of a predicted reserve, what may come on top: captured runs took up to 0.5 % more (docs/planning.md).
+MARGIN = 0.005
 #: Tiles of the GLU block that are tried. Weights that are dequantised for every tile want tall ones.
-TILES, TALL_TILES = (TILE_ROWS, 4096, 2048), (TILE_ROWS, 8192, 2048)
+TILES, TALL_TILES = (TILE_ROWS, 4096, 2048, 512), (TILE_ROWS, 8192, 2048, 512)
 #: Of the layers that park, the shares that park more than their input.
 SHARES = (0.0, 0.25, 0.5, 0.65, 0.8, 0.9, 1.0)
 
@@ -104,6 +107,11 @@ def plan(
     return found
 
 
+def with_margin(reserved: int) -> int:
+    """The bytes that a predicted reserve asks of a budget."""
+    return round(reserved * (1 + MARGIN))
+
+
 def leanest(shape: ModelShape, batch: Batch, rates: Rates, offload: bool = True) -> Estimate:
     """The estimate that takes least: nothing kept on the device, short tiles."""
     level: Level = "offload" if offload else "none"
@@ -129,7 +137,7 @@ def longest_that_fits(
 
     per_token = shape.layers * host_bytes_per_token("offload", shape.widths)
     # Layers are alike: most of the search looks at a few of them, and adds what the others keep.
-    few = replace(shape, layers=min(shape.layers, 6), layer_storages=(), linear_tensors=())
+    few = replace(shape, layers=min(shape.layers, 6), layer_storages=(), linear_tensors=(), placed=None)
     others = shape.layers - few.layers
     more = with_model(shape, rates.capability)[0].reserved - with_model(few, rates.capability)[0].reserved
 
@@ -139,7 +147,7 @@ def longest_that_fits(
     def nearly_fits(tokens: int) -> bool:
         there = 0 if parked(tokens) else others * saved_bytes_per_token("none", shape.widths) * tokens
         found = leanest(few, resized(batch, tokens), rates, parked(tokens))
-        return found.reserved + more + there <= budget
+        return with_margin(found.reserved + more + there) <= budget
 
     low, high = 0, 1
     while high < 2**15 and nearly_fits(high * 256):
@@ -147,7 +155,11 @@ def longest_that_fits(
     while high - low > max(1, low // 64):
         middle = (low + high) // 2
         low, high = (middle, high) if nearly_fits(middle * 256) else (low, middle)
-    while low and leanest(shape, resized(batch, low * 256), rates, parked(low * 256)).reserved > budget:
+
+    def takes(tokens: int) -> int:
+        return with_margin(leanest(shape, resized(batch, tokens), rates, parked(tokens)).reserved)
+
+    while low and takes(low * 256) > budget:
         low -= max(1, low // 64)
     return low * 256
 
@@ -190,7 +202,7 @@ class _Search:
             if everything is not None:
                 return everything
         lean = self.lean = leanest(self.shape, self.batch, self.rates, self.offload)
-        if lean.reserved > self.budget:
+        if with_margin(lean.reserved) > self.budget:
             return None
         # No level works with less than half of what the leanest needs besides what is kept.
         self._least = lean.fixed + (lean.allocated - lean.fixed) // 2
@@ -208,7 +220,7 @@ class _Search:
             if kept + beside.get(kind, 0) > self.budget + self.budget // 200:
                 continue
             found = self._estimate(levels, rows)
-            if found.reserved <= self.budget:
+            if with_margin(found.reserved) <= self.budget:
                 return self._with_norms(self._as_plan(levels, rows, found))
             beside[kind] = found.reserved - kept
         return None
@@ -238,7 +250,7 @@ class _Search:
 
     def _plan(self, levels: tuple[Level, ...], rows: int | None) -> Plan | None:
         found = self._estimate(levels, rows)
-        return self._as_plan(levels, rows, found) if found.reserved <= self.budget else None
+        return self._as_plan(levels, rows, found) if with_margin(found.reserved) <= self.budget else None
 
     def _estimate(self, levels: tuple[Level, ...], rows: int | None) -> Estimate:
         return estimate(self.shape, levels, self.batch, tile_rows=rows, capability=self.rates.capability)
@@ -251,7 +263,8 @@ class _Search:
 
     def _time(self, levels: Sequence[Level], rows: int | None) -> StepTime:
         tiles = len(tile_slices(self.batch.tokens, rows or TILE_ROWS))
-        return step_time(self.shape, levels, self.batch, self.rates, self.times, tiles)
+        space = space_of(levels, rows)
+        return step_time(self.shape, levels, self.batch, self.rates, self.times, tiles, space)
 
     def _with_norms(self, found: Plan) -> Plan:
         """Norm outputs too, from the last layer down, as far as the rest of the budget goes."""
@@ -300,13 +313,13 @@ def _too_small(search: _Search) -> BudgetTooSmall:
             fix += f" (a batch of {rows} row{'s' if rows > 1 else ''} of {per_document:,})"
         fixes.append(fix)
     elif not shape.quantised and shape.trained == "adapters":
-        packed = replace(shape, storage="nf4 double", layer_storages=(), linear_tensors=())
+        packed = replace(shape, storage="nf4 double", layer_storages=(), linear_tensors=(), placed=None)
         lean4 = leanest(packed, batch, rates, search.offload)
-        if lean4.reserved <= budget:
+        if with_margin(lean4.reserved) <= budget:
             fixes.append(f"load in 4 bits, which takes {gib(lean4.reserved)}")
         elif longest_that_fits(packed, budget, batch, rates, search.offload, search.host_limit):
             fixes.append("load in 4 bits and shorten the rows")
-    fixes.append(f"raise the budget to {gib(least.reserved)}")
+    fixes.append(f"raise the budget to {gib(with_margin(least.reserved))}")
     kind = "the model alone takes" if least.fixed > budget else "the leanest plan for it takes"
     size = least.fixed if least.fixed > budget else least.reserved
     return BudgetTooSmall(

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from pronghorn.blocks import Level, joining, keeps, parks
 from pronghorn.blocks.head_groups import head_groups
-from pronghorn.blocks.levels import is_roomy
+from pronghorn.blocks.levels import space_of
 from pronghorn.kernels.linear_cross_entropy import default_chunk_rows
 from pronghorn.memory.allocator import Allocator
 from pronghorn.memory.offload import bytes_in_flight
@@ -101,7 +101,8 @@ class Step(Products):
         e = self.element
         taken = self._new(rows * shape.hidden * e)
         gradient = self._new(rows * shape.hidden * e)
-        chunk = default_chunk_rows(shape.vocabulary, e, "cuda", is_roomy(self.levels))
+        space = space_of(self.levels, self.tile_rows)
+        chunk = default_chunk_rows(shape.vocabulary, e, "cuda", space)
         for start in range(0, rows, chunk):
             self._free(self._new(min(chunk, rows - start) * shape.vocabulary * e))
         self._free(taken, normed)

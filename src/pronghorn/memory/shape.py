@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain
 from typing import Literal
 
 from pronghorn.blocks import LayerWidths
@@ -60,6 +61,10 @@ class ModelShape:
         state_element: bytes of each of the optimizer's two states per trained element.
         mixture: the MLP of the layers, where they are mixtures of experts.
         dense_layers: how many layers have an MLP of `intermediate` all the same; a step is planned as if they had none.
+        captured: steps are recorded as graphs, so that a step's tensors lie in a pool of their own.
+        in_one_piece: that pool is asked for in one piece of the size that a plan gives.
+        placed: bytes that the allocator holds for weights, adapters and their gradients, where that was asked; else it
+            follows from their sizes.
         latent: the attention, where it is latent. Projections are then q (or its code), kv (the other code), q_up and
             kv_up; `head_dim` is that of q and k.
         delta: the layers that have another attention, where there are such.
@@ -96,6 +101,9 @@ class ModelShape:
     state_element: int = 4
     mixture: MixtureShape | None = None
     dense_layers: int = 0
+    captured: bool = True
+    in_one_piece: bool = True
+    placed: int | None = None
     latent: LatentShape | None = None
     delta: DeltaShape | None = None
     gated: bool = False
@@ -372,6 +380,14 @@ class ModelShape:
 
     def weight_tensors(self) -> Iterator[int]:
         """Bytes of every tensor that holds the model's weights."""
+        separate = bool(self.layer_storages or self.linear_tensors or self.stack_tensors)
+        if self.storage in ELEMENT and not separate:
+            # Transformers asks for all of them at once before it reads them, so that they lie in one segment.
+            yield sum(self._separate_weights())
+        else:
+            yield from self._separate_weights()
+
+    def _separate_weights(self) -> Iterator[int]:
         yield from (size for _, size in self._dense_tensors())
         yield from (*self.linear_tensors, *self.stack_tensors)
         storages = self.layer_storages or (self.storage,) * self.layers
@@ -381,32 +397,48 @@ class ModelShape:
             for size, _, _ in self._stacks(plain) if not self.stack_tensors else ():
                 yield from stored_tensors(1, size, self.storage_of_stacks)
 
-    def training_tensors(self) -> Iterator[int]:
-        """Bytes of the tensors of adapters, gradients and optimizer states that live from step to step."""
+    def laid_out_tensors(self) -> Iterator[int]:
+        """Bytes of adapters and of the gradients of all that is trained, which live from step to step."""
         if self.trained == "all":
-            for size, _ in self._dense_tensors():
-                yield from (size * self.element,) * 3
-            for plain, recurrent in self._kinds:
-                for out, width, _ in self._linears(plain, recurrent):
-                    yield from (out * width * self.element,) * 3
-                for size, _, _ in self._stacks(plain):
-                    yield from (size * self.element,) * 3
+            yield from (size * self.element for size in self._trained_weights())
             return
-        total = self.adapter_parameters
-        if not total:
+        if not self.adapter_parameters:
             return
-        stacked = [rank * sides for plain, _ in self._kinds for _, rank, sides in self._stacks(plain)]
-        for size in stacked:  # values and gradient, two states
-            yield from (size * 4, size * 4, size * self.state_element, size * self.state_element)
+        stacked = list(self._stacked_adapters())
+        for size in stacked:
+            yield from (size * 4, size * 4)
         if self.packed:
-            total -= sum(stacked)
+            total = self.adapter_parameters - sum(stacked)
             yield from (total * 4, total * 4, total * self.element)
+            return
+        for size in self._sides():
+            yield from (size * 4, size * 4)
+
+    def optimizer_tensors(self) -> Iterator[int]:
+        """Bytes of the optimizer's two states of all that is trained."""
+        if self.trained == "all":
+            sizes, element = self._trained_weights(), self.element
+        else:
+            sizes, element = chain(self._stacked_adapters(), self._sides()), self.state_element
+        for size in sizes:
+            yield from (size * element,) * 2
+
+    def _trained_weights(self) -> Iterator[int]:
+        """Elements of every weight of the model."""
+        yield from (size for size, _ in self._dense_tensors())
+        for plain, recurrent in self._kinds:
+            yield from (out * width for out, width, _ in self._linears(plain, recurrent))
+            yield from (size for size, _, _ in self._stacks(plain))
+
+    def _stacked_adapters(self) -> Iterator[int]:
+        """Elements of the adapters of every stack of experts."""
+        yield from (rank * sides for plain, _ in self._kinds for _, rank, sides in self._stacks(plain))
+
+    def _sides(self) -> Iterator[int]:
+        """Elements of every A and every B."""
         for plain, recurrent in self._kinds:
             for *sides, rank in self._linears(plain, recurrent):
-                for width in sides if rank else ():
-                    yield from (rank * width * self.state_element,) * 2
-                    if not self.packed:
-                        yield from (rank * width * 4,) * 2
+                yield from (rank * width for width in sides if rank)
 
 
 def stored_tensors(out: int, width: int, storage: str) -> Iterator[int]:

@@ -12,9 +12,9 @@ from pronghorn.data.budgets import power_of_two, token_budget
 from pronghorn.data.collator import BOOKKEEPING
 from pronghorn.data.split import split_batch
 from pronghorn.engine import Binding, TrainingStep, base_causal_lm
-from pronghorn.engine.planning import apply, device_limits, shape_of
+from pronghorn.engine.planning import apply, device_limits, placed_bytes, shape_of
 from pronghorn.errors import BudgetTooSmall
-from pronghorn.memory import Batch, Inner, Plan, estimate, gib, step_time
+from pronghorn.memory import Batch, Inner, Plan, estimate, gib, step_time, with_margin
 from pronghorn.speech.task import SpeechTask, decoders_of
 from pronghorn.training.memory import RunMemory
 
@@ -55,7 +55,7 @@ class SpeechMemory(RunMemory):
         books = base_causal_lm(self.trainer.model).config.num_codebooks
         frames = self.frames()
         inner_batch = Batch(frames * books, frames * books, frames)
-        shapes = shape_of(slow), shape_of(fast)
+        shapes = shape_of(slow, placed=placed_bytes(slow)), shape_of(fast)
         found = []
         for levels in product(LEVELS, LEVELS):
             inner = Inner(shapes[1], levels[1], inner_batch)
@@ -69,9 +69,9 @@ class SpeechMemory(RunMemory):
             ]
             if limits.host is None or taken.host <= limits.host:
                 found.append((sum(time.total for time in times), taken, levels, times[0]))
-        fitting = [one for one in found if one[1].reserved <= limits.budget]
+        fitting = [one for one in found if with_margin(one[1].reserved) <= limits.budget]
         if not fitting:
-            least = min(taken.reserved for _, taken, *_ in found)
+            least = with_margin(min(taken.reserved for _, taken, *_ in found))
             raise BudgetTooSmall(
                 f"a step of {batch.tokens:,} tokens with {frames:,} frames does not fit into {gib(limits.budget)}: the "
                 f"leanest plan for it takes {gib(least)}",

@@ -148,6 +148,9 @@ def take_memory(run: RunMemory, step: TrainingStep | None) -> None:
                 fix="set max_length",
             )
         return
+    if step is not None:
+        # What lives from step to step is asked of the allocator instead of guessed.
+        step.lay_out()
     if budget is not None and budget != AUTO:
         expected = _plan(run, budget, batch)
         try:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pronghorn.blocks import Level, saved_bytes_per_token
-from pronghorn.blocks.levels import is_roomy
+from pronghorn.blocks.levels import space_of
 from pronghorn.kernels.linear_cross_entropy import default_chunk_rows
 from pronghorn.memory import Batch, Estimate, ModelShape
 
@@ -34,7 +34,7 @@ def parts_of(shape: ModelShape, levels: Sequence[Level], batch: Batch, found: Es
     moment = max(found.moments, key=lambda name: found.moments[name])
     above = found.allocated - found.fixed
     kept = min(sum(saved_bytes_per_token(level, shape.widths) for level in levels) * batch.tokens, above)
-    chunk = default_chunk_rows(shape.vocabulary, shape.element, "cuda", is_roomy(levels))
+    chunk = default_chunk_rows(shape.vocabulary, shape.element, "cuda", space_of(levels, None))
     logits = min(chunk, batch.loss_rows) * shape.vocabulary * shape.element
     if moment == "loss":
         logits = min(logits, above - kept)
