@@ -107,7 +107,7 @@ def test_a_plan_is_set_and_changes_no_gradient() -> None:
     least, most = (estimate(shape, level, sized).reserved for level in ("offload", "all"))
     found = plan_levels(binding, (least + most) // 2, sized)
     assert binding.save_levels == found.levels and found.estimate.reserved <= (least + most) // 2
-    assert len(set(found.levels)) > 1
+    assert set(found.levels) not in ({"all"}, {"offload"}), "something in between"
     assert_same(run(fast, batch), run(bound_copy(model, "all"), batch), 1e-6)
 
 

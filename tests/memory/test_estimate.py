@@ -57,7 +57,8 @@ def test_mixtures_are_planned_in_every_storage(storage: str, latent: bool) -> No
         estimate(ModelShape(**sizes, storage=storage), level, batch).reserved
         for level in ("offload", "none", "attention", "matmuls", "all")
     ]
-    assert reserved == sorted(reserved)
+    # Inputs on their way to the host and back are as many as few layers keep.
+    assert reserved[1:] == sorted(reserved[1:]) and reserved[0] < reserved[2]
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,7 @@ def compare(model: Any, levels: str | list[str], tokens: int, tile_rows: int | N
     gradients = shape.adapter_parameters * 4 // shape.layers if shape.mixture is None else 0
     # Beyond those, one per cent of what the step takes: casts of single adapters, statistics of a row.
     assert found.allocated - fixed == pytest.approx(peak - gradients / 2, abs=gradients / 2 + 0.013 * peak)
-    assert found.reserved == pytest.approx(memory.peak_reserved, rel=0.02)
+    assert found.reserved == pytest.approx(memory.peak_reserved, rel=0.03)
 
 
 @pytest.mark.parametrize("tile_rows", [None, 2048])
