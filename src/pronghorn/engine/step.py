@@ -341,8 +341,10 @@ class TrainingStep:
         if kind not in self._warm:
             # Compiles and loads kernels, creates library handles and workspaces.
             self._warm.add(kind)
+            small = self.task.warm_up(device, kind)
+            # After the batch was made: the other stream would read what its memory held before, ids of no token.
             self._stream.wait_stream(torch.cuda.current_stream(device))
-            self._run_for_nothing(self.task.warm_up(device, kind), counted, self._stream)
+            self._run_for_nothing(small, counted, self._stream)
         # Nothing can be pinned while a graph is recorded.
         reserve_host(*self.task.parked(given))
         inputs = {name: x.detach().clone().requires_grad_(x.requires_grad) for name, x in given.items()}
