@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from pronghorn.kernels.attention import Documents
 from pronghorn.kernels.delta_gates import delta_gates_backward, delta_gates_forward
 from pronghorn.kernels.delta_rule import EPS, _runs_in_triton, delta_rule_backward, delta_rule_forward
 from tests.kernels.compare import assert_near, random
@@ -15,8 +16,12 @@ SHAPES = [((150,), 1, 1, 16, 16), ((5, 0, 70, 1, 64, 40, 0), 2, 4, 16, 32), ((1,
 
 
 def documents(lengths: tuple[int, ...], device: torch.device) -> Tensor:
-    counts = torch.tensor(lengths)
-    return torch.arange(len(lengths)).repeat_interleave(counts).to(device, torch.int32)
+    return packed(lengths, device).document_of_token(sum(lengths))
+
+
+def packed(lengths: tuple[int, ...], device: torch.device) -> Documents:
+    bounds = torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)
+    return Documents(bounds, max(lengths))
 
 
 def inputs(shape: tuple, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
@@ -54,13 +59,13 @@ def oracle(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, document: T
 def test_chunks_are_the_recurrence(shape, device):
     """In fp64, where only a wrong formula is seen."""
     given = inputs(shape, torch.float64, device)
-    document = documents(shape[0], device)
+    docs = packed(shape[0], device)
     leaves = [x.clone().requires_grad_() for x in given]
-    expected = oracle(*leaves, document)
-    assert_near(delta_rule_forward(*given, document), expected, slack=100.0)
+    expected = oracle(*leaves, docs.document_of_token(sum(shape[0])))
+    assert_near(delta_rule_forward(*given, docs), expected, slack=100.0)
     dout = random(*expected.shape, dtype=torch.float64, device=device, seed=5)
     wanted = torch.autograd.grad(expected, leaves, dout)
-    found = delta_rule_backward(dout, *given, document)
+    found = delta_rule_backward(dout, *given, docs)
     for actual, want in zip(found, wanted, strict=True):
         assert_near(actual, want, slack=100.0)
 
@@ -68,13 +73,13 @@ def test_chunks_are_the_recurrence(shape, device):
 @pytest.mark.parametrize("shape", SHAPES[1:])
 def test_triton(shape, device):
     """In fp32, which the interpreter's products take; several hundred terms in a row of sums."""
-    given, document = inputs(shape, torch.float32, device), documents(shape[0], device)
+    given, docs = inputs(shape, torch.float32, device), packed(shape[0], device)
     wide = [x.double() for x in given]
-    expected = delta_rule_forward(*wide, document)
-    assert_near(delta_rule_forward(*given, document, impl="triton"), expected, slack=4.0)
+    expected = delta_rule_forward(*wide, docs)
+    assert_near(delta_rule_forward(*given, docs, impl="triton"), expected, slack=4.0)
     dout = random(*expected.shape, dtype=torch.float32, device=device, seed=5)
-    wanted = delta_rule_backward(dout.double(), *wide, document)
-    found = delta_rule_backward(dout, *given, document, impl="triton")
+    wanted = delta_rule_backward(dout.double(), *wide, docs)
+    found = delta_rule_backward(dout, *given, docs, impl="triton")
     for actual, want in zip(found, wanted, strict=True):
         assert_near(actual, want, slack=8.0)
 
@@ -82,18 +87,18 @@ def test_triton(shape, device):
 def test_other_sizes_of_heads_run_as_torch(device):
     given = inputs(((9,), 1, 2, 24, 8), torch.float32, device)
     assert not _runs_in_triton(given[0], given[2], "triton")
-    document = documents((9,), device)
-    expected = delta_rule_forward(*(x.double() for x in given), document)
-    assert_near(delta_rule_forward(*given, document, impl="triton"), expected)
+    docs = packed((9,), device)
+    expected = delta_rule_forward(*(x.double() for x in given), docs)
+    assert_near(delta_rule_forward(*given, docs, impl="triton"), expected)
 
 
 def test_the_decay_of_a_document_s_first_token_changes_nothing(device):
     shape = SHAPES[1]
-    given, document = inputs(shape, torch.float64, device), documents(shape[0], device)
-    before = delta_rule_forward(*given, document)
+    given, docs = inputs(shape, torch.float64, device), packed(shape[0], device)
+    before = delta_rule_forward(*given, docs)
     given[3][5] -= 3.0
-    assert torch.equal(before, delta_rule_forward(*given, document))
-    dg = delta_rule_backward(before, *given, document)[3]
+    assert torch.equal(before, delta_rule_forward(*given, docs))
+    dg = delta_rule_backward(before, *given, docs)[3]
     assert dg[5].abs().max() < 1e-12 < dg[6].abs().min()
 
 

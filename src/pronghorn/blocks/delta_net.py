@@ -146,13 +146,13 @@ class DeltaNetBlock(AttentionOutput):
         del outputs, z
         saves.out = delta_rule_forward(*self._rule_inputs(saves))
 
-    def _rule_inputs(self, saves: DeltaSaves) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """q, k, v, g, β and each token's document."""
+    def _rule_inputs(self, saves: DeltaSaves) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Documents]:
+        """q, k, v, g, β and the documents."""
         mixed, a, b = saves.mixed, saves.a, saves.b
         assert mixed is not None and a is not None and b is not None
         document = self.docs.document_of_token(mixed.shape[0])
         qkv = short_conv_forward(mixed, self.conv[:, 0], self.conv_bias, document)
-        return *self.heads.split(qkv), *delta_gates_forward(a, b, self.decay, self.dt_bias), document
+        return *self.heads.split(qkv), *delta_gates_forward(a, b, self.decay, self.dt_bias), self.docs
 
     def read_by_o(self, saves: DeltaSaves) -> Tensor:
         """norm(out) · silu(z) [T, N·F]."""

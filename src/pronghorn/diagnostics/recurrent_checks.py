@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pronghorn.diagnostics.compare import Comparison, close, device, draw, dtypes
 from pronghorn.diagnostics.kernel_checks import EPS, said
+from pronghorn.kernels.attention import Documents
 from pronghorn.kernels.delta_rule import EPS as UNIT_EPS
 from pronghorn.kernels.delta_rule import delta_rule_backward, delta_rule_forward
 from pronghorn.kernels.gated_output import gated_output_backward, gated_output_forward
@@ -19,7 +20,12 @@ LENGTHS = (7, 90, 1, 42)
 
 
 def _document() -> Tensor:
-    return torch.arange(len(LENGTHS)).repeat_interleave(torch.tensor(LENGTHS)).to(device(), torch.int32)
+    return _docs().document_of_token(sum(LENGTHS))
+
+
+def _docs() -> Documents:
+    bounds = torch.tensor([0, *LENGTHS]).cumsum(0).to(device(), torch.int32)
+    return Documents(bounds, max(LENGTHS))
 
 
 def short_conv() -> str:
@@ -58,7 +64,7 @@ def gated_output() -> str:
 
 def delta_rule() -> str:
     """The gated delta rule in chunks against the recurrence token by token."""
-    compared, document, tokens = Comparison(), _document(), sum(LENGTHS)
+    compared, docs, tokens = Comparison(), _docs(), sum(LENGTHS)
     for dtype in dtypes():
         q, k = (draw(tokens, 2, 64, dtype=dtype, seed=i) for i in range(2))
         v, dout = (draw(tokens, 4, 64, dtype=dtype, seed=i) for i in (2, 3))
@@ -67,7 +73,7 @@ def delta_rule() -> str:
         leaves = [t.double().requires_grad_() for t in given]
         truth = _recurrence(*leaves)
         grads = torch.autograd.grad(truth, leaves, dout.double())
-        found = (delta_rule_forward(*given, document), *delta_rule_backward(dout, *given, document))
+        found = (delta_rule_forward(*given, docs), *delta_rule_backward(dout, *given, docs))
         # Factors of several products in a row are rounded to 16 bits: three times what one product may be off.
         bound = 12 * max(torch.finfo(dtype).eps / 2, 1e-6)
         for name, got, want in zip(

@@ -32,6 +32,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from pronghorn.kernels.attention import Documents
 from pronghorn.kernels.dispatch import Impl, math_dtype, multiplies_in_triton
 
 #: tokens of a chunk
@@ -58,7 +59,7 @@ def delta_rule_forward(
     v: Tensor,
     g: Tensor,
     beta: Tensor,
-    document: Tensor,
+    docs: Documents,
     *,
     impl: Impl | None = None,
 ) -> Tensor:
@@ -66,13 +67,13 @@ def delta_rule_forward(
 
     Args:
         q, k, v: heads and elements contiguous; rows may be part of a wider buffer's.
-        g, beta: [T, N] in fp32, g ≤ 0. document: int32 [T], each token's, not falling.
+        g, beta: [T, N] in fp32, g ≤ 0.
     """
     if _runs_in_triton(q, v, impl):
         from pronghorn.kernels.triton.delta_rule import forward
 
-        return forward(q, k, v, g, beta, document)
-    chunks = _Chunks.of(q, k, v, g, beta, document)
+        return forward(q, k, v, g, beta, docs)
+    chunks = _Chunks.of(q, k, v, g, beta, docs.document_of_token(v.shape[0]))
     outs, state = [], chunks.zero_state()
     for i in range(chunks.count):
         new = chunks.values[i] - chunks.keys_of_state[i] @ state
@@ -88,7 +89,7 @@ def delta_rule_backward(
     v: Tensor,
     g: Tensor,
     beta: Tensor,
-    document: Tensor,
+    docs: Documents,
     *,
     impl: Impl | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -96,8 +97,8 @@ def delta_rule_backward(
     if _runs_in_triton(q, v, impl):
         from pronghorn.kernels.triton.delta_rule import backward
 
-        return backward(dout, q, k, v, g, beta, document)
-    chunks = _Chunks.of(q, k, v, g, beta, document)
+        return backward(dout, q, k, v, g, beta, docs)
+    chunks = _Chunks.of(q, k, v, g, beta, docs.document_of_token(v.shape[0]))
     states, news, state = [], [], chunks.zero_state()
     for i in range(chunks.count):
         states.append(state)

@@ -1,9 +1,10 @@
 """The gated delta rule in Triton: see `kernels.delta_rule`, whose letters are used here.
 
-What is between chunks goes through them one after another, a program for a head and some columns of its state
-(`_states`, `_dstates`); all else is a program for a chunk and a head. The triangular inverse is put together from
-blocks of twice the size, which is as stable as substitution and made of products. Products take 16-bit factors where
-the inputs have 16 bits, sums and the inverse are fp32. D and F are powers of two (see `kernels.delta_rule`).
+What is between chunks goes through those of a document one after another, a program for a document, a head and some
+columns of its state (`_states`, `_dstates`); all else is a program for a chunk and a head. The triangular inverse is
+put together from blocks of twice the size, which is as stable as substitution and made of products. Products take
+16-bit factors where the inputs have 16 bits, sums and the inverse are fp32. D and F are powers of two (see
+`kernels.delta_rule`).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pronghorn.kernels.attention import Documents
 from pronghorn.kernels.delta_rule import CHUNK, EPS
 from pronghorn.kernels.triton.lora import dot, is_wide
 
@@ -66,6 +68,14 @@ def _documents(document_ptr, start, tokens, C: tl.constexpr):
     before = tl.load(document_ptr + start - 1, mask=start > 0, other=-2)
     last = tl.load(document_ptr + start + C - 1, mask=start + C - 1 < tokens, other=-3)
     return document, before, last
+
+
+@triton.jit
+def _bounds(bounds_ptr):
+    """Where the program's document begins and ends; an empty one has no chunks."""
+    begin = tl.load(bounds_ptr + tl.program_id(2))
+    end = tl.load(bounds_ptr + tl.program_id(2) + 1)
+    return begin, tl.where(end > begin, end, 0)
 
 
 @triton.jit
@@ -162,22 +172,26 @@ def _systems(
 
 @triton.jit
 def _states(
-    k_ptr, keys_ptr, values_ptr, sums_ptr, document_ptr, states_ptr, news_ptr, tokens, k_heads, heads, group,
+    k_ptr, keys_ptr, values_ptr, sums_ptr, document_ptr, bounds_ptr, states_ptr, news_ptr,
+    tokens, k_heads, heads, group,
     D: tl.constexpr, F: tl.constexpr, BF: tl.constexpr, WIDE: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """The states before each chunk, and N."""
+    """The states before each chunk, and N: those of chunks that the program's document begins with or spans."""
     head, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BF + tl.arange(0, BF)
     inner = tl.arange(0, D)
     dtype: tl.constexpr = news_ptr.dtype.element_ty
     state = tl.zeros([D, BF], tl.float32)
-    for chunk in range(tl.cdiv(tokens, C)):
+    begin, end = _bounds(bounds_ptr)
+    for chunk in range(begin // C, tl.cdiv(end, C)):
         start = chunk * C
         place = (chunk * heads + head) * D * F
-        tl.store(states_ptr + place + inner[:, None] * F + column[None, :], state.to(dtype))
+        owned = tl.where(start >= begin, tokens, 0)
+        at = states_ptr + place + inner[:, None] * F + column[None, :]
+        tl.store(at, state.to(dtype), mask=inner[:, None] < owned * D)
         keys = _load(keys_ptr + head * D, start, tokens, heads * D, inner, C)
         values = _load(values_ptr + head * F, start, tokens, heads * F, column, C).to(tl.float32)
         new = (values - dot(keys, state.to(dtype), WIDE)).to(dtype)
-        _store(news_ptr + head * F, new, start, tokens, heads * F, column, C)
+        _store(news_ptr + head * F, new, start, owned, heads * F, column, C)
         _, outward, through = _decays(sums_ptr + head, document_ptr, start, tokens, heads, C)
         k = _load(k_ptr + head // group * D, start, tokens, k_heads * D, inner, C).to(tl.float32)
         state = state * through + dot(tl.trans((k * outward[:, None]).to(dtype)), new, WIDE)
@@ -237,24 +251,32 @@ def _dnews_inside(
 
 @triton.jit
 def _dstates(
-    q_ptr, k_ptr, keys_ptr, sums_ptr, document_ptr, dout_ptr, dstates_ptr, dnews_ptr, tokens, k_heads, heads, group,
+    q_ptr, k_ptr, keys_ptr, sums_ptr, document_ptr, bounds_ptr, dout_ptr, dstates_ptr, dnews_ptr,
+    tokens, k_heads, heads, group,
     D: tl.constexpr, F: tl.constexpr, BF: tl.constexpr, WIDE: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """dS' of each chunk, and the rest of dN."""
+    """dS' of each chunk, and the rest of dN: those of chunks whose last token is the program's document's.
+
+    Of the chunk that another document goes on in, it reads rows of dN to which that one's program adds zero.
+    """
     head, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BF + tl.arange(0, BF)
     inner = tl.arange(0, D)
     dtype: tl.constexpr = dnews_ptr.dtype.element_ty
-    dstate, chunks = tl.zeros([D, BF], tl.float32), tl.cdiv(tokens, C)
-    for back in range(chunks):
-        chunk = chunks - 1 - back
+    dstate = tl.zeros([D, BF], tl.float32)
+    begin, end = _bounds(bounds_ptr)
+    last = tl.cdiv(end, C) - 1
+    for back in range(last + 1 - begin // C):
+        chunk = last - back
         start = chunk * C
         place = (chunk * heads + head) * D * F
-        tl.store(dstates_ptr + place + inner[:, None] * F + column[None, :], dstate.to(dtype))
+        owned = tl.where(tl.minimum(start + C, tokens) <= end, tokens, 0)
+        at = dstates_ptr + place + inner[:, None] * F + column[None, :]
+        tl.store(at, dstate.to(dtype), mask=inner[:, None] < owned * D)
         carried, outward, through = _decays(sums_ptr + head, document_ptr, start, tokens, heads, C)
         k = _load(k_ptr + head // group * D, start, tokens, k_heads * D, inner, C).to(tl.float32)
         dnew = _load(dnews_ptr + head * F, start, tokens, heads * F, column, C).to(tl.float32)
         dnew = (dnew + dot((k * outward[:, None]).to(dtype), dstate.to(dtype), WIDE)).to(dtype)
-        _store(dnews_ptr + head * F, dnew, start, tokens, heads * F, column, C)
+        _store(dnews_ptr + head * F, dnew, start, owned, heads * F, column, C)
         q = _load(q_ptr + head // group * D, start, tokens, k_heads * D, inner, C).to(tl.float32)
         dout = _load(dout_ptr + head * F, start, tokens, heads * F, column, C)
         keys = _load(keys_ptr + head * D, start, tokens, heads * D, inner, C)
@@ -407,10 +429,11 @@ def _per_state(sizes: dict[str, int | bool]) -> dict[str, int | bool]:
     return {**sizes, "BF": min(sizes["F"], STATE_COLUMNS)}
 
 
-def _make(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, document: Tensor) -> _Made:
+def _make(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, docs: Documents) -> _Made:
     assert q.stride(2) == k.stride(2) == v.stride(2) == 1 and q.stride(1) == k.stride(1) == q.shape[2]
     assert v.stride(1) == v.shape[2] and g.stride() == beta.stride() and g.stride(1) == 1
     (tokens, k_heads, of_k), (_, heads, of_v) = q.shape, v.shape
+    document = docs.document_of_token(tokens)
     chunks, group, sizes = triton.cdiv(tokens, CHUNK), heads // k_heads, _sizes(q, v)
     unit_q, unit_k = (v.new_empty(tokens, k_heads, of_k) for _ in range(2))
     rows = tokens * k_heads
@@ -438,15 +461,17 @@ def _make(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, document: Te
     )  # fmt: skip
     states, news = v.new_empty(chunks, heads, of_k, of_v), v.new_empty(tokens, heads, of_v)
     per_state = _per_state(sizes)
-    _states[(heads, of_v // per_state["BF"])](
-        unit_k, keys, values, sums, document, states, news, tokens, k_heads, heads, group, **per_state
-    )
+    _states[(heads, of_v // per_state["BF"], docs.count)](
+        unit_k, keys, values, sums, document, docs.cu_seqlens, states, news,
+        tokens, k_heads, heads, group, **per_state,
+    )  # fmt: skip
     return _Made(unit_q, unit_k, sums, inverse, values, keys, states, news)
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, document: Tensor) -> Tensor:
-    made = _make(q, k, v, g, beta, document)
+def forward(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, docs: Documents) -> Tensor:
+    made = _make(q, k, v, g, beta, docs)
     (tokens, k_heads, _), heads = q.shape, v.shape[1]
+    document = docs.document_of_token(tokens)
     out = v.new_empty(v.shape)
     _outputs[(triton.cdiv(tokens, CHUNK), heads)](
         made.q, made.k, made.sums, document, made.states, made.news, out, tokens, k_heads, heads, heads // k_heads,
@@ -456,18 +481,29 @@ def forward(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, document: 
 
 
 def backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, document: Tensor
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, docs: Documents
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     assert dout.is_contiguous()
-    made = _make(q, k, v, g, beta, document)
+    made = _make(q, k, v, g, beta, docs)
     (tokens, k_heads, of_k), (_, heads, of_v) = q.shape, v.shape
+    document = docs.document_of_token(tokens)
     grid, group, sizes = (triton.cdiv(tokens, CHUNK), heads), heads // k_heads, _sizes(q, v)
     shared = (tokens, k_heads, heads, group)
     dnews, dstates = v.new_empty(v.shape), torch.empty_like(made.states)
     _dnews_inside[grid](made.q, made.k, made.sums, document, dout, dnews, *shared, **sizes)
     per_state = _per_state(sizes)
-    _dstates[(heads, of_v // per_state["BF"])](
-        made.q, made.k, made.keys, made.sums, document, dout, dstates, dnews, *shared, **per_state
+    _dstates[(heads, of_v // per_state["BF"], docs.count)](
+        made.q,
+        made.k,
+        made.keys,
+        made.sums,
+        document,
+        docs.cu_seqlens,
+        dout,
+        dstates,
+        dnews,
+        *shared,
+        **per_state,
     )
     dunit_q, dunit_k = (v.new_empty(tokens, heads, of_k) for _ in range(2))
     dsums, dbeta = torch.empty_like(made.sums), torch.empty_like(made.sums)
