@@ -22,7 +22,9 @@ from tests.tiny import tiny_model
 
 
 @pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text", "phi3", "granite", "youtu", "cohere2"])
+@pytest.mark.parametrize(
+    "family", ["llama", "qwen3", "gemma3_text", "phi3", "granite", "youtu", "cohere2", "olmo2"]
+)
 def test_declared_bytes_are_kept_bytes(family: str, level: str) -> None:
     model = add_adapter(tiny_model(family), r=4)
     bind(model, save_levels=level)
@@ -52,7 +54,8 @@ def test_declared_bytes_are_kept_bytes(family: str, level: str) -> None:
         glu_ranks=4 * ranks[1],
         element=4,
         residual_element=4,
-        output_norms=family == "gemma3_text",
+        output_norms=family in ("gemma3_text", "olmo2"),
+        pre_norms=family != "olmo2",
         parallel=family == "cohere2",
         codes=codes,
         raised=2 * config.num_attention_heads * head_dim + of_v + 2 * 4 if latent else 0,

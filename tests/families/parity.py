@@ -89,6 +89,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "glm4": {"attention_bias": True, "partial_rotary_factor": 0.5},
     "ernie4_5": {"use_bias": True},
     "helium": {},
+    "olmo2": {},
+    "olmo3": {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]},
+    "exaone4": {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]},
     "qwen3_5_text": {"rope_parameters": {"rope_theta": 10000.0, "partial_rotary_factor": 0.5}},
     "granite": {
         "embedding_multiplier": 3.0,

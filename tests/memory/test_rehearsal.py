@@ -13,6 +13,7 @@ from transformers import (
     GlmConfig,
     GraniteConfig,
     LlamaConfig,
+    Olmo2Config,
     Phi3Config,
     Qwen3_5TextConfig,
     Qwen3Config,
@@ -115,6 +116,7 @@ OTHERS: dict[str, Any] = {
     "gemma2": Gemma2Config(**SIZES),
     "gemma3": Gemma3TextConfig(**SIZES),
     "glm": GlmConfig(**SIZES, pad_token_id=0),
+    "olmo2": Olmo2Config(**{k: v for k, v in SIZES.items() if k != "head_dim"}),
     "granite": GraniteConfig(**SIZES, residual_multiplier=0.2),
     "phi3": Phi3Config(**SIZES, pad_token_id=0),
 }

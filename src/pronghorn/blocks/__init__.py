@@ -17,7 +17,7 @@ from pronghorn.blocks.levels import (
     parks,
     saved_bytes_per_token,
 )
-from pronghorn.blocks.norm import Norm
+from pronghorn.blocks.norm import NoNorm, Norm
 from pronghorn.blocks.projection import (
     Adapter,
     GradientSink,
@@ -44,6 +44,7 @@ __all__ = [
     "LinearProjection",
     "MlpBlock",
     "ModuleProjection",
+    "NoNorm",
     "Norm",
     "PackedAdapters",
     "ProjectionGroup",

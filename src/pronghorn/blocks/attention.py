@@ -15,7 +15,7 @@ from pronghorn.blocks import joining
 from pronghorn.blocks.attention_output import AttentionOutput
 from pronghorn.blocks.head_groups import grouped_attention_backward
 from pronghorn.blocks.levels import Level, keeps
-from pronghorn.blocks.norm import Norm
+from pronghorn.blocks.norm import NoNorm, Norm
 from pronghorn.blocks.projection import GradientSink, ProjectionGroup
 from pronghorn.kernels.attention import AttentionCall, Documents, attention_forward, attention_sink_grad
 from pronghorn.kernels.gated_output import gated_output_backward, gated_output_forward
@@ -65,7 +65,7 @@ class AttentionBlock(AttentionOutput):
     a gate of each head [T, N, 2D], and o reads attention(…) · σ(gate).
     """
 
-    norm: Norm
+    norm: Norm | NoNorm
     qkv: ProjectionGroup
     heads: int
     kv_heads: int
@@ -115,7 +115,8 @@ class AttentionBlock(AttentionOutput):
         if saves.normed is not None:
             return Operand(saves.normed)
         normed, _ = self.norm.forward(x, dtype, fp8=self.qkv.quantises_rows, int8=self.qkv.turns_rows)
-        saves.normed = normed.tensor
+        if not isinstance(self.norm, NoNorm):
+            saves.normed = normed.tensor
         return normed
 
     def _query_and_gate(self, q: Tensor) -> tuple[Tensor, Tensor | None]:

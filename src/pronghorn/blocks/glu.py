@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pronghorn.blocks import joining
 from pronghorn.blocks.levels import Level, keeps
-from pronghorn.blocks.norm import Norm
+from pronghorn.blocks.norm import NoNorm, Norm
 from pronghorn.blocks.projection import GradientSink, LinearProjection, ProjectionGroup
 from pronghorn.kernels.glu import glu_backward, glu_backward_down_, glu_forward, glu_forward_down
 from pronghorn.kernels.lora import LowRank
@@ -94,7 +94,7 @@ class GluBlock:
 
     Saves: ClassVar[type[GluSaves]] = GluSaves
 
-    norm: Norm
+    norm: Norm | NoNorm
     gate_up: ProjectionGroup
     down: ProjectionGroup
     activation: str
@@ -158,6 +158,8 @@ class GluBlock:
             out = summed
             saves.xa_down = self.down.forward_add_(out, *self._activated(dtype, level, saves))
         saves.trim(level)
+        if isinstance(self.norm, NoNorm):  # the sum itself
+            saves.normed = None
         return out
 
     def _forward_apart(self, dtype: torch.dtype, level: Level, saves: GluSaves, tiles: list[slice]) -> Tensor:

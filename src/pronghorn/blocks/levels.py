@@ -110,7 +110,8 @@ class LayerWidths:
     experts, as elements of `element` bytes; `intermediate` and `glu_ranks` are then those of all experts of a token.
     `codes`: of latent attention, what the first products give and the attention's output, kept from "attention" on in
     place of q, k, v and out; what is made of codes, and XA of these products, are `raised`, kept at "all". `parallel`:
-    the MLP is beside the attention, with one norm for both and no residual sum between them.
+    the MLP is beside the attention, with one norm for both and no residual sum between them. `pre_norms`: norms stand
+    in front of attention and MLP.
     """
 
     hidden: int
@@ -127,6 +128,7 @@ class LayerWidths:
     codes: int | None = None
     raised: int = 0
     parallel: bool = False
+    pre_norms: bool = True
 
 
 def kept_bytes_per_token(level: Level, widths: LayerWidths) -> int:
@@ -144,7 +146,7 @@ def kept_bytes_per_token(level: Level, widths: LayerWidths) -> int:
         total += (2 * w.intermediate + w.glu_ranks) * w.element
     if keeps(level, "all"):
         total += (
-            (2 - w.parallel) * w.hidden + w.raised
+            (2 - w.parallel) * w.pre_norms * w.hidden + w.raised
         ) * w.element + w.output_norms * w.hidden * w.residual_element
     return total
 

@@ -133,3 +133,37 @@ class Norm:
         if dweight is not None:
             sink.add(self.weight, dweight)
         return found
+
+
+@dataclass(frozen=True)
+class NoNorm:
+    """In the place of a norm where a family has none: what comes in goes on, and nothing of it is kept twice."""
+
+    weight: None = None
+
+    def trainable(self) -> list[Tensor]:
+        return []
+
+    def forward(
+        self,
+        x: Tensor,
+        dtype: torch.dtype,
+        *,
+        residual: Tensor | None = None,
+        fp8: bool = False,
+        int8: bool = False,
+    ) -> tuple[Operand, Tensor]:
+        """x (+ residual) in `dtype`, which may be the sum itself, and the sum."""
+        summed = x if residual is None else x + residual
+        return Operand(summed.to(dtype)), summed
+
+    def backward(
+        self,
+        dy: Tensor,
+        x: Tensor,
+        residual_grad: Tensor | None,
+        sink: GradientSink,
+        columns: Tensor | Turned | None = None,
+    ) -> Operand:
+        """dy plus `residual_grad`, in x's dtype."""
+        return Operand(dy.to(x.dtype) if residual_grad is None else residual_grad + dy.to(x.dtype))

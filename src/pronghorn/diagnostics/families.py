@@ -140,7 +140,9 @@ def _differences(family: DecoderFamily) -> Iterator[str]:
         yield "tokens of an image see one another"
     if family.mixture is not None:
         yield "mixture of experts"
-    if parts.mlp_norm is None:
+    if parts.input_norm is None:
+        yield "no norms in front of attention and MLP"
+    if parts.side_by_side:
         yield "attention and MLP side by side on one LayerNorm"
     if family.turns == "pairs":
         yield "RoPE that turns neighbouring pairs"

@@ -16,7 +16,7 @@ def delta_net_block(layer: Any, call: LayerCall, read: ReadGroups) -> DeltaNetBl
     family = call.binding.family
     parts = family.parts.of(layer)
     attention, delta = getattr(layer, parts.attention), parts.delta
-    assert delta is not None
+    assert delta is not None and parts.input_norm is not None
     groups = {slot: ProjectionGroup(*found) for slot, found in read.items() if slot in (DELTA, 3)}
     conv = getattr(attention, delta.conv)
     return DeltaNetBlock(

@@ -48,6 +48,7 @@ from pronghorn.engine.read import (
     active_module,
     dropout_seed,
     read_norm,
+    read_norm_before,
     read_projection,
 )
 from pronghorn.engine.stream import flatten_rows, unflatten_rows
@@ -119,7 +120,7 @@ def _attention_block(layer: Any, call: LayerCall, read: ReadGroups) -> Attention
     )
     widths = (heads * head_dim, kv_heads * head_dim, kv_heads * head_dim)
     return AttentionBlock(
-        norm=read_norm(getattr(layer, parts.input_norm), offset),
+        norm=read_norm_before(layer, parts.input_norm, offset),
         qkv=_group(read[0], None if parts.qkv is None else widths),
         o=_group(read[3]),
         heads=heads,
@@ -149,14 +150,14 @@ def _glu_block(layer: Any, call: LayerCall, read: ReadGroups) -> GluBlock:
     binding, parts = call.binding, call.binding.family.parts
     widths = (binding.config.intermediate_size,) * 2
     return GluBlock(
-        norm=read_norm(getattr(layer, parts.mlp_norm or parts.input_norm), binding.family.norm_offset),
+        norm=read_norm_before(layer, parts.mlp_norm or parts.input_norm, binding.family.norm_offset),
         gate_up=_group(read[4], None if parts.gate_up is None else widths),
         down=_group(read[6]),
         activation=binding.activation,
         tile_rows=binding.tile_rows or TILE_ROWS,
         output_norm=_read_part_norm(layer, parts.mlp_output_norm, binding.family.norm_offset),
         output_scale=binding.scales.residual,
-        beside_attention=parts.mlp_norm is None,
+        beside_attention=parts.side_by_side,
     )
 
 

@@ -16,7 +16,7 @@ def latent_attention_block(layer: Any, call: LayerCall, read: ReadGroups) -> Lat
     """The first half of a layer whose attention is latent."""
     binding, parts = call.binding, call.binding.family.parts
     attention, latent, offset = getattr(layer, parts.attention), parts.latent, binding.family.norm_offset
-    assert latent is not None
+    assert latent is not None and parts.input_norm is not None
     groups = {slot: ProjectionGroup(*found) for slot, found in read.items()}
 
     def raised(norm: str, slot: int) -> Raised:

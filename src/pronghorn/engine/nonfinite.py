@@ -176,7 +176,7 @@ class _Layers:
             return None, out
         parts, attention, glu = self.binding.family.parts.of(layer), saves.attention, saves.glu
         stages = [
-            (f"{parts.input_norm}", "output of", attention.normed if parts.mlp_norm else glu.normed),
+            (parts.input_norm, "output of", glu.normed if parts.side_by_side else attention.normed),
             *_head_stages(parts, attention),
             (f"{parts.attention}", "attention of", attention.out),
             (f"{parts.attention}.{parts.o}", "output of", attention.projected),
@@ -187,6 +187,8 @@ class _Layers:
         prefix = self._name_of_module(layer)
         looked_at: list[nn.Module] = []
         for name, what, tensor in stages:
+            if name is None:  # a norm that the family has not
+                continue
             looked_at.append(layer.get_submodule(name))
             if tensor is None or _finite(tensor):
                 continue

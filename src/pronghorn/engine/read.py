@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pronghorn.blocks import Adapter, LinearProjection, ModuleProjection, Norm
+from pronghorn.blocks import Adapter, LinearProjection, ModuleProjection, NoNorm, Norm
 from pronghorn.blocks.projection import Projection
 from pronghorn.families import MOE, LayerParts, MixtureParts
 from pronghorn.weights import read_weight
@@ -171,6 +171,11 @@ def read_norm(module: nn.Module, offset: float) -> Norm:
     eps = getattr(module, "variance_epsilon", None)
     centred = type(module).__name__.endswith("LayerNorm")
     return Norm(module.weight, float(eps if eps is not None else module.eps), offset, centred)  # type: ignore[arg-type]
+
+
+def read_norm_before(layer: nn.Module, name: str | None, offset: float) -> Norm | NoNorm:
+    """The norm of that name in front of a layer's attention or MLP, where there is one."""
+    return NoNorm() if name is None else read_norm(getattr(layer, name), offset)
 
 
 def dropout_seed(training: bool) -> int:

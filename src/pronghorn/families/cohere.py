@@ -10,7 +10,7 @@ from pronghorn.families.spec import ONE_ROTATION, DecoderFamily, LayerParts, Sca
 def _parts(config: Any) -> LayerParts:
     """Norms of q and k, a weight for each head, where the config says so (`use_qk_norm`)."""
     if getattr(config, "use_qk_norm", False):
-        return LayerParts(mlp_norm=None, q_norm="q_norm", k_norm="k_norm")
+        return LayerParts(mlp_norm=None, q_norm="q_norm", k_norm="k_norm", norms_of_all_heads=True)
     return LayerParts(mlp_norm=None)
 
 

@@ -59,7 +59,7 @@ class LayerParts:
     parts of layers with such a recurrence, where a family has both kinds.
     """
 
-    input_norm: str = "input_layernorm"
+    input_norm: str | None = "input_layernorm"
     attention: str = "self_attn"
     q: str = "q_proj"
     k: str = "k_proj"
@@ -68,6 +68,8 @@ class LayerParts:
     o: str = "o_proj"
     q_norm: str | None = None
     k_norm: str | None = None
+    #: these have a weight for every element of all heads, not for those of one
+    norms_of_all_heads: bool = False
     #: a logit per head in the softmax's denominator
     sinks: str | None = None
     latent: LatentParts | None = None
@@ -77,7 +79,8 @@ class LayerParts:
     recurrent: LayerParts | None = None
     #: of what the attention gives, before the residual sum
     attention_output_norm: str | None = None
-    #: of the residual sum, before the MLP; None where the MLP reads what the attention reads, beside it
+    #: of the residual sum, before the MLP; None where there is none, as in front of the attention, and where the MLP
+    #: reads what the attention reads (`side_by_side`)
     mlp_norm: str | None = "post_attention_layernorm"
     mlp: str = "mlp"
     gate: str = "gate_proj"
@@ -87,6 +90,11 @@ class LayerParts:
     activation: str = "act_fn"
     #: of what the MLP gives, before the residual sum
     mlp_output_norm: str | None = None
+
+    @property
+    def side_by_side(self) -> bool:
+        """Whether attention and MLP read the same norm, one beside the other."""
+        return self.mlp_norm is None and self.input_norm is not None
 
     @property
     def kinds(self) -> tuple[LayerParts, ...]:

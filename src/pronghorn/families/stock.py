@@ -2,13 +2,11 @@
 
 LATENT = "latent attention"
 LAYER_NORM = "LayerNorm"
-NO_PRE_NORM = "no norm before attention and MLP, and norms of q and k over all heads at once"
 
 #: `config.model_type` -> what its decoder layers have that no block computes
 STOCK = {
     "axk1": f"{LATENT}, and a norm of what the experts give",
     "deepseek_v32": f"{LATENT} over the keys that an indexer picks",
-    "exaone4": "no norm before attention and MLP",
     "gemma3n_text": "embeddings and projections of each layer's own, and layers that share keys and values",
     "gemma4_text": "embeddings and projections of each layer's own, and layers that share keys and values",
     "gpt2": f"{LAYER_NORM} with biases, learned positions and an MLP without a gate",
@@ -19,8 +17,6 @@ STOCK = {
     "longcat_flash": f"two blocks of {LATENT} in a layer, beside experts of which some do nothing",
     "mistral4": f"{LATENT} whose queries grow with their position",
     "nemotron": f"{LAYER_NORM} by 1 + w and an MLP without a gate",
-    "olmo2": NO_PRE_NORM,
-    "olmo3": NO_PRE_NORM,
     "phi": f"attention and MLP side by side on one {LAYER_NORM}, and an MLP without a gate",
     "stablelm": f"{LAYER_NORM} with biases",
     "starcoder2": f"{LAYER_NORM} with biases and an MLP without a gate",

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pronghorn.blocks import Adapter, LinearProjection, Norm
+from pronghorn.blocks import Adapter, LinearProjection, NoNorm, Norm
 from pronghorn.engine import bind
 from pronghorn.engine.altered import altered_part
 from pronghorn.engine.angles import Angles, angles_of
@@ -23,7 +23,14 @@ from pronghorn.engine.experts import (
     read_router_bias,
 )
 from pronghorn.engine.layer_call import compute_dtype
-from pronghorn.engine.read import Reading, active_module, group_names, read_norm, read_projection
+from pronghorn.engine.read import (
+    Reading,
+    active_module,
+    group_names,
+    read_norm,
+    read_norm_before,
+    read_projection,
+)
 from pronghorn.errors import EngineRefused
 from pronghorn.families import KV_UP, Q_UP
 from pronghorn.inference.latent import LatentHeads
@@ -46,12 +53,12 @@ class Layer:
     """One decoder layer. `rotation` is a key of `Decoder.rotations`; without an `mlp_norm` the MLP reads what q, k and
     v read. `head_norms`: of q and k, where the rotation does not take them in."""
 
-    norm: Norm
+    norm: Norm | NoNorm
     qkv: Group
     heads: Heads | LatentHeads
     rotation: str | None
     o: Group
-    mlp_norm: Norm | None
+    mlp_norm: Norm | NoNorm | None
     mlp: GatedMlp | Mixture
     attention_output_norm: Norm | None = None
     mlp_output_norm: Norm | None = None
@@ -184,12 +191,14 @@ class Decoder:
         else:
             heads = self._latent(attention, groups)
         return Layer(
-            norm=read_norm(getattr(layer, parts.input_norm), family.norm_offset),
+            norm=read_norm_before(layer, parts.input_norm, family.norm_offset),
             qkv=groups[0],
             heads=heads,
             rotation=family.rotation(config, index),
             o=groups[3],
-            mlp_norm=norm(layer, parts.mlp_norm),
+            mlp_norm=None
+            if parts.side_by_side
+            else read_norm_before(layer, parts.mlp_norm, family.norm_offset),
             mlp=GatedMlp(groups[4], groups[6]) if mlp == "glu" else self._mixture(layer, groups),
             attention_output_norm=norm(layer, parts.attention_output_norm),
             mlp_output_norm=norm(layer, parts.mlp_output_norm),

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pronghorn.blocks import Norm
+from pronghorn.blocks import NoNorm, Norm
 from pronghorn.inference.decoder import Decoder, Layer
 from pronghorn.inference.forward import Cache
 from pronghorn.inference.latent import LatentHeads, adapter_of_rows
@@ -59,14 +59,14 @@ class RowGroup:
         x: Tensor,
         slots: Tensor,
         *,
-        norm: Norm | None = None,
+        norm: Norm | NoNorm | None = None,
         residual: Tensor | None = None,
         activation: str | None = None,
         out_dtype: torch.dtype | None = None,
     ) -> Tensor:
         """y [B, out], or act [B, out / 2], in the compute dtype; or the residual, which it was added to."""
         group, out_dtype = self.group, out_dtype or self.group.dtype
-        if norm is not None and norm.centred:  # no product takes it in
+        if isinstance(norm, NoNorm) or (norm is not None and norm.centred):  # no product takes it in
             x, norm = norm.forward(x, group.dtype)[0].tensor, None
         row_norm = None if norm is None else RowNorm(norm.weight.detach(), norm.eps, norm.offset)
         if len(x) == 1 and x.dtype == group.dtype and (self.dense or self.four_bit):

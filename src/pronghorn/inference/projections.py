@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pronghorn.blocks import Adapter, LinearProjection, Norm
+from pronghorn.blocks import Adapter, LinearProjection, NoNorm, Norm
 from pronghorn.weights import DenseWeight, Operand, Weight, join, join_tensors, side_by_side, stacked
 from pronghorn.weights.operand import as_operand
 
@@ -153,8 +153,10 @@ class Table:
         return Table(a, b, ends)
 
 
-def normalised(norm: Norm, x: Tensor, dtype: torch.dtype, consumer: Group) -> Tensor | Operand:
+def normalised(norm: Norm | NoNorm, x: Tensor, dtype: torch.dtype, consumer: Group) -> Tensor | Operand:
     """The norm of x [T, H] in `dtype`, quantised where that is what the consumer multiplies."""
+    if isinstance(norm, NoNorm):
+        return x.to(dtype)
     weight = consumer.stack or consumer.weights[0]
     if x.device.type == "cpu" and not weight.quantises_rows:
         # One call of torch; a few rows at a time are bound by the number of calls.

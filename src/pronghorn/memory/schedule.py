@@ -133,7 +133,7 @@ class Step(Products):
 
     def _attend(self, level: Level, saves: Held) -> None:
         """`DecoderLayer._attend`: up to the residual sum and its norm."""
-        shape, t, e = self.shape, self.tokens, self.element
+        shape, t = self.shape, self.tokens
         self._attention(saves)
         if not keeps(level, "all"):
             self._drop(saves, "normed_attention")
@@ -143,7 +143,7 @@ class Step(Products):
             if len(self._tiles()) == 1 and shape.eight_bit_forward and shape.mixture is None:
                 self._keep(saves, "codes", t * shape.hidden)
                 self._keep(saves, "code_scales", 4 * t)
-            self._keep(saves, "normed_glu", t * shape.hidden * e)
+            self._keep(saves, "normed_glu", self._norm_size(t))
             rstd = self._new(4 * t)
             self._keep(saves, "summed", self._residual())
             self._free(rstd, branch)
@@ -155,7 +155,7 @@ class Step(Products):
             codes = None
             if "normed_attention" not in saves:
                 codes = self._operand("q", t)
-                self._keep(saves, "normed_attention", t * shape.hidden * e)
+                self._keep(saves, "normed_attention", self._norm_size(t))
                 self._free(self._new(4 * t))
             joined = self._joins_qkv()
             self._project(saves, QKV, "xa_qkv", t, codes, joined)
@@ -315,9 +315,9 @@ class Step(Products):
         codes: list[int] | None = None,
     ) -> int:
         """From the gradients of the projections that read the layer's norm to the one of its input."""
-        t, e = self.tokens, self.element
+        t = self.tokens
         if "normed_attention" not in saves:
-            self._keep(saves, "normed_attention", t * self.shape.hidden * e)
+            self._keep(saves, "normed_attention", self._norm_size(t))
             self._free(self._new(4 * t))
         dnormed = self._input_grad(names, t, xa in saves, need, codes)
         dx = self._new(self._residual()) if need else -1
@@ -340,7 +340,7 @@ class Step(Products):
                     if made and not shape.parallel:  # LayerNorm's output is quantised by who multiplies it
                         self._keep(saves, "codes", rows * shape.hidden)
                         self._keep(saves, "code_scales", 4 * rows)
-                    self._keep(saves, "normed_glu", rows * shape.hidden * e)
+                    self._keep(saves, "normed_glu", self._norm_size(rows))
                 self._project_gate_up(saves, rows)
             else:
                 rebuilt = False
@@ -349,7 +349,7 @@ class Step(Products):
             self._free(dact)
             if kept and "normed_glu" not in saves:
                 rebuilt = True
-                self._keep(saves, "normed_glu", rows * shape.hidden * e)
+                self._keep(saves, "normed_glu", self._norm_size(rows))
             dnormed = self._input_grad(GATE_UP, rows, True, True, self._joined_operand(GATE_UP, rows))
             hands_on = shape.hands_on and not shape.parallel
             if len(tiles) == 1 and hands_on and shape.residual_element == e and not self._apart:
@@ -369,6 +369,10 @@ class Step(Products):
     def _drop_glu(self, saves: Held) -> None:
         """What the GLU block kept, but for the residual sum and its norm."""
         self._drop(saves, *_GLU)
+
+    def _norm_size(self, rows: int) -> int:
+        """Bytes of what a norm in front of attention or MLP gives."""
+        return rows * self.shape.hidden * self.element if self.shape.pre_norms else 0
 
     @property
     def _apart(self) -> bool:

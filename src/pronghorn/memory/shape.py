@@ -53,9 +53,11 @@ class ModelShape:
         attention: the attention implementation ("flash", "cudnn", …), which decides its workspace.
         packed: adapters lie in flat storage, with a copy in the compute dtype.
         fused: q, k, v are one module; the rank of its adapter stands under q. `fused_gate_up`: so are gate, up.
+        qk_norm: q and k are normed; with weights for every element where these are `norms_of_all_heads`.
         output_norms: norms follow the o- and the down-projection.
         scaled_branches: what attention and MLP give is multiplied before the residual sum.
         parallel: the MLP is beside the attention, on the same norm.
+        pre_norms: norms stand in front of attention and MLP.
         rotations: kinds of angles that layers rotate by.
         joined: the plain weights of q, k, v and of gate, up lie side by side (`weights.stack`).
         state_element: bytes of each of the optimizer's two states per trained element.
@@ -87,12 +89,14 @@ class ModelShape:
     residual_element: int = 2
     tied: bool = False
     qk_norm: bool = False
+    norms_of_all_heads: bool = False
     qkv_bias: bool = False
     fused: bool = False
     fused_gate_up: bool = False
     output_norms: bool = False
     scaled_branches: bool = False
     parallel: bool = False
+    pre_norms: bool = True
     rotations: int = 1
     trained: Literal["adapters", "all"] = "adapters"
     attention: str = "flash"
@@ -260,6 +264,7 @@ class ModelShape:
             residual_element=self.residual_element,
             output_norms=self.output_norms,
             parallel=self.parallel,
+            pre_norms=self.pre_norms,
             codes=self._codes,
             raised=0 if latent is None else self._raised_heads + self.rank(*raised),
         )
@@ -358,8 +363,9 @@ class ModelShape:
             self.hidden,
         ]
         for plain, recurrent in self._kinds:
-            sizes += [self.hidden] * (4 if self.output_norms else 1 if self.parallel else 2)
-            sizes += [self.head_dim] * 2 if self.qk_norm and not recurrent else []
+            sizes += [self.hidden] * (2 * self.output_norms + (2 - self.parallel) * self.pre_norms)
+            of_heads = [self.q, self.kv] if self.norms_of_all_heads else [self.head_dim] * 2
+            sizes += of_heads if self.qk_norm and not recurrent else []
             if recurrent:
                 sizes += self._delta_tensors()
             elif self.latent is not None:
