@@ -382,6 +382,16 @@ class TestCaptured:
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
+    def test_the_first_recording_waits_for_its_batch(self) -> None:
+        """On a busy GPU, what the current stream was asked for is not there yet when the recording's stream begins."""
+        step = TrainingStep(adapted())
+        batch, supervised = collated(rows(), Budgets())
+        torch.full(
+            (2**20,), 2**40, device=DEVICE
+        )  # freed at once: memory that holds no token is allocated next
+        torch.cuda._sleep(10**9)
+        assert torch.isfinite(step.run(batch, supervised).loss) and step.captured
+
     def test_hooks_and_dropout_run_eagerly_with_a_reason(self, caplog: pytest.LogCaptureFixture) -> None:
         model = adapted(lora_dropout=0.1)
         step = TrainingStep(model)

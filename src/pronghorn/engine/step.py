@@ -341,10 +341,7 @@ class TrainingStep:
         if kind not in self._warm:
             # Compiles and loads kernels, creates library handles and workspaces.
             self._warm.add(kind)
-            small = self.task.warm_up(device, kind)
-            # After the batch was made: the other stream would read what its memory held before, ids of no token.
-            self._stream.wait_stream(torch.cuda.current_stream(device))
-            self._run_for_nothing(small, counted, self._stream)
+            self._run_for_nothing(self.task.warm_up(device, kind), counted, self._stream)
         # Nothing can be pinned while a graph is recorded.
         reserve_host(*self.task.parked(given))
         inputs = {name: x.detach().clone().requires_grad_(x.requires_grad) for name, x in given.items()}
@@ -398,6 +395,10 @@ class TrainingStep:
         for parameter, buffer in self._gradients:
             parameter.grad = buffer
         devices = [device] if device.type == "cuda" else []
+        if stream is not None:
+            # The batch and the copies above are made on the current stream, and on a busy GPU later: the other stream
+            # would read what the batch's memory held before, ids of no token, and add to gradients not yet copied.
+            stream.wait_stream(torch.cuda.current_stream(device))
         try:
             with torch.random.fork_rng(devices=devices), torch.cuda.stream(stream):
                 self._execute(batch, _ones(counts, device))
