@@ -34,6 +34,7 @@ STORAGE = {
     "nf4 double": "nf4 double",
     "bfloat16, fp8 two": "fp8 two",
     "int8 two": "int8 two",
+    "nf4 double, nf4 double in int8 products": "nf4 double in int8 products",
 }
 START, END = "<!-- plan_error: begin -->", "<!-- plan_error: end -->"
 
@@ -121,7 +122,7 @@ def _shape(workload: str, storage: str, attention: str) -> ModelShape:
 def _ours(
     shape: ModelShape, side: str, levels: tuple[Level, ...], batch: Batch
 ) -> tuple[Estimate, ModelShape]:
-    """The estimate, and the shape whose products are computed: 16-bit ones where 4-bit weights are kept unpacked."""
+    """The estimate, and the shape whose products are computed: what 4-bit weights become, where that is kept."""
     budget = re.search(r"([\d.]+GiB)", side)
     if budget is not None:
         gpu = gpu_of("H200")
@@ -129,7 +130,7 @@ def _ours(
         size = parse_budget(budget[1])
         kept = plan_with_expanded(shape, size, batch, gpu.rates, size)
         if kept is not None and kept.levels == levels and set(levels) == {"all"}:
-            return kept.estimate, replace(shape, storage=shape.dtype)
+            return kept.estimate, replace(shape, storage=shape.multiplied)
     return estimate(shape, levels, batch), shape
 
 

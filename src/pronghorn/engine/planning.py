@@ -101,6 +101,7 @@ def shape_of_config(
         parallel=family.parts.side_by_side,
         pre_norms=family.parts.input_norm is not None,
         rotations=len(rotations),
+        wide_heads=storage.endswith("in int8 products"),
         attention="flex" if attention == "flash" and scales.attention_softcap else attention,
         mixture=mixture_shape(config, ranks),
         dense_layers=_dense_layers(config),

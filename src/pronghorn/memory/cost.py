@@ -23,6 +23,11 @@ GROUPED_SHARE = 0.75
 #: Passes over the rule's output [T, N·F] that the gated delta rule and its convolution take as long as, forward and
 #: backward; a guess.
 RULE_PASSES = (45, 120)
+#: Of the bandwidth of plain kernels, what unpacking NF4 reaches (docs/lab-notes.md).
+UNPACKED = 0.59
+#: The same where int8 codes are made of NF4, turned and rounded on the way. Not measured alone: it is fitted to one run
+#: (8B, 2×2048 within 7 GiB, 258 ms), as what the other terms leave of it.
+UNPACKED_TO_INT8 = 0.135
 #: Launches and shorter products of a further tile, forward and backward together; a guess.
 TILE_SECONDS = 100e-6
 
@@ -61,8 +66,10 @@ def layer_times(shape: ModelShape, batch: Batch, rates: Rates) -> LayerTimes:
         rate = rates.matmul_int8 if shape.int8 else rates.matmul_fp8 if fp8 else rates.matmul
         # A mixture's experts are multiplied in 16 bits.
         stacked = [name for name in names if shape.mixture is not None and name in (*GATE_UP, *DOWN)]
-        linear = [name for name in names if name not in stacked]
+        wide = [name for name in names if name in shape.in_16_bits]
+        linear = [name for name in names if name not in (*stacked, *wide)]
         flop = 2.0 * t * shape.linear_parameters(*linear) / rate
+        flop += 2.0 * t * shape.linear_parameters(*wide) / rates.matmul
         flop += 2.0 * t * shape.linear_parameters(*stacked) / (GROUPED_SHARE * rates.matmul)
         # An int8 product adds the adapter's share where it writes, so that only its input is read once more.
         tall = [
@@ -74,8 +81,14 @@ def layer_times(shape: ModelShape, batch: Batch, rates: Rates) -> LayerTimes:
         return flop + adapted + unpack(*names, size=unpacked)
 
     def unpack(*names: str, size: int = shape.unpacked_forward) -> float:
-        # NF4 is read and unpacked at 59 % of the bandwidth (docs/lab-notes.md).
-        return shape.linear_parameters(*names) * (size + 0.5) / (0.59 * rates.bandwidth) if size else 0.0
+        """4-bit weights read and written as what is multiplied; also of a single set of 8-bit codes, transposed."""
+        if not size:
+            return 0.0
+        wide = [name for name in names if name in shape.in_16_bits]
+        others = shape.linear_parameters(*(name for name in names if name not in wide))
+        share = UNPACKED_TO_INT8 if shape.four_bit_in_int8 else UNPACKED
+        seconds = others * (size + 0.5) / (share * rates.bandwidth)
+        return seconds + shape.linear_parameters(*wide) * (e + 0.5) / (UNPACKED * rates.bandwidth)
 
     def passes(elements: int) -> float:
         return elements * t * e / rates.bandwidth

@@ -67,6 +67,7 @@ class ModelShape:
         in_one_piece: that pool is asked for in one piece of the size that a plan gives.
         placed: bytes that the allocator holds for weights, adapters and their gradients, where that was asked; else it
             follows from their sizes.
+        wide_heads: what makes q and k is multiplied in 16 bits where the rest is in int8 (`loading.int8`, over 4 bits).
         latent: the attention, where it is latent. Projections are then q (or its code), kv (the other code), q_up and
             kv_up; `head_dim` is that of q and k.
         delta: the layers that have another attention, where there are such.
@@ -108,6 +109,7 @@ class ModelShape:
     captured: bool = True
     in_one_piece: bool = True
     placed: int | None = None
+    wide_heads: bool = False
     latent: LatentShape | None = None
     delta: DeltaShape | None = None
     gated: bool = False
@@ -167,6 +169,14 @@ class ModelShape:
             return self.modules
         of_mlp = [names for names in self.modules if names[0] in PROJECTIONS[4:]]
         return *((name,) for name in self.delta.names), *of_mlp
+
+    @property
+    def in_16_bits(self) -> tuple[str, ...]:
+        """The projections that are multiplied in 16 bits, whatever the others are."""
+        if not (self.wide_heads and self.int8):
+            return ()
+        whole = self.fused or self.latent is not None
+        return self.of_heads if whole else PROJECTIONS[:2]
 
     @property
     def of_heads(self) -> tuple[str, ...]:
@@ -301,6 +311,11 @@ class ModelShape:
     def int8(self) -> bool:
         """Whether all products multiply int8 codes, which add an adapter's share themselves."""
         return self.storage.startswith("int8") or self.storage.endswith(_IN_INT8)
+
+    @property
+    def four_bit_in_int8(self) -> bool:
+        """Whether int8 codes are made of 4-bit weights for every product."""
+        return self.storage.endswith(_IN_INT8)
 
     @property
     def eight_bit_forward(self) -> bool:
