@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from pronghorn import FastLanguageModel
-from pronghorn.blocks import LEVELS, Level, delta_net, kept_bytes_per_token
+from pronghorn.blocks import LEVELS, Level, delta_net, head_groups, kept_bytes_per_token
 from pronghorn.blocks.delta_net import DeltaHeads
 from pronghorn.engine import TrainingStep, bind, binding_of
 from pronghorn.engine.forward import build_layer
@@ -65,6 +65,13 @@ def test_documents_across_chunks(mode: str) -> None:
     expected = run(model, rows)
     assert_same(run(bound_copy(model, "attention"), rows), expected, BOUND)
     assert_stream_equals_rows(model, "none", BOUND)
+
+
+def test_groups_of_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a long stream."""
+    monkeypatch.setattr(head_groups, "GROUP_TOKENS", 16)
+    assert len(DeltaHeads(2, 16, 4, 32).groups(34)) == 2
+    assert_stream_equals_rows(add_adapter(stock()), "none", BOUND)
 
 
 def test_more_heads_of_values_or_as_many() -> None:

@@ -197,6 +197,16 @@ def test_linear_attention_among_others(level: str, monkeypatch: pytest.MonkeyPat
     compare(meta_model(config), level, 4096, 1024 if level == "attention" else None)
 
 
+@pytest.mark.parametrize("level", ["offload", "attention"])
+def test_linear_attention_of_a_long_stream(level: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Groups of heads."""
+    prepare(monkeypatch, parking=True)
+    config = Qwen3_5TextConfig(
+        **SIZES, layer_types=["linear_attention", "linear_attention", "full_attention"]
+    )
+    compare(in_four_bits(meta_model(config)), level, 65536)
+
+
 @pytest.mark.parametrize("level", ["none", "all"])
 def test_linear_attention_before_a_mixture(level: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two modules of the layer's input, taken apart by heads."""

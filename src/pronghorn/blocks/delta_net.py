@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from pronghorn.blocks.attention_output import AttentionOutput
+from pronghorn.blocks.head_groups import groups_of
 from pronghorn.blocks.levels import Level, keeps
 from pronghorn.blocks.norm import Norm
 from pronghorn.blocks.projection import GradientSink, ProjectionGroup
@@ -90,6 +91,12 @@ class DeltaHeads:
         of_gates = [x.view(x.shape[0], self.keys, -1) for x in (db, da)]
         return [torch.cat(by_keys, 2).flatten(1), torch.cat(of_gates, 2).flatten(1)]
 
+    def groups(self, tokens: int) -> list[tuple[slice, slice]]:
+        """Heads of q and k, and those of v that go with them, which are done together (`blocks.head_groups`)."""
+        count = groups_of(tokens, self.keys)
+        few, many = self.keys // count, self.values // count
+        return [(slice(i * few, (i + 1) * few), slice(i * many, (i + 1) * many)) for i in range(count)]
+
     def split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q, k [T, K, D] and v [T, N, F], views of [T, C]."""
         width = self.keys * self.key_dim
@@ -144,7 +151,36 @@ class DeltaNetBlock(AttentionOutput):
         saves.mixed, z, saves.b, saves.a = self.heads.apart(outputs)
         saves.z = z.view(-1, self.heads.values, self.heads.value_dim)
         del outputs, z
-        saves.out = delta_rule_forward(*self._rule_inputs(saves))
+        saves.out = self._rule(saves)
+
+    def _rule(self, saves: DeltaSaves) -> Tensor:
+        """What the rule gives [T, N, F]; of a long stream for some heads at a time, whose states take much room."""
+        q, k, v, g, beta, docs = self._rule_inputs(saves)
+        groups = self.heads.groups(v.shape[0])
+        if len(groups) == 1:
+            return delta_rule_forward(q, k, v, g, beta, docs)
+        out = v.new_empty(v.shape)
+        for few, many in groups:
+            out[:, many] = delta_rule_forward(
+                q[:, few], k[:, few], v[:, many], g[:, many], beta[:, many], docs
+            )
+        return out
+
+    def _rule_backward(self, dout: Tensor, saves: DeltaSaves) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of [q | k | v] [T, C], g and β [T, N], heads as in `_rule`."""
+        q, k, v, g, beta, docs = self._rule_inputs(saves)
+        groups = self.heads.groups(v.shape[0])
+        if len(groups) == 1:
+            *parts, dg, dbeta = delta_rule_backward(dout, q, k, v, g, beta, docs)
+            return torch.cat([x.flatten(1) for x in parts], 1), dg, dbeta
+        joined = v.new_empty(v.shape[0], self.conv.shape[0])
+        dg, dbeta = torch.empty_like(g), torch.empty_like(beta)
+        dq, dk, dv = self.heads.split(joined)
+        for few, many in groups:
+            dq[:, few], dk[:, few], dv[:, many], dg[:, many], dbeta[:, many] = delta_rule_backward(
+                dout[:, many].contiguous(), q[:, few], k[:, few], v[:, many], g[:, many], beta[:, many], docs
+            )
+        return joined, dg, dbeta
 
     def _rule_inputs(self, saves: DeltaSaves) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Documents]:
         """q, k, v, g, β and the documents."""
@@ -176,10 +212,8 @@ class DeltaNetBlock(AttentionOutput):
         del given
         dout, dz = self._gate_grads(dread, saves, sink)
         del dread
-        *dqkv, dg, dbeta = delta_rule_backward(dout, *self._rule_inputs(saves))
+        joined, dg, dbeta = self._rule_backward(dout, saves)
         del dout
-        joined = torch.cat([x.flatten(1) for x in dqkv], 1)
-        del dqkv
         dinputs = self._input_grads(joined, dz, dg, dbeta, saves, sink)
         del joined, dz, dg, dbeta
         if saves.normed is None:

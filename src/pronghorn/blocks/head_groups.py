@@ -20,8 +20,11 @@ _HEADS_OF_LSE = {"flash": 0, "cudnn": 1, "eager": 1}
 
 def head_groups(tokens: int, kv_heads: int, backend: str) -> int:
     """In how many groups the heads go: a divisor of the number of key/value heads."""
-    if backend not in _HEADS_OF_LSE:
-        return 1
+    return groups_of(tokens, kv_heads) if backend in _HEADS_OF_LSE else 1
+
+
+def groups_of(tokens: int, kv_heads: int) -> int:
+    """The same for what can always be done by groups: so is the gated delta rule (`blocks.delta_net`)."""
     return max(n for n in range(1, kv_heads + 1) if kv_heads % n == 0 and n <= max(tokens // GROUP_TOKENS, 1))
 
 

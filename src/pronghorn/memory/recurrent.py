@@ -6,6 +6,7 @@ This follows `blocks.delta_net` and `kernels.triton.delta_rule` line by line, as
 from __future__ import annotations
 
 from pronghorn.blocks import Level, keeps
+from pronghorn.blocks.head_groups import groups_of
 from pronghorn.kernels.delta_rule import CHUNK
 from pronghorn.memory.mixture import MixtureStep
 from pronghorn.memory.parts import DeltaShape
@@ -64,10 +65,17 @@ class RecurrentStep(Step):
             for name, width in zip(self._kept, self._widths, strict=True):
                 self._keep(saves, name, t * width * e)
             self._free(*given)
-        inputs = self._rule_inputs()
-        made = self._chunks()
-        self._keep(saves, "out", t * self._delta.wide * e)
-        self._free(*made, *inputs)
+        inputs, size = self._rule_inputs(), t * self._delta.wide * e
+        if self._groups > 1:
+            self._keep(saves, "out", size)
+        for _ in range(self._groups):
+            made = self._chunks()
+            if self._groups > 1:
+                made.append(self._new(size // self._groups))
+            else:
+                self._keep(saves, "out", size)
+            self._free(*made)
+        self._free(*inputs)
 
     @property
     def _widths(self) -> tuple[int, ...]:
@@ -82,13 +90,22 @@ class RecurrentStep(Step):
             *(self._new(4 * t * delta.values) for _ in range(2)),
         ]
 
+    @property
+    def _groups(self) -> int:
+        """In how many groups of heads the rule runs."""
+        return groups_of(self.tokens, self._delta.keys)
+
+    def _of_group(self, elements: int, size: int = 0) -> int:
+        """Something of a group's heads, by its elements for all heads."""
+        return self._new(elements // self._groups * (size or self.element))
+
     def _chunks(self) -> list[int]:
-        """What the rule's forward makes besides its output."""
-        delta, t, e = self._delta, self.tokens, self.element
-        units = [self._new(t * delta.keys * delta.key_dim * e) for _ in range(2)]
-        sums, inverse = self._new(4 * t * delta.values), self._new(self._count * CHUNK**2 * e)
-        values, keys = self._new(t * delta.wide * e), self._new(t * delta.values * delta.key_dim * e)
-        states, news = self._new(self._state_bytes), self._new(t * delta.wide * e)
+        """What the rule's forward makes of a group of heads besides its output."""
+        delta, t = self._delta, self.tokens
+        units = [self._of_group(t * delta.keys * delta.key_dim) for _ in range(2)]
+        sums, inverse = self._of_group(t * delta.values, 4), self._of_group(self._count * CHUNK**2)
+        values, keys = self._of_group(t * delta.wide), self._of_group(t * delta.values * delta.key_dim)
+        states, news = self._of_group(self._state_elements), self._of_group(t * delta.wide)
         return [*units, sums, inverse, values, keys, states, news]
 
     @property
@@ -97,8 +114,8 @@ class RecurrentStep(Step):
         return -(-self.tokens // CHUNK) * self._delta.values
 
     @property
-    def _state_bytes(self) -> int:
-        return self._count * self._delta.key_dim * self._delta.value_dim * self.element
+    def _state_elements(self) -> int:
+        return self._count * self._delta.key_dim * self._delta.value_dim
 
     @property
     def _output_names(self) -> tuple[str, ...]:
@@ -117,10 +134,8 @@ class RecurrentStep(Step):
         dout, dz = self._after(dout_o, [self._new(t * delta.wide * e) for _ in range(2)])
         self._drop(saves, "out", "z")
         inputs = self._rule_inputs()
-        dqkv, dgates = self._rule_backward()
+        joined, dgates = self._rule_backward()
         self._free(*inputs, dout)
-        joined = self._new(t * delta.mixed * e)
-        self._free(*dqkv)
         dmixed = self._new(t * delta.mixed * e)
         self._drop(saves, "qkv")
         small = [self._new(t * delta.values * e) for _ in range(2)]
@@ -132,17 +147,28 @@ class RecurrentStep(Step):
             self._free(dmixed, dz, *small)
         return self._through_norm(saves, names, "xa_inputs", gradients, need)
 
-    def _rule_backward(self) -> tuple[list[int], list[int]]:
-        """Gradients of q, k and v, and of g and β."""
+    def _rule_backward(self) -> tuple[int, list[int]]:
+        """`DeltaNetBlock._rule_backward`: the gradient of q, k and v side by side, and those of g and β."""
         delta, t, e = self._delta, self.tokens, self.element
-        made = self._chunks()
-        made += [self._new(t * delta.wide * e), self._new(self._state_bytes)]
-        made += [self._new(t * delta.values * delta.key_dim * e) for _ in range(2)]
-        gates = [self._new(4 * t * delta.values) for _ in range(2)]
-        dv = self._new(t * delta.wide * e)
-        of_keys = [self._new(t * delta.keys * delta.key_dim * e) for _ in range(2)]
-        self._free(*made)
-        return [*of_keys, dv], gates
+        apart, joined, dgates = self._groups > 1, -1, []
+        if apart:
+            joined = self._new(t * delta.mixed * e)
+            dgates = [self._new(4 * t * delta.values) for _ in range(2)]
+        for _ in range(self._groups):
+            copied = self._of_group(t * delta.wide) if apart else -1
+            made = self._chunks()
+            made += [self._of_group(t * delta.wide), self._of_group(self._state_elements)]
+            made += [self._of_group(t * delta.values * delta.key_dim) for _ in range(2)]
+            gates = [self._of_group(t * delta.values, 4) for _ in range(2)]
+            dqkv = [self._of_group(t * delta.wide)]
+            dqkv += [self._of_group(t * delta.keys * delta.key_dim) for _ in range(2)]
+            self._free(*made, copied)
+            if apart:
+                self._free(*gates)
+            else:
+                joined, dgates = self._new(t * delta.mixed * e), gates
+            self._free(*dqkv)
+        return joined, dgates
 
 
 class RecurrentMixtureStep(RecurrentStep, MixtureStep):
