@@ -213,8 +213,15 @@ def write_checkpoint(name: str, folder: str | Path, *, seed: int = 0, shard_byte
         model = AutoModelForCausalLM.from_config(config)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     generator = torch.Generator(device).manual_seed(seed)
-    shards: list[dict[str, torch.Tensor]] = [{}]
+    shard: dict[str, torch.Tensor] = {}
     filled, total, weight_map = 0, 0, {}
+
+    def write() -> None:  # each as soon as it is full: a checkpoint may be larger than half of the memory
+        file = f"model-{len(set(weight_map.values())) + 1:05d}.safetensors"
+        save_file(shard, folder / file, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(shard, file))
+        shard.clear()
+
     for key, parameter in model.named_parameters():  # tied weights come once, under the embedding's name
         tensor = torch.empty(parameter.shape, dtype=torch.bfloat16, device=device)
         if key.endswith("norm.weight"):
@@ -225,14 +232,11 @@ def write_checkpoint(name: str, folder: str | Path, *, seed: int = 0, shard_byte
             tensor.normal_(0.0, 0.02, generator=generator)
         size = tensor.numel() * tensor.element_size()
         if filled and filled + size > shard_bytes:
-            shards.append({})
+            write()
             filled = 0
-        shards[-1][key] = tensor.cpu()
+        shard[key] = tensor.cpu()
         filled, total = filled + size, total + size
-    for number, shard in enumerate(shards, start=1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        save_file(shard, folder / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(shard, file)
+    write()
     config.architectures = [type(model).__name__]
     config.save_pretrained(folder)
     GenerationConfig(**_SPECIAL).save_pretrained(folder)

@@ -127,6 +127,7 @@ WORKLOADS = _by_name(
     Workload("gemma2-2b-lora", "gemma-2-2b", rows=4, length=2048, warmup=6, steps=20),
     Workload("gemma3-4b-lora", "gemma-3-4b", rows=4, length=2048, warmup=6, steps=20),
     Workload("qwen3moe-lora", "qwen3-30b-a3b-12-layers", rows=4, length=2048),
+    Workload("qwen3moe-whole-lora", "qwen3-30b-a3b", rows=4, length=2048, warmup=2, steps=8),
     Workload("qwen3moe-qlora", "qwen3-30b-a3b-12-layers", rows=4, length=2048, four_bit=True),
     # Two rows four times a step is what Unsloth's notebooks train Alpaca with.
     Workload("alpaca", "llama-3.1-8b", 2, 2048, warmup=8, steps=25, lengths="alpaca", accumulation=4),

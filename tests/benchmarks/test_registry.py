@@ -207,6 +207,6 @@ def test_checkpoint_loads_strictly_and_shards_agree(tmp_path) -> None:
 
 def test_a_finished_checkpoint_is_left_alone(tmp_path) -> None:
     folder = write_checkpoint("tiny", tmp_path)
-    before = (folder / "model-00001-of-00001.safetensors").stat().st_mtime_ns
+    before = (folder / "model-00001.safetensors").stat().st_mtime_ns
     write_checkpoint("tiny", tmp_path, seed=5)
-    assert (folder / "model-00001-of-00001.safetensors").stat().st_mtime_ns == before
+    assert (folder / "model-00001.safetensors").stat().st_mtime_ns == before

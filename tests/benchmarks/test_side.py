@@ -97,7 +97,7 @@ def test_a_side_that_fails_in_turn_stops_nobody(tmp_path) -> None:
 
 def test_a_failing_side_is_one_line(tmp_path, capsys) -> None:
     write_checkpoint("tiny", tmp_path / "tiny")
-    (tmp_path / "tiny" / "model-00001-of-00001.safetensors").write_bytes(b"broken")
+    (tmp_path / "tiny" / "model-00001.safetensors").write_bytes(b"broken")
     arguments = ["--workload", "tiny", "--sides", "pronghorn-all", "--checkpoints", str(tmp_path)]
     assert run.main(arguments) == 1
     assert "[PH" in capsys.readouterr().out
