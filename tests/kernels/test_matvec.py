@@ -8,6 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from pronghorn.kernels.matvec import (
+    HANDED_COPIES,
     FourBit,
     RowAdapter,
     RowNorm,
@@ -198,7 +199,7 @@ def test_adapter_in_the_weights_launch(impl, four_bits_, widths, activation, dev
         made = [quantised(weight, True) for weight in weights]
         four, weights = [part for part, _ in made], [dense for _, dense in made]
     weight = torch.cat(weights)
-    handed = torch.zeros(parts * 16, dtype=torch.int64, device=device)
+    handed = torch.zeros(HANDED_COPIES, parts * 16, dtype=torch.int64, device=device)
     turn = torch.zeros(1, dtype=torch.int32, device=device)
     for seed, slot in enumerate((1, 0, 2)):
         turn += 1

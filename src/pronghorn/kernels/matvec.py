@@ -23,6 +23,14 @@ from pronghorn.kernels.dispatch import Impl, math_dtype, use_triton
 from pronghorn.kernels.glu import APPROXIMATE
 from pronghorn.kernels.nf4 import FourBits, dequantize_4bit
 
+#: whether one row without an adapter goes through the matrix units in 4 bits, as several do
+ONE_ROW_ON_MATRIX_UNITS = False
+
+
+#: places from which programs take what others of their launch hand on: one is a line of the second cache, from which a
+#: thousand programs would wait for each other (8B on an H200: 20 µs a layer)
+HANDED_COPIES = 32
+
 
 class RowNorm(NamedTuple):
     """RMSNorm of x: x / rms(x) · (weight + offset)."""
@@ -46,8 +54,9 @@ class RowAdapter(NamedTuple):
     """The adapter of one row, both of whose products ride in the weight's launch: some programs multiply x by A, the
     others add B to their outputs once they see all of xa.
 
-    a [slots, parts · R, in] and the others as in `RowShare`, slots [1]. handed int64 [parts · R]: where xa is handed
-    on, each number beside the turn, int32 [1], which has to be another one in every call with the same `handed`.
+    a [slots, parts · R, in] and the others as in `RowShare`, slots [1]. handed int64 [HANDED_COPIES, parts · R]: where
+    xa is handed on, each number beside the turn, int32 [1], which has to be another one in every call with the same
+    `handed`.
     """
 
     a: Tensor
@@ -119,7 +128,7 @@ def matvec_4bit(
     """`matvec` by up to three weights with the same input; the codes are read as they are. Several rows, for which
     `fits_few_rows` holds, go through the matrix units, without adapters."""
     if use_triton(x, impl):
-        if len(x) > 1:
+        if len(x) > 1 or (ONE_ROW_ON_MATRIX_UNITS and share is None and fits_few_rows(1, parts)):
             from pronghorn.kernels.triton.skinny import few_rows
 
             return few_rows(x, parts, norm, bias, residual, activation, out_dtype or x.dtype)
@@ -134,10 +143,10 @@ def matvec_4bit(
 
 
 def fits_few_rows(rows: int, parts: Sequence[FourBit]) -> bool:
-    """Whether `matvec_4bit` takes 2 to 64 rows of x times these weights."""
+    """Whether the matrix units take so many rows of x times these weights."""
     bits = [part.bits for part in parts]
     return (
-        2 <= rows <= 64
+        1 <= rows <= 64
         and bool(parts)
         and all(
             b.shape[0] % 64 == 0

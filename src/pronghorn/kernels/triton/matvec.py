@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pronghorn.kernels.matvec import RowAdapter, RowNorm, RowShare
+from pronghorn.kernels.matvec import HANDED_COPIES, RowAdapter, RowNorm, RowShare
 from pronghorn.kernels.triton.glu import value_and_slope
 from pronghorn.kernels.triton.launch import dependent_launch, launch_next, unit_rows, wait_for_last
 
@@ -38,9 +38,9 @@ def share_of(b, xa_ptr, batch, row, known, end0, end1, parts_rank, R: tl.constex
 @triton.jit
 def hand_on_xa(
     j, x_ptr, a_ptr, norm_ptr, slots_ptr, handed_ptr, turn, width, eps, offset, COUNT: tl.constexpr,
-    NORM: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    COPIES: tl.constexpr, NORM: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Number j of norm(x) Aᵀ, in one word with the turn, which makes it safe to read without any fence."""
+    """Number j of norm(x) Aᵀ to all copies, in one word with the turn, so that it is read without any fence."""
     slot = tl.load(slots_ptr)
     column = tl.arange(0, BLOCK)
     at = a_ptr + (slot.to(tl.int64) * COUNT + j) * width + column
@@ -63,17 +63,23 @@ def hand_on_xa(
         xa = xa / tl.sqrt(tl.sum(square, 0) / width + eps)
     xa = tl.where(slot > 0, xa, 0.0)
     low = xa.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
-    tl.store(handed_ptr + j, (turn.to(tl.int64) << 32) | low)
+    copies = tl.arange(0, COPIES) * COUNT
+    tl.store(handed_ptr + copies + j, ((turn.to(tl.int64) << 32) | low) + tl.zeros_like(copies))
 
 
 @triton.jit
-def awaited_share(b, handed_ptr, turn, row, known, end0, end1, R: tl.constexpr):
-    """`share_of` with the numbers that `hand_on_xa` gives, as soon as they are there."""
+def handed_words(handed_ptr, row, known, end0, end1, R: tl.constexpr):
+    """What lies now where `hand_on_xa` puts the numbers that those outputs take, [len(row), R]."""
     part = (row >= end0).to(tl.int32) + (row >= end1).to(tl.int32)
     at = handed_ptr + part[:, None] * R + tl.arange(0, R)[None, :]
-    words = tl.load(at, mask=known[:, None], other=0, volatile=True)
+    return tl.load(at, mask=known[:, None], other=0, volatile=True)
+
+
+@triton.jit
+def awaited_share(b, words, handed_ptr, turn, row, known, end0, end1, R: tl.constexpr):
+    """`share_of` with the numbers of this turn: `words`, read before, where they were there already."""
     while tl.max(tl.max((known[:, None] & ((words >> 32) != turn)).to(tl.int32), 1), 0) > 0:
-        words = tl.load(at, mask=known[:, None], other=0, volatile=True)
+        words = handed_words(handed_ptr, row, known, end0, end1, R)
     return tl.sum(words.to(tl.int32).to(tl.float32, bitcast=True) * b.to(tl.float32), 1)
 
 
@@ -97,8 +103,8 @@ def _one_row(
     x_ptr, w0, w1, w2, norm_ptr, bias_ptr, residual_ptr, out_ptr, slots_ptr, xa_ptr, b_ptr, a_ptr, turn_ptr,
     rows, rows0, rows1, width, x_stride, out_stride, table_stride, outs, end0, end1, parts_rank, eps, offset,
     NORM: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, GLU: tl.constexpr, R: tl.constexpr,
-    INSIDE: tl.constexpr, PARTS: tl.constexpr, OWN: tl.constexpr, WHOLE: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK: tl.constexpr, A_BLOCK: tl.constexpr, PDL: tl.constexpr,
+    INSIDE: tl.constexpr, COPIES: tl.constexpr, PARTS: tl.constexpr, OWN: tl.constexpr, WHOLE: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, A_BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out[b] of one row b a program column. OWN: every row has a weight of its own out of a table, none for slot 0.
     INSIDE: so many programs in front of the others multiply by A."""
@@ -107,13 +113,14 @@ def _one_row(
         turn = tl.load(turn_ptr)
         if program < INSIDE:
             hand_on_xa(
-                program, x_ptr, a_ptr, norm_ptr, slots_ptr, xa_ptr, turn, width, eps, offset, INSIDE, NORM,
-                A_BLOCK, PDL,
+                program, x_ptr, a_ptr, norm_ptr, slots_ptr, xa_ptr, turn, width, eps, offset, INSIDE, COPIES,
+                NORM, A_BLOCK, PDL,
             )  # fmt: skip
         else:
             _outputs(
                 program - INSIDE, turn,
-                x_ptr, w0, w1, w2, norm_ptr, bias_ptr, residual_ptr, out_ptr, slots_ptr, xa_ptr, b_ptr,
+                x_ptr, w0, w1, w2, norm_ptr, bias_ptr, residual_ptr, out_ptr, slots_ptr,
+                xa_ptr + program % COPIES * INSIDE, b_ptr,
                 rows, rows0, rows1, width, x_stride, out_stride, table_stride, outs, end0, end1, parts_rank, eps,
                 offset, NORM, BIAS, RESIDUAL, GLU, R, True, PARTS, OWN, WHOLE, ROWS, BLOCK, PDL,
             )  # fmt: skip
@@ -164,6 +171,11 @@ def _outputs(
         launch_next()
         wait_for_last()
     x_ptr += batch * x_stride
+    if AWAITED:
+        # Programs that begin late find them here, and need not wait for memory in the end.
+        handed = handed_words(xa_ptr, row, known, end0, end1, R)
+        if GLU != "":
+            handed_up = handed_words(xa_ptr, rows + row, known, end0, end1, R)
     sums = tl.zeros([ROWS, BLOCK], tl.float32)
     square = tl.zeros([BLOCK], tl.float32)
     for start in range(0, width, BLOCK):
@@ -190,7 +202,7 @@ def _outputs(
         y += tl.load(bias_ptr + row, mask=known, other=0.0).to(tl.float32)
     if R > 0:
         if AWAITED:
-            y += awaited_share(b, xa_ptr, turn, row, known, end0, end1, R)
+            y += awaited_share(b, handed, xa_ptr, turn, row, known, end0, end1, R)
         else:
             y += share_of(b, xa_ptr, batch, row, known, end0, end1, parts_rank, R)
     if GLU != "":
@@ -199,7 +211,7 @@ def _outputs(
             up += tl.load(bias_ptr + rows + row, mask=known, other=0.0).to(tl.float32)
         if R > 0:
             if AWAITED:
-                up += awaited_share(b_up, xa_ptr, turn, rows + row, known, end0, end1, R)
+                up += awaited_share(b_up, handed_up, xa_ptr, turn, rows + row, known, end0, end1, R)
             else:
                 up += share_of(b_up, xa_ptr, batch, rows + row, known, end0, end1, parts_rank, R)
         value, _ = value_and_slope(y, GLU)
@@ -315,7 +327,8 @@ def arguments(
         "RESIDUAL": residual is not None,
         "GLU": activation or "",
         "R": 0 if share is None else share.b.shape[2],
-        "INSIDE": xa.numel() if isinstance(share, RowAdapter) else 0,
+        "INSIDE": xa.shape[1] if isinstance(share, RowAdapter) else 0,
+        "COPIES": HANDED_COPIES,
     }
     return pointers, (outs, *ends, parts_rank, eps, offset), kinds
 

@@ -25,6 +25,7 @@ from pronghorn.kernels.triton.matvec import (
     arguments,
     awaited_share,
     hand_on_xa,
+    handed_words,
     own_b,
     share_of,
 )
@@ -151,9 +152,9 @@ def _one_row(
     norm_ptr, bias_ptr, residual_ptr, out_ptr, slots_ptr, xa_ptr, b_ptr, a_ptr, turn_ptr,
     rows, rows0, rows1, words, outs, end0, end1, parts_rank, eps, offset,
     NORM: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, GLU: tl.constexpr, R: tl.constexpr,
-    INSIDE: tl.constexpr, PARTS: tl.constexpr, NESTED: tl.constexpr, SIZE: tl.constexpr, SIZE2: tl.constexpr,
-    TABLE: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr, WHOLE: tl.constexpr, PAIRS: tl.constexpr,
-    A_BLOCK: tl.constexpr, PDL: tl.constexpr,
+    INSIDE: tl.constexpr, COPIES: tl.constexpr, PARTS: tl.constexpr, NESTED: tl.constexpr, SIZE: tl.constexpr,
+    SIZE2: tl.constexpr, TABLE: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr, WHOLE: tl.constexpr,
+    PAIRS: tl.constexpr, A_BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """INSIDE: so many programs in front of the others multiply by A."""
     program = tl.program_id(0)
@@ -162,14 +163,15 @@ def _one_row(
         if program < INSIDE:
             hand_on_xa(
                 program, x16_ptr, a_ptr, norm16_ptr, slots_ptr, xa_ptr, turn, words * 8, eps, offset, INSIDE,
-                NORM, A_BLOCK, PDL,
+                COPIES, NORM, A_BLOCK, PDL,
             )  # fmt: skip
         else:
             _outputs(
                 program - INSIDE, turn,
                 x_ptr, code_ptr, l0, l1, l2, l3, h0, h1, h2, h3, packed0, packed1, packed2, absmax0, absmax1, absmax2,
                 coarse0, coarse1, coarse2, shift0, shift1, shift2, fine0, fine1, fine2,
-                norm_ptr, bias_ptr, residual_ptr, out_ptr, slots_ptr, xa_ptr, b_ptr,
+                norm_ptr, bias_ptr, residual_ptr, out_ptr, slots_ptr,
+                xa_ptr + program % COPIES * INSIDE, b_ptr,
                 rows, rows0, rows1, words, outs, end0, end1, parts_rank, eps, offset,
                 NORM, BIAS, RESIDUAL, GLU, R, True, PARTS, NESTED, SIZE, SIZE2, TABLE, ROWS, WORDS, WHOLE, PAIRS, PDL,
             )  # fmt: skip
@@ -234,6 +236,11 @@ def _outputs(
     if PDL:
         launch_next()
         wait_for_last()
+    if AWAITED:
+        # Programs that begin late find them here, and need not wait for memory in the end.
+        handed = handed_words(xa_ptr, row, known, end0, end1, R)
+        if GLU != "":
+            handed_up = handed_words(xa_ptr, rows + row, known, end0, end1, R)
     sums = tl.zeros([ROWS, BLOCKS], tl.float32)
     sums_up = tl.zeros([ROWS, BLOCKS], tl.float32)
     square = tl.zeros([WORDS], tl.float32)
@@ -276,12 +283,12 @@ def _outputs(
             up += tl.load(bias_ptr + rows + row, mask=known, other=0.0).to(tl.float32)
     if R > 0:
         if AWAITED:
-            y += awaited_share(b, xa_ptr, turn, row, known, end0, end1, R)
+            y += awaited_share(b, handed, xa_ptr, turn, row, known, end0, end1, R)
         else:
             y += share_of(b, xa_ptr, 0, row, known, end0, end1, parts_rank, R)
         if GLU != "":
             if AWAITED:
-                up += awaited_share(b_up, xa_ptr, turn, rows + row, known, end0, end1, R)
+                up += awaited_share(b_up, handed_up, xa_ptr, turn, rows + row, known, end0, end1, R)
             else:
                 up += share_of(b_up, xa_ptr, 0, rows + row, known, end0, end1, parts_rank, R)
     if GLU != "":

@@ -315,11 +315,14 @@ class Config(NamedTuple):
     stages: int = 3
 
 
-def config_of(outs: int, blocks: int, glu: bool, processors: int) -> Config:
-    """Two programs for every processor, none with fewer than four steps of four blocks."""
-    tiles = triton.cdiv(outs, 64)
-    splits = min(triton.cdiv(2 * processors, tiles), max(blocks // 16, 1))
-    return Config(64, splits)
+def config_of(outs: int, blocks: int, rows: int, processors: int) -> Config:
+    """Three or four programs for every processor, none with fewer than two steps of four blocks.
+
+    Measured on an H200 for gate and up of 8B: for 8 rows 57 µs with 3 parts of the columns and 75 with one, for 32 rows
+    68 and 63.
+    """
+    wanted = round((4 if rows <= 16 else 3) * processors / (outs // 64))
+    return Config(64, max(1, min(wanted, blocks // 8)), stages=3 if rows <= 32 else 2)
 
 
 @cache
@@ -374,7 +377,7 @@ def few_rows(
     bits = [part.bits for part in (*parts, *[parts[-1]] * (3 - len(parts)))]
     nested = [part.second for part in bits]
     blocks = width // bits[0].blocksize
-    config = config or config_of(outs, blocks, activation is not None, processors_of(x.device))
+    config = config or config_of(outs, blocks, rows, processors_of(x.device))
     each = triton.cdiv(triton.cdiv(blocks, config.splits), 4) * 4
     splits, tiles = triton.cdiv(blocks, each), outs // config.outs
     kinds = 1 if activation is None else 2
