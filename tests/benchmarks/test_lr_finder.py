@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import math
+from pathlib import Path
+
 import pytest
 
-from benchmarks.lr_finder import DATA_SETS, HELD_BACK, grid, rows_of, table
+from benchmarks.lr_finder import ALLOWED, DATA_SETS, HELD_BACK, grid, rows_of, table
+from pronghorn.tuning.rates import changes_of, choose
+
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+MEASURED = {
+    f"{path.stem}: {name}": cell
+    for path in sorted(RESULTS.glob("*-lr-finder.json"))
+    for name, cell in json.loads(path.read_text()).items()
+}
 
 
 def test_the_grid_has_so_many_rates_a_decade() -> None:
@@ -17,6 +29,21 @@ def test_rows_are_many_and_held_back_ones_are_others(name: str) -> None:
     assert len(train) > 640 and len(held) == HELD_BACK
     assert not [row for row in held if row in train]
     assert rows_of.__wrapped__(name)[1] == held, "the same rows every time"
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_the_curves_that_were_measured_are_read_to_a_rate_that_was_good(name: str) -> None:
+    """Between two rates of the grid the loss is taken to be on the line between theirs."""
+    cell = MEASURED[name]
+    test, runs = cell["advised"], sorted((float(rate), run["held"]) for rate, run in cell["grid"].items())
+    losses = [math.nan if loss is None else loss for loss in test["losses"]]
+    choice = choose(test["rates"], changes_of(losses, test["losses_before"]))
+    assert choice is not None
+    below = max((run for run in runs if run[0] <= choice.rate), default=runs[0])
+    above = min((run for run in runs if run[0] >= choice.rate), default=runs[-1])
+    share = math.log(choice.rate / below[0]) / math.log(above[0] / below[0]) if above != below else 0.0
+    loss = below[1] + share * (above[1] - below[1])
+    assert loss <= (1 + ALLOWED) * min(held for _, held in runs), f"{choice.rate} of {runs}"
 
 
 def test_a_rate_that_ends_too_high_is_red() -> None:

@@ -18,7 +18,15 @@ from pronghorn.errors import NoRateFound, UnknownArgument
 from pronghorn.pages import write_whole
 from pronghorn.training.borrowed import borrow
 from pronghorn.tuning.rate_chart import chart
-from pronghorn.tuning.rates import FEWEST_POINTS, Choice, choose, geometric, has_diverged, sparkline
+from pronghorn.tuning.rates import (
+    FEWEST_POINTS,
+    Choice,
+    changes_of,
+    choose,
+    geometric,
+    has_diverged,
+    sparkline,
+)
 
 logger = logging.getLogger("pronghorn")
 
@@ -43,8 +51,8 @@ class RateTest:
 
     @property
     def changes(self) -> list[float]:
-        """What the test has changed of each batch's loss."""
-        return [loss - before for loss, before in zip(self.losses, self.before, strict=True)]
+        """What the test has changed of each batch's loss, by `changes_of`."""
+        return changes_of(self.losses, self.before)
 
     def as_dict(self) -> dict[str, Any]:
         found = self.choice
@@ -111,19 +119,18 @@ def range_test(
         lent.rewind()
 
         def diverged(losses: list[float]) -> bool:
-            changes = [loss - first for loss, first in zip(losses, before, strict=False)]
-            return has_diverged(changes, sum(before) / len(before))
+            return has_diverged(changes_of(losses, before), sum(before) / len(before))
 
         losses = lent.train(steps, rates.__getitem__, diverged)
     done = len(losses)
-    changes = [loss - first for loss, first in zip(losses, before, strict=False)]
-    choice = choose(rates[:done], changes)
+    before = before[:done]
+    choice = choose(rates[:done], changes_of(losses, before))
     if choice is None:
         raise NoRateFound(
             f"at no rate from {rates[0]:.0e} to {rates[done - 1]:.0e} the loss fell",
             fix="check the rows (pronghorn data check) and that something is trained, or test other rates",
         )
-    return RateTest(rates[:done], losses, before[:done], choice, time.perf_counter() - began)
+    return RateTest(rates[:done], losses, before, choice, time.perf_counter() - began)
 
 
 def get_best_learning_rate(trainer: Any, **options: Any) -> float:

@@ -1,8 +1,8 @@
 """The learning rate that a range test's curve advises.
 
 A range test trains with a rate that grows by a constant factor from step to step. What it shows is the change of each
-batch's loss against the loss of the same batch before the test, so that batches of different difficulty do not matter:
-nothing at first, then a fall that gets steeper as the rate grows, then a rise where the rate is too high.
+batch's loss as a share of the loss of the same batch before the test, so that batches of different difficulty do not
+matter: nothing at first, then a fall that gets steeper as the rate grows, then a rise where the rate is too high.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-#: A point is averaged with those of its neighbourhood: width of the Gaussian in powers of e of the rate.
-WIDTH = 0.35
+#: A point is averaged with those of its neighbourhood: width of the Gaussian in powers of e of the rate, six steps of a
+#: test of 100. At half of it the lowest point of nine tests on a 135M model lay wherever a few batches put it.
+WIDTH = 0.7
 #: The test ends when the smoothed change is above its lowest by this share of the loss, or is no number.
 DIVERGED = 0.25
 #: Steps that are averaged for that.
@@ -47,6 +48,12 @@ def geometric(lowest: float, highest: float, count: int) -> list[float]:
     """`count` rates from the lowest to the highest, each larger than the one before by the same factor."""
     factor = (highest / lowest) ** (1 / max(count - 1, 1))
     return [lowest * factor**index for index in range(count)]
+
+
+def changes_of(losses: Sequence[float], before: Sequence[float]) -> list[float]:
+    """How each batch's loss has changed, in nats of an average batch:  (loss / before - 1) · mean(before)."""
+    mean = sum(before) / len(before)
+    return [(loss / max(first, 1e-6) - 1) * mean for loss, first in zip(losses, before, strict=False)]
 
 
 def smoothed(rates: Sequence[float], values: Sequence[float], width: float = WIDTH) -> list[float]:

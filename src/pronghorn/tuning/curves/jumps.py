@@ -19,8 +19,10 @@ _BEFORE, _BEFORE_IN_SHORT_RUNS, _SHORT_RUN = 32, 16, 80
 #: A jump in spreads of the steps before it. Normal noise would never get there; batches of uneven rows have wider
 #: tails, and made-up runs with such noise get there about once in 10^5 steps.
 _SPREADS = 8.0
+#: Of a loss and its gradient's norm in the same step: batches of few rows vary so much that one bad row is less.
+_SPREADS_OF_BOTH = 5.5
 #: A jump as a factor, of a loss and of a gradient norm, that is worth a word: norms vary that much by themselves.
-_LOSS_FACTOR, _NORM_FACTOR = 1.3, 10.0
+_LOSS_FACTOR, _NORM_FACTOR, _NORM_BESIDE = 1.3, 10.0, 2.0
 #: Nats: near a loss of zero, factors mean nothing.
 _LEAST_RISE = 0.1
 #: Points after a jump that show whether it is over.
@@ -40,8 +42,8 @@ class Jump:
     peak: float
 
 
-def jumps(curve: Curve, factor: float, least: float) -> list[Jump]:
-    """Where a curve without gaps leaves what it was before by far, and comes back within a few points."""
+def jumps(curve: Curve, factor: float, least: float, many: float = _SPREADS) -> list[Jump]:
+    """Where a curve without gaps leaves what it was before by `many` spreads, and comes back within a few points."""
     values = curve.values
     width = _BEFORE if len(values) >= _SHORT_RUN else _BEFORE_IN_SHORT_RUNS
     if len(values) <= width + _AFTER:
@@ -49,7 +51,7 @@ def jumps(curve: Curve, factor: float, least: float) -> list[Jump]:
     logs = logarithms(values)
     base, spreads = trailing(logs, width)
     rise = logs[width:] - base
-    high = (rise > np.maximum(_SPREADS * spreads, math.log(factor))) & (values[width:] - np.exp(base) > least)
+    high = (rise > np.maximum(many * spreads, math.log(factor))) & (values[width:] - np.exp(base) > least)
     found = []
     for first, last in _runs(np.flatnonzero(high)):
         after = logs[width + last + 1 : width + last + 1 + 2 * _AFTER - 1]
@@ -73,7 +75,7 @@ def _runs(indices: np.ndarray) -> Iterator[tuple[int, int]]:
 def spikes(history: History) -> list[Finding]:
     """Jumps of the loss and of the gradient norm, each with its rows, and rows that several of them share."""
     loss, norm = history.loss.finite, history.grad_norm.finite
-    in_loss = jumps(loss, _LOSS_FACTOR, _LEAST_RISE)
+    in_loss = _loss_jumps(loss, norm)
     found = [_loss_spike(history, loss, norm, jump) for jump in _largest(in_loss)]
     steps = {int(step) for jump in in_loss for step in loss.steps[jump.first : jump.last + 1]}
     alone = [
@@ -83,6 +85,23 @@ def spikes(history: History) -> list[Finding]:
     found += [_norm_spike(history, norm, jump) for jump in _largest(alone)]
     shared = _shared_rows(history, loss, in_loss)
     return found + ([shared] if shared is not None else [])
+
+
+def _loss_jumps(loss: Curve, norm: Curve) -> list[Jump]:
+    """Jumps of the loss that are far, or less far and of the gradient's norm as well."""
+    far = {jump.first: jump for jump in jumps(loss, _LOSS_FACTOR, _LEAST_RISE)}
+    both = {
+        int(step)
+        for jump in jumps(norm, _NORM_BESIDE, 0.0, _SPREADS_OF_BOTH)
+        for step in norm.steps[jump.first : jump.last + 1]
+    }
+    near = [
+        jump for jump in jumps(loss, _LOSS_FACTOR, _LEAST_RISE, _SPREADS_OF_BOTH)
+        if both & {int(step) for step in loss.steps[jump.first : jump.last + 1]}
+    ]  # fmt: skip
+    covered = {at for jump in far.values() for at in range(jump.first, jump.last + 1)}
+    found = [*far.values(), *(jump for jump in near if not covered & set(range(jump.first, jump.last + 1)))]
+    return sorted(found, key=lambda jump: jump.first)
 
 
 def _largest(found: Sequence[Jump]) -> list[Jump]:
