@@ -27,6 +27,7 @@ _YARN = {
     "mscale_all_dim": 0.9,
     "original_max_position_embeddings": 64,
 }
+_OWN_ANGLES = {"rope_type": "default", "rope_theta": 500.0}
 _GEMMA3_LAYERS = ["sliding_attention"] * 5 + ["full_attention"]
 #: What llama.cpp has built in for Gemma: attention scaled by the head's size. Windows are shorter than the rows.
 SETTINGS = {
@@ -51,6 +52,16 @@ SETTINGS = {
         "sliding_window": 32,
         "logit_scale": 0.7,
     },
+    "olmo3": {
+        "num_hidden_layers": 4,
+        "sliding_window": 32,
+        "rope_parameters": {
+            "full_attention": {**_YARN, "factor": 8.0, "mscale": 0.5, "beta_fast": 4.0, "beta_slow": 0.5},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+        },
+    },
+    "exaone4": {"sliding_window": None, "layer_types": ["full_attention"] * 2},
+    "smollm3": {"num_hidden_layers": 4},
     "glm4": {"partial_rotary_factor": 0.5, "attention_bias": True},
     "deepseek_v2": {
         "topk_method": "greedy",
@@ -177,6 +188,14 @@ def test_gemma_3_has_two_ropes(tmp_path):
         ("qwen3_moe", {"mlp_only_layers": [1]}, "layers without experts"),
         ("cohere", {"use_qk_norm": True}, "use_qk_norm=True in 2 layers"),
         ("cohere2", {"layer_types": ["full_attention"] * 4}, "sliding window"),
+        ("olmo3", {"layer_types": ["full_attention"] * 4}, "sliding window"),
+        (
+            "olmo3",
+            {"rope_parameters": {"full_attention": _OWN_ANGLES, "sliding_attention": _YARN}},
+            "another RoPE in windowed layers",
+        ),
+        ("exaone4", {"sliding_window": 32}, "sliding_window=32"),
+        ("smollm3", {"no_rope_layers": [1, 1, 0, 1]}, "that rotate"),
         ("deepseek_v3", {"rope_interleave": False}, "rope_interleave=False"),
         ("deepseek_v3", {"q_lora_rank": None}, "q_lora_rank=None in 3 layers"),
         ("deepseek_v3", {"rope_parameters": {**_YARN, "mscale": 0.5}}, "mscale other than"),

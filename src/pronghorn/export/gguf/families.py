@@ -153,6 +153,36 @@ def _check_every_fourth(kind: str, what: str, others: Sequence[bool]) -> None:
         raise _computed_otherwise(kind, f"other layers {what}", "another kind in every 4. layer")
 
 
+def _check_olmo3(config: Any) -> None:
+    """Raises:
+    NotExportable: for another order of windowed layers, or a rotation of theirs that is not the others' unscaled one.
+    """
+    full, windowed = (config.rope_parameters[kind] for kind in ("full_attention", "sliding_attention"))
+    if windowed.get("rope_type", "default") != "default" or windowed["rope_theta"] != full["rope_theta"]:
+        raise _computed_otherwise("olmo3", "another RoPE in windowed layers", "the others' without scaling")
+    _check_every_fourth("olmo3", "with a sliding window", [t == "full_attention" for t in config.layer_types])
+
+
+def _check_exaone4(config: Any) -> None:
+    """Raises:
+    NotExportable: for windows, which llama.cpp knows by the size of the 32B alone.
+    """
+    if config.sliding_window is not None:
+        raise _computed_otherwise("exaone4", f"sliding_window={config.sliding_window}", "none in most sizes")
+
+
+def _check_smollm3(config: Any) -> None:
+    """Raises:
+    NotExportable: for another order of layers that do not rotate.
+    """
+    _check_every_fourth("smollm3", "that rotate", [not rotates for rotates in config.no_rope_layers])
+    _warn_of_window(config)
+
+
+def _describe_window(writer: Any, config: Any) -> None:
+    writer.add_sliding_window(int(config.sliding_window))
+
+
 def _describe_cohere(writer: Any, config: Any) -> None:
     writer.add_logit_scale(float(config.logit_scale))
     if (window := getattr(config, "sliding_window", None)) is not None:
@@ -231,6 +261,10 @@ FAMILIES: dict[str, GgufFamily] = {
     "qwen3_moe": GgufFamily("qwen3moe", check=_check_experts, describe=_describe_experts),
     "cohere": GgufFamily("command-r", in_transformers=False, check=_check_cohere, describe=_describe_cohere),
     "cohere2": GgufFamily("cohere2", in_transformers=False, check=_check_cohere2, describe=_describe_cohere),
+    "olmo2": GgufFamily("olmo2", in_transformers=False),
+    "olmo3": GgufFamily("olmo2", in_transformers=False, check=_check_olmo3, describe=_describe_window),
+    "exaone4": GgufFamily("exaone4", in_transformers=False, check=_check_exaone4),
+    "smollm3": GgufFamily("smollm3", permutes=True, in_transformers=False, check=_check_smollm3),
     "glm4": GgufFamily("glm4", partial_rotary=True, in_transformers=False),
     "ernie4_5": GgufFamily("ernie4_5", in_transformers=False),
     **dict.fromkeys(

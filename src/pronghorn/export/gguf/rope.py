@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -66,6 +67,10 @@ def add_rope(writer: Any, config: Any, architecture: str, head_dim: int, partial
         writer.add_rope_scaling_factor(float(rope["factor"]))
         original = rope.get("original_max_position_embeddings") or config.max_position_embeddings
         writer.add_rope_scaling_orig_ctx_len(int(original))
+        writer.add_rope_scaling_yarn_beta_fast(float(rope.get("beta_fast") or 32.0))
+        writer.add_rope_scaling_yarn_beta_slow(float(rope.get("beta_slow") or 1.0))
+        if architecture != "deepseek2":  # whose attention has a factor of its own
+            writer.add_rope_scaling_attn_factors(_yarn_factor(rope))
     elif kind == "longrope" and architecture == "phi3":
         _add_longrope(writer, config, rope)
     elif kind != "default" and not (kind == "llama3" and architecture in ("llama", "granite")):
@@ -73,6 +78,16 @@ def add_rope(writer: Any, config: Any, architecture: str, head_dim: int, partial
             f"llama.cpp has no RoPE scaling of the type '{kind}' for {architecture}",
             fix="save_pretrained_merged keeps it",
         )
+
+
+def _yarn_factor(rope: dict[str, Any]) -> float:
+    """What YaRN multiplies rotated queries and keys by, as a factor of what llama.cpp takes: 1 + 0.1 ln(factor)."""
+    usual = 1.0 + 0.1 * math.log(rope["factor"])
+    given = rope.get("attention_factor")
+    if given is None and rope.get("mscale") and rope.get("mscale_all_dim"):
+        ratio = [1.0 + 0.1 * rope[name] * math.log(rope["factor"]) for name in ("mscale", "mscale_all_dim")]
+        given = ratio[0] / ratio[1]
+    return 1.0 if given is None else float(given) / usual
 
 
 def _add_longrope(writer: Any, config: Any, rope: dict[str, Any]) -> None:
