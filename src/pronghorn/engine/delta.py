@@ -7,7 +7,7 @@ from typing import Any
 from pronghorn.blocks import DeltaNetBlock, ProjectionGroup
 from pronghorn.blocks.delta_net import DeltaHeads
 from pronghorn.engine.layer_call import LayerCall, ReadGroups
-from pronghorn.engine.read import read_norm
+from pronghorn.engine.read import active_module, read_norm
 from pronghorn.families import DELTA
 
 
@@ -18,7 +18,7 @@ def delta_net_block(layer: Any, call: LayerCall, read: ReadGroups) -> DeltaNetBl
     attention, delta = getattr(layer, parts.attention), parts.delta
     assert delta is not None and parts.input_norm is not None
     groups = {slot: ProjectionGroup(*found) for slot, found in read.items() if slot in (DELTA, 3)}
-    conv = getattr(attention, delta.conv)
+    conv: Any = active_module(getattr(attention, delta.conv))
     return DeltaNetBlock(
         norm=read_norm(getattr(layer, parts.input_norm), family.norm_offset),
         inputs=groups[DELTA],

@@ -21,7 +21,9 @@ _FUSED = replace(_RECURRENT, delta=DeltaParts(inputs=("in_proj_qkvz", "in_proj_b
 
 
 def _unsupported(config: Any) -> str | None:
-    """no layer of full attention."""
+    """no layer of full attention, or an activation other than SiLU, which the convolution takes, too."""
+    if config.hidden_act != "silu":
+        return f"hidden_act={config.hidden_act!r} after the convolution"
     return None if "full_attention" in config.layer_types else "no layer of full attention"
 
 
