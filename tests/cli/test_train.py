@@ -134,6 +134,14 @@ def test_resume_reaches_the_same_loss_as_an_uninterrupted_run(config, tmp_path, 
     assert json.loads(output.splitlines()[-1])["train_loss"] is None and "the last step" in output
 
 
+def test_no_steps_train_nothing_and_say_so(config, capsys):
+    assert main(["train", str(config), "--json", "--set", "training.max_steps=0"]) == 0
+    said = capsys.readouterr()
+    summary = json.loads(said.out.splitlines()[-1])
+    assert summary["steps"] == 0 and summary["train_loss"] is None
+    assert "nothing was to be trained (training.max_steps)" in said.out
+
+
 def test_full_finetuning_saves_a_model(config, tmp_path, capsys):
     text = config.read_text().replace("adapter:\n  r: 4\n  lora_alpha: 8\n", "")
     config.write_text(text.replace("dtype: float32", "dtype: float32\n  full_finetuning: true"))

@@ -31,6 +31,7 @@ def run(config_path: str, overrides: list[str], *, resume: bool = False, as_json
     checkpoint = _newest_checkpoint(settings.output_dir) if resume else None
     trainer, rows = make_trainer(config, settings)
     from pronghorn.cli.interrupt import stopping_after_step
+    from pronghorn.training.checkpoints import step_of
 
     if checkpoint is not None:
         say(f"resuming from {checkpoint}")
@@ -43,7 +44,7 @@ def run(config_path: str, overrides: list[str], *, resume: bool = False, as_json
             f"{settings.output_dir}; the same command with --resume goes on"
         )
     seconds = time.perf_counter() - started
-    trained = checkpoint is None or checkpoint.name != f"checkpoint-{result.global_step}"
+    trained = result.global_step > (0 if checkpoint is None else step_of(checkpoint))
     summary: dict[str, Any] = {
         "steps": result.global_step,
         "seconds": round(seconds, 2),
@@ -249,7 +250,8 @@ def _show(summary: dict[str, Any]) -> None:
     heading("Trained")
     rows = [("steps", f"{summary['steps']} in {duration(summary['seconds'])}")]
     if summary["train_loss"] is None:
-        rows.append(("training loss", "none: the checkpoint is at the last step (training.max_steps)"))
+        why = "the checkpoint is at the last step" if summary["resumed_from"] else "nothing was to be trained"
+        rows.append(("training loss", f"none: {why} (training.max_steps)"))
     else:
         rows.append(("training loss", f"{summary['train_loss']:.4f}"))
     if summary["eval_loss"] is not None:

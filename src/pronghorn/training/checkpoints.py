@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -128,6 +129,18 @@ def saving(what: str, folder: Path, remove: Path | None = None) -> Iterator[None
         if not _is_write_error(error):
             raise
         raise _save_failed(what, folder, error) from error
+
+
+def check_output(folder: Path) -> None:
+    """Make the folder that a run writes to, and write to it.
+
+    Raises:
+        SaveFailed: that is not possible, which nobody wants to learn after training.
+    """
+    with saving("the run's output", folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
 
 
 def _is_write_error(error: BaseException) -> bool:

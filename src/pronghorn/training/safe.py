@@ -17,6 +17,7 @@ from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 
 from pronghorn.training.checkpoints import (
     STAGING,
+    check_output,
     check_same_adapter,
     checkpoint_at,
     newest_checkpoint,
@@ -38,6 +39,11 @@ class SafeTrainer(transformers.Trainer):
     _staging: Path | None = None
     _progress: ProgressTable | None = None
 
+    def __init__(self, *given: Any, args: Any = None, **more: Any) -> None:
+        if args is not None and args.should_save and args.output_dir is not None:
+            check_output(Path(args.output_dir))
+        super().__init__(*given, args=args, **more)
+
     def _show_progress(self) -> None:
         """Our table instead of Transformers' bar and dictionaries; `disable_tqdm` turns both off."""
         shown = [self.pop_callback(kind) for kind in (ProgressCallback, PrinterCallback)]
@@ -55,12 +61,18 @@ class SafeTrainer(transformers.Trainer):
             self._watch.skip(time.perf_counter() - began)
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """Train; `resume_from_checkpoint` is True for the newest complete checkpoint in output_dir, or a folder.
+        """Train; `resume_from_checkpoint` is True for the newest complete checkpoint in output_dir, or a folder. With
+        `max_steps=0` or `num_train_epochs=0` nothing is trained, which is said.
 
         Raises:
             CheckpointMissing, ResumeMismatch: there is none to resume from, or one of another adapter.
             SaveFailed: a checkpoint could not be written; none is left half-written.
         """
+        asked = "max_steps" if self.args.max_steps == 0 else "num_train_epochs"
+        if self.args.max_steps == 0 or (self.args.max_steps < 0 and self.args.num_train_epochs <= 0):
+            # Transformers looks for the end after a step only.
+            logger.warning("pronghorn: %s=0: nothing is trained", asked)
+            return TrainOutput(0, 0.0, {})
         if resume_from_checkpoint is True:
             resume_from_checkpoint = str(newest_checkpoint(self.args.output_dir))
         elif resume_from_checkpoint:

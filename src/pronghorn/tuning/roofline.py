@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from pronghorn.blocks import Level, keeps
 from pronghorn.blocks.glu import TILE_ROWS, tile_slices
-from pronghorn.blocks.levels import space_of
+from pronghorn.blocks.levels import Depth, space_of
 from pronghorn.memory import Batch, ModelShape, Rates
 from pronghorn.memory.cost import step_time
 
@@ -14,7 +14,7 @@ from pronghorn.memory.cost import step_time
 LAUNCHES, GAP = 65, 3e-6
 #: Those that rebuilding adds, of the attention and of gate and up: 1.5B took 1,655 launches at `all`, 2,385 at
 #: `offload`.
-REBUILDING = {"attention": 18, "matmuls": 8}
+REBUILDING: dict[Depth, int] = {"attention": 18, "matmuls": 8}
 #: Host work beside the micro-batches of an optimizer step: data, clipping, schedule, logs.
 HOST_SECONDS = 1e-3
 #: Bytes that clipping and a fused AdamW move for a trained element: gradient twice, parameter and two states both ways,
@@ -38,9 +38,9 @@ def micro_batch_seconds(
 
 def launches(shape: ModelShape, levels: Sequence[Level]) -> int:
     """Kernels of a step."""
-    rebuilt = sum(count for level in levels for depth, count in REBUILDING.items() if not keeps(level, depth))  # type: ignore[arg-type]
+    rebuilt = sum(count for level in levels for depth, count in REBUILDING.items() if not keeps(level, depth))
     # 4-bit weights are unpacked forward, for the input gradients, and again where anything is rebuilt.
-    again = sum(not keeps(level, "matmuls") for level in levels)
+    again = len([level for level in levels if not keeps(level, "matmuls")])
     unpacking = (2 * len(levels) + again) * len(shape.modules) if shape.unpacked_forward else 0
     return LAUNCHES * len(levels) + rebuilt + unpacking
 
