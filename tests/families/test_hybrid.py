@@ -124,10 +124,9 @@ def test_what_the_engine_cannot_do_is_said() -> None:
     assert "the gated delta rule in 1 layers" in described
     model.model.layers[0].linear_attn.conv1d.register_forward_hook(lambda *args: None)
     assert "layers.0.linear_attn.conv1d has hooks" in binding_of(model).describe()  # type: ignore[union-attr]
-    assert (
-        "no layer of full attention"
-        in bind(tiny_model("qwen3_5_text", layer_types=["linear_attention"] * 2)).describe()
-    )
+    alone = tiny_model("qwen3_5_text", layer_types=["linear_attention"] * 2)
+    assert "no layer of full attention" in bind(alone).describe()
+    assert "hidden_act='gelu'" in bind(tiny_model("qwen3_5_text", hidden_act="gelu")).describe()
 
 
 @pytest.mark.parametrize("level", LEVELS)
