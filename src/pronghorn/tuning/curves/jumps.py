@@ -20,7 +20,7 @@ _BEFORE, _BEFORE_IN_SHORT_RUNS, _SHORT_RUN = 32, 16, 80
 #: tails, and made-up runs with such noise get there about once in 10^5 steps.
 _SPREADS = 8.0
 #: Of a loss and its gradient's norm in the same step: batches of few rows vary so much that one bad row is less.
-_SPREADS_OF_BOTH = 5.5
+_SPREADS_OF_BOTH = 4.5
 #: A jump as a factor, of a loss and of a gradient norm, that is worth a word: norms vary that much by themselves.
 _LOSS_FACTOR, _NORM_FACTOR, _NORM_BESIDE = 1.3, 10.0, 2.0
 #: Nats: near a loss of zero, factors mean nothing.
