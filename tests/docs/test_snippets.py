@@ -9,10 +9,14 @@ import torch
 
 from pronghorn import hardware
 from pronghorn.loading import fast
-from tests.docs.pages import DOCS, blocks
+from tests.docs.pages import DOCS, ROOT, blocks
 from tests.tiny import save_tiny
 
-PAGES = [page for page in sorted(DOCS.glob("*.md")) if any(block.needs is not None for block in blocks(page))]
+PAGES = [
+    page
+    for page in [*sorted(DOCS.glob("*.md")), *sorted(ROOT.glob("README*.md"))]
+    if any(block.needs is not None for block in blocks(page))
+]
 #: ids of the hub in the guide
 MODELS = re.compile(r"\"(?:Qwen|meta-llama|HuggingFaceTB)/[\w.-]+\"")
 
@@ -67,12 +71,12 @@ def test_its_snippets_run(page, tiny, tmp_path, request):
     for block in blocks(page):
         if block.needs is None:
             continue
-        assert block.language == "python" and block.needs in ("", "rows.jsonl")
-        if block.needs:
-            write_rows(tmp_path / block.needs)
+        assert block.language == "python"
+        for needed in block.needs.split():
+            write_rows(tmp_path / needed)
         code = re.sub(r"max_steps=\d+", "max_steps=2", MODELS.sub(repr(tiny), block.code))
         exec(compile("\n" * (block.line - 1) + code, str(page), "exec"), names)
 
 
 def test_pages_are_found():
-    assert {"index", "memory", "methods"} <= {page.stem for page in PAGES}
+    assert {"index", "memory", "methods", "README", "README.zh-CN"} <= {page.stem for page in PAGES}
