@@ -49,6 +49,11 @@ def wait_for_last():
     cuda.gdc_wait()
 
 
+def has_warpgroups(device: torch.device) -> bool:
+    """Whether four warps multiply as one, with their left side in registers."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+
+
 def dependent_launch(device: torch.device) -> dict[str, bool]:
     """The launch argument under which `wait_for_last` means something, where the GPU knows it; else nothing."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0):

@@ -25,6 +25,7 @@ from pronghorn.kernels.matvec import FourBit, RowNorm
 from pronghorn.kernels.triton.glu import value_and_slope
 from pronghorn.kernels.triton.launch import (
     dependent_launch,
+    has_warpgroups,
     launch_next,
     processors_of,
     row_block,
@@ -71,7 +72,7 @@ _LOAD_TABLE = tl.constexpr(
 @triton.jit
 def _spread(
     x_ptr, norm_ptr, out_ptr, width, x_stride, eps, offset, NORM: tl.constexpr, PAIRS: tl.constexpr,
-    PDL: tl.constexpr,
+    TOGETHER: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """A row, normalised, with its even columns in front of its odd ones, both in the order of `_ordered`."""
     row = tl.program_id(0)
@@ -79,7 +80,7 @@ def _spread(
     half = width // 2
     known = place < half
     k = place % 32
-    column = 2 * (place - k + k % 8 // 2 * 8 + k // 8 * 2 + k % 2)
+    column = 2 * (place - k + k // TOGETHER % 4 * 8 + k // (4 * TOGETHER) * TOGETHER + k % TOGETHER)
     if NORM:
         even_scale = tl.load(norm_ptr + column, mask=known, other=0.0).to(tl.float32) + offset
         odd_scale = tl.load(norm_ptr + column + 1, mask=known, other=0.0).to(tl.float32) + offset
@@ -99,10 +100,10 @@ def _spread(
 
 
 @triton.jit
-def _ordered(codes, OUTS: tl.constexpr, BYTES: tl.constexpr):
+def _ordered(codes, OUTS: tl.constexpr, BYTES: tl.constexpr, TOGETHER: tl.constexpr):
     """Bytes [OUTS, BYTES] in the order in which the eight bytes that a thread reads as one are what it holds of the
-    left side of a product on the matrix units: pairs 0 of four threads, then pairs 1, ..."""
-    threads = tl.reshape(codes, [OUTS, BYTES // 32, 4, 4, 2])
+    left side of a product on the matrix units: the first TOGETHER of four threads, then their next ones."""
+    threads = tl.reshape(codes, [OUTS, BYTES // 32, 4, 8 // TOGETHER, TOGETHER])
     return tl.reshape(tl.permute(threads, (0, 1, 3, 2, 4)), [OUTS, BYTES])
 
 
@@ -152,9 +153,10 @@ def _scale(
 @triton.jit
 def _products(
     packed_at, scale, even, odd, code_ptr, TABLE: tl.constexpr, OUTS: tl.constexpr, BYTES: tl.constexpr,
+    TOGETHER: tl.constexpr,
 ):  # fmt: skip
     """A block's sums [OUTS, ROWS] times its scales."""
-    codes = _ordered(tl.load(packed_at), OUTS, BYTES)
+    codes = _ordered(tl.load(packed_at), OUTS, BYTES, TOGETHER)
     high, low = _numbers(codes, code_ptr, TABLE)
     # The interpreter, which has no table in registers, multiplies in fp32.
     WIDE: tl.constexpr = not TABLE
@@ -168,7 +170,7 @@ def _few_rows(
     batch, outs, rows0, rows1, half, each, out_stride,
     BIAS: tl.constexpr, RESIDUAL: tl.constexpr, GLU: tl.constexpr, PARTS: tl.constexpr, NESTED: tl.constexpr,
     SIZE: tl.constexpr, SIZE2: tl.constexpr, TABLE: tl.constexpr, OUTS: tl.constexpr, ROWS: tl.constexpr,
-    SPLITS: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    SPLITS: tl.constexpr, STAGES: tl.constexpr, TOGETHER: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """outs: of the whole, or of gate. half: of a row's columns. each: blocks of a split."""
     BYTES: tl.constexpr = SIZE // 2
@@ -223,10 +225,14 @@ def _few_rows(
             even = tl.load(x_at + at)
             odd = tl.load(x_at + half + at)
             scale = _scale(absmax_ptr, fine_ptr, word, coarse, shift, own * blocks + block, i, NESTED)
-            sums += _products(packed_ptr + codes_at + at, scale, even, odd, code_ptr, TABLE, OUTS, BYTES)
+            sums += _products(
+                packed_ptr + codes_at + at, scale, even, odd, code_ptr, TABLE, OUTS, BYTES, TOGETHER
+            )
             if GLU != "":
                 scale = _scale(absmax1, fine1, word_up, coarse_up, shift_up, own * blocks + block, i, NESTED)
-                sums_up += _products(packed1 + codes_at + at, scale, even, odd, code_ptr, TABLE, OUTS, BYTES)
+                sums_up += _products(
+                    packed1 + codes_at + at, scale, even, odd, code_ptr, TABLE, OUTS, BYTES, TOGETHER
+                )
         word, coarse = next_word, next_coarse
         if GLU != "":
             word_up, coarse_up = next_word_up, next_coarse_up
@@ -314,6 +320,10 @@ class Config(NamedTuple):
     warps: int = 4
     stages: int = 3
 
+    def together(self, device: torch.device) -> int:
+        """How many neighbouring columns of a product's left side a thread holds, where it comes from bytes."""
+        return 2 if self.warps % 4 == 0 and self.outs % 64 == 0 and has_warpgroups(device) else 4
+
 
 def config_of(outs: int, blocks: int, rows: int, processors: int) -> Config:
     """Three or four programs for every processor, none with fewer than two steps of four blocks.
@@ -339,7 +349,7 @@ def arrived(device: torch.device, tiles: int) -> Tensor:
     return torch.zeros(tiles, dtype=torch.int32, device=device)
 
 
-def spread(x: Tensor, norm: RowNorm | None) -> Tensor:
+def spread(x: Tensor, norm: RowNorm | None, together: int) -> Tensor:
     """x [B, in], normalised, in bf16, its columns as `few_rows` reads them."""
     x = unit_rows(x)
     rows, width = x.shape
@@ -348,8 +358,8 @@ def spread(x: Tensor, norm: RowNorm | None) -> Tensor:
     block, warps = row_block(width // 2)
     pdl = dependent_launch(x.device)
     _spread[(rows,)](
-        x, weight, out, width, x.stride(0), eps, offset, NORM=norm is not None, PAIRS=block, PDL=bool(pdl),
-        num_warps=max(warps, 4), **pdl,
+        x, weight, out, width, x.stride(0), eps, offset, NORM=norm is not None, PAIRS=block, TOGETHER=together,
+        PDL=bool(pdl), num_warps=max(warps, 4), **pdl,
     )  # fmt: skip
     return out
 
@@ -385,9 +395,9 @@ def few_rows(
         splits * kinds * outs * rows if splits > 1 else 0, dtype=torch.float32, device=x.device
     )
     absmax = [b.absmax.view(-1) if b.nested is None else b.absmax.view(-1).view(torch.int32) for b in bits]
-    pdl = dependent_launch(x.device)
+    pdl, together = dependent_launch(x.device), config.together(x.device)
     _few_rows[(tiles, splits)](
-        spread(x, norm), table_of_lanes(parts[0].numbers, x.device), bits[0].code,
+        spread(x, norm, together), table_of_lanes(parts[0].numbers, x.device), bits[0].code,
         *(b.packed.view(-1) for b in bits), *absmax,
         *(n[1] for n in nested), *(n[2] for n in nested), *(n[0] for n in nested),
         out if bias is None else bias, out if residual is None else residual, out, partial,
@@ -395,6 +405,6 @@ def few_rows(
         BIAS=bias is not None, RESIDUAL=residual is not None, GLU=activation or "", PARTS=len(parts),
         NESTED=bits[0].nested is not None, SIZE=bits[0].blocksize, SIZE2=nested[0][3],
         TABLE=x.is_cuda, OUTS=config.outs, ROWS=rows, SPLITS=splits,
-        STAGES=config.stages, PDL=bool(pdl), num_warps=config.warps, num_stages=config.stages, **pdl,
+        STAGES=config.stages, TOGETHER=together, PDL=bool(pdl), num_warps=config.warps, num_stages=config.stages, **pdl,
     )  # fmt: skip
     return out
