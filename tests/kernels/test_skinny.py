@@ -33,8 +33,14 @@ def assert_near_sums(found, expected, terms):
 @pytest.mark.parametrize("double", [False, True])
 @pytest.mark.parametrize(
     "widths,columns,rows,activation",
-    [((64,), 2304, 3, None), ((128, 64, 64), 256, 20, None), ((64, 64), 768, 5, "silu"), ((64, 64), 256, 33, "silu")],
-)  # fmt: skip
+    [
+        ((64,), 2304, 3, None),
+        ((64,), 256, 12, None),
+        ((128, 64, 64), 256, 20, None),
+        ((64, 64), 768, 5, "silu"),
+        ((64, 64), 256, 33, "silu"),
+    ],
+)
 def test_few_rows(widths, columns, rows, activation, double, device):
     pytest.importorskip("bitsandbytes")
     parts, weight = parts_of(widths, columns, double, device)

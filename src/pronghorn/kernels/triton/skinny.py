@@ -320,9 +320,10 @@ class Config(NamedTuple):
     warps: int = 4
     stages: int = 3
 
-    def together(self, device: torch.device) -> int:
+    def together(self, rows: int, device: torch.device) -> int:
         """How many neighbouring columns of a product's left side a thread holds, where it comes from bytes."""
-        return 2 if self.warps % 4 == 0 and self.outs % 64 == 0 and has_warpgroups(device) else 4
+        warpgroups = self.warps % 4 == 0 and self.outs % 64 == 0 and rows >= 16
+        return 2 if warpgroups and has_warpgroups(device) else 4
 
 
 def config_of(outs: int, blocks: int, rows: int, processors: int) -> Config:
@@ -381,7 +382,7 @@ def few_rows(
         gate, up = y.chunk(2, 1)
         return glu_forward(gate, up, activation)
     outs = sum(part.rows for part in parts)
-    rows = max(16, triton.next_power_of_2(batch))
+    rows = max(8, triton.next_power_of_2(batch))
     outs = outs // 2 if activation is not None else outs
     out = residual if residual is not None else torch.empty(batch, outs, dtype=out_dtype, device=x.device)
     bits = [part.bits for part in (*parts, *[parts[-1]] * (3 - len(parts)))]
@@ -395,7 +396,7 @@ def few_rows(
         splits * kinds * outs * rows if splits > 1 else 0, dtype=torch.float32, device=x.device
     )
     absmax = [b.absmax.view(-1) if b.nested is None else b.absmax.view(-1).view(torch.int32) for b in bits]
-    pdl, together = dependent_launch(x.device), config.together(x.device)
+    pdl, together = dependent_launch(x.device), config.together(rows, x.device)
     _few_rows[(tiles, splits)](
         spread(x, norm, together), table_of_lanes(parts[0].numbers, x.device), bits[0].code,
         *(b.packed.view(-1) for b in bits), *absmax,
