@@ -6,7 +6,13 @@ Gemma 2 adds norms of what attention and MLP give, caps on both kinds of logits 
 
 from typing import Any
 
-from pronghorn.families.spec import DecoderFamily, LayerParts, Scales, window_by_layer_type
+from pronghorn.families.spec import (
+    DecoderFamily,
+    LayerParts,
+    Scales,
+    rotation_by_layer_type,
+    window_by_layer_type,
+)
 
 
 def _attends_both_ways(config: Any) -> str | None:
@@ -26,11 +32,6 @@ def _final_cap(config: Any) -> Scales:
     """A cap on the output's logits, where the config sets one."""
     # Transformers' Gemma 3 reads no cap of the attention's logits, whatever the config says.
     return Scales(logit_softcap=config.final_logit_softcapping)
-
-
-def _rotation_by_layer_type(config: Any, layer_index: int) -> str:
-    """Angles of their own for layers with a window."""
-    return str(config.layer_types[layer_index])
 
 
 _OUTPUT_NORMS: dict[str, Any] = {
@@ -61,7 +62,7 @@ GEMMA3 = DecoderFamily(
     decoder="Gemma3TextModel",
     parts=_GEMMA3_PARTS,
     window=window_by_layer_type,
-    rotation=_rotation_by_layer_type,
+    rotation=rotation_by_layer_type,
     scales=_final_cap,
     norm_offset=1.0,
     activation="hidden_activation",
@@ -78,7 +79,7 @@ GEMMA3_VISION = DecoderFamily(
     image_blocks=True,
     parts=_GEMMA3_PARTS,
     window=window_by_layer_type,
-    rotation=_rotation_by_layer_type,
+    rotation=rotation_by_layer_type,
     norm_offset=1.0,
     activation="hidden_activation",
     unsupported=_attends_both_ways,

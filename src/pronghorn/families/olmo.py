@@ -7,7 +7,13 @@ without one do not rotate.
 from dataclasses import replace
 from typing import Any
 
-from pronghorn.families.spec import ONE_ROTATION, DecoderFamily, LayerParts, window_by_layer_type
+from pronghorn.families.spec import (
+    ONE_ROTATION,
+    DecoderFamily,
+    LayerParts,
+    rotation_by_layer_type,
+    window_by_layer_type,
+)
 
 _EXAONE_PARTS = LayerParts(
     input_norm=None,
@@ -18,11 +24,6 @@ _EXAONE_PARTS = LayerParts(
     mlp_output_norm="post_feedforward_layernorm",
 )
 _PARTS = replace(_EXAONE_PARTS, norms_of_all_heads=True)
-
-
-def _rotation_by_layer_type(config: Any, layer_index: int) -> str:
-    """Angles of their own for layers with a window."""
-    return str(config.layer_types[layer_index])
 
 
 def _rotation_in_windows(config: Any, layer_index: int) -> str | None:
@@ -38,7 +39,7 @@ OLMO3 = DecoderFamily(
     prefix="Olmo3",
     parts=_PARTS,
     window=window_by_layer_type,
-    rotation=_rotation_by_layer_type,
+    rotation=rotation_by_layer_type,
 )
 EXAONE4 = DecoderFamily(
     name="EXAONE 4",

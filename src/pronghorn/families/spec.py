@@ -213,6 +213,11 @@ def one_rotation(config: Any, layer_index: int) -> str | None:
     return ONE_ROTATION
 
 
+def rotation_by_layer_type(config: Any, layer_index: int) -> str:
+    """Angles of their own for layers with a window."""
+    return str(config.layer_types[layer_index])
+
+
 def gated_mlp(config: Any, layer_index: int) -> str:
     """gate, up and down in every layer."""
     return "glu"
