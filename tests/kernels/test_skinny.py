@@ -44,8 +44,8 @@ def assert_near_sums(found, expected, terms):
 def test_few_rows(widths, columns, rows, activation, double, device):
     pytest.importorskip("bitsandbytes")
     parts, weight = parts_of(widths, columns, double, device)
-    assert fits_few_rows(rows, parts)
     x = random(rows, columns, dtype=torch.bfloat16, device=device)
+    assert fits_few_rows(x, parts)
     norm = RowNorm(random(columns, dtype=torch.bfloat16, device=device, seed=1), 1e-5, 1.0)
     bias = random(sum(widths), dtype=torch.bfloat16, device=device, seed=2)
     exact = normed(x, norm)
@@ -73,7 +73,12 @@ def test_added_to_a_residual(device):
 def test_what_does_not_fit(device):
     pytest.importorskip("bitsandbytes")
     parts, _ = parts_of((64,), 256, True, device)
-    assert fits_few_rows(1, parts) and fits_few_rows(64, parts)
-    assert not fits_few_rows(65, parts) and not fits_few_rows(1, ())
+    x = torch.zeros(65, 256, dtype=torch.bfloat16, device=device)
+    assert fits_few_rows(x[:1], parts) and fits_few_rows(x[:64], parts)
+    assert (
+        not fits_few_rows(x, parts)
+        and not fits_few_rows(x[:8], ())
+        and not fits_few_rows(x[:8].half(), parts)
+    )
     for widths, columns in (((72,), 256), ((64,), 192)):
-        assert not fits_few_rows(8, parts_of(widths, columns, True, device)[0])
+        assert not fits_few_rows(x[:8], parts_of(widths, columns, True, device)[0])

@@ -77,7 +77,7 @@ class RowGroup:
             adapter = self._inside(slots) if ADAPTERS_INSIDE else self._share(x, slots, row_norm)
             return self._as_stored(x, row_norm, adapter, residual, activation, out_dtype)
         share = self._share(x, slots, row_norm)
-        if 1 < len(x) <= MOST_ROWS_4BIT and x.dtype == group.dtype and fits_few_rows(len(x), self.four_bit):
+        if 1 < len(x) <= MOST_ROWS_4BIT and x.dtype == group.dtype and fits_few_rows(x, self.four_bit):
             if share is None:
                 return self._as_stored(x, row_norm, None, residual, activation, out_dtype)
             y = self._as_stored(x, row_norm, None, residual, None, group.dtype)

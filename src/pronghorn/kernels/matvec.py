@@ -128,7 +128,7 @@ def matvec_4bit(
     """`matvec` by up to three weights with the same input; the codes are read as they are. Several rows, for which
     `fits_few_rows` holds, go through the matrix units, without adapters."""
     if use_triton(x, impl):
-        if len(x) > 1 or (ONE_ROW_ON_MATRIX_UNITS and share is None and fits_few_rows(1, parts)):
+        if len(x) > 1 or (ONE_ROW_ON_MATRIX_UNITS and share is None and fits_few_rows(x, parts)):
             from pronghorn.kernels.triton.skinny import few_rows
 
             return few_rows(x, parts, norm, bias, residual, activation, out_dtype or x.dtype)
@@ -142,11 +142,12 @@ def matvec_4bit(
     return _finished(y, x, bias, share, residual, activation, out_dtype)
 
 
-def fits_few_rows(rows: int, parts: Sequence[FourBit]) -> bool:
-    """Whether the matrix units take so many rows of x times these weights."""
+def fits_few_rows(x: Tensor, parts: Sequence[FourBit]) -> bool:
+    """Whether the matrix units take the rows of x, which they multiply in bf16, times these weights."""
     bits = [part.bits for part in parts]
     return (
-        1 <= rows <= 64
+        len(x) <= 64
+        and x.dtype == torch.bfloat16
         and bool(parts)
         and all(
             b.shape[0] % 64 == 0

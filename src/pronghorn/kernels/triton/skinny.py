@@ -74,9 +74,9 @@ def _spread(
     x_ptr, norm_ptr, out_ptr, width, x_stride, eps, offset, NORM: tl.constexpr, PAIRS: tl.constexpr,
     TOGETHER: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """A row, normalised, with its even columns in front of its odd ones, both in the order of `_ordered`."""
+    """A row (without a norm, a part of one) with even columns in front of odd ones, both in the order of `_ordered`."""
     row = tl.program_id(0)
-    place = tl.arange(0, PAIRS)
+    place = tl.program_id(1) * PAIRS + tl.arange(0, PAIRS)
     half = width // 2
     known = place < half
     k = place % 32
@@ -356,9 +356,10 @@ def spread(x: Tensor, norm: RowNorm | None, together: int) -> Tensor:
     rows, width = x.shape
     out = torch.empty(rows, width, dtype=torch.bfloat16, device=x.device)
     weight, eps, offset = (x, 0.0, 0.0) if norm is None else norm
-    block, warps = row_block(width // 2)
+    # Of a whole row's sum of squares one program is in charge.
+    block, warps = row_block(width // 2) if norm is not None else (1024, 4)
     pdl = dependent_launch(x.device)
-    _spread[(rows,)](
+    _spread[(rows, triton.cdiv(width // 2, block))](
         x, weight, out, width, x.stride(0), eps, offset, NORM=norm is not None, PAIRS=block, TOGETHER=together,
         PDL=bool(pdl), num_warps=max(warps, 4), **pdl,
     )  # fmt: skip
