@@ -34,6 +34,7 @@ def answers(model: Any, ids: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize(
     "family,four_bit",
     [
+        *[("cohere", False), ("cohere2", True), ("glm4", False), ("olmo2", True)],
         *[("gemma2", False), ("gemma3_text", True), ("phi3", True), ("granite", False), ("smollm3", False)],
         *[
             ("qwen3_5_text", True),
