@@ -21,6 +21,8 @@ from torch import Tensor
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 ROWS, LENGTH, CALIBRATED = 8, 256, 8192
+#: more than a token has
+_CHARACTERS = 16
 #: name -> (arguments of from_pretrained, what an adapter of rank 16 makes up for)
 VARIANTS: dict[str, tuple[dict[str, Any], str | None]] = {
     "plain NF4, double quantisation": ({"bnb_4bit_use_double_quant": True}, None),
@@ -43,6 +45,7 @@ def texts(tokenizer: Any) -> dict[str, Tensor]:
     docstrings = "\n\n".join(f"{row.question}\n{row.answer}" for row in reversed(docstring_rows()[-400:]))
     found = {}
     for kind, text in (("docstrings", docstrings), ("prose", prose)):
+        text = text[: ROWS * LENGTH * _CHARACTERS]
         ids = tokenizer(text, return_tensors="pt")["input_ids"][0, : ROWS * LENGTH]
         found[kind] = ids.reshape(ROWS, LENGTH)
     return found

@@ -9,12 +9,15 @@ import torch
 
 from benchmarks import quantisation
 from benchmarks.quantisation import VARIANTS, compared, measure, table
+from pronghorn.data.docstrings import DocRow
 from tests.tiny import save_tiny
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the tiny model is compared on the CPU")
 def test_fitted_bits_are_nearer_and_the_table_has_every_variant(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(quantisation, "LENGTH", 64)
+    rows = [DocRow(f"module.name{i}", f"What does name{i} do?", f"It counts to {i * 7}.") for i in range(200)]
+    monkeypatch.setattr("pronghorn.data.docstrings.docstring_rows", lambda: rows)
     model = save_tiny(tmp_path / "tiny", "llama")
     names = ["plain NF4, double quantisation", "plain NF4, adapter for the outputs", "extra=0"]
     found = measure(str(model), {}, names, tokens=512)
