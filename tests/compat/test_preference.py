@@ -5,6 +5,7 @@ import pickle
 import pytest
 import torch
 from datasets import Dataset
+from transformers import AutoModelForSequenceClassification
 
 from pronghorn import FastLanguageModel, binding_of
 from pronghorn.compat import models
@@ -75,6 +76,12 @@ def test_later_names_are_found_by_the_users_code_alone():
     assert real.DPOTrainer.__module__.startswith("trl.")
 
 
+@pytest.mark.parametrize("given", [{"auto_model": AutoModelForSequenceClassification}, {"num_labels": 3}])
+def test_models_without_text_are_refused(tiny, given):
+    with pytest.raises(DropInUnavailable, match="predicts no text"):
+        models.FastModel.from_pretrained(tiny, **given)
+
+
 @pytest.mark.parametrize("name", INSTEAD)
 def test_what_to_do_instead_is_said(name):
     with DropIn():
@@ -94,5 +101,7 @@ def test_what_vllm_did_is_refused_in_a_sentence(tiny, tmp_path):
         model.load_lora(str(tmp_path / "lora"))
     with pytest.raises(DropInUnavailable, match=r"vLLM.*for_inference"):
         model.fast_generate(["hello"])
+    model.save_pretrained_merged(str(tmp_path / "four"), tokenizer, save_method="merged_4bit_forced")
+    assert "quantization_config" in (tmp_path / "four" / "config.json").read_text()
     with pytest.raises(UnknownArgument, match="quantisation_method"):
         model.save_pretrained_gguf("out", tokenizer, quantisation_method="q8_0")

@@ -21,8 +21,9 @@ def add_methods(model: Any) -> None:
         model.__dict__["generate"] = partial(generate, model)
     for method in (save_lora, load_lora, fast_generate):
         model.__dict__[method.__name__] = partial(method, model)
-    if "save_pretrained_gguf" in model.__dict__:
-        model.__dict__["save_pretrained_gguf"] = partial(save_pretrained_gguf, model)
+    if "save_pretrained_gguf" in model.__dict__:  # which a model without a head has not
+        for method in (save_pretrained_gguf, save_pretrained_merged, push_to_hub_merged):
+            model.__dict__[method.__name__] = partial(method, model)
 
 
 def generate(model: Any, inputs: Any = None, *args: Any, **given: Any) -> Any:
@@ -55,6 +56,24 @@ def save_pretrained_gguf(
     if tokenizer is not None and written.exists():
         tokenizer._ollama_modelfile = written.read_text(encoding="utf-8")
     return export
+
+
+def save_pretrained_merged(
+    model: Any, save_directory: str, tokenizer: Any = None, save_method: str = "merged_16bit", **given: Any
+) -> Any:
+    """`loading.saving.save_pretrained_merged`, which scripts force to write 4 bits."""
+    return saving.save_pretrained_merged(model, save_directory, tokenizer, _unforced(save_method), **given)
+
+
+def push_to_hub_merged(
+    model: Any, repo_id: str, tokenizer: Any = None, save_method: str = "merged_16bit", **given: Any
+) -> Any:
+    """`loading.saving.push_to_hub_merged`, likewise."""
+    return saving.push_to_hub_merged(model, repo_id, tokenizer, _unforced(save_method), **given)
+
+
+def _unforced(save_method: str) -> str:
+    return save_method.removesuffix("_forced")
 
 
 def save_lora(model: Any, save_directory: str) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from pronghorn import loading
 from pronghorn.compat.generation import add_methods
 from pronghorn.compat.model_ids import meant_by
-from pronghorn.errors import HubUnreachable, ModelNotFound
+from pronghorn.errors import DropInUnavailable, HubUnreachable, ModelNotFound
 
 logger = logging.getLogger("pronghorn")
 
@@ -27,8 +27,7 @@ class FastLanguageModel(loading.FastLanguageModel):
         Returns:
             (model, tokenizer).
         """
-        if kwargs.pop("auto_model", None) is not None:
-            logger.warning("pronghorn: auto_model= has no effect: the checkpoint says which class it is of")
+        _refuse_classes(kwargs.pop("auto_model", None), kwargs.pop("num_labels", None))
         if kwargs.get("fast_inference"):
             logger.warning(
                 "pronghorn: fast_inference=True changes nothing, as vLLM has no part here; "
@@ -101,6 +100,22 @@ class FastTextModel(FastLanguageModel):
 
 class UnslothModel(FastLanguageModel):
     """The name in older scripts."""
+
+
+def _refuse_classes(auto_model: Any, num_labels: int | None) -> None:
+    """Which class a checkpoint is of, it says itself; a class that predicts no tokens is asked for in vain.
+
+    Raises:
+        DropInUnavailable: for one that classifies or writes down speech.
+    """
+    name = getattr(auto_model, "__name__", str(auto_model or ""))
+    if num_labels is not None or any(part in name for part in ("Classification", "Speech", "Whisper")):
+        raise DropInUnavailable(
+            f"{name or f'num_labels={num_labels}'} asks for a model that predicts no text, which is not trained here",
+            fix="Transformers' and PEFT's own classes; or let the model write the label as its answer",
+        )
+    if auto_model is not None:
+        logger.warning("pronghorn: auto_model= has no effect: the checkpoint says which class it is of")
 
 
 def _chooses_precision(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

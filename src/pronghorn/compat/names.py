@@ -9,6 +9,7 @@ _MODELS = "pronghorn.compat.models"
 _TRAINER = "pronghorn.compat.trainer"
 _ARGUMENTS = "pronghorn.compat.arguments"
 _TEMPLATES = {
+    "CHAT_TEMPLATES": "pronghorn.data.chat_templates:TEMPLATES",
     "get_chat_template": "pronghorn.data.chat_templates:get_chat_template",
     "standardize_data_formats": "pronghorn.data.sharegpt:standardize_data_formats",
     "standardize_sharegpt": "pronghorn.data.sharegpt:standardize_sharegpt",
