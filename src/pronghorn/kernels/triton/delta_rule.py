@@ -73,8 +73,8 @@ def _documents(document_ptr, start, tokens, C: tl.constexpr):
 @triton.jit
 def _bounds(bounds_ptr):
     """Where the program's document begins and ends; an empty one has no chunks."""
-    begin = tl.load(bounds_ptr + tl.program_id(2))
-    end = tl.load(bounds_ptr + tl.program_id(2) + 1)
+    begin = tl.load(bounds_ptr + tl.program_id(0))
+    end = tl.load(bounds_ptr + tl.program_id(0) + 1)
     return begin, tl.where(end > begin, end, 0)
 
 
@@ -177,7 +177,7 @@ def _states(
     D: tl.constexpr, F: tl.constexpr, BF: tl.constexpr, WIDE: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """The states before each chunk, and N: those of chunks that the program's document begins with or spans."""
-    head, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BF + tl.arange(0, BF)
+    head, column = tl.program_id(1).to(tl.int64), tl.program_id(2) * BF + tl.arange(0, BF)
     inner = tl.arange(0, D)
     dtype: tl.constexpr = news_ptr.dtype.element_ty
     state = tl.zeros([D, BF], tl.float32)
@@ -259,7 +259,7 @@ def _dstates(
 
     Of the chunk that another document goes on in, it reads rows of dN to which that one's program adds zero.
     """
-    head, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BF + tl.arange(0, BF)
+    head, column = tl.program_id(1).to(tl.int64), tl.program_id(2) * BF + tl.arange(0, BF)
     inner = tl.arange(0, D)
     dtype: tl.constexpr = dnews_ptr.dtype.element_ty
     dstate = tl.zeros([D, BF], tl.float32)
@@ -461,7 +461,7 @@ def _make(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, docs: Docume
     )  # fmt: skip
     states, news = v.new_empty(chunks, heads, of_k, of_v), v.new_empty(tokens, heads, of_v)
     per_state = _per_state(sizes)
-    _states[(heads, of_v // per_state["BF"], docs.count)](
+    _states[(docs.count, heads, of_v // per_state["BF"])](
         unit_k, keys, values, sums, document, docs.cu_seqlens, states, news,
         tokens, k_heads, heads, group, **per_state,
     )  # fmt: skip
@@ -492,7 +492,7 @@ def backward(
     dnews, dstates = v.new_empty(v.shape), torch.empty_like(made.states)
     _dnews_inside[grid](made.q, made.k, made.sums, document, dout, dnews, *shared, **sizes)
     per_state = _per_state(sizes)
-    _dstates[(heads, of_v // per_state["BF"], docs.count)](
+    _dstates[(docs.count, heads, of_v // per_state["BF"])](
         made.q,
         made.k,
         made.keys,
