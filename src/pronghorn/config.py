@@ -20,7 +20,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
-from pronghorn.errors import ConfigInvalid, nearest
+from pronghorn.errors import ALSO_CALLED, ConfigInvalid, nearest
 
 SaveLevel = Literal[
     "auto",
@@ -309,8 +309,20 @@ def _where(source: str, lines: Mapping[str, int], key: str) -> str:
 def _unknown(key: str, section: str, known: Iterable[str], where: str) -> ConfigInvalid:
     known = sorted(known)
     place = f"under '{section}'" if section else "at the top level"
-    fix = nearest(key, known) or (f"known here: {', '.join(known)}" if len(known) < 20 else "remove it")
+    fix = "" if section else _belongs(key)
+    fix = (
+        fix or nearest(key, known) or (f"known here: {', '.join(known)}" if len(known) < 20 else "remove it")
+    )
     return ConfigInvalid(f"unknown key '{key}' {place}", where=where, fix=fix)
+
+
+def _belongs(key: str) -> str:
+    """Where a key of a section belongs that was written outside of all; "" for one of none."""
+    name = ALSO_CALLED.get(key.lower(), key)
+    for section, kind in get_type_hints(RunConfig).items():
+        if dataclasses.is_dataclass(kind) and name in {item.name for item in dataclasses.fields(kind)}:
+            return f"write it under '{section}', as {name}"
+    return ""
 
 
 def _section(kind: type, values: Any, name: str, source: str, lines: Mapping[str, int]) -> Any:

@@ -36,7 +36,7 @@ class PronghornError(Exception):
 
 
 #: What settings are called elsewhere, too far from their names here to be found by their letters.
-_ALSO_CALLED = {
+ALSO_CALLED = {
     "adam": "adamw_torch",
     "adamw": "adamw_torch",
     "alpha": "lora_alpha",
@@ -64,7 +64,7 @@ _ALSO_CALLED = {
 def nearest(name: str, known: Iterable[str]) -> str:
     """A "did you mean" clause for an unknown name, or an empty string when nothing is close."""
     known = list(known)
-    meant = _ALSO_CALLED.get(name.lower())
+    meant = ALSO_CALLED.get(name.lower())
     close = [meant] if meant in known else get_close_matches(name, known, n=1, cutoff=0.6)
     return f"did you mean '{close[0]}'?" if close else ""
 

@@ -37,3 +37,12 @@ def test_settings_by_what_they_are_called_elsewhere(tmp_path, capsys):
     run.write_text("model: {name: tiny}\ndata: {dataset: rows.jsonl}\nadapter: {rank: 8}\n")
     assert main(["train", str(run)]) == 2
     assert "did you mean 'r'?" in capsys.readouterr().err
+    for line, fix in (
+        ("learning_rate: 1e-4", "write it under 'training', as learning_rate"),
+        ("model_name_or_path: tiny", "write it under 'model', as name"),
+        ("trainning: {}", "did you mean 'training'?"),
+    ):
+        run.write_text(f"model: {{name: tiny}}\ndata: {{dataset: rows.jsonl}}\n{line}\n")
+        assert main(["train", str(run)]) == 2
+        said = capsys.readouterr().err
+        assert f"{run}, line 3" in said and fix in said
