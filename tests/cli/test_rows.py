@@ -224,3 +224,13 @@ def test_what_check_calls_an_error_is_refused(tmp_path, kind):
     dropped = config_for(path, "training:\n  drop_unsupervised_rows: true\n")
     assert load_rows(dropped).train_numbers == [0, 2]
     assert load_rows(config_for(path, "  limit: 1\n")).train_numbers == [0]
+
+
+def test_rows_of_tokens_have_no_texts_to_look_at(tmp_path):
+    for name, row in (
+        ("a", {"input_ids": [1, 2]}),
+        ("b", {"input_ids": [1, 2], "text": ""}),
+        ("c", {"other": 1}),
+    ):
+        path = write_lines(tmp_path / f"{name}.jsonl", [row] * 3)
+        assert load_rows(config_for(path)).train_numbers == [0, 1, 2]

@@ -107,7 +107,10 @@ def _with_texts(rows: Any, numbers: list[int], config: RunConfig, file: Path | N
         RowInvalid: there are others, and ``training.drop_unsupervised_rows`` does not leave them out.
     """
     field = config.data.text_field or "text"
-    texts = rows.select_columns([name for name in rows.column_names if name in (*_TEXT_COLUMNS, field)])
+    columns = [name for name in rows.column_names if name in (*_TEXT_COLUMNS, field)]
+    if not columns or "input_ids" in rows.column_names:
+        return numbers
+    texts = rows.select_columns(columns)
     empty: dict[int, str] = {}
     for number in numbers:
         row = texts[number]
