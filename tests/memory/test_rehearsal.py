@@ -116,7 +116,14 @@ OTHERS: dict[str, Any] = {
     "gemma2": Gemma2Config(**SIZES),
     "gemma3": Gemma3TextConfig(**SIZES),
     "glm": GlmConfig(**SIZES, pad_token_id=0),
-    "olmo2": Olmo2Config(**{k: v for k, v in SIZES.items() if k != "head_dim"}),
+    # Of OLMo 2 7B.
+    "olmo2": Olmo2Config(
+        vocab_size=100352,
+        hidden_size=4096,
+        intermediate_size=11008,
+        num_hidden_layers=3,
+        num_attention_heads=32,
+    ),
     "granite": GraniteConfig(**SIZES, residual_multiplier=0.2),
     "phi3": Phi3Config(**SIZES, pad_token_id=0),
 }

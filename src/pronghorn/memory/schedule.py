@@ -281,8 +281,10 @@ class Step(Products):
         gradients = [self._new(t * width * e) for width in (shape.q, shape.kv, shape.kv)]
         for _ in range(head_groups(t, shape.kv_heads, shape.attention)):
             self._free(*[self._new(size) for size in self._attention_workspace()][::-1])
-        self._free(*rotated, dout_o)
-        self._drop(saves, "out", "lse", "v")
+        self._drop(saves, "out")
+        self._free(dout_o)
+        self._drop(saves, "lse", "v")
+        self._free(*rotated)
         if shape.qk_norm:
             fresh = [self._new(t * width * e) for width in (shape.q, shape.kv)]
             if shape.gated:
@@ -321,7 +323,7 @@ class Step(Products):
             self._free(self._new(4 * t))
         dnormed = self._input_grad(names, t, xa in saves, need, codes)
         dx = self._new(self._residual()) if need else -1
-        self._free(dnormed, *gradients)
+        self._free(*gradients[::-1], dnormed)  # a list lets go of its last item first
         return dx
 
     def _glu_backward(self, saves: Held) -> tuple[int, list[int] | None]:
@@ -355,9 +357,12 @@ class Step(Products):
             if len(tiles) == 1 and hands_on and shape.residual_element == e and not self._apart:
                 codes = [self._new(rows * shape.hidden), self._new(4 * rows)]
             part = self._new(rows * shape.hidden * shape.residual_element)
+            self._free(dbranch)
             if not kept:
                 self._drop(saves, "gate", "up", "xa_gate_up")
-            self._free(dnormed, dbranch)
+            elif len(tiles) == 1:
+                self._drop(saves, "gate", "up")
+            self._free(dnormed)
             if rebuilt and not (shape.parallel and len(tiles) == 1):  # the attention beside it reads it, too
                 self._drop(saves, "normed_glu")
             if len(tiles) > 1:
