@@ -104,3 +104,9 @@ def test_a_stream_of_unknown_length(monkeypatch) -> None:
     assert Plans(monkeypatch, automatic=True, batch=None).take() == []
     with pytest.raises(BudgetInvalid, match="longest row"):
         Plans(monkeypatch, automatic=True, budget=AUTO, batch=None).take()
+
+
+@pytest.mark.parametrize("budget", ["potatoes", "0GiB", -1])
+def test_what_is_no_size_is_refused_without_a_gpu_too(tmp_path, budget) -> None:
+    with pytest.raises(BudgetInvalid, match="no memory size"):
+        trainer(tmp_path, adapter_model(), memory_budget=budget)

@@ -8,7 +8,7 @@ import transformers
 
 from pronghorn.embedding.losses import LOSSES, SCORED, UNSCORED, Objective
 from pronghorn.errors import UnknownArgument, nearest
-from pronghorn.training.config import settle_device
+from pronghorn.training.config import check_budget, settle_device
 
 AUTO = "auto"
 
@@ -73,6 +73,7 @@ class EmbeddingConfig(transformers.TrainingArguments):
                 fix="use 1 or more, or None",
             )
         self.remove_unused_columns = False
+        check_budget(self.memory_budget)
         settle_device(self)
         super().__post_init__()
 

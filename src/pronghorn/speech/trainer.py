@@ -23,6 +23,7 @@ from pronghorn.speech.memory import SpeechMemory
 from pronghorn.speech.model import DualAROutput
 from pronghorn.speech.task import SpeechOutput
 from pronghorn.speech.tokenizer import SpeechTokenizer
+from pronghorn.training.config import check_budget
 from pronghorn.training.meter import Stopwatch, Tally, at_least_one
 from pronghorn.training.progress import peak_memory_gib
 from pronghorn.training.safe import SafeTrainer
@@ -49,6 +50,10 @@ class SpeechConfig(TrainingArguments):
     logging_steps: float = field(default=1, metadata={"help": "steps between logs"})
     remove_unused_columns: bool | None = field(default=False, metadata={"help": "rows have no others"})
     report_to: str | list[str] | None = field(default="none", metadata={"help": "where logs go besides"})
+
+    def __post_init__(self) -> None:
+        check_budget(self.memory_budget)
+        super().__post_init__()
 
 
 class Counts(NamedTuple):

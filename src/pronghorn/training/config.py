@@ -14,6 +14,7 @@ import trl
 from transformers.integrations import integration_utils
 
 from pronghorn.errors import PackageMissing, UnknownArgument, nearest
+from pronghorn.memory import parse_budget
 from pronghorn.tuning.recommend import recommended_arguments
 
 logger = logging.getLogger("pronghorn")
@@ -129,6 +130,7 @@ class SFTConfig(trl.SFTConfig):
         if isinstance(self.max_length, str) and self.max_length.isdecimal():
             self.max_length = int(self.max_length)  # from a command line
         _check_length(self.max_length)
+        check_budget(self.memory_budget)
         settle_device(self)
         if self.stop_early:
             self._keep_the_best()
@@ -162,6 +164,16 @@ def settle_device(args: Any) -> None:
         if args.fp16:
             args.fp16 = False
             logger.warning("pronghorn: fp16=True has no effect without a GPU: the model's own dtype is used")
+
+
+def check_budget(budget: Any) -> None:
+    """Refuse what is no memory size, also where there is no GPU to use it on.
+
+    Raises:
+        BudgetInvalid: for anything but a size, "auto" or None.
+    """
+    if budget is not None:
+        parse_budget(budget, free=0)
 
 
 def _check_length(length: Any) -> None:

@@ -24,7 +24,7 @@ from pronghorn.memory import (
     plan,
 )
 from pronghorn.memory.gpus import GIB
-from pronghorn.memory.plan import gib, leanest
+from pronghorn.memory.plan import gib, leanest, with_margin
 from pronghorn.tuning.breakdown import CONTEXT_BYTES, Part, parts_of
 from pronghorn.tuning.roofline import micro_batch_seconds, optimizer_seconds
 from pronghorn.tuning.workload import Workload
@@ -243,8 +243,7 @@ def _setting(job: Job, gpu: Gpu, budget: int, precision: str, storage: str, sequ
     host = job.host_limit if job.offload else 0
     kept = plan_with_expanded(shape, budget, batch, rates, budget if host is None else host)
     if kept is not None and kept.time.total < found.time.total:
-        # The products are those of 16-bit weights then.
-        found, computed = kept, replace(shape, storage=shape.dtype)
+        found, computed = kept, replace(shape, storage=shape.multiplied)
     accumulation = max(job.global_batch // sequences, 1)
     usual = job.usual(sequences)
     seconds = accumulation * micro_batch_seconds(computed, found.levels, usual, rates, found.tile_rows)
@@ -283,10 +282,13 @@ def does_not_fit(
     precision = min(leanest_of, key=lambda name: leanest_of[name][0].reserved)
     least, storage = leanest_of[precision]
     of_rows = f"{sequences} x {job.workload.length:,} tokens"
+    need = with_margin(least.reserved)
+    # Less than the GPU has was asked for, which is then what to change.
+    asked = budget < budget_of(gpu)
+    there = f"the budget is {gib(budget)}" if asked else f"{gpu.name} has {gib(budget)} for it"
     return BudgetTooSmall(
-        f"{precision} weights and a micro-batch of {of_rows} take {gib(least.reserved)} at least, and {gpu.name} has "
-        f"{gib(budget)} for it",
-        fix=", or ".join(islice(_ways_to_fit(job, gpu, budget, precisions, storage, least.reserved), WAYS)),
+        f"{precision} weights and a micro-batch of {of_rows} take {gib(need)} at least, and {there}",
+        fix=", or ".join(islice(_ways_to_fit(job, gpu, budget, precisions, storage, need), WAYS)),
     )
 
 
@@ -296,12 +298,13 @@ def _ways_to_fit(
     """Changes that make it fit, the smallest first."""
     sequences = job.micro_batch or 1
     if sequences > 1:
-        fewer = leanest(job.shape(gpu, storage), job.largest(1), gpu.rates, job.offload).reserved
+        fewer = with_margin(leanest(job.shape(gpu, storage), job.largest(1), gpu.rates, job.offload).reserved)
         if fewer <= budget:
             yield f"micro-batches of 1 row, which take {gib(fewer)}"
     for precision in PRECISIONS[1:]:
         for other in () if precision in precisions else storages(precision, gpu, job.rank):
-            size = leanest(job.shape(gpu, other), job.largest(sequences), gpu.rates, job.offload).reserved
+            found = leanest(job.shape(gpu, other), job.largest(sequences), gpu.rates, job.offload)
+            size = with_margin(found.reserved)
             if size <= budget:
                 yield f"{precision} weights, which take {gib(size)}"
                 break
@@ -315,12 +318,14 @@ def _ways_to_fit(
         if smaller:
             yield f"adapters of rank {smaller} (--rank {smaller})"
     if not job.rank:
-        size = leanest(
-            replace(job, rank=16).shape(gpu, "16-bit"), job.largest(1), gpu.rates, job.offload
-        ).reserved
+        found = leanest(replace(job, rank=16).shape(gpu, "16-bit"), job.largest(1), gpu.rates, job.offload)
+        size = with_margin(found.reserved)
         yield f"adapters of rank 16 instead of all weights, which take {gib(size)}" + (
             "" if size <= budget else " (too much here as well)"
         )
+    if budget < least <= budget_of(gpu):
+        yield f"a budget of {gib(least)} (--budget)"
+        return
     larger = [other for other in GPUS if budget_of(other) >= least and other.memory > gpu.memory]
     if larger:
         next_larger = min(larger, key=lambda one: one.memory)
@@ -337,7 +342,7 @@ def _largest_rank(job: Job, gpu: Gpu, budget: int, storage: str) -> int:
         found = leanest(
             smaller.shape(gpu, storage), smaller.largest(job.micro_batch or 1), gpu.rates, job.offload
         )
-        if found.reserved <= budget:
+        if with_margin(found.reserved) <= budget:
             return rank
         rank //= 2
     return 0
