@@ -111,7 +111,7 @@ def test_a_table_over_gpus(folder: str, capsys: pytest.CaptureFixture[str]) -> N
     [
         (["--budget", "12GiB", "--load-in-16bit"], "int8 weights, which take"),
         (["--budget", "7GiB", "--load-in-4bit", "--max-seq-length", "16384"], "rows of at most"),
-        (["--budget", "2GiB", "--load-in-4bit"], "a GPU with 6."),
+        (["--budget", "2GiB", "--load-in-4bit"], "a budget of 6."),
         (["--budget", "12GiB", "--rank", "0"], "adapters of rank 16 instead of all weights"),
         (["--budget", "24GiB", "--load-in-int8", "--rank", "0"], "cannot be trained"),
         (["--gpu", "H200", "--load-in-4bit", "--rank", "0"], "cannot be trained"),
