@@ -322,7 +322,7 @@ def _too_small(search: _Search) -> BudgetTooSmall:
             fixes.append("load in 4 bits and shorten the rows")
     fixes.append(f"raise the budget to {gib(with_margin(least.reserved))}")
     kind = "the model alone takes" if least.fixed > budget else "the leanest plan for it takes"
-    size = least.fixed if least.fixed > budget else least.reserved
+    size = least.fixed if least.fixed > budget else with_margin(least.reserved)
     return BudgetTooSmall(
         f"a step of {batch.tokens:,} tokens does not fit into {gib(budget)}: {kind} {gib(size)}",
         fix=", or ".join(fixes),
