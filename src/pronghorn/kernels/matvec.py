@@ -23,10 +23,6 @@ from pronghorn.kernels.dispatch import Impl, math_dtype, use_triton
 from pronghorn.kernels.glu import APPROXIMATE
 from pronghorn.kernels.nf4 import FourBits, dequantize_4bit
 
-#: whether one row without an adapter goes through the matrix units in 4 bits, as several do
-ONE_ROW_ON_MATRIX_UNITS = False
-
-
 #: places from which programs take what others of their launch hand on: one is a line of the second cache, from which a
 #: thousand programs would wait for each other (8B on an H200: 20 µs a layer)
 HANDED_COPIES = 32
@@ -128,7 +124,7 @@ def matvec_4bit(
     """`matvec` by up to three weights with the same input; the codes are read as they are. Several rows, for which
     `fits_few_rows` holds, go through the matrix units, without adapters."""
     if use_triton(x, impl):
-        if len(x) > 1 or (ONE_ROW_ON_MATRIX_UNITS and share is None and fits_few_rows(x, parts)):
+        if len(x) > 1:
             from pronghorn.kernels.triton.skinny import few_rows
 
             return few_rows(x, parts, norm, bias, residual, activation, out_dtype or x.dtype)

@@ -38,35 +38,39 @@ from pronghorn.kernels.triton.lora import dot
 # two of codes 8 to 15, and between the two by the code's highest bit (permutations read the low half of a selector).
 # A byte's low half comes before its high half: the first and third number are of low halves, the others of high ones.
 _TWO_BYTES = """
-    prmt.b32 a, code0, code1, index;
-    prmt.b32 b, code2, code3, index;
+    prmt.b32 a, l0, l1, index;
+    prmt.b32 b, l2, l3, index;
     prmt.b32 low, a, b, upper;
-    prmt.b32 a, code4, code5, index;
-    prmt.b32 b, code6, code7, index;
+    prmt.b32 a, h0, h1, index;
+    prmt.b32 b, h2, h3, index;
     prmt.b32 high, a, b, upper;
     prmt.b32 $%(highs)d, low, high, 0x7351;
     prmt.b32 $%(lows)d, low, high, 0x6240;
 """
-# Four bytes: $0, $1 are the high halves' numbers, $2, $3 the low ones'.
-_LOOKUP = tl.constexpr(
-    "{ .reg .b32 index, upper, a, b, low, high;\n"
-    + "and.b32 index, $4, 0x77777777; shr.b32 upper, $4, 1;"
-    + "lop3.b32 upper, upper, 0x44444444, 0x32103210, 0xEA;"
-    + _TWO_BYTES % {"highs": 0, "lows": 2}
-    + "shr.b32 index, index, 16; shr.b32 upper, upper, 16;"
-    + _TWO_BYTES % {"highs": 1, "lows": 3}
-    + "}"
-)
-_LOOKUP_REGISTERS = tl.constexpr("=&r,=&r,=&r,=&r,r")
-# The table in registers of the whole kernel, which later assembly reads: with other operands than the codes a look-up
-# would not run on them where they lie. Each lane loads a copy of its own: what all lanes have alike, numbers written
-# into the assembly too, would be moved out of uniform registers for every look-up (a fifth of all instructions).
-_LOAD_TABLE = tl.constexpr(
-    ".reg .b32 code<8>; .reg .b32 code_lane; .reg .b64 code_at;"
-    + "mov.u32 code_lane, %laneid; mad.wide.u32 code_at, code_lane, 32, $1;"
-    + "ld.global.v4.b32 {code0, code1, code2, code3}, [code_at];"
-    + "ld.global.v4.b32 {code4, code5, code6, code7}, [code_at+16]; mov.b32 $0, code0;"
-)
+_REGISTERS = tl.constexpr("=&r,=&r,=&r,=&r,r")
+
+
+@cache
+def lookup(numbers: tuple[float, ...]) -> str:
+    """Assembly that looks four bytes up in a table of 16: $0, $1 are the high halves' numbers, $2, $3 the low ones'.
+
+    The table is part of it: with other operands than the codes it would not run on them where they lie.
+    """
+    raw = torch.tensor(numbers).bfloat16().view(torch.int16).tolist()
+    planes = (bytes(number & 255 for number in raw), bytes((number >> 8) & 255 for number in raw))
+    words = [int.from_bytes(plane[i : i + 4], "little") for plane in planes for i in range(0, 16, 4)]
+    names = ("l0", "l1", "l2", "l3", "h0", "h1", "h2", "h3")
+    table = "".join(f"mov.b32 {name}, {word:#010x};" for name, word in zip(names, words, strict=True))
+    return (
+        "{ .reg .b32 index, upper, a, b, low, high, l<4>, h<4>;\n"
+        + table
+        + "and.b32 index, $4, 0x77777777; shr.b32 upper, $4, 1;"
+        + "lop3.b32 upper, upper, 0x44444444, 0x32103210, 0xEA;"
+        + _TWO_BYTES % {"highs": 0, "lows": 2}
+        + "shr.b32 index, index, 16; shr.b32 upper, upper, 16;"
+        + _TWO_BYTES % {"highs": 1, "lows": 3}
+        + "}"
+    )
 
 
 @triton.jit
@@ -108,19 +112,11 @@ def _ordered(codes, OUTS: tl.constexpr, BYTES: tl.constexpr, TOGETHER: tl.conste
 
 
 @triton.jit
-def _load_table(table_ptr):
-    """Once in a kernel, before `_numbers`."""
-    tl.inline_asm_elementwise(
-        _LOAD_TABLE, "=r,l", [table_ptr.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
-    )
-
-
-@triton.jit
-def _numbers(codes, code_ptr, TABLE: tl.constexpr):
+def _numbers(codes, code_ptr, LOOKUP: tl.constexpr):
     """What the high and the low halves of bytes stand for, in bf16."""
-    if TABLE:
+    if LOOKUP != "":
         return tl.inline_asm_elementwise(
-            _LOOKUP, _LOOKUP_REGISTERS, [codes], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4
+            LOOKUP, _REGISTERS, [codes], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4
         )
     else:
         whole = codes.to(tl.int32)
@@ -152,30 +148,28 @@ def _scale(
 
 @triton.jit
 def _products(
-    packed_at, scale, even, odd, code_ptr, TABLE: tl.constexpr, OUTS: tl.constexpr, BYTES: tl.constexpr,
+    packed_at, scale, even, odd, code_ptr, LOOKUP: tl.constexpr, OUTS: tl.constexpr, BYTES: tl.constexpr,
     TOGETHER: tl.constexpr,
 ):  # fmt: skip
     """A block's sums [OUTS, ROWS] times its scales."""
     codes = _ordered(tl.load(packed_at), OUTS, BYTES, TOGETHER)
-    high, low = _numbers(codes, code_ptr, TABLE)
+    high, low = _numbers(codes, code_ptr, LOOKUP)
     # The interpreter, which has no table in registers, multiplies in fp32.
-    WIDE: tl.constexpr = not TABLE
+    WIDE: tl.constexpr = LOOKUP == ""
     return (dot(high, even, WIDE) + dot(low, odd, WIDE)) * scale[:, None]
 
 
 @triton.jit
 def _few_rows(
-    x_ptr, table_ptr, code_ptr, packed0, packed1, packed2, absmax0, absmax1, absmax2, coarse0, coarse1, coarse2,
+    x_ptr, code_ptr, packed0, packed1, packed2, absmax0, absmax1, absmax2, coarse0, coarse1, coarse2,
     shift0, shift1, shift2, fine0, fine1, fine2, bias_ptr, residual_ptr, out_ptr, partial_ptr, arrived_ptr,
     batch, outs, rows0, rows1, half, each, out_stride,
     BIAS: tl.constexpr, RESIDUAL: tl.constexpr, GLU: tl.constexpr, PARTS: tl.constexpr, NESTED: tl.constexpr,
-    SIZE: tl.constexpr, SIZE2: tl.constexpr, TABLE: tl.constexpr, OUTS: tl.constexpr, ROWS: tl.constexpr,
+    SIZE: tl.constexpr, SIZE2: tl.constexpr, LOOKUP: tl.constexpr, OUTS: tl.constexpr, ROWS: tl.constexpr,
     SPLITS: tl.constexpr, STAGES: tl.constexpr, TOGETHER: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """outs: of the whole, or of gate. half: of a row's columns. each: blocks of a split."""
     BYTES: tl.constexpr = SIZE // 2
-    if TABLE:
-        _load_table(table_ptr)
     tile, split = tl.program_id(0), tl.program_id(1)
     first = tile * OUTS
     packed_ptr, absmax_ptr, coarse_ptr, shift_ptr, fine_ptr = packed0, absmax0, coarse0, shift0, fine0
@@ -226,12 +220,12 @@ def _few_rows(
             odd = tl.load(x_at + half + at)
             scale = _scale(absmax_ptr, fine_ptr, word, coarse, shift, own * blocks + block, i, NESTED)
             sums += _products(
-                packed_ptr + codes_at + at, scale, even, odd, code_ptr, TABLE, OUTS, BYTES, TOGETHER
+                packed_ptr + codes_at + at, scale, even, odd, code_ptr, LOOKUP, OUTS, BYTES, TOGETHER
             )
             if GLU != "":
                 scale = _scale(absmax1, fine1, word_up, coarse_up, shift_up, own * blocks + block, i, NESTED)
                 sums_up += _products(
-                    packed1 + codes_at + at, scale, even, odd, code_ptr, TABLE, OUTS, BYTES, TOGETHER
+                    packed1 + codes_at + at, scale, even, odd, code_ptr, LOOKUP, OUTS, BYTES, TOGETHER
                 )
         word, coarse = next_word, next_coarse
         if GLU != "":
@@ -320,10 +314,9 @@ class Config(NamedTuple):
     warps: int = 4
     stages: int = 3
 
-    def together(self, rows: int, device: torch.device) -> int:
+    def together(self, device: torch.device) -> int:
         """How many neighbouring columns of a product's left side a thread holds, where it comes from bytes."""
-        warpgroups = self.warps % 4 == 0 and self.outs % 64 == 0 and rows >= 16
-        return 2 if warpgroups and has_warpgroups(device) else 4
+        return 2 if self.warps % 4 == 0 and self.outs % 64 == 0 and has_warpgroups(device) else 4
 
 
 def config_of(outs: int, blocks: int, rows: int, processors: int) -> Config:
@@ -334,14 +327,6 @@ def config_of(outs: int, blocks: int, rows: int, processors: int) -> Config:
     """
     wanted = round((4 if rows <= 16 else 3) * processors / (outs // 64))
     return Config(64, max(1, min(wanted, blocks // 8)), stages=3 if rows <= 32 else 2)
-
-
-@cache
-def table_of_lanes(numbers: tuple[float, ...], device: torch.device) -> Tensor:
-    """A table of 16 numbers in bf16, int32 [32, 8], alike for each lane: the low bytes of all, then the high ones."""
-    raw = torch.tensor(numbers).bfloat16().view(torch.int16)
-    planes = torch.stack([raw & 255, (raw >> 8) & 255]).to(torch.uint8)
-    return planes.view(-1).view(torch.int32).expand(32, 8).contiguous().to(device)
 
 
 @cache
@@ -383,7 +368,7 @@ def few_rows(
         gate, up = y.chunk(2, 1)
         return glu_forward(gate, up, activation)
     outs = sum(part.rows for part in parts)
-    rows = max(8, triton.next_power_of_2(batch))
+    rows = max(16, triton.next_power_of_2(batch))
     outs = outs // 2 if activation is not None else outs
     out = residual if residual is not None else torch.empty(batch, outs, dtype=out_dtype, device=x.device)
     bits = [part.bits for part in (*parts, *[parts[-1]] * (3 - len(parts)))]
@@ -397,16 +382,16 @@ def few_rows(
         splits * kinds * outs * rows if splits > 1 else 0, dtype=torch.float32, device=x.device
     )
     absmax = [b.absmax.view(-1) if b.nested is None else b.absmax.view(-1).view(torch.int32) for b in bits]
-    pdl, together = dependent_launch(x.device), config.together(rows, x.device)
+    pdl, together = dependent_launch(x.device), config.together(x.device)
     _few_rows[(tiles, splits)](
-        spread(x, norm, together), table_of_lanes(parts[0].numbers, x.device), bits[0].code,
+        spread(x, norm, together), bits[0].code,
         *(b.packed.view(-1) for b in bits), *absmax,
         *(n[1] for n in nested), *(n[2] for n in nested), *(n[0] for n in nested),
         out if bias is None else bias, out if residual is None else residual, out, partial,
         arrived(x.device, tiles), batch, outs, bits[0].shape[0], bits[1].shape[0], width // 2, each, out.stride(0),
         BIAS=bias is not None, RESIDUAL=residual is not None, GLU=activation or "", PARTS=len(parts),
         NESTED=bits[0].nested is not None, SIZE=bits[0].blocksize, SIZE2=nested[0][3],
-        TABLE=x.is_cuda, OUTS=config.outs, ROWS=rows, SPLITS=splits,
+        LOOKUP=lookup(parts[0].numbers) if x.is_cuda else "", OUTS=config.outs, ROWS=rows, SPLITS=splits,
         STAGES=config.stages, TOGETHER=together, PDL=bool(pdl), num_warps=config.warps, num_stages=config.stages, **pdl,
     )  # fmt: skip
     return out
