@@ -25,6 +25,7 @@ import warnings
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from textwrap import dedent
 from typing import Any
@@ -36,6 +37,8 @@ RANK = 16
 SEED = 3407
 #: of the best loss of the grid, how far above an advised rate may end
 ALLOWED = 0.02
+#: of a grid that says something
+LEAST_RATES = 3
 DATA_SETS = ("docstrings", "sources", "characters")
 
 
@@ -201,16 +204,41 @@ def study(
     return found
 
 
+def reading(found: dict[str, Any]) -> tuple[float, float]:
+    """The rate that a test's curve is read to now, and its loss: measured, or where the curve was read otherwise then,
+    on the line between the grid's neighbours."""
+    from pronghorn.tuning.rates import changes_of, choose
+
+    test, rate = found["advised"], found["advised"]["learning_rate"]
+    if "rates" in test:
+        losses = [math.nan if loss is None else loss for loss in test["losses"]]
+        choice = choose(test["rates"], changes_of(losses, test["losses_before"]))
+        if choice is not None and choice.rate != rate:
+            return choice.rate, between(choice.rate, found["grid"])
+    return rate, found["at_advised"]["held"]
+
+
+def between(rate: float, runs: dict[str, Any]) -> float:
+    """The loss at a rate, on the line between its neighbours in a grid (over the logarithm of the rate)."""
+    losses = sorted((math.log(float(at)), run["held"]) for at, run in runs.items())
+    for (low, first), (high, last) in pairwise(losses):
+        if low <= math.log(rate) <= high:
+            return float(first + (math.log(rate) - low) / (high - low) * (last - first))
+    return math.nan
+
+
 def table(cells: dict[str, Any]) -> str:
-    """Markdown: the grid's best, the advised rate, and how far its loss is from the best."""
+    """Markdown: the grid's best, the advised rate, how far its loss is from the best; of grids that say something."""
     lines = [
         "| data | grid: held-back loss by rate | best | range test advises | its loss | above the best |",
         "|---|---|---|---|---|---|",
     ]
     for name, found in cells.items():
         runs = {float(rate): run["held"] for rate, run in found["grid"].items()}
+        if len(runs) < LEAST_RATES:
+            continue
         best = min(runs, key=runs.__getitem__)
-        advised, loss = found["advised"]["learning_rate"], found["at_advised"]["held"]
+        advised, loss = reading(found)
         shown = ", ".join(f"{rate:.2g}: {held:.3f}" for rate, held in sorted(runs.items()))
         above = loss / runs[best] - 1
         mark = "" if above <= ALLOWED else " (red)"

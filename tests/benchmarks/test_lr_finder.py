@@ -8,7 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.lr_finder import ALLOWED, DATA_SETS, HELD_BACK, grid, rows_of, table
+from benchmarks.lr_finder import (
+    ALLOWED,
+    DATA_SETS,
+    HELD_BACK,
+    LEAST_RATES,
+    between,
+    grid,
+    reading,
+    rows_of,
+    table,
+)  # fmt: skip
 from pronghorn.tuning.rates import changes_of, choose
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
@@ -31,39 +41,41 @@ def test_rows_are_many_and_held_back_ones_are_others(name: str) -> None:
     assert rows_of.__wrapped__(name)[1] == held, "the same rows every time"
 
 
-def advised(name: str) -> float:
-    """The rate that a measured test is read to now."""
-    test = MEASURED[name]["advised"]
-    losses = [math.nan if loss is None else loss for loss in test["losses"]]
-    choice = choose(test["rates"], changes_of(losses, test["losses_before"]))
+@pytest.mark.parametrize(
+    "name", [name for name, cell in MEASURED.items() if len(cell["grid"]) >= LEAST_RATES]
+)
+def test_the_curves_that_were_measured_are_read_to_a_rate_that_was_good(name: str) -> None:
+    best = min(run["held"] for run in MEASURED[name]["grid"].values())
+    assert reading(MEASURED[name])[1] <= (1 + ALLOWED) * best
+
+
+def test_a_loss_between_two_rates_is_on_their_line() -> None:
+    runs = {"0.01": {"held": 3.0}, "0.001": {"held": 2.0}}
+    assert between(10**-2.5, runs) == pytest.approx(2.5) and between(1e-3, runs) == pytest.approx(2.0)
+    assert math.isnan(between(0.1, runs))
+
+
+def rate_of(test: dict) -> float:
+    choice = choose(
+        test["rates"], changes_of([loss or math.nan for loss in test["losses"]], test["losses_before"])
+    )
     assert choice is not None
     return choice.rate
 
 
-@pytest.mark.parametrize("name", [name for name, cell in MEASURED.items() if len(cell["grid"]) >= 3])
-def test_the_curves_that_were_measured_are_read_to_a_rate_that_was_good(name: str) -> None:
-    """Between two rates of the grid the loss is taken to be on the line between theirs."""
-    rate, grid = advised(name), MEASURED[name]["grid"]
-    runs = sorted((float(rate), run["held"]) for rate, run in grid.items())
-    below = max((run for run in runs if run[0] <= rate), default=runs[0])
-    above = min((run for run in runs if run[0] >= rate), default=runs[-1])
-    share = math.log(rate / below[0]) / math.log(above[0] / below[0]) if above != below else 0.0
-    loss = below[1] + share * (above[1] - below[1])
-    assert loss <= (1 + ALLOWED) * min(held for _, held in runs), f"{rate} of {runs}"
-
-
 @pytest.mark.parametrize("data", DATA_SETS)
 def test_seeds_agree_on_a_rate(data: str) -> None:
-    rates = [advised(name) for name in MEASURED if f": {data}, seed" in name]
+    rates = [rate_of(cell["advised"]) for name, cell in MEASURED.items() if f": {data}, seed" in name]
     assert len(rates) == 3 and max(rates) <= 2 * min(rates), rates
 
 
 def test_a_rate_that_ends_too_high_is_red() -> None:
     def found(loss: float) -> dict:
-        grid = {"0.001": {"held": 2.0}, "0.003": {"held": 2.1}}
+        grid = {"0.001": {"held": 2.0}, "0.003": {"held": 2.1}, "0.01": {"held": 9.0}}
         return {"advised": {"learning_rate": 2e-3}, "grid": grid, "at_advised": {"held": loss}}
 
-    text = table({"near": found(2.03), "far": found(2.05), "lower": found(1.99)})
+    few = {**found(2.0), "grid": {"0.001": {"held": 2.0}}}
+    text = table({"few": few, "near": found(2.03), "far": found(2.05), "lower": found(1.99)})
     near, far, lower = text.splitlines()[2:]
     assert "+1.5%" in near and "red" not in near and "| 0.001 |" in near
     assert "+2.5% (red)" in far and "-0.5%" in lower and "red" not in lower
