@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -69,7 +68,6 @@ class EmbeddingTrainer(SafeTrainer):
         take_over_checkpointing(args, model, bool(args.gradient_checkpointing))
         self._embedder, self._given = embedder, args
         self._watch, self._tokens, self._all_tokens = Stopwatch(), 0, 0
-        self._steps: StaticSteps | None = None
         train_rows = None if train_dataset is None else self._rows(train_dataset, "train")
         eval_rows = None if eval_dataset is None else self._rows(eval_dataset, "eval")
         known = train_rows or eval_rows or []
@@ -191,15 +189,6 @@ class EmbeddingTrainer(SafeTrainer):
             return super().get_train_dataloader()
         finally:
             self.data_collator = collator
-
-    @contextmanager
-    def _while_training(self) -> Iterator[None]:
-        try:
-            with super()._while_training():
-                yield
-        finally:
-            if self._steps is not None:
-                self._steps.release()
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """6 operations for each weight and token, as Transformers estimates them."""

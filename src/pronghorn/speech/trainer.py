@@ -7,8 +7,7 @@ However the rows of a step are spread over micro-batches and processes, loss and
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -90,7 +89,6 @@ class SpeechTrainer(SafeTrainer):
         self._books = base.config.num_codebooks
         self._tokens, self._codes = Tally(), Tally()
         self._watch = Stopwatch()
-        self._steps: StaticSteps | None = None
         if any(getattr(args, name, False) for name in _CHECKPOINTING):
             for decoder in (base.slow, base.fast):
                 binding_of(decoder).set_save_levels("none")  # type: ignore[union-attr]
@@ -140,15 +138,6 @@ class SpeechTrainer(SafeTrainer):
             return super().get_train_dataloader()
         finally:
             self.data_collator = collator
-
-    @contextmanager
-    def _while_training(self) -> Iterator[None]:
-        try:
-            with super()._while_training():
-                yield
-        finally:
-            if self._steps is not None:
-                self._steps.release()
 
     def compute_loss(
         self,

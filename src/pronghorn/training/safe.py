@@ -28,6 +28,7 @@ from pronghorn.training.checkpoints import (
 )
 from pronghorn.training.meter import Stopwatch
 from pronghorn.training.progress import ProgressTable
+from pronghorn.training.steps import StaticSteps
 
 logger = logging.getLogger("pronghorn")
 
@@ -38,6 +39,8 @@ class SafeTrainer(transformers.Trainer):
     _watch: Stopwatch
     _staging: Path | None = None
     _progress: ProgressTable | None = None
+    #: made by the trainers that run steps of static shape, at the first of them
+    _steps: StaticSteps | None = None
 
     def __init__(self, *given: Any, args: Any = None, **more: Any) -> None:
         if args is not None and args.should_save and args.output_dir is not None:
@@ -93,6 +96,8 @@ class SafeTrainer(transformers.Trainer):
         finally:
             if self._progress is not None:
                 self._progress.close()
+            if self._steps is not None:
+                self._steps.release()
 
     def _already_trained(self, checkpoint: str) -> TrainOutput:
         """The state at a run's end, loaded. Transformers would train one more step, as it looks only after a step."""

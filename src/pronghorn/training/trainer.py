@@ -104,7 +104,6 @@ class SFTTrainer(SafeTrainer, RowsTrainer):
         self._loss_function, self._wants_rows = compute_loss_func, compute_metrics is not None
         self._training, self._evaluation, self._watch = Tally(), Tally(), Stopwatch()
         self._trained_tokens, self._numbers, self._ledger = 0, NumberWatch(self), StepLedger()
-        self._steps: StaticSteps | None = None
         self._parameter_count: int | None = None
         self._given_train = train_dataset = training_rows(train_dataset)
         checkpointing = args.gradient_checkpointing or getattr(args, "activation_checkpointing", False)
@@ -313,9 +312,5 @@ class SFTTrainer(SafeTrainer, RowsTrainer):
     @contextmanager
     def _while_training(self) -> Iterator[None]:
         self._training = Tally()
-        try:
-            with super()._while_training(), self._recorder.of_run() if self._recorder else nullcontext():
-                yield
-        finally:
-            if self._steps is not None:
-                self._steps.release()
+        with super()._while_training(), self._recorder.of_run() if self._recorder else nullcontext():
+            yield
