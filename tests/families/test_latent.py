@@ -215,7 +215,8 @@ def test_a_step_of_static_shape_gives_autograds_gradients() -> None:
     fast = bound_copy(model, "attention").train()
     step = TrainingStep(fast)
     assert_same(run_step(step, fast, rows), run(model, rows, logits=False), EXACT)
-    assert step._flat is not None and len(step._flat.parameters) == 3 * 5 * 2
+    (flat,) = step._flat
+    assert flat is not None and len(flat.parameters) == 3 * 5 * 2
 
 
 @pytest.mark.parametrize("backend", ["sdpa", "eager"])

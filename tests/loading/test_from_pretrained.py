@@ -7,10 +7,10 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
-    CohereConfig,
-    CohereForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
+    StableLmConfig,
+    StableLmForCausalLM,
     TrainingArguments,
 )
 
@@ -220,17 +220,17 @@ def test_no_such_save_level(llama):
 
 
 def test_an_unknown_family_trains_stock_or_is_refused(tmp_path):
-    config = CohereConfig(
+    config = StableLmConfig(
         vocab_size=320, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
         bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
-    CohereForCausalLM(config).save_pretrained(tmp_path / "cohere")
-    tiny_tokenizer().save_pretrained(tmp_path / "cohere")
-    model, _ = load(tmp_path / "cohere", use_gradient_checkpointing=True)
+    StableLmForCausalLM(config).save_pretrained(tmp_path / "stablelm")
+    tiny_tokenizer().save_pretrained(tmp_path / "stablelm")
+    model, _ = load(tmp_path / "stablelm", use_gradient_checkpointing=True)
     assert not binding_of(model).bound
     assert any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
-    with pytest.raises(BindingRefused, match="side by side"):
-        load(tmp_path / "cohere", strict=True)
+    with pytest.raises(BindingRefused, match="LayerNorm with biases"):
+        load(tmp_path / "stablelm", strict=True)
 
 
 def test_capped_attention_is_computed_by_what_caps(tmp_path):
