@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -403,21 +404,18 @@ def plan_with_expanded(shape: ModelShape, limit: int, batch: Batch, rates: Rates
     # The stacks of a mixture's experts, most of its weights, stay in 4 bits whatever is kept of the others.
     if not shape.storage.startswith("nf4") or shape.layer_storages or shape.mixture is not None:
         return None
-    one_layer = [
-        size for names in shape.modules for size in stored_tensors(*shape.module_linear(names), shape.storage)
-    ]
+
+    def linears(storage: str) -> tuple[int, ...]:
+        of_modules = (stored_tensors(*shape.module_linear(names), storage) for names in shape.modules)
+        return tuple(chain.from_iterable(of_modules)) * shape.layers
+
     # As torch's allocator counts them, in whole 512 bytes. What is in 16 bits among mixed weights is counted twice.
-    four_bit = sum(-(-size // 512) * 512 for size in shape.linear_tensors or one_layer * shape.layers)
+    four_bit = sum(-(-size // 512) * 512 for size in shape.linear_tensors or linears(shape.storage))
     if limit <= four_bit:
         return None
-    expanded = [
-        size
-        for names in shape.modules
-        for size in stored_tensors(*shape.module_linear(names), shape.multiplied)
-    ] * shape.layers
     try:
         found = plan(
-            replace(shape, storage=shape.multiplied, linear_tensors=tuple(expanded), placed=None),
+            replace(shape, storage=shape.multiplied, linear_tensors=linears(shape.multiplied), placed=None),
             limit - four_bit,
             batch,
             rates=rates,

@@ -75,12 +75,15 @@ def prefill(
 
 def decode(decoder: Decoder, cache: Cache, ids: Tensor, paged: Paged, segments: Sequence[Segment]) -> Tensor:
     """Hidden states [B, H] of one new token a sequence, before the final norm."""
+    latent = any(isinstance(layer.heads, LatentHeads) for layer in decoder.layers)
+    slots = slots_of(decoder, segments, len(ids)) if latent and decoder.adapters else None
 
     def attend(index: int, layer: Layer, qkv: Tensor) -> Tensor:
         rotation, heads = decoder.rotations[layer.rotation], layer.heads
         if isinstance(heads, LatentHeads):
-            slots = slots_of(decoder, segments, len(ids))
-            adapter = adapter_of_rows(Table.of(heads.kv_up, decoder.adapters), slots)
+            adapter = None
+            if slots is not None:
+                adapter = adapter_of_rows(Table.of(heads.kv_up, decoder.adapters), slots)
             return heads.decode(
                 qkv,
                 cache.layers[index],
