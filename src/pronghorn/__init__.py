@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from pronghorn.errors import PronghornError
+from pronghorn.importing import collector_paused
 
 if TYPE_CHECKING:
     from pronghorn.data.chat_templates import get_chat_template
@@ -71,7 +72,8 @@ _HOME = {
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'pronghorn' has no attribute '{name}'")
-    return getattr(import_module(_HOME[name]), name)
+    with collector_paused():
+        return getattr(import_module(_HOME[name]), name)
 
 
 def __dir__() -> list[str]:

@@ -14,6 +14,7 @@ from pronghorn.cli.arguments import add_model, add_run_file
 from pronghorn.cli.numbers import not_negative, positive
 from pronghorn.cli.parser import Parser
 from pronghorn.errors import PronghornError
+from pronghorn.importing import collector_paused
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
@@ -156,5 +157,6 @@ def _commands() -> dict[str, Callable[[argparse.Namespace], int]]:
 
 
 def _run_module(command: str, options: argparse.Namespace) -> int:
-    module = import_module(f"pronghorn.cli.{command.replace('-', '_')}")
+    with collector_paused():
+        module = import_module(f"pronghorn.cli.{command.replace('-', '_')}")
     return int(module.run(options))

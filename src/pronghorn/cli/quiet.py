@@ -6,6 +6,8 @@ import logging
 import os
 import warnings
 
+from pronghorn.importing import collector_paused
+
 
 def quiet_libraries() -> None:
     """Hide progress bars, deprecations and notes of the libraries underneath; their errors still show."""
@@ -16,8 +18,9 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=UserWarning)
     # bitsandbytes reports an optional CPU kernel that it could not download.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    import datasets
-    from transformers.utils import logging as transformers_logging
+    with collector_paused():
+        import datasets
+        from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()

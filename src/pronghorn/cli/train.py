@@ -16,6 +16,7 @@ from pronghorn.cli.models import resolve_model
 from pronghorn.cli.quiet import quiet_libraries
 from pronghorn.config import RunConfig, arguments, load_config, section_arguments
 from pronghorn.errors import ConfigInvalid, ExportDiffers, nearest
+from pronghorn.importing import left_out_of_collections
 
 if TYPE_CHECKING:
     from pronghorn.cli.rows import Rows
@@ -36,7 +37,7 @@ def run(config_path: str, overrides: list[str], *, resume: bool = False, as_json
     if checkpoint is not None:
         say(f"resuming from {checkpoint}")
     started = time.perf_counter()
-    with stopping_after_step(trainer) as stop:
+    with stopping_after_step(trainer) as stop, left_out_of_collections():
         result = _train(trainer, checkpoint)
     if stop.asked and result.global_step < trainer.state.max_steps:
         raise KeyboardInterrupt(

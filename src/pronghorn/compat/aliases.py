@@ -29,6 +29,7 @@ from pronghorn import __version__
 from pronghorn.compat.model_ids import redirect
 from pronghorn.compat.names import INSTEAD, LATER, MODULES, REPLACED
 from pronghorn.errors import DropInUnavailable, NotInDropIn, nearest
+from pronghorn.importing import collector_paused
 
 _ALIASED = ("unsloth", "unsloth_zoo")
 #: Packages whose code always sees the real modules, also where they are installed from a clone.
@@ -55,7 +56,8 @@ _PACKAGES = tuple(
 def resolve(home: str) -> Any:
     """The object at "module:attribute"."""
     module, _, attribute = home.partition(":")
-    return getattr(import_module(module), attribute)
+    with collector_paused():
+        return getattr(import_module(module), attribute)
 
 
 class AliasModule(ModuleType):

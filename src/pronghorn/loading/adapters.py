@@ -22,6 +22,7 @@ from pronghorn.errors import (
     nearest,
 )
 from pronghorn.families import family_of
+from pronghorn.importing import collector_paused
 from pronghorn.loading.checkpoint import check_safetensors, read_header
 from pronghorn.loading.compensation import begin_with_residual, check_base, is_compensating, loftq_settings
 from pronghorn.loading.experts import ALL_LINEAR, shown_as_plain, with_experts
@@ -38,7 +39,8 @@ _WHOLE = ("embed_tokens", "lm_head")
 
 def lora_config_fields() -> set[str]:
     """Names of PEFT's LoraConfig; any of them may be passed through."""
-    from peft import LoraConfig
+    with collector_paused():
+        from peft import LoraConfig
 
     return {field.name for field in fields(LoraConfig)}
 
@@ -292,8 +294,9 @@ def load_adapter(model: Any, source: Source, name: str = "default") -> Any:
         AdapterMismatch: when its weights do not belong to this base model.
         CheckpointCorrupt: when some are missing.
     """
-    from peft import PeftConfig, PeftModel
-    from peft.utils import get_peft_model_state_dict
+    with collector_paused():
+        from peft import PeftConfig, PeftModel
+        from peft.utils import get_peft_model_state_dict
 
     mark = check_base(model, check_adapter_files(source), source.location)
     try:

@@ -100,7 +100,7 @@ def check_safetensors(path: Path) -> None:
 
 
 def read_header(path: Path) -> dict[str, dict[str, Any]]:
-    """Name -> dtype, shape and data_offsets of the tensors of a safetensors file.
+    """Name -> dtype, shape and data_offsets of the tensors of a safetensors file, which lie one behind the other.
 
     Raises:
         CheckpointCorrupt: when it is none.
@@ -111,18 +111,32 @@ def read_header(path: Path) -> dict[str, dict[str, Any]]:
     try:
         header = json.loads(raw.decode("utf-8"))
         header.pop("__metadata__", None)
-        for entry in header.values():
-            int(entry["data_offsets"][1])
+        _check_entries(list(header.values()))
     except (
         UnicodeDecodeError,
         json.JSONDecodeError,
         AttributeError,
         KeyError,
         TypeError,
-        IndexError,
         ValueError,
     ) as e:
         raise CheckpointCorrupt(
             f"{path.name} is not a complete safetensors file", where=str(path), fix=_AGAIN
         ) from e
     return header
+
+
+def _check_entries(entries: list[dict[str, Any]]) -> None:
+    """What safetensors itself asks of a header; whoever reads by the offsets relies on it.
+
+    Raises:
+        KeyError, TypeError, ValueError: where it is otherwise.
+    """
+    at = 0
+    for begin, end in sorted(tuple(entry["data_offsets"]) for entry in entries):
+        if type(begin) is not int or type(end) is not int or begin != at or end < begin:
+            raise ValueError("tensors overlap, or leave a gap")
+        at = end
+    for entry in entries:
+        if not isinstance(entry["dtype"], str) or not all(type(n) is int and n >= 0 for n in entry["shape"]):
+            raise ValueError("a tensor has no dtype or shape")

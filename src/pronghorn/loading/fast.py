@@ -14,6 +14,7 @@ from pronghorn.blocks.levels import check_level
 from pronghorn.engine import AUTO, base_causal_lm, bind
 from pronghorn.errors import UnsupportedCheckpoint
 from pronghorn.hardware import probe
+from pronghorn.importing import collector_paused
 from pronghorn.kernels.attention import check_name
 from pronghorn.loading.adapters import (
     ALL_LINEAR,
@@ -417,8 +418,9 @@ def load_named(
     here = on_disk(named, token, trusted)
     base_named = base_of_adapter(here) if here.kind == "adapter" else named
     base_here = on_disk(base_named, token, trusted) if here.kind == "adapter" else here
-    config = check_model(base_here, trusted)
-    tokenizer = _tokenizer_or_processor(here, base_here, config, options)
+    with collector_paused():  # both import much of Transformers
+        config = check_model(base_here, trusted)
+        tokenizer = _tokenizer_or_processor(here, base_here, config, options)
     texts, rows = getattr(tokenizer, "tokenizer", tokenizer), None
     if options.dynamic is not None:
         rows = calibration_rows(options.dynamic.calibration, texts, options.dynamic.tokens)

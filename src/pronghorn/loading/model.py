@@ -21,12 +21,14 @@ from pronghorn.errors import (
 )
 from pronghorn.families import family_of
 from pronghorn.hardware import Hardware
+from pronghorn.importing import collector_paused
 from pronghorn.loading.checkpoint import check_folder
 from pronghorn.loading.dynamic import check_can_be_quantised
 from pronghorn.loading.experts import mixture_of, quantise_experts
 from pronghorn.loading.fp8 import Fp8Options, quantise_layers
 from pronghorn.loading.int8 import Int8Options, quantise_to_int8
 from pronghorn.loading.precision import quantisation
+from pronghorn.loading.pretrained import from_pretrained
 from pronghorn.loading.source import Source
 from pronghorn.loading.towers import reads_images
 from pronghorn.quantising.calibration import CalibrationRows
@@ -113,16 +115,18 @@ def load_model(
     with_experts = bits == 4 and mixture_of(config) is not None
     if (replaced and not _is_four_bit(config, bits)) or with_experts or options.dynamic is not None:
         device_map, stream_to = _by_way_of_cpu(device_map, bits)
-    auto, arguments = _auto_class(config, options)
+    with collector_paused():  # this imports the model's code
+        auto, arguments = _auto_class(config, options)
+        auto._model_mapping.get(type(config), None)
     extra |= arguments
     try:
-        model, info = auto.from_pretrained(
-            source.location,
+        model, info = from_pretrained(
+            auto,
+            source,
             config=config,
             dtype=options.dtype,
             device_map=device_map,
             trust_remote_code=options.trust_remote_code,
-            output_loading_info=True,
             **extra,
         )
     except (ValueError, KeyError, RuntimeError, OSError, AttributeError) as error:

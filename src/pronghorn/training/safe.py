@@ -6,15 +6,17 @@ import logging
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
 from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 
+from pronghorn.importing import left_out_of_collections
 from pronghorn.training.checkpoints import (
     STAGING,
     check_output,
@@ -31,6 +33,18 @@ from pronghorn.training.progress import ProgressTable
 from pronghorn.training.steps import StaticSteps
 
 logger = logging.getLogger("pronghorn")
+
+#: bytes on a GPU besides a model that are not worth a collection: workspaces of libraries, tables of positions
+_LITTLE = 256 << 20
+
+
+def is_alone_on_gpu(model: torch.nn.Module, device: torch.device) -> bool:
+    """Whether what this process holds on a GPU is the model, but for little: then no garbage holds any."""
+    if device.type != "cuda":
+        return False
+    tensors = [tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.device == device]
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return torch.cuda.memory_allocated(device) < 1.05 * sum(storages.values()) + _LITTLE
 
 
 class SafeTrainer(transformers.Trainer):
@@ -85,7 +99,9 @@ class SafeTrainer(transformers.Trainer):
         self._watch = Stopwatch()
         if resume_from_checkpoint and 0 < self.args.max_steps <= step_of(Path(resume_from_checkpoint)):
             return self._already_trained(resume_from_checkpoint)
-        with self._while_training():
+        # The Trainer begins with a collection, for what others left on the GPU.
+        unneeded = is_alone_on_gpu(self.model, self.args.device)
+        with self._while_training(), left_out_of_collections() if unneeded else nullcontext():
             return super().train(resume_from_checkpoint or None, *args, **kwargs)
 
     @contextmanager
