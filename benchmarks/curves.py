@@ -85,8 +85,20 @@ def bad_end() -> Rows:
 
 
 def in_blocks(steps: int = 12) -> Rows:
-    """Chats that come in blocks of one kind: so many steps of docstrings, then as many of characters."""
-    kinds = [some("docstrings"), some("characters")]
+    """Chats that come in blocks of one kind: so many steps of docstrings, then as many of functions.
+
+    Kinds whose losses stay apart, 2.7 and 2: two that come to the same loss swing at first only.
+    """
+    functions = [
+        {
+            "messages": [
+                {"role": "user", "content": "Write a function."},
+                {"role": "assistant", "content": row["text"]},
+            ]
+        }
+        for row in some("sources")
+    ]
+    kinds = [some("docstrings"), functions]
     size, found = steps * BATCH, []
     for block in range(STEPS // steps):
         of, at = kinds[block % 2], block // 2 * size
@@ -201,11 +213,15 @@ def _digits(value: Any) -> Any:
 
 def observe(model: str, name: str, out: Path, steps: int) -> dict[str, Any]:
     """One run and the kinds that are found, with what is wrong about them."""
+    from pronghorn.errors import NonFiniteLoss
     from pronghorn.tuning.curves import History, read_curves
     from pronghorn.tuning.run_record import load_run
 
     case, folder = CASES[name], out / name
-    train(model, case, folder, steps)
+    try:
+        train(model, case, folder, steps)
+    except NonFiniteLoss as error:  # a run that ends so has a record, too
+        print(f"{name} ended: {error.message}")
     record = load_run(folder)
     (out / f"{name}.json").write_text(json.dumps(curves_of(record)))
     found = read_curves(History.of_record(load_run(out / f"{name}.json")))

@@ -217,3 +217,15 @@ def test_documents_are_never_cut_by_packing(tmp_path, caplog):
         assert not any("packing_strategy" in note for note in notes(caplog))
         trainer(tmp_path / "b", packing=True, max_length=128, packing_strategy="wrapped")
     assert sum("packing_strategy" in note for note in notes(caplog)) == 1
+
+
+def test_a_process_that_sees_several_gpus_trains_on_one(tmp_path, caplog):
+    model = adapter_model()
+    with caplog.at_level(logging.WARNING, "pronghorn"):
+        for _ in range(2):
+            args = settings(tmp_path)
+            assert args.n_gpu <= 1
+            args._n_gpu = 2
+            run = SFTTrainer(model, args=args, train_dataset=chats(4), processing_class=tiny_tokenizer())
+    assert run.args.n_gpu == 1 and sum("one of 2 GPUs" in note for note in notes(caplog)) == 1
+    assert not isinstance(run._wrap_model(run.model), torch.nn.DataParallel)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import random
 from pathlib import Path
 from types import SimpleNamespace
@@ -153,6 +154,22 @@ def test_what_stop_early_keeps(tmp_path, given, best, saved):
     """What was asked for about saving stays as it is."""
     config = SFTConfig(output_dir=str(tmp_path), use_cpu=True, report_to="none", stop_early=True, **given)
     assert config.load_best_model_at_end == best and config.save_strategy == saved
+
+
+def test_rows_of_steps_that_stand_out_are_kept():
+    """Whoever reads the run later asks which rows they share. Only theirs are kept."""
+    draw, ledger = random.Random(0), StepLedger()
+    for step in range(1, 201):
+        high = step in (60, 150)
+        ledger.steps.append(step)
+        ledger.losses.append(2.0 * math.exp(draw.gauss(0, 0.1)) * (1.8 if high else 1.0))
+        ledger.norms.append(1.0)
+        ledger._rows.append((step, (step, 7) if high else (step, -step)))
+    state = SimpleNamespace(log_history=[{"step": 100, "epoch": 1.0}], max_steps=200)
+    lent = SimpleNamespace(_ledger=ledger, state=state, args=SimpleNamespace(max_grad_norm=1.0))
+    watch = CurveWatch(lent)
+    watch.findings(over=False)
+    assert watch.rows.items() >= {60: [60, 7], 150: [150, 7]}.items() and len(watch.rows) < 6
 
 
 def test_curves_are_read_seldom(monkeypatch):

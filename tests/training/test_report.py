@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import math
 import sqlite3
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from transformers import TrainerCallback
 from transformers.integrations import integration_utils
 
 from pronghorn import SFTConfig
-from pronghorn.errors import PackageMissing, UnknownArgument
+from pronghorn.errors import NonFiniteLoss, PackageMissing, UnknownArgument
 from pronghorn.pages import write_whole
 from pronghorn.training.ledger import StepLedger
 from pronghorn.training.report.page import report_page
@@ -143,6 +144,24 @@ def test_a_run_that_ends_otherwise_says_how(tmp_path, how, state):
     assert "no held-out rows to take prompts from" in load_run(tmp_path).notes[0]
     page = (tmp_path / "report.html").read_text()
     assert state.split(":")[0] in page and "<script>window" not in page
+
+
+class Breaks(TrainerCallback):
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        if state.global_step == 3:
+            next(p for p in model.parameters() if p.requires_grad).data[0, 0] = float("inf")
+
+
+def test_a_run_that_ends_by_a_loss_that_is_no_number_keeps_it(tmp_path):
+    """Also what came after the last log."""
+    run = trainer(tmp_path, max_steps=9, callbacks=[Breaks()], logging_steps=50, **TOLD)
+    with pytest.raises(NonFiniteLoss):
+        run.train()
+    record = load_run(tmp_path)
+    assert record.state.startswith("failed: NonFiniteLoss") and record.steps == [1, 2, 3, 4]
+    assert [math.isfinite(loss) for loss in record.step_losses] == [True, True, True, False]
+    (found,) = [finding for finding in record.findings if finding["kind"] == "not-a-number"]
+    assert found["first"] == 4 and found["rows"] == record.rows[4] != []
 
 
 def test_a_report_that_cannot_be_written_ends_nothing(tmp_path, caplog):

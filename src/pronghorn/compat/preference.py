@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from pronghorn.compat.arguments import as_current
+from pronghorn.training.setup import use_one_gpu
 
 logger = logging.getLogger("pronghorn")
 
@@ -67,6 +68,8 @@ def _trainer(base: type) -> type:
         for name in [name for name in given if name not in own and hasattr(settings, name)]:
             setattr(settings, name, given.pop(name))
             logger.warning("pronghorn: %s= belongs to %s now", name, type(settings).__name__)
+        if settings is not None:
+            use_one_gpu(settings, given.get("model", args[0] if args else None))
         base.__init__(self, *args, **_without_gone(given, own))  # type: ignore[misc]
 
     return type(

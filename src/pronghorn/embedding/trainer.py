@@ -26,7 +26,7 @@ from pronghorn.training.arguments import usable_optimizer
 from pronghorn.training.meter import Stopwatch
 from pronghorn.training.progress import peak_memory_gib
 from pronghorn.training.safe import SafeTrainer
-from pronghorn.training.setup import match_precision, take_over_checkpointing
+from pronghorn.training.setup import match_precision, take_over_checkpointing, use_one_gpu
 from pronghorn.training.steps import StaticSteps
 
 logger = logging.getLogger("pronghorn")
@@ -61,8 +61,7 @@ class EmbeddingTrainer(SafeTrainer):
                 "embedding models are trained on one GPU: with more, rows would not see the other processes' negatives",
                 fix="start one process; a larger batch fits by gradient_cache_texts",
             )
-        if args.n_gpu > 1:  # one process that sees several: Transformers would cut its batch between them
-            args._n_gpu = 1
+        use_one_gpu(args, model, in_processes=False)
         args.optim = usable_optimizer(str(getattr(args.optim, "value", args.optim)))
         match_precision(args, model)
         take_over_checkpointing(args, model, bool(args.gradient_checkpointing))

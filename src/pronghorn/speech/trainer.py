@@ -26,6 +26,7 @@ from pronghorn.training.config import check_budget
 from pronghorn.training.meter import Stopwatch, Tally, at_least_one
 from pronghorn.training.progress import peak_memory_gib
 from pronghorn.training.safe import SafeTrainer
+from pronghorn.training.setup import use_one_gpu
 from pronghorn.training.steps import StaticSteps
 
 #: The argument's two names.
@@ -85,6 +86,7 @@ class SpeechTrainer(SafeTrainer):
     ) -> None:
         if not len(train_dataset):
             raise DatasetUnusable("there are no rows to train on", fix="check the file")
+        use_one_gpu(args, model)
         base = base_causal_lm(model)
         self._books = base.config.num_codebooks
         self._tokens, self._codes = Tally(), Tally()

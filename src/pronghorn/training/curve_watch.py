@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers.trainer_callback import TrainerCallback
 
-from pronghorn.tuning.curves import Curve, Finding, History, read_curves
+from pronghorn.tuning.curves import Curve, Finding, History, outstanding_steps, read_curves
 from pronghorn.tuning.run_record import evaluation_keys
 
 logger = logging.getLogger("pronghorn")
@@ -17,6 +17,8 @@ logger = logging.getLogger("pronghorn")
 _READ_AGAIN, _AT_LEAST = 0.1, 20
 #: Points of a curve that is read; of a longer run they are averages.
 MOST_POINTS = 20_000
+#: Steps of one finding whose rows are kept.
+_STEPS_WITH_ROWS = 64
 #: Kinds that may be said several times, for other steps each time.
 _SINGLE = ("spike", "gradient-spike")
 
@@ -28,7 +30,7 @@ class CurveWatch(TrainerCallback):
         self._trainer = trainer
         self._said: set[tuple[str, int]] = set()
         self._read_at = 0
-        #: rows of the steps that a finding asks about, by step
+        #: rows of the steps that a finding asks about, or may ask about yet, by step
         self.rows: dict[int, list[int]] = {}
         #: what ended the run, where it was ended
         self.ended_by: Finding | None = None
@@ -64,22 +66,21 @@ class CurveWatch(TrainerCallback):
         ledger = trainer._ledger
         steps, losses, norms = ledger.averaged(MOST_POINTS)
         remembered = ledger.rows()
-        found = read_curves(
-            History.of_log(
-                trainer.state.log_history,
-                step_loss=Curve.of(zip(steps, losses, strict=True)),
-                step_norm=Curve.of(zip(steps, norms, strict=True)),
-                max_steps=trainer.state.max_steps,
-                max_grad_norm=float(trainer.args.max_grad_norm or 0.0),
-                rows={**self.rows, **remembered},
-                over=over,
-            )
+        history = History.of_log(
+            trainer.state.log_history,
+            step_loss=Curve.of(zip(steps, losses, strict=True)),
+            step_norm=Curve.of(zip(steps, norms, strict=True)),
+            max_steps=trainer.state.max_steps,
+            max_grad_norm=float(trainer.args.max_grad_norm or 0.0),
+            rows={**self.rows, **remembered},
+            over=over,
         )
+        found = read_curves(history)
+        asked = set(outstanding_steps(history))
         for finding in found:
-            if finding.rows:
-                for step in range(finding.first, finding.last + 1):
-                    if step not in self.rows and (rows := remembered.get(step)):
-                        self.rows[step] = list(rows)
+            if finding.rows and finding.kind != "spike-rows":  # whose steps are spikes, or stand out
+                asked.update(range(finding.first, min(finding.last + 1, finding.first + _STEPS_WITH_ROWS)))
+        self.rows |= {step: list(remembered[step]) for step in sorted(asked & remembered.keys())}
         return found
 
     def _say_once(self, finding: Finding) -> None:

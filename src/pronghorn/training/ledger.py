@@ -60,8 +60,11 @@ class StepLedger(TrainerCallback):
             self.norms.extend(norms)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._unread.append((state.global_step, self._loss, self._norm))
-        self._rows.append((state.global_step, tuple(self._of_step)))
+        self._close(state.global_step)
+
+    def _close(self, step: int) -> None:
+        self._unread.append((step, self._loss, self._norm))
+        self._rows.append((step, tuple(self._of_step)))
         self._loss, self._norm, self._of_step = None, None, []
 
     def read(self, accelerator: Any) -> None:
@@ -79,6 +82,18 @@ class StepLedger(TrainerCallback):
             self.steps.append(step)
             self.losses.append(loss)
             self.norms.append(norm)
+
+    def read_rest(self, accelerator: Any, step: int) -> None:
+        """A run of one process ended by an error in `step`: take over the steps since the last log, and that one if its
+        loss or norm is no number. (What is a number there may be a part of the step's mean.)
+        """
+        if accelerator.num_processes > 1:  # the others need not come here
+            return
+        self.read(accelerator)
+        known = [float(value) for value in (self._loss, self._norm) if value is not None]
+        if not all(map(math.isfinite, known)):
+            self._close(step)
+            self.read(accelerator)
 
     def averaged(self, most: int) -> tuple[list[int], list[float], list[float]]:
         """Steps, losses and norms, at most `most` of each; of more, averages of equal stretches at their last steps."""

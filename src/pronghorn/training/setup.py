@@ -103,6 +103,27 @@ def resolve_max_length(args: SFTConfig, model: Any) -> None:
         args.max_length = context
 
 
+def use_one_gpu(args: Any, model: Any, *, in_processes: bool = True) -> None:
+    """A process that sees several GPUs trains on the first: Transformers would copy the model to all of them and cut
+    each batch between threads (`nn.DataParallel`), which is slower than one GPU, and TRL refuses it.
+
+    Args:
+        in_processes: several processes can train it together.
+    """
+    if args.n_gpu > 1:
+        if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
+            return  # its layers are spread over them, which Transformers sees to
+        reason = f"training on one of {args.n_gpu} GPUs"
+        if in_processes:
+            reason += f"; with `torchrun --nproc-per-node {args.n_gpu}` each has its rows"
+        binding = binding_of(model)
+        if binding is None:
+            logger.warning("pronghorn: %s", reason)
+        else:
+            binding.tell_once(reason)  # a search trains the same model many times
+        args._n_gpu = 1
+
+
 def match_precision(args: SFTConfig, model: Any) -> None:
     """Loss scaling for a float16 model with float32 adapters, which training in float16 cannot do without."""
     if args.fp16 or args.bf16 or isinstance(model, str) or args.device.type != "cuda":

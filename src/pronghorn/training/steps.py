@@ -92,8 +92,7 @@ class StaticSteps:
         """Save levels for steps that the trainer runs in its ordinary way; without a rehearsal."""
         if not self._planned:
             self._planned = True
-            if self._trainer.args.n_gpu <= 1:
-                take_memory(self._memory, None)
+            take_memory(self._memory, None)
 
     def _run(self, step: TrainingStep, batch: Mapping[str, Any], normalizer: Any) -> Any:
         """A micro-batch, in parts where it does not fit; their losses and gradients add up to the whole's."""
@@ -167,8 +166,6 @@ def _why_ordinary(trainer: Any, bound: bool) -> str | None:
         return "the model runs its stock forward"
     if trainer.args.world_size > 1 or trainer.accelerator.distributed_type != DistributedType.NO:
         return "gradients are exchanged between processes during backward"
-    if trainer.args.n_gpu > 1:
-        return "the model runs on several GPUs at once"
     if getattr(trainer.accelerator, "scaler", None) is not None:
         return "float16 gradients are scaled by a factor that changes"
     if str(getattr(trainer.args.optim, "value", trainer.args.optim)) in ("lomo", "adalomo"):

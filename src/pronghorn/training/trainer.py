@@ -35,6 +35,7 @@ from pronghorn.training.setup import (
     resolve_max_length,
     restore_forward,
     take_over_checkpointing,
+    use_one_gpu,
     vocabulary_of,
 )
 from pronghorn.training.steps import StaticSteps
@@ -88,6 +89,7 @@ class SFTTrainer(SafeTrainer, RowsTrainer):
         asked = values_of(args)
         args.optim = usable_optimizer(str(getattr(args.optim, "value", args.optim)))
         resolve_max_length(args, model)
+        use_one_gpu(args, model)
         match_precision(args, model)
         args.accelerator_config.non_blocking = args.dataloader_pin_memory
         if args.accelerator_config.dispatch_batches is None and data_collator is None:
@@ -177,14 +179,15 @@ class SFTTrainer(SafeTrainer, RowsTrainer):
             self._training.add(
                 supervised=supervised_tokens(inputs), correct=output.num_correct, tokens=tokens
             )
-        self._numbers.saw(inputs, normalizer, loss)
+        # First what is kept: the other may end the run.
         self._ledger.saw(loss, self._numbers_of(inputs.get("rows", ())))
+        self._numbers.saw(inputs, normalizer, loss)
         return loss
 
     def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
         norm = super()._get_grad_norm(*args, **kwargs)
-        self._numbers.norm(norm)
         self._ledger.norm(norm)
+        self._numbers.norm(norm)
         return norm
 
     def _static_steps(self) -> StaticSteps:

@@ -304,13 +304,13 @@ EXPLANATIONS: dict[str, Explanation] = {
         ),
     ),
     "PH708": Explanation(
-        cause="Every setting ran out of memory or diverged, the metric function raised an error of its own, or a "
-        "worker process ended before it had loaded the base.",
+        cause="Every setting ran out of memory or diverged, the metric function raised an error of its own or "
+        "merged the adapter into the base, or a worker process ended before it had loaded the base.",
         fix="Look at the reasons in the table: lower rates, smaller micro-batches. Try the metric on the model alone.",
         example="[PH708] none of 6 trials finished: the loss is nan at step 2. Fix: search lower rates",
         zh=(
             "搜索没有任何完成的试验，或评分函数出错，或工作进程无法启动。",
-            "所有设置都内存不足或发散；评分函数自身抛出错误；或工作进程在加载基础模型之前就结束了。",
+            "所有设置都内存不足或发散；评分函数自身抛出错误，或把适配器合并进了基础模型；或工作进程在加载基础模型之前就结束了。",
             "查看表中的原因：降低学习率、减小微批次。单独在模型上试运行评分函数。",
         ),
     ),

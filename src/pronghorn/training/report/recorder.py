@@ -57,6 +57,11 @@ class RunRecorder(TrainerCallback):
             yield
         except BaseException as error:
             stopped = isinstance(error, KeyboardInterrupt)
+            if isinstance(error, Exception):
+                with self._telling("completed"):
+                    self._trainer._ledger.read_rest(
+                        self._trainer.accelerator, self._trainer.state.global_step + 1
+                    )
             self._end("interrupted" if stopped else f"failed: {type(error).__name__}: {error}")
             raise
         state, ended_by = self._trainer.state, self._trainer._curves.ended_by

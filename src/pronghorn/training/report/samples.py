@@ -98,6 +98,6 @@ def why_none(trainer: Any) -> str | None:
         return "the folder goes to the hub, and the data with them would"
     if trainer.state.max_steps < LEAST_STEPS:
         return f"the run has fewer than {LEAST_STEPS} steps"
-    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or args.n_gpu > 1:
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         return "the model is spread over several devices"
     return None

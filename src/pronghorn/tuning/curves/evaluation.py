@@ -45,18 +45,22 @@ def _turned(history: History, name: str, curve: Curve) -> Finding | None:
     before, after = _training_at(history, first), _training_at(history, end)
     if before and after and after > _TRAINING_ROSE * before:
         return None
-    which = "evaluation loss" if name == "eval_loss" else name.replace("_", " ")
     falls = f", while the training loss went from {before:.4g} to {after:.4g}" if before and after else ""
     return Finding(
         "overfitting",
         first,
         end,
-        f"The {which} rose from {lowest:.4g} at step {first} to {last:.4g} at step {end}{falls}: it learns its "
-        "rows by heart.",
+        f"The {in_words(name)} rose from {lowest:.4g} at step {first} to {last:.4g} at step {end}{falls}: it learns "
+        "its rows by heart.",
         f"The weights of step {first} are the best; stop_early=True ends a run at this point and loads them. Train for "
         "fewer epochs, or give more rows.",
         best_step=first,
     )
+
+
+def in_words(name: str) -> str:
+    """A key of the log that is a loss on held-out rows."""
+    return "evaluation loss" if name == "eval_loss" else name.replace("_", " ")
 
 
 def _training_at(history: History, step: int) -> float:

@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from pronghorn.tuning.curves.finding import Finding
 from pronghorn.tuning.curves.history import Curve, History
-from pronghorn.tuning.curves.robust import logarithms, trailing
+from pronghorn.tuning.curves.robust import logarithms, noise, trailing
 
-#: Points before a step that it is compared with, and how many of a short run. A spread out of fewer is itself off by a
-#: third, and a threshold of eight of them is then one of six.
-_BEFORE, _BEFORE_IN_SHORT_RUNS, _SHORT_RUN = 32, 16, 80
+#: Points before a step that it is compared with, and how many at the beginning of a run. A spread out of fewer is
+#: itself off by a third, and a threshold of eight of them is then one of six.
+_BEFORE, _BEFORE_AT_FIRST = 32, 16
 #: A jump in spreads of the steps before it. Normal noise would never get there; batches of uneven rows have wider
 #: tails, and made-up runs with such noise get there about once in 10^5 steps.
 _SPREADS = 8.0
 #: Of a loss and its gradient's norm in the same step: batches of few rows vary so much that one bad row is less.
 _SPREADS_OF_BOTH = 4.5
+#: Of steps that stand out without being spikes: several that share a row say as much. The highest of them.
+_SPREADS_OF_SEVERAL, _OUTSTANDING = 3.5, 64
+#: Their median where they share a row: rows differ, and where a batch is one row, the hardest of 10^5 healthy ones is
+#: at 4.3 spreads in every epoch.
+_SPREADS_OF_SHARED = 4.5
+#: How many rows shared by chance are expected at most, of spikes and of steps that stand out.
+_CHANCE, _CHANCE_OF_SEVERAL = 0.05, 0.01
 #: A jump as a factor, of a loss and of a gradient norm, that is worth a word: norms vary that much by themselves.
 _LOSS_FACTOR, _NORM_FACTOR, _NORM_BESIDE = 1.3, 10.0, 2.0
 #: Nats: near a loss of zero, factors mean nothing.
@@ -34,22 +40,24 @@ _ROWS_SHOWN = 8
 
 @dataclass(frozen=True)
 class Jump:
-    """Indices first … last of a curve, what was before (`base`), and the largest value among them."""
+    """Indices first … last of a curve, what was before (`base`), the largest value and the largest rise in spreads."""
 
     first: int
     last: int
     base: float
     peak: float
+    spreads: float
 
 
 def jumps(curve: Curve, factor: float, least: float, many: float = _SPREADS) -> list[Jump]:
     """Where a curve without gaps leaves what it was before by `many` spreads, and comes back within a few points."""
-    values = curve.values
-    width = _BEFORE if len(values) >= _SHORT_RUN else _BEFORE_IN_SHORT_RUNS
+    values, width = curve.values, _BEFORE_AT_FIRST
     if len(values) <= width + _AFTER:
         return []
     logs = logarithms(values)
-    base, spreads = trailing(logs, width)
+    base, spreads = _before(logs)
+    # A spread out of 32 points is off by a fifth, and the least of many is chance: half of it is the whole curve's.
+    spreads = np.sqrt(np.maximum(spreads * noise(logs), 1e-18))
     rise = logs[width:] - base
     high = (rise > np.maximum(many * spreads, math.log(factor))) & (values[width:] - np.exp(base) > least)
     found = []
@@ -59,8 +67,18 @@ def jumps(curve: Curve, factor: float, least: float, many: float = _SPREADS) -> 
         top = float(rise[first : last + 1].max())
         if len(after) >= _AFTER and np.median(after) < level + top / 2:
             peak = float(values[width + first : width + last + 1].max())
-            found.append(Jump(width + first, width + last, math.exp(level), peak))
+            most = float((rise / spreads)[first : last + 1].max())
+            found.append(Jump(width + first, width + last, math.exp(level), peak, most))
     return found
+
+
+def _before(logs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Median and spread of the points before each one from index `_BEFORE_AT_FIRST` on."""
+    early = trailing(logs[:_BEFORE], _BEFORE_AT_FIRST)
+    if len(logs) <= _BEFORE:
+        return early
+    base, spreads = (np.concatenate(parts) for parts in zip(early, trailing(logs, _BEFORE), strict=True))
+    return base, spreads
 
 
 def _runs(indices: np.ndarray) -> Iterator[tuple[int, int]]:
@@ -83,8 +101,20 @@ def spikes(history: History) -> list[Finding]:
         if not steps & set(range(int(norm.steps[jump.first]) - 1, int(norm.steps[jump.last]) + 2))
     ]  # fmt: skip
     found += [_norm_spike(history, norm, jump) for jump in _largest(alone)]
-    shared = _shared_rows(history, loss, in_loss)
+    shared = _shared_by_spikes(history, loss, in_loss) or _shared_by_outstanding(history, loss)
     return found + ([shared] if shared is not None else [])
+
+
+def outstanding_steps(history: History) -> list[int]:
+    """Steps whose rows are worth keeping: single ones may be chance, several that share a row are not."""
+    loss = history.loss.finite
+    spans = (_steps(history, loss, jump) for jump in _outstanding(loss))
+    return [step for first, last, _ in spans for step in range(first, last + 1)]
+
+
+def _outstanding(loss: Curve) -> list[Jump]:
+    found = jumps(loss, _LOSS_FACTOR, _LEAST_RISE, _SPREADS_OF_SEVERAL)
+    return sorted(sorted(found, key=lambda jump: -jump.spreads)[:_OUTSTANDING], key=lambda jump: jump.first)
 
 
 def _loss_jumps(loss: Curve, norm: Curve) -> list[Jump]:
@@ -168,32 +198,59 @@ def _named(rows: Sequence[int]) -> str:
     return f" Its row{'s' if len(rows) > 1 else ''} of the training data: {shown}{more}."
 
 
-def _shared_rows(history: History, loss: Curve, found: Sequence[Jump]) -> Finding | None:
-    """Rows in several spikes: shuffled anew in every epoch, steps share rows by chance only.
+def _shared_by_spikes(history: History, loss: Curve, found: Sequence[Jump]) -> Finding | None:
+    return _spike_rows(history, loss, found, _shared(history, loss, found, _CHANCE), "spikes")
 
-    Of S steps with B rows each, C(S, k) · B · (B/N)^(k-1) rows are expected to be in k of them. Fewer than 0.05 is no
-    chance.
+
+def _shared_by_outstanding(history: History, loss: Curve) -> Finding | None:
+    """Of steps that need be no spikes. Where most of them are without such a row, standing out is common."""
+    found = _outstanding(loss)
+    shared = {
+        row: places for row, places in _shared(history, loss, found, _CHANCE_OF_SEVERAL).items()
+        if np.median([found[at].spreads for at in places]) >= _SPREADS_OF_SHARED
+    }  # fmt: skip
+    if 2 * len({at for places in shared.values() for at in places}) <= len(found):
+        return None
+    return _spike_rows(history, loss, found, shared, "steps whose loss stands out")
+
+
+def _shared(history: History, loss: Curve, found: Sequence[Jump], chance: float) -> dict[int, list[int]]:
+    """Rows in the most jumps, with the indices of these: shuffled anew in every epoch, steps share rows by chance only.
+
+    Of S steps with B rows each, C(S, k) · B · (B/N)^(k-1) rows are expected to be in k of them: at most `chance`.
     """
-    steps = [_steps(history, loss, jump)[:2] for jump in found]
-    counts = Counter(row for first, last in steps for row in set(_rows(history, first, last)))
-    if len(steps) < 2 or not counts or not history.steps_per_epoch:
-        return None
-    per_spike = sum(counts.values()) / len(steps)
-    most = max(counts.values())
-    # B/N is one over the steps of an epoch, times the steps that a spike is made of.
-    wide = sum(last - first + 1 for first, last in steps) / len(steps)
+    spans = [_steps(history, loss, jump)[:2] for jump in found]
+    places: dict[int, list[int]] = {}
+    for at, span in enumerate(spans):
+        for row in set(_rows(history, *span)):
+            places.setdefault(row, []).append(at)
+    most = max(map(len, places.values()), default=0)
+    if most < 2 or not history.steps_per_epoch:
+        return {}
+    per_jump = sum(map(len, places.values())) / len(found)
+    # B/N is one over the steps of an epoch, times the steps that a jump is made of.
+    wide = sum(last - first + 1 for first, last in spans) / len(spans)
     share = min(wide / history.steps_per_epoch, 1.0)
-    if most < 2 or math.comb(len(steps), most) * per_spike * share ** (most - 1) > 0.05:
+    if math.comb(len(found), most) * per_jump * share ** (most - 1) > chance:
+        return {}
+    return {row: places[row] for row in sorted(places) if len(places[row]) == most}
+
+
+def _spike_rows(
+    history: History, loss: Curve, found: Sequence[Jump], shared: Mapping[int, Sequence[int]], called: str
+) -> Finding | None:
+    if not shared:
         return None
-    rows = tuple(sorted(row for row, count in counts.items() if count == most))
-    subject = (
-        f"Row {rows[0]} was" if len(rows) == 1 else f"Rows {', '.join(map(str, rows[:_ROWS_SHOWN]))} were"
-    )
+    rows, places = tuple(shared), sorted({at for of_row in shared.values() for at in of_row})
+    highest = max((found[at] for at in places), key=lambda jump: jump.peak)
+    shown = ", ".join(map(str, rows[:_ROWS_SHOWN]))
+    subject = f"Row {shown} was" if len(rows) == 1 else f"Rows {shown} were"
     return Finding(
         "spike-rows",
-        steps[0][0],
-        steps[-1][1],
-        f"{subject} in {most} of {len(steps)} spikes.",
+        _steps(history, loss, found[places[0]])[0],
+        _steps(history, loss, found[places[-1]])[1],
+        f"{subject} in {len(shared[rows[0]])} of {len(found)} {called}, up to {highest.peak:.4g} from "
+        f"{highest.base:.4g} before.",
         "Read these rows first, and `pronghorn data check` them; without them the spikes should end.",
         rows,
         lasting=False,

@@ -19,6 +19,10 @@ _RISE, _ERRORS = math.log(1.25), 10.0
 #: The first steps against the very first one, which no update has touched: a single step's noise counts in full.
 _FIRST_RISE, _FIRST_SIGMAS, _FIRST_STEPS = math.log(1.3), 6.0, 5
 _LEAST_POINTS = 8
+#: Above what training began with: 5 %, and two standard errors of that.
+_ABOVE, _ABOVE_ERRORS = math.log(1.05), 2.0
+#: Nats: near a loss of zero, shares mean nothing.
+_LEAST_RISE = 0.1
 #: An overflow now and then belongs to float16's loss scaling, which begins with some.
 _OVERFLOWS, _SCALING_BEGINS = 0.05, 20
 
@@ -50,12 +54,16 @@ def rises(history: History) -> list[Finding]:
         return []
     told = f"from {rise.low:.4g} at step {rise.low_step} to {rise.high:.4g} at step {rise.high_step}"
     rate = _rate(history, rise)
-    if rise.over:
+    start, of = (rise.low, 1) if rise.low_step == curve.steps[0] else (float(np.median(curve.values[:3])), 3)
+    above = start * math.exp(max(_ABOVE, _ABOVE_ERRORS * noise(logs) / math.sqrt(of)))
+    if rise.over and rise.end <= above:
         what = f"The loss rose {told} and is back at {rise.end:.4g}."
-        advice = f"Steps were lost to it: lower learning_rate{rate} or raise warmup_steps, and keep max_grad_norm at 1."
+        advice = (
+            f"Steps were lost to it: lower learning_rate{rate} or raise warmup_steps, and keep max_grad_norm at 1; "
+            "where that is an ordinary rate, shuffle rows that come in blocks of one kind."
+        )
         return [Finding("setback", rise.low_step, rise.high_step, what, advice, lasting=False)]
-    start = float(np.median(curve.values[:3])) if rise.low_step > curve.steps[0] else rise.low
-    if max(rise.high, rise.end) > 1.05 * start:
+    if max(rise.high, rise.end) > above:
         return [
             Finding(
                 "rate-too-large",
@@ -83,6 +91,8 @@ def _at_the_start(curve: Curve, logs: np.ndarray) -> _Rise | None:
     level = float(np.median(after))
     if level - logs[0] <= max(_FIRST_RISE, _FIRST_SIGMAS * noise(logs)):
         return None
+    if math.exp(level) - curve.values[0] <= _LEAST_RISE:
+        return None
     # The highest level is what it came to in the first tenth.
     width = min(_FIRST_STEPS, len(logs) - 1)
     early = running_median(logs[1 : max(len(logs) // 10, 2 * width) + 1], width)
@@ -100,7 +110,8 @@ def _later(curve: Curve, logs: np.ndarray) -> _Rise | None:
     """The highest rise of the smoothed loss over what it had come down to."""
     width = int(np.clip(len(logs) // _WINDOW_SHARE, _WINDOW_LEAST, _WINDOW_MOST))
     smooth = running_median(logs, width)
-    above = smooth - np.minimum.accumulate(smooth)
+    lowest = np.minimum.accumulate(smooth)
+    above = np.where(np.exp(smooth) - np.exp(lowest) > _LEAST_RISE, smooth - lowest, 0.0)
     top = int(np.argmax(above))
     error = MEDIAN_ERROR * noise(logs) / math.sqrt(width)
     if above[top] <= max(_RISE, _ERRORS * error):

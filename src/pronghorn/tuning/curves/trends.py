@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 
+from pronghorn.tuning.curves.evaluation import in_words
 from pronghorn.tuning.curves.finding import Finding
 from pronghorn.tuning.curves.history import Curve, History
 from pronghorn.tuning.curves.robust import MEDIAN_ERROR, logarithms, noise, period, total_change
@@ -16,6 +17,9 @@ _PLATEAU_POINTS, _PLATEAU_SHARES = 60, (0.25, 1 / 3, 0.5)
 #: What the loss has fallen by before a plateau is one, and what a run falls by that is none of a rate too small.
 _FELL, _HARDLY = 0.05, 0.03
 _STILL_POINTS = 30
+#: Evaluations are of the same rows every time: four that all lie within 1 % prove what noisier batches cannot, if these
+#: show that no more than a tenth was learned before the first of them.
+_EVALUATED, _EVALUATIONS_STAY, _LEARNED_BEFORE = 4, 0.01, 0.1
 #: Swings of ±3 % of the loss, over the last points.
 _SWING, _SWING_POINTS, _SWING_LEAST = 0.03, 256, 48
 
@@ -29,27 +33,49 @@ def trend_findings(history: History) -> list[Finding]:
 def _too_small(history: History, curve: Curve) -> list[Finding]:
     if len(curve) < _STILL_POINTS or not _rate_was_reached(history, curve):
         return []
+    if _evaluation_falls(history, 0, _HARDLY):
+        return []
     logs = logarithms(curve.values)
     change, error = total_change(logs)
     sigma = noise(logs)
-    first = logs[: max(5, len(logs) // 20)]
-    rest = float(np.median(logs[len(logs) // 2 :]))
+    first, rest = logs[: max(5, len(logs) // 20)], logs[len(logs) // 2 :]
+    begins, ends = float(np.median(first)), float(np.median(rest))
     at_first = MEDIAN_ERROR * sigma / math.sqrt(len(first))
-    fell = float(np.median(first)) - rest > _HARDLY + 2 * at_first or logs[0] - rest > 0.1 + 4 * sigma
-    if -change + 2 * error > _HARDLY or change > _FELL or fell:
+    at_rest = MEDIAN_ERROR * sigma / math.sqrt(len(rest))
+    if change > _FELL or begins - ends > _HARDLY + 2 * at_first or logs[0] - ends > 0.1 + 4 * sigma:
         return []
-    low, high = math.exp(float(np.median(first))), math.exp(rest)
+    stays = _evaluations_stay(history)
+    little_before = begins - ends + 2 * math.hypot(at_first, at_rest) < _LEARNED_BEFORE
+    if -change + 2 * error > _HARDLY and not (stays and little_before):
+        return []
+    low, high = math.exp(begins), math.exp(ends)
+    told = stays or f"The loss went from {low:.4g} to {high:.4g} in {curve.steps[-1]} steps"
     rate = f" at rates of at most {history.rate.values.max():.2g}" if len(history.rate) else ""
     return [
         Finding(
             "rate-too-small",
             int(curve.steps[0]),
             int(curve.steps[-1]),
-            f"The loss went from {low:.4g} to {high:.4g} in {curve.steps[-1]} steps{rate}: it hardly moves.",
+            f"{told}{rate}: it hardly moves.",
             "Raise learning_rate tenfold. A loss that stays even then has nothing to learn: the model knows such rows, "
             "or too few of their tokens are trained on.",
         )
     ]
+
+
+def _evaluations_stay(history: History) -> str:
+    """That the losses on held-out rows stay where they are, over most of the steps so far; "" where they do not."""
+    told = ""
+    for name, curve in history.evaluations.items():
+        steps, values = curve.finite.steps, curve.finite.values
+        if len(values) < _EVALUATED or steps[-1] - steps[0] < history.last_step / 2:
+            return ""
+        if values.max() > (1 + _EVALUATIONS_STAY) * values.min():
+            return ""
+        told = told or (
+            f"The {in_words(name)} went from {values[0]:.4g} at step {steps[0]} to {values[-1]:.4g} at step {steps[-1]}"
+        )
+    return told
 
 
 def _rate_was_reached(history: History, curve: Curve) -> bool:
@@ -70,7 +96,7 @@ def _plateau(history: History, curve: Curve) -> list[Finding]:
         fallen = float(np.median(logs[: max(count // 20, 3)])) - float(np.median(part))
         if -change + 2 * error < _FLAT and change < _FELL and fallen > _FELL:
             first = int(curve.steps[int(count * share)])
-            if _rate_has_gone(history, first) or _evaluation_falls(history, first):
+            if _rate_has_gone(history, first) or _evaluation_falls(history, first, _EVALUATIONS_STAY):
                 return []
             level = float(np.median(curve.values[int(count * share) :]))
             return [
@@ -91,10 +117,11 @@ def _rate_has_gone(history: History, step: int) -> bool:
     return len(history.rate) > 0 and history.rate.at(step) < 0.5 * float(history.rate.values.max())
 
 
-def _evaluation_falls(history: History, step: int) -> bool:
+def _evaluation_falls(history: History, step: int, share: float) -> bool:
+    """Whether a loss on held-out rows has fallen by more than this since the step."""
     for curve in history.evaluations.values():
         late = curve.finite.between(step, math.inf).values
-        if len(late) >= 2 and late[-1] < 0.99 * late[0]:
+        if len(late) >= 2 and late[-1] < (1 - share) * late[0]:
             return True
     return False
 
