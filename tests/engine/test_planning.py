@@ -20,7 +20,7 @@ from pronghorn.engine.planning import (
 )
 from pronghorn.errors import BudgetInvalid, BudgetTooSmall, UnsupportedCheckpoint
 from pronghorn.memory import Batch, estimate
-from pronghorn.memory.shape import stored_tensors
+from pronghorn.memory.storages import stored_tensors
 from tests.families.mixtures import add_expert_adapter, tiny_mixture
 from tests.families.parity import (
     FAMILIES,
@@ -84,7 +84,7 @@ def test_four_bit_weights_are_counted_by_their_tensors(double: bool) -> None:
     tensors = [gate.weight.data, state.absmax, state.code]
     if double:
         tensors += [state.state2.absmax, state.state2.code, state.offset.reshape(1)]
-    from pronghorn.memory.shape import stored_tensors
+    from pronghorn.memory.storages import stored_tensors
 
     assert sorted(stored_tensors(*shape.linear("gate"), shape.storage)) == sorted(
         t.numel() * t.element_size() for t in tensors

@@ -8,7 +8,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from pronghorn.memory import HostPool, HostStash
+from pronghorn.memory import HostPool, HostStash, offload
 from pronghorn.memory.offload import LAG
 from tests.families.parity import add_adapter, assert_same, bound_copy, rows_batch, run
 from tests.tiny import tiny_model
@@ -210,6 +210,29 @@ def test_an_input_alone_lags_two_layers_and_a_list_one(log: list[str]) -> None:
         mixed.park([torch.zeros(1000), torch.zeros(2000)])
         mixed.park([torch.zeros(1000)])
         assert f"computing waits for copy {2 * i}" not in log
+
+
+def test_a_large_input_leaves_alone_and_comes_back_when_asked_for(
+    log: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(offload, "LARGE_INPUT", 4096)
+    stash, _ = fake_stash(log)
+    inputs = [torch.randn(1024) for _ in range(3)]
+    indices = [stash.park([tensor]) for tensor in inputs]
+    assert [line for line in log if "copy" in line] == [
+        "computing waits for copy 0",
+        "computing waits for copy 1",
+    ]
+    for index, expected in reversed(list(zip(indices, inputs, strict=True))):
+        below = stash._parked[index - 1] if index else None
+        assert torch.equal(stash.fetch(index, torch.device("cpu"))[0], expected)
+        assert below is None or below.here is None
+    log.clear()
+    lists, _ = fake_stash(log)
+    indices = [lists.park([torch.randn(1024), torch.randn(1024)]) for _ in range(3)]
+    lists.fetch(indices[2], torch.device("cpu"))
+    below = lists._parked[1]
+    assert below is not None and below.here is not None, "long lists do not wait"
 
 
 def test_no_room_on_the_host_is_told_and_harmless(log: list[str]) -> None:

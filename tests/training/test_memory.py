@@ -11,9 +11,9 @@ from pronghorn import FastLanguageModel
 from pronghorn.blocks import kept_bytes_per_token
 from pronghorn.engine import AUTO, binding_of
 from pronghorn.engine.planning import shape_of
-from pronghorn.errors import BudgetInvalid, OutOfMemory
+from pronghorn.errors import BudgetInvalid, BudgetTooSmall, OutOfMemory
 from pronghorn.hardware import GpuMemory
-from pronghorn.memory import Batch
+from pronghorn.memory import Batch, parse_budget
 from pronghorn.training import memory
 from tests.training.runs import adapter_model, losses, trainer
 
@@ -56,9 +56,9 @@ def test_asking_the_trainer_for_checkpointing_is_a_choice(tmp_path) -> None:
 class Plans:
     """Plans and rehearsals of a GPU that is not there; rehearsals fail while `failures` lasts."""
 
-    def __init__(self, monkeypatch, automatic: bool, budget=None, failures: int = 0, batch=BATCH):
+    def __init__(self, monkeypatch, automatic: bool, budget=None, failures: int = 0, batch=BATCH, least=0):
         self.budgets: list = []
-        self.failures = failures
+        self.failures, self.least = failures, least
         self.binding = SimpleNamespace(bound=True, automatic=automatic, layers=[])
         args = SimpleNamespace(device=torch.device("cuda"), memory_budget=budget)
         self.trainer = SimpleNamespace(args=args, model=None)
@@ -71,7 +71,10 @@ class Plans:
 
     def plan(self, run, budget, batch):
         self.budgets.append(budget)
-        return SimpleNamespace(estimate=SimpleNamespace(reserved=1000))
+        if self.least > (budget if isinstance(budget, int) else 2 * GIB):
+            raise BudgetTooSmall("a step does not fit", fix="as the test wants it")
+        limit = parse_budget(budget, 2 * GIB)
+        return SimpleNamespace(budget=limit, estimate=SimpleNamespace(reserved=1000))
 
     def rehearse(self, run, step, batch) -> None:
         if self.failures:
@@ -90,6 +93,12 @@ def test_what_nobody_chose_is_planned_and_rehearsed_until_it_fits(monkeypatch) -
         Plans(monkeypatch, automatic=True, failures=3).take()
 
 
+def test_what_fits_only_without_the_usual_headroom_is_rehearsed_like_that(monkeypatch) -> None:
+    assert Plans(monkeypatch, automatic=True, least=5 * GIB // 2).take() == [AUTO, 3 * GIB]
+    with pytest.raises(BudgetTooSmall):
+        Plans(monkeypatch, automatic=True, least=4 * GIB).take()
+
+
 def test_a_users_levels_are_planned_anew_only_where_they_do_not_fit(monkeypatch) -> None:
     assert Plans(monkeypatch, automatic=False).take() == []
     assert Plans(monkeypatch, automatic=False, failures=1).take() == [AUTO]
@@ -98,6 +107,11 @@ def test_a_users_levels_are_planned_anew_only_where_they_do_not_fit(monkeypatch)
 def test_a_budget_that_others_use_up_is_an_error_with_the_numbers(monkeypatch) -> None:
     with pytest.raises(OutOfMemory, match=r"memory_budget=4GiB: .* 3.00 of the GPU's 8.00 GiB"):
         Plans(monkeypatch, automatic=True, budget="4GiB", failures=1).take()
+
+
+def test_a_plan_that_takes_more_than_it_said_is_made_again_with_less(monkeypatch) -> None:
+    assert Plans(monkeypatch, automatic=True, budget="2GiB").take() == ["2GiB"]
+    assert Plans(monkeypatch, automatic=True, budget="2GiB", failures=2).take() == ["2GiB", 900, 750]
 
 
 def test_a_stream_of_unknown_length(monkeypatch) -> None:

@@ -205,10 +205,11 @@ class AttentionBlock(AttentionOutput):
         if saves.gate is not None:
             dout, dgate, _ = gated_output_backward(dout, out, saves.gate)
             saves.gate = None
+        dout = dout.view_as(out)
         if sink.wants(self.call.sinks):
-            sink.add(self.call.sinks, attention_sink_grad(dout.view_as(out), out, lse, self.call))
+            sink.add(self.call.sinks, attention_sink_grad(dout, out, lse, self.call))
         q, k = self._rotated(saves)
-        dq, dk, dv = grouped_attention_backward(dout.view_as(out), q, k, v, out, lse, self.docs, self.call)
+        dq, dk, dv = grouped_attention_backward(dout, q, k, v, out, lse, self.docs, self.call, over=True)
         self._scale_(dq)
         saves.out = saves.lse = saves.v = None
         del out, dout, v, q, k

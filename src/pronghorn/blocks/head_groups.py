@@ -37,13 +37,19 @@ def grouped_attention_backward(
     lse: Tensor,
     docs: Documents,
     call: AttentionCall,
+    *,
+    over: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `attention_backward`: gradients of q [T, N, D], k and v [T, K, D]."""
+    """As `attention_backward`: gradients of q [T, N, D], k and v [T, K, D].
+
+    Args:
+        over: where there are several groups, write them over dout, k and v, which have their shapes.
+    """
     heads, kv_heads = q.shape[1], k.shape[1]
     groups = head_groups(q.shape[0], kv_heads, call.backend) if call.sinks is None else 1
     if groups == 1:
         return attention_backward(dout, q, k, v, out, lse, docs, call)
-    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    dq, dk, dv = (dout, k, v) if over else (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v))
     many, few = heads // groups, kv_heads // groups
     for group in range(groups):
         queries = slice(group * many, (group + 1) * many)

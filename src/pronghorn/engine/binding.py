@@ -49,6 +49,8 @@ class Binding:
     spare: int | None = None
     #: bytes that a recorded step is to ask for at once (`memory.Estimate.piece`)
     piece: int = 0
+    #: bytes of the weights where they lie in another process's memory, which this one only reads
+    elsewhere: int = 0
     #: the adapters' flat storage while a `TrainingStep` runs; else None, and every call reads PEFT's own tensors
     packed: FlatAdapters | None = None
     #: LongRoPE's frequencies for short and for long streams, by device (`engine.angles`)
@@ -353,6 +355,14 @@ class Binding:
     def groups(self, layer: Any, reading: Reading) -> dict[int, list[Projection]]:
         """A layer's projections, those that share their input together (`read_groups`)."""
         return read_groups(layer, self.family.parts, reading, self.mlp_of(layer), self.family.mixture)
+
+    def all_groups(self) -> dict[tuple[int, int], list[Projection]]:
+        """`groups` of all layers in training, by (layer, slot)."""
+        return {
+            (self.layer_index(layer), slot): found
+            for layer in self.layers
+            for slot, found in self.groups(layer, Reading(True)).items()
+        }
 
     def _group_names(self, layer: Any) -> dict[int, tuple[str, tuple[str, ...]]]:
         return group_names(self.family.parts.of(layer), self.mlp_of(layer), self.family.mixture)

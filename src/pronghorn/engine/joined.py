@@ -8,6 +8,7 @@ import torch
 
 from pronghorn.blocks import LinearProjection, joining
 from pronghorn.blocks.projection import Projection
+from pronghorn.engine.binding import Binding
 from pronghorn.hardware import gpu_memory
 from pronghorn.weights import DenseWeight, Weight, join, join_tensors, side_by_side, stacked
 
@@ -67,6 +68,11 @@ def join_weights(
         if device.type == "cuda":
             torch.cuda.empty_cache()
     return done
+
+
+def join_all(binding: Binding) -> int:
+    """`join_weights` of a model before it is trained, of all groups while there is memory."""
+    return join_weights(binding.all_groups(), roomy=True)
 
 
 def _memory(device: torch.device) -> tuple[float, float]:

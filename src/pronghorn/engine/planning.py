@@ -34,7 +34,8 @@ from pronghorn.memory import (
     rates_of,
     with_margin,
 )
-from pronghorn.memory.shape import STORAGES, stored_tensors
+from pronghorn.memory.pool import LARGEST_CHUNK
+from pronghorn.memory.storages import STORAGES, stored_tensors
 from pronghorn.weights import DenseWeight, FourBitWeight, is_four_bit, keep_expanded, stacked
 from pronghorn.weights.experts import DenseExperts, ExpertWeight, FourBitExperts
 
@@ -251,6 +252,7 @@ def shape_of(binding: Binding, **more: Any) -> ModelShape:
         attention=binding.attention_backend(embedding.device, dtype, binding.head_dim),
         trained="adapters" if any(ranks.values()) else "all",
         joined=all(_joined(found, embedding.device, binding.laid_out) for found in read),
+        elsewhere=bool(binding.elsewhere),
         **more,
     )
 
@@ -348,8 +350,10 @@ def device_limits(binding: Binding, budget: str | int) -> Limits:
     if device.type == "cuda":
         free = gpu_memory(device).within_reach
         name = torch.cuda.get_device_name(device)
-        pinned = host_pool(device).limit
-        host = host if pinned is None else pinned
+        pool = host_pool(device)
+        # What is available changes from one look to the next: what a plan counts on is what it gets.
+        pool.limit = host if pool.limit is None else pool.limit
+        host = max(pool.limit - LARGEST_CHUNK, 0)
     return Limits(parse_budget(budget, free), host, rates_of(name))
 
 
@@ -409,14 +413,17 @@ def plan_with_expanded(shape: ModelShape, limit: int, batch: Batch, rates: Rates
         of_modules = (stored_tensors(*shape.module_linear(names), storage) for names in shape.modules)
         return tuple(chain.from_iterable(of_modules)) * shape.layers
 
-    # As torch's allocator counts them, in whole 512 bytes. What is in 16 bits among mixed weights is counted twice.
-    four_bit = sum(-(-size // 512) * 512 for size in shape.linear_tensors or linears(shape.storage))
-    if limit <= four_bit:
+    multiplied = linears(shape.multiplied)
+    # The one of the two that a shape of the other leaves out. As torch's allocator counts them, in whole 512 bytes;
+    # what is in 16 bits among mixed weights is counted twice.
+    left_out = multiplied if shape.elsewhere else shape.linear_tensors or linears(shape.storage)
+    beside = sum(-(-size // 512) * 512 for size in left_out)
+    if limit <= beside:
         return None
     try:
         found = plan(
-            replace(shape, storage=shape.multiplied, linear_tensors=linears(shape.multiplied), placed=None),
-            limit - four_bit,
+            replace(shape, storage=shape.multiplied, linear_tensors=multiplied, placed=None),
+            limit - beside,
             batch,
             rates=rates,
             host_limit=host,
@@ -426,11 +433,11 @@ def plan_with_expanded(shape: ModelShape, limit: int, batch: Batch, rates: Rates
     more = found.estimate
     estimate = replace(
         more,
-        fixed=more.fixed + four_bit,
-        weights=more.weights + four_bit,
-        allocated=more.allocated + four_bit,
-        reserved=more.reserved + four_bit,
-        moments={name: size + four_bit for name, size in more.moments.items()},
+        fixed=more.fixed + beside,
+        weights=more.weights + beside,
+        allocated=more.allocated + beside,
+        reserved=more.reserved + beside,
+        moments={name: size + beside for name, size in more.moments.items()},
     )
     reason = "4-bit weights are also kept as their products multiply them: there is room"
     return replace(found, budget=limit, estimate=estimate, reasons=(*found.reasons, reason))

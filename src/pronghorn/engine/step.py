@@ -27,7 +27,6 @@ from pronghorn.engine.binding import Binding
 from pronghorn.engine.flat import FlatAdapters, lay_out
 from pronghorn.engine.joined import join_weights
 from pronghorn.engine.planning import reserve_host
-from pronghorn.engine.read import Reading
 from pronghorn.engine.signature import has_hooks, module_tree, state_of
 from pronghorn.engine.tasks import CAPTURABLE, NUMBERS, LanguageTask, Task
 
@@ -217,11 +216,7 @@ class TrainingStep:
         ]
 
     def _flat_of(self, binding: Binding, device: torch.device) -> FlatAdapters | None:
-        groups = {
-            (binding.layer_index(layer), slot): found
-            for layer in binding.layers
-            for slot, found in binding.groups(layer, Reading(True)).items()
-        }
+        groups = binding.all_groups()
         join_weights(groups, roomy=is_roomy(binding.save_levels), spare=binding.spare)
         binding.laid_out = True
         return lay_out(groups, self._compute_dtype(binding, device))

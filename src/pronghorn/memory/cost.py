@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pronghorn.blocks import Level, host_bytes_per_token, keeps
 from pronghorn.kernels.linear_cross_entropy import Space, default_chunk_rows
 from pronghorn.memory.gpus import CUDNN_ATTENTION, Rates
-from pronghorn.memory.offload import bytes_in_flight
+from pronghorn.memory.offload import bytes_in_flight, comes_late
 from pronghorn.memory.products import DOWN, GATE_UP, OUT
 from pronghorn.memory.schedule import Batch
 from pronghorn.memory.shape import ModelShape
@@ -173,7 +173,7 @@ def step_time(
     first = batch.tokens * shape.hidden * shape.residual_element
     waited = _forward_wait(sizes, first, times.forward, rates.link)
     backward = [times.backward + times.rebuild(level) for level in levels]
-    waited += _backward_wait(sizes, backward, rates.link)
+    waited += _backward_wait(sizes, first, backward, rates.link)
     recompute = sum(times.rebuild(level) for level in levels)
     base = len(levels) * (times.forward + times.backward + (tiles - 1) * times.per_tile) + head_time(
         shape, batch, rates, space
@@ -203,13 +203,16 @@ def _forward_wait(sizes: Sequence[int], first: int, each: float, link: float) ->
     return waited
 
 
-def _backward_wait(sizes: Sequence[int], each: Sequence[float], link: float) -> float:
-    """Waiting in backward, where the copy of the layer below begins when a layer does."""
+def _backward_wait(sizes: Sequence[int], first: int, each: Sequence[float], link: float) -> float:
+    """Waiting in backward, where the copy of the layer below begins when a layer does, or late when it ends."""
     clock = waited = 0.0
     arrives = 0.0
     for index in reversed(range(len(sizes))):
         waited += max(0.0, arrives - clock)
         clock = max(clock, arrives)
-        arrives = clock + sizes[index - 1] / link if index > 0 and sizes[index - 1] else clock
-        clock += each[index]
+        begins, clock = clock, clock + each[index]
+        arrives = begins
+        if index > 0 and sizes[index - 1]:
+            late = comes_late(sizes[index - 1], first)
+            arrives = (clock if late else begins) + sizes[index - 1] / link
     return waited

@@ -24,19 +24,28 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from pronghorn.memory.pool import HostPool
+from pronghorn.memory.pool import HostPool, aligned
 
 logger = logging.getLogger("pronghorn")
 
 #: Layers that park their input alone and whose copies may still run when the next layer begins. With one, that layer
 #: would wait for the link.
 LAG = 2
+#: Bytes of an input (131,072 tokens of an 8B model) from which on a layer that parks nothing else has its copy alone on
+#: the way out, and comes back when it is asked for: the copy takes 1 % of the layer's time there, and each further
+#: input on the device a tenth of what such a step needs.
+LARGE_INPUT = 2**30
+
+
+def comes_late(size: int, first: int) -> bool:
+    """Whether a layer that parks `size` bytes, of which `first` are its input, comes back only when it is asked for."""
+    return LARGE_INPUT <= first == size
 
 
 def bytes_in_flight(size: int, first: int) -> int:
     """Bytes that may still be on their way out when the next layer begins, for layers that park `size` bytes of which
     `first` are the layer's input: one list and one input. Longer lists hold as much memory as several inputs."""
-    return size + (LAG - 1) * first
+    return size if comes_late(size, first) else size + (LAG - 1) * first
 
 
 @dataclass(frozen=True)
@@ -61,6 +70,7 @@ class _Parked:
 
     sizes: list[int]
     views: list[_View]
+    late: bool
     start: int = -1
     pieces: list[Tensor] = field(default_factory=list)
     stayed: list[Tensor] | None = None
@@ -108,8 +118,8 @@ class HostStash:
         """
         computing = self._computing = torch.cuda.current_stream(tensors[0].device)
         units, views = _units(tensors)
-        index, size = len(self._parked), sum(map(_stride, units))
-        item = _Parked([unit.numel() for unit in units], views)
+        index, size, first = len(self._parked), sum(map(_stride, units)), _stride(units[0])
+        item = _Parked([unit.numel() for unit in units], views, comes_late(size, first))
         self._parked.append(item)
         taken = self._pool.take(size)
         if isinstance(taken, str):
@@ -124,13 +134,14 @@ class HostStash:
             copied = torch.cuda.Event()
             copied.record(self._stream)
         self._leaving.append(_Leaving(index, [*tensors, *units], size, copied))
-        self._in_flight = max(self._in_flight, bytes_in_flight(size, _stride(units[0])))
+        self._in_flight = max(self._in_flight, bytes_in_flight(size, first))
         while sum(leaving.size for leaving in self._leaving) > self._in_flight:
             computing.wait_event(self._leaving.popleft().copied)
         return index
 
     def fetch(self, index: int, device: torch.device) -> list[Tensor]:
-        """The parked tensors on their device again; starts bringing back those parked before them."""
+        """The parked tensors on their device again; starts bringing back those parked before them,
+        but for those that come late."""
         computing = torch.cuda.current_stream(device)
         item = self._parked[index]
         assert item is not None
@@ -144,7 +155,8 @@ class HostStash:
         self._parked[index] = None
         if item.start >= 0:
             self._pool.give_back(item.start)
-        if index > 0:
+        below = self._parked[index - 1] if index > 0 else None
+        if below is not None and not below.late:
             self._start_return(index - 1, computing, device)
         return tensors
 
@@ -226,7 +238,7 @@ def _units(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[_View]]:
 
 def _stride(unit: Tensor) -> int:
     """Bytes from a unit's beginning to the next one's."""
-    return -(-unit.numel() * unit.element_size() // 512) * 512
+    return aligned(unit.numel() * unit.element_size())
 
 
 def _matching(pieces: list[Tensor], tensors: list[Tensor]) -> list[tuple[Tensor, Tensor]]:

@@ -18,6 +18,7 @@ from pronghorn.errors import BudgetInvalid, BudgetTooSmall
 from pronghorn.memory.cost import StepTime, layer_times, step_time
 from pronghorn.memory.estimate import Estimate, estimate, with_model
 from pronghorn.memory.gpus import GIB, Rates, rates_of
+from pronghorn.memory.pool import HOST_SHARE
 from pronghorn.memory.schedule import Batch
 from pronghorn.memory.shape import ModelShape
 
@@ -320,6 +321,21 @@ def _too_small(search: _Search) -> BudgetTooSmall:
             fixes.append(f"load in 4 bits, which takes {gib(lean4.reserved)}")
         elif longest_that_fits(packed, budget, batch, rates, search.offload, search.host_limit):
             fixes.append("load in 4 bits and shorten the rows")
+    host_limit = search.host_limit
+    host = shape.layers * host_bytes_per_token("offload", shape.widths) * batch.tokens
+    if (
+        search.offload
+        and host_limit is not None
+        and host > host_limit
+        and with_margin(least.reserved) <= budget
+    ):
+        on_gpu = leanest(shape, batch, rates, offload=False)
+        fixes.append(f"free host memory, or raise the budget to {gib(with_margin(on_gpu.reserved))}")
+        return BudgetTooSmall(
+            f"a step of {batch.tokens:,} tokens fits into {gib(budget)} only with {gib(host)} of pinned host memory, "
+            f"of which {gib(host_limit)} may be taken ({HOST_SHARE:.0%} of what was available)",
+            fix=", or ".join(fixes),
+        )
     fixes.append(f"raise the budget to {gib(with_margin(least.reserved))}")
     kind = "the model alone takes" if least.fixed > budget else "the leanest plan for it takes"
     size = least.fixed if least.fixed > budget else with_margin(least.reserved)

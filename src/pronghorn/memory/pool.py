@@ -104,7 +104,7 @@ class HostPool:
 
     def take(self, size: int) -> tuple[int, list[Tensor]] | str:
         """(start, pieces): `size` bytes on top of the stack, cut where chunks end. A text says why there are none."""
-        start = -(-self._top // ALIGNMENT) * ALIGNMENT
+        start = aligned(self._top)
         refused = self.reserve(start + size)
         if refused is not None:
             return refused
@@ -124,6 +124,11 @@ class HostPool:
             if low < high:
                 pieces.append(chunk[low - begin : high - begin])
         return pieces
+
+
+def aligned(size: int) -> int:
+    """The first place behind so many bytes at which a piece may begin."""
+    return -(-size // ALIGNMENT) * ALIGNMENT
 
 
 def _power_of_two(size: int) -> int:

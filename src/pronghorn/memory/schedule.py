@@ -17,7 +17,8 @@ from pronghorn.blocks.head_groups import head_groups
 from pronghorn.blocks.levels import space_of
 from pronghorn.kernels.linear_cross_entropy import default_chunk_rows
 from pronghorn.memory.allocator import Allocator
-from pronghorn.memory.offload import bytes_in_flight
+from pronghorn.memory.offload import bytes_in_flight, comes_late
+from pronghorn.memory.pool import aligned
 from pronghorn.memory.products import DOWN, GATE_UP, OUT, QKV, Held, Products
 from pronghorn.memory.shape import ModelShape
 
@@ -278,13 +279,21 @@ class Step(Products):
             dout_o, *dgate = self._after(dout_o, [self._new(t * shape.q * e) for _ in range(2)])
             self._drop(saves, "gate_of_output")
         rotated = [self._new(t * width * e) for width in (shape.q, shape.kv)] if shape.qk_norm else []
-        gradients = [self._new(t * width * e) for width in (shape.q, shape.kv, shape.kv)]
-        for _ in range(head_groups(t, shape.kv_heads, shape.attention)):
+        groups, gradients = head_groups(t, shape.kv_heads, shape.attention), []
+        if groups == 1:
+            gradients = [self._new(t * width * e) for width in (shape.q, shape.kv, shape.kv)]
+        for _ in range(groups):
             self._free(*[self._new(size) for size in self._attention_workspace()][::-1])
         self._drop(saves, "out")
-        self._free(dout_o)
-        self._drop(saves, "lse", "v")
-        self._free(*rotated)
+        if groups == 1:
+            self._free(dout_o)
+            self._drop(saves, "lse", "v")
+            self._free(*rotated)
+        else:  # gradients are written over dout, k and v
+            self._drop(saves, "lse")
+            keys = rotated.pop() if rotated else saves.pop("k")[0]
+            gradients = [dout_o, keys, saves.pop("v")[0]]
+            self._free(*rotated)
         if shape.qk_norm:
             fresh = [self._new(t * width * e) for width in (shape.q, shape.kv)]
             if shape.gated:
@@ -435,11 +444,11 @@ class Step(Products):
     def _park(self, index: int, kept: Held, embeddings: int) -> None:
         """`HostStash.park`: device memory stays until the copies of a later layer begin."""
         self._parked[index] = {name: size for name, (_, size) in kept.items()}
-        size = sum(-(-size // 512) * 512 for _, size in kept.values())
+        size = self._parked_bytes(index)
         handles = [handle for handle, _ in kept.values() if handle != embeddings]
         self._leaving.append((index, size, handles))
         self.kept[index] = kept
-        self._in_flight = max(self._in_flight, bytes_in_flight(size, self._residual()))
+        self._in_flight = max(self._in_flight, bytes_in_flight(size, aligned(self._residual())))
         while sum(size for _, size, _ in self._leaving) > self._in_flight:
             left, _, gone = self._leaving.popleft()
             self._free(*gone)
@@ -450,9 +459,13 @@ class Step(Products):
         if saves is None:
             self._start_return(index)
             saves = self._back.pop(index)
-        if index > 0:
-            self._start_return(index - 1)
+        below = index - 1
+        if below in self._parked and not comes_late(self._parked_bytes(below), aligned(self._residual())):
+            self._start_return(below)
         return saves
+
+    def _parked_bytes(self, index: int) -> int:
+        return sum(map(aligned, self._parked[index].values()))
 
     def _not_left(self, index: int) -> Held | None:
         for item in self._leaving:

@@ -10,30 +10,10 @@ from typing import Literal
 
 from pronghorn.blocks import LayerWidths
 from pronghorn.memory.parts import DeltaShape, LatentShape, MixtureShape
+from pronghorn.memory.storages import ELEMENT, GRAD_IN_FP8, IN_FP8, IN_INT8, stored_tensors
 
 #: The projections of a layer in the order of their use.
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
-#: Bytes of an element of a plain dtype.
-ELEMENT = {"float32": 4, "bfloat16": 2, "float16": 2}
-_IN_FP8, _IN_INT8, _GRAD_IN_FP8 = " in fp8 products", " in int8 products", ", input gradient in fp8"
-#: How linear weights can be stored, as `weights.Weight.storage` says it. "fp8 two" and "int8 two": also for the
-#: input gradient. "bitsandbytes int8" is multiplied in 16 bits.
-STORAGES = (
-    *ELEMENT,
-    "bfloat16" + _GRAD_IN_FP8,
-    "float16" + _GRAD_IN_FP8,
-    "nf4",
-    "nf4 double",
-    "nf4" + _IN_FP8,
-    "nf4 double" + _IN_FP8,
-    "nf4" + _IN_INT8,
-    "nf4 double" + _IN_INT8,
-    "bitsandbytes int8",
-    "int8",
-    "int8 two",
-    "fp8",
-    "fp8 two",
-)
 
 
 @dataclass(frozen=True)
@@ -67,6 +47,7 @@ class ModelShape:
         in_one_piece: that pool is asked for in one piece of the size that a plan gives.
         placed: bytes that the allocator holds for weights, adapters and their gradients, where that was asked; else it
             follows from their sizes.
+        elsewhere: the weights lie in another process's memory, and count nowhere.
         wide_heads: what makes q and k is multiplied in 16 bits where the rest is in int8 (`loading.int8`, over 4 bits).
         latent: the attention, where it is latent. Projections are then q (or its code), kv (the other code), q_up and
             kv_up; `head_dim` is that of q and k.
@@ -109,6 +90,7 @@ class ModelShape:
     captured: bool = True
     in_one_piece: bool = True
     placed: int | None = None
+    elsewhere: bool = False
     wide_heads: bool = False
     latent: LatentShape | None = None
     delta: DeltaShape | None = None
@@ -310,12 +292,12 @@ class ModelShape:
     @property
     def int8(self) -> bool:
         """Whether all products multiply int8 codes, which add an adapter's share themselves."""
-        return self.storage.startswith("int8") or self.storage.endswith(_IN_INT8)
+        return self.storage.startswith("int8") or self.storage.endswith(IN_INT8)
 
     @property
     def four_bit_in_int8(self) -> bool:
         """Whether int8 codes are made of 4-bit weights for every product."""
-        return self.storage.endswith(_IN_INT8)
+        return self.storage.endswith(IN_INT8)
 
     @property
     def eight_bit_forward(self) -> bool:
@@ -325,18 +307,18 @@ class ModelShape:
     @property
     def fp8_forward(self) -> bool:
         """Whether X Wᵀ multiplies e4m3 codes of both."""
-        return self.storage.startswith("fp8") or self.storage.endswith(_IN_FP8)
+        return self.storage.startswith("fp8") or self.storage.endswith(IN_FP8)
 
     @property
     def fp8_backward(self) -> bool:
-        return self.fp8_forward or self.storage.endswith(_GRAD_IN_FP8)
+        return self.fp8_forward or self.storage.endswith(GRAD_IN_FP8)
 
     @property
     def unpacked_forward(self) -> int:
         """Bytes per weight of a buffer that the stored weight is unpacked into for X Wᵀ."""
-        if self.storage.endswith((_IN_FP8, _IN_INT8)):
+        if self.storage.endswith((IN_FP8, IN_INT8)):
             return 1
-        dense = ELEMENT.get(self.storage.removesuffix(_GRAD_IN_FP8))
+        dense = ELEMENT.get(self.storage.removesuffix(GRAD_IN_FP8))
         if self.storage in ("nf4", "nf4 double", "bitsandbytes int8") or (
             dense is not None and dense != self.element
         ):
@@ -346,16 +328,16 @@ class ModelShape:
     @property
     def multiplied(self) -> str:
         """How weights are stored that are what the products multiply: for 4-bit ones, what they are expanded to."""
-        if self.storage.endswith(_IN_FP8):
+        if self.storage.endswith(IN_FP8):
             return "fp8 two"
-        if self.storage.endswith(_IN_INT8):
+        if self.storage.endswith(IN_INT8):
             return "int8 two"
         return self.dtype if self.storage.startswith("nf4") else self.storage
 
     @property
     def hands_on(self) -> bool:
         """Whether the norm's backward makes the codes of dY for the output projection."""
-        return self.storage in ("fp8", "fp8 two", "int8 two") or self.storage.endswith(_IN_INT8)
+        return self.storage in ("fp8", "fp8 two", "int8 two") or self.storage.endswith(IN_INT8)
 
     @property
     def turns_back(self) -> bool:
@@ -367,7 +349,7 @@ class ModelShape:
         """The same for dY W; a single set of codes is transposed for it."""
         if self.storage in ("fp8", "int8"):
             return 1
-        return 0 if self.storage.endswith(_GRAD_IN_FP8) else self.unpacked_forward
+        return 0 if self.storage.endswith(GRAD_IN_FP8) else self.unpacked_forward
 
     def _dense_tensors(self) -> Iterator[tuple[int, int]]:
         """(elements, bytes) of everything but the layers' linear weights."""
@@ -400,7 +382,9 @@ class ModelShape:
         return [delta.mixed * delta.conv, delta.values, delta.values, delta.value_dim]
 
     def weight_tensors(self) -> Iterator[int]:
-        """Bytes of every tensor that holds the model's weights."""
+        """Bytes of every tensor that holds the model's weights, where they are in this process."""
+        if self.elsewhere:
+            return
         separate = bool(self.layer_storages or self.linear_tensors or self.stack_tensors)
         if self.storage in ELEMENT and not separate:
             # Transformers asks for all of them at once before it reads them, so that they lie in one segment.
@@ -460,38 +444,3 @@ class ModelShape:
         for plain, recurrent in self._kinds:
             for *sides, rank in self._linears(plain, recurrent):
                 yield from (rank * width for width in sides if rank)
-
-
-def stored_tensors(out: int, width: int, storage: str) -> Iterator[int]:
-    """Bytes of the tensors of one stored weight [out, width]."""
-    count = out * width
-    if storage.endswith(_GRAD_IN_FP8):
-        yield from stored_tensors(out, width, storage.removesuffix(_GRAD_IN_FP8))
-        yield from (count, out * 4)
-    elif storage.endswith(_IN_FP8):
-        yield from stored_tensors(out, width, storage.removesuffix(_IN_FP8))
-        yield out * 4
-    elif storage.endswith(_IN_INT8):
-        # A group shares the scales of its inputs, which are counted for each: 0.03 % more than there is.
-        yield from stored_tensors(out, width, storage.removesuffix(_IN_INT8))
-        yield from (out * 4, width * 4)
-    elif storage in ELEMENT:
-        yield count * ELEMENT[storage]
-    elif storage.startswith("nf4"):
-        blocks = -(-count // 64)
-        yield count // 2
-        yield 16 * 4
-        if storage == "nf4":
-            yield blocks * 4
-        else:  # the blocks' scales in 8 bits, their own scales, the code of 256 values, the offset
-            yield from (blocks, -(-blocks // 256) * 4, 256 * 4, 4)
-    elif storage in ("bitsandbytes int8", "int8"):
-        yield from (count, out * 4)
-    elif storage == "int8 two":
-        yield from (count, out * 4, count, width * 4)
-    elif storage.startswith("fp8"):
-        for _ in range(2 if storage == "fp8 two" else 1):
-            yield count
-        yield out * 4
-    else:
-        raise ValueError(f"storage '{storage}' is not one of {', '.join(STORAGES)}")

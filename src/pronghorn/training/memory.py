@@ -15,14 +15,14 @@ from pronghorn.data.images import has_images
 from pronghorn.data.split import split_batch
 from pronghorn.engine import AUTO, Binding, LanguageTask, Task, TrainingStep, binding_of
 from pronghorn.engine.planning import levels_without_gpu, plan_levels, shape_of, vision_bytes
-from pronghorn.errors import BudgetInvalid, OutOfMemory
+from pronghorn.errors import BudgetInvalid, BudgetTooSmall, OutOfMemory
 from pronghorn.hardware import gpu_memory
 from pronghorn.memory import Batch, Plan, available_host_bytes, estimate
 
 logger = logging.getLogger("pronghorn")
 
 #: of a plan whose rehearsal ran out of memory, the shares that are planned for next
-SHARES_OF_WHAT_WAS_FREE = (0.9, 0.75)
+SHARES_OF_A_PLAN = (0.9, 0.75)
 
 
 def largest_batch(trainer: Any) -> Batch | None:
@@ -152,11 +152,14 @@ def take_memory(run: RunMemory, step: TrainingStep | None) -> None:
         # What lives from step to step is asked of the allocator instead of guessed.
         step.lay_out()
     if budget is not None and budget != AUTO:
-        expected = _plan(run, budget, batch)
+        found = _plan(run, budget, batch)
+        if found.budget <= gpu_memory(run.trainer.args.device).within_reach:
+            _rehearse_or_take_less(run, step, batch, found)
+            return
         try:
             _rehearse(run, step, batch)
         except torch.OutOfMemoryError as error:
-            raise _less_than_planned(run.trainer, budget, expected, error) from None
+            raise _less_than_planned(run.trainer, budget, found, error) from None
     elif budget is None and not automatic:
         try:
             _rehearse(run, step, batch)
@@ -168,15 +171,28 @@ def take_memory(run: RunMemory, step: TrainingStep | None) -> None:
 
 
 def _plan_what_is_free(run: RunMemory, step: TrainingStep | None, batch: Batch) -> None:
-    """Levels for all the memory there is; where a rehearsal shows that it was less, for a share of it. The last failure
-    is the user's.
+    """Levels for all the memory there is.
 
     Raises:
         BudgetTooSmall, torch.OutOfMemoryError: the batch fits at no levels.
     """
     torch.cuda.empty_cache()
-    found = _plan(run, AUTO, batch)
-    for share in SHARES_OF_WHAT_WAS_FREE:
+    try:
+        found = _plan(run, AUTO, batch)
+    except BudgetTooSmall:
+        # What is left to others by default is a tenth of a small GPU; the rehearsal shows whether it works without.
+        found = _plan(run, gpu_memory(run.trainer.args.device).within_reach, batch)
+    _rehearse_or_take_less(run, step, batch, found)
+
+
+def _rehearse_or_take_less(run: RunMemory, step: TrainingStep | None, batch: Batch, found: Plan) -> None:
+    """Where a rehearsal shows that there was less memory than planned for, or that a plan takes more than it said, plan
+    for a share of it. The last failure is the user's.
+
+    Raises:
+        BudgetTooSmall, torch.OutOfMemoryError: the batch fits at no levels.
+    """
+    for share in SHARES_OF_A_PLAN:
         try:
             _rehearse(run, step, batch)
             return

@@ -11,7 +11,7 @@ from pronghorn.weights.int8_linear import Int8Linear
 from pronghorn.weights.operand import Operand
 from pronghorn.weights.quantised import BitsAndBytesInt8Weight, FourBitWeight
 from pronghorn.weights.read import keep_four_bit_layout, read_weight
-from pronghorn.weights.stack import join, join_tensors, lay_side_by_side, stacked
+from pronghorn.weights.stack import join, join_tensors, keep_in_place, lay_side_by_side, stacked
 
 __all__ = [
     "BitsAndBytesInt8Weight",
@@ -33,6 +33,7 @@ __all__ = [
     "join_tensors",
     "keep_expanded",
     "keep_four_bit_layout",
+    "keep_in_place",
     "lay_side_by_side",
     "read_weight",
     "side_by_side",

@@ -11,7 +11,7 @@ Whatever moves the modules apart (a copy, another device, a weight put in its pl
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import cast
 
 import torch
@@ -23,6 +23,9 @@ from pronghorn.weights.base import DenseWeight, Weight
 from pronghorn.weights.fp8 import Fp8Weight
 from pronghorn.weights.fp8_linear import Fp8Linear
 from pronghorn.weights.int8 import Int8Products, stacked_int8
+
+#: attribute of tensors that stay where they lie (`keep_in_place`)
+_IN_PLACE = "pronghorn_in_place"
 
 
 def lay_side_by_side(modules: Sequence[Fp8Linear]) -> None:
@@ -67,11 +70,17 @@ def join_tensors(tensors: Sequence[Tensor]) -> bool:
     return True
 
 
+def keep_in_place(tensors: Iterable[Tensor]) -> None:
+    """Have `join` leave these tensors where they are: other processes read them there, and each would make a copy."""
+    for tensor in tensors:
+        setattr(tensor, _IN_PLACE, True)
+
+
 def _may_join(tensors: Sequence[Tensor]) -> bool:
     first = tensors[0]
     alike = all(t.dtype == first.dtype and t.device == first.device for t in tensors)
     whole = all(t.is_contiguous() and t.untyped_storage().nbytes() == t.nbytes for t in tensors)
-    frozen = not any(t.requires_grad for t in tensors)
+    frozen = not any(t.requires_grad or hasattr(t, _IN_PLACE) for t in tensors)
     return frozen and alike and whole and len({t.untyped_storage()._cdata for t in tensors}) == len(tensors)
 
 
