@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -36,14 +37,50 @@ def task(rows: int = 12, steps: int = 3, **options: Any) -> Task:
     return Task(rows=rows_of(rows), held_out=rows_of(4), settings=settings, **given)
 
 
-def killed_once(flag: Path, model: Any, tokenizer: Any, rows: Any) -> float:
-    """A metric whose first caller is killed."""
-    try:
-        flag.touch(exist_ok=False)
-    except FileExistsError:
-        return 1.0
-    os.kill(os.getpid(), signal.SIGKILL)
-    return 0.0
+class OnlyHere:
+    """What a process can hand to no other: it is unpickled in the one that pickled it."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _only_in, (os.getpid(),)
+
+
+def _only_in(process: int) -> OnlyHere:
+    if os.getpid() != process:
+        raise RuntimeError("no peer access")
+    return OnlyHere()
+
+
+#: one for every base that this process has loaded itself
+_loads: list[bool] = []
+
+
+def load_and_note() -> tuple[Any, Any]:
+    _loads.append(True)
+    return load()
+
+
+def first_killed(folder: Path, model: Any, tokenizer: Any, rows: Any) -> float:
+    """A metric that kills the worker that loaded the base while another is at a trial. Writes down each process, and
+    the file that its weights are in."""
+    maps = Path("/proc/self/maps").read_text().splitlines()
+    files = {line.split()[4] for line in maps if "memfd:pronghorn-base" in line}
+    with (folder / "where").open("a") as lines:
+        lines.write(f"{os.getpid()} {len(_loads)} {','.join(files)}\n")
+    if not (folder / "killed").exists():
+        if _loads:
+            _wait_for(folder / "other")
+            (folder / "killed").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        (folder / "other").touch()
+        _wait_for(folder / "never")  # this process is ended meanwhile
+    return 1.0
+
+
+def _wait_for(file: Path, seconds: float = 90.0) -> None:
+    until = time.monotonic() + seconds
+    while not file.exists():
+        assert time.monotonic() < until, f"{file.name} does not come"
+        time.sleep(0.02)
 
 
 def outcome(trial: Trial) -> dict[str, Any]:

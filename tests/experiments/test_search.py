@@ -6,7 +6,6 @@ import json
 import math
 from dataclasses import replace
 from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,11 +14,9 @@ from peft import PeftModel
 
 from pronghorn.errors import SearchChanged, SearchFailed, SearchInvalid
 from pronghorn.experiments.search import Space, search, steps_of
-from pronghorn.experiments.search.footprint import Footprint
 from pronghorn.experiments.search.journal import JOURNAL
 from pronghorn.experiments.search.swapping import adapted
-from pronghorn.experiments.search.workers import Deaths, Place, check_room
-from tests.experiments.searches import SPACE, killed_once, load, outcome, task
+from tests.experiments.searches import SPACE, load, outcome, task
 from tests.tiny import tiny_model
 
 
@@ -54,10 +51,16 @@ def test_the_base_is_untouched_bit_for_bit(whole):
 
 @pytest.mark.parametrize(
     "adapter",
-    [{"modules_to_save": ["lm_head"], "target_modules": ["q_proj"]}, {"bias": "all"}, {"use_dora": True}],
+    [
+        {"modules_to_save": ["lm_head"], "target_modules": ["q_proj"]},
+        {"bias": "all"},
+        {"use_dora": True},
+        {"init_lora_weights": "pissa"},
+    ],
 )
 def test_what_an_adapter_trains_of_the_base_is_put_back(adapter):
     base = tiny_model("qwen2")  # it has biases
+    tensors = {name: value.data_ptr() for name, value in base.named_parameters()}
     before = {name: value.clone() for name, value in base.state_dict().items()}
     with adapted(base, r=2, **adapter) as model, torch.no_grad():
         for parameter in model.parameters():
@@ -67,6 +70,7 @@ def test_what_an_adapter_trains_of_the_base_is_put_back(adapter):
     assert before.keys() == after.keys() and all(
         torch.equal(value, after[name]) for name, value in before.items()
     )
+    assert tensors == {name: value.data_ptr() for name, value in base.named_parameters()}, "nor written to"
     assert not any(parameter.requires_grad for parameter in base.parameters())
 
 
@@ -138,6 +142,16 @@ def test_a_metric_that_raises_is_told(tmp_path):
         search(task(metric=broken), Space({"r": [1]}), tmp_path)
 
 
+def merged(model: Any, tokenizer: Any, held_out: Any) -> float:
+    model.merge_adapter()
+    return 1.0
+
+
+def test_a_trial_that_changes_the_base_is_told(tmp_path):
+    with pytest.raises(SearchFailed, match=r"trial 0 has changed the base.*no merging"):
+        search(task(metric=merged), Space({"r": [1, 2]}), tmp_path)
+
+
 def test_steps_follow_the_batch():
     """Every trial sees as many rows: those of 3 steps of 4 rows."""
     space = Space({"per_device_train_batch_size": [2, 5], "gradient_accumulation_steps": [1, 2]})
@@ -159,43 +173,3 @@ def test_what_is_refused_before_anything_runs(tmp_path):
     with pytest.raises(SearchInvalid, match="which is to be low"):
         task(maximize=True)
     assert not list(tmp_path.glob("*"))
-
-
-def test_a_trial_whose_process_dies_is_run_once_more(caplog):
-    told: list[Any] = []
-    referee, deaths = SimpleNamespace(record=told.append), Deaths()
-    worker = SimpleNamespace(ready=True, job=(3, {"r": 4}), process=SimpleNamespace(exitcode=-9))
-    deaths.mourn(worker, referee)
-    assert deaths.next() == (3, {"r": 4}) and deaths.next() is None and not told
-    assert "trial 3 is run once more: its process ended with exit code -9: killed" in caplog.text
-    deaths.mourn(worker, referee)
-    assert deaths.next() is None
-    assert (told[0].number, told[0].status) == (3, "failed") and told[0].reason.startswith("twice, ")
-    worker.job = None
-    deaths.mourn(worker, referee)
-    assert len(told) == 1, "between two trials nothing is lost"
-    worker.ready = False
-    with pytest.raises(SearchFailed, match="a worker could not begin"):
-        deaths.mourn(worker, referee)
-
-
-def test_two_workers_come_to_the_same_though_one_is_killed(whole, tmp_path):
-    """Each process has a base of its own; the trial at which one is killed is run once more."""
-    killed = partial(killed_once, tmp_path / "killed")
-    result = search(task(metric=killed), Space(SPACE), tmp_path / "search", workers=2)
-    assert (tmp_path / "killed").is_file()
-    losses = [{str(t.settings): (t.status, t.loss) for t in of.trials} for of in (result, whole[0])]
-    assert losses[0] == losses[1]
-    assert sorted(trial.number for trial in result.trials) == [0, 1, 2, 3] and result.adapter.is_dir()
-
-
-def test_workers_need_what_a_process_can_be_given(tmp_path):
-    with pytest.raises(SearchInvalid, match="cannot be given this"):
-        search(task(load=lambda: None), Space(SPACE), tmp_path, workers=2)
-
-
-def test_workers_that_do_not_fit_are_refused(caplog):
-    check_room(Place("GPU-1", 2), Footprint(10 << 30, 20 << 30))
-    assert "10.00 GiB at least are predicted" in caplog.text
-    with pytest.raises(SearchInvalid, match=r"3 workers share one GPU of 20.00 GiB.*Fix: 2 there at most"):
-        check_room(Place("GPU-1", 3), Footprint(10 << 30, 20 << 30))

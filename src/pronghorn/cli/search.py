@@ -63,7 +63,11 @@ def register(commands: Any) -> None:
     )
     command.add_argument("--maximize", action="store_true", help="a higher metric is better")
     command.add_argument(
-        "--workers", type=positive, default=1, metavar="N", help="processes, each with the base (default 1)"
+        "--workers",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="processes; those of one GPU have one base (default 1)",
     )
     command.add_argument("--restart", action="store_true", help="forget the trials that are there")
     command.add_argument("--json", action="store_true", help="print the result as JSON")

@@ -19,7 +19,7 @@ import torch
 from datasets import Dataset
 from transformers.trainer_callback import TrainerCallback
 
-from pronghorn.engine import base_causal_lm
+from pronghorn.engine import base_causal_lm, binding_of
 from pronghorn.errors import (
     BudgetTooSmall,
     DatasetUnusable,
@@ -29,7 +29,7 @@ from pronghorn.errors import (
     SearchInvalid,
 )
 from pronghorn.experiments.search.footprint import Footprint, PeakMemory, footprint
-from pronghorn.experiments.search.space import ADAPTER_KEYS, Settings, Space
+from pronghorn.experiments.search.space import ADAPTER_KEYS, Range, Settings, Space
 from pronghorn.experiments.search.swapping import adapted
 from pronghorn.experiments.search.trial import Trial
 from pronghorn.experiments.short_runs import short_trainer
@@ -42,6 +42,7 @@ logger = logging.getLogger("pronghorn")
 #: A user's score: of the model with its trained adapter, the tokenizer, and the held-out rows as they were given.
 Metric = Callable[[Any, Any, Any], float]
 
+_MICRO_BATCH = "per_device_train_batch_size"
 #: Of a training, the share between two looks of a sampler that prunes.
 LOOK_EVERY = 1 / 3
 #: Of a training, the share between two logs.
@@ -55,8 +56,8 @@ class Task:
     """What is trained and how it is judged.
 
     Args:
-        load: gives (base model without an adapter, tokenizer). With several workers it is called in each, and has to be
-            a function of a module, or a `functools.partial` of one.
+        load: gives (base model without an adapter, tokenizer). Workers call it in processes of their own, for which it
+            has to be a function of a module, or a `functools.partial` of one.
         rows, held_out: data sets as `SFTTrainer` takes them.
         settings: of every training; the space's own settings take the place of its. Their `max_steps` say how many rows
             a trial sees, whatever its batch.
@@ -117,7 +118,8 @@ class Bench:
         self._base, self._tokenizer = task.load()
         name = Path(getattr(self._base, "name_or_path", "") or type(self._base).__name__).name
         #: what a search that goes on has to find again
-        self.facts = {"model": f"{name} ({digest_of_weights(self._base)})"}
+        self._digest = digest_of_weights(self._base)
+        self.facts = {"model": f"{name} ({self._digest})"}
         largest = {key: space.largest(key, None) for key in ADAPTER_KEYS if key in space.axes}
         with tempfile.TemporaryDirectory() as folder, self._adapted(largest) as model:
             trainer = short_trainer(
@@ -126,15 +128,17 @@ class Bench:
             self._rows, self._held_out = trainer.train_dataset, trainer.eval_dataset
             if not isinstance(self._rows, Dataset):
                 raise DatasetUnusable("a stream of rows cannot be trained on again", fix="give a Dataset")
-            batch = space.largest("per_device_train_batch_size", task.settings.per_device_train_batch_size)
+            batches = space.axes.get(_MICRO_BATCH, (task.settings.per_device_train_batch_size,))
+            assert not isinstance(batches, Range)  # of whole numbers it is their powers of two
+            batch = max(batches)
             if batch > len(self._rows):
                 raise SearchInvalid(
                     f"a micro-batch of {batch} rows is more than the {len(self._rows)} there are",
-                    fix="search smaller per_device_train_batch_size",
+                    fix=f"search smaller {_MICRO_BATCH}",
                 )
             #: held-out loss of the base, as an adapter at its beginning changes nothing
             self.before = float(trainer.evaluate()["eval_loss"])
-            self.footprint = footprint(trainer, batch)
+            self.footprint = footprint(trainer, batches)
             del trainer
         self.facts |= {
             "rows": digest_of_rows(self._rows),
@@ -144,7 +148,8 @@ class Bench:
 
     def run(self, number: int, settings: Settings, referee: Referee, looks: bool) -> None:
         """One trial; `looks`: the referee is asked after every third whether it is worth its end."""
-        peak, failed = PeakMemory(), ""
+        binding = binding_of(self._base)
+        peak, failed = PeakMemory(0 if binding is None else binding.elsewhere), ""
         began = time.perf_counter()
         try:
             with self._adapted(settings) as model:
@@ -166,6 +171,11 @@ class Bench:
         if failed:
             trial = Trial(
                 number, settings, "failed", failed, seconds=time.perf_counter() - began, memory=peak.read()
+            )
+        if digest_of_weights(self._base) != self._digest:
+            raise SearchFailed(
+                f"trial {number} has changed the base, on which all other trials are",
+                fix="give a metric that leaves the model as it was: no merging",
             )
         referee.record(trial)
 
@@ -242,7 +252,7 @@ def steps_of(base: SFTConfig, settings: Settings) -> int:
     """Optimizer steps in which a trial sees as many rows as `base.max_steps` of its own; -1 (epochs) stays."""
     if base.max_steps <= 0:
         return -1
-    keys = ("per_device_train_batch_size", "gradient_accumulation_steps")
+    keys = (_MICRO_BATCH, "gradient_accumulation_steps")
     own = math.prod(getattr(base, key) for key in keys)
     return math.ceil(base.max_steps * own / math.prod(settings.get(key, getattr(base, key)) for key in keys))
 

@@ -80,7 +80,7 @@ def search(
         folder: gets `trials.jsonl`, a line for every finished trial, and the best one's `adapter-N`.
         sampler: "grid" (every point), "random", or "tpe" (Optuna's, with pruning).
         trials: at most, earlier ones included; None is all points of a grid, and 20 otherwise.
-        workers: processes that each load the base, spread over the GPUs; 1 runs in this process.
+        workers: processes, spread over the GPUs; those of one GPU have one base. 1 runs in this process.
         restart: forget what is in the folder.
         on_trial: is told each outcome as it comes.
 

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from peft.utils import ModulesToSaveWrapper
 
 from pronghorn.loading import FastLanguageModel
@@ -16,12 +15,19 @@ from pronghorn.loading import FastLanguageModel
 def adapted(base: Any, **adapter: Any) -> Iterator[Any]:
     """The base with a new adapter, the arguments being those of `FastLanguageModel.get_peft_model`; at the end without.
 
-    What an adapter trains of the base itself (`bias`) is put back, and so are modules trained whole
-    (`modules_to_save`), which PEFT's own unloading leaves in their trained state.
+    Nothing is written into the base's tensors, which other processes may be reading: what an adapter trains of the base
+    itself (`bias`) is trained in a copy. The tensors are put back, also those for which the adapter's beginning puts
+    others (PiSSA), and modules trained whole (`modules_to_save`), which PEFT's own unloading leaves as they are then.
     """
-    own = {id(parameter) for parameter in base.parameters()}
+    before = [(parameter, parameter.data) for parameter in base.parameters()]
     model = FastLanguageModel.get_peft_model(base, **adapter)
-    trained = [(p, p.detach().clone()) for p in model.parameters() if p.requires_grad and id(p) in own]
+    own = {id(parameter) for parameter, _ in before}
+    trained = [p for p in model.parameters() if p.requires_grad and id(p) in own]
+    for parameter in trained:
+        parameter.data = parameter.data.clone()
+    # Only those: weights that training lays side by side stay there, and their former places are given back.
+    replaced = [(p, data) for p, data in before if p.data_ptr() != data.data_ptr()]
+    del before
     whole = {
         name: module.original_module
         for name, module in base.named_modules()
@@ -33,7 +39,7 @@ def adapted(base: Any, **adapter: Any) -> Iterator[Any]:
         model.unload()
         for name, module in whole.items():
             base.set_submodule(name, module)
-        with torch.no_grad():
-            for parameter, value in trained:
-                parameter.copy_(value)
-                parameter.requires_grad_(False)
+        for parameter, data in replaced:
+            parameter.data = data
+        for parameter in trained:
+            parameter.requires_grad_(False)
