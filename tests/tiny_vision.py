@@ -32,6 +32,8 @@ from transformers import (
     Qwen2VLImageProcessorPil,
     Qwen3_5Config,
     Qwen3_5ForConditionalGeneration,
+    Qwen3_5MoeConfig,
+    Qwen3_5MoeForConditionalGeneration,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
 )
@@ -46,7 +48,10 @@ MODELS: dict[str, tuple[type, type]] = {
 }
 
 #: with linear attention in the text part: `tests.families.test_hybrid` holds it to a bound of its own
-HYBRIDS: dict[str, tuple[type, type]] = {"qwen3_5": (Qwen3_5Config, Qwen3_5ForConditionalGeneration)}
+HYBRIDS: dict[str, tuple[type, type]] = {
+    "qwen3_5": (Qwen3_5Config, Qwen3_5ForConditionalGeneration),
+    "qwen3_5_moe": (Qwen3_5MoeConfig, Qwen3_5MoeForConditionalGeneration),
+}
 
 #: ids of the tokens that `tiny_processor` adds to `tests.tiny.tiny_tokenizer`'s 320
 VISION_START, VISION_END, IMAGE, VIDEO = 320, 321, 322, 323
@@ -99,11 +104,16 @@ def tiny_vision_config(kind: str, **text: Any) -> Any:
             vision_config=tower,
             **_QWEN_IDS,
         )
-    if kind == "qwen3_5":
-        text_config = {**_TEXT, **RECURRENT_SIZES, **_mrope((2, 1, 1)), **text}
+    if kind in HYBRIDS:
+        experts = {
+            "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64,
+            "shared_expert_intermediate_size": 128,
+        }  # fmt: skip
+        sizes = RECURRENT_SIZES if kind == "qwen3_5" else {**RECURRENT_SIZES, **experts}
+        text_config = {**_TEXT, **sizes, **_mrope((2, 1, 1)), **text}
         text_config["rope_parameters"]["partial_rotary_factor"] = 0.5
         tower = {**_TOWER, "intermediate_size": 48, "num_position_embeddings": 64}
-        return Qwen3_5Config(text_config=text_config, vision_config=tower, **_QWEN_IDS)
+        return HYBRIDS[kind][0](text_config=text_config, vision_config=tower, **_QWEN_IDS)
     layers = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 6}
     return Gemma3Config(
         text_config={**_TEXT, **layers, "query_pre_attn_scalar": 24, **text},

@@ -14,8 +14,7 @@ from pronghorn.export.gguf.families import FAMILIES
 from tests.export.test_merged import logits, trained
 from tests.families.mixtures import tiny_mixture
 from tests.tiny import LATENT, MIXTURES, tiny_model, tiny_tokenizer
-from tests.tiny_vision import MODELS as VISION
-from tests.tiny_vision import tiny_vision_model
+from tests.tiny_vision import HYBRIDS, MODELS, tiny_vision_model
 
 _YARN = {
     "rope_type": "yarn",
@@ -28,6 +27,15 @@ _YARN = {
     "original_max_position_embeddings": 64,
 }
 _OWN_ANGLES = {"rope_type": "default", "rope_theta": 500.0}
+VISION = MODELS | HYBRIDS
+#: Heads of k and v of one size, as llama.cpp has them.
+_RECURRENT = {"linear_key_head_dim": 32}
+_SECTIONS = {
+    "rope_type": "default",
+    "rope_theta": 10000.0,
+    "partial_rotary_factor": 0.5,
+    "mrope_section": [2, 1, 1],
+}
 _GEMMA3_LAYERS = ["sliding_attention"] * 5 + ["full_attention"]
 #: What llama.cpp has built in for Gemma: attention scaled by the head's size. Windows are shorter than the rows.
 SETTINGS = {
@@ -73,6 +81,9 @@ SETTINGS = {
     "youtu": {"tie_word_embeddings": True},
     "mixtral": {"sliding_window": None},
     "qwen3_moe": {"sliding_window": None, "mlp_only_layers": []},
+    **dict.fromkeys(("qwen3_next", "qwen3_5", "qwen3_5_moe"), _RECURRENT),
+    "qwen3_5_text": {**_RECURRENT, "rope_parameters": _SECTIONS, "linear_num_value_heads": 6},
+    "qwen3_5_moe_text": {**_RECURRENT, "rope_parameters": _SECTIONS},
     "granite": {
         "embedding_multiplier": 3.0,
         "residual_multiplier": 0.7,
@@ -90,6 +101,12 @@ ADAPTED = {
     "deepseek_v2": 11,
     "deepseek_v3": 11,
     "glm4_moe_lite": 11,
+    # Half of the layers have in_proj_qkv, or in two parts in_proj_qkvz, in q's, k's and v's place.
+    "qwen3_5_text": 6,
+    "qwen3_5": 6,
+    "qwen3_5_moe_text": 9,
+    "qwen3_5_moe": 9,
+    "qwen3_next": 9.5,
 }
 
 
@@ -200,6 +217,12 @@ def test_gemma_3_has_two_ropes(tmp_path):
         ("deepseek_v3", {"q_lora_rank": None}, "q_lora_rank=None in 3 layers"),
         ("deepseek_v3", {"rope_parameters": {**_YARN, "mscale": 0.5}}, "mscale other than"),
         ("deepseek_v2", {"topk_method": "group_limited_greedy", "n_group": 3}, "group_limited_greedy"),
+        ("qwen3_5_text", {"layer_types": ["full_attention", "linear_attention"]}, "other layers of full"),
+        ("qwen3_5_text", {"layer_types": ["linear_attention"] * 2}, "full attention, this one has none"),
+        ("qwen3_5_text", {"linear_value_head_dim": 16}, "linear_value_head_dim"),
+        ("qwen3_5_text", {"rope_parameters": {**_SECTIONS, "mrope_section": [1, 2, 1]}}, "mrope_section"),
+        ("qwen3_5_text", {"rope_parameters": {**_SECTIONS, "mrope_section": [11, 11, 10]}}, "mrope_section"),
+        ("qwen3_next", {"norm_topk_prob": False}, "norm_topk_prob=False"),
         ("glm4_moe_lite", {"mlp_layer_types": ["sparse", "dense", "sparse"]}, "behind ones with"),
     ],
 )
@@ -260,6 +283,31 @@ def test_keys_and_values_of_a_code_stand_apart(tmp_path):
     assert {key: fields[f"deepseek2.{key}"] for key in expected} == expected
 
 
+def test_heads_of_linear_attention_in_llama_cpps_order(tmp_path):
+    """2 heads of k, 6 of v: those of the first of k are 0, 2, 4 in the file."""
+    model = family_model("qwen3_5_text")
+    file = save_gguf(model, tiny_tokenizer(), tmp_path / "out", "q8_0", verify=False).files[0]
+    fields, found = read(file)
+    layer, order = model.model.layers[0].linear_attn, [0, 3, 1, 4, 2, 5]
+    assert torch.equal(found["blk.0.ssm_a"], -layer.A_log.exp()[order])
+    assert torch.equal(found["blk.0.ssm_dt.bias"], layer.dt_bias[order])
+    conv = layer.conv1d.weight[:, 0]
+    values = conv[128:].view(6, 32, 4)[order].flatten(0, 1)
+    assert torch.equal(found["blk.0.ssm_conv1d.weight"], torch.cat([conv[:128], values]))
+    assert torch.equal(found["blk.0.ssm_norm.weight"], layer.norm.weight)  # not 1 + w
+    assert torch.equal(found["blk.0.attn_norm.weight"], 1 + model.model.layers[0].input_layernorm.weight)
+    out = layer.out_proj.weight.view(64, 6, 32)[:, order].flatten(1)
+    torch.testing.assert_close(found["blk.0.ssm_out.weight"].view(64, 192), out, atol=0.01, rtol=0)
+    expected = {
+        "ssm.conv_kernel": 4, "ssm.state_size": 32, "ssm.group_count": 2, "ssm.time_step_rank": 6,
+        "ssm.inner_size": 192, "full_attention_interval": 2, "rope.dimension_sections": [2, 1, 1, 0],
+        "rope.dimension_count": 8,
+    }  # fmt: skip
+    assert {key: fields[f"qwen35.{key}"] for key in expected} == expected
+    kinds = {tensor.name: tensor.tensor_type.name for tensor in GGUFReader(file).tensors}
+    assert kinds["blk.0.ssm_conv1d.weight"] == "F32" and kinds["blk.0.ssm_out.weight"] == "Q8_0"
+
+
 def test_a_model_for_images_without_its_tower(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, "pronghorn"):
         done = save_gguf(family_model("qwen3_vl"), tiny_tokenizer(), tmp_path / "out", "f32", verify=False)
@@ -271,11 +319,16 @@ def test_a_model_for_images_without_its_tower(tmp_path, caplog):
 
 
 @pytest.mark.parametrize(
-    "family, message", [("youtu", "kv_b_proj.weight stands in two parts"), ("mixtral", "no linear layer")]
+    "family, targets, message",
+    [
+        ("youtu", {}, "kv_b_proj.weight stands in two parts"),
+        ("mixtral", {}, "no linear layer"),
+        ("qwen3_next", {"target_modules": ["q_proj"]}, "in_proj_qkvz.weight stands in two parts"),
+    ],
 )
-def test_adapters_without_a_gguf_form(tmp_path, family, message):
+def test_adapters_without_a_gguf_form(tmp_path, family, targets, message):
     with pytest.raises(NotExportable, match=message):
-        save_gguf_adapter(trained(family_model(family)), tmp_path / "out")
+        save_gguf_adapter(trained(family_model(family), **targets), tmp_path / "out")
 
 
 @pytest.mark.parametrize("partial", [1.0, 0.5])
@@ -323,7 +376,9 @@ def test_a_window_that_llama_cpp_does_not_compute_is_said(tmp_path, caplog, fami
 
 
 @pytest.mark.skipif(llama_cpp.unavailable() is not None, reason="llama.cpp's binding is not here")
-@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in (*MIXTURES, *LATENT)])
+@pytest.mark.parametrize(
+    "family", [family for family in FAMILIES if family not in (*MIXTURES, *LATENT, "qwen3_5_moe")]
+)
 def test_llama_cpp_adds_the_adapter_to_the_base(tmp_path, family):
     base = family_model(family)
     plain = save_gguf(base, tiny_tokenizer(), tmp_path / "base", "f32", verify=False).files[0]

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from pronghorn.blocks import LEVELS, parks
+from pronghorn.blocks import LEVELS, head_groups, parks
 from pronghorn.engine import bind, binding_of
 from tests import tiny
 from tests.families.parity import (
@@ -290,3 +290,16 @@ def test_undo_restores_the_stock_model() -> None:
 def test_binding_twice_changes_nothing() -> None:
     fast = bound_copy(stock("llama"))
     assert bind(fast) is binding_of(fast)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "phi3"])
+@pytest.mark.parametrize("level", ["none", "attention", "all"])
+def test_attention_by_groups_of_heads(family: str, level: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a long row: gradients lie where dout, k and v did, which may be kept ones."""
+    monkeypatch.setattr(head_groups, "GROUP_TOKENS", 16)
+    model = add_adapter(tiny_model(family, dtype=torch.float64))
+    rows = rows_batch(model.config.vocab_size, LENGTHS)
+    assert head_groups.head_groups(sum(LENGTHS), model.config.num_key_value_heads, "eager") > 1
+    fast = bound_copy(model, level)
+    binding_of(fast).choose_attention("eager")  # type: ignore[union-attr]
+    assert_same(run(fast, rows, logits=False), run(model, rows, logits=False), EXACT)

@@ -11,9 +11,11 @@ import pytest
 import torch
 
 from pronghorn.inference import engine as engine_module
+from pronghorn.inference import fused
 from pronghorn.inference.captured import CapturedRunner
 from pronghorn.inference.engine import Engine
 from pronghorn.inference.requests import Request, SamplingParams
+from pronghorn.kernels.walk import walk
 from tests.inference.test_engine import (
     NEW,
     PROMPTS,
@@ -25,7 +27,7 @@ from tests.inference.test_engine import (
     sampled,
 )
 from tests.inference.test_engine_adapters import fp8, int8, nf4, with_adapters
-from tests.tiny import FAMILIES, RECURRENT, tiny_model
+from tests.tiny import FAMILIES, tiny_model
 
 
 @pytest.fixture
@@ -49,13 +51,52 @@ def alone(model):
     return [run_tokens(Engine(model, max_context=256), [request])[0] for request in REQUESTS]
 
 
-@pytest.mark.parametrize("family", sorted({*FAMILIES} - {*RECURRENT}))
+@pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_families(family, captured, monkeypatch):
     model = tiny_model(family, seed=1)
     requests = [sampled(ids) for ids in PROMPTS[1:4]]
     found = run_tokens(Engine(model, max_batch=4, max_context=256), requests)
     monkeypatch.undo()
     assert_same(found, run_tokens(Engine(model, max_batch=4, max_context=256), requests))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma2"])
+def test_all_between_two_attentions_at_once(family, captured, monkeypatch):
+    model, walked = tiny_model(family, seed=1).requires_grad_(False), []
+    monkeypatch.setattr(fused, "walk", lambda *a, **k: (walked.append(1), walk(*a, **k))[1])
+    requests = [sampled(ids) for ids in PROMPTS[1:3]]
+    found = [run_tokens(Engine(model, max_batch=1, max_context=256), [request])[0] for request in requests]
+    assert bool(walked) == (family != "gemma2")  # which has norms behind its products
+    monkeypatch.undo()
+    assert_same(found, run_tokens(Engine(model, max_batch=4, max_context=256), requests))
+
+
+@pytest.mark.parametrize("lost", [1, 5])
+@pytest.mark.parametrize("most", [1, 2])
+def test_a_lost_step_is_done_again(lost, most, captured, monkeypatch, caplog):
+    """Programs that wait for each other in vain leave anything behind, and count it."""
+    model, steps = tiny_model("llama", seed=1).requires_grad_(False), []
+
+    def fails(attended, x, steps_, meeting, **kwargs):
+        y = walk(attended, x, steps_, meeting, **kwargs)
+        if steps_ is steps_of[-1]:
+            steps.append(1)
+        if len(steps) >= lost:
+            meeting.lost.add_(1)
+            x.fill_(7.0)
+            y.fill_(float("nan"))
+        return y
+
+    requests = [sampled(PROMPTS[1]), greedy(PROMPTS[2])]
+    alone = [run_tokens(Engine(model, max_batch=4, max_context=256), [request])[0] for request in requests]
+    monkeypatch.setattr(fused, "walk", fails)
+    engine = Engine(model, max_batch=most, max_context=256)
+    steps_of = engine._runner.fused.walks
+    assert steps_of
+    found = run_tokens(engine, requests, arrivals=[0, 9])
+    assert [[t.id for t in answer] for answer in found] == [[t.id for t in answer] for answer in alone]
+    assert not engine._runner.fused.walks and len(steps) <= lost + 1
+    assert caplog.text.count("waited for each other in vain") == 1
 
 
 @pytest.mark.parametrize("blocks", [4, 9, 64])

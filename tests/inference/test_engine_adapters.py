@@ -156,9 +156,10 @@ def nf4(model):
 
 def replaced(model, make):
     for layer in model.model.layers:
-        for parent in (layer.self_attn, layer.mlp):
+        for parent in (getattr(layer, "self_attn", None) or layer.linear_attn, layer.mlp):
             for name, child in list(parent.named_children()):
-                if isinstance(child, torch.nn.Linear):
+                # Projections of a number a head stay as they are.
+                if isinstance(child, torch.nn.Linear) and min(child.weight.shape) >= 16:
                     setattr(parent, name, make(child))
     return model
 

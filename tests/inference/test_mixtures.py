@@ -19,15 +19,24 @@ from pronghorn.inference.server.loading import load_served
 from pronghorn.weights.experts import hold_in_four_bits
 from tests.families.mixtures import MIXTURES, STACKS, tiny_mixture
 from tests.inference.server.running import ask, running
-from tests.inference.test_engine import assert_same, greedy, prompt, run, run_tokens, sampled, stock
+from tests.inference.test_engine import (
+    assert_same,
+    greedy,
+    prompt,
+    recorded_steps_ask_nothing,
+    run,
+    run_tokens,
+    sampled,
+    stock,
+)
 from tests.inference.test_model_generate import through_engine
-from tests.tiny import RECURRENT, save_tiny, tiny_tokenizer
+from tests.tiny import save_tiny, tiny_tokenizer
 
 #: their contexts fill one block of the cache, and begin a second
 PROMPTS = [prompt(seed, length) for seed, length in enumerate((5, 23, 70))]
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 QUESTION = [{"role": "user", "content": "What does it eat?"}]
-KINDS = sorted({*MIXTURES} - {*RECURRENT})
+KINDS = sorted(MIXTURES)
 
 
 @pytest.fixture
@@ -92,10 +101,6 @@ def test_recorded_steps(family, captured, monkeypatch):
     assert_same(found, [run_tokens(Engine(model, max_context=128), [request])[0] for request in requests])
 
 
-def refused(*arguments):
-    raise AssertionError("a recorded step asks the device")
-
-
 @pytest.mark.parametrize(("family", "rows"), [("qwen2_moe", 1), ("gpt_oss", 2)])
 def test_recorded_steps_in_triton(family, rows, captured, monkeypatch):
     """A whole step by the kernels that a GPU runs, and nothing that waits for it: one row, whose products are
@@ -117,15 +122,7 @@ def test_recorded_steps_in_triton(family, rows, captured, monkeypatch):
     kernels = (decode_attention, grouped_adapters, grouped_glu, grouped_matmul, grouped_rows, matvec, routing)
     for module in kernels:
         monkeypatch.setattr(module, "use_triton", lambda tensor, impl: True)
-    compute = CapturedRunner.compute
-
-    def asking_nothing(runner, size):
-        with monkeypatch.context() as asked:
-            for name in ("item", "tolist", "__bool__", "__int__", "__float__", "nonzero", "cpu"):
-                asked.setattr(torch.Tensor, name, refused)
-            return compute(runner, size)
-
-    monkeypatch.setattr(CapturedRunner, "compute", asking_nothing)
+    recorded_steps_ask_nothing(monkeypatch)
     short = [replace(one, sampling=replace(one.sampling, max_new_tokens=2)) for one in requests]
     assert_same(run_tokens(Engine(model, max_batch=rows, max_context=64), short), expected)
 

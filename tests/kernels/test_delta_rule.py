@@ -8,7 +8,13 @@ from torch import Tensor
 
 from pronghorn.kernels.attention import Documents
 from pronghorn.kernels.delta_gates import delta_gates_backward, delta_gates_forward
-from pronghorn.kernels.delta_rule import EPS, _runs_in_triton, delta_rule_backward, delta_rule_forward
+from pronghorn.kernels.delta_rule import (
+    EPS,
+    _runs_in_triton,
+    delta_rule_backward,
+    delta_rule_continued,
+    delta_rule_forward,
+)
 from tests.kernels.compare import assert_near, random
 
 #: lengths of documents (chunks have 64 tokens), heads of q and k, of v, size of k, of v
@@ -82,6 +88,28 @@ def test_triton(shape, device):
     found = delta_rule_backward(dout, *given, docs, impl="triton")
     for actual, want in zip(found, wanted, strict=True):
         assert_near(actual, want, slack=8.0)
+
+
+@pytest.mark.parametrize("shape", [((70, 1, 128, 3), 2, 4, 16, 32), ((64,), 1, 1, 16, 16)])
+def test_parts_give_what_the_whole_gives(shape, device):
+    """A first part of each document, then the rest from the state that it left; by torch and by Triton."""
+    given, docs = inputs(shape, torch.float64, device), packed(shape[0], device)
+    expected = delta_rule_forward(*given, docs)
+    firsts = [max(1, length * 2 // 3) for length in shape[0]]
+    ends = torch.tensor([0, *shape[0]]).cumsum(0).tolist()
+    rows = [torch.arange(at, at + n) for at, n in zip(ends, firsts, strict=False)]
+    others = [torch.arange(at + n, end) for at, n, end in zip(ends, firsts, ends[1:], strict=False)]
+    for dtype, impl, slack in ((torch.float64, "torch", 100.0), (torch.float32, "triton", 4.0)):
+        states = torch.zeros(len(firsts), shape[2], shape[3], shape[4], dtype=dtype, device=device)
+        cast = [x.to(dtype) for x in given]
+        for part in (rows, others):
+            held = [i for i, row in enumerate(part) if len(row)]
+            chosen, lengths = torch.cat(part).to(device), [len(part[i]) for i in held]
+            before = states[held]
+            part_docs = packed(tuple(lengths), device)
+            out = delta_rule_continued(*(x[chosen] for x in cast), part_docs, before, impl=impl)
+            states[held] = before
+            assert_near(out, expected[chosen], slack=slack)
 
 
 def test_other_sizes_of_heads_run_as_torch(device):

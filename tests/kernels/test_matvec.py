@@ -186,6 +186,29 @@ def test_four_bits_with_an_activation(impl, width, device):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize("outs, activation", [(24, "silu"), (8, "gelu_tanh")])
+def test_gate_and_up_in_four_bits(impl, double, outs, activation, device, monkeypatch):
+    """In whole steps of columns, which Hopper's matrix units take."""
+    if impl == "triton" and device.type == "cuda":
+        from pronghorn.kernels.triton import four_bit_glu
+
+        monkeypatch.setattr(four_bit_glu, "LEAST_NUMBERS", 0)
+    width, dtype = 2048, torch.bfloat16
+    x, norm, bias, *_ = case(1, width, 2 * outs, dtype, device)
+    made = [
+        quantised(random(outs, width, dtype=torch.float32, device=device, seed=i, scale=0.05), double)
+        for i in range(2)
+    ]
+    weight = torch.cat([dense for _, dense in made])
+    parts, exact = [part for part, _ in made], normed(x, norm)
+    expected = finished(exact @ weight.t() + bias.double(), None, activation, None)
+    found = matvec_4bit(x, parts, norm=norm, bias=bias, activation=activation, impl=impl)
+    gate, up = (exact.abs() @ weight.abs().t() + bias.double().abs() + 1.0).chunk(2, 1)
+    assert_sums_near(found, expected, gate * (1 + up) + up, dtype)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("four_bits_", [False, True])
 @pytest.mark.parametrize("widths,activation", [((24,), None), ((16, 8, 8), None), ((12, 12), "silu")])
 def test_adapter_in_the_weights_launch(impl, four_bits_, widths, activation, device):

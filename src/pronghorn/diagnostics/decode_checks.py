@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import torch
 
+from pronghorn.diagnostics.checks import Unsound
 from pronghorn.diagnostics.compare import Comparison, close, device, draw, dtypes
 from pronghorn.diagnostics.kernel_checks import EPS, said
 from pronghorn.diagnostics.quantised_checks import four_bit_case
 from pronghorn.kernels import matvec as rows_kernels
 from pronghorn.kernels.decode_attention import Heads, Paged, Rotation, decode_attention
 from pronghorn.kernels.matvec import FourBit, RowNorm, RowShare
+from pronghorn.kernels.walk import Meeting, Product, Walk, fits_walk, walk
 
 #: rows, width, outputs of each of two weights, rank of the adapters
 ROWS, WIDTH, OUT, RANK = 3, 256, 96, 8
@@ -53,6 +55,46 @@ def few_rows() -> str:
     codes = FourBit(bits, tuple(bits.code.tolist()))
     close(compared, "4-bit Y", rows_kernels.matvec_4bit(x, [codes]), x.double() @ truth.T)
     return said(compared)
+
+
+def between_attentions() -> str:
+    """Output projection, MLP and the next layer's projections of one row; in one launch where a GPU has a kernel for
+    it, in bf16."""
+    compared = Comparison()
+    hidden, inner, outs = 1536, 1216, 264
+    dtype = dtypes()[-1]
+
+    def step(width: int, out: int, seed: int, normed: bool) -> Product:
+        norm = RowNorm(draw(width, dtype=dtype, seed=seed + 1), EPS) if normed else None
+        weight = draw(out, width, dtype=dtype, seed=seed, scale=width**-0.5)
+        return Product(weight, draw(out, dtype=dtype, seed=seed + 2), norm)
+
+    o, gate_up = step(hidden, hidden, 1, False), step(hidden, 2 * inner, 4, True)
+    steps = Walk(o, gate_up, step(inner, hidden, 7, False), step(hidden, outs, 10, True), "silu")
+    attended, x = draw(1, hidden, dtype=dtype, seed=13), draw(1, hidden, dtype=dtype, seed=14)
+    summed = (x.double() + _applied(steps.o, attended)).to(dtype)
+    gate, up = _applied(steps.gate_up, summed).chunk(2, 1)
+    act = (torch.nn.functional.silu(gate) * up).to(dtype)
+    summed = (summed.double() + _applied(steps.down, act)).to(dtype)
+    meeting = Meeting(*(torch.zeros(1, dtype=torch.int64, device=device()) for _ in range(2)))
+    y = walk(attended, x, steps, meeting, impl=None if fits_walk(steps) else "torch")
+    close(compared, "x", x, summed)
+    close(compared, "Y", y, _applied(steps.last, summed), dtype)
+    if int(meeting.lost):
+        raise Unsound(
+            "programs of one launch waited for each other in vain",
+            fix="end what else keeps the GPU's processors; decoding does without such launches where it has to",
+        )
+    return said(compared)
+
+
+def _applied(step: Product, x: torch.Tensor) -> torch.Tensor:
+    """norm(x) Wᵀ + bias in fp64."""
+    wide = x.double()
+    if step.norm is not None:
+        wide = wide * (wide.square().mean(1, keepdim=True) + EPS).rsqrt() * step.norm.weight.double()
+    assert step.bias is not None
+    return wide @ step.weight.double().T + step.bias.double()
 
 
 def paged_attention() -> str:

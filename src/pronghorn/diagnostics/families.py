@@ -88,11 +88,6 @@ _FALLBACKS = (
         "the tower's shapes change with the images",
     ),
     (
-        "generation where most layers are linear attention",
-        "Transformers' own loop and decoder",
-        "the engine's cache is of keys and values",
-    ),
-    (
         "generation for a prompt with images",
         "Transformers' own loop and decoder",
         "the engine reads text",

@@ -11,12 +11,15 @@ from pronghorn.diagnostics.compare import Comparison, close, device, draw, dtype
 from pronghorn.diagnostics.kernel_checks import EPS, said
 from pronghorn.kernels.attention import Documents
 from pronghorn.kernels.delta_rule import EPS as UNIT_EPS
-from pronghorn.kernels.delta_rule import delta_rule_backward, delta_rule_forward
+from pronghorn.kernels.delta_rule import delta_rule_backward, delta_rule_continued, delta_rule_forward
+from pronghorn.kernels.delta_step import DeltaWeights, delta_rule_step, short_conv_step
 from pronghorn.kernels.gated_output import gated_output_backward, gated_output_forward
 from pronghorn.kernels.short_conv import short_conv_backward, short_conv_forward
 
 #: of documents: several in a chunk of 64 tokens, and one of several chunks
 LENGTHS = (7, 90, 1, 42)
+#: tokens of two sequences that go on one by one
+STEPS = 5
 
 
 def _document() -> Tensor:
@@ -83,10 +86,55 @@ def delta_rule() -> str:
     return said(compared)
 
 
-def _recurrence(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Tensor:
+def delta_step() -> str:
+    """Two sequences that go on token by token, in slots that lie in another order, against the recurrence from their
+    beginning; and the same tokens once more, all of them from the states that they left."""
+    compared, heads, size = Comparison(), 4, 32
+    slots = torch.tensor([2, 0], dtype=torch.int32, device=device())
+    docs = Documents(torch.tensor([0, STEPS, 2 * STEPS], device=device()).int(), STEPS, (STEPS, STEPS))
+    for dtype in dtypes():
+        x, z = (draw(2 * STEPS, n * size, dtype=dtype, seed=n) for n in (2 * heads, heads))
+        b, a = (draw(2 * STEPS, heads, dtype=dtype, seed=i) for i in (1, 2))
+        taps, norm = draw(2 * heads * size, 4, dtype=dtype, seed=3), draw(size, dtype=dtype, seed=5)
+        decay, bias = (draw(heads, dtype=torch.float32, seed=i) for i in (6, 7))
+        memory, states = x.new_zeros(3, 3, x.shape[1]), decay.new_zeros(3, heads, size, size)
+        weights, ys, reads = DeltaWeights(decay, bias, norm, EPS), [], []
+        for t in range(STEPS):
+            ys.append(short_conv_step(x[t::STEPS], taps, None, memory, slots))
+            gate, of_b, of_a = (part[t::STEPS] for part in (z, b, a))
+            reads.append(delta_rule_step(ys[t], gate, of_b, of_a, weights, states, slots))
+        y, read = (torch.stack(part, 1).flatten(0, 1) for part in (ys, reads))
+        compared.near("y", y, _convolved(x, taps), slack=4.0)
+        g = -decay.double().exp() * torch.nn.functional.softplus(a.double() + bias.double())
+        beta = b.double().sigmoid()
+        q, k, v = y.view(2 * STEPS, -1, size).split([heads // 2, heads // 2, heads], 1)
+        twice = (
+            torch.cat([part.unflatten(0, (2, STEPS))] * 2, 1).flatten(0, 1) for part in (q, k, v, g, beta)
+        )
+        q2, k2, v2, g2, beta2 = (part.double() for part in twice)
+        out = _recurrence(q2, k2, v2, g2, beta2, (2 * STEPS, 2 * STEPS)).view(2, 2 * STEPS, heads, size)
+        first, then = (part.flatten(0, 1) for part in out.split(STEPS, 1))
+        gate, wide = z.double().view_as(first), norm.double()
+        normed = first * (first.square().mean(-1, keepdim=True) + EPS).rsqrt() * wide
+        compared.near("read", read, (normed * gate * gate.sigmoid()).flatten(1), slack=4.0)
+        found = delta_rule_continued(q, k, v, g.float(), beta.float(), docs, states[slots.long()])
+        close(compared, "continued", found, then, dtype, bound=12 * max(torch.finfo(dtype).eps / 2, 1e-6))
+    return said(compared)
+
+
+def _convolved(x: Tensor, taps: Tensor) -> Tensor:
+    """silu of the convolution of two sequences in fp64."""
+    rows = torch.nn.functional.pad(x.double().view(2, STEPS, -1).transpose(1, 2), (3, 0))
+    z = torch.nn.functional.conv1d(rows, taps.double()[:, None], groups=x.shape[1])
+    return torch.nn.functional.silu(z).transpose(1, 2).flatten(0, 1)
+
+
+def _recurrence(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, lengths: Sequence[int] = LENGTHS
+) -> Tensor:
     q, k = (x * (x.square().sum(-1, keepdim=True) + UNIT_EPS).rsqrt() for x in (q, k))
     q, k = (x.repeat_interleave(v.shape[1] // k.shape[1], 1) for x in (q * q.shape[2] ** -0.5, k))
-    outs, begins = [], {sum(LENGTHS[:i]) for i in range(len(LENGTHS))}
+    outs, begins = [], {sum(lengths[:i]) for i in range(len(lengths))}
     state = v.new_zeros(v.shape[1], k.shape[2], v.shape[2])
     for t in range(v.shape[0]):
         state = state * 0 if t in begins else state * g[t].exp()[:, None, None]

@@ -54,12 +54,17 @@ CHECKS: list[Check] = [
             "short convolution": "short_conv",
             "gated attention output": "gated_output",
             "gated delta rule": "delta_rule",
+            "gated delta rule, one token": "delta_step",
         },
     ),
     *_group(
         "kernels",
         "decode_checks",
-        {"products of few rows": "few_rows", "attention to a cache in blocks": "paged_attention"},
+        {
+            "products of few rows": "few_rows",
+            "all between two attentions": "between_attentions",
+            "attention to a cache in blocks": "paged_attention",
+        },
     ),
     *_group(
         "quantised",

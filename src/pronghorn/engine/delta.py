@@ -9,6 +9,7 @@ from pronghorn.blocks.delta_net import DeltaHeads
 from pronghorn.engine.layer_call import LayerCall, ReadGroups
 from pronghorn.engine.read import active_module, read_norm
 from pronghorn.families import DELTA
+from pronghorn.families.spec import DeltaParts
 
 
 def delta_net_block(layer: Any, call: LayerCall, read: ReadGroups) -> DeltaNetBlock:
@@ -23,13 +24,7 @@ def delta_net_block(layer: Any, call: LayerCall, read: ReadGroups) -> DeltaNetBl
         norm=read_norm(getattr(layer, parts.input_norm), family.norm_offset),
         inputs=groups[DELTA],
         o=groups[3],
-        heads=DeltaHeads(
-            attention.num_k_heads,
-            attention.head_k_dim,
-            attention.num_v_heads,
-            attention.head_v_dim,
-            by_keys=len(delta.inputs) == 2,
-        ),
+        heads=delta_heads(attention, delta),
         conv=conv.weight,
         conv_bias=conv.bias,
         decay=attention._parameters[delta.decay],
@@ -37,4 +32,15 @@ def delta_net_block(layer: Any, call: LayerCall, read: ReadGroups) -> DeltaNetBl
         # Of the rule's output, which no family multiplies by 1 + w.
         head_norm=read_norm(getattr(attention, delta.norm), 0.0),
         docs=call.stream.docs,
+    )
+
+
+def delta_heads(attention: Any, parts: DeltaParts) -> DeltaHeads:
+    """Heads of a live linear attention."""
+    return DeltaHeads(
+        attention.num_k_heads,
+        attention.head_k_dim,
+        attention.num_v_heads,
+        attention.head_v_dim,
+        by_keys=len(parts.inputs) == 2,
     )

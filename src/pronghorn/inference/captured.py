@@ -22,7 +22,7 @@ from pronghorn.inference.mixture import ExpertTable
 from pronghorn.inference.moving import on_device, to_host
 from pronghorn.inference.paging import BLOCK_TOKENS
 from pronghorn.inference.requests import Token
-from pronghorn.inference.runner import EagerRunner, Pending
+from pronghorn.inference.runner import EagerRunner, Pending, StepLost
 from pronghorn.inference.sequences import Sequence
 from pronghorn.kernels.decode_attention import Paged
 from pronghorn.kernels.sampling import choose
@@ -32,20 +32,29 @@ SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 
 
 class InFlight:
-    """A step whose tokens are on their way to the host."""
+    """A step whose tokens are on their way to the host.
 
-    def __init__(self, sequences: Many[Sequence], chosen: Tensor, tops: Tops | None) -> None:
-        self.sequences, self.tops = sequences, tops
-        self.ids = to_host(chosen)
+    Args:
+        numbers: the tokens; with `counted`, what the step's programs count as lost in front of them.
+    """
+
+    def __init__(
+        self, sequences: Many[Sequence], numbers: Tensor, tops: Tops | None, counted: bool = False
+    ) -> None:
+        self.sequences, self.tops, self.counted = sequences, tops, counted
+        self.numbers = to_host(numbers)
         self.ready = None
-        if chosen.is_cuda:
+        if numbers.is_cuda:
             self.ready = torch.cuda.Event()
             self.ready.record()
 
     def tokens(self) -> list[tuple[Sequence, Token]]:
         if self.ready is not None:
             self.ready.synchronize()
-        tokens = [Token(token) for token in self.ids.tolist()]
+        numbers = self.numbers.tolist()
+        if self.counted and numbers.pop(0):
+            raise StepLost
+        tokens = [Token(token) for token in numbers]
         if self.tops is not None:
             tokens = self.tops.tell(self.sequences, tokens)
         return list(zip(self.sequences, tokens, strict=True))
@@ -63,13 +72,17 @@ class CapturedRunner(EagerRunner):
     def __init__(self, decoder: Decoder, cache: Cache, max_batch: int, max_context: int) -> None:
         super().__init__(decoder, cache)
         device = decoder.device
-        self.fused = FusedDecoder(decoder)
+        #: how many programs of steps have waited in vain for others, and by row the next token: copied together
+        self._board = torch.zeros(1 + max_batch, dtype=torch.int64, device=device)
+        self._lost: Tensor | None = self._board[:1]
+        self.tokens = self._board[1:]
+        self.fused = FusedDecoder(decoder, self._lost)
         self.sizes = sorted({min(size, max_batch) for size in SIZES} | {max_batch})
         blocks = -(-max_context // BLOCK_TOKENS) + 1
-        #: by row: tokens of the context, the new one included, or 0; the adapter's slot; a token the host knows, or -1
-        self.state = torch.zeros(3, max_batch, dtype=torch.int32, device=device)
+        #: by row: tokens of the context, the new one included, or 0; the adapter's slot; a token the host knows, or -1;
+        #: the slot of what recurrent layers remember
+        self.state = torch.zeros(4, max_batch, dtype=torch.int32, device=device)
         self.tables = torch.zeros(max_batch, blocks, dtype=torch.int32, device=device)
-        self.tokens = torch.zeros(max_batch, dtype=torch.int64, device=device)
         #: by row what its table holds: the sequence's number and how many blocks
         self._held: dict[int, tuple[int, int]] = {}
         self._steps: dict[int, _Step] = {}
@@ -87,15 +100,22 @@ class CapturedRunner(EagerRunner):
         if rows != list(range(size)):
             index = on_device(rows, torch.int64, self.decoder.device)
         if is_plain(sequences):
-            chosen = self.tokens[:size] if index is None else self.tokens.index_select(0, index)
-            return InFlight(sequences, chosen, None)
+            chosen = None if index is None else self.tokens.index_select(0, index)
+            return self._in_flight(sequences, chosen, None)
         logits = (logits if index is None else logits.index_select(0, index)).float()
         chosen = choose(logits, choice_of(sequences, logits.device, logits.shape[1]))
+        tops = Tops.of(sequences, logits, chosen)
         if index is None:
             self.tokens[:size] = chosen
-        else:
-            self.tokens.index_copy_(0, index, chosen)
-        return InFlight(sequences, chosen, Tops.of(sequences, logits, chosen))
+            return self._in_flight(sequences, None, tops)
+        self.tokens.index_copy_(0, index, chosen)
+        return self._in_flight(sequences, chosen, tops)
+
+    def _in_flight(self, sequences: Many[Sequence], chosen: Tensor | None, tops: Tops | None) -> InFlight:
+        """A step's tokens: `chosen`, or those of as many rows as there are sequences."""
+        if chosen is None:
+            return InFlight(sequences, self._board[: 1 + len(sequences)], tops, counted=True)
+        return InFlight(sequences, chosen, tops)
 
     def is_sparse(self, sequences: Many[Sequence]) -> bool:
         """Whether the sequences would take a smaller step in other slots."""
@@ -104,9 +124,19 @@ class CapturedRunner(EagerRunner):
     def leave(self, sequence: Sequence) -> None:
         self._held.pop(_slot(sequence), None)
 
+    def recover(self) -> None:
+        """Go on without launches whose programs wait for each other."""
+        if self._board.is_cuda:
+            # The step after the lost one still runs what is let go of here.
+            torch.cuda.synchronize(self._board.device)
+        self._lost = None
+        self.fused = FusedDecoder(self.decoder)
+        self._steps.clear()
+        self._board.zero_()
+
     def refresh(self) -> None:
         """Take the decoder as it was read again; recorded steps stay where only numbers have changed."""
-        before, after = self.fused, FusedDecoder(self.decoder)
+        before, after = self.fused, FusedDecoder(self.decoder, self._lost)
         kept = before.weights == after.weights and _fill(before.tables(), after.tables())
         if kept:
             for old, new in zip(before.biases(), after.biases(), strict=True):
@@ -121,13 +151,14 @@ class CapturedRunner(EagerRunner):
 
     def _send(self, sequences: Many[Sequence], size: int) -> None:
         """Lengths, adapters and tokens of all rows, and tables that have changed."""
-        state = [[0] * size, [0] * size, [-1] * size]
+        state = [[0] * size, [0] * size, [-1] * size, [0] * size]
         for sequence in sequences:
             row = _slot(sequence)
             state[0][row] = sequence.length
             state[1][row] = self.decoder.slot(sequence.request.adapter)
             if not sequence.in_flight:
                 state[2][row] = sequence.tokens[-1]
+            state[3][row] = sequence.state or 0
             held = sequence.id, len(sequence.blocks)
             if self._held.get(row) != held:
                 self._held[row] = held
@@ -137,9 +168,12 @@ class CapturedRunner(EagerRunner):
 
     def compute(self, size: int) -> Tensor:
         """Logits [size, V] of the rows' next tokens in some dtype, and the likeliest ones into `tokens`."""
-        lengths, slots, known = self.state[:, :size].unbind(0)
+        lengths, slots, known, states = self.state[:, :size].unbind(0)
         ids = torch.where(known >= 0, known.long(), self.tokens[:size])
-        logits = self.fused.logits(ids, self.cache, Paged(self.tables[:size], lengths), slots)
+        if self.decoder.recurrent:
+            # Rows that hold no sequence go on in the slot that nobody has.
+            states = states.masked_fill(lengths == 0, self.cache.slots)
+        logits = self.fused.logits(ids, self.cache, Paged(self.tables[:size], lengths, states=states), slots)
         torch.argmax(logits, -1, out=self.tokens[:size])
         return logits
 

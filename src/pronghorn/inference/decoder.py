@@ -14,6 +14,7 @@ from pronghorn.engine import bind
 from pronghorn.engine.altered import altered_part
 from pronghorn.engine.angles import Angles, angles_of
 from pronghorn.engine.binding import Binding, base_causal_lm
+from pronghorn.engine.delta import delta_heads
 from pronghorn.engine.experts import (
     STACKS,
     adapters_of_router,
@@ -32,12 +33,15 @@ from pronghorn.engine.read import (
     read_projection,
 )
 from pronghorn.errors import EngineRefused
-from pronghorn.families import KV_UP, Q_UP
+from pronghorn.families import DELTA, KV_UP, Q_UP, LayerParts
 from pronghorn.inference.latent import LatentHeads
 from pronghorn.inference.mixture import ExpertStack, ExpertTable, GatedMlp, Mixture, SharedExpert
 from pronghorn.inference.projections import Group
+from pronghorn.inference.recurrent import DeltaNet
 from pronghorn.kernels.decode_attention import Heads, Rotation
+from pronghorn.kernels.delta_step import DeltaWeights
 from pronghorn.kernels.dispatch import math_dtype
+from pronghorn.kernels.gated_output import gated_output_forward
 from pronghorn.weights.experts import four_bit_states, read_experts
 
 #: kinds of rotation whose angles depend on a position alone, not on how long the context is
@@ -51,11 +55,12 @@ DYNAMIC = "dynamic"
 @dataclass(frozen=True)
 class Layer:
     """One decoder layer. `rotation` is a key of `Decoder.rotations`; without an `mlp_norm` the MLP reads what q, k and
-    v read. `head_norms`: of q and k, where the rotation does not take them in."""
+    v read. `head_norms`: of q and k, where the rotation does not take them in. `gated`: q comes with a gate of the
+    attention's output, head by head."""
 
     norm: Norm | NoNorm
     qkv: Group
-    heads: Heads | LatentHeads
+    heads: Heads | LatentHeads | DeltaNet
     rotation: str | None
     o: Group
     mlp_norm: Norm | NoNorm | None
@@ -63,6 +68,21 @@ class Layer:
     attention_output_norm: Norm | None = None
     mlp_output_norm: Norm | None = None
     head_norms: tuple[Norm, Norm] | None = None
+    gated: bool = False
+
+    def apart(self, projected: Tensor) -> tuple[Tensor, Tensor | None]:
+        """[T, (N + 2 K) D] as attention takes it, and the gate [T, N, D] where there is one, of what `qkv` gives."""
+        heads = self.heads
+        if not self.gated or not isinstance(heads, Heads):
+            return self.norm_heads_(projected), None
+        many = heads.heads * heads.head_dim
+        q, gate = projected[:, : 2 * many].view(len(projected), heads.heads, -1).chunk(2, 2)
+        qkv = torch.cat([q.reshape(-1, many), projected[:, 2 * many :]], 1)
+        return self.norm_heads_(qkv), gate.contiguous()
+
+    def opened(self, out: Tensor, gate: Tensor | None) -> Tensor:
+        """What the gate leaves of the attention's output [T, N·D]."""
+        return out if gate is None else gated_output_forward(out.view_as(gate), gate).flatten(1)
 
     def norm_heads_(self, qkv: Tensor) -> Tensor:
         """qkv [T, (N + 2 K) D] with `head_norms` of q and k, in place."""
@@ -77,8 +97,8 @@ class Layer:
     @property
     def groups(self) -> tuple[Group, ...]:
         """All that rows are multiplied by, experts apart."""
-        latent = self.heads.groups if isinstance(self.heads, LatentHeads) else ()
-        return self.qkv, *latent, self.o, *self.mlp.groups
+        inner = () if isinstance(self.heads, Heads) else self.heads.groups
+        return self.qkv, *inner, self.o, *self.mlp.groups
 
     @property
     def expert_tables(self) -> list[ExpertTable]:
@@ -146,6 +166,8 @@ class Decoder:
         if self.only_active:
             self.adapters = tuple(name for name in self.adapters if name == self.active)
         self.layers = [self._layer(layer) for layer in self.binding.layers]
+        #: whether sequences need a slot for states (`inference.recurrent`)
+        self.recurrent = any(isinstance(layer.heads, DeltaNet) for layer in self.layers)
         #: whether any adapter is on experts
         self.adapts_experts = any(layer.expert_tables for layer in self.layers)
         self.norm = read_norm(self.binding.decoder.norm, self.binding.family.norm_offset)
@@ -171,11 +193,17 @@ class Decoder:
 
     def _layer(self, layer: Any) -> Layer:
         binding, family = self.binding, self.binding.family
-        parts, config, index = family.parts, binding.config, binding.layer_index(layer)
+        parts, config, index = family.parts.of(layer), binding.config, binding.layer_index(layer)
         attention, mlp = getattr(layer, parts.attention), family.mlp(config, index)
+        named = group_names(parts, mlp, family.mixture)
+        if DELTA in named:
+            # In two, of one or two projections: launches of few rows take no more than three.
+            path, names = named.pop(DELTA)
+            half = len(names) // 2
+            named |= {0: (path, names[:half]), DELTA: (path, names[half:])}
         groups = {
             slot: self._group([getattr(layer.get_submodule(path), name) for name in names], self.dtype)
-            for slot, (path, names) in group_names(parts, mlp, family.mixture).items()
+            for slot, (path, names) in named.items()
         }
 
         def norm(parent: Any, name: str | None) -> Norm | None:
@@ -185,11 +213,13 @@ class Decoder:
         head_norms = None
         if q_norm is not None and k_norm is not None and not q_norm.is_of_a_head(attention.head_dim):
             head_norms, q_norm, k_norm = (q_norm, k_norm), None, None
-        heads: Heads | LatentHeads
-        if parts.latent is None:
-            heads = self._heads(attention, index, q_norm, k_norm)
-        else:
+        heads: Heads | LatentHeads | DeltaNet
+        if parts.delta is not None:
+            heads = self._delta_net(attention, parts, groups)
+        elif parts.latent is not None:
             heads = self._latent(attention, groups)
+        else:
+            heads = self._heads(attention, index, q_norm, k_norm)
         return Layer(
             norm=read_norm_before(layer, parts.input_norm, family.norm_offset),
             qkv=groups[0],
@@ -203,6 +233,7 @@ class Decoder:
             attention_output_norm=norm(layer, parts.attention_output_norm),
             mlp_output_norm=norm(layer, parts.mlp_output_norm),
             head_norms=head_norms,
+            gated=parts.gated,
         )
 
     def _heads(self, attention: Any, index: int, q_norm: Norm | None, k_norm: Norm | None) -> Heads:
@@ -239,6 +270,22 @@ class Decoder:
             q_up=groups.get(Q_UP),
             kv_norm=read_norm(getattr(attention, names.kv_norm), family.norm_offset),
             kv_up=groups[KV_UP],
+        )
+
+    def _delta_net(self, attention: Any, parts: LayerParts, groups: dict[int, Group]) -> DeltaNet:
+        names = parts.delta
+        assert names is not None
+        conv: Any = active_module(getattr(attention, names.conv))
+        heads = delta_heads(attention, names)
+        norm = read_norm(getattr(attention, names.norm), 0.0)  # which no family multiplies by 1 + w
+        decay, dt_bias = (attention._parameters[name].detach() for name in (names.decay, names.dt_bias))
+        return DeltaNet(
+            heads=heads,
+            gates=groups[DELTA],
+            conv=conv.weight.detach()[:, 0],
+            conv_bias=None if conv.bias is None else conv.bias.detach(),
+            weights=DeltaWeights(decay, dt_bias, norm.weight.detach(), norm.eps),
+            columns=DeltaNet.columns_of(heads, self.device),
         )
 
     def _mixture(self, layer: Any, groups: dict[int, Group]) -> Mixture:
@@ -317,8 +364,6 @@ def why_not(binding: Binding, positions: int) -> str | None:
     altered = altered_part(binding.decoder, family.parts, family.mixture)
     if altered is not None:
         return altered
-    if family.parts.recurrent is not None:
-        return "most of its layers keep a recurrent state, of which its cache of keys and values has none"
     growth = binding.scales.query_growth
     if growth is not None and positions > growth[1]:
         return f"its queries grow beyond {growth[1]:,} tokens, and max_context is {positions:,}"

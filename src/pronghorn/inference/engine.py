@@ -21,10 +21,10 @@ from pronghorn.hardware import gpu_memory, probe
 from pronghorn.inference.captured import CapturedRunner
 from pronghorn.inference.checks import check_request
 from pronghorn.inference.decoder import Decoder
-from pronghorn.inference.forward import Cache, cache_bytes_per_token
+from pronghorn.inference.forward import Cache, cache_bytes_per_token, state_bytes_per_sequence
 from pronghorn.inference.paging import BLOCK_TOKENS, BlockPool
 from pronghorn.inference.requests import Event, FinishReason, Request, Token
-from pronghorn.inference.runner import EagerRunner, Pending, Runner
+from pronghorn.inference.runner import EagerRunner, Pending, Runner, StepLost
 from pronghorn.inference.sequences import Sequence
 from pronghorn.memory.pool import available_host_bytes
 
@@ -42,11 +42,12 @@ class Engine:
     Args:
         model: a loaded causal LM or a PEFT model of one; its weights are used where they are. It is put into
             evaluation mode by nobody: adapters' dropout never runs here.
-        max_batch: requests that decode at a time.
+        max_batch: requests that decode at a time; fewer where layers are recurrent and memory is short.
         max_context: tokens of a prompt with its answer at most; None: the model's own limit.
         cache_tokens: tokens that the cache holds; None: what 80 % of the free memory holds, or all that `max_batch`
             requests of `max_context` tokens can need.
-        prefix_sharing: let requests share the cache of what they begin with alike.
+        prefix_sharing: let requests share the cache of what they begin with alike; never where layers are recurrent
+            (`inference.recurrent`).
 
     Raises:
         EngineRefused: only Transformers' own code can run this model.
@@ -63,16 +64,21 @@ class Engine:
     ) -> None:
         limit = int(getattr(getattr(model, "config", None), "max_position_embeddings", 0) or 8192)
         self.max_context = max_context or limit
-        self.max_batch = max_batch
+        #: what `max_batch` was asked to be
+        self.asked_batch = max_batch
         with _outside_of_autograd():
             self._decoder = Decoder(model, self.max_context)
-            wanted = max_batch * (self.max_context + BLOCK_TOKENS)
-            tokens = cache_tokens or min(wanted, _room(self._decoder))
+            self.max_batch, room = _batch_and_room(self._decoder, max_batch)
+            wanted = self.max_batch * (self.max_context + BLOCK_TOKENS)
+            tokens = cache_tokens or min(wanted, room)
             blocks = max(1, tokens // BLOCK_TOKENS)
             self.max_context = min(self.max_context, blocks * BLOCK_TOKENS)
-            self._pool = BlockPool(blocks, prefix_sharing)
-            self._runner = _runner(self._decoder, Cache(self._decoder, blocks), max_batch, self.max_context)
+            self._pool = BlockPool(blocks, prefix_sharing and not self._decoder.recurrent)
+            cache = Cache(self._decoder, blocks, self.max_batch)
+            self._runner = _runner(self._decoder, cache, self.max_batch, self.max_context)
         self._prefill_tokens = PREFILL_TOKENS.get(self._decoder.device.type, 2048)
+        #: slots of states that nobody has, where layers are recurrent
+        self._free_states = list(range(self.max_batch)) if self._decoder.recurrent else []
         self._next_id = 0
         self._waiting: deque[Sequence] = deque()
         self._running: dict[int, Sequence] = {}
@@ -228,6 +234,8 @@ class Engine:
     def _prefill(self, batch: list[Sequence]) -> list[Event]:
         parts = [(s, min(len(s.tokens), s.cached + self._prefill_tokens)) for s in batch]
         for sequence, end in parts:
+            if self._decoder.recurrent and sequence.state is None:
+                sequence.state = self._free_states.pop()
             if end == len(sequence.tokens):
                 sequence.slot = self._free_slot()
                 self._running[sequence.id] = sequence
@@ -268,7 +276,7 @@ class Engine:
                 sequence.in_flight += 1
         if not self._runner.runs_ahead:
             pending, self._pending = self._pending, None
-        return events + (self._take(pending.tokens()) if pending is not None else [])
+        return events + (self._read(pending) if pending is not None else [])
 
     def _waits_for_tokens(self) -> bool:
         """Whether the next step needs the last one's tokens on the host, for a penalty on them."""
@@ -311,14 +319,31 @@ class Engine:
         """Free what a sequence holds; a step in flight may still write to it, but those who come after write later."""
         if sequence.slot is not None:
             self._runner.leave(sequence)
-        sequence.slot = None
+        if sequence.state is not None:
+            self._free_states.append(sequence.state)
+        sequence.slot = sequence.state = None
         sequence.in_flight = 0
         sequence.release(self._pool)
 
     def _collect(self) -> list[Event]:
         """The tokens of the step in flight."""
         pending, self._pending = self._pending, None
-        return [] if pending is None else self._take(pending.tokens())
+        return [] if pending is None else self._read(pending)
+
+    def _read(self, pending: Pending) -> list[Event]:
+        """A step's tokens. If it was lost, all sequences are computed again from the tokens before it."""
+        try:
+            return self._take(pending.tokens())
+        except StepLost:
+            logger.warning(
+                "pronghorn: programs of one launch waited for each other in vain (something else keeps the GPU's "
+                "processors); from here on decoding takes more launches, and the lost step is done again"
+            )
+        self._pending = None  # it went on from the lost one
+        self._runner.recover()
+        for sequence in reversed(self._in_order()):
+            self._preempt(sequence)
+        return []
 
     def _take(self, chosen: list[tuple[Sequence, Token]]) -> list[Event]:
         """Append new tokens to their sequences, and let those go that end with them."""
@@ -361,10 +386,23 @@ def _runner(decoder: Decoder, cache: Cache, max_batch: int, max_context: int) ->
         return EagerRunner(decoder, cache)
 
 
-def _room(decoder: Decoder) -> int:
-    """Tokens whose keys and values fit into `CACHE_SHARE` of the memory that is free."""
+def _batch_and_room(decoder: Decoder, max_batch: int) -> tuple[int, int]:
+    """How many requests run at a time, and the tokens whose keys and values fit into `CACHE_SHARE` of the memory that
+    is free beside what recurrent layers remember: fewer requests than asked for where that would take over half."""
     if decoder.device.type == "cuda":
         free = gpu_memory(decoder.device).within_reach - torch.cuda.memory_allocated(decoder.device)
     else:
         free = available_host_bytes() // 4  # others run here, too
-    return int(free * CACHE_SHARE) // cache_bytes_per_token(decoder)
+    room, state = int(free * CACHE_SHARE), state_bytes_per_sequence(decoder)
+    if state:
+        most = max(1, room // 2 // state - 1)  # one slot is for rows that hold no sequence
+        if most < max_batch:
+            logger.warning(
+                "pronghorn: %d requests at a time, not %d: each takes %.0f MB for the states of recurrent layers",
+                most,
+                max_batch,
+                state / 1e6,
+            )
+            max_batch = most
+        room -= (max_batch + 1) * state
+    return max_batch, room // cache_bytes_per_token(decoder)

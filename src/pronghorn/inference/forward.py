@@ -18,6 +18,7 @@ from pronghorn.inference.mixture import Mixture
 from pronghorn.inference.moving import on_device
 from pronghorn.inference.paging import BLOCK_TOKENS
 from pronghorn.inference.projections import Group, Segment, Table, normalised
+from pronghorn.inference.recurrent import DeltaNet, NewTokens, States
 from pronghorn.kernels.attention import AttentionCall, Documents, attention_forward
 from pronghorn.kernels.attention.context import attend_to_context
 from pronghorn.kernels.decode_attention import Paged, decode_attention, gather_context
@@ -25,17 +26,25 @@ from pronghorn.kernels.glu import glu_forward
 from pronghorn.kernels.rope import qk_rope_forward
 from pronghorn.weights.operand import as_operand
 
-#: [T, Σ(q, k, v)] of a layer, before the rotation, -> [T, N·D]
-Attend = Callable[[int, Layer, Tensor], Tensor]
+#: [T, Σ(q, k, v)] of a layer, before the rotation, and of a recurrent layer its gates -> [T, N·D]
+Attend = Callable[[int, Layer, Tensor, Tensor | None], Tensor]
 
 
 class Cache:
-    """Keys and values of every layer, [blocks, tokens a block, 2, K, D]; of latent attention codes, [..., R + P]."""
+    """Keys and values of every layer, [blocks, tokens a block, 2, K, D]; of latent attention codes, [..., R + P].
+    Recurrent layers have none, and states by slot instead."""
 
-    def __init__(self, decoder: Decoder, blocks: int) -> None:
-        self.blocks = blocks
+    def __init__(self, decoder: Decoder, blocks: int, slots: int) -> None:
+        self.blocks, self.slots = blocks, slots
+        self.states: dict[int, States] = {
+            index: layer.heads.states(slots, decoder.dtype)
+            for index, layer in enumerate(decoder.layers)
+            if isinstance(layer.heads, DeltaNet)
+        }
         self.layers = [
-            torch.zeros(
+            torch.empty(0)
+            if isinstance(layer.heads, DeltaNet)
+            else torch.zeros(
                 # Of codes one more, for rows that hold no sequence.
                 blocks + isinstance(layer.heads, LatentHeads), BLOCK_TOKENS, *layer.heads.entry,
                 dtype=decoder.dtype, device=decoder.device,
@@ -46,18 +55,26 @@ class Cache:
 
 def cache_bytes_per_token(decoder: Decoder) -> int:
     """What a token takes in all layers."""
-    return sum(math.prod(layer.heads.entry) for layer in decoder.layers) * decoder.dtype.itemsize
+    entries = [layer.heads.entry for layer in decoder.layers if not isinstance(layer.heads, DeltaNet)]
+    return sum(map(math.prod, entries)) * decoder.dtype.itemsize
+
+
+def state_bytes_per_sequence(decoder: Decoder) -> int:
+    """What a sequence takes in all recurrent layers, however long it is."""
+    heads = [layer.heads for layer in decoder.layers]
+    return sum(held.state_bytes(decoder.dtype) for held in heads if isinstance(held, DeltaNet))
 
 
 @dataclass(frozen=True)
 class Part:
     """New tokens of one sequence in a packed stream: positions `begin` to `begin + count` of a context in `blocks`,
-    which will have `length` tokens when all parts are done."""
+    which will have `length` tokens when all parts are done, and whose states lie in slot `state`."""
 
     begin: int
     count: int
     blocks: Sequence[int]
     length: int
+    state: int = 0
 
 
 def prefill(
@@ -78,8 +95,11 @@ def decode(decoder: Decoder, cache: Cache, ids: Tensor, paged: Paged, segments: 
     latent = any(isinstance(layer.heads, LatentHeads) for layer in decoder.layers)
     slots = slots_of(decoder, segments, len(ids)) if latent and decoder.adapters else None
 
-    def attend(index: int, layer: Layer, qkv: Tensor) -> Tensor:
+    def attend(index: int, layer: Layer, qkv: Tensor, gates: Tensor | None) -> Tensor:
         rotation, heads = decoder.rotations[layer.rotation], layer.heads
+        if isinstance(heads, DeltaNet):
+            assert gates is not None and paged.states is not None
+            return heads.decode(qkv, gates, cache.states[index], paged.states)
         if isinstance(heads, LatentHeads):
             adapter = None
             if slots is not None:
@@ -115,8 +135,10 @@ def run_layers(decoder: Decoder, x: Tensor, segments: Sequence[Segment], attend:
     if decoder.adapts_experts and any(segment.adapter is not None for segment in segments):
         slots = slots_of(decoder, segments, len(x))
     for index, layer in enumerate(decoder.layers):
-        qkv = layer.qkv.forward(normalised(layer.norm, x, decoder.dtype, layer.qkv), segments)
-        attended = attend(index, layer, layer.norm_heads_(qkv))
+        normed = normalised(layer.norm, x, decoder.dtype, layer.qkv)
+        qkv, gate = layer.apart(layer.qkv.forward(normed, segments))
+        gates = layer.heads.gates.forward(normed, segments) if isinstance(layer.heads, DeltaNet) else None
+        attended = layer.opened(attend(index, layer, qkv, gates), gate)
         # Made before the attention is added to x, where the MLP is beside it.
         beside = None if layer.mlp_norm is not None else _activated(decoder, x, layer, segments)
         x = _add_branch(decoder, x, attended, layer.o, layer.attention_output_norm, segments)
@@ -185,9 +207,16 @@ class _PackedAttention:
         offsets = on_device((0, *ends), torch.int32, device)
         self.docs = Documents(offsets, max(lengths), lengths)
         self.continues = any(part.begin for part in parts)
+        if decoder.recurrent:
+            slots = on_device([part.state for part in parts], torch.int64, device)
+            fresh = on_device([part.begin == 0 for part in parts], torch.bool, device)
+            self.new_tokens = NewTokens(self.docs, slots, [part.begin > 0 for part in parts], fresh)
 
-    def __call__(self, index: int, layer: Layer, qkv: Tensor) -> Tensor:
+    def __call__(self, index: int, layer: Layer, qkv: Tensor, gates: Tensor | None) -> Tensor:
         heads, tokens = layer.heads, qkv.shape[0]
+        if isinstance(heads, DeltaNet):
+            assert gates is not None
+            return heads.prefill(qkv, gates, self.cache.states[index], self.new_tokens)
         if isinstance(heads, LatentHeads):
             return self._latent(index, layer.rotation, heads, qkv)
         by_head = qkv.view(tokens, heads.heads + 2 * heads.kv_heads, heads.head_dim)

@@ -3,8 +3,9 @@
 Launches a layer, up to 16 rows: norm + q, k, v + bias | rotation + cache + attention | o + residual | norm + gate, up +
 activation | down + residual: five, and one more for each group with an adapter (its A; B is added in the group's own).
 Bytes: every weight once, keys and values once, and a few times [B, hidden]. Llama-3.1-8B: 32 · 5 + 4 launches and
-15.0 GB in bf16, which is 3.1 ms at 4.8 TB/s; Qwen2.5-1.5B: 28 · 5 + 4 and 3.1 GB, 0.64 ms. More rows run on torch's
-products, with norm and activation as kernels of their own: nine launches a layer.
+15.0 GB in bf16, which is 3.1 ms at 4.8 TB/s; Qwen2.5-1.5B: 28 · 5 + 4 and 3.1 GB, 0.64 ms. One row of plain layers in
+bf16 without adapters, on Hopper: two launches a layer, its attention and all that comes before the next one's (`walk`).
+More rows run on torch's products, with norm and activation as kernels of their own: nine launches a layer.
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ from pronghorn.blocks import NoNorm, Norm
 from pronghorn.inference.decoder import Decoder, Layer
 from pronghorn.inference.forward import Cache
 from pronghorn.inference.latent import LatentHeads, adapter_of_rows
-from pronghorn.inference.mixture import ExpertTable, Mixture
+from pronghorn.inference.mixture import ExpertTable, GatedMlp, Mixture
 from pronghorn.inference.projections import Group, Table, normalised
-from pronghorn.kernels.decode_attention import Paged, decode_attention
+from pronghorn.inference.recurrent import DeltaNet
+from pronghorn.kernels.decode_attention import Heads, Paged, decode_attention
 from pronghorn.kernels.glu import glu_forward
 from pronghorn.kernels.matvec import (
     HANDED_COPIES,
@@ -34,6 +36,7 @@ from pronghorn.kernels.matvec import (
     matvec,
     matvec_4bit,
 )
+from pronghorn.kernels.walk import Meeting, Product, Walk, fits_walk, walk
 from pronghorn.weights import DenseWeight, FourBitWeight, Weight
 from pronghorn.weights.operand import as_operand
 
@@ -125,11 +128,15 @@ class RowGroup:
 class FusedDecoder:
     """The decoder for one new token a row.
 
+    Args:
+        lost: int64 [1], counts programs that waited in vain for others of a launch (`kernels.walk.Meeting`), after
+            which a step's result is worth nothing; None: no launch has programs that wait for each other.
+
     Raises:
         ValueError: an adapter is of a kind that tables do not hold.
     """
 
-    def __init__(self, decoder: Decoder) -> None:
+    def __init__(self, decoder: Decoder, lost: Tensor | None = None) -> None:
         self.decoder = decoder
         names = decoder.adapters
         self.layers = decoder.layers
@@ -141,6 +148,10 @@ class FusedDecoder:
         }
         #: where all lies that a recorded step reads besides adapters
         self.weights = decoder.places()
+        self.walks: Sequence[Walk] = ()
+        if lost is not None:
+            self.walks = self._find_walks()
+            self.meeting = Meeting(torch.zeros_like(lost), lost)
 
     def row_groups(self) -> list[RowGroup]:
         """Of all layers in order, then the head's."""
@@ -160,29 +171,83 @@ class FusedDecoder:
     def logits(self, ids: Tensor, cache: Cache, paged: Paged, slots: Tensor) -> Tensor:
         """[B, V] for ids [B], whose rows take the adapters in `slots`; fp32 or the compute dtype."""
         decoder = self.decoder
+        if len(ids) == 1 and self.walks:
+            return self._walked(ids, cache, paged, slots)
         if ADAPTERS_INSIDE and len(ids) == 1 and decoder.adapters:
             self.turn += 1
         x = decoder.embed(ids)
         for index, layer in enumerate(self.layers):
-            qkv = layer.norm_heads_(self._rows[layer.qkv](x, slots, norm=layer.norm))
-            rotation, heads = decoder.rotations[layer.rotation], layer.heads
-            if isinstance(heads, LatentHeads):
-                adapter = adapter_of_rows(self._rows[heads.kv_up].table, slots)
-                out = heads.decode(
-                    qkv,
-                    cache.layers[index],
-                    paged,
-                    rotation,
-                    lambda group, y: self._rows[group](y, slots),
-                    adapter,
-                )
-            else:
-                out = decode_attention(qkv, cache.layers[index], paged, heads, rotation)
+            out = self._attended(x, index, layer, cache, paged, slots)
             # Made before the attention is added to x, where the MLP is beside it.
             beside = None if layer.mlp_norm is not None else self._activated(x, layer, slots)
             x = self._add_branch(x, out, self._rows[layer.o], layer.attention_output_norm, slots)
             x = self._mlp(x, layer, slots, beside)
         return self._head(x, slots)
+
+    def _attended(
+        self, x: Tensor, index: int, layer: Layer, cache: Cache, paged: Paged, slots: Tensor
+    ) -> Tensor:
+        """What o reads."""
+        projected = self._rows[layer.qkv](x, slots, norm=layer.norm)
+        heads, rotation = layer.heads, self.decoder.rotations[layer.rotation]
+        if isinstance(heads, DeltaNet):
+            gates = self._rows[heads.gates](x, slots, norm=layer.norm)
+            assert paged.states is not None
+            return heads.decode(projected, gates, cache.states[index], paged.states)
+        qkv, gate = layer.apart(projected)
+        if isinstance(heads, LatentHeads):
+            adapter = adapter_of_rows(self._rows[heads.kv_up].table, slots)
+            return heads.decode(
+                qkv,
+                cache.layers[index],
+                paged,
+                rotation,
+                lambda group, y: self._rows[group](y, slots),
+                adapter,
+            )
+        return layer.opened(decode_attention(qkv, cache.layers[index], paged, heads, rotation), gate)
+
+    def _walked(self, ids: Tensor, cache: Cache, paged: Paged, slots: Tensor) -> Tensor:
+        """`logits` of one row, with all between two attentions in one launch."""
+        decoder, first = self.decoder, self.layers[0]
+        x = decoder.embed(ids)
+        y = self._rows[first.qkv](x, slots, norm=first.norm)
+        for layer, steps, cached in zip(self.layers, self.walks, cache.layers, strict=True):
+            assert isinstance(layer.heads, Heads)
+            rotation = decoder.rotations[layer.rotation]
+            out = decode_attention(layer.norm_heads_(y), cached, paged, layer.heads, rotation)
+            out_dtype = torch.float32 if layer is self.layers[-1] else None
+            y = walk(out, x, steps, self.meeting, out_dtype=out_dtype)
+        return self._scaled(y)
+
+    def _find_walks(self) -> Sequence[Walk]:
+        """Of every layer; none where a layer has more than a walk does, weights that it does not read, or adapters."""
+        decoder, found = self.decoder, []
+        lasts = [(layer.qkv, layer.norm) for layer in self.layers[1:]]
+        for layer, last in zip(self.layers, [*lasts, (decoder.head, decoder.norm)], strict=True):
+            if not (isinstance(layer.heads, Heads) and isinstance(layer.mlp, GatedMlp) and layer.mlp_norm):
+                return ()
+            if layer.gated or layer.attention_output_norm is not None or layer.mlp_output_norm is not None:
+                return ()
+            groups = (layer.o, None), (layer.mlp.gate_up, layer.mlp_norm), (layer.mlp.down, None), last
+            o, gate_up, down, after = (self._product(group, norm) for group, norm in groups)
+            if o is None or gate_up is None or down is None or after is None:
+                return ()
+            found.append(Walk(o, gate_up, down, after, decoder.activation))
+        alike = decoder.residual_dtype == decoder.dtype and decoder.scales.residual == 1.0
+        return found if alike and all(map(fits_walk, found)) else ()
+
+    def _product(self, group: Group, norm: Norm | NoNorm | None) -> Product | None:
+        """One step of a walk; None where weights lie apart or in few bits, have adapters, or the norm is centred."""
+        rows = self.head if group is self.decoder.head else self._rows[group]
+        if len(rows.dense) != 1 or rows.table is not None:
+            return None
+        if norm is None:
+            return Product(rows.dense[0], group.stacked_bias)
+        if isinstance(norm, NoNorm) or norm.centred:
+            return None
+        row_norm = RowNorm(norm.weight.detach(), norm.eps, norm.offset)
+        return Product(rows.dense[0], group.stacked_bias, row_norm)
 
     def _mlp(self, x: Tensor, layer: Layer, slots: Tensor, act: Tensor | None) -> Tensor:
         decoder, mlp = self.decoder, layer.mlp
@@ -210,10 +275,13 @@ class FusedDecoder:
         return torch.add(x, branch, alpha=scale).to(x.dtype)
 
     def _head(self, x: Tensor, slots: Tensor) -> Tensor:
-        scales = self.decoder.scales
         # One row's come in fp32 for nothing; turning many rows' takes longer than to find the largest.
-        out_dtype = torch.float32 if len(x) == 1 or scales.logit_softcap is not None else None
-        logits = self.head(x, slots, norm=self.decoder.norm, out_dtype=out_dtype)
+        wide = len(x) == 1 or self.decoder.scales.logit_softcap is not None
+        out_dtype = torch.float32 if wide else None
+        return self._scaled(self.head(x, slots, norm=self.decoder.norm, out_dtype=out_dtype))
+
+    def _scaled(self, logits: Tensor) -> Tensor:
+        scales = self.decoder.scales
         if scales.logits != 1.0:
             logits = logits.float() * scales.logits
         if scales.logit_softcap is not None:

@@ -179,7 +179,7 @@ class EngineGenerate:
         if engine is not None:
             engine.refresh()
             room = engine.total_blocks * BLOCK_TOKENS
-            if engine.max_context >= context and engine.max_batch >= len(lengths) and room >= wanted:
+            if engine.max_context >= context and engine.asked_batch >= len(lengths) and room >= wanted:
                 return engine
         self._engine = engine = None  # its memory goes before the next one's is taken
         self._engine = Engine(

@@ -17,11 +17,19 @@ from pronghorn.inference.sequences import Sequence
 from pronghorn.kernels.decode_attention import Paged
 
 
+class StepLost(Exception):
+    """Programs of a step's launch waited for each other in vain: what it and later ones gave is worth nothing."""
+
+
 class Pending(Protocol):
     """Tokens of a step that may still be on its way."""
 
     def tokens(self) -> list[tuple[Sequence, Token]]:
-        """Waits for the step."""
+        """Waits for the step.
+
+        Raises:
+            StepLost: it has no tokens; `Runner.recover` comes next.
+        """
 
 
 class Runner(Protocol):
@@ -46,6 +54,9 @@ class Runner(Protocol):
     def refresh(self) -> None:
         """The decoder has been read again."""
 
+    def recover(self) -> None:
+        """A step was lost; what made it so is not done again."""
+
 
 class Done:
     """A step that is over."""
@@ -68,7 +79,7 @@ class EagerRunner:
     def prefill(self, parts: Many[tuple[Sequence, int]]) -> list[tuple[Sequence, Token]]:
         ids = [token for sequence, end in parts for token in sequence.tokens[sequence.cached : end]]
         adapter = parts[0][0].request.adapter
-        pieces = [Part(s.cached, end - s.cached, s.blocks, len(s.tokens)) for s, end in parts]
+        pieces = [Part(s.cached, end - s.cached, s.blocks, len(s.tokens), s.state or 0) for s, end in parts]
         hidden = prefill(self.decoder, self.cache, ids, pieces, adapter)
         rows = [row for row, (sequence, end) in enumerate(parts) if end == len(sequence.tokens)]
         if not rows:
@@ -89,7 +100,10 @@ class EagerRunner:
         )
         lengths = torch.tensor([length for _, length in host], dtype=torch.int32, device=device)
         ids = torch.tensor([sequence.tokens[-1] for sequence in ordered], device=device)
-        hidden = decode(self.decoder, self.cache, ids, Paged(tables, lengths, host), segments)
+        states = None
+        if self.decoder.recurrent:
+            states = torch.tensor([s.state for s in ordered], dtype=torch.int32, device=device)
+        hidden = decode(self.decoder, self.cache, ids, Paged(tables, lengths, host, states), segments)
         logits = logits_of(self.decoder, hidden, segments)
         return Done(list(zip(ordered, next_tokens(ordered, logits), strict=True)))
 
@@ -101,6 +115,9 @@ class EagerRunner:
 
     def refresh(self) -> None:
         """Nothing is kept between steps."""
+
+    def recover(self) -> None:
+        """No step is ever lost."""
 
 
 def segments_of(ordered: Many[Sequence]) -> list[Segment]:

@@ -29,6 +29,8 @@ class Sequence:
     blocks: list[int] = field(default_factory=list)
     #: its row in the decoding batch, or None while it waits
     slot: int | None = None
+    #: the slot of what recurrent layers remember of it, from its first prefill on
+    state: int | None = None
     #: decoding steps that are launched and whose tokens are not read yet
     in_flight: int = 0
     #: blocks that are published or found, and the parent of the next

@@ -87,11 +87,13 @@ class Paged:
         tables: int32 [B, most blocks], the blocks of each sequence in order.
         lengths: int32 [B], tokens of each context, the new one included; 0 where a row holds no sequence.
         host: the blocks and length of every row, where the host knows them.
+        states: int32 [B], the slots of what recurrent layers remember; None where there are none.
     """
 
     tables: Tensor
     lengths: Tensor
     host: Sequence[tuple[Sequence[int], int]] | None = None
+    states: Tensor | None = None
     _derived: dict[Hashable, object] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def on_host(self) -> Sequence[tuple[Sequence[int], int]]:

@@ -26,8 +26,10 @@ K heads of q and k [T, K, D], N = K · group heads of v [T, N, F]; head n of v g
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -74,12 +76,70 @@ def delta_rule_forward(
 
         return forward(q, k, v, g, beta, docs)
     chunks = _Chunks.of(q, k, v, g, beta, docs.document_of_token(v.shape[0]))
-    outs, state = [], chunks.zero_state()
+    return _through(chunks, chunks.zero_state())[0].to(v.dtype)
+
+
+def delta_rule_continued(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    docs: Documents,
+    states: Tensor,
+    *,
+    impl: Impl | None = None,
+) -> Tensor:
+    """`delta_rule_forward` where documents begin with states of their own, which become those that they end with.
+
+    Args:
+        docs: none of them empty, with lengths that the host knows.
+        states: [documents, N, D, F] contiguous, in fp32 (fp64 for fp64 inputs), overwritten.
+    """
+    if _runs_in_triton(q, v, impl):
+        return _continued_in_triton(q, k, v, g, beta, docs, states)
+    outs = []
+    lengths = list(docs.host_lengths())
+    parts = zip(*(x.split(lengths) for x in (q, k, v, g, beta)), strict=True)
+    for given, state in zip(parts, states, strict=True):
+        out, last = _through(_Chunks.of_one(*given), state)
+        state.copy_(last)
+        outs.append(out)
+    return torch.cat(outs).to(v.dtype)
+
+
+def _through(chunks: _Chunks, state: Tensor) -> tuple[Tensor, Tensor]:
+    """out [T, N, F] and the state after the last chunk."""
+    outs = []
     for i in range(chunks.count):
         new = chunks.values[i] - chunks.keys_of_state[i] @ state
         outs.append(chunks.reading[i] @ state + chunks.inside[i] @ new)
         state = chunks.through[i] * state + chunks.writing[i].mT @ new
-    return chunks.rows(torch.stack(outs)).to(v.dtype)
+    return chunks.rows(torch.stack(outs)), state
+
+
+def _continued_in_triton(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, docs: Documents, states: Tensor
+) -> Tensor:
+    """Documents are moved apart, so that each begins with a chunk. What fills them up has β = 0 and g = 0, which leave
+    a state as it is."""
+    from pronghorn.kernels.triton.delta_rule import forward_continued
+
+    places, apart = docs.derive(("chunks apart",), lambda: _moved_apart(docs.host_lengths(), v.device))
+    tokens = sum(apart.host_lengths())
+    q, k, v, g, beta = (
+        x.new_zeros(tokens, *x.shape[1:]).index_copy_(0, places, x) for x in (q, k, v, g, beta)
+    )
+    return forward_continued(q, k, v, g, beta, apart, states).index_select(0, places)
+
+
+def _moved_apart(lengths: Sequence[int], device: torch.device) -> tuple[Tensor, Documents]:
+    """Where tokens go so that each document begins with a chunk, int64 [T], and the documents filled up."""
+    whole = tuple(-(-length // CHUNK) * CHUNK for length in lengths)
+    bounds = [0, *accumulate(whole)]
+    places = torch.cat([torch.arange(n) + at for n, at in zip(lengths, bounds, strict=False)])
+    offsets = torch.tensor(bounds, dtype=torch.int32, device=device)
+    return places.to(device), Documents(offsets, max(whole), whole)
 
 
 def delta_rule_backward(
@@ -140,16 +200,28 @@ class _Chunks:
 
     @staticmethod
     def of(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, document: Tensor) -> _Chunks:
+        ids = torch.nn.functional.pad(document, (0, -document.shape[0] % CHUNK), value=-1).view(-1, CHUNK)
+        before = torch.cat([ids.new_full((1,), -2), ids[:-1, -1]])
+        return _Chunks.in_documents(q, k, v, g, beta, ids, before)
+
+    @staticmethod
+    def of_one(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> _Chunks:
+        """Of one document that has begun before, filled up with tokens of no effect."""
+        ids = torch.zeros(-(-v.shape[0] // CHUNK), CHUNK, dtype=torch.int32, device=v.device)
+        return _Chunks.in_documents(q, k, v, g, beta, ids, ids[:, 0])
+
+    @staticmethod
+    def in_documents(
+        q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, document: Tensor, before: Tensor
+    ) -> _Chunks:
         tokens, group, wide = v.shape[0], v.shape[1] // k.shape[1], math_dtype(v.dtype)
         repeated = [
-            (_unit(x.to(wide)) * scale).repeat_interleave(group, 1)
+            (unit(x.to(wide)) * scale).repeat_interleave(group, 1)
             for x, scale in ((q, q.shape[2] ** -0.5), (k, 1.0))
         ]
         unit_q, unit_k, values = (_in_chunks(x.to(wide)) for x in (*repeated, v))
         beta, steps = (_in_chunks(x.to(wide)[..., None])[..., 0] for x in (beta, g))
-        ids = torch.nn.functional.pad(document, (0, -tokens % CHUNK), value=-1).view(-1, CHUNK)
-        before = torch.cat([ids.new_full((1,), -2), ids[:-1, -1]])
-        return _Chunks(unit_q, unit_k, values, beta, steps.cumsum(-1), ids, before, tokens)
+        return _Chunks(unit_q, unit_k, values, beta, steps.cumsum(-1), document, before, tokens)
 
     @property
     def count(self) -> int:
@@ -265,7 +337,8 @@ def _in_chunks(x: Tensor) -> Tensor:
     return padded.view(-1, CHUNK, *x.shape[1:]).transpose(1, 2)
 
 
-def _unit(x: Tensor) -> Tensor:
+def unit(x: Tensor) -> Tensor:
+    """x / ‖x‖ over the last dimension."""
     return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + EPS)
 
 

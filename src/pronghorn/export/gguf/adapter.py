@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -99,9 +100,14 @@ def _pair(dialect: Dialect, name: str, module: Any, adapter: str, alpha: float) 
     if len(dialect.places(name)) > 1:
         raise _not_plain(f"{name} stands in two parts in a GGUF file")
     scale = module.scaling[adapter] * module.r[adapter] / alpha
-    right = dialect.entries(Entry(name, tuple(b.shape), torch.float32, partial(_scaled, b, scale)))[0]
-    left = Entry(f"{right.name}.lora_a", tuple(a.shape), torch.float32, partial(_scaled, a, 1.0))
-    return [left, Entry(f"{right.name}.lora_b", right.shape, right.dtype, right.make)]
+    left = Entry(name, tuple(a.shape), torch.float32, partial(_scaled, a, 1.0))
+    right = Entry(name, tuple(b.shape), torch.float32, partial(_scaled, b, scale))
+    if dialect.orders_columns(name):
+        left = dialect.entries(left)[0]
+    else:
+        right = dialect.entries(right)[0]
+    (place,) = dialect.places(name)
+    return [replace(left, name=f"{place}.lora_a"), replace(right, name=f"{place}.lora_b")]
 
 
 def _scaled(weight: Tensor, scale: float) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pronghorn.errors import NotExportable
+from pronghorn.export.gguf import recurrent
 from pronghorn.export.gguf.families import GgufFamily, family_of
 from pronghorn.export.gguf.latent import KV_B, KV_B_PARTS, is_latent, join_kv_b, kv_b_shapes, split_kv_b
 from pronghorn.export.gguf.rope import add_rope, rope_factors, rope_of
@@ -71,13 +72,15 @@ class Dialect:
         return not any(part in _TOWERS for part in name.split("."))
 
     def places(self, name: str) -> list[str]:
-        """GGUF's names of a checkpoint's tensor: none where it has no place, two for experts' joined gate and up and
-        for what makes keys and values of a code."""
+        """GGUF's names of a checkpoint's tensor: none where it has no place, two for experts' joined gate and up, for
+        what makes keys and values of a code, and for what gives q, k, v and z at once."""
         table = _names(self.architecture, int(self.config.num_hidden_layers))
         name = name.replace(_LANGUAGE_MODEL, "", 1).replace(
             "e_score_correction_bias", "e_score_correction.bias"
         )
         parts = [f"{name}.weight" if name.endswith(_STACKED) else name]
+        if recurrent.LAYER in name:
+            parts = recurrent.names_in_file(name)
         for whole, halves in ((_JOINED, _JOINED_PARTS), (KV_B, KV_B_PARTS)):
             if name.endswith(whole):
                 parts = [f"{name.removesuffix(whole)}{part}" for part in halves]
@@ -90,6 +93,8 @@ class Dialect:
             return list(tensor.chunk(2, dim=1))
         if name.endswith(KV_B):
             return split_kv_b(tensor, self.config)
+        if recurrent.LAYER in name:
+            return recurrent.write(name, tensor, self.config)
         if name.endswith(_ROW):
             return [tensor[0]]
         if (heads := self._rotated_heads(name)) is not None:
@@ -102,11 +107,17 @@ class Dialect:
             return torch.cat(tensors, dim=1)
         if name.endswith(KV_B):
             return join_kv_b(tensors)
+        if recurrent.LAYER in name:
+            return recurrent.restore(name, tensors, self.config)
         if name.endswith(_ROW):
             return tensors[0][None]
         if (heads := self._rotated_heads(name)) is not None:
             return deinterleave(tensors[0], heads)
         return tensors[0] - self.family.norm_offset if self._is_offset_norm(name) else tensors[0]
+
+    def orders_columns(self, name: str) -> bool:
+        """Whether it is a weight's columns, not its rows, that lie otherwise in the file."""
+        return recurrent.orders_columns(name, self.config)
 
     def entries(self, entry: Entry) -> list[Entry]:
         """What a checkpoint's tensor becomes, in fp32.
@@ -125,6 +136,8 @@ class Dialect:
             shapes = [(entry.shape[0], entry.shape[1] // 2, entry.shape[2])] * 2
         elif entry.name.endswith(KV_B):
             shapes = kv_b_shapes(self.config)
+        elif recurrent.LAYER in entry.name:
+            shapes = recurrent.shapes(entry.name, entry.shape, self.config)
         elif entry.name.endswith(_ROW):
             shapes = [entry.shape[1:]]
         return [
@@ -141,7 +154,7 @@ class Dialect:
         return heads if self.family.permutes else None
 
     def _is_offset_norm(self, name: str) -> bool:
-        return self.family.norm_offset != 0.0 and name.endswith("norm.weight")
+        return self.family.norm_offset != 0.0 and name.endswith("norm.weight") and recurrent.LAYER not in name
 
 
 def dialect_of(config: Any) -> Dialect:
@@ -215,16 +228,16 @@ def add_architecture(writer: Any, dialect: Dialect, vocabulary: int) -> None:
     writer.add_key_length(key)
     writer.add_value_length(value)
     add_rope(writer, config, dialect.architecture, dialect.rotary_dim, dialect.family.partial_rotary)
+    section = rope_of(config).get("mrope_section")
+    if section is not None:  # how positions in three axes share a head
+        writer.add_rope_dimension_sections([*section, 0, 0][:4])
     dialect.family.describe(writer, config)
     if dialect.whole is not config:
         _describe_images(writer, dialect)
 
 
 def _describe_images(writer: Any, dialect: Dialect) -> None:
-    """How positions in three axes share a head, and how many layers take what earlier layers of a tower gave."""
-    section = rope_of(dialect.config).get("mrope_section")
-    if section is not None:
-        writer.add_rope_dimension_sections([*section, 0, 0][:4])
+    """How many layers take what earlier layers of a tower gave."""
     layers = getattr(dialect.whole.vision_config, "deepstack_visual_indexes", None)
     if layers is not None:
         writer.add_num_deepstack_layers(len(layers))

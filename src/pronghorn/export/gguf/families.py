@@ -9,6 +9,7 @@ from typing import Any
 
 from pronghorn.errors import NotExportable
 from pronghorn.export.gguf.latent import describe_latent, leading_dense_layers
+from pronghorn.export.gguf.recurrent import describe_recurrent, full_attention_interval, turns_whole_width
 from pronghorn.export.gguf.rope import rope_of
 from pronghorn.families.spec import ACTIVATIONS
 
@@ -232,6 +233,51 @@ def _describe_experts(writer: Any, config: Any) -> None:
         writer.add_expert_shared_feed_forward_length(int(shared))
 
 
+def _check_recurrent(config: Any) -> None:
+    """Raises:
+    NotExportable: for another order of layers, biases, heads of k and v of other sizes, sections of a head that leave
+        some of it out, or layers without experts.
+    """
+    kind = config.model_type
+    if "full_attention" not in config.layer_types:
+        raise _computed_otherwise(kind, "none", "layers of full attention")
+    every = full_attention_interval(config)
+    expected = [
+        "linear_attention" if (i + 1) % every else "full_attention" for i in range(len(config.layer_types))
+    ]
+    if list(config.layer_types) != expected:
+        raise _computed_otherwise(kind, "other layers of full attention", f"one in every {every}")
+    if config.attention_bias:
+        raise _computed_otherwise(kind, "biases", "none")
+    if config.linear_key_head_dim != config.linear_value_head_dim:
+        raise _computed_otherwise(
+            kind, "linear_value_head_dim other than linear_key_head_dim", "both the same"
+        )
+    if not turns_whole_width(config):
+        given = f"mrope_section={rope_of(config).get('mrope_section')}"
+        raise _computed_otherwise(kind, given, "sections of all that turns, no wider than a head")
+    if getattr(config, "norm_topk_prob", True) is not True:
+        raise _computed_otherwise(kind, f"norm_topk_prob={config.norm_topk_prob}", "True")
+    if getattr(config, "decoder_sparse_step", 1) != 1 or getattr(config, "mlp_only_layers", None):
+        raise _computed_otherwise(kind, "layers without experts", "experts in every layer")
+
+
+def _describe_recurrent_experts(writer: Any, config: Any) -> None:
+    describe_recurrent(writer, config)
+    _describe_experts(writer, config)
+
+
+def _recurrent(architecture: str, describe: Callable[[Any, Any], None] = describe_recurrent) -> GgufFamily:
+    return GgufFamily(
+        architecture,
+        norm_offset=1.0,
+        partial_rotary=True,
+        in_transformers=False,
+        check=_check_recurrent,
+        describe=describe,
+    )
+
+
 def _computed_otherwise(kind: str, given: str, built_in: str) -> NotExportable:
     return NotExportable(
         f"llama.cpp computes {kind} models with {built_in}, this one has {given}",
@@ -273,6 +319,11 @@ FAMILIES: dict[str, GgufFamily] = {
     ),
     **dict.fromkeys(
         ("qwen2_vl", "qwen2_5_vl"), GgufFamily("qwen2vl", in_transformers=False, check=_warn_of_window)
+    ),
+    "qwen3_next": _recurrent("qwen3next", _describe_recurrent_experts),
+    **dict.fromkeys(("qwen3_5_text", "qwen3_5"), _recurrent("qwen35")),
+    **dict.fromkeys(
+        ("qwen3_5_moe_text", "qwen3_5_moe"), _recurrent("qwen35moe", _describe_recurrent_experts)
     ),
     "qwen3_vl": GgufFamily("qwen3vl", in_transformers=False),
     "gemma3": GgufFamily(

@@ -17,8 +17,8 @@ from pronghorn.errors import SaveFailed
 from pronghorn.export.gguf.methods import Method
 from pronghorn.export.safetensors_file import Entry
 
-#: Names of what chooses among experts, which decides too much to be rounded.
-_ROUTERS = "ffn_gate_inp"
+#: Names of what chooses among experts, which decides too much to be rounded, and of a few numbers a channel.
+_WIDE = ("ffn_gate_inp", "ssm_conv1d")
 #: Weights that are quantised at a time; numpy's quantisers make several copies of what they are given.
 _AT_A_TIME = 1 << 24
 
@@ -32,8 +32,8 @@ def write_gguf(
 ) -> None:
     """Write the entries in a format of `NATIVE`.
 
-    Vectors and routers stay in fp32. A matrix whose rows are no whole blocks of 32 becomes F16. Below 8 bits, what
-    predicts the next token (the head, or the embedding where it is both) becomes Q8_0.
+    Vectors, routers and short convolutions stay in fp32. A matrix whose rows are no whole blocks of 32 becomes F16.
+    Below 8 bits, what predicts the next token (the head, or the embedding where it is both) becomes Q8_0.
 
     Raises:
         SaveFailed: for a weight beyond the range of float16 in an F16 file.
@@ -62,7 +62,7 @@ def write_gguf(
 def _kind(entry: Entry, method: Method, entries: Sequence[Entry]) -> Any:
     from gguf import GGMLQuantizationType as Kind
 
-    if len(entry.shape) < 2 or _ROUTERS in entry.name:
+    if len(entry.shape) < 2 or any(name in entry.name for name in _WIDE):
         return Kind.F32
     kind = Kind[method.name.upper()]
     names = {other.name for other in entries}

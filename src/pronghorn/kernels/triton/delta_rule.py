@@ -18,6 +18,18 @@ from torch import Tensor
 
 from pronghorn.kernels.attention import Documents
 from pronghorn.kernels.delta_rule import CHUNK, EPS
+from pronghorn.kernels.triton.delta_chunks import (
+    bounds,
+    decays,
+    documents,
+    inverse_of,
+    load,
+    load_one,
+    lower,
+    pairs_of,
+    store,
+    store_one,
+)
 from pronghorn.kernels.triton.lora import dot, is_wide
 
 #: most columns of a head of v at a time: of the programs that go through all chunks, and of the others
@@ -26,98 +38,6 @@ STATE_COLUMNS, COLUMNS = 32, 64
 GRADIENT_WARPS = 8
 #: heads a program of `_units` takes
 _HEADS = 16
-
-
-# --- parts of a chunk -----------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _load(ptr, start, tokens, stride, column, C: tl.constexpr):
-    """Rows of a chunk, zero beyond the stream."""
-    row = start + tl.arange(0, C)
-    at = ptr + row[:, None].to(tl.int64) * stride + column[None, :]
-    return tl.load(at, mask=(row < tokens)[:, None], other=0.0)
-
-
-@triton.jit
-def _store(ptr, value, start, tokens, stride, column, C: tl.constexpr):
-    row = start + tl.arange(0, C)
-    at = ptr + row[:, None].to(tl.int64) * stride + column[None, :]
-    tl.store(at, value.to(ptr.dtype.element_ty), mask=(row < tokens)[:, None])
-
-
-@triton.jit
-def _load_one(ptr, start, tokens, stride, C: tl.constexpr):
-    """A number of each token of a chunk, in fp32."""
-    row = start + tl.arange(0, C)
-    return tl.load(ptr + row.to(tl.int64) * stride, mask=row < tokens, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _store_one(ptr, value, start, tokens, stride, C: tl.constexpr):
-    row = start + tl.arange(0, C)
-    tl.store(ptr + row.to(tl.int64) * stride, value, mask=row < tokens)
-
-
-@triton.jit
-def _documents(document_ptr, start, tokens, C: tl.constexpr):
-    """Documents of a chunk's tokens, of the token before it, and of its last one; none of these is alike where there is
-    no token."""
-    row = start + tl.arange(0, C)
-    document = tl.load(document_ptr + row, mask=row < tokens, other=-1)
-    before = tl.load(document_ptr + start - 1, mask=start > 0, other=-2)
-    last = tl.load(document_ptr + start + C - 1, mask=start + C - 1 < tokens, other=-3)
-    return document, before, last
-
-
-@triton.jit
-def _bounds(bounds_ptr):
-    """Where the program's document begins and ends; an empty one has no chunks."""
-    begin = tl.load(bounds_ptr + tl.program_id(0))
-    end = tl.load(bounds_ptr + tl.program_id(0) + 1)
-    return begin, tl.where(end > begin, end, 0)
-
-
-@triton.jit
-def _decays(sums_ptr, document_ptr, start, tokens, heads, C: tl.constexpr):
-    """γ, e and γ_C."""
-    sums = _load_one(sums_ptr, start, tokens, heads, C)
-    document, before, last = _documents(document_ptr, start, tokens, C)
-    end = tl.load(sums_ptr + (start + C - 1) * heads, mask=start + C - 1 < tokens, other=0.0)
-    carried = tl.where(document == before, tl.exp(sums), 0.0)
-    outward = tl.where(document == last, tl.exp(tl.minimum(end - sums, 0.0)), 0.0)
-    return carried, outward, tl.where(last == before, tl.exp(end), 0.0)
-
-
-@triton.jit
-def _pairs(sums, document, C: tl.constexpr):
-    """Γ [C, C]."""
-    row, column = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
-    known = (document[:, None] == document[None, :]) & (row >= column)
-    return tl.where(known, tl.exp(tl.minimum(sums[:, None] - sums[None, :], 0.0)), 0.0)
-
-
-@triton.jit
-def _lower(x, C: tl.constexpr):
-    """x strictly below the diagonal."""
-    return tl.where(tl.arange(0, C)[:, None] > tl.arange(0, C)[None, :], x, 0.0)
-
-
-@triton.jit
-def _inverse(system, WIDE: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr):
-    """(I + system)⁻¹ of a strictly lower system: [[X, 0], [-Y B X, Y]] of the inverses X, Y of neighbouring blocks."""
-    row, column = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
-    below = (row // 2 == column // 2) & (row != column)
-    found = tl.where(row == column, 1.0, 0.0) - tl.where(below, system, 0.0)
-    for level in tl.static_range(1, LEVELS):
-        size = 1 << level
-        below = (row // size == column // size + 1) & ((column // size) % 2 == 0)
-        block = tl.where(below, system, 0.0)
-        if WIDE:
-            found -= tl.dot(tl.dot(found, block, input_precision="ieee"), found, input_precision="ieee")
-        else:
-            found -= tl.dot(tl.dot(found, block, input_precision="tf32x3"), found, input_precision="tf32x3")
-    return found
 
 
 # --- forward --------------------------------------------------------------------------------------------------------
@@ -150,59 +70,67 @@ def _systems(
     """c, M, U and W of a chunk."""
     start, head = tl.program_id(0) * C, tl.program_id(1)
     dtype: tl.constexpr = values_ptr.dtype.element_ty
-    sums = tl.cumsum(_load_one(g_ptr + head, start, tokens, gate_stride, C), 0)
-    _store_one(sums_ptr + head, sums, start, tokens, heads, C)
-    beta = _load_one(beta_ptr + head, start, tokens, gate_stride, C)
-    document, before, _ = _documents(document_ptr, start, tokens, C)
-    k = _load(k_ptr + head // group * D, start, tokens, k_heads * D, tl.arange(0, D), C)
-    overlap = dot(k, tl.trans(k), WIDE) * _pairs(sums, document, C)
-    inverse = _inverse(_lower(beta[:, None] * overlap, C), WIDE, C, LEVELS).to(dtype)
+    sums = tl.cumsum(load_one(g_ptr + head, start, tokens, gate_stride, C), 0)
+    store_one(sums_ptr + head, sums, start, tokens, heads, C)
+    beta = load_one(beta_ptr + head, start, tokens, gate_stride, C)
+    document, before, _ = documents(document_ptr, start, tokens, C)
+    k = load(k_ptr + head // group * D, start, tokens, k_heads * D, tl.arange(0, D), C)
+    overlap = dot(k, tl.trans(k), WIDE) * pairs_of(sums, document, C)
+    inverse = inverse_of(lower(beta[:, None] * overlap, C), WIDE, C, LEVELS).to(dtype)
     square = tl.arange(0, C)[:, None] * C + tl.arange(0, C)[None, :]
     tl.store(inverse_ptr + (tl.program_id(0).to(tl.int64) * heads + head) * C * C + square, inverse)
     carried = tl.where(document == before, tl.exp(sums), 0.0)
     scaled = (k.to(tl.float32) * (beta * carried)[:, None]).to(dtype)
     keys = dot(inverse, scaled, WIDE)
-    _store(keys_ptr + head * D, keys, start, tokens, heads * D, tl.arange(0, D), C)
+    store(keys_ptr + head * D, keys, start, tokens, heads * D, tl.arange(0, D), C)
     for f in tl.static_range(0, F, BF):
         column = f + tl.arange(0, BF)
-        v = _load(v_ptr + head * F, start, tokens, v_stride, column, C).to(tl.float32)
+        v = load(v_ptr + head * F, start, tokens, v_stride, column, C).to(tl.float32)
         values = dot(inverse, (v * beta[:, None]).to(dtype), WIDE)
-        _store(values_ptr + head * F, values, start, tokens, heads * F, column, C)
+        store(values_ptr + head * F, values, start, tokens, heads * F, column, C)
 
 
 @triton.jit
 def _states(
-    k_ptr, keys_ptr, values_ptr, sums_ptr, document_ptr, bounds_ptr, states_ptr, news_ptr,
-    tokens, k_heads, heads, group,
+    k_ptr, keys_ptr, values_ptr, sums_ptr, document_ptr, bounds_ptr, states_ptr, news_ptr, carried_ptr,
+    tokens, k_heads, heads, group, CARRIED: tl.constexpr,
     D: tl.constexpr, F: tl.constexpr, BF: tl.constexpr, WIDE: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """The states before each chunk, and N: those of chunks that the program's document begins with or spans."""
+    """The states before each chunk, and N: those of chunks that the program's document begins with or spans.
+
+    CARRIED: a document begins with its state there, and leaves the one that it ends with.
+    """
     head, column = tl.program_id(1).to(tl.int64), tl.program_id(2) * BF + tl.arange(0, BF)
     inner = tl.arange(0, D)
     dtype: tl.constexpr = news_ptr.dtype.element_ty
     state = tl.zeros([D, BF], tl.float32)
-    begin, end = _bounds(bounds_ptr)
+    begin, end = bounds(bounds_ptr)
+    carried = (tl.program_id(0) * heads + head) * D * F + inner[:, None] * F + column[None, :]
+    if CARRIED:
+        state = tl.load(carried_ptr + carried)
     for chunk in range(begin // C, tl.cdiv(end, C)):
         start = chunk * C
         place = (chunk * heads + head) * D * F
         owned = tl.where(start >= begin, tokens, 0)
         at = states_ptr + place + inner[:, None] * F + column[None, :]
         tl.store(at, state.to(dtype), mask=inner[:, None] < owned * D)
-        keys = _load(keys_ptr + head * D, start, tokens, heads * D, inner, C)
-        values = _load(values_ptr + head * F, start, tokens, heads * F, column, C).to(tl.float32)
+        keys = load(keys_ptr + head * D, start, tokens, heads * D, inner, C)
+        values = load(values_ptr + head * F, start, tokens, heads * F, column, C).to(tl.float32)
         new = (values - dot(keys, state.to(dtype), WIDE)).to(dtype)
-        _store(news_ptr + head * F, new, start, owned, heads * F, column, C)
-        _, outward, through = _decays(sums_ptr + head, document_ptr, start, tokens, heads, C)
-        k = _load(k_ptr + head // group * D, start, tokens, k_heads * D, inner, C).to(tl.float32)
+        store(news_ptr + head * F, new, start, owned, heads * F, column, C)
+        _, outward, through = decays(sums_ptr + head, document_ptr, start, tokens, heads, C)
+        k = load(k_ptr + head // group * D, start, tokens, k_heads * D, inner, C).to(tl.float32)
         state = state * through + dot(tl.trans((k * outward[:, None]).to(dtype)), new, WIDE)
+    if CARRIED:
+        tl.store(carried_ptr + carried, state)
 
 
 @triton.jit
 def _inside(q, k, sums_ptr, document_ptr, start, tokens, heads, WIDE: tl.constexpr, C: tl.constexpr):
     """q̂ k̂ᵀ and Γ."""
-    sums = _load_one(sums_ptr, start, tokens, heads, C)
-    document, _, _ = _documents(document_ptr, start, tokens, C)
-    return dot(q, tl.trans(k), WIDE), _pairs(sums, document, C)
+    sums = load_one(sums_ptr, start, tokens, heads, C)
+    document, _, _ = documents(document_ptr, start, tokens, C)
+    return dot(q, tl.trans(k), WIDE), pairs_of(sums, document, C)
 
 
 @triton.jit
@@ -213,19 +141,19 @@ def _outputs(
     start, head = tl.program_id(0) * C, tl.program_id(1)
     inner = tl.arange(0, D)
     dtype: tl.constexpr = news_ptr.dtype.element_ty
-    q = _load(q_ptr + head // group * D, start, tokens, k_heads * D, inner, C)
-    k = _load(k_ptr + head // group * D, start, tokens, k_heads * D, inner, C)
+    q = load(q_ptr + head // group * D, start, tokens, k_heads * D, inner, C)
+    k = load(k_ptr + head // group * D, start, tokens, k_heads * D, inner, C)
     product, pairs = _inside(q, k, sums_ptr + head, document_ptr, start, tokens, heads, WIDE, C)
     inside = (product * pairs).to(dtype)
-    carried, _, _ = _decays(sums_ptr + head, document_ptr, start, tokens, heads, C)
+    carried, _, _ = decays(sums_ptr + head, document_ptr, start, tokens, heads, C)
     reading = (q.to(tl.float32) * carried[:, None]).to(dtype)
     place = states_ptr + (tl.program_id(0).to(tl.int64) * heads + head) * D * F
     for f in tl.static_range(0, F, BF):
         column = f + tl.arange(0, BF)
         state = tl.load(place + inner[:, None] * F + column[None, :])
-        new = _load(news_ptr + head * F, start, tokens, heads * F, column, C)
+        new = load(news_ptr + head * F, start, tokens, heads * F, column, C)
         out = dot(reading, state, WIDE) + dot(inside, new, WIDE)
-        _store(out_ptr + head * F, out, start, tokens, heads * F, column, C)
+        store(out_ptr + head * F, out, start, tokens, heads * F, column, C)
 
 
 # --- backward -------------------------------------------------------------------------------------------------------
@@ -239,14 +167,14 @@ def _dnews_inside(
     """Pᵀ dout."""
     start, head = tl.program_id(0) * C, tl.program_id(1)
     inner = tl.arange(0, D)
-    q = _load(q_ptr + head // group * D, start, tokens, k_heads * D, inner, C)
-    k = _load(k_ptr + head // group * D, start, tokens, k_heads * D, inner, C)
+    q = load(q_ptr + head // group * D, start, tokens, k_heads * D, inner, C)
+    k = load(k_ptr + head // group * D, start, tokens, k_heads * D, inner, C)
     product, pairs = _inside(q, k, sums_ptr + head, document_ptr, start, tokens, heads, WIDE, C)
     inside = tl.trans((product * pairs).to(dnews_ptr.dtype.element_ty))
     for f in tl.static_range(0, F, BF):
         column = f + tl.arange(0, BF)
-        dout = _load(dout_ptr + head * F, start, tokens, heads * F, column, C)
-        _store(dnews_ptr + head * F, dot(inside, dout, WIDE), start, tokens, heads * F, column, C)
+        dout = load(dout_ptr + head * F, start, tokens, heads * F, column, C)
+        store(dnews_ptr + head * F, dot(inside, dout, WIDE), start, tokens, heads * F, column, C)
 
 
 @triton.jit
@@ -263,7 +191,7 @@ def _dstates(
     inner = tl.arange(0, D)
     dtype: tl.constexpr = dnews_ptr.dtype.element_ty
     dstate = tl.zeros([D, BF], tl.float32)
-    begin, end = _bounds(bounds_ptr)
+    begin, end = bounds(bounds_ptr)
     last = tl.cdiv(end, C) - 1
     for back in range(last + 1 - begin // C):
         chunk = last - back
@@ -272,14 +200,14 @@ def _dstates(
         owned = tl.where(tl.minimum(start + C, tokens) <= end, tokens, 0)
         at = dstates_ptr + place + inner[:, None] * F + column[None, :]
         tl.store(at, dstate.to(dtype), mask=inner[:, None] < owned * D)
-        carried, outward, through = _decays(sums_ptr + head, document_ptr, start, tokens, heads, C)
-        k = _load(k_ptr + head // group * D, start, tokens, k_heads * D, inner, C).to(tl.float32)
-        dnew = _load(dnews_ptr + head * F, start, tokens, heads * F, column, C).to(tl.float32)
+        carried, outward, through = decays(sums_ptr + head, document_ptr, start, tokens, heads, C)
+        k = load(k_ptr + head // group * D, start, tokens, k_heads * D, inner, C).to(tl.float32)
+        dnew = load(dnews_ptr + head * F, start, tokens, heads * F, column, C).to(tl.float32)
         dnew = (dnew + dot((k * outward[:, None]).to(dtype), dstate.to(dtype), WIDE)).to(dtype)
-        _store(dnews_ptr + head * F, dnew, start, owned, heads * F, column, C)
-        q = _load(q_ptr + head // group * D, start, tokens, k_heads * D, inner, C).to(tl.float32)
-        dout = _load(dout_ptr + head * F, start, tokens, heads * F, column, C)
-        keys = _load(keys_ptr + head * D, start, tokens, heads * D, inner, C)
+        store(dnews_ptr + head * F, dnew, start, owned, heads * F, column, C)
+        q = load(q_ptr + head // group * D, start, tokens, k_heads * D, inner, C).to(tl.float32)
+        dout = load(dout_ptr + head * F, start, tokens, heads * F, column, C)
+        keys = load(keys_ptr + head * D, start, tokens, heads * D, inner, C)
         dstate = dstate * through + dot(tl.trans((q * carried[:, None]).to(dtype)), dout, WIDE)
         dstate -= dot(tl.trans(keys), dnew, WIDE)
 
@@ -302,16 +230,16 @@ def _output_grads(
         column = f + tl.arange(0, BF)
         state = tl.load(states_ptr + place + inner[:, None] * F + column[None, :])
         dstate = tl.load(dstates_ptr + place + inner[:, None] * F + column[None, :])
-        new = _load(news_ptr + head * F, start, tokens, heads * F, column, C)
-        dout = _load(dout_ptr + head * F, start, tokens, heads * F, column, C)
+        new = load(news_ptr + head * F, start, tokens, heads * F, column, C)
+        dout = load(dout_ptr + head * F, start, tokens, heads * F, column, C)
         dinside += dot(dout, tl.trans(new), WIDE)
         dreading += dot(dout, tl.trans(state), WIDE)
         dwriting += dot(new, tl.trans(dstate), WIDE)
         kept += tl.sum(state.to(tl.float32) * dstate.to(tl.float32), 1)
-    q = _load(q_ptr + head // group * D, start, tokens, k_heads * D, inner, C)
-    k = _load(k_ptr + head // group * D, start, tokens, k_heads * D, inner, C)
+    q = load(q_ptr + head // group * D, start, tokens, k_heads * D, inner, C)
+    k = load(k_ptr + head // group * D, start, tokens, k_heads * D, inner, C)
     product, pairs = _inside(q, k, sums_ptr + head, document_ptr, start, tokens, heads, WIDE, C)
-    carried, outward, through = _decays(sums_ptr + head, document_ptr, start, tokens, heads, C)
+    carried, outward, through = decays(sums_ptr + head, document_ptr, start, tokens, heads, C)
     of_pairs = dinside * pairs
     along = of_pairs * product
     of_pairs = of_pairs.to(dtype)
@@ -323,9 +251,9 @@ def _output_grads(
     dsums += tl.where(tl.arange(0, C) == C - 1, at_end, 0.0)
     dq = dreading + dot(of_pairs, k, WIDE)
     dk = dwriting + dot(tl.trans(of_pairs), q, WIDE)
-    _store(dq_ptr + head * D, dq, start, tokens, heads * D, inner, C)
-    _store(dk_ptr + head * D, dk, start, tokens, heads * D, inner, C)
-    _store_one(dsums_ptr + head, dsums, start, tokens, heads, C)
+    store(dq_ptr + head * D, dq, start, tokens, heads * D, inner, C)
+    store(dk_ptr + head * D, dk, start, tokens, heads * D, inner, C)
+    store_one(dsums_ptr + head, dsums, start, tokens, heads, C)
 
 
 @triton.jit
@@ -340,39 +268,39 @@ def _system_grads(
     dtype: tl.constexpr = dv_ptr.dtype.element_ty
     square = tl.arange(0, C)[:, None] * C + tl.arange(0, C)[None, :]
     turned = tl.trans(tl.load(inverse_ptr + chunk * C * C + square))
-    beta = _load_one(beta_ptr + head, start, tokens, gate_stride, C)
+    beta = load_one(beta_ptr + head, start, tokens, gate_stride, C)
     dkeys, dsystem = tl.zeros([C, D], tl.float32), tl.zeros([C, C], tl.float32)
     dbeta = tl.zeros([C], tl.float32)
     for f in range(0, F, BF):
         column = f + tl.arange(0, BF)
-        dnew = _load(dnews_ptr + head * F, start, tokens, heads * F, column, C)
+        dnew = load(dnews_ptr + head * F, start, tokens, heads * F, column, C)
         dvalues = dot(turned, dnew, WIDE)
-        v = _load(v_ptr + head * F, start, tokens, v_stride, column, C).to(tl.float32)
+        v = load(v_ptr + head * F, start, tokens, v_stride, column, C).to(tl.float32)
         dbeta += tl.sum(dvalues * v, 1)
-        _store(dv_ptr + head * F, dvalues * beta[:, None], start, tokens, heads * F, column, C)
+        store(dv_ptr + head * F, dvalues * beta[:, None], start, tokens, heads * F, column, C)
         state = tl.load(states_ptr + chunk * D * F + inner[:, None] * F + column[None, :])
         dkeys -= dot(dnew, tl.trans(state), WIDE)
-        values = _load(values_ptr + head * F, start, tokens, heads * F, column, C)
+        values = load(values_ptr + head * F, start, tokens, heads * F, column, C)
         dsystem -= dot(dvalues.to(dtype), tl.trans(values), WIDE)
     dkeys = dot(turned, dkeys.to(dtype), WIDE)
-    keys = _load(keys_ptr + head * D, start, tokens, heads * D, inner, C)
-    dsystem = _lower(dsystem - dot(dkeys.to(dtype), tl.trans(keys), WIDE), C)
-    k = _load(k_ptr + head // group * D, start, tokens, k_heads * D, inner, C)
+    keys = load(keys_ptr + head * D, start, tokens, heads * D, inner, C)
+    dsystem = lower(dsystem - dot(dkeys.to(dtype), tl.trans(keys), WIDE), C)
+    k = load(k_ptr + head // group * D, start, tokens, k_heads * D, inner, C)
     product, pairs = _inside(k, k, sums_ptr + head, document_ptr, start, tokens, heads, WIDE, C)
-    carried, _, _ = _decays(sums_ptr + head, document_ptr, start, tokens, heads, C)
+    carried, _, _ = decays(sums_ptr + head, document_ptr, start, tokens, heads, C)
     of_keys = tl.sum(dkeys * k.to(tl.float32), 1) * carried
     of_overlap = dsystem * pairs
     dbeta += of_keys + tl.sum(of_overlap * product, 1)
     of_overlap *= beta[:, None]
     along = of_overlap * product
-    dsums = _load_one(dsums_ptr + head, start, tokens, heads, C)
+    dsums = load_one(dsums_ptr + head, start, tokens, heads, C)
     dsums += tl.sum(along, 1) - tl.sum(along, 0) + of_keys * beta
-    dk = _load(dk_ptr + head * D, start, tokens, heads * D, inner, C).to(tl.float32)
+    dk = load(dk_ptr + head * D, start, tokens, heads * D, inner, C).to(tl.float32)
     both = (of_overlap + tl.trans(of_overlap)).to(dtype)
     dk += dkeys * (beta * carried)[:, None] + dot(both, k, WIDE)
-    _store(dk_ptr + head * D, dk, start, tokens, heads * D, inner, C)
-    _store_one(dbeta_ptr + head, dbeta, start, tokens, heads, C)
-    _store_one(dsums_ptr + head, tl.cumsum(dsums, 0, reverse=True), start, tokens, heads, C)
+    store(dk_ptr + head * D, dk, start, tokens, heads * D, inner, C)
+    store_one(dbeta_ptr + head, dbeta, start, tokens, heads, C)
+    store_one(dsums_ptr + head, tl.cumsum(dsums, 0, reverse=True), start, tokens, heads, C)
 
 
 @triton.jit
@@ -429,11 +357,19 @@ def _per_state(sizes: dict[str, int | bool]) -> dict[str, int | bool]:
     return {**sizes, "BF": min(sizes["F"], STATE_COLUMNS)}
 
 
-def _make(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, docs: Documents) -> _Made:
+def _make(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    docs: Documents,
+    document: Tensor,
+    carried: Tensor | None = None,
+) -> _Made:
     assert q.stride(2) == k.stride(2) == v.stride(2) == 1 and q.stride(1) == k.stride(1) == q.shape[2]
     assert v.stride(1) == v.shape[2] and g.stride() == beta.stride() and g.stride(1) == 1
     (tokens, k_heads, of_k), (_, heads, of_v) = q.shape, v.shape
-    document = docs.document_of_token(tokens)
     chunks, group, sizes = triton.cdiv(tokens, CHUNK), heads // k_heads, _sizes(q, v)
     unit_q, unit_k = (v.new_empty(tokens, k_heads, of_k) for _ in range(2))
     rows = tokens * k_heads
@@ -462,20 +398,35 @@ def _make(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, docs: Docume
     states, news = v.new_empty(chunks, heads, of_k, of_v), v.new_empty(tokens, heads, of_v)
     per_state = _per_state(sizes)
     _states[(docs.count, heads, of_v // per_state["BF"])](
-        unit_k, keys, values, sums, document, docs.cu_seqlens, states, news,
-        tokens, k_heads, heads, group, **per_state,
+        unit_k, keys, values, sums, document, docs.cu_seqlens, states, news, states if carried is None else carried,
+        tokens, k_heads, heads, group, CARRIED=carried is not None, **per_state,
     )  # fmt: skip
     return _Made(unit_q, unit_k, sums, inverse, values, keys, states, news)
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, docs: Documents) -> Tensor:
-    made = _make(q, k, v, g, beta, docs)
-    (tokens, k_heads, _), heads = q.shape, v.shape[1]
-    document = docs.document_of_token(tokens)
+    document = docs.document_of_token(v.shape[0])
+    return _read(_make(q, k, v, g, beta, docs, document), v, document)
+
+
+def forward_continued(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, docs: Documents, states: Tensor
+) -> Tensor:
+    """`forward` of documents that each take whole chunks, and begin with the states [documents, N, D, F], which become
+    those that they end with."""
+    assert states.is_contiguous() and states.dtype == torch.float32
+    # The number that stands for the token before the first: every chunk goes on where one ended.
+    document = torch.full((v.shape[0],), -2, dtype=torch.int32, device=v.device)
+    return _read(_make(q, k, v, g, beta, docs, document, states), v, document)
+
+
+def _read(made: _Made, v: Tensor, document: Tensor) -> Tensor:
+    """out [T, N, F]."""
+    (tokens, k_heads, _), heads = made.q.shape, v.shape[1]
     out = v.new_empty(v.shape)
     _outputs[(triton.cdiv(tokens, CHUNK), heads)](
         made.q, made.k, made.sums, document, made.states, made.news, out, tokens, k_heads, heads, heads // k_heads,
-        **_sizes(q, v),
+        **_sizes(made.q, v),
     )  # fmt: skip
     return out
 
@@ -484,9 +435,9 @@ def backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, docs: Documents
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     assert dout.is_contiguous()
-    made = _make(q, k, v, g, beta, docs)
     (tokens, k_heads, of_k), (_, heads, of_v) = q.shape, v.shape
     document = docs.document_of_token(tokens)
+    made = _make(q, k, v, g, beta, docs, document)
     grid, group, sizes = (triton.cdiv(tokens, CHUNK), heads), heads // k_heads, _sizes(q, v)
     shared = (tokens, k_heads, heads, group)
     dnews, dstates = v.new_empty(v.shape), torch.empty_like(made.states)

@@ -24,15 +24,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from pronghorn.kernels.triton.gemm8 import Call
+from pronghorn.kernels.triton.gluon_parts import fetch, put_back, view
 from pronghorn.kernels.triton.launch import processors
-
-# Later releases of Triton renamed these.
-_tma: Any = tma
-_fetch = getattr(_tma, "async_load", None) or _tma.async_copy_global_to_shared
-_shared: Any = gl.shared_memory_descriptor
-_view = getattr(_shared, "_reinterpret", None) or _shared.reinterpret
-_write = getattr(_tma, "async_store", None) or _tma.async_copy_shared_to_global
-
 
 BM = gl.constexpr(128)
 BN = gl.constexpr(256)
@@ -79,26 +72,26 @@ def _copy(
             mbarrier.wait(empty.index(stage), phase)
             mbarrier.expect(bar, (BM + BN) * BK)
             for g in gl.static_range(2):
-                _fetch(left_desc, [at_m + 64 * g, step * BK], bar, left.index(2 * stage + g))
-            _fetch(right_desc, [at_n, step * BK], bar, right.index(stage))
+                fetch(left_desc, [at_m + 64 * g, step * BK], bar, left.index(2 * stage + g))
+            fetch(right_desc, [at_n, step * BK], bar, right.index(stage))
             stage, phase = _next(stage, phase)
         if RESIDUAL:
             for g in gl.static_range(2):
                 bar = full.index(stage)
                 mbarrier.wait(empty.index(stage), phase)
                 mbarrier.expect(bar, 64 * BN * 2)
-                rest = _view(right.index(stage), residual_desc.dtype, [256, WIDTH], residual_desc.layout)
+                rest = view(right.index(stage), residual_desc.dtype, [256, WIDTH], residual_desc.layout)
                 for i in gl.static_range(4):
-                    _fetch(residual_desc, [at_m + 64 * g, at_n + i * WIDTH], bar, rest.slice(64 * i, 64))
+                    fetch(residual_desc, [at_m + 64 * g, at_n + i * WIDTH], bar, rest.slice(64 * i, 64))
                 stage, phase = _next(stage, phase)
         if R:
             bar = full.index(stage)
             mbarrier.wait(empty.index(stage), phase)
             mbarrier.expect(bar, (BM + BN) * R * 2)
             for g in gl.static_range(2):
-                xa = _view(left.index(2 * stage + g), xa_desc.dtype, [64, R], xa_desc.layout)
-                _fetch(xa_desc, [at_m + 64 * g, 0], bar, xa)
-            _fetch(b_desc, [at_n, 0], bar, _view(right.index(stage), b_desc.dtype, [BN, R], b_desc.layout))
+                xa = view(left.index(2 * stage + g), xa_desc.dtype, [64, R], xa_desc.layout)
+                fetch(xa_desc, [at_m + 64 * g, 0], bar, xa)
+            fetch(b_desc, [at_n, 0], bar, view(right.index(stage), b_desc.dtype, [BN, R], b_desc.layout))
             stage, phase = _next(stage, phase)
 
 
@@ -131,7 +124,7 @@ def _write_part(out, at_m, at_n, xa, b, out_desc, buffer, scaling, R: gl.constex
     tma.store_wait(1)
     buffer.store(out.to(out_desc.dtype))
     fence_async_shared()
-    _write(out_desc, [at_m, at_n], buffer)
+    put_back(out_desc, [at_m, at_n], buffer)
 
 
 @gluon.jit
@@ -198,7 +191,7 @@ def _multiply(
                 mbarrier.arrive(empty.index(stage), count=1)
                 stage, phase = _next(stage, phase)
             mbarrier.wait(full.index(stage), phase)
-            rest = _view(right.index(stage), residual_desc.dtype, [256, WIDTH], residual_desc.layout)
+            rest = view(right.index(stage), residual_desc.dtype, [256, WIDTH], residual_desc.layout)
             a0 = _scaled(a0, row_scales, column_scales) + _loaded(rest.slice(0, 64), narrow)
             column_scales = _column_scales(column_ptr, at_n + WIDTH, n)
             a1 = _scaled(a1, row_scales, column_scales) + _loaded(rest.slice(64, 64), narrow)
@@ -215,8 +208,8 @@ def _multiply(
                 stage, phase = _next(stage, phase)
         if R:
             mbarrier.wait(full.index(stage), phase)
-        xa = _view(left.index(2 * stage + g), xa_desc.dtype, [64, R or 64], xa_desc.layout)
-        b = _view(right.index(stage), b_desc.dtype, [BN, R or 64], b_desc.layout)
+        xa = view(left.index(2 * stage + g), xa_desc.dtype, [64, R or 64], xa_desc.layout)
+        b = view(right.index(stage), b_desc.dtype, [BN, R or 64], b_desc.layout)
         for i in gl.static_range(4):
             part = a0 if i == 0 else a1 if i == 1 else a2 if i == 2 else a3
             if not RESIDUAL:

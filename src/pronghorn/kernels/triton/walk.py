@@ -1,0 +1,453 @@
+"""Four products of one row in one launch on Hopper, written in Gluon (Triton's language of explicit layouts and warps).
+
+One program a processor, all of them at work at the same time. One of its warps copies weights, of all four products
+one after another, into a ring of tiles, and waits for nothing but room in it; the others multiply, and wait for all
+programs between products. So memory has the next product's weights to bring while its input is still being made.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from pronghorn.kernels.triton.gluon_parts import activated, barrier, fetch, launch_next, view, wait_for_last
+from pronghorn.kernels.triton.launch import dependent_launch, processors
+from pronghorn.kernels.walk import Meeting, Walk
+
+#: outputs that a program makes at a time; numbers of a line, which is what the copy engine swizzles
+ROWS = gl.constexpr(4)
+LINE = gl.constexpr(64)
+#: lines of a tile
+LINES = gl.constexpr(8)
+#: groups of outputs whose sums wait in shared memory to be finished together
+ROUND = gl.constexpr(32)
+#: tiles of the input that fit into registers
+MOST_KEPT = gl.constexpr(8)
+#: numbers of the input that programs take at a time
+CHUNK = gl.constexpr(2048)
+WARPS = gl.constexpr(8)
+#: with fewer slots of the ring nothing is gained
+LEAST_SLOTS = 5
+#: of its own shared memory a processor keeps this much for the attention kernel, which begins beside a walk's end
+_LEFT_FREE = 36 * 1024
+#: of each of its threads at most, so that the attention kernel finds room beside it
+_REGISTERS = 112
+#: how often a program looks whether all others have come, before it goes on without them (about a second)
+PATIENCE = 1 << 20
+
+# The first thread waits until the number at $1 is at least $2, or $3 times in vain; $0: whether it was in vain.
+_AWAIT = gl.constexpr("""{
+    .reg .pred p; .reg .b64 seen; .reg .b32 thread, tries;
+    mov.b32 $0, 0;
+    mov.u32 thread, %tid.x;
+    setp.ne.u32 p, thread, 0;
+    @p bra DONE;
+    mov.b32 tries, $3;
+    AGAIN:
+    ld.acquire.gpu.global.b64 seen, [$1];
+    setp.ge.s64 p, seen, $2;
+    @p bra DONE;
+    sub.u32 tries, tries, 1;
+    setp.ne.u32 p, tries, 0;
+    @p bra AGAIN;
+    mov.b32 $0, 1;
+    DONE:
+}""")
+
+
+@gluon.jit
+def _next(slot, phase, SLOTS: gl.constexpr):
+    last = slot == SLOTS - 1
+    return gl.where(last, 0, slot + 1), gl.where(last, phase ^ 1, phase)
+
+
+@gluon.jit
+def _copy_tiles(desc, row, bundle, ring, full, empty, slot, phase, UNITS: gl.constexpr):
+    mbarrier.wait(empty.index(slot), phase)
+    bar = full.index(slot)
+    mbarrier.expect(bar, UNITS * ROWS * LINES * LINE * 2)
+    for u in gl.static_range(UNITS):
+        fetch(desc, [row, (bundle * UNITS + u) * LINES, 0], bar, ring.index(slot * UNITS + u))
+
+
+@gluon.jit
+def _copy_weight(
+    desc, ring, full, empty, slot, phase, outs: gl.constexpr, width: gl.constexpr, GLU: gl.constexpr,
+    SLOTS: gl.constexpr, UNITS: gl.constexpr,
+):  # fmt: skip
+    """A program's rows of one weight; with GLU each of gate's beside up's."""
+    bundles: gl.constexpr = (width + UNITS * LINES * LINE - 1) // (UNITS * LINES * LINE)
+    for group in range(gl.program_id(0), outs // ROWS, gl.num_programs(0)):
+        for bundle in range(bundles):
+            _copy_tiles(desc, group * ROWS, bundle, ring, full, empty, slot, phase, UNITS)
+            slot, phase = _next(slot, phase, SLOTS)
+            if GLU:
+                _copy_tiles(desc, outs + group * ROWS, bundle, ring, full, empty, slot, phase, UNITS)
+                slot, phase = _next(slot, phase, SLOTS)
+    return slot, phase
+
+
+@gluon.jit
+def _copy(
+    o_desc, gate_up_desc, down_desc, last_desc, ring, full, empty, ATTENDED: gl.constexpr, HIDDEN: gl.constexpr,
+    INNER: gl.constexpr, OUTS: gl.constexpr, SLOTS: gl.constexpr, UNITS: gl.constexpr,
+):  # fmt: skip
+    """The copying warp."""
+    slot = 0
+    phase = 1
+    slot, phase = _copy_weight(o_desc, ring, full, empty, slot, phase, HIDDEN, ATTENDED, False, SLOTS, UNITS)
+    slot, phase = _copy_weight(
+        gate_up_desc, ring, full, empty, slot, phase, INNER, HIDDEN, True, SLOTS, UNITS
+    )
+    slot, phase = _copy_weight(down_desc, ring, full, empty, slot, phase, HIDDEN, INNER, False, SLOTS, UNITS)
+    slot, phase = _copy_weight(last_desc, ring, full, empty, slot, phase, OUTS, HIDDEN, False, SLOTS, UNITS)
+
+
+@gluon.jit
+def _meet(met_ptr, lost_ptr, target, patience):
+    """Wait until all programs have come here, and all that they wrote can be read; one that waits in vain says so."""
+    barrier()
+    gl.atomic_add(met_ptr, target * 0 + 1, sem="release", scope="gpu")
+    late = gl.inline_asm_elementwise(
+        _AWAIT, "=r,l,l,r", [met_ptr, target, patience], dtype=gl.int32, is_pure=False, pack=1
+    )
+    gl.atomic_add(lost_ptr, target * 0 + 1, mask=late > 0, sem="relaxed", scope="gpu")
+    barrier()
+
+
+@gluon.jit
+def _flat(width: gl.constexpr, CHUNKS: gl.constexpr):
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [1, WARPS], [1, 0])
+    chunk = gl.arange(0, CHUNKS, gl.SliceLayout(1, layout))
+    at = chunk[:, None] * CHUNK + gl.arange(0, CHUNK, gl.SliceLayout(0, layout))[None, :]
+    return at, at < width
+
+
+@gluon.jit
+def _put(x_ptr, xs, width: gl.constexpr, CHUNKS: gl.constexpr):
+    """x into shared memory, zeros behind it."""
+    at, known = _flat(width, CHUNKS)
+    # Past the first cache, which knows nothing of what other processors have written.
+    xs.slice(0, CHUNKS).store(gl.load(x_ptr + at, mask=known, other=0.0, cache_modifier=".cg"))
+
+
+@gluon.jit
+def _norm_weight(norm_ptr, offset, width: gl.constexpr, CHUNKS: gl.constexpr):
+    at, known = _flat(width, CHUNKS)
+    return gl.load(norm_ptr + at, mask=known, other=0.0).to(gl.float32) + offset
+
+
+@gluon.jit
+def _put_scaled(x_ptr, weight, xs, eps, width: gl.constexpr, CHUNKS: gl.constexpr):
+    """x times the norm's weight into shared memory; 1 / rms(x)."""
+    at, known = _flat(width, CHUNKS)
+    x = gl.load(x_ptr + at, mask=known, other=0.0, cache_modifier=".cg").to(gl.float32)
+    xs.store(x * weight)
+    return 1.0 / gl.sqrt(gl.sum(gl.sum(x * x, 1), 0) / width + eps)
+
+
+@gluon.jit
+def _loaded(tiles, first, layout: gl.constexpr, COUNT: gl.constexpr):
+    """COUNT neighbouring tiles as they are."""
+    found = ()
+    for i in gl.static_range(COUNT):
+        found = found + (tiles.index(first + i).load(layout),)  # type: ignore[assignment] # noqa: RUF005
+    return found
+
+
+@gluon.jit
+def _wide(tiles, COUNT: gl.constexpr):
+    found = ()
+    for i in gl.static_range(COUNT):
+        found = found + (tiles[i].to(gl.float32),)  # type: ignore[assignment] # noqa: RUF005
+    return found
+
+
+@gluon.jit
+def _added(acc, weights, x, FIRST: gl.constexpr, UNITS: gl.constexpr):
+    for u in gl.static_range(UNITS):
+        acc += weights[u].to(gl.float32) * gl.expand_dims(x[FIRST + u].to(gl.float32), 0)
+    return acc
+
+
+@gluon.jit
+def _halves(acc):
+    """Sums [ROWS, 2] of what the two warps of a row hold."""
+    return gl.sum(gl.reshape(acc, [ROWS, 2, LINES * LINE // 2]), 2)
+
+
+@gluon.jit
+def _step(sums, others, x, FIRST: gl.constexpr, ring, full, empty, slot, phase, GLU: gl.constexpr,
+          SLOTS: gl.constexpr, UNITS: gl.constexpr):  # fmt: skip
+    """The sums with one more slot of the ring, with GLU with two."""
+    layout: gl.constexpr = sums.type.layout
+    next_slot, next_phase = _next(slot, phase, SLOTS)
+    up_slot = next_slot
+    mbarrier.wait(full.index(slot), phase)
+    if GLU:
+        mbarrier.wait(full.index(up_slot), next_phase)
+        next_slot, next_phase = _next(next_slot, next_phase, SLOTS)
+    weights = _loaded(ring, slot * UNITS, layout, UNITS)
+    if GLU:
+        up_weights = _loaded(ring, up_slot * UNITS, layout, UNITS)
+    # Weights are in registers: there is room for others.
+    barrier()
+    mbarrier.arrive(empty.index(slot), count=1)
+    if GLU:
+        mbarrier.arrive(empty.index(up_slot), count=1)
+        others = _added(others, up_weights, x, FIRST, UNITS)
+    sums = _added(sums, weights, x, FIRST, UNITS)
+    return sums, others, next_slot, next_phase
+
+
+@gluon.jit
+def _multiply(
+    xs, rstd, bias_ptr, residual_ptr, out_ptr, rounds, ring, full, empty, slot, phase, outs: gl.constexpr,
+    width: gl.constexpr, KIND: gl.constexpr, BIAS: gl.constexpr, RESIDUAL: gl.constexpr,
+    SLOTS: gl.constexpr, UNITS: gl.constexpr,
+):  # fmt: skip
+    """A program's outputs of one weight, a round of them at a time."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 1, 8], [1, 4, 8], [ROWS, WARPS // ROWS, 1], [2, 1, 0])
+    of_x: gl.constexpr = gl.SliceLayout(0, layout)
+    # Of an output two halves, of gate and up both in turn.
+    PARTS: gl.constexpr = 2 if KIND == "" else 4
+    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    of_parts: gl.constexpr = gl.BlockedLayout([1, PARTS], [32, 1], [WARPS, 1], [1, 0])
+    of_outs: gl.constexpr = gl.SliceLayout(1, of_parts)
+    parts = view(rounds, gl.float32, [ROUND, ROWS, PARTS], flat)
+    bundles: gl.constexpr = (width + UNITS * LINES * LINE - 1) // (UNITS * LINES * LINE)
+    # A short row of the input stays in registers.
+    KEPT: gl.constexpr = bundles * UNITS <= MOST_KEPT
+    if KEPT:
+        kept = _wide(_loaded(xs, 0, of_x, bundles * UNITS), bundles * UNITS)
+    programs = gl.num_programs(0)
+    groups = (outs // ROWS - gl.program_id(0) + programs - 1) // programs
+    for begin in range(0, groups, ROUND):
+        many = gl.minimum(groups - begin, ROUND)
+        i = gl.arange(0, ROUND * ROWS, of_outs)
+        row = (gl.program_id(0) + (begin + i // ROWS) * programs) * ROWS + i % ROWS
+        known = i < many * ROWS
+        # What is added in the end is on its way while weights are multiplied.
+        if RESIDUAL:
+            rest = gl.load(residual_ptr + row, mask=known, other=0.0, cache_modifier=".cg").to(gl.float32)
+        if BIAS:
+            bias = gl.load(bias_ptr + row, mask=known, other=0.0).to(gl.float32)
+            if KIND != "":
+                up_bias = gl.load(bias_ptr + outs + row, mask=known, other=0.0).to(gl.float32)
+        for group in range(many):
+            sums = gl.zeros([ROWS, LINES, LINE], gl.float32, layout)
+            others = gl.zeros([ROWS, LINES, LINE], gl.float32, layout)
+            if KEPT:
+                for bundle in gl.static_range(bundles):
+                    sums, others, slot, phase = _step(
+                        sums, others, kept, bundle * UNITS, ring, full, empty, slot, phase, KIND != "", SLOTS, UNITS
+                    )  # fmt: skip
+            else:
+                for bundle in range(bundles):
+                    x = _loaded(xs, bundle * UNITS, of_x, UNITS)
+                    sums, others, slot, phase = _step(
+                        sums, others, x, 0, ring, full, empty, slot, phase, KIND != "", SLOTS, UNITS
+                    )  # fmt: skip
+            halves = _halves(sums)
+            if KIND != "":
+                halves = gl.reshape(gl.join(halves, _halves(others)), [ROWS, 4])
+            parts.index(group).store(halves)
+        found = view(parts, gl.float32, [ROUND * ROWS, PARTS], flat).load(of_parts)
+        if KIND != "":
+            y, up = gl.split(gl.sum(gl.reshape(found, [ROUND * ROWS, 2, 2]), 1))
+            y, up = gl.convert_layout(y, of_outs) * rstd, gl.convert_layout(up, of_outs) * rstd
+            if BIAS:
+                y += bias
+                up += up_bias
+            y = activated(y, up, KIND)
+        else:
+            y = gl.sum(found, 1) * rstd
+            if BIAS:
+                y += bias
+        if RESIDUAL:
+            y += rest
+        gl.store(out_ptr + row, y.to(out_ptr.dtype.element_ty), mask=known)
+    return slot, phase
+
+
+@gluon.jit
+def _walk(
+    attended_ptr, x_ptr, act_ptr, out_ptr, mlp_norm_ptr, last_norm_ptr, o_bias, gate_up_bias, down_bias, last_bias,
+    met_ptr, lost_ptr, ring, full, empty, wide, narrow, rounds, mlp_eps, mlp_offset, last_eps, last_offset, patience,
+    ATTENDED: gl.constexpr, HIDDEN: gl.constexpr, INNER: gl.constexpr, OUTS: gl.constexpr, KIND: gl.constexpr,
+    BIAS_O: gl.constexpr, BIAS_GATE_UP: gl.constexpr, BIAS_DOWN: gl.constexpr, BIAS_LAST: gl.constexpr,
+    SLOTS: gl.constexpr, UNITS: gl.constexpr, CHUNKS_ATTENDED: gl.constexpr,
+    CHUNKS_HIDDEN: gl.constexpr, CHUNKS_INNER: gl.constexpr, PDL: gl.constexpr,
+):  # fmt: skip
+    """The multiplying warps."""
+    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    tile: gl.constexpr = LINES * LINE
+    scaled = view(wide, gl.float32, [CHUNKS_HIDDEN * CHUNK // tile, LINES, LINE], flat)
+    plain = view(narrow, narrow.dtype, [narrow.shape[0] * CHUNK // tile, LINES, LINE], flat)
+    slot = 0
+    phase = 0
+    if PDL:
+        launch_next()
+        wait_for_last()
+    programs = gl.num_programs(0).to(gl.int64)
+    # A launch adds three times the programs, of which some may have come to the first meeting.
+    begun = gl.load(met_ptr, volatile=True)
+    target = begun - begun % programs + programs
+    # After a walk that was lost nobody waits any more: what follows is thrown away with it.
+    patience = gl.where(gl.load(lost_ptr, volatile=True) > 0, 1, patience)
+    _put(attended_ptr, narrow, ATTENDED, CHUNKS_ATTENDED)
+    slot, phase = _multiply(
+        plain, 1.0, o_bias, x_ptr, x_ptr, rounds, ring, full, empty, slot, phase, HIDDEN, ATTENDED, "", BIAS_O, True,
+        SLOTS, UNITS,
+    )  # fmt: skip
+    weight = _norm_weight(mlp_norm_ptr, mlp_offset, HIDDEN, CHUNKS_HIDDEN)
+    _meet(met_ptr, lost_ptr, target, patience)
+    rstd = _put_scaled(x_ptr, weight, wide, mlp_eps, HIDDEN, CHUNKS_HIDDEN)
+    slot, phase = _multiply(
+        scaled, rstd, gate_up_bias, x_ptr, act_ptr, rounds, ring, full, empty, slot, phase, INNER, HIDDEN, KIND,
+        BIAS_GATE_UP, False, SLOTS, UNITS,
+    )  # fmt: skip
+    _meet(met_ptr, lost_ptr, target + programs, patience)
+    _put(act_ptr, narrow, INNER, CHUNKS_INNER)
+    slot, phase = _multiply(
+        plain, 1.0, down_bias, x_ptr, x_ptr, rounds, ring, full, empty, slot, phase, HIDDEN, INNER, "", BIAS_DOWN, True,
+        SLOTS, UNITS,
+    )  # fmt: skip
+    weight = _norm_weight(last_norm_ptr, last_offset, HIDDEN, CHUNKS_HIDDEN)
+    _meet(met_ptr, lost_ptr, target + 2 * programs, patience)
+    rstd = _put_scaled(x_ptr, weight, wide, last_eps, HIDDEN, CHUNKS_HIDDEN)
+    slot, phase = _multiply(
+        scaled, rstd, last_bias, x_ptr, out_ptr, rounds, ring, full, empty, slot, phase, OUTS, HIDDEN, "", BIAS_LAST,
+        False, SLOTS, UNITS,
+    )  # fmt: skip
+
+
+@gluon.jit
+def _four_products(
+    o_desc, gate_up_desc, down_desc, last_desc,
+    attended_ptr, x_ptr, act_ptr, out_ptr, mlp_norm_ptr, last_norm_ptr,
+    o_bias, gate_up_bias, down_bias, last_bias, met_ptr, lost_ptr, mlp_eps, mlp_offset, last_eps, last_offset, patience,
+    ATTENDED: gl.constexpr, HIDDEN: gl.constexpr, INNER: gl.constexpr, OUTS: gl.constexpr, KIND: gl.constexpr,
+    BIAS_O: gl.constexpr, BIAS_GATE_UP: gl.constexpr, BIAS_DOWN: gl.constexpr, BIAS_LAST: gl.constexpr,
+    SLOTS: gl.constexpr, UNITS: gl.constexpr, CHUNKS_ATTENDED: gl.constexpr,
+    CHUNKS_HIDDEN: gl.constexpr, CHUNKS_INNER: gl.constexpr, PDL: gl.constexpr,
+):  # fmt: skip
+    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    most: gl.constexpr = CHUNKS_INNER if CHUNKS_INNER > CHUNKS_ATTENDED else CHUNKS_ATTENDED
+    ring = gl.allocate_shared_memory(o_desc.dtype, [SLOTS * UNITS, ROWS, LINES, LINE], o_desc.layout)
+    wide = gl.allocate_shared_memory(gl.float32, [CHUNKS_HIDDEN, CHUNK], flat)
+    narrow = gl.allocate_shared_memory(o_desc.dtype, [most, CHUNK], flat)
+    rounds = gl.allocate_shared_memory(gl.float32, [ROUND * ROWS, 4], flat)
+    full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
+    for slot in gl.static_range(SLOTS):
+        mbarrier.init(full.index(slot), count=1)
+        mbarrier.init(empty.index(slot), count=1)
+    gl.warp_specialize(
+        [
+            (_walk, (attended_ptr, x_ptr, act_ptr, out_ptr, mlp_norm_ptr, last_norm_ptr, o_bias, gate_up_bias,
+                     down_bias, last_bias, met_ptr, lost_ptr, ring, full, empty, wide, narrow, rounds, mlp_eps,
+                     mlp_offset, last_eps, last_offset, patience, ATTENDED, HIDDEN, INNER, OUTS, KIND, BIAS_O,
+                     BIAS_GATE_UP, BIAS_DOWN, BIAS_LAST, SLOTS, UNITS, CHUNKS_ATTENDED, CHUNKS_HIDDEN,
+                     CHUNKS_INNER, PDL)),
+            (_copy, (o_desc, gate_up_desc, down_desc, last_desc, ring, full, empty, ATTENDED, HIDDEN, INNER, OUTS,
+                     SLOTS, UNITS)),
+        ],
+        [1],
+        [40],
+    )  # fmt: skip
+
+
+class Tiling(NamedTuple):
+    """`units` tiles of four rows a slot of the ring."""
+
+    units: int
+    slots: int
+
+    @property
+    def columns(self) -> int:
+        return self.units * LINES.value * LINE.value
+
+    def padded(self, width: int) -> int:
+        """Columns of the slots that a row takes."""
+        return triton.cdiv(width, self.columns) * self.columns
+
+    def chunks(self, width: int) -> int:
+        """Chunks of 2,048 numbers, a power of two, in which all tiles of a row lie."""
+        return triton.next_power_of_2(triton.cdiv(self.padded(width), CHUNK.value))
+
+
+@cache
+def tiling_for(attended: int, hidden: int, inner: int, room: int) -> Tiling:
+    """Slots of 16 KB, or of 12 where rows are multiples of 1,536 numbers, as many as `room` bytes hold."""
+    one = Tiling(3 if hidden % 1536 == 0 and hidden % 2048 else 4, 1)
+    inputs = 4 * one.chunks(hidden) + 2 * max(one.chunks(attended), one.chunks(inner))
+    slots = (room - inputs * CHUNK.value - 4096) // (2 * ROWS.value * one.columns)
+    return one._replace(slots=slots)
+
+
+@cache
+def _room(index: int) -> int:
+    return torch.cuda.get_device_properties(index).shared_memory_per_block_optin - _LEFT_FREE
+
+
+def _tiling(steps: Walk) -> Tiling:
+    o, _, down, _ = steps[:4]
+    return tiling_for(
+        o.weight.shape[1], o.weight.shape[0], down.weight.shape[1], _room(o.weight.device.index)
+    )
+
+
+def fits(steps: Walk) -> bool:
+    """Whether weights in bf16 lie as the copy engine takes them, and fill what they take of a ring that is not short.
+
+    Rows of 1,536 or 4,096 numbers fill it; measured on an H200.
+    """
+    weights = [step.weight for step in steps[:4]]
+    aligned = all(
+        weight.dtype == torch.bfloat16
+        and weight.is_contiguous()
+        and weight.shape[0] % (2 * ROWS.value) == 0
+        and weight.shape[1] % LINE.value == 0
+        and weight.data_ptr() % 16 == 0
+        for weight in weights
+    )
+    if not aligned:
+        return False
+    tiling = _tiling(steps)
+    filled = all(4 * weight.shape[1] >= 3 * tiling.padded(weight.shape[1]) for weight in weights)
+    return filled and tiling.slots >= LEAST_SLOTS
+
+
+def _lines(weight: Tensor) -> Any:
+    layout = gl.NVMMASharedLayout(128, 16, 3)
+    by_line = weight.view(weight.shape[0], -1, LINE.value)
+    return TensorDescriptor.from_tensor(by_line, [ROWS.value, LINES.value, LINE.value], layout)
+
+
+def walk(attended: Tensor, x: Tensor, steps: Walk, meeting: Meeting, out_dtype: torch.dtype) -> Tensor:
+    device, products = x.device, steps[:4]
+    _, gate_up, down, last = products
+    assert gate_up.norm is not None and last.norm is not None
+    sizes = attended.shape[1], x.shape[1], down.weight.shape[1]
+    act = torch.empty(1, sizes[2], dtype=x.dtype, device=device)
+    out = torch.empty(1, last.weight.shape[0], dtype=out_dtype, device=device)
+    tiling, pdl = _tiling(steps), dependent_launch(device)
+    _four_products[(processors(device.index or 0),)](
+        *(_lines(p.weight) for p in products), attended, x, act, out, gate_up.norm.weight, last.norm.weight,
+        *(x if p.bias is None else p.bias for p in products), meeting.came, meeting.lost,
+        gate_up.norm.eps, gate_up.norm.offset, last.norm.eps, last.norm.offset, PATIENCE,
+        *sizes, last.weight.shape[0], steps.activation, *(p.bias is not None for p in products),
+        SLOTS=tiling.slots, UNITS=tiling.units,
+        CHUNKS_ATTENDED=tiling.chunks(sizes[0]), CHUNKS_HIDDEN=tiling.chunks(sizes[1]),
+        CHUNKS_INNER=tiling.chunks(sizes[2]), PDL=bool(pdl), num_warps=WARPS.value, maxnreg=_REGISTERS, **pdl,
+    )  # fmt: skip
+    return out
