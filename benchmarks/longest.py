@@ -216,7 +216,11 @@ def run_all(options: argparse.Namespace) -> list[dict[str, Any]]:
                     if found
                     else {"side": side.name, "cap_gib": cap, "error": failure_reason(status, output, timeout)}
                 )
-                said = [line for line in output.splitlines() if line.startswith(f"{side.name} ")]
+                said = [
+                    line
+                    for line in output.splitlines()
+                    if line.startswith(f"{side.name} ") or "memory plan" in line
+                ]
                 print(
                     "\n".join([f"cap {cap:g} GiB", *said, *([row["error"]] if "error" in row else [])]),
                     flush=True,

@@ -55,8 +55,11 @@ def environment(work: Path, library: str) -> dict[str, str]:
     """The environment of a side's process: absolute import paths, and compile caches that start empty per library."""
     given = [os.path.abspath(p) for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p]
     paths = dict.fromkeys([*given, str(REPOSITORY / "src"), str(REPOSITORY)])
+    # An installed package brings its modules compiled; the sources here are compiled by the first process that may
+    # write, and by every one otherwise.
+    kept = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     return {
-        **os.environ,
+        **kept,
         "PYTHONPATH": os.pathsep.join(paths),
         "PYTHONUNBUFFERED": "1",
         "HF_HUB_OFFLINE": "1",

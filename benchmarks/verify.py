@@ -6,6 +6,11 @@ Truth is the stock model in fp32 on the same (rounded or quantised) weights, row
 pronghorn's error against it may be at most 1.2 times the stock bf16 model's own error: for all adapter gradients
 together, and for each of them, where a gradient that stock Transformers happens to hit closely is held to the median
 error of its kind. In fp32 both differ by the order of sums only, and the bound is absolute.
+
+Rounding errors of one model and batch are one draw: where gradients cancel (gates, mixtures, linear attention) their
+ratio is 0.3 to 1.7 by chance. A case in 16 bits that one draw finds red is drawn again, with other weights and tokens,
+and judged by the root mean square of the errors of all draws, stock's and pronghorn's alike; a real loss of precision
+is in every draw.
 """
 
 from __future__ import annotations
@@ -14,7 +19,7 @@ import argparse
 import copy
 import csv
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,6 +34,8 @@ from benchmarks.registry import LEVELS
 from benchmarks.table import plain_table
 
 ALLOWED_RATIO = 1.2
+#: draws that a case is judged by where the first alone is red
+DRAWS = 6
 #: fp32: sums of up to a few thousand terms in another order, through a handful of layers: some hundred ulp of 6e-8
 FP32_BOUND = 5e-5
 #: the loss is one number, whose error can cancel by chance on either side: it is held to one bf16 rounding instead
@@ -51,16 +58,23 @@ TARGETS = (
     "up_proj",
     "gate_up_proj",
     "down_proj",
+    "in_proj_qkv",
+    "in_proj_z",
+    "in_proj_b",
+    "in_proj_a",
+    "in_proj_qkvz",
+    "in_proj_ba",
+    "out_proj",
 )
 LENGTHS = {"tiny": (37, 5, 64, 1, 20), "mid": (700, 33, 512, 64, 129)}
 WINDOWS = {"tiny": 9, "mid": 200}
 
 FAMILIES = (
     "llama", "mistral", "ministral", "ministral3", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3",
-    "granite", "smollm3", "cohere", "cohere2", "glm4", "qwen3_moe",
+    "granite", "smollm3", "cohere", "cohere2", "glm4", "qwen3_moe", "qwen3_5_text", "qwen3_next",
 )  # fmt: skip
 #: adapted beside the linear modules, by family
-STACKS = {"qwen3_moe": ["experts.gate_up_proj", "experts.down_proj"]}
+STACKS = {name: ["experts.gate_up_proj", "experts.down_proj"] for name in ("qwen3_moe", "qwen3_next")}
 
 
 @dataclass(frozen=True)
@@ -81,11 +95,21 @@ class Outcome:
 
 
 @dataclass(frozen=True)
+class Draw:
+    """What each side gives for one model and batch."""
+
+    ours: Outcome
+    stock: Outcome
+    truth: Outcome
+
+
+@dataclass(frozen=True)
 class Verdict:
-    """One case at one level: errors against truth, ours and the stock model's."""
+    """One case at one level: errors against truth, ours and the stock model's, over so many draws."""
 
     case: Case
     level: str
+    draws: int
     loss_error: float
     error: float
     stock_error: float
@@ -102,11 +126,11 @@ def family_config(family: str, size: str) -> Any:
     if family in ("qwen2", "cohere2"):
         del sizes["head_dim"]  # they have none: hidden_size / num_attention_heads
     settings = {"max_position_embeddings": 2048, "tie_word_embeddings": False, "pad_token_id": 0}
-    differences = _differences(family, WINDOWS[size], sizes["num_hidden_layers"])
+    differences = _differences(family, WINDOWS[size], sizes["num_hidden_layers"], SIZES[size]["head_dim"])
     return AutoConfig.for_model(family, **sizes, **settings, **differences)
 
 
-def _differences(family: str, window: int, layers: int) -> dict[str, Any]:
+def _differences(family: str, window: int, layers: int, head: int) -> dict[str, Any]:
     """What a family's config has besides sizes."""
     caps = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
     by_layer = {
@@ -117,6 +141,16 @@ def _differences(family: str, window: int, layers: int) -> dict[str, Any]:
               "high_freq_factor": 4.0, "original_max_position_embeddings": 64}  # fmt: skip
     yarn = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 16.0, "llama_4_scaling_beta": 0.1,
             "original_max_position_embeddings": 32}  # fmt: skip
+    # Every token takes all experts: which ones are chosen is no continuous function, and 16 bits choose others.
+    mixture = {
+        "num_experts": 4, "num_experts_per_tok": 4, "moe_intermediate_size": 48, "norm_topk_prob": True,
+    }  # fmt: skip
+    hybrid = {
+        "layer_types": ["linear_attention", "full_attention"] * (layers // 2),
+        "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+        "linear_key_head_dim": head, "linear_value_head_dim": head,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+    }  # fmt: skip
     return {
         "llama": {"rope_parameters": llama3},
         "mistral": {"sliding_window": window},
@@ -129,14 +163,16 @@ def _differences(family: str, window: int, layers: int) -> dict[str, Any]:
         "cohere": {"logit_scale": 0.5},
         "cohere2": {**by_layer, "logit_scale": 0.3},
         "phi3": {"sliding_window": window, "partial_rotary_factor": 0.75},
-        # Every token takes all experts: which ones are chosen is no continuous function, and 16 bits choose others.
-        "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 4, "moe_intermediate_size": 48, "norm_topk_prob": True},
+        "qwen3_moe": mixture,
+        "qwen3_5_text": hybrid,
+        # 64: bitsandbytes' CPU code misreads rows that are shorter than its blocks of 64.
+        "qwen3_next": {**hybrid, **mixture, "shared_expert_intermediate_size": 64},
         "granite": {"embedding_multiplier": 2.0, "residual_multiplier": 0.3, "attention_multiplier": 0.1,
                     "logits_scaling": 2.0},
     }.get(family, {})  # fmt: skip
 
 
-def build_model(case: Case, device: str) -> Any:
+def build_model(case: Case, device: str, draw: int = 0) -> Any:
     """The stock model with LoRA on every linear layer, weights rounded to the case's storage."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
@@ -149,12 +185,12 @@ def build_model(case: Case, device: str) -> Any:
             # Transformers caps logits in its eager attention only.
             attn_implementation="eager" if case.family == "gemma2" else "sdpa",
         )
-    generator = torch.Generator(device).manual_seed(1)
+    generator = torch.Generator(device).manual_seed(1 + draw)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("norm.weight"):
                 parameter.uniform_(0.5, 1.5, generator=generator)
-                if case.family.startswith("gemma"):  # multiplies by 1 + w
+                if _has_offset(case.family, name):  # multiplies by 1 + w
                     parameter.sub_(1.0)
             elif name.endswith("bias"):
                 parameter.normal_(0.0, 0.1, generator=generator)
@@ -178,10 +214,18 @@ def build_model(case: Case, device: str) -> Any:
     return adapted.train()
 
 
+def _has_offset(family: str, norm: str) -> bool:
+    if family in ("qwen3_5_text", "qwen3_next"):
+        return "linear_attn" not in norm
+    return family.startswith("gemma")
+
+
 def _linears(model: Any) -> Iterator[tuple[nn.Module, str, nn.Module]]:
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     for layer in base.model.layers:
-        for parent in (layer.self_attn, layer.mlp):
+        attentions = (getattr(layer, name, None) for name in ("self_attn", "linear_attn"))
+        shared = getattr(layer.mlp, "shared_expert", None)
+        for parent in filter(None, (*attentions, layer.mlp, shared)):
             for name, child in list(parent.named_children()):
                 if name in TARGETS:
                     yield parent, name, child
@@ -207,22 +251,25 @@ def truth_of(model: Any, case: Case) -> Any:
     from bitsandbytes.functional import dequantize_4bit
 
     truth = copy.deepcopy(model)
-    for _, _, layer in _linears(truth):
-        packed = layer.base_layer
+    for parent, name, layer in _linears(truth):
+        packed = getattr(layer, "base_layer", layer)
         dense = dequantize_4bit(packed.weight.data, packed.weight.quant_state).float()
         plain = nn.Linear(
             packed.in_features, packed.out_features, packed.bias is not None, device=dense.device
         )
         plain.weight = nn.Parameter(dense.reshape(plain.weight.shape), requires_grad=False)
         plain.bias = packed.bias
-        layer.base_layer = plain
+        if packed is layer:  # PEFT lets gate and up of a shared expert be where the experts' are adapted
+            setattr(parent, name, plain)
+        else:
+            layer.base_layer = plain
     # PEFT's 4-bit layer runs any base layer's forward, then adds A and B: with a plain base it is plain LoRA.
     return truth.float()
 
 
-def padded_batch(case: Case, device: str, seed: int = 3) -> dict[str, Tensor]:
+def padded_batch(case: Case, device: str, draw: int = 0) -> dict[str, Tensor]:
     """Right-padded rows; a quarter of the tokens unsupervised."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(3 + draw)
     lengths = torch.tensor(LENGTHS[case.size])
     shape = (len(lengths), int(lengths.max()))
     input_ids = torch.randint(0, SIZES[case.size]["vocab_size"], shape, generator=generator)
@@ -267,6 +314,10 @@ def relative(actual: Tensor, expected: Tensor) -> float:
     return float(error) if torch.isfinite(error) else float("inf")
 
 
+def root_mean_square(values: Sequence[float]) -> float:
+    return (sum(value * value for value in values) / len(values)) ** 0.5
+
+
 def whole(outcome: Outcome, names: list[str]) -> Tensor:
     """All gradients as one vector."""
     return torch.cat([outcome.gradients[name].flatten() for name in names])
@@ -274,18 +325,28 @@ def whole(outcome: Outcome, names: list[str]) -> Tensor:
 
 def kind_of(name: str) -> str:
     """A gradient's kind: projection and matrix, without the layer's number."""
-    return ".".join(part for part in name.split(".") if part.endswith("_proj") or part.startswith("lora_"))
+    return ".".join(part for part in name.split(".") if "_proj" in part or part.startswith("lora_"))
 
 
-def judge(case: Case, level: str, ours: Outcome, stock: Outcome, truth: Outcome) -> Verdict:
-    """Hold one outcome to the rule in the module's description."""
-    names = list(truth.gradients)
+def judge(case: Case, level: str, draws: Sequence[Draw]) -> Verdict:
+    """Hold what one level gave to the rule in the module's description."""
+    names = list(draws[0].truth.gradients)
     failures = []
-    if set(ours.gradients) != set(names):
-        odd = sorted(set(ours.gradients) ^ set(names))
+    odd = sorted({name for draw in draws for name in set(names) ^ set(draw.ours.gradients)})
+    if odd:
         failures.append(f"{len(odd)} parameters have a gradient on one side only, first {odd[0]}")
-        names = [name for name in names if name in ours.gradients]
-    stock_errors = {name: relative(stock.gradients[name], truth.gradients[name]) for name in names}
+        names = [name for name in names if name not in odd]
+
+    def errors(of: Callable[[Draw], Outcome], pick: Callable[[Outcome], Tensor]) -> float:
+        return root_mean_square([relative(pick(of(draw)), pick(draw.truth)) for draw in draws])
+
+    def ours(draw: Draw) -> Outcome:
+        return draw.ours
+
+    def stock(draw: Draw) -> Outcome:
+        return draw.stock
+
+    stock_errors = {name: errors(stock, lambda o, n=name: o.gradients[n]) for name in names}
     kinds: dict[str, list[float]] = {}
     for name, error in stock_errors.items():
         kinds.setdefault(kind_of(name), []).append(error)
@@ -293,37 +354,50 @@ def judge(case: Case, level: str, ours: Outcome, stock: Outcome, truth: Outcome)
     ratios = {}
     for name in names:
         allowed = FP32_BOUND if exact else max(stock_errors[name], median(kinds[kind_of(name)]))
-        ratios[name] = relative(ours.gradients[name], truth.gradients[name]) / max(allowed, 1e-30)
+        ratios[name] = errors(ours, lambda o, n=name: o.gradients[n]) / max(allowed, 1e-30)
     worst = max(ratios, key=lambda name: ratios[name])
     bar = 1.0 if exact else ALLOWED_RATIO
     failures += [f"{name}: {ratio:.2f}x" for name, ratio in ratios.items() if not ratio <= bar]
-    error = relative(whole(ours, names), whole(truth, names))
-    stock_error = relative(whole(stock, names), whole(truth, names))
+    error, stock_error = (errors(of, lambda o: whole(o, names)) for of in (ours, stock))
     if not error <= (FP32_BOUND if exact else ALLOWED_RATIO * stock_error):
         failures.append(f"all gradients: {error:.2e}, stock {stock_error:.2e}")
-    loss_error = abs(ours.loss - truth.loss) / abs(truth.loss)
-    if not loss_error <= LOSS_BOUND[case.precision]:
-        failures.append(f"loss {ours.loss} instead of {truth.loss}")
-    return Verdict(case, level, loss_error, error, stock_error, worst, ratios[worst], tuple(failures))
+    loss_errors = [abs(draw.ours.loss - draw.truth.loss) / abs(draw.truth.loss) for draw in draws]
+    for draw, loss_error in zip(draws, loss_errors, strict=True):
+        if not loss_error <= LOSS_BOUND[case.precision]:
+            failures.append(f"loss {draw.ours.loss} instead of {draw.truth.loss}")
+    return Verdict(
+        case, level, len(draws), max(loss_errors), error, stock_error, worst, ratios[worst], tuple(failures)
+    )
 
 
 def check(case: Case, device: str, levels: tuple[str, ...] = LEVELS) -> list[Verdict]:
-    """Run one case at every level."""
+    """Run one case at every level; where one draw is red, judge that level by `DRAWS` of them."""
+    drawn = [draw_levels(case, device, levels, 0)]
+    verdicts = {level: judge(case, level, [drawn[0][level]]) for level in levels}
+    red = tuple(level for level, verdict in verdicts.items() if verdict.failures)
+    if red and case.precision != "fp32":
+        drawn += [draw_levels(case, device, red, number) for number in range(1, DRAWS)]
+        verdicts |= {level: judge(case, level, [draw[level] for draw in drawn]) for level in red}
+    return list(verdicts.values())
+
+
+def draw_levels(case: Case, device: str, levels: tuple[str, ...], number: int) -> dict[str, Draw]:
+    """One model and batch at the given levels."""
     from pronghorn.engine import bind
 
-    model = build_model(case, device)
-    rows = padded_batch(case, device)
+    model = build_model(case, device, number)
+    rows = padded_batch(case, device, number)
     autocast = case.precision != "fp32"
     truth = step(truth_of(model, case), rows, autocast=False)
     stock = step(model, rows, autocast)
     model.zero_grad(set_to_none=True)
     binding = bind(model, strict=True)
     packed = packed_batch(rows)
-    verdicts = []
+    found = {}
     for level in levels:
         binding.set_save_levels(level)
-        verdicts.append(judge(case, level, step(model, packed, autocast), stock, truth))
-    return verdicts
+        found[level] = Draw(step(model, packed, autocast), stock, truth)
+    return found
 
 
 def cases(families: tuple[str, ...], sizes: tuple[str, ...], precisions: tuple[str, ...]) -> list[Case]:
@@ -338,12 +412,12 @@ def row(verdict: Verdict) -> list[str]:
     case = verdict.case
     state = "ok" if not verdict.failures else "FAILED"
     return [
-        f"{case.family} {case.size} {case.precision}", verdict.level, f"{verdict.loss_error:.1e}",
+        f"{case.family} {case.size} {case.precision}", verdict.level, str(verdict.draws), f"{verdict.loss_error:.1e}",
         f"{verdict.error:.2e}", f"{verdict.stock_error:.2e}", f"{verdict.worst_ratio:.2f}", state,
     ]  # fmt: skip
 
 
-HEADER = ("case", "saves", "loss error", "gradients", "stock's", "worst ratio", "state")
+HEADER = ("case", "saves", "draws", "loss error", "gradients", "stock's", "worst ratio", "state")
 
 
 def main(argv: list[str] | None = None) -> int:

