@@ -6,6 +6,7 @@ import inspect
 import re
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from pronghorn.diagnostics import (
     kernel_checks,
     machine_checks,
     quantised_checks,
+    recurrent_checks,
     training_checks,
 )
 from pronghorn.diagnostics.checks import Check, NotHere, Unsound, perform
@@ -98,6 +100,16 @@ def test_a_wrong_element_is_found(monkeypatch, check, module, kernel, which, nam
     with pytest.raises(Unsound) as failed:
         function()
     assert named in str(failed.value)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "named"),
+    [("short_conv_step", "y in"), ("delta_rule_step", "read in"), ("delta_rule_continued", "continued in")],
+)
+def test_a_wrong_token_of_linear_attention_is_found(monkeypatch, kernel, named):
+    monkeypatch.setattr(recurrent_checks, kernel, spoil(getattr(recurrent_checks, kernel), None))
+    with pytest.raises(Unsound, match=named):
+        recurrent_checks.delta_step()
 
 
 def test_every_kernel_that_training_calls_has_a_check():
@@ -195,7 +207,9 @@ def test_nan_and_wrong_shapes_are_infinitely_wrong():
 
 def test_a_full_disk_and_a_folder_that_cannot_be_written(monkeypatch, tmp_path):
     monkeypatch.setattr(machine_checks, "cache_folder", lambda: tmp_path)
-    assert "free in" in machine_checks.disk() and not list(tmp_path.iterdir())
+    room = SimpleNamespace(total=100 * 2**30, used=60 * 2**30, free=40 * 2**30)
+    monkeypatch.setattr(machine_checks.shutil, "disk_usage", lambda folder: room)
+    assert "40 GiB free in" in machine_checks.disk() and not list(tmp_path.iterdir())
 
     def refused(**kwargs):
         raise PermissionError(13, "Permission denied")
@@ -203,8 +217,8 @@ def test_a_full_disk_and_a_folder_that_cannot_be_written(monkeypatch, tmp_path):
     monkeypatch.setattr(machine_checks.tempfile, "NamedTemporaryFile", refused)
     with pytest.raises(Unsound, match="cannot be written: Permission denied"):
         machine_checks.disk()
-    monkeypatch.setattr(machine_checks, "LEAST_DISK", 2**60)
-    with pytest.raises(Unsound, match="GiB are free"):
+    room.free = 2**30
+    with pytest.raises(Unsound, match=r"1\.0 GiB are free"):
         machine_checks.disk()
 
 
