@@ -1,10 +1,12 @@
 """Real runs, healthy ones and some with a fault planted into them, and what their curves are read as.
 
-    python -m benchmarks.curves --model MODEL --out FOLDER [--only healthy-docstrings,poisoned-row] [--workers 4]
+    python -m benchmarks.curves --model MODEL --out FOLDER [--only blocks,poisoned-row] [--workers 4] [--seed 7]
 
 Each run leaves its report in FOLDER/NAME and its curves in FOLDER/NAME.json, which is what tests/tuning/curves/real
 holds: steps, losses, gradient norms, evaluations, nothing else. Written for SmolLM2-135M-Instruct; the rows are those
-of `benchmarks.lr_finder`. A run is red where a fault is not found, or anything else ends a run or is blamed.
+of `benchmarks.lr_finder`. A seed decides which of them, in which order, and the adapter's beginning: one that the rules
+have not been tuned with puts them to a trial. A run is red where a fault is not found, or anything else ends a run or
+is blamed.
 """
 
 from __future__ import annotations
@@ -34,20 +36,24 @@ class Case:
     """A run.
 
     Args:
-        rows: what it trains on, of the rows there are.
+        rows: what it trains on for a seed, of the rows there are.
         settings: of SFTConfig, where they differ from those of `train`.
         expected: kinds of findings, one of which has to be there; none for a healthy run.
         break_at: a step at which an adapter's weight becomes infinite.
     """
 
-    rows: Callable[[], Rows]
+    rows: Callable[[int], Rows]
     settings: dict[str, Any] = field(default_factory=dict)
     expected: tuple[str, ...] = ()
     break_at: int | None = None
 
 
-def some(name: str, count: int | None = None) -> Rows:
-    return rows_of(name)[0][:count]
+def some(name: str, seed: int, count: int | None = None) -> Rows:
+    """Rows of a data set: the first of them for `SEED`, for another seed others, in another order."""
+    rows = list(rows_of(name)[0])
+    if seed != SEED:
+        random.Random(seed).shuffle(rows)
+    return rows[:count]
 
 
 def with_answers(rows: Rows, answers: list[str]) -> Rows:
@@ -68,23 +74,23 @@ def of_others(rows: Rows) -> Rows:
     return with_answers(rows, answers[1:] + answers[:1])
 
 
-def poisoned() -> Rows:
+def poisoned(seed: int) -> Rows:
     """320 rows, the answer of one of which is words of all the others, drawn at random."""
-    rows, draw = some("docstrings", 320), random.Random(0)
+    rows, draw = some("docstrings", seed, 320), random.Random(0)
     words = sorted({word for answer in answers_of(rows) for word in answer.split()})
     rows[POISONED] = with_answers([rows[POISONED]], [" ".join(draw.choices(words, k=100))])[0]
     return rows
 
 
-def bad_end() -> Rows:
+def bad_end(seed: int) -> Rows:
     """Rows whose last third, of another file, say, has the words of its answers in no order."""
-    rows, draw = some("docstrings", STEPS * BATCH), random.Random(0)
+    rows, draw = some("docstrings", seed, STEPS * BATCH), random.Random(0)
     start = 2 * STEPS // 3 * BATCH
     mixed = [" ".join(draw.sample(words, len(words))) for words in map(str.split, answers_of(rows[start:]))]
     return rows[:start] + with_answers(rows[start:], mixed)
 
 
-def in_blocks(steps: int = 12) -> Rows:
+def in_blocks(seed: int, steps: int = 12) -> Rows:
     """Chats that come in blocks of one kind: so many steps of docstrings, then as many of functions.
 
     Kinds whose losses stay apart, 2.7 and 2: two that come to the same loss swing at first only.
@@ -96,9 +102,9 @@ def in_blocks(steps: int = 12) -> Rows:
                 {"role": "assistant", "content": row["text"]},
             ]
         }
-        for row in some("sources")
+        for row in some("sources", seed)
     ]
-    kinds = [some("docstrings"), functions]
+    kinds = [some("docstrings", seed), functions]
     size, found = steps * BATCH, []
     for block in range(STEPS // steps):
         of, at = kinds[block % 2], block // 2 * size
@@ -108,40 +114,45 @@ def in_blocks(steps: int = 12) -> Rows:
 
 IN_ORDER = {"train_sampling_strategy": "sequential"}
 CASES = {
-    "healthy-docstrings": Case(lambda: some("docstrings")),
-    "healthy-cosine": Case(lambda: some("sources"), {"lr_scheduler_type": "cosine", "learning_rate": 1e-3}),
-    "healthy-constant": Case(lambda: some("characters"), {"lr_scheduler_type": "constant"}),
+    "healthy-docstrings": Case(lambda seed: some("docstrings", seed)),
+    "healthy-cosine": Case(
+        lambda seed: some("sources", seed), {"lr_scheduler_type": "cosine", "learning_rate": 1e-3}
+    ),
+    "healthy-constant": Case(lambda seed: some("characters", seed), {"lr_scheduler_type": "constant"}),
     "healthy-single-rows": Case(
-        lambda: some("docstrings"), {"per_device_train_batch_size": 1, "learning_rate": 2e-4}
+        lambda seed: some("docstrings", seed), {"per_device_train_batch_size": 1, "learning_rate": 2e-4}
     ),
     "healthy-accumulated": Case(
-        lambda: some("docstrings"), {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4}
+        lambda seed: some("docstrings", seed),
+        {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4},
     ),
     "rate-too-large": Case(
-        lambda: some("docstrings"),
+        lambda seed: some("docstrings", seed),
         {"learning_rate": 0.1, "lr_scheduler_type": "constant", "warmup_steps": 0},
         ("rate-too-large", "divergence"),
     ),
     "rate-grows-too-large": Case(
-        lambda: some("docstrings"),
+        lambda seed: some("docstrings", seed),
         {"learning_rate": 0.2, "warmup_steps": STEPS},
         ("rate-too-large", "divergence"),
     ),
-    "rate-too-small": Case(lambda: some("docstrings"), {"learning_rate": 1e-8}, ("rate-too-small",)),
-    "label-noise": Case(
-        lambda: of_others(some("docstrings", 240)), {"learning_rate": 1e-3}, ("overfitting",)
+    "rate-too-small": Case(
+        lambda seed: some("docstrings", seed), {"learning_rate": 1e-8}, ("rate-too-small",)
     ),
-    "few-rows": Case(lambda: some("docstrings", 48), {"learning_rate": 1e-3}, ("overfitting",)),
+    "label-noise": Case(
+        lambda seed: of_others(some("docstrings", seed, 240)), {"learning_rate": 1e-3}, ("overfitting",)
+    ),
+    "few-rows": Case(lambda seed: some("docstrings", seed, 48), {"learning_rate": 1e-3}, ("overfitting",)),
     "bad-end": Case(bad_end, {**IN_ORDER, "lr_scheduler_type": "constant"}, ("divergence", "rate-too-large")),
     "blocks": Case(in_blocks, {**IN_ORDER, "lr_scheduler_type": "constant"}, ("oscillation",)),
     "poisoned-row": Case(
         poisoned, {"per_device_train_batch_size": 4, "learning_rate": 2e-4}, ("spike", "spike-rows")
     ),
-    "broken-weight": Case(lambda: some("docstrings"), {}, ("not-a-number",), break_at=160),
+    "broken-weight": Case(lambda seed: some("docstrings", seed), {}, ("not-a-number",), break_at=160),
 }
 
 
-def train(model: str, case: Case, folder: Path, steps: int) -> None:
+def train(model: str, case: Case, folder: Path, steps: int, seed: int) -> None:
     """Train with the case's rows and settings; the report is left in the folder."""
     from transformers import TrainerCallback
 
@@ -155,8 +166,8 @@ def train(model: str, case: Case, folder: Path, steps: int) -> None:
                 next(p for p in model.parameters() if p.requires_grad).data[0, 0] = float("inf")
 
     base, tokenizer = FastLanguageModel.from_pretrained(model, max_seq_length=LENGTH, load_in_4bit=False)
-    adapted = FastLanguageModel.get_peft_model(base, r=RANK, lora_alpha=2 * RANK, random_state=SEED)
-    rows = case.rows()
+    adapted = FastLanguageModel.get_peft_model(base, r=RANK, lora_alpha=2 * RANK, random_state=seed)
+    rows = case.rows(seed)
     settings = {
         "output_dir": str(folder),
         "max_steps": steps,
@@ -174,7 +185,7 @@ def train(model: str, case: Case, folder: Path, steps: int) -> None:
         "report_to": "none",
         "report_samples": 1,
         "disable_tqdm": True,
-        "seed": SEED,
+        "seed": seed,
     }
     trainer = SFTTrainer(
         model=adapted,
@@ -211,7 +222,7 @@ def _digits(value: Any) -> Any:
     return float(f"{value:.5g}") if value - value == 0 else None
 
 
-def observe(model: str, name: str, out: Path, steps: int) -> dict[str, Any]:
+def observe(model: str, name: str, out: Path, steps: int, seed: int) -> dict[str, Any]:
     """One run and the kinds that are found, with what is wrong about them."""
     from pronghorn.errors import NonFiniteLoss
     from pronghorn.tuning.curves import History, read_curves
@@ -219,7 +230,7 @@ def observe(model: str, name: str, out: Path, steps: int) -> dict[str, Any]:
 
     case, folder = CASES[name], out / name
     try:
-        train(model, case, folder, steps)
+        train(model, case, folder, steps, seed)
     except NonFiniteLoss as error:  # a run that ends so has a record, too
         print(f"{name} ended: {error.message}")
     record = load_run(folder)
@@ -248,17 +259,19 @@ def main() -> None:
     parser.add_argument("--out", required=True, type=Path)
     parser.add_argument("--only", default=",".join(CASES))
     parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--seed", type=int, default=SEED, help="of the rows, their order and the adapter")
     parser.add_argument("--workers", type=int, default=1, help="runs at the same time")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     with ProcessPoolExecutor(options.workers, multiprocessing.get_context("spawn")) as pool:
         names = options.only.split(",")
-        runs = {name: pool.submit(observe, options.model, name, options.out, options.steps) for name in names}
+        given = (options.out, options.steps, options.seed)
+        runs = {name: pool.submit(observe, options.model, name, *given) for name in names}
         for name, run in runs.items():
             seen = run.result()
-            print(f"{name}: {seen['wrong'] or 'as planted'}")
+            print(f"{name}: {seen['wrong'] or 'as planted'}", flush=True)
             for kind, what in seen["findings"]:
-                print(f"    {kind}: {what}")
+                print(f"    {kind}: {what}", flush=True)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from benchmarks.curves import BATCH, CASES, POISONED, STEPS, answers_of, curves_of, of_others, some, verdict
+from benchmarks.lr_finder import SEED
 from pronghorn.tuning.curves import KINDS
 from pronghorn.tuning.run_record import RunRecord, Setting, load_run
 
@@ -15,20 +16,28 @@ from pronghorn.tuning.run_record import RunRecord, Setting, load_run
 @pytest.mark.parametrize("name", CASES)
 def test_rows_are_there_and_expected_kinds_exist(name):
     case = CASES[name]
-    assert len(case.rows()) >= 48 and set(case.expected) <= KINDS.keys()
+    assert len(case.rows(SEED)) >= 48 and set(case.expected) <= KINDS.keys()
     assert name.startswith("healthy") == (not case.expected)
 
 
 def test_faults_are_in_the_rows():
-    clean = some("docstrings", 320)
-    differ = [at for at, row in enumerate(CASES["poisoned-row"].rows()) if row != clean[at]]
-    assert differ == [POISONED] and some("docstrings", 320) == clean, "the data set itself stays as it is"
+    clean = some("docstrings", SEED, 320)
+    differ = [at for at, row in enumerate(CASES["poisoned-row"].rows(SEED)) if row != clean[at]]
+    assert differ == [POISONED] and some("docstrings", SEED, 320) == clean, (
+        "the data set itself stays as it is"
+    )
     assert sorted(answers_of(of_others(clean))) == sorted(answers_of(clean))
     assert not any(a == b for a, b in zip(answers_of(of_others(clean)), answers_of(clean), strict=True))
-    clean, end = some("docstrings", STEPS * BATCH), CASES["bad-end"].rows()
+    clean, end = some("docstrings", SEED, STEPS * BATCH), CASES["bad-end"].rows(SEED)
     start = 2 * STEPS // 3 * BATCH
     assert end[:start] == clean[:start] and end[start:] != clean[start:]
     assert sorted(answers_of(end)[-1].split()) == sorted(answers_of(clean)[-1].split())
+
+
+def test_another_seed_takes_other_rows():
+    first, second = some("docstrings", SEED, 320), some("docstrings", 7, 320)
+    assert first != second and second == some("docstrings", 7, 320)
+    assert len(some("docstrings", SEED)) == len(some("docstrings", 7))
 
 
 def test_verdicts():

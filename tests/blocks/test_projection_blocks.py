@@ -127,5 +127,5 @@ def test_attention_block(ranks, kernels, stacks, biases, monkeypatch):
         assert saves.q is None
         results.append([out, dx, *sink.gradients])
     for one, two in zip(*results, strict=True):
-        # fp32 sums of a few hundred terms in another order.
-        assert (one - two).abs().max() <= 1e-5 * two.abs().max()
+        # fp32 sums of a few hundred terms in another order, a softmax of them: 1.2e-5 on one of three CPUs.
+        assert (one - two).abs().max() <= 4e-5 * two.abs().max()
