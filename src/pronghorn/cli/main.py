@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from importlib import import_module
+from typing import Any
 
 from pronghorn import __version__
 from pronghorn.cli.arguments import add_model, add_run_file
@@ -58,6 +59,18 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"pronghorn {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
+    _add_train(commands)
+    _add_quickstart(commands)
+    _add_chat(commands)
+    _add_modules(commands)
+    _add_doctor(commands)
+    _add_explain(commands)
+    for command in commands.choices.values():
+        command.add_argument("--debug", action="store_true", help="let errors show their traceback")
+    return parser
+
+
+def _add_train(commands: Any) -> None:
     train = commands.add_parser("train", help="train a model as a YAML file describes it")
     add_run_file(train)
     train.add_argument(
@@ -65,6 +78,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     train.add_argument("--json", action="store_true", help="end with one line of JSON: losses, time, paths")
 
+
+def _add_quickstart(commands: Any) -> None:
     quickstart = commands.add_parser(
         "quickstart", help="fine-tune a real 135M model on real data, on any machine"
     )
@@ -73,6 +88,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--steps", type=positive, metavar="N", help="training steps (default: by hardware)"
     )
 
+
+def _add_chat(commands: Any) -> None:
     chat = commands.add_parser("chat", help="talk to a model or an adapter")
     add_model(chat)
     chat.add_argument("--prompt", metavar="TEXT", help="answer this once instead of opening a conversation")
@@ -83,6 +100,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     chat.add_argument("--load-in-4bit", action="store_true")
 
+
+def _add_modules(commands: Any) -> None:
+    """The commands whose arguments stand in modules of their own, in the order of the help."""
     from pronghorn.cli import (
         compare,
         compare_adapters,
@@ -100,21 +120,13 @@ def build_parser() -> argparse.ArgumentParser:
         stress,
     )
 
-    plan.register(commands)
-    lr_find.register(commands)
-    search.register(commands)
-    data.register(commands)
-    export.register(commands)
-    quantise.register(commands)
-    serve.register(commands)
-    compare_adapters.register(commands)
-    run.register(commands)
-    curves.register(commands)
-    compare.register(commands)
-    stress.register(commands)
-    speech.register(commands)
-    embed.register(commands)
+    for module in (plan, lr_find, search, data, export, quantise, serve, compare_adapters):
+        module.register(commands)
+    for module in (run, curves, compare, stress, speech, embed):
+        module.register(commands)
 
+
+def _add_doctor(commands: Any) -> None:
     doctor = commands.add_parser(
         "doctor", help="versions and hardware, then run every kernel and a training step on this machine"
     )
@@ -122,13 +134,11 @@ def build_parser() -> argparse.ArgumentParser:
     doctor.add_argument("--facts", action="store_true", help="versions, hardware and paths only; run nothing")
     doctor.add_argument("--fix-hints", action="store_true", help="say what helps, for each check that failed")
 
+
+def _add_explain(commands: Any) -> None:
     explain = commands.add_parser("explain", help="what an error means: its code, or the text of any error")
     explain.add_argument("words", nargs="*", metavar="CODE_OR_TEXT", help="none: list all codes")
     explain.add_argument("--lang", choices=("en", "zh"), help="default: as the terminal's language")
-
-    for command in commands.choices.values():
-        command.add_argument("--debug", action="store_true", help="let errors show their traceback")
-    return parser
 
 
 def _commands() -> dict[str, Callable[[argparse.Namespace], int]]:

@@ -32,10 +32,9 @@ from pronghorn.loading.arguments import (
     refuse_no_length,
     refuse_unknown,
 )
+from pronghorn.loading.choices import AskedInt8, AskedStorage, choose_options
 from pronghorn.loading.fast import FastLanguageModel, bind_with, load_named, on_disk, save_level
-from pronghorn.loading.int8 import choose_int8
-from pronghorn.loading.model import Options
-from pronghorn.loading.precision import choose_bits, choose_dtype
+from pronghorn.loading.precision import choose_dtype
 from pronghorn.loading.source import ADAPTER_CONFIG, Source, base_of_adapter, locate, read_json
 
 logger = logging.getLogger("pronghorn")
@@ -126,25 +125,12 @@ class FastEmbeddingModel:
         check_name(attention)
         hardware = probe()
         chosen = choose_dtype(dtype, hardware)
-        bits, why = choose_bits(load_in_4bit, load_in_8bit, full_finetuning, hardware)
-        int8 = choose_int8(
-            load_in_int8,
-            hardware,
-            bits=bits,
-            fp8=False,
-            full_finetuning=full_finetuning,
-            skip_layers=0,
-            modules=None,
-            copies=2,
-        )
-        options = Options(
-            dtype=chosen.value,
-            bits=bits,
-            bits_reason=why,
+        storage = AskedStorage(load_in_4bit, load_in_8bit, full_finetuning)
+        options = replace(
+            choose_options(chosen.value, storage, hardware, AskedInt8(load_in_int8)),
             device_map=device_map,
             trust_remote_code=trust_remote_code,
             attn_implementation=attn_implementation,
-            int8=int8,
             headless=True,
         )
         named, layout = _with_layout(
@@ -156,17 +142,9 @@ class FastEmbeddingModel:
             named, options, token=token, max_seq_length=wanted, full_finetuning=full_finetuning
         )
         bind_with(model, use_gradient_checkpointing, strict, attention)
-        base = base_causal_lm(model)
-        base.max_seq_length = _longest(base, tokenizer, wanted)
-        layout = replace(
-            layout,
-            pooling=chosen_pooling or layout.pooling or _usual_pooling(base.config),
-            normalize=layout.normalize if normalize is None else normalize,
-            max_seq_length=base.max_seq_length,
-        )
-        if layout.pooling == "last":
-            end_with_token(tokenizer)
-        base.__dict__["pronghorn_embedder"] = Embedder(layout, tokenizer, use_gradient_checkpointing)
+        layout = _settle_layout(layout, base_causal_lm(model), tokenizer, chosen_pooling, normalize, wanted)
+        embedder = Embedder(layout, tokenizer, use_gradient_checkpointing)
+        base_causal_lm(model).__dict__["pronghorn_embedder"] = embedder
         add_methods(model)
         return model, tokenizer
 
@@ -287,6 +265,28 @@ def _with_layout(
             base = on_disk(base_of_adapter(here), token, trust_remote_code)
             layout = None if base.gguf_file else read_layout(base.path, pooling)
     return named, layout or Layout()
+
+
+def _settle_layout(
+    found: Layout,
+    base: Any,
+    tokenizer: Any,
+    pooling: Pooling | None,
+    normalize: bool | None,
+    wanted: int | None,
+) -> Layout:
+    """What the folder says, less what was asked for, and the rest as it is usual for the model; the longest text is
+    left on the model, and a tokenizer for the last token's vector ends texts with a token of its own."""
+    base.max_seq_length = _longest(base, tokenizer, wanted)
+    layout = replace(
+        found,
+        pooling=pooling or found.pooling or _usual_pooling(base.config),
+        normalize=found.normalize if normalize is None else normalize,
+        max_seq_length=base.max_seq_length,
+    )
+    if layout.pooling == "last":
+        end_with_token(tokenizer)
+    return layout
 
 
 def _usual_pooling(config: Any) -> Pooling:

@@ -218,13 +218,8 @@ def decoder_forward(
             return_dict=True,
             **kwargs,
         )
-    if (input_ids is None) == (inputs_embeds is None):
-        raise ValueError("give exactly one of input_ids and inputs_embeds")
-    if inputs_embeds is None:
-        inputs_embeds = decoder.embed_tokens(input_ids)
-    if binding.scales.embedding != 1.0:
-        inputs_embeds = inputs_embeds * binding.scales.embedding
-    hidden_states, stream = flatten_rows(inputs_embeds, attention_mask, position_ids, kwargs)
+    embedded = _embedded(decoder, binding, input_ids, inputs_embeds)
+    hidden_states, stream = flatten_rows(embedded, attention_mask, position_ids, kwargs)
     if token_types is not None:
         stream = with_image_blocks(stream, token_types)
     call = LayerCall.of(
@@ -236,19 +231,42 @@ def decoder_forward(
         binding.packed,
         balance,
     )
+    hidden_states = _run_layers(decoder, hidden_states, call, kwargs)
+    hidden_states = read_norm(decoder.norm, binding.family.norm_offset)(hidden_states)
+    output = BaseModelOutputWithPast if binding.family.mixture is None else MoeModelOutputWithPast
+    return output(last_hidden_state=unflatten_rows(hidden_states, stream))
+
+
+def _embedded(
+    decoder: Any, binding: Binding, input_ids: Tensor | None, inputs_embeds: Tensor | None
+) -> Tensor:
+    """Embeddings [B, S, H] of whichever was given, scaled as the family does.
+
+    Raises:
+        ValueError: both were given, or neither.
+    """
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("give exactly one of input_ids and inputs_embeds")
+    if inputs_embeds is None:
+        inputs_embeds = decoder.embed_tokens(input_ids)
+    if binding.scales.embedding != 1.0:
+        inputs_embeds = inputs_embeds * binding.scales.embedding
+    return inputs_embeds
+
+
+def _run_layers(decoder: Any, hidden_states: Tensor, call: LayerCall, kwargs: dict[str, Any]) -> Tensor:
+    """The layers one after another over the stream [T, H]."""
     # What a vision tower's earlier layers gave, added after as many first layers (DeepStack, arXiv 2406.04334).
     deepstack = kwargs.get("deepstack_visual_embeds") or ()
     visual = kwargs.get("visual_rows")
     if deepstack and visual is None:
-        visual = visual_rows(kwargs["visual_pos_masks"], stream)
+        visual = visual_rows(kwargs["visual_pos_masks"], call.stream)
     for index, layer in enumerate(decoder.layers[: decoder.config.num_hidden_layers]):
         # Module.__call__, so that hooks run but Transformers' checkpoint wrapper does not: saves are ours to plan.
         hidden_states = torch.nn.Module.__call__(layer, hidden_states, pronghorn=call)
         if visual is not None and index < len(deepstack):
             hidden_states = hidden_states.index_add(0, visual, deepstack[index].to(hidden_states.dtype))
-    hidden_states = read_norm(decoder.norm, binding.family.norm_offset)(hidden_states)
-    output = BaseModelOutputWithPast if binding.family.mixture is None else MoeModelOutputWithPast
-    return output(last_hidden_state=unflatten_rows(hidden_states, stream))
+    return hidden_states
 
 
 # --- causal LM -------------------------------------------------------------------------------------------------
@@ -286,47 +304,30 @@ def causal_lm_forward(
     attention_mask, kwargs = past_wrapper(
         binding, attention_mask, past_key_values, use_cache, kwargs, embedded=inputs_embeds is not None
     )
-    head = (
-        None if labels is None or _loss_of_its_own(model, binding, kwargs) else readable_head(model, binding)
-    )
+    inputs: dict[str, Any] = {
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        "position_ids": position_ids,
+        "past_key_values": past_key_values,
+        "inputs_embeds": inputs_embeds,
+        "use_cache": use_cache,
+        "return_dict": True,
+    }
+    head = None if labels is None else _head_of_loss(model, binding, kwargs)
     if labels is None or head is None:
         if num_items_in_batch is not None:
             kwargs["num_items_in_batch"] = num_items_in_batch
-        return type(model).forward(
-            model,
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            labels=labels,
-            use_cache=use_cache,
-            logits_to_keep=logits_to_keep,
-            return_dict=True,
-            **kwargs,
-        )
+        return type(model).forward(model, labels=labels, logits_to_keep=logits_to_keep, **inputs, **kwargs)
     balance = balance_of(binding, labels, kwargs)
-    outputs = model.model(
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        position_ids=position_ids,
-        past_key_values=past_key_values,
-        inputs_embeds=inputs_embeds,
-        use_cache=use_cache,
-        return_dict=True,
-        **(kwargs if balance is None else {**kwargs, "output_router_logits": True, BALANCE: balance}),
-    )
+    if balance is not None:
+        kwargs = {**kwargs, "output_router_logits": True, BALANCE: balance}
+    outputs = model.model(**inputs, **kwargs)
     hidden_states = outputs.last_hidden_state
     if loss_rows is None and isinstance(rows_mask, Tensor) and rows_mask.shape == labels.shape:
         labels = without_padding(labels, rows_mask)
+    space = space_of(binding.save_levels, binding.tile_rows)
     loss, num_correct = shifted_loss(
-        head,
-        hidden_states,
-        labels,
-        loss_rows,
-        num_items_in_batch,
-        space_of(binding.save_levels, binding.tile_rows),
-        binding.scales,
+        head, hidden_states, labels, loss_rows, num_items_in_batch, space, binding.scales
     )
     aux_loss = None
     if balance is not None:
@@ -396,6 +397,11 @@ def _loss_of_its_own(model: Any, binding: Binding, kwargs: dict[str, Any]) -> bo
         binding.tell_once("the model has a loss_function of its own, which takes full logits")
         return True
     return kwargs.get("shift_labels") is not None
+
+
+def _head_of_loss(model: Any, binding: Binding, kwargs: dict[str, Any]) -> LinearProjection | None:
+    """The head that our loss multiplies by; None (said once) where the loss needs full logits."""
+    return None if _loss_of_its_own(model, binding, kwargs) else readable_head(model, binding)
 
 
 def readable_head(model: Any, binding: Binding) -> LinearProjection | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable
+from dataclasses import replace
 from importlib import import_module
 from typing import Any
 
@@ -32,12 +33,10 @@ from pronghorn.loading.arguments import (
     refuse_pair,
     refuse_unknown,
 )
-from pronghorn.loading.dynamic import choose_dynamic
-from pronghorn.loading.fp8 import choose_fp8
+from pronghorn.loading.choices import AskedFp8, AskedInt8, AskedStorage, choose_options
 from pronghorn.loading.hub import download
-from pronghorn.loading.int8 import choose_int8
 from pronghorn.loading.model import Options, check_model, load_model
-from pronghorn.loading.precision import choose_bits, choose_dtype
+from pronghorn.loading.precision import choose_dtype
 from pronghorn.loading.saving import add_save_methods
 from pronghorn.loading.source import Source, base_of_adapter, locate
 from pronghorn.loading.tokenizer import (
@@ -183,46 +182,18 @@ class FastLanguageModel:
         chosen = choose_dtype(dtype, hardware)
         if load_in_4bit is None and (load_in_fp8 or load_in_int8 or dynamic_4bit):
             load_in_4bit = bool(dynamic_4bit)
-        bits, why = choose_bits(load_in_4bit, load_in_8bit, full_finetuning, hardware)
-        fp8 = choose_fp8(
-            load_in_fp8,
-            hardware,
-            bits=bits,
-            full_finetuning=full_finetuning,
-            skip_layers=fp8_skip_layers,
-            modules=fp8_modules,
-            copies=fp8_copies,
+        storage = AskedStorage(
+            load_in_4bit, load_in_8bit, full_finetuning, bnb_4bit_quant_type, bnb_4bit_use_double_quant
         )
-        int8 = choose_int8(
-            load_in_int8,
-            hardware,
-            bits=bits,
-            fp8=load_in_fp8,
-            full_finetuning=full_finetuning,
-            skip_layers=int8_skip_layers,
-            modules=int8_modules,
-            copies=int8_copies,
-        )
-        dynamic = choose_dynamic(
-            dynamic_4bit,
-            bits=bits,
-            quant_type=bnb_4bit_quant_type,
-            eight_bit_products=bool(load_in_fp8 or load_in_int8),
-        )
-        options = Options(
-            dtype=chosen.value,
-            bits=bits,
-            bits_reason=why,
-            quant_type=bnb_4bit_quant_type,
-            double_quant=bnb_4bit_use_double_quant,
+        int8 = AskedInt8(load_in_int8, int8_skip_layers, int8_modules, int8_copies)
+        fp8 = AskedFp8(load_in_fp8, fp8_skip_layers, fp8_modules, fp8_copies)
+        options = replace(
+            choose_options(chosen.value, storage, hardware, int8, fp8, dynamic_4bit),
             device_map=device_map,
             rope_scaling=rope_scaling,
             trust_remote_code=trust_remote_code,
             attn_implementation=attn_implementation,
-            fp8=fp8,
-            int8=int8,
             images=images,
-            dynamic=dynamic,
         )
         named = locate(model_name, gguf_file=gguf_file, revision=revision)
         logger.info("pronghorn: %s in %s", named.name, chosen)

@@ -57,12 +57,19 @@ class LayerTimes:
         return total
 
 
-def layer_times(shape: ModelShape, batch: Batch, rates: Rates) -> LayerTimes:
-    """Times of one layer of `shape` for a batch."""
-    t, e = batch.tokens, shape.element
+@dataclass(frozen=True)
+class _Operations:
+    """Seconds of single operations of one layer of `shape`, for a batch."""
 
-    def product(*names: str, fp8: bool = shape.fp8_forward, unpacked: int = shape.unpacked_forward) -> float:
-        """Frozen products, adapters (they read and write the tall matrices once more), dequantisation."""
+    shape: ModelShape
+    batch: Batch
+    rates: Rates
+
+    def product(self, *names: str, backward: bool = False) -> float:
+        """Frozen products, adapters (they read and write the tall matrices once more), dequantisation; `backward`: of
+        the input gradient."""
+        shape, rates, t = self.shape, self.rates, self.batch.tokens
+        fp8 = shape.fp8_backward if backward else shape.fp8_forward
         rate = rates.matmul_int8 if shape.int8 else rates.matmul_fp8 if fp8 else rates.matmul
         # A mixture's experts are multiplied in 16 bits.
         stacked = [name for name in names if shape.mixture is not None and name in (*GATE_UP, *DOWN)]
@@ -77,57 +84,84 @@ def layer_times(shape: ModelShape, batch: Batch, rates: Rates) -> LayerTimes:
             for name in names
             if shape.ranks.get(name)
         ]
-        adapted = sum(tall) * e * t / rates.bandwidth
-        return flop + adapted + unpack(*names, size=unpacked)
+        adapted = sum(tall) * shape.element * t / rates.bandwidth
+        return flop + adapted + self.unpack(*names, backward=backward)
 
-    def unpack(*names: str, size: int = shape.unpacked_forward) -> float:
+    def unpack(self, *names: str, backward: bool = False) -> float:
         """4-bit weights read and written as what is multiplied; also of a single set of 8-bit codes, transposed."""
+        shape, rates = self.shape, self.rates
+        size = shape.unpacked_backward if backward else shape.unpacked_forward
         if not size:
             return 0.0
         wide = [name for name in names if name in shape.in_16_bits]
         others = shape.linear_parameters(*(name for name in names if name not in wide))
         share = UNPACKED_TO_INT8 if shape.four_bit_in_int8 else UNPACKED
         seconds = others * (size + 0.5) / (share * rates.bandwidth)
-        return seconds + shape.linear_parameters(*wide) * (e + 0.5) / (UNPACKED * rates.bandwidth)
+        return seconds + shape.linear_parameters(*wide) * (shape.element + 0.5) / (UNPACKED * rates.bandwidth)
 
-    def passes(elements: int) -> float:
-        return elements * t * e / rates.bandwidth
+    def passes(self, elements: int) -> float:
+        """Reading or writing so many elements a token."""
+        return elements * self.batch.tokens * self.shape.element / self.rates.bandwidth
 
-    length = t / max(batch.documents, 1)
-    attention_flop = 2.0 * shape.q * t * length
-    on_attention = CUDNN_ATTENTION if shape.attention == "cudnn" else rates.attention
-    attend, attend_back = attention_flop / on_attention[0], 2.5 * attention_flop / on_attention[1]
+    def attention(self) -> tuple[float, float]:
+        """Attention itself, forward and backward; of the gated delta rule, where layers have that."""
+        shape, t = self.shape, self.batch.tokens
+        if shape.delta is not None:  # most layers are of that kind
+            forward, backward = (self.passes(count * shape.delta.wide) for count in RULE_PASSES)
+            return forward, backward
+        flop = 2.0 * shape.q * t * (t / max(self.batch.documents, 1))
+        reached = CUDNN_ATTENTION if shape.attention == "cudnn" else self.rates.attention
+        return flop / reached[0], 2.5 * flop / reached[1]
+
+    def weight_gradients(self, projections: Sequence[str]) -> float:
+        """Of the layer's own weights, where they are trained."""
+        if self.shape.trained != "all":
+            return 0.0
+        return 2.0 * self.shape.linear_parameters(*projections) * self.batch.tokens / self.rates.matmul
+
+
+@dataclass(frozen=True)
+class _Names:
+    """Projections of a layer by what rebuilds them: those made from its input, the attention's last, all of them, and
+    those that latent attention makes of its codes, which are kept."""
+
+    of_input: tuple[str, ...]
+    of_output: tuple[str, ...]
+    all: tuple[str, ...]
+    raised: tuple[str, ...]
+
+    @classmethod
+    def of(cls, shape: ModelShape) -> _Names:
+        raised = () if shape.latent is None else shape.latent.raised
+        if shape.delta is not None:  # most layers are of that kind
+            every = (*shape.delta.names, *GATE_UP, *DOWN)
+            return cls(tuple(shape.delta.inputs), (shape.delta.output,), every, raised)
+        of_input = tuple(name for name in shape.of_heads if name not in raised)
+        return cls(of_input, OUT, shape.projections, raised)
+
+
+def layer_times(shape: ModelShape, batch: Batch, rates: Rates) -> LayerTimes:
+    """Times of one layer of `shape` for a batch."""
+    its, names = _Operations(shape, batch, rates), _Names.of(shape)
+    product, passes = its.product, its.passes
+    attend, attend_back = its.attention()
     h, i, heads = shape.hidden, shape.linear("down")[1], shape.q + shape.kv
-    # Of latent attention the codes are kept, which q, k and v are made of again.
-    raised = () if shape.latent is None else shape.latent.raised
-    of_layer = tuple(name for name in shape.of_heads if name not in raised)
-    of_output, projections = OUT, shape.projections
-    if shape.delta is not None:  # most layers are of that kind
-        of_layer, of_output = tuple(shape.delta.inputs), (shape.delta.output,)
-        projections = (*shape.delta.names, *GATE_UP, *DOWN)
-        attend, attend_back = (passes(count * shape.delta.wide) for count in RULE_PASSES)
     # A mixture takes a row for each expert of a token: written and read on the way in, and on the way out.
     rows = 0 if shape.mixture is None else shape.mixture.top_k * h
     norms = passes(6 * h)
-    forward = product(*projections) + attend + norms + passes(2 * heads + 3 * i + 2 * rows)
-    weight_grads = (
-        2.0 * shape.linear_parameters(*projections) * t / rates.matmul if shape.trained == "all" else 0.0
-    )
-    input_grads = product(*projections, fp8=shape.fp8_backward, unpacked=shape.unpacked_backward)
-    backward = input_grads + weight_grads + attend_back
+    forward = product(*names.all) + attend + norms + passes(2 * heads + 3 * i + 2 * rows)
+    backward = product(*names.all, backward=True) + its.weight_gradients(names.all) + attend_back
     backward += passes(6 * i + 8 * h + 2 * heads + 4 * rows)
     # A norm's backward wants what the down projection gave, which the levels from "attention" on keep.
     down_again = product(*DOWN) + passes(3 * i) if shape.output_norms else 0.0
+    rebuilt = (*names.of_input, *(() if shape.parallel else names.of_output))
     return LayerTimes(
         forward=forward,
         backward=backward,
-        rebuild_attention=product(*of_layer, *(() if shape.parallel else of_output))
-        + attend
-        + passes(2 * heads + 2 * h)
-        + down_again,
+        rebuild_attention=product(*rebuilt) + attend + passes(2 * heads + 2 * h) + down_again,
         rebuild_glu=product(*GATE_UP) + passes(rows),
-        rebuild_norms=passes(4 * h) + product(*raised),
-        per_tile=3 * unpack(*GATE_UP, *DOWN) + TILE_SECONDS,
+        rebuild_norms=passes(4 * h) + product(*names.raised),
+        per_tile=3 * its.unpack(*GATE_UP, *DOWN) + TILE_SECONDS,
         full_rebuild=forward,
     )
 

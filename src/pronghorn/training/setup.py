@@ -12,6 +12,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from pronghorn.engine import base_causal_lm, binding_of
+from pronghorn.training.arguments import usable_optimizer
 from pronghorn.training.config import AUTO, DEFAULT_MAX_LENGTH, SFTConfig
 
 logger = logging.getLogger("pronghorn")
@@ -25,6 +26,33 @@ HIDDEN: dict[str, Any] = {
     "gradient_checkpointing": False,
     "activation_checkpointing": False,
 }
+
+
+def watch_first_evaluation(args: SFTConfig, eval_dataset: Any) -> None:
+    """With several evaluation sets the first one's loss is what `stop_early` goes by, unless another metric is
+    given."""
+    if args.stop_early and isinstance(eval_dataset, dict) and "metric_for_best_model" not in args.given:
+        args.metric_for_best_model = f"eval_{next(iter(eval_dataset))}_loss"
+
+
+def settle_arguments(args: SFTConfig, model: Any, *, own_collator: bool) -> None:
+    """Values that depend on the machine, the model or each other, before TRL sees them.
+
+    Args:
+        own_collator: the user brings the collator.
+    """
+    args.optim = usable_optimizer(str(getattr(args.optim, "value", args.optim)))
+    resolve_max_length(args, model)
+    use_one_gpu(args, model)
+    match_precision(args, model)
+    args.accelerator_config.non_blocking = args.dataloader_pin_memory
+    if args.accelerator_config.dispatch_batches is None and not own_collator:
+        # One process would read for all and cut a stream's batch, which is one row, into pieces.
+        args.accelerator_config.dispatch_batches = False
+    if args.packing and "wrapped" in str(args.packing_strategy):
+        logger.warning(
+            "pronghorn: packing_strategy='wrapped' would cut documents; packing here keeps each whole"
+        )
 
 
 @contextmanager

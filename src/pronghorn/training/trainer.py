@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -13,7 +12,7 @@ import torch
 from pronghorn.data.collator import BOOKKEEPING
 from pronghorn.engine import AUTO, base_causal_lm, bind, binding_of
 from pronghorn.loading.arguments import refuse_pair
-from pronghorn.training.arguments import take_older_arguments, usable_optimizer
+from pronghorn.training.arguments import take_older_arguments
 from pronghorn.training.config import as_sft_config
 from pronghorn.training.curve_watch import CurveWatch
 from pronghorn.training.given import as_dataset, training_rows, usable_collator
@@ -30,18 +29,15 @@ from pronghorn.training.safe import SafeTrainer
 from pronghorn.training.setup import (
     hidden,
     is_bound,
-    match_precision,
     model_as_it_is,
-    resolve_max_length,
     restore_forward,
+    settle_arguments,
     take_over_checkpointing,
-    use_one_gpu,
     vocabulary_of,
+    watch_first_evaluation,
 )
 from pronghorn.training.steps import StaticSteps
 from pronghorn.training.vision import vision_collator
-
-logger = logging.getLogger("pronghorn")
 
 
 class SFTTrainer(SafeTrainer, RowsTrainer):
@@ -83,36 +79,16 @@ class SFTTrainer(SafeTrainer, RowsTrainer):
     ) -> None:
         refuse_pair(model)
         args = as_sft_config(args)
-        if args.stop_early and isinstance(eval_dataset, dict) and "metric_for_best_model" not in args.given:
-            args.metric_for_best_model = f"eval_{next(iter(eval_dataset))}_loss"
+        watch_first_evaluation(args, eval_dataset)
         processing_class = take_older_arguments(older, args, processing_class)
         asked = values_of(args)
-        args.optim = usable_optimizer(str(getattr(args.optim, "value", args.optim)))
-        resolve_max_length(args, model)
-        use_one_gpu(args, model)
-        match_precision(args, model)
-        args.accelerator_config.non_blocking = args.dataloader_pin_memory
-        if args.accelerator_config.dispatch_batches is None and data_collator is None:
-            # One process would read for all and cut a stream's batch, which is one row, into pieces.
-            args.accelerator_config.dispatch_batches = False
-        self._context = getattr(model, "max_seq_length", None)
-        self._vocabulary = vocabulary_of(model)
-        self._packing, self._eval_packing = args.packing, args.eval_packing
-        if args.packing and "wrapped" in str(args.packing_strategy):
-            logger.warning(
-                "pronghorn: packing_strategy='wrapped' would cut documents; packing here keeps each whole"
-            )
-        self._responses_only = args.assistant_only_loss
-        self._loss_function, self._wants_rows = compute_loss_func, compute_metrics is not None
-        self._training, self._evaluation, self._watch = Tally(), Tally(), Stopwatch()
-        self._trained_tokens, self._numbers, self._ledger = 0, NumberWatch(self), StepLedger()
-        self._parameter_count: int | None = None
+        settle_arguments(args, model, own_collator=data_collator is not None)
+        self._note_wishes(args, model, compute_loss_func, compute_metrics)
         self._given_train = train_dataset = training_rows(train_dataset)
         checkpointing = args.gradient_checkpointing or getattr(args, "activation_checkpointing", False)
         data_collator = vision_collator(model, args, data_collator, processing_class, train_dataset)
         custom_collator = usable_collator(data_collator, args.packing)
         self._own_batches = custom_collator is None
-        loaded_here = isinstance(model, str)
         with hidden(args), model_as_it_is(model):
             super().__init__(
                 model,
@@ -132,20 +108,36 @@ class SFTTrainer(SafeTrainer, RowsTrainer):
             )
         del self._given_train
         self.model_accepts_loss_kwargs = True  # what older Transformers ask instead of loss_is_scaled_for_ga
-        if loaded_here:
+        if isinstance(model, str):  # loaded here
             restore_forward(base_causal_lm(self.model))
         if binding_of(self.model) is None:
             # Who says nothing about checkpointing gets what suits the memory there is.
             bind(self.model, save_levels="all" if args.checkpointing_refused else AUTO)
         take_over_checkpointing(args, self.model, bool(checkpointing))
-        if custom_collator is None and not self._is_vision_dataset:
+        if self._own_batches and not self._is_vision_dataset:
             self.data_collator = self._collator()
+        self._add_watchers(asked)
+
+    def _note_wishes(self, args: Any, model: Any, loss: Any, metrics: Any) -> None:
+        """What TRL is not shown of the arguments (`setup.hidden`), and counts that begin at zero."""
+        self._context = getattr(model, "max_seq_length", None)
+        self._vocabulary = vocabulary_of(model)
+        self._packing, self._eval_packing = args.packing, args.eval_packing
+        self._responses_only = args.assistant_only_loss
+        self._loss_function, self._wants_rows = loss, metrics is not None
+        self._training, self._evaluation, self._watch = Tally(), Tally(), Stopwatch()
+        self._trained_tokens, self._numbers, self._ledger = 0, NumberWatch(self), StepLedger()
+        self._parameter_count: int | None = None
+
+    def _add_watchers(self, asked: dict[str, Any]) -> None:
+        """Who reads along: numbers, the ledger of steps, the table, curves, and the report with the settings `asked`
+        for."""
         self.add_callback(self._numbers)
         self.add_callback(self._ledger)
         self._show_progress()
         self._curves = CurveWatch(self)
         self.add_callback(self._curves)
-        self._recorder = RunRecorder(self, asked) if args.report else None
+        self._recorder = RunRecorder(self, asked) if self.args.report else None
         if self._recorder is not None:
             self.add_callback(self._recorder)
 
