@@ -1,11 +1,13 @@
 """The longest single row that a side trains within a memory cap, and the time of a step at each length tried.
 
     python -m benchmarks.longest --caps 24,80 --sides unsloth,pronghorn-offload --checkpoints DIR
+    python -m benchmarks.longest --caps 24 --sides unsloth,pronghorn-22GiB --lengths 98304,196608 --steps 1
 
 One process a side and cap: the model is loaded once, then rows of growing length are trained for two steps each, until
 one runs out of memory; between the last that fitted and the first that did not, the search halves the interval. Where a
-step takes minutes, `--lengths 196608,215040 --steps 1` tries just these. The cap is torch's allocator limit, less
-0.8 GiB for the CUDA context.
+step takes minutes, `--lengths` tries just these, each in a process of its own: one that fails, or is ended after
+`--seconds`, ends no other. What a row wants of the host's memory is printed before it is trained, and all else as it
+comes. The cap is torch's allocator limit, less 0.8 GiB for the CUDA context.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.host_memory import available, wanted
 from benchmarks.libraries import Job, Loaded, import_library, load_model, make_trainer
 from benchmarks.models import CONFIGS
 from benchmarks.registry import Side, Workload, find_side, find_workload
@@ -134,6 +137,7 @@ def find_longest(
         deadline = time.time() + options.seconds
 
         def attempt(length: int) -> Attempt:
+            print(f"{side.name} {length:,} tokens: wants {wanted(job, loaded, length)}", flush=True)
             return train_row(job, loaded, length)
 
         for found in (
@@ -183,50 +187,68 @@ def table(rows: list[dict[str, Any]]) -> str:
     return plain_table(header, lines)
 
 
-def run_all(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Every side within every cap, each in its own process."""
-    from benchmarks.run import checkpoint_folder, failure_reason, parse, run_module
+def run_all(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """A row of each side within each cap; every side in its own process, and with `--lengths` every length."""
+    from benchmarks.run import checkpoint_folder, parse
 
-    base = find_workload(options.workload)
+    base = find_workload(options.workload + (f"@{options.layers}layers" if options.layers else ""))
     common = parse(["--checkpoints", str(options.checkpoints)] if options.checkpoints else [])
-    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         work = Path(folder)
         checkpoint = checkpoint_folder(common, work, base.model)
-        for cap in (float(text) for text in options.caps.split(",")):
+        for cap in options.caps.split(","):
             for side in (find_side(name) for name in options.sides.split(",")):
-                name = f"{base.name}@{cap:g}"
-                arguments = ["--workload", name, "--side", side.name, "--checkpoint", str(checkpoint)]
-                for setting in ("first", "most", "resolution", "seconds", "steps"):
-                    arguments += [f"--{setting}", str(getattr(options, setting))]
-                if options.lengths:
-                    arguments += ["--lengths", ",".join(map(str, options.lengths))]
-                # Loading and a last attempt begun just in time.
-                timeout = options.seconds + 240
-                status, output = run_module(
-                    "benchmarks.longest", arguments, work=work, library=side.library, timeout=timeout
-                )
-                found = [
-                    line[len(RESULT_PREFIX) :]
-                    for line in output.splitlines()
-                    if line.startswith(RESULT_PREFIX)
-                ]
-                row = (
-                    json.loads(found[-1])
-                    if found
-                    else {"side": side.name, "cap_gib": cap, "error": failure_reason(status, output, timeout)}
-                )
-                said = [
-                    line
-                    for line in output.splitlines()
-                    if line.startswith(f"{side.name} ") or "memory plan" in line
-                ]
-                print(
-                    "\n".join([f"cap {cap:g} GiB", *said, *([row["error"]] if "error" in row else [])]),
-                    flush=True,
-                )
-                rows.append(row)
-    return rows
+                print(f"{side.name} within {cap} GiB: {available()}", flush=True)
+                workload = find_workload(f"{base.name}@{cap}")
+                parts = [[length] for length in options.lengths or ()] or [None]
+                yield joined([run_part(workload, side, part, checkpoint, options, work) for part in parts])
+
+
+def run_part(
+    workload: Workload,
+    side: Side,
+    lengths: list[int] | None,
+    checkpoint: Path,
+    options: argparse.Namespace,
+    work: Path,
+) -> dict[str, Any]:
+    """The row of one process, which tries these lengths or searches; with `error` where the process failed."""
+    from benchmarks.run import failure_reason, results_in, run_module
+
+    arguments = ["--workload", workload.name, "--side", side.name, "--checkpoint", str(checkpoint)]
+    for setting in ("first", "most", "resolution", "seconds", "steps"):
+        arguments += [f"--{setting}", str(getattr(options, setting))]
+    if lengths:
+        arguments += ["--lengths", ",".join(map(str, lengths))]
+    # Loading and a last attempt begun just in time.
+    timeout = options.seconds + 240
+    log = (options.logs or work) / f"{workload.name}-{side.name}-{lengths[0] if lengths else 'search'}.log"
+
+    def tell(line: str) -> None:
+        if line.startswith(f"{side.name} ") or "memory plan" in line:
+            print(line, flush=True)
+
+    status, output = run_module(
+        "benchmarks.longest", arguments, work=work, library=side.library, timeout=timeout, log=log, tell=tell
+    )
+    found = results_in(output)
+    if found:
+        return found[-1]
+    error = failure_reason(status, output, timeout)
+    what = f"{lengths[0]:,} tokens" if lengths else "the search"
+    print(f"{side.name} {what}: failed: {error}", flush=True)
+    attempts = [dataclasses.asdict(Attempt(length, error=error)) for length in lengths or ()]
+    return {
+        "workload": workload.name, "side": side.name, "cap_gib": workload.cap_gib, "longest": 0,
+        "attempts": attempts, "error": error,
+    }  # fmt: skip
+
+
+def joined(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """One row of several processes' rows; an error where none of them got through."""
+    whole = [row for row in rows if "error" not in row]
+    attempts = [attempt for row in rows for attempt in row["attempts"]]
+    return {**(whole or rows)[0], "longest": max(row["longest"] for row in rows), "attempts": attempts}
 
 
 def lengths(text: str) -> list[int]:
@@ -235,7 +257,11 @@ def lengths(text: str) -> list[int]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.longest", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.longest",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--workload", default="llama8b-qlora")
     parser.add_argument("--sides", default="unsloth,pronghorn-offload")
     parser.add_argument("--caps", default="24", help="GiB, comma-separated")
@@ -244,8 +270,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--lengths", type=lengths, help="try just these, comma-separated")
     parser.add_argument("--steps", type=int, default=2, help="steps of each length")
     parser.add_argument("--resolution", type=float, default=0.1, help="as a share of the length")
-    parser.add_argument("--seconds", type=float, default=200.0, help="time for one side's search")
+    parser.add_argument(
+        "--seconds", type=float, default=200.0, help="time for one side's search, or for one length"
+    )
+    parser.add_argument("--layers", type=int, help="of a shallower model (default: the workload's)")
     parser.add_argument("--checkpoints", type=Path)
+    parser.add_argument("--json", action="store_true", help="print each side's row as a JSON line, too")
+    parser.add_argument("--logs", type=Path, help="folder for each process's whole output")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument("--side", type=find_side, help=argparse.SUPPRESS)
     parser.add_argument("--checkpoint", type=Path, help=argparse.SUPPRESS)
@@ -255,10 +286,15 @@ def main(argv: list[str] | None = None) -> int:
         row = find_longest(find_workload(options.workload), options.side, options.checkpoint, options)
         print(RESULT_PREFIX + json.dumps(row), flush=True)
         return 0
-    rows = run_all(options)
+    options.logs = options.logs.absolute() if options.logs else None
+    rows = []
+    for row in run_all(options):
+        rows.append(row)
+        if options.json:
+            print(json.dumps(row), flush=True)
+        if options.out:
+            options.out.write_text(json.dumps(rows, indent=1) + "\n")
     print(table(rows), flush=True)
-    if options.out:
-        options.out.write_text(json.dumps(rows, indent=1) + "\n")
     return 1 if any("error" in row for row in rows) else 0
 
 

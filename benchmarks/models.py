@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -147,8 +148,30 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
 }
 
+
+def with_layers(name: str, layers: int) -> str:
+    """The name of the same architecture with so many layers, which this process knows from now on."""
+    changed = f"{name}-{layers}-layers"
+    CONFIGS.setdefault(changed, {**CONFIGS[name], "num_hidden_layers": layers})
+    return changed
+
+
+def find_model(name: str) -> str:
+    """The name itself, of a known architecture or of one "with N layers", such as llama-3.1-8b-4-layers.
+
+    Raises:
+        SystemExit: for another one, with the known ones.
+    """
+    found = re.fullmatch(r"(.+)-(\d+)-layers", name)
+    if name not in CONFIGS and found is not None and found[1] in CONFIGS:
+        return with_layers(found[1], int(found[2]))
+    if name not in CONFIGS:
+        raise SystemExit(f"unknown: {name}; known: {', '.join(CONFIGS)}, and such as tiny-1-layers")
+    return name
+
+
 #: a quarter of the layers: 16 GB, where all of them take longer to write and to load than to time
-CONFIGS["qwen3-30b-a3b-12-layers"] = {**CONFIGS["qwen3-30b-a3b"], "num_hidden_layers": 12}
+with_layers("qwen3-30b-a3b", 12)
 
 #: written last: a checkpoint with this file is whole
 INDEX = "model.safetensors.index.json"
@@ -250,7 +273,7 @@ def write_checkpoint(name: str, folder: str | Path, *, seed: int = 0, shard_byte
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.models", description=write_checkpoint.__doc__)
-    parser.add_argument("name", choices=CONFIGS)
+    parser.add_argument("name", type=find_model, help=f"{', '.join(CONFIGS)}, or such as tiny-1-layers")
     parser.add_argument("folder")
     arguments = parser.parse_args()
     started = time.time()

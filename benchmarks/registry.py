@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from benchmarks.models import with_layers
+
 #: every ratio in a table is against this side
 BASELINE = "unsloth"
 
@@ -150,6 +152,8 @@ BUDGET = re.compile(r"\d+(\.\d+)?GiB")
 EIGHT_BIT_ARGUMENTS = {"skip": "skip_layers", "copies": "copies"}
 EIGHT_BIT_NUMBER = re.compile(r"(skip|copies)(\d+)")
 BATCH = re.compile(r"(\d+)x(\d+)")
+#: in a workload's name
+LAYERS = re.compile(r"(\d+)layers")
 
 
 def parse_side(name: str) -> Side:
@@ -292,7 +296,8 @@ def find_side(name: str) -> Side:
 
 
 def find_workload(name: str) -> Workload:
-    """A known workload; "NAME@2x4096" is one with other rows and length, "NAME@2x4096@24" also with a memory cap.
+    """A known workload; "NAME@2x4096" is one with other rows and length, "NAME@2x4096@24" also with a memory cap,
+    "NAME@4layers" one of a shallower model.
 
     Raises:
         SystemExit: for an unknown name, with the known ones.
@@ -302,8 +307,10 @@ def find_workload(name: str) -> Workload:
         raise SystemExit(f"unknown: {known}; known: {', '.join(WORKLOADS)}")
     workload = WORKLOADS[known]
     for change in changes:
-        shape = BATCH.fullmatch(change)
-        if shape is not None:
+        shape, layers = BATCH.fullmatch(change), LAYERS.fullmatch(change)
+        if layers is not None:
+            workload = replace(workload, name=name, model=with_layers(workload.model, int(layers[1])))
+        elif shape is not None:
             workload = replace(workload, name=name, rows=int(shape[1]), length=int(shape[2]))
         else:
             workload = replace(workload, name=name, cap_gib=float(change))

@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.util import find_spec
@@ -96,16 +96,54 @@ def started_module(
 
 
 def run_module(
-    module: str, arguments: list[str], *, work: Path, library: str, timeout: float, log: Path | None = None
+    module: str,
+    arguments: list[str],
+    *,
+    work: Path,
+    library: str,
+    timeout: float,
+    log: Path | None = None,
+    tell: Callable[[str], None] | None = None,
 ) -> tuple[int, str]:
-    """Run `python -m module` in the work folder; its exit status (124: too long) and its output."""
+    """Run `python -m module` in the work folder; its exit status (124: too long) and its output.
+
+    Args:
+        tell: is called with each line of the output as it comes.
+    """
     log = log or work / f"cwd-{library}" / f"{module}.log"
     with started_module(module, arguments, work=work, library=library, log=log) as process:
-        try:
-            status = process.wait(timeout)
-        except subprocess.TimeoutExpired:
-            status = 124
+        if tell is None:
+            try:
+                status = process.wait(timeout)
+            except subprocess.TimeoutExpired:
+                status = 124
+        else:
+            status = _wait_and_tell(process, timeout, log, tell)
     return status, log.read_text(errors="replace")
+
+
+def _wait_and_tell(process: subprocess.Popen, timeout: float, log: Path, tell: Callable[[str], None]) -> int:
+    """The exit status (124: too long), each whole line of the log told meanwhile."""
+    until, rest = time.monotonic() + timeout, ""
+    with log.open(errors="replace") as file:
+        while True:
+            status = process.poll()
+            *lines, rest = (rest + file.read()).split("\n")
+            for line in lines:
+                tell(line)
+            if status is not None:
+                if rest:
+                    tell(rest)
+                return status
+            if time.monotonic() > until:
+                return 124
+            time.sleep(0.1)
+
+
+def results_in(output: str) -> list[dict[str, Any]]:
+    """What a process printed as results, in order."""
+    lines = (line for line in output.splitlines() if line.startswith(RESULT_PREFIX))
+    return [json.loads(line[len(RESULT_PREFIX) :]) for line in lines]
 
 
 def _end_group(process: subprocess.Popen) -> None:
@@ -162,9 +200,9 @@ def result_row(
     workload: Workload, side: Side, options: argparse.Namespace, status: int, output: str, started: float
 ) -> dict[str, Any]:
     """What a side's process printed, as a row; without a result, the error."""
-    found = [line[len(RESULT_PREFIX) :] for line in output.splitlines() if line.startswith(RESULT_PREFIX)]
+    found = results_in(output)
     if found:
-        result = json.loads(found[-1])
+        result = found[-1]
     else:
         result = {"workload": workload.name, "side": side.name, "label": side.label(workload)}
         result["error"] = failure_reason(status, output, options.timeout)

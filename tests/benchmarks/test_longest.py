@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from benchmarks import longest
+from benchmarks import longest, run
 from benchmarks.longest import Attempt, is_out_of_memory, search, table
 from benchmarks.models import write_checkpoint
 from benchmarks.side import RESULT_PREFIX
@@ -74,3 +74,60 @@ def test_lengths_that_are_named_may_take_one_step_each(tmp_path, capsys) -> None
     attempts = json.loads(out[out.index(RESULT_PREFIX) + len(RESULT_PREFIX) :])["attempts"]
     assert [attempt["length"] for attempt in attempts] == [96, 64]
     assert all(attempt["step_s"] > 0 and not attempt["error"] for attempt in attempts)
+
+
+def test_a_length_that_fails_ends_no_other_and_what_is_said_comes_at_once(
+    monkeypatch, tmp_path, capsys
+) -> None:
+    """Each length in a process of its own, of which one prints a row, one dies and one takes too long."""
+    asked = []
+
+    def process(module: str, arguments: list[str], *, tell, **options) -> tuple[int, str]:
+        given = dict(zip(arguments[::2], arguments[1::2], strict=True))
+        asked.append((given["--side"], given["--workload"], given["--lengths"]))
+        length = int(given["--lengths"])
+        lines = [
+            f"{given['--side']} {length} tokens: wants 1.00 GiB",
+            "noise",
+            "pronghorn: memory plan for 7 GiB",
+        ]
+        for line in lines:
+            tell(line)
+        if length > 96:
+            return (124 if length > 1024 else 1), "Killed"
+        attempt = {"length": length, "step_s": 2.0, "reserved_gib": 1.0, "error": ""}
+        row = {"side": given["--side"], "cap_gib": 8.0, "longest": length, "attempts": [attempt]}
+        return 0, RESULT_PREFIX + json.dumps(row)
+
+    monkeypatch.setattr(run, "run_module", process)
+    monkeypatch.setattr(run, "checkpoint_folder", lambda *_: tmp_path)
+    arguments = ["--workload", "tiny", "--layers", "1", "--caps", "8", "--sides", "hf,pronghorn-offload"]
+    lengths = ["--lengths", "2048,64,1024,96", "--out", str(tmp_path / "rows.json")]
+    assert longest.main([*arguments, *lengths]) == 0
+    sides = [side for side, _, _ in asked]
+    assert sides == ["hf"] * 4 + ["pronghorn-offload"] * 4 and {w for _, w, _ in asked} == {"tiny@1layers@8"}
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert [row["longest"] for row in rows] == [96, 96] and not any("error" in row for row in rows)
+    assert [bool(attempt["error"]) for attempt in rows[0]["attempts"]] == [True, False, True, False]
+    out = capsys.readouterr().out
+    assert "hf 2,048 tokens: failed: stopped after" in out and "GiB of host memory are available" in out
+    assert "memory plan for 7 GiB" in out and "noise" not in out
+    assert longest.main([*arguments, "--lengths", "1024"]) == 1, "none got through"
+
+
+def test_what_a_row_wants_of_the_host_is_said_before_it_is_trained(tmp_path, capsys) -> None:
+    checkpoint = write_checkpoint("tiny", tmp_path / "tiny")
+    arguments = ["--workload", "tiny", "--side", "pronghorn-offload", "--checkpoint", str(checkpoint)]
+    assert longest.main([*arguments, "--lengths", "64", "--steps", "1"]) == 0
+    wants, trained = capsys.readouterr().out.splitlines()[:2]
+    assert wants.startswith("pronghorn-offload 64 tokens: wants 0.00 GiB of pinned host memory")
+    assert "s a step" in trained
+
+
+def test_a_process_is_listened_to_while_it_runs(tmp_path) -> None:
+    heard: list[str] = []
+    status, output = run.run_module("this", [], work=tmp_path, library="hf", timeout=60, tell=heard.append)
+    assert status == 0 and heard == output.splitlines() and len(heard) > 10
+    waits = ["-n1", "-r1", "import time; print('begun', flush=True); time.sleep(60)"]
+    status, _ = run.run_module("timeit", waits, work=tmp_path, library="hf", timeout=2, tell=heard.append)
+    assert status == 124 and heard[-1] == "begun"

@@ -7,7 +7,14 @@ import json
 import pytest
 
 from benchmarks.libraries import _argument_names, _checked, batch_shape
-from benchmarks.models import CONFIGS, FIRST_TOKEN, benchmark_tokenizer, model_config, write_checkpoint
+from benchmarks.models import (
+    CONFIGS,
+    FIRST_TOKEN,
+    benchmark_tokenizer,
+    find_model,
+    model_config,
+    write_checkpoint,
+)
 from benchmarks.registry import (
     BASELINE,
     DEFAULT_SIDES,
@@ -210,3 +217,14 @@ def test_a_finished_checkpoint_is_left_alone(tmp_path) -> None:
     before = (folder / "model-00001.safetensors").stat().st_mtime_ns
     write_checkpoint("tiny", tmp_path, seed=5)
     assert (folder / "model-00001.safetensors").stat().st_mtime_ns == before
+
+
+def test_a_shallower_model_is_a_change_of_a_workload() -> None:
+    workload = find_workload("tiny@1layers@1x64@8")
+    assert (workload.model, workload.rows, workload.length) == ("tiny-1-layers", 1, 64)
+    assert workload.cap_gib == 8.0 and workload.name == "tiny@1layers@1x64@8"
+    assert model_config("tiny-1-layers").num_hidden_layers == 1
+    assert find_model("qwen2.5-1.5b-3-layers") == "qwen2.5-1.5b-3-layers"
+    assert model_config("qwen2.5-1.5b-3-layers").num_hidden_layers == 3 and find_model("tiny") == "tiny"
+    with pytest.raises(SystemExit, match="unknown: tiny-layers"):
+        find_model("tiny-layers")
