@@ -18,7 +18,8 @@ NEW = 24
 
 
 def prompt(seed: int, length: int) -> tuple[int, ...]:
-    return tuple(random.Random(seed).randrange(3, 320) for _ in range(length))
+    numbers = random.Random(seed)
+    return tuple(numbers.randrange(3, 320) for _ in range(length))
 
 
 PROMPTS = [prompt(seed, length) for seed, length in enumerate((5, 63, 64, 65, 130))]

@@ -138,6 +138,7 @@ def test_an_interrupted_answer_leaves_nothing_behind(model):
         ({"stopping_criteria": [lambda ids, scores: torch.zeros(len(ids), dtype=torch.bool)]}, "stopping_criteria"),
         ({"cache_implementation": "static"}, "cache_implementation"),
         ({"attention_mask": torch.tensor([[1] * 19 + [0]])}, "padded on the left"),
+        ({"attention_mask": torch.tensor([[0] * 3 + [1] * 4 + [0] + [1] * 12])}, "padded on the left"),
     ],
 )  # fmt: skip
 def test_what_the_engine_does_not_do_is_stocks(model, given, reason, caplog):
@@ -154,7 +155,13 @@ def test_what_the_engine_does_not_do_is_stocks(model, given, reason, caplog):
 def test_adapters_are_those_the_model_runs(caplog):
     model = FastLanguageModel.for_inference(with_adapters(tiny_model("llama"), {"first": 4, "second": 8}))
     base = model.get_base_model()
-    given = {"input_ids": ONE, "max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    given = {
+        "input_ids": ONE,
+        "max_new_tokens": 8,
+        "do_sample": False,
+        "pad_token_id": 0,
+        "eos_token_id": None,
+    }
     found = []
     for name in ("first", "second"):
         model.set_adapter(name)
@@ -183,6 +190,50 @@ def test_a_hook_put_on_later_is_run(model, part, caplog):
     assert "own loop" in caplog.text
     handle.remove()
     assert torch.equal(model.generate(ONE, **given), before)
+
+
+def trained_by_a_fused_optimizer(model):
+    """Which counts no versions of what it writes to."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    versions = [p._version for p in trained]
+    optimizer = torch.optim.AdamW(trained, lr=0.1, fused=True)
+    for parameter in trained:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    assert [p._version for p in trained] == versions
+
+
+def written_to_as_data(model):
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.requires_grad_(False).data.mul_(-3.0)
+
+
+def with_other_angles(model):
+    decoder = model.get_base_model().model
+    config = copy.deepcopy(decoder.config)
+    config.rope_parameters = {"rope_type": "default", "rope_theta": 20.0}
+    decoder.rotary_emb = type(decoder.rotary_emb)(config)
+
+
+def with_a_forward_of_its_own(model):
+    mlp = model.get_base_model().model.layers[0].mlp
+    mlp.forward = lambda x, forward=mlp.forward: -forward(x)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [trained_by_a_fused_optimizer, written_to_as_data, with_other_angles, with_a_forward_of_its_own],
+)
+def test_changes_that_nobody_counts_are_seen(change):
+    model = FastLanguageModel.for_inference(with_adapters(tiny_model("llama"), {"only": 4}))
+    given = {"input_ids": ONE, "max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    before = model.generate(**given)
+    assert torch.equal(model.generate(**given), before)
+    change(model)
+    expected = stock(model.get_base_model(), **given)
+    assert not torch.equal(expected, before)
+    assert torch.equal(model.generate(**given), expected)
 
 
 def test_training_after_answering():

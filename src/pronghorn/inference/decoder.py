@@ -38,11 +38,12 @@ from pronghorn.inference.latent import LatentHeads
 from pronghorn.inference.mixture import ExpertStack, ExpertTable, GatedMlp, Mixture, SharedExpert
 from pronghorn.inference.projections import Group
 from pronghorn.inference.recurrent import DeltaNet
+from pronghorn.inference.watching import Watch, look_at
 from pronghorn.kernels.decode_attention import Heads, Rotation
 from pronghorn.kernels.delta_step import DeltaWeights
 from pronghorn.kernels.dispatch import math_dtype
 from pronghorn.kernels.gated_output import gated_output_forward
-from pronghorn.weights.experts import four_bit_states, read_experts
+from pronghorn.weights.experts import read_experts
 
 #: kinds of rotation whose angles depend on a position alone, not on how long the context is
 _FIXED_ROTATIONS = ("default", "linear", "llama3", "yarn", "proportional")
@@ -137,11 +138,11 @@ class Decoder:
         self.scales = self.binding.scales
         self.activation = self.binding.activation
         self.vocabulary = int(self.base.lm_head.weight.shape[0])
-        self._watched: list[nn.Module] = []
-        self._signature: list[Any] = []
+        self._watch: Watch | None = None
         #: contexts of more tokens have other angles, of all positions; None where they never do
         self.switch = _switch(self.binding, positions)
-        self.rotations = self._rotations()
+        self.rotations: dict[str | None, Rotation] = {}
+        self._rotated_by: object = None
         self.refresh()
 
     def refresh(self) -> bool:
@@ -150,8 +151,9 @@ class Decoder:
         Raises:
             EngineRefused: it has become one that only Transformers' own code can run.
         """
-        if self._signature and _signature(self._watched) == self._signature:
+        if self._watch is not None and not self._watch.changed():
             return False
+        self._watch = None  # a reading that fails is no reading
         refusal = why_not(self.binding, self.positions)
         if refusal is not None:
             raise _refused(refusal)
@@ -172,9 +174,9 @@ class Decoder:
         self.adapts_experts = any(layer.expert_tables for layer in self.layers)
         self.norm = read_norm(self.binding.decoder.norm, self.binding.family.norm_offset)
         self.head = self._group([self.base.lm_head], self.residual_dtype)
+        self._refresh_rotations()
         # Taken now: weights of a group may have moved next to each other.
-        self._watched = _watched(self.base)
-        self._signature = _signature(self._watched)
+        self._watch = Watch(self.base)
         return True
 
     def places(self) -> list[int]:
@@ -334,6 +336,22 @@ class Decoder:
                     adapters[name][i] = adapter
         return Group(projections, adapters, dtype)
 
+    def _refresh_rotations(self) -> None:
+        """Make the angles where the module that gives them is another one, or has other frequencies; where they lie
+        stays, since recorded steps read them."""
+        rotary = self.binding.decoder.rotary_emb
+        by = look_at([rotary])
+        if self.rotations and by == self._rotated_by:
+            return
+        found = self._rotations()
+        for kind, new in found.items():
+            if kind in self.rotations:
+                old = self.rotations[kind]
+                old.cos.copy_(new.cos)
+                old.sin.copy_(new.sin)
+        self.rotations = self.rotations or found
+        self._rotated_by = look_at([rotary])
+
     def _rotations(self) -> dict[str | None, Rotation]:
         pairs = self.binding.family.turns == "pairs"
         if self.switch is None:
@@ -424,34 +442,3 @@ def _refused(reason: str) -> EngineRefused:
     return EngineRefused(
         f"the engine cannot run this model: {reason}", fix="Transformers' model.generate can"
     )
-
-
-def _watched(base: nn.Module) -> list[nn.Module]:
-    """All modules but those that hold nothing and do nothing, of which PEFT puts half a dozen into every layer."""
-    idle = ("Identity", "Dropout", "ModuleDict", "ParameterDict", "BufferDict")
-    return [m for m in base.modules() if m._modules or m._parameters or type(m).__name__ not in idle]
-
-
-def _signature(watched: Sequence[nn.Module]) -> list[Any]:
-    """What changes when weights are trained, moved, merged, switched, or modules replaced.
-
-    Taken before every answer, so modules' own dictionaries are read: nn.Module's ways through them take milliseconds.
-    """
-    found: list[Any] = []
-    for module in watched:
-        own = module.__dict__
-        children = own["_modules"]
-        found.extend(map(id, children.values()))
-        for parameter in own["_parameters"].values():
-            if parameter is not None:
-                found.append(parameter.data_ptr())
-                # One made in inference mode counts no versions, and cannot be trained either.
-                found.append(0 if parameter.is_inference() else parameter._version)
-        if four_bit_states(module):
-            found.extend(codes.data_ptr() for codes in own["_buffers"].values())
-        if own["_forward_hooks"] or own["_forward_pre_hooks"]:
-            found.append((len(own["_forward_hooks"]), len(own["_forward_pre_hooks"])))
-        if "lora_A" in children:
-            found.append(tuple(module.active_adapters))  # type: ignore[arg-type]
-            found.append((module.disable_adapters, *module.merged_adapters, *module.scaling.values()))  # type: ignore[misc, operator]
-    return found

@@ -224,7 +224,9 @@ def _rows(input_ids: Tensor, mask: Tensor | None) -> list[tuple[list[int], set[i
     ids = input_ids.tolist()
     if mask is None:
         return [(row, set()) for row in ids]
-    if mask.dim() != 2 or mask.shape != input_ids.shape or not bool((mask[:, -1] == 1).all()):
+    # A token left out in the middle still counts where there is a window, or a state.
+    left_alone = mask.shape == input_ids.shape and bool((mask[:, -1] == 1).all())
+    if not left_alone or bool((mask[:, 1:] < mask[:, :-1]).any()):
         raise _NotOurs("the attention mask is not that of rows padded on the left")
     rows = []
     for row, kept in zip(ids, mask.tolist(), strict=True):

@@ -1,0 +1,84 @@
+"""Whether a model is still the one that was read: its modules, where their weights lie, and what these hold.
+
+Writes that autograd sees are counted by torch, tensor by tensor. Others are not: torch's fused optimizers (the
+Trainer's usual one), those of bitsandbytes and `parameter.data` count nothing. What is trained, or belongs to the
+adapters that are active, is therefore looked at itself, by its norms.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Watch:
+    """Remembers a model as it is now."""
+
+    def __init__(self, base: nn.Module) -> None:
+        # All modules but those that hold nothing and do nothing, of which PEFT puts half a dozen into every layer.
+        idle = ("Identity", "Dropout", "ModuleDict", "ParameterDict", "BufferDict")
+        self._modules = [
+            m
+            for m in base.modules()
+            if m._modules or m._parameters or m._buffers or type(m).__name__ not in idle
+        ]
+        self._seen = look_at(self._modules)
+        self._held = _norms(self._modules)
+
+    def changed(self) -> bool:
+        """Whether weights were trained, moved, merged or switched, or modules replaced, since then."""
+        return look_at(self._modules) != self._seen or _norms(self._modules) != self._held
+
+
+def look_at(modules: Sequence[nn.Module]) -> list[Any]:
+    """Everything about the modules that costs no look at their tensors' numbers.
+
+    Taken before every answer, so modules' own dictionaries are read: nn.Module's ways through them take milliseconds.
+    """
+    found: list[Any] = []
+    for module in modules:
+        own = module.__dict__
+        children = own["_modules"]
+        found.extend(map(id, children.values()))
+        for held in (own["_parameters"], own["_buffers"]):
+            for tensor in held.values():
+                if tensor is not None:
+                    found.append(tensor.data_ptr())
+                    # One made in inference mode counts no versions, and cannot be trained either.
+                    found.append(0 if tensor.is_inference() else tensor._version)
+        if own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own:
+            found.append((len(own["_forward_hooks"]), len(own["_forward_pre_hooks"]), id(own.get("forward"))))
+        if "lora_A" in children:
+            found.append(tuple(module.active_adapters))  # type: ignore[arg-type]
+            found.append((module.disable_adapters, *module.merged_adapters, *module.scaling.values()))  # type: ignore[misc, operator]
+    return found
+
+
+def _norms(modules: Sequence[nn.Module]) -> list[float]:
+    """Of what may be written to uncounted, each in fp32."""
+    alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
+    for tensor in _written_to(modules):
+        alike[tensor.device, tensor.dtype].append(tensor.detach())
+    with torch.no_grad():
+        norms = [torch._foreach_norm(tensors, 2, torch.float32) for tensors in alike.values()]
+        return [norm for of_kind in norms for norm in torch.stack(of_kind).tolist()]
+
+
+def _written_to(modules: Sequence[nn.Module]) -> Iterator[Tensor]:
+    for module in modules:
+        own = module.__dict__
+        for parameter in own["_parameters"].values():
+            if parameter is not None and parameter.requires_grad:
+                yield parameter
+        if "lora_A" not in own["_modules"]:
+            continue
+        for kind in ("lora_A", "lora_B"):
+            pairs = own["_modules"][kind]._modules
+            for name in module.active_adapters:  # type: ignore[union-attr]
+                weight = getattr(pairs.get(name), "weight", None)
+                if isinstance(weight, Tensor) and not weight.requires_grad:
+                    yield weight
