@@ -72,6 +72,15 @@ def test_rows_padded_on_the_left(model, penalty):
     assert (expected == 5).any() and through_engine(model)
 
 
+def test_padding_is_no_part_of_the_prompt_for_the_penalty(model):
+    said = stock(model, ONE, max_new_tokens=1, do_sample=False, pad_token_id=0)[0, -1].item()
+    given = {
+        **padded([ONE[0].tolist(), prompt(3, 24)], pad=said), "max_new_tokens": 8, "do_sample": False,
+        "pad_token_id": said, "eos_token_id": None, "repetition_penalty": 3.0,
+    }  # fmt: skip
+    assert torch.equal(model.generate(**given), stock(model, **given)) and through_engine(model)
+
+
 def test_sampling_follows_torchs_seed(model):
     given = {"do_sample": True, "temperature": 1.3, "top_k": 50, "top_p": 0.95, "max_new_tokens": 16}
 

@@ -158,6 +158,7 @@ class EngineGenerate:
         if streamer is not None and len(input_ids) > 1:
             raise _NotOurs("a streamer for several rows")
         rows = _rows(input_ids, prepared.get("attention_mask"))
+        counts = _counts_padding(logits_processor)
         ends = _ends(stopping_criteria)
         new = max(1, stopping_criteria.max_length - input_ids.shape[1])
         sampling = _sampling(generation_config, logits_processor, new, ends)
@@ -166,7 +167,8 @@ class EngineGenerate:
         requests = [Request(tuple(kept), sampling, adapter) for kept, _ in rows]
         if streamer is not None:
             streamer.put(input_ids.cpu())
-        answers = _answers(engine, requests, [padding for _, padding in rows], streamer)
+        paddings = [padding if counts else set() for _, padding in rows]
+        answers = _answers(engine, requests, paddings, streamer)
         if streamer is not None:
             streamer.end()
         return _joined(input_ids, answers, generation_config)
@@ -237,6 +239,17 @@ def _rows(input_ids: Tensor, mask: Tensor | None) -> list[tuple[list[int], set[i
             )
         )
     return rows
+
+
+def _counts_padding(processors: Any) -> bool:
+    """Whether the repetition penalty takes padding for a part of the prompt, as Transformers' once did."""
+    for item in processors:
+        ignored = getattr(item, "prompt_ignore_length", None)
+        if isinstance(ignored, int) and ignored > 0:
+            raise _NotOurs("the repetition penalty leaves out a part of the prompt")
+        if ignored is not None:
+            return False
+    return True
 
 
 def _ends(criteria: Any) -> tuple[int, ...]:
