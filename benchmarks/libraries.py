@@ -45,11 +45,15 @@ def build_trainer(job: Job, rows: Mapping[str, list]) -> Any:
     return make_trainer(job, load_model(job), rows)
 
 
-def load_model(job: Job) -> Loaded:
-    """The checkpoint through the side's own loader."""
+def load_model(job: Job, read: Callable[[], None] = lambda: None) -> Loaded:
+    """The checkpoint through the side's own loader.
+
+    Args:
+        read: is called when the weights are read, before an adapter is put on.
+    """
     return {"hf": _load_stock, "liger": _load_stock, "unsloth": _load_unsloth, "pronghorn": _load_pronghorn}[
         job.side.library
-    ](job)
+    ](job, read)
 
 
 def make_trainer(job: Job, loaded: Loaded, rows: Mapping[str, list]) -> Any:
@@ -154,14 +158,14 @@ def dtype_of(workload: Workload) -> Any:
     """The dtype of weights: the workload's, bfloat16 on a GPU, and on a CPU what pronghorn takes there by itself."""
     import torch
 
+    if workload.dtype or torch.cuda.is_available():
+        return getattr(torch, workload.dtype or "bfloat16")
     from pronghorn.hardware import probe
 
-    return getattr(
-        torch, workload.dtype or ("bfloat16" if torch.cuda.is_available() else probe().compute_dtype.value)
-    )
+    return getattr(torch, probe().compute_dtype.value)
 
 
-def _load_stock(job: Job) -> Loaded:
+def _load_stock(job: Job, read: Callable[[], None]) -> Loaded:
     """Transformers + PEFT + TRL as their documentation shows it; with Liger's kernels where the side asks for them."""
     import torch
     from peft import LoraConfig
@@ -178,6 +182,7 @@ def _load_stock(job: Job) -> Loaded:
             bnb_4bit_compute_dtype=torch.bfloat16,
         )
     model = AutoModelForCausalLM.from_pretrained(job.checkpoint, **keywords)
+    read()
     lora = LoraConfig(
         r=job.workload.rank,
         lora_alpha=job.workload.rank,
@@ -205,7 +210,7 @@ def _stock(job: Job, loaded: Loaded, dataset: Any) -> Any:
     )
 
 
-def _load_fast(job: Job, fast_class: Any) -> Loaded:
+def _load_fast(job: Job, fast_class: Any, read: Callable[[], None]) -> Loaded:
     """The call that Unsloth's notebooks make and pronghorn answers too."""
     side = job.side
     checkpointing = {} if side.checkpointing is None else {"use_gradient_checkpointing": side.checkpointing}
@@ -216,6 +221,7 @@ def _load_fast(job: Job, fast_class: Any) -> Loaded:
         load_in_4bit=job.workload.four_bit,
         **_checked(side, fast_class.from_pretrained, side.load),
     )
+    read()
     model = fast_class.get_peft_model(
         model,
         r=job.workload.rank,
@@ -230,10 +236,10 @@ def _load_fast(job: Job, fast_class: Any) -> Loaded:
     return Loaded(model, tokenizer)
 
 
-def _load_unsloth(job: Job) -> Loaded:
+def _load_unsloth(job: Job, read: Callable[[], None]) -> Loaded:
     from unsloth import FastLanguageModel
 
-    return _load_fast(job, FastLanguageModel)
+    return _load_fast(job, FastLanguageModel, read)
 
 
 def _unsloth(job: Job, loaded: Loaded, dataset: Any) -> Any:
@@ -250,10 +256,10 @@ def _unsloth(job: Job, loaded: Loaded, dataset: Any) -> Any:
     )
 
 
-def _load_pronghorn(job: Job) -> Loaded:
+def _load_pronghorn(job: Job, read: Callable[[], None]) -> Loaded:
     from pronghorn import FastLanguageModel
 
-    loaded = _load_fast(job, FastLanguageModel)
+    loaded = _load_fast(job, FastLanguageModel, read)
     if job.side.attention is not None:
         from pronghorn.engine import binding_of
 
