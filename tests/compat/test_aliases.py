@@ -129,7 +129,17 @@ def test_what_has_no_counterpart_is_said():
         with pytest.raises(NotInDropIn, match=r"unsloth\.dataprep has no counterpart"):
             import unsloth.dataprep  # noqa: F401
         with pytest.raises(ImportError):  # what scripts catch
-            from unsloth import to_sharegpt  # noqa: F401
+            from unsloth import FastSentenceTransformer  # noqa: F401
+
+
+@pytest.mark.skipif(find_spec("vllm") is not None, reason="vllm itself is found then")
+def test_vllm_is_there_for_the_script_alone(tmp_path):
+    from trl.import_utils import is_vllm_available
+
+    text = "import vllm\nfrom vllm import SamplingParams\nfrom trl.import_utils import is_vllm_available\n"
+    seen = run_script(script(tmp_path, text + "found = is_vllm_available()\n"))
+    assert seen["SamplingParams"]().max_tokens == 16 and seen["found"] is False
+    assert "vllm" not in sys.modules and not is_vllm_available()
 
 
 def test_in_a_notebook_beside_an_installed_unsloth(tmp_path):
@@ -178,7 +188,9 @@ def test_the_command_tells_the_scripts_line_and_its_status(tmp_path, capsys):
     assert main(["run", str(older)]) == 2
     assert "[PH405] cannot import name 'PPOTrainerOfOld'" in capsys.readouterr().err
     if find_spec("vllm") is None:
-        assert main(["run", str(script(tmp_path, "from vllm import SamplingParams\n", "vllm_one.py"))]) == 2
+        assert main(["run", str(script(tmp_path, "from vllm import LLM\n", "vllm_one.py"))]) == 2
+        assert "[PH405] vllm.LLM has no counterpart" in capsys.readouterr().err
+        assert main(["run", str(script(tmp_path, "import vllm.engine\n", "vllm_two.py"))]) == 2
         assert "[PH406] the script imports vllm" in capsys.readouterr().err
     with pytest.raises(SystemExit) as ended:
         main(["run", str(script(tmp_path, "import sys\nsys.exit(7)\n", "ends.py"))])

@@ -1,4 +1,4 @@
-"""TRL's own trainers on a bound model: the stock one's numbers, under older arguments; and what vLLM's part was."""
+"""TRL's own trainers on a bound model: the stock one's numbers, under older arguments."""
 
 import pickle
 
@@ -92,15 +92,11 @@ def test_what_to_do_instead_is_said(name):
     assert caught.value.fix == INSTEAD[name]
 
 
-def test_what_vllm_did_is_refused_in_a_sentence(tiny, tmp_path):
+def test_forms_of_saving_that_scripts_ask_for(tiny, tmp_path):
     model, tokenizer = models.FastLanguageModel.from_pretrained(tiny, load_in_4bit=False)
     model = models.FastLanguageModel.get_peft_model(model, r=2)
     model.save_lora(str(tmp_path / "lora"))
     assert (tmp_path / "lora" / "adapter_config.json").exists()
-    with pytest.raises(DropInUnavailable, match=r"vLLM.*leave it out"):
-        model.load_lora(str(tmp_path / "lora"))
-    with pytest.raises(DropInUnavailable, match=r"vLLM.*for_inference"):
-        model.fast_generate(["hello"])
     model.save_pretrained_merged(str(tmp_path / "four"), tokenizer, save_method="merged_4bit_forced")
     assert "quantization_config" in (tmp_path / "four" / "config.json").read_text()
     with pytest.raises(UnknownArgument, match="quantisation_method"):

@@ -1,6 +1,6 @@
 """Answering to the names `unsloth`, `unsloth_zoo` and, for a script alone, to a few names of `trl` and `transformers`.
 
-Two means, both of Python's own import system, both taken back by `DropIn.stop`:
+Three means, all of Python's own import system, all taken back by `DropIn.stop`:
 
 - `unsloth` and `unsloth_zoo` belong to no one else in the process, so a finder on `sys.meta_path` makes modules of
   those names whose attributes are this library's. An installed Unsloth is neither imported nor changed.
@@ -8,6 +8,8 @@ Two means, both of Python's own import system, both taken back by `DropIn.stop`:
   `sys.modules` become stand-ins that forward everything to the real modules, except that for a few names it matters who
   asks: the script, a notebook's cell or the user's own modules get ours; code of an installed package the real one.
   The real modules and classes are not written to, and nothing is rewritten or compiled from changed text.
+- `vllm` is found by the user's own code alone, and only where it is not installed: libraries look for it, too, to
+  find out whether they may use it.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import sysconfig
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec
+from importlib.machinery import ModuleSpec, PathFinder
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import spec_from_loader
 from pathlib import Path
@@ -32,6 +34,8 @@ from pronghorn.errors import DropInUnavailable, NotInDropIn, nearest
 from pronghorn.importing import collector_paused
 
 _ALIASED = ("unsloth", "unsloth_zoo")
+#: Found for the user's own code only.
+_FOR_SCRIPTS = "vllm"
 #: Packages whose code always sees the real modules, also where they are installed from a clone.
 _LIBRARIES = (
     "pronghorn",
@@ -56,8 +60,15 @@ _PACKAGES = tuple(
 def resolve(home: str) -> Any:
     """The object at "module:attribute"."""
     module, _, attribute = home.partition(":")
+    _hide()
     with collector_paused():
         return getattr(import_module(module), attribute)
+
+
+def _hide() -> None:
+    """Take what only the user's code may find out of `sys.modules`; whoever imported it holds it."""
+    if isinstance(sys.modules.get(_FOR_SCRIPTS), AliasModule):
+        del sys.modules[_FOR_SCRIPTS]
 
 
 class AliasModule(ModuleType):
@@ -86,7 +97,12 @@ class AliasFinder(Loader, MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname.partition(".")[0] not in _ALIASED:
+        top = fullname.partition(".")[0]
+        if top == _FOR_SCRIPTS and (
+            fullname not in MODULES or not asked_by_user(_importer()) or PathFinder.find_spec(top) is not None
+        ):
+            return None
+        if top not in (*_ALIASED, _FOR_SCRIPTS):
             return None
         if fullname not in MODULES:
             raise NotInDropIn(
@@ -207,6 +223,17 @@ class DropIn:
         traceback: TracebackType | None,
     ) -> None:
         self.stop()
+
+
+def _importer() -> FrameType:
+    """The frame whose import, or search for a module, is under way."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and (
+        frame.f_globals.get("__name__") == __name__
+        or frame.f_globals.get("__name__", "").partition(".")[0] in ("importlib", "_frozen_importlib")
+    ):
+        frame = frame.f_back
+    return frame
 
 
 def is_active() -> bool:

@@ -1,17 +1,26 @@
 """What scripts call on a model beyond Transformers' and this library's own methods, and `model.generate` with what
-`apply_chat_template` returned, whatever it returns today."""
+`apply_chat_template` returned, whatever it returns today; answers in vLLM's form are in `answers`."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pronghorn.errors import DropInUnavailable
+from pronghorn.compat.answers import fast_generate, load_lora
+from pronghorn.errors import DropInUnavailable, ExportDiffers
 from pronghorn.loading import saving
 from pronghorn.loading.arguments import note_without_effect, refuse_unknown
 
+logger = logging.getLogger("pronghorn")
+
+#: what `save_pretrained` of Transformers takes beside, in the way that it is done here
+_WITHOUT_EFFECT_ON_MERGING = frozenset(
+    {"is_main_process", "maximum_memory_usage", "safe_serialization", "save_function", "state_dict", "tags",
+     "temporary_location", "variant"}
+)  # fmt: skip
 _WITHOUT_EFFECT_ON_GGUF = frozenset({"first_conversion", "maximum_memory_usage", "temporary_location"})
 
 
@@ -19,7 +28,7 @@ def add_methods(model: Any) -> None:
     """Put the methods of this module on an instance; its class stays as it is."""
     if "generate" not in model.__dict__:
         model.__dict__["generate"] = partial(generate, model)
-    for method in (save_lora, load_lora, fast_generate):
+    for method in (save_lora, load_lora, fast_generate, save_pretrained_torchao):
         model.__dict__[method.__name__] = partial(method, model)
     if "save_pretrained_gguf" in model.__dict__:  # which a model without a head has not
         for method in (save_pretrained_gguf, save_pretrained_merged, push_to_hub_merged):
@@ -59,39 +68,60 @@ def save_pretrained_gguf(
 
 
 def save_pretrained_merged(
-    model: Any, save_directory: str, tokenizer: Any = None, save_method: str = "merged_16bit", **given: Any
+    model: Any,
+    save_directory: str,
+    tokenizer: Any = None,
+    save_method: str | None = "merged_16bit",
+    **given: Any,
 ) -> Any:
-    """`loading.saving.save_pretrained_merged`, which scripts force to write 4 bits."""
-    return saving.save_pretrained_merged(model, save_directory, tokenizer, _unforced(save_method), **given)
+    """`loading.saving.save_pretrained_merged`. Scripts force it to write 4 bits: what the rounding takes away is then
+    said, and the script goes on."""
+    unused = {name: given.pop(name) for name in [*given] if name in _WITHOUT_EFFECT_ON_MERGING}
+    note_without_effect(unused, "save_pretrained_merged")
+    method = _unforced(save_method)
+    try:
+        return saving.save_pretrained_merged(model, save_directory, tokenizer, method, **given)
+    except ExportDiffers as error:
+        if method == save_method or method != "merged_4bit":
+            raise
+        logger.warning("pronghorn: %s", error)
+        return error.export
 
 
 def push_to_hub_merged(
-    model: Any, repo_id: str, tokenizer: Any = None, save_method: str = "merged_16bit", **given: Any
+    model: Any, repo_id: str, tokenizer: Any = None, save_method: str | None = "merged_16bit", **given: Any
 ) -> Any:
-    """`loading.saving.push_to_hub_merged`, likewise."""
+    """`loading.saving.push_to_hub_merged`, under the same names of forms."""
     return saving.push_to_hub_merged(model, repo_id, tokenizer, _unforced(save_method), **given)
 
 
-def _unforced(save_method: str) -> str:
-    return save_method.removesuffix("_forced")
+def _unforced(save_method: str | None) -> str:
+    return (save_method or "merged_16bit").removesuffix("_forced")
+
+
+def unsloth_save_model(
+    model: Any,
+    tokenizer: Any,
+    save_directory: str,
+    save_method: str = "lora",
+    push_to_hub: bool = False,
+    token: str | bool | None = None,
+    **given: Any,
+) -> Any:
+    """The function behind the methods, which older scripts call."""
+    if push_to_hub:
+        return push_to_hub_merged(model, save_directory, tokenizer, save_method, token=token, **given)
+    return save_pretrained_merged(model, save_directory, tokenizer, save_method, **given)
+
+
+def save_pretrained_torchao(model: Any, *args: Any, **given: Any) -> Any:
+    """Raises: DropInUnavailable."""
+    raise DropInUnavailable(
+        "model.save_pretrained_torchao writes torchao's forms, which are not written here",
+        fix="model.save_pretrained_merged(folder, tokenizer, save_method='merged_16bit'), then torchao on that folder",
+    )
 
 
 def save_lora(model: Any, save_directory: str) -> None:
     """The adapter alone, in PEFT's form."""
     model.save_pretrained(save_directory)
-
-
-def load_lora(model: Any, *args: Any, **given: Any) -> Any:
-    """Raises: DropInUnavailable, as vLLM's adapters have no counterpart."""
-    raise DropInUnavailable(
-        "model.load_lora hands an adapter to vLLM, which has no part here",
-        fix="leave it out: a model answers with its adapter; FastLanguageModel.from_pretrained loads a saved one",
-    )
-
-
-def fast_generate(model: Any, *args: Any, **given: Any) -> Any:
-    """Raises: DropInUnavailable, as vLLM has no part here."""
-    raise DropInUnavailable(
-        "model.fast_generate answers by vLLM, which has no part here",
-        fix="FastLanguageModel.for_inference(model), then model.generate(**inputs), which runs on pronghorn's engine",
-    )

@@ -9,7 +9,9 @@ from typing import Any
 from pronghorn import loading
 from pronghorn.compat.generation import add_methods
 from pronghorn.compat.model_ids import meant_by
-from pronghorn.errors import DropInUnavailable, HubUnreachable, ModelNotFound
+from pronghorn.engine import base_causal_lm
+from pronghorn.errors import DropInUnavailable, HubUnreachable, ModelNotFound, UnknownArgument
+from pronghorn.loading.arguments import note_without_effect
 
 logger = logging.getLogger("pronghorn")
 
@@ -28,10 +30,11 @@ class FastLanguageModel(loading.FastLanguageModel):
             (model, tokenizer).
         """
         _refuse_classes(kwargs.pop("auto_model", None), kwargs.pop("num_labels", None))
+        kwargs = _as_ours(kwargs)
         if kwargs.get("fast_inference"):
             logger.warning(
                 "pronghorn: fast_inference=True changes nothing, as vLLM has no part here; "
-                "after for_inference(model) model.generate runs on pronghorn's engine"
+                "model.fast_generate is answered by pronghorn's engine"
             )
         meant = meant_by(model_name)
         whole = kwargs.get("full_finetuning", False)
@@ -47,6 +50,7 @@ class FastLanguageModel(loading.FastLanguageModel):
                 raise
             logger.warning("pronghorn: %s; the copy '%s' is loaded instead", error.message, meant.mirror)
             model, tokenizer = loading.FastLanguageModel.from_pretrained(meant.mirror, *args, **kwargs)
+        base_causal_lm(model).__dict__["script_tokenizer"] = tokenizer
         add_methods(model)
         return model, tokenizer
 
@@ -102,6 +106,49 @@ class UnslothModel(FastLanguageModel):
     """The name in older scripts."""
 
 
+#: Arguments of Transformers' `from_pretrained` that scripts pass on, without a counterpart here.
+_WITHOUT_EFFECT = frozenset(
+    {"device_map_planner_kwargs", "low_cpu_mem_usage", "use_cache", "use_fast", "use_safetensors"}
+)
+
+
+def _as_ours(given: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of Transformers' `from_pretrained`, which Unsloth's passes on, under the names that they have here.
+
+    Raises:
+        UnknownArgument: for one that would have changed where files are looked for.
+    """
+    given = dict(given)
+    unused = {name: given.pop(name) for name in [*given] if name in _WITHOUT_EFFECT}
+    note_without_effect(unused, "from_pretrained")
+    for name, fix in (("cache_dir", "set HF_HOME"), ("local_files_only", "set HF_HUB_OFFLINE=1")):
+        if given.pop(name, None):
+            raise UnknownArgument(
+                f"from_pretrained() has no argument '{name}'",
+                fix=f"{fix} in the environment before Python starts",
+            )
+    if given.get("torch_dtype") is not None and given.get("dtype") is None:
+        given["dtype"] = given["torch_dtype"]
+    given.pop("torch_dtype", None)
+    if given.get("device_map") in ("unsloth", "sequential"):  # one GPU, as without it
+        del given["device_map"]
+    bits = given.pop("quantization_config", None)
+    if bits is None:
+        return given
+    if type(bits).__name__ != "BitsAndBytesConfig":
+        raise UnknownArgument(
+            f"quantization_config={type(bits).__name__}(...) is not followed here",
+            fix="load_in_4bit=True or load_in_8bit=True",
+        )
+    found = {"load_in_4bit": bits.load_in_4bit, "load_in_8bit": bits.load_in_8bit}
+    if bits.load_in_4bit:
+        found |= {
+            "bnb_4bit_quant_type": bits.bnb_4bit_quant_type,
+            "bnb_4bit_use_double_quant": bits.bnb_4bit_use_double_quant,
+        }
+    return {**given, **found}
+
+
 def _refuse_classes(auto_model: Any, num_labels: int | None) -> None:
     """Which class a checkpoint is of, it says itself; a class that predicts no tokens is asked for in vain.
 
@@ -109,7 +156,7 @@ def _refuse_classes(auto_model: Any, num_labels: int | None) -> None:
         DropInUnavailable: for one that classifies or writes down speech.
     """
     name = getattr(auto_model, "__name__", str(auto_model or ""))
-    if num_labels is not None or any(part in name for part in ("Classification", "Speech", "Whisper")):
+    if num_labels is not None or any(part in name for part in ("Classification", "Csm", "Speech", "Whisper")):
         raise DropInUnavailable(
             f"{name or f'num_labels={num_labels}'} asks for a model that predicts no text, which is not trained here",
             fix="Transformers' and PEFT's own classes; or let the model write the label as its answer",

@@ -9,10 +9,12 @@ _MODELS = "pronghorn.compat.models"
 _TRAINER = "pronghorn.compat.trainer"
 _ARGUMENTS = "pronghorn.compat.arguments"
 _TEMPLATES = {
+    "apply_chat_template": "pronghorn.compat.sharegpt:apply_chat_template",
     "CHAT_TEMPLATES": "pronghorn.data.chat_templates:TEMPLATES",
     "get_chat_template": "pronghorn.data.chat_templates:get_chat_template",
     "standardize_data_formats": "pronghorn.data.sharegpt:standardize_data_formats",
     "standardize_sharegpt": "pronghorn.data.sharegpt:standardize_sharegpt",
+    "to_sharegpt": "pronghorn.compat.sharegpt:to_sharegpt",
     "train_on_responses_only": "pronghorn.training:train_on_responses_only",
 }
 _LOADERS = {
@@ -37,6 +39,8 @@ _PATCHES = dict.fromkeys(
     ("PatchDPOTrainer", "PatchFastRL", "PatchKTOTrainer"), f"{_TRAINER}:nothing_to_patch"
 )
 _KERNELS = {"fast_linear_forward": "pronghorn.kernels:fast_linear_forward"}
+_TOKENS = {"add_new_tokens": "pronghorn.compat.tokens:add_new_tokens"}
+_VLLM = {"SamplingParams": "pronghorn.compat.answers:SamplingParams"}
 
 #: Whole modules that are ours: module -> name -> home.
 MODULES: dict[str, dict[str, str]] = {
@@ -48,6 +52,8 @@ MODULES: dict[str, dict[str, str]] = {
         **_TRAINERS,
         **_PATCHES,
         **_TEMPLATES,
+        "add_new_tokens": _TOKENS["add_new_tokens"],
+        "vLLMSamplingParams": _VLLM["SamplingParams"],
     },
     "unsloth.chat_templates": _TEMPLATES,
     "unsloth.kernels": _KERNELS,
@@ -55,23 +61,28 @@ MODULES: dict[str, dict[str, str]] = {
     "unsloth.models": {**_LOADERS, **_FAMILIES, **_PRECISION},
     "unsloth.models.dpo": _PATCHES,
     "unsloth.models.loader": _LOADERS,
+    "unsloth.save": {"unsloth_save_model": "pronghorn.compat.generation:unsloth_save_model"},
+    "unsloth.tokenizer_utils": _TOKENS,
     "unsloth.trainer": _TRAINERS,
     "unsloth_zoo": {"__version__": "pronghorn:__version__"},
+    "unsloth_zoo.tokenizer_utils": _TOKENS,
+    "unsloth_zoo.utils": {"Version": "packaging.version:Version"},
     "unsloth_zoo.dataset_utils": {
         name: _TEMPLATES[name] for name in ("standardize_data_formats", "train_on_responses_only")
     },
+    "vllm": _VLLM,
+    "vllm.lora": {},
+    "vllm.lora.request": {"LoRARequest": "pronghorn.compat.lora_requests:LoRARequest"},
+    "vllm.sampling_params": _VLLM,
     "unsloth_zoo.vision_utils": {"UnslothVisionDataCollator": _TRAINERS["UnslothVisionDataCollator"]},
 }
 
 #: Names of Unsloth's, of modules too, that have no counterpart -> what to do instead.
 INSTEAD = {
-    "apply_chat_template": "tokenizer.apply_chat_template in dataset.map; or leave it out: the trainer does it for "
-    "rows of messages",
     "create_ollama_modelfile": "model.save_pretrained_gguf, which writes a Modelfile beside its files",
     "dataprep": "pronghorn data synthesize, which makes rows out of documents",
     "FastSentenceTransformer": "pronghorn embed train, or pronghorn.embedding",
-    "to_sharegpt": "leave it out: the trainer reads rows of instruction, input and output as they are",
-    "vLLMSamplingParams": "FastLanguageModel.for_inference(model) and model.generate(...)",
+    "LLM": "FastLanguageModel.from_pretrained, and model.fast_generate(prompts, sampling_params)",
 }
 
 #: Real modules of which a script sees a few names of ours, and everything else as it is.

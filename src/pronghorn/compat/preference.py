@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from pronghorn.compat.answers import SamplingParams
 from pronghorn.compat.arguments import as_current
 from pronghorn.training.setup import use_one_gpu
 
@@ -26,8 +27,10 @@ _NAMES = {f"{method}{kind}" for method in _HOMES for kind in ("Config", "Trainer
 #: Arguments of older versions that cut prompts, made files or chose a padding, for versions that do without them.
 _GONE = {
     "generate_during_eval", "is_encoder_decoder", "label_pad_token_id", "max_completion_length", "max_prompt_length",
-    "max_target_length", "padding_value", "unsloth_num_chunks", "vllm_sampling_params",
+    "max_target_length", "padding_value", "unsloth_num_chunks",
 }  # fmt: skip
+#: What of a `SamplingParams` a configuration has a field for.
+_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
 def __getattr__(name: str) -> Any:
@@ -47,6 +50,8 @@ def _configuration(base: type) -> type:
 
     def __init__(self: Any, *args: Any, **given: Any) -> None:
         known = {item.name for item in dataclasses.fields(base)}
+        if "vllm_sampling_params" not in known:
+            given = {**_sampling(given.pop("vllm_sampling_params", None), known), **given}
         current = as_current(_without_gone(given, known), base, tell=True)
         if not torch.cuda.is_available():
             current |= {"bf16": False, "fp16": False}
@@ -55,6 +60,16 @@ def _configuration(base: type) -> type:
     return type(
         base.__name__, (base,), {"__init__": __init__, "__module__": __name__, "__doc__": base.__doc__}
     )
+
+
+def _sampling(sampling: Any, known: set[str]) -> dict[str, Any]:
+    """What a script's `vllm_sampling_params` changes of how answers are drawn, for the configuration's own fields."""
+    changed = {}
+    for name in _SAMPLING:
+        value, usual = getattr(sampling, name, None), getattr(SamplingParams, name)
+        if name in known and value is not None and value != usual:
+            changed[name] = max(value, 0) if name == "top_k" else value
+    return changed
 
 
 def _trainer(base: type) -> type:

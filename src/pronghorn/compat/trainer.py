@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+from pronghorn.data.rows import CHAT_COLUMNS
 from pronghorn.data.vision import VisionDataCollator
 from pronghorn.engine import base_causal_lm
 from pronghorn.loading.arguments import note_without_effect, refuse_unknown
@@ -20,8 +21,25 @@ _WITHOUT_EFFECT = frozenset(
 )  # fmt: skip
 
 
+#: columns of rows that are not text alone
+_OTHER = frozenset({"input_ids", "image", "images"})
+
+
 class ScriptTrainer(SFTTrainer):
-    """`pronghorn.SFTTrainer` with what scripts ask of it: an embedding learning rate."""
+    """`pronghorn.SFTTrainer` with what scripts ask of it: an embedding learning rate, and texts that they have made.
+
+    Where rows have both a conversation and the text field, scripts have rendered the one into the other, perhaps in a
+    format of their own: it is the text that is trained on.
+    """
+
+    def __init__(
+        self, model: Any = None, args: Any = None, data_collator: Any = None, train_dataset: Any = None,
+        eval_dataset: Any = None, *more: Any, **given: Any,
+    ) -> None:  # fmt: skip
+        if given.get("formatting_func") is None and not getattr(args, "assistant_only_loss", False):
+            field = given.get("dataset_text_field") or getattr(args, "dataset_text_field", None) or "text"
+            train_dataset, eval_dataset = _texts(train_dataset, field), _texts(eval_dataset, field)
+        super().__init__(model, args, data_collator, train_dataset, eval_dataset, *more, **given)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         optimizer = super().create_optimizer(*args, **kwargs)
@@ -33,6 +51,17 @@ class ScriptTrainer(SFTTrainer):
 
 #: The name in scripts; what `trl.SFTTrainer` is to a script is the same class.
 UnslothTrainer = ScriptTrainer
+
+
+def _texts(rows: Any, field: str) -> Any:
+    """Rows without what would be rendered in the text's place."""
+    if isinstance(rows, dict):
+        return type(rows)({name: _texts(part, field) for name, part in rows.items()})
+    columns = getattr(rows, "column_names", None)
+    if not isinstance(columns, list) or field not in columns or _OTHER.intersection(columns):
+        return rows
+    instead = [name for name in columns if name in (*CHAT_COLUMNS, "prompt", "completion") and name != field]
+    return rows.remove_columns(instead) if instead else rows
 
 
 def give_own_rate(optimizer: Any, parameters: list[Any], rate: float) -> None:

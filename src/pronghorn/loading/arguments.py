@@ -17,20 +17,26 @@ NO_EFFECT_ON_LOADING = frozenset(
         "disable_log_stats",
         "enforce_eager",
         "fast_inference",
+        "float32_mixed_precision",
         "float8_kv_cache",
+        "fullgraph",
         "gpu_memory_utilization",
         "load_in_16bit",
         "max_lora_rank",
+        "offload_embedding",
         "qat_scheme",
         "random_state",
         "resize_model_vocab",
+        "return_logits",
+        "unsloth_force_compile",
+        "unsloth_tiled_mlp",
         "unsloth_vllm_standby",
         "use_exact_model_name",
     }
 )
 
 #: Unsloth's arguments of `get_peft_model` that have nothing to switch here.
-NO_EFFECT_ON_ADAPTERS = frozenset({"temporary_location"})
+NO_EFFECT_ON_ADAPTERS = frozenset({"finetune_audio_layers", "temporary_location"})
 
 
 def note_without_effect(given: Mapping[str, Any], function: str) -> None:

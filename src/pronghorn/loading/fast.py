@@ -174,6 +174,7 @@ class FastLanguageModel:
             PronghornError: a subclass for everything that can be wrong with a name, a file or an argument.
         """
         refuse_unknown(kwargs, FastLanguageModel.from_pretrained, NO_EFFECT_ON_LOADING)
+        refuse_other_than(kwargs.get("qat_scheme"), (None,), "qat_scheme")
         note_without_effect(kwargs, "from_pretrained")
         refuse_no_length(max_seq_length, "max_seq_length")
         save_level(use_gradient_checkpointing)
