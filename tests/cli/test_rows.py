@@ -102,7 +102,7 @@ def test_docstrings():
         ([chat(0), '{"messages": [', chat(1)], "line 2", "not JSON"),
         ([chat(0), str(chat(1))], "line 2", "single quotes"),
         ([chat(0), chat(1), "[1, 2]"], "line 3", "not a row"),
-        ([{"text": "a"}, "", {"text": 3}], "line 3", "'text' is a int here and a str in the first row"),
+        ([{"text": "a"}, "", '{"text": "\\ud800"}'], "line 3", "surrogate"),
     ],
 )
 def test_bad_line_is_named(tmp_path, lines, where, what):
@@ -112,6 +112,49 @@ def test_bad_line_is_named(tmp_path, lines, where, what):
     assert error.where == f"{path}, {where}"
     assert what in error.message
     assert error.fix
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "column", "values"),
+    [
+        ("a.jsonl", '{"text": "2024-01-01"}\n{"text": "2024-02-03"}\n', "text", ["2024-01-01", "2024-02-03"]),
+        ("b.csv", "prompt,text\np,007\np,NA\np,1.50\np,True\n", "text", ["007", "NA", "1.50", "True"]),
+        ("c.csv", 'text,b\n"a\n\nb",\n5" disk,\n', "text", ["a\n\nb", '5" disk']),
+        ("d.csv", " text , b \nx,3\ny,\n", "b", ["3", ""]),
+        ("e.jsonl", '{"text": "x", "id": 1}\n{"text": "y", "id": "5"}\n', "id", [1, "5"]),
+        ("f.jsonl", '{"text": "x", "id": 1}\n{"text": "y", "id": 1e30, "k": []}\n', "k", [None, []]),
+        ("g.jsonl", '{"input_ids": [1, 2]}\n\n{"input_ids": []}\n', "input_ids", [[1, 2], []]),
+    ],
+)
+def test_rows_hold_what_the_file_holds(tmp_path, name, data, column, values):
+    path = tmp_path / name
+    path.write_text(data)
+    assert list(load_rows(config_for(path)).train[column]) == values
+
+
+def test_what_a_row_nests_stays_as_it_is(tmp_path):
+    """No key of another row is added to a message, and a key may appear late."""
+    call = {
+        "role": "assistant",
+        "tool_calls": [{"function": {"name": "f", "arguments": {"x": [1, "y", None]}}}],
+    }
+    rows = [chat(0), {"messages": [*chat(1)["messages"], call], "tools": [{"name": "f"}]}]
+    path = write_lines(tmp_path / "rows.jsonl", rows)
+    assert list(load_rows(config_for(path)).train["messages"]) == [row["messages"] for row in rows]
+    # A file that has changed is read again.
+    write_lines(path, [*rows, chat(2)])
+    assert len(load_rows(config_for(path)).train) == 3
+
+
+def test_conversations_are_found_wherever_they_stand(tmp_path):
+    turns = [{"role": "assistant", "content": "a"}, *chat(1)["messages"]]
+    for row, expected in (
+        (chat(1), True),
+        ({"prompt": "q", "completion": turns}, True),
+        ({"prompt": "q", "completion": turns[:1]}, False),
+    ):
+        path = write_lines(tmp_path / "rows.jsonl", [{"instruction": "q", "output": "a"}, row])
+        assert load_rows(config_for(path)).are_chats is expected
 
 
 def test_broken_files_of_other_kinds_are_named_too(tmp_path):

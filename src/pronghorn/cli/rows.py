@@ -8,23 +8,23 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from pronghorn.cli.console import first_line
 from pronghorn.config import RunConfig
 from pronghorn.data.checks.formats import format_of, problems_of
-from pronghorn.data.reading import KINDS, Problem, RowFile, level_of
-from pronghorn.data.reading.csv_rows import delimiter_of
+from pronghorn.data.reading import KINDS, Problem, Record, RowFile, level_of
 from pronghorn.data.rows import CHAT_COLUMNS, row_kind
 from pronghorn.errors import ConfigInvalid, PronghornError, RowInvalid, RowsUnreadable
 
 logger = logging.getLogger("pronghorn")
 
-_READERS = {
-    ".json": "json", ".jsonl": "json", ".ndjson": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet",
-}  # fmt: skip
+_READERS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 _JSON_LINES = (".jsonl", ".ndjson")
+#: What other readers take as it stands, too, and what has one meaning only.
+_CLEAR = ("bom", "array-in-jsonl", "concatenated", "split-row", "nan")
 #: Columns with the texts of rows; others, such as images, need not be read to look at these.
 _TEXT_COLUMNS = (
     *CHAT_COLUMNS, "prompt", "completion", "instruction", "input", "output", "response", "system", "chosen", "rejected",
@@ -43,7 +43,14 @@ class Rows:
 
     @property
     def are_chats(self) -> bool:
-        return row_kind(self.train[0]) == "chat"
+        """Whether there are rows of which only the assistant's turns are to be trained on: conversations, whole or as
+        the completion of a prompt."""
+        columns = [name for name in (*CHAT_COLUMNS, "completion") if name in self.train.column_names]
+        return any(
+            isinstance(turns, list) and (name != "completion" or len(turns) > 1)
+            for name in columns
+            for turns in self.train[name]
+        )
 
     @contextmanager
     def naming_lines(self) -> Iterator[None]:
@@ -148,6 +155,7 @@ def _all_rows(config: RunConfig) -> Any:
     if suffix in _READERS and not path.is_file():
         raise ConfigInvalid(f"there is no file '{name}'", where=where, fix="check 'data.dataset'")
     if path.is_file() and suffix not in _READERS:
+        RowFile(path)  # refuses what cannot be cleaned either
         raise ConfigInvalid(
             f"'{name}' is not a kind of file that is read",
             where=where,
@@ -155,11 +163,11 @@ def _all_rows(config: RunConfig) -> Any:
         )
     if path.is_file() and not path.stat().st_size:
         raise RowsUnreadable(f"'{name}' is empty", where=where, fix="name other data")
+    if path.is_file() and suffix != ".parquet":
+        return _of_file(path, section.dataset, where)
     try:
         if path.is_file():
-            return datasets.load_dataset(
-                _READERS[suffix], data_files=str(path), split="train", **_delimiter(path, suffix)
-            )
+            return datasets.load_dataset("parquet", data_files=str(path), split="train")
         if path.is_dir() and any((path / mark).exists() for mark in ("dataset_dict.json", "state.json")):
             saved = datasets.load_from_disk(str(path))
             return saved[section.split] if isinstance(saved, datasets.DatasetDict) else saved
@@ -175,13 +183,47 @@ def _all_rows(config: RunConfig) -> Any:
         ) from error
 
 
-def _delimiter(path: Path, suffix: str) -> dict[str, str]:
-    """The argument for a table whose fields are not divided by commas, as `pronghorn data` tells it by the header."""
-    if _READERS[suffix] != "csv":
-        return {}
-    with path.open("rb") as lines:
-        found = b"\t" if suffix == ".tsv" else delimiter_of(lines.readline())
-    return {} if found == b"," else {"delimiter": found.decode()}
+def _of_file(path: Path, name: str, where: str) -> Any:
+    """The rows of a JSON or CSV file.
+
+    Raises:
+        RowsUnreadable: for the first row that is broken, with its place; or they cannot be stored.
+    """
+    import datasets
+
+    from pronghorn.data.row_dataset import dataset_of
+
+    try:
+        return dataset_of(path, _refuse)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise RowsUnreadable(
+            f"the rows of '{name}' cannot be stored: {first_line(error.__cause__ or error)}",
+            where=where,
+            fix="see that the disk of the cache (HF_HOME) has room",
+        ) from error
+
+
+def _refuse(file: RowFile, record: Record | None) -> None:
+    """Raise for a record that is no row as it stands; None: for what is wrong with the file as a whole.
+
+    Raises:
+        RowsUnreadable: with the file and line.
+    """
+    if record is None:
+        for line, problem in file.told:
+            if level_of(problem) == "error" and problem.kind not in _CLEAR:
+                raise _unreadable(problem, f"{file.path}, line {line}" if line else str(file.path), file)
+        return
+    where = record.place(str(file.path))
+    if record.problem is not None:
+        raise _unreadable(record.problem, where, file)
+    unclear = [kind for kind in record.repairs if kind not in _CLEAR]
+    if unclear:
+        raise _unreadable(Problem(unclear[0], KINDS[unclear[0]].title), where, file)
+    if not isinstance(record.value, dict):
+        raise RowsUnreadable(
+            "this line is not a row", where=where, fix='write each row as an object: {"messages": ...}'
+        )
 
 
 def _refuse_nested(row: dict[str, Any], file: Path) -> None:
@@ -197,36 +239,16 @@ def _refuse_nested(row: dict[str, Any], file: Path) -> None:
 
 
 def raise_for_first_bad_row(path: Path) -> None:
-    """Raise for the first row of a file that is broken, or differs in its types from the first one.
+    """Raise for the first row of a file that is broken.
 
     Raises:
         RowsUnreadable: with the file and line.
     """
-    first: dict[str, str] | None = None
     file = RowFile(path)
     for record in file.records():
-        where = record.place(str(path))
-        if record.problem is not None:
-            raise _unreadable(record.problem, where, file)
-        if record.repairs:
-            raise _unreadable(Problem(record.repairs[0], KINDS[record.repairs[0]].title), where, file)
-        if not isinstance(record.value, dict):
-            raise RowsUnreadable(
-                "this line is not a row", where=where, fix='write each row as an object: {"messages": ...}'
-            )
-        shape = {key: type(value).__name__ for key, value in record.value.items() if value is not None}
-        first = first or shape
-        differing = [key for key in shape if key in first and shape[key] != first[key]]
-        if differing:
-            key = differing[0]
-            raise RowsUnreadable(
-                f"'{key}' is a {shape[key]} here and a {first[key]} in the first row",
-                where=where,
-                fix="give a column one type in all rows",
-            )
-    for line, problem in file.told:
-        if level_of(problem) == "error":
-            raise _unreadable(problem, f"{path}, line {line}" if line else str(path), file)
+        if record.problem is not None or record.repairs or not isinstance(record.value, dict):
+            _refuse(file, record)
+    _refuse(file, None)
 
 
 _NOT_WHAT = {"CSV": "not a row of the table", "Parquet": "not readable", "plain text": "not text"}
@@ -252,7 +274,6 @@ def place_of_row(path: Path, number: int) -> str:
 
 
 def line_of_row(path: Path, number: int) -> int:
-    """The line that holds row ``number`` (from 0) of a .jsonl file; empty lines hold none."""
-    with path.open("rb") as lines:
-        filled = (line for line, text in enumerate(lines, start=1) if text.strip())
-        return next(line for row, line in enumerate(filled) if row == number)
+    """The line in which row ``number`` (from 0) of a .jsonl file begins; empty lines hold none."""
+    rows = (record for record in RowFile(path).records() if record.value is not None)
+    return next(islice(rows, number, None)).line

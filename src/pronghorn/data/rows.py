@@ -101,9 +101,17 @@ def as_message(message: Any) -> Message:
 
 
 def _plain(content: Any) -> Any:
-    """Parts of text as one text: a template for plain text would print the list of parts itself."""
-    if not isinstance(content, list):
+    """Parts of text as one text: a template for plain text would print the list of parts itself.
+
+    Raises:
+        RowInvalid: the content is neither text nor a list of texts.
+    """
+    if isinstance(content, str):
         return content
+    if not isinstance(content, list):
+        raise RowInvalid(
+            f"a message's content is {type(content).__name__}, not text", fix="give the content as text"
+        )
     texts = []
     for part in content:
         text = part.get("text") if isinstance(part, Mapping) else part
@@ -115,6 +123,49 @@ def _plain(content: Any) -> Any:
             )
         texts.append(text)
     return "".join(texts)
+
+
+def tools_of(row: Mapping[str, Any]) -> list[Any]:
+    """The tools that a chat row offers, given as a list or as its JSON.
+
+    Raises:
+        RowInvalid: they are something else.
+    """
+    tools = row.get("tools") or []
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools) or []
+        except ValueError:
+            tools = None
+    if not isinstance(tools, list):
+        raise RowInvalid("'tools' is no list of tools", fix="give a list, or its JSON as text")
+    return tools
+
+
+def template_arguments_of(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Further variables that a chat row gives its template.
+
+    Raises:
+        RowInvalid: they are no object.
+    """
+    arguments = row.get("chat_template_kwargs") or {}
+    if not isinstance(arguments, Mapping):
+        raise RowInvalid(
+            "'chat_template_kwargs' is no object", fix='give one, such as {"enable_thinking": false}'
+        )
+    return arguments
+
+
+def _text_or_number(row: Mapping[str, Any], name: str) -> str:
+    """An Alpaca row's column as text; nothing for none.
+
+    Raises:
+        RowInvalid: it is neither text nor a number.
+    """
+    value = row.get(name)
+    if value is not None and not isinstance(value, str | int | float):
+        raise RowInvalid(f"'{name}' is {type(value).__name__}, not text", fix="give it as text")
+    return "" if value is None else str(value)
 
 
 class RowRenderer:
@@ -166,10 +217,13 @@ class RowRenderer:
         return list(self.tokenizer(text, add_special_tokens=not begun)["input_ids"])
 
     def chat_for(self, row: Mapping[str, Any]) -> ChatRenderer:
-        """The renderer with what the row itself gives the template: tools, and other arguments."""
-        tools = row.get("tools")
-        tools = json.loads(tools) if isinstance(tools, str) else tools
-        extra = {k: v for k, v in (row.get("chat_template_kwargs") or {}).items() if v is not None}
+        """The renderer with what the row itself gives the template: tools, and other arguments.
+
+        Raises:
+            RowInvalid: these are no list, or no object.
+        """
+        tools = tools_of(row)
+        extra = {k: v for k, v in template_arguments_of(row).items() if v is not None}
         return (
             self.chat.with_arguments(**extra, **({"tools": tools} if tools else {}))
             if extra or tools
@@ -230,12 +284,12 @@ class RowRenderer:
 
     def _alpaca(self, row: Mapping[str, Any]) -> dict[str, list[int]]:
         """A chat of one question where the tokenizer has a chat template, else Alpaca's own prompt text."""
-        instruction = str(row["instruction"])
-        given = str(row.get("input") or "")
-        answer = str(row["output"] if row.get("output") is not None else row["response"])
+        instruction, given = _text_or_number(row, "instruction"), _text_or_number(row, "input")
+        answer = _text_or_number(row, "output" if row.get("output") is not None else "response")
+        told = _text_or_number(row, "system")
         if getattr(self.tokenizer, "chat_template", None):
             question = f"{instruction}\n\n{given}" if given else instruction
-            system = [{"role": "system", "content": str(row["system"])}] if row.get("system") else []
+            system = [{"role": "system", "content": told}] if told else []
             return self._conversation_pair(row, [*system, {"role": "user", "content": question}], answer)
         prompt = _ALPACA.format(
             paired=", paired with an input that provides further context" if given else "",
@@ -256,6 +310,11 @@ def _labelled(ids: list[int], kept: list[bool]) -> dict[str, list[int]]:
 
 def _of_no_kind(row: Mapping[str, Any], text_field: str) -> RowInvalid:
     """What is wrong with a row of no known kind: a known column with something else in it, or no known column."""
+    if row.get("chosen") is not None and row.get("rejected") is not None:
+        return RowInvalid(
+            "a row is a preference pair ('chosen', 'rejected'), of which SFT learns nothing",
+            fix="train with TRL's DPOTrainer or ORPOTrainer, or give 'prompt' and 'completion'",
+        )
     expected = {text_field: "text"} | dict.fromkeys(CHAT_COLUMNS, "a list of messages")
     expected |= dict.fromkeys(("prompt", "completion"), "text or messages")
     expected |= dict.fromkeys(("instruction", "output"), "text")

@@ -8,6 +8,8 @@ from typing import Any
 from pronghorn.errors import RowInvalid
 
 IGNORED = -100
+#: Tokens are kept in 32 bits.
+_LARGEST = 2**31 - 1
 
 
 def token_row(row: Mapping[str, Any], completion_only: bool | None = None) -> dict[str, list[int]]:
@@ -19,6 +21,8 @@ def token_row(row: Mapping[str, Any], completion_only: bool | None = None) -> di
         RowInvalid: columns of different lengths, or something else than numbers in them.
     """
     ids = _integers(row, "input_ids")
+    if ids and min(ids) < 0:
+        raise RowInvalid(f"input_ids holds {min(ids)}, and tokens are counted from 0")
     columns = {"input_ids": ids}
     if row.get("labels") is not None:
         columns["labels"] = _integers(row, "labels")
@@ -68,6 +72,8 @@ def _integers(row: Mapping[str, Any], column: str, length: int | None = None) ->
         raise RowInvalid(
             f"'{column}' is no list of whole numbers", fix="give one row's tokens as a flat list"
         )
+    if values and max(values) > _LARGEST:
+        raise RowInvalid(f"'{column}' holds {max(values)}, which no vocabulary has")
     if length is not None and len(values) != length:
         raise RowInvalid(f"the row's '{column}' has {len(values)} values and its input_ids {length}")
     return list(values)

@@ -9,9 +9,11 @@ import pytest
 
 from pronghorn.data import check
 from pronghorn.data.checks.duplicates import SeenRows, digest
-from pronghorn.data.checks.formats import format_of
-from pronghorn.data.reading import KINDS
-from pronghorn.errors import CommandMisused
+from pronghorn.data.checks.formats import format_of, problems_of
+from pronghorn.data.reading import KINDS, level_of
+from pronghorn.data.rows import RowFormat, RowRenderer
+from pronghorn.errors import CommandMisused, RowInvalid
+from tests.data.chat_tokenizers import chat_tokenizer
 from tests.tiny import tiny_tokenizer
 
 
@@ -302,3 +304,54 @@ def test_similarity_is_estimated_closely():
     few.add(texts[0], 0)
     few.add(texts[2], 1)
     assert few.left_out == 1
+
+
+@pytest.mark.parametrize(
+    ("row", "field"),
+    [
+        ({"tools": "not JSON"}, "tools"),
+        ({"tools": 5}, "tools"),
+        ({"chat_template_kwargs": "x"}, "chat_template_kwargs"),
+        ({"tools": ""}, None),
+        ({"tools": "[]", "chat_template_kwargs": None}, None),
+    ],
+)
+def test_what_a_row_gives_its_template(row, field):
+    """Check and training refuse the same."""
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    for whole in ({"messages": turns, **row}, {"prompt": turns[:1], "completion": turns[1:], **row}):
+        problems = problems_of(whole, format_of(whole))
+        assert [problem.field for problem in problems] == ([field] if field else [])
+        renderer = RowRenderer(chat_tokenizer("chatml"), RowFormat())
+        if field:
+            with pytest.raises(RowInvalid, match=field):
+                renderer.chat_for(whole)
+        else:
+            renderer.chat_for(whole)
+
+
+@pytest.mark.parametrize(
+    ("row", "refused"),
+    [
+        ({"instruction": "i", "output": 42}, False),
+        ({"instruction": "i", "input": 1.5, "output": "o"}, False),
+        ({"instruction": "i", "output": ["a"]}, True),
+        ({"instruction": {"a": 1}, "output": "o"}, True),
+        ({"input_ids": [1, -1]}, True),
+        ({"input_ids": [1, 2**40]}, True),
+        ({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": {"a": 1}}]}, True),
+        ({"prompt": "p", "chosen": "a", "rejected": "b"}, None),
+    ],
+)
+def test_check_and_training_refuse_the_same(row, refused):
+    errors = [problem for problem in problems_of(row, format_of(row)) if level_of(problem) == "error"]
+    assert bool(errors) is bool(refused)
+    tokenizer = chat_tokenizer("chatml")
+    render = RowRenderer(tokenizer, RowFormat())
+    if refused is False:
+        assert render(row)["input_ids"]
+        return
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    with pytest.raises(RowInvalid) as caught:
+        render(row)
+    assert refused or "DPOTrainer" in caught.value.fix

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import csv
+import gzip
+import io
 import json
 
 import pytest
@@ -84,6 +87,30 @@ def test_pieces_of_any_size_give_the_same(tmp_path, monkeypatch, size):
     opened = [RowFile(tmp_path / name) for name in ("r.json", "r.jsonl", "u.jsonl")]
     monkeypatch.setattr(lines_module, "CHUNK", max(size, 4))
     assert [places(file.records()) for file in opened] == wholes
+
+
+def test_csv_as_other_readers_read_it(tmp_path):
+    """Blank lines and line ends inside of quotes, quotes inside of fields, a column without a name."""
+    data = b',text,b\n\n0,"one\n\n\ntwo\r\nthree",1\n1,5" disk,""\n2,x,3" disk\r\n3,"a ""b""\n, c",y\n'
+    file, records = read(tmp_path / "r.csv", data)
+    expected = list(csv.reader(io.StringIO(data.decode(), newline="")))
+    assert [list(r.value.values()) for r in records] == [row for row in expected if row][1:]
+    assert list(records[0].value) == ["Unnamed: 0", "text", "b"]
+    assert [r.line for r in records] == [3, 8, 9, 10] and file.blank == 1
+    # A quote that never closes costs its own line alone.
+    _, records = read(tmp_path / "s.csv", b'a,b\n1,"x\n2,y\n3,z\n')
+    assert [r.value and r.value["b"] for r in records] == [None, "y", "z"]
+    _, records = read(tmp_path / "m.csv", b"a,b\r1,2\r")
+    assert records[0].problem.kind == "csv-header" and "carriage return" in records[0].problem.what
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz", "rows.csv", "rows"])
+def test_a_compressed_file_is_told_as_one(tmp_path, name):
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(b'{"text": "a"}\n'))
+    with pytest.raises(CommandMisused) as caught:
+        RowFile(path)
+    assert "compressed" in caught.value.message and f"gzip -d {path}" in caught.value.fix
 
 
 def test_csv(tmp_path):

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 from pronghorn.data.reading import Problem, parse
-from pronghorn.data.rows import CHAT_COLUMNS, ROLES
+from pronghorn.data.rows import CHAT_COLUMNS, ROLES, template_arguments_of, tools_of
 from pronghorn.data.tokens import token_row
 from pronghorn.errors import RowInvalid, nearest
 from pronghorn.pages import visible
@@ -80,7 +80,7 @@ def problems_of(row: Any, format: Format | None, text_field: str = "text") -> li
     if format is None:
         return [_of_no_format(row, text_field)]
     if format in ("messages", "sharegpt"):
-        return _chat_problems(row)
+        return [*_chat_problems(row), *_argument_problems(row)]
     if format == "text":
         return _text_problems(row, text_field)
     if format == "alpaca":
@@ -105,6 +105,18 @@ def _of_no_format(row: Mapping[str, Any], text_field: str) -> Problem:
             )
     columns = ", ".join(f"'{visible(key, 30)}'" for key in list(row)[:12]) or "none"
     return Problem("unknown-format", f"the columns are {columns}")
+
+
+def _argument_problems(row: Mapping[str, Any]) -> list[Problem]:
+    """Of what a row gives the chat template besides the messages."""
+    problems = []
+    for name, read in (("tools", tools_of), ("chat_template_kwargs", template_arguments_of)):
+        if row.get(name):
+            try:
+                read(row)
+            except RowInvalid as error:
+                problems.append(Problem("wrong-type", error.message, name))
+    return problems
 
 
 def _chat_problems(row: Mapping[str, Any]) -> list[Problem]:
@@ -230,9 +242,13 @@ def _no_answer(field: str) -> Problem:
     return Problem("no-answer", "the conversation has no assistant's message", field)
 
 
-def _text_problems(row: Mapping[str, Any], name: str, *, optional: bool = False) -> list[Problem]:
-    """Of a column that must hold text with something in it; `optional`: or none."""
+def _text_problems(
+    row: Mapping[str, Any], name: str, *, optional: bool = False, numbers: bool = False
+) -> list[Problem]:
+    """Of a column that must hold text with something in it; `optional`: or none; `numbers`: or one."""
     value = row.get(name)
+    if numbers and isinstance(value, int | float):
+        return []
     if isinstance(value, str):
         empty = not optional and (not value or value.isspace())
         return [Problem("empty-field", f"'{name}' is empty", name)] if empty else []
@@ -249,10 +265,10 @@ def _alpaca_problems(row: Mapping[str, Any]) -> list[Problem]:
             return []
     name = "response" if answer is None and row.get("response") is not None else "output"
     return [
-        *_text_problems(row, "instruction"),
-        *_text_problems(row, "input", optional=True),
-        *_text_problems(row, name),
-        *_text_problems(row, "system", optional=True),
+        *_text_problems(row, "instruction", numbers=True),
+        *_text_problems(row, "input", optional=True, numbers=True),
+        *_text_problems(row, name, numbers=True),
+        *_text_problems(row, "system", optional=True, numbers=True),
     ]
 
 
@@ -270,7 +286,7 @@ def _token_problems(row: Mapping[str, Any]) -> list[Problem]:
 
 
 def _pair_problems(row: Mapping[str, Any]) -> list[Problem]:
-    return [*_prompt_problems(row), *_answer_problems(row, "completion")]
+    return [*_prompt_problems(row), *_answer_problems(row, "completion"), *_argument_problems(row)]
 
 
 def _prompt_problems(row: Mapping[str, Any], *, optional: bool = False) -> list[Problem]:
@@ -285,9 +301,13 @@ def _prompt_problems(row: Mapping[str, Any], *, optional: bool = False) -> list[
 
 def _answer_problems(row: Mapping[str, Any], name: str) -> list[Problem]:
     value = row.get(name)
-    return (
-        message_problems(value, name, whole=False) if isinstance(value, list) else _text_problems(row, name)
-    )
+    if not isinstance(value, list):
+        return _text_problems(row, name)
+    problems = message_problems(value, name, whole=False)
+    roles = {
+        ROLES.get(turn.get("role") or turn.get("from"), turn.get("role")) for turn in value if not problems
+    }
+    return problems if problems or "assistant" in roles else [_no_answer(name)]
 
 
 def _preference_problems(row: Mapping[str, Any]) -> list[Problem]:

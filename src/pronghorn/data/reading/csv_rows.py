@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
+from itertools import chain
 from typing import NamedTuple
 
+from pronghorn.data.reading.lines import LongLine
 from pronghorn.data.reading.problems import Problem
 from pronghorn.pages import visible
 
@@ -33,19 +36,34 @@ def delimiter_of(header: bytes) -> bytes:
     return max(DELIMITERS, key=lambda d: (re.sub(rb'"[^"]*"', b"", header).count(d), d == b","))
 
 
-def read_csv(lines: Iterator[tuple[int, bytes]], delimiter: bytes | None = None) -> Iterator[CsvRow]:
-    """Rows below a header line. An unreadable header is told as a row without fields, and ends the reading."""
-    rows = _joined(lines)
-    header = next(rows, None)
-    if header is None:
+def read_csv(
+    lines: Iterator[tuple[int, bytes]],
+    delimiter: bytes | None = None,
+    on_blank: Callable[[], None] = lambda: None,
+) -> Iterator[CsvRow]:
+    """Rows below a header line. An unreadable header is told as a row without fields, and ends the reading.
+
+    Args:
+        lines: all of the file, blank ones too: those inside of quotes belong to a text.
+        on_blank: called for each blank line outside of quotes.
+    """
+    given = iter(lines)
+    first = next(given, None)
+    while first is not None and not first[1].strip():
+        on_blank()
+        first = next(given, None)
+    if first is None:
         return
-    line, data, _ = header
-    delimiter = delimiter or delimiter_of(data)
+    delimiter = delimiter or delimiter_of(first[1])
+    rows = _joined(chain([first], given), delimiter, on_blank)
+    line, data, _ = next(rows)
     try:
         columns = [name.strip() for name in _fields(data.decode(), delimiter.decode())]
     except (UnicodeDecodeError, ValueError) as error:
         yield CsvRow(line, data, None, Problem("csv-header", f"the header cannot be read: {error}"))
         return
+    # What an index or a comma at the end leaves; the name is the one that pandas gives.
+    columns = [name or f"Unnamed: {index}" for index, name in enumerate(columns)]
     problem = _wrong_columns(columns)
     if problem is not None:
         yield CsvRow(line, data, None, problem)
@@ -56,10 +74,10 @@ def read_csv(lines: Iterator[tuple[int, bytes]], delimiter: bytes | None = None)
 
 def _wrong_columns(columns: list[str]) -> Problem | None:
     double = {name for name in columns if columns.count(name) > 1}
-    if "" in columns:
-        return Problem("csv-header", f"column {columns.index('') + 1} has no name")
     if double:
         return Problem("csv-header", f"several columns are called '{visible(min(double))}'")
+    if any("\r" in name for name in columns):
+        return Problem("csv-header", "lines end with a carriage return alone, so that all are the header")
     return None
 
 
@@ -79,25 +97,57 @@ def _row(line: int, data: bytes, closed: bool, columns: list[str], delimiter: st
     return CsvRow(line, data, dict(zip(columns, fields, strict=True)), None)
 
 
-def _joined(lines: Iterator[tuple[int, bytes]]) -> Iterator[tuple[int, bytes, bool]]:
+def _joined(
+    lines: Iterator[tuple[int, bytes]], delimiter: bytes, on_blank: Callable[[], None]
+) -> Iterator[tuple[int, bytes, bool]]:
     """(first line, row, whether its quotes close): a row goes on while a quote is open."""
-    waiting: list[tuple[int, bytes]] = []
-    quotes = 0
-    for number, data in lines:
-        if not waiting and not data.strip():
+    again: deque[tuple[int, bytes]] = deque()  # lines that a quote which never closes has swallowed
+    while True:
+        number, data = again.popleft() if again else next(lines, (0, b""))
+        if not number:
+            return
+        if not data.strip():
+            on_blank()
             continue
-        waiting.append((number, data))
-        quotes += data.count(b'"')
-        if quotes % 2 and len(waiting) < LINES_OF_A_ROW:
+        # Of a line that is too long only the beginning is there.
+        opened = not isinstance(data, LongLine) and _open_after(data, delimiter, False)
+        more: list[tuple[int, bytes]] = []
+        while opened and len(more) < LINES_OF_A_ROW:
+            following = again.popleft() if again else next(lines, None)
+            if following is None:
+                break
+            if isinstance(following[1], LongLine):
+                again.appendleft(following)
+                break
+            more.append(following)
+            opened = _open_after(following[1], delimiter, True)
+        if (
+            opened
+        ):  # not a row of so many lines, but a stray quote: it is told, and the lines behind it are read
+            again.extendleft(reversed(more))
+            more = []
+        yield number, b"\n".join([data, *(text for _, text in more)]) if more else data, not opened
+
+
+def _open_after(data: bytes, delimiter: bytes, opened: bool) -> bool:
+    """Whether a quoted field goes on in the next line. A quote inside of a field that has begun without one is text."""
+    position = 0
+    while opened or data.find(b'"', position) >= 0:
+        if opened:
+            position = data.find(b'"', position)
+            if position < 0:
+                return True
+            if data.startswith(b'""', position):
+                position += 2
+                continue
+            opened = False
+        elif data.startswith(b'"', position):
+            opened, position = True, position + 1
             continue
-        if quotes % 2:  # not a row of so many lines, but a stray quote: each line is told by itself
-            for line, text in waiting:
-                yield line, text, text.count(b'"') % 2 == 0
-        else:
-            yield waiting[0][0], b"\n".join(text for _, text in waiting), True
-        waiting, quotes = [], 0
-    for line, text in waiting:
-        yield line, text, text.count(b'"') % 2 == 0
+        position = data.find(delimiter, position) + 1
+        if not position:
+            return False
+    return False
 
 
 def _fields(row: str, delimiter: str) -> list[str]:

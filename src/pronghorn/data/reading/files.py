@@ -22,6 +22,15 @@ SUFFIXES: dict[str, str] = {
     ".txt": "plain text", ".text": "plain text",
 }  # fmt: skip
 
+#: How compressed files begin, and what unpacks them.
+_PACKED = {
+    b"\x1f\x8b": "gzip -d",
+    b"\x28\xb5\x2f\xfd": "zstd -d",
+    b"BZh": "bzip2 -d",
+    b"\xfd7zX": "xz -d",
+    b"PK\x03\x04": "unzip",
+}
+
 #: Lines that a row with a raw newline in a text may run over, and their size.
 _LINES_OF_A_ROW = 64
 _BYTES_OF_A_ROW = 4 << 20
@@ -96,7 +105,7 @@ class RowFile:
                 yield from self._of_text(text)
             except OSError as error:
                 self.told.append((0, Problem("unreadable", f"reading ended: {error.strerror or error}")))
-        if self.windows_lines and self.container != "CSV":  # whose lines end so by RFC 4180
+        if self.windows_lines:
             self.told.append((1, Problem("crlf", f"{self.windows_lines} lines end with a carriage return")))
 
     def _of_text(self, text: Utf8Stream) -> Iterator[Record]:
@@ -142,6 +151,9 @@ class RowFile:
                 raise RowsUnreadable(
                     f"'{self.name}' cannot be read: {error.strerror}", fix="check it"
                 ) from None
+        packed = next((how for mark, how in _PACKED.items() if raw.startswith(mark)), None)
+        if packed is not None:
+            raise CommandMisused(f"'{self.name}' is compressed", fix=f"unpack it first: {packed} {self.path}")
         if raw == b"PAR1" or suffix == ".parquet":
             return "Parquet"
         kind = SUFFIXES.get(suffix) or ("JSON" if head.lstrip()[:1] in (b"{", b"[") else None)
@@ -241,8 +253,14 @@ class RowFile:
 
     def _csv(self, text: Utf8Stream) -> Iterator[Record]:
         delimiter = b"\t" if self.path.suffix.lower() == ".tsv" else None
-        for row, found in enumerate(read_csv(self._numbered_lines(text), delimiter), start=1):
-            yield Record(found.line, row, found.fields, None, (), found.problem, found.data)
+        all_lines = enumerate((line for lines in read_lines(text) for line in lines), start=1)
+        for row, found in enumerate(read_csv(all_lines, delimiter, self._count_blank), start=1):
+            problem = _TOO_LONG if isinstance(found.data, LongLine) else found.problem
+            fields = None if problem else found.fields
+            yield Record(found.line, row, fields, None, (), problem, found.data)
+
+    def _count_blank(self) -> None:
+        self.blank += 1
 
     def _plain(self, text: Utf8Stream) -> Iterator[Record]:
         for row, (number, line) in enumerate(self._numbered_lines(text), start=1):

@@ -93,7 +93,7 @@ KINDS: dict[str, Kind] = {
         _kind("no-answer", "error", "nothing to train on", "end the conversation with the assistant's answer"),
         _kind("same-answers", "error", "chosen and rejected are the same", _BY_HAND),
         _kind("mixed-format", "warning", "another format than the other rows", "give a file one format"),
-        _kind("mixed-types", "error", "a column of several types", "give the column one type, or remove it"),
+        _kind("mixed-types", "warning", "a column of several types", "give the column one type, or remove it"),
         # Sets of rows.
         _kind("duplicate", "warning", "the same row again", "pronghorn data clean --dedup keeps the first"),
         _kind("near-duplicate", "warning", "nearly the same row again", "keep one of them"),
