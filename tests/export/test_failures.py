@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 from pronghorn.errors import ExportMismatch, SaveFailed
 from pronghorn.export import merged as merged_module
@@ -112,6 +113,27 @@ def test_a_folder_that_cannot_be_written(monkeypatch, tmp_path, model):
     with pytest.raises(SaveFailed, match="cannot be written"):
         save_merged(model, None, tmp_path / "file" / "out")
     assert contents(tmp_path) == {"file": b"x"}
+
+
+def test_an_adapter_that_peft_put_on_by_itself(tmp_path):
+    save_tiny(tmp_path / "base", "llama")
+    base, tokenizer = FastLanguageModel.from_pretrained(str(tmp_path / "base"), load_in_4bit=False)
+    model = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj"]))
+    before = contents(tmp_path)
+    for verify in (True, False):
+        with pytest.raises(SaveFailed, match="inside of PEFT's"):  # PEFT hands the call on to the base
+            model.save_pretrained_merged(tmp_path / "adapter", tokenizer, save_method="lora", verify=verify)
+    assert contents(tmp_path) == before
+    assert not model.save_pretrained_merged(tmp_path / "merged", tokenizer, verify=False).failed
+
+
+@pytest.mark.parametrize("name", ["default", "second"])
+def test_an_adapter_that_transformers_put_on(tmp_path, name):
+    save_tiny(tmp_path / "base", "llama")
+    model, tokenizer = FastLanguageModel.from_pretrained(str(tmp_path / "base"), load_in_4bit=False)
+    model.add_adapter(LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False), name)
+    done = model.save_pretrained_merged(tmp_path / "adapter", tokenizer, save_method="lora")
+    assert done.checks[0].adapted == 2 and (tmp_path / "adapter" / "adapter_config.json").is_file()
 
 
 @pytest.mark.parametrize("method", ["merged_16bit", "fp8"])

@@ -18,6 +18,9 @@ from pronghorn.export.folder import folder_of, write_folder
 from pronghorn.export.gate import Checked
 from pronghorn.export.result import FOLDER_MARK, Export, mark_failed, settle
 
+#: How names begin in an adapter's files.
+_AROUND = "base_model.model."
+
 
 def save_adapter(
     model: Any,
@@ -41,6 +44,11 @@ def save_adapter(
     if not hasattr(model, "peft_config"):
         raise SaveFailed(
             "the model has no adapter to save", fix="save it whole: save_merged, or model.save_pretrained"
+        )
+    if base_causal_lm(model) is model and not getattr(model, "_hf_peft_config_loaded", False):
+        raise SaveFailed(
+            "this is the model inside of PEFT's, which alone knows how its adapter is saved",
+            fix="write peft_model.save_pretrained(folder), or put adapters on with FastLanguageModel.get_peft_model",
         )
     target = not_the_base(model, path)
     if (target / "config.json").is_file() and any(target.glob("model*.safetensors")):
@@ -110,7 +118,8 @@ def check_adapter(model: Any, folder: Path) -> Checked:
 
     checked = Checked(folder.name, bit_for_bit=True)
     for name in model.peft_config:
-        place = folder if name == "default" else folder / name
+        below = folder / name
+        place = below if name != "default" and below.is_dir() else folder
         wanted, trained = _wanted(model, place), _state(model, name)
         written = load_peft_weights(str(place), device="cpu")
         for key in sorted(wanted.keys() | trained.keys()):
@@ -144,4 +153,6 @@ def _wanted(model: Any, folder: Path) -> dict[str, Tensor]:
 def _state(model: Any, name: str) -> dict[str, Tensor]:
     from peft import get_peft_model_state_dict
 
-    return dict(get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False))
+    found = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    # Transformers' own `add_adapter` puts pairs on a model without PEFT's around it.
+    return {key if key.startswith(_AROUND) else f"{_AROUND}{key}": value for key, value in found.items()}
