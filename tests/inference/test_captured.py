@@ -9,6 +9,7 @@ import random
 
 import pytest
 import torch
+from peft import LoraConfig
 
 from pronghorn.inference import engine as engine_module
 from pronghorn.inference import fused
@@ -193,3 +194,13 @@ def test_trained_biases_are_seen(captured):
     assert_same(after, run_tokens(Engine(model, max_context=256), [request]))
     assert [token.id for token in after[0]] != before[0]
     assert not engine._decoder.refresh()
+
+
+def test_an_adapter_that_steps_cannot_be_recorded_for(captured, caplog):
+    model = with_adapters(tiny_model("llama"), {"first": 4})
+    engine = Engine(model, max_context=256)
+    request = sampled(prompt(3, 40), "first")
+    before = run(engine, [request])
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj"], lora_bias=True, bias="lora_only"))
+    assert run(engine, [request]) == before
+    assert "operation by operation" in caplog.text

@@ -7,6 +7,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
+from pronghorn import FastLanguageModel
 from pronghorn.inference import engine as engine_module
 from pronghorn.inference.captured import CapturedRunner
 from pronghorn.inference.engine import Engine
@@ -73,3 +74,21 @@ def test_the_cache_holds_codes():
     layers = Engine(model, max_context=64, cache_tokens=128)._runner.cache.layers
     width = model.config.kv_lora_rank + model.config.qk_rope_head_dim
     assert {tuple(layer.shape) for layer in layers} == {(3, 64, width)}
+
+
+def test_an_adapter_with_a_bias_is_stocks(caplog):
+    """A bias of keys and values has no place beside codes."""
+    model = get_peft_model(
+        tiny_model("youtu"), LoraConfig(r=4, target_modules=["kv_b_proj"], lora_bias=True, bias="lora_only")
+    )
+    FastLanguageModel.for_inference(model)
+    given = {
+        "input_ids": torch.tensor([PROMPTS[0]]),
+        "max_new_tokens": 4,
+        "do_sample": False,
+        "pad_token_id": 0,
+    }
+    assert torch.equal(
+        model.generate(**given), type(model.get_base_model()).generate(model.get_base_model(), **given)
+    )
+    assert "has a bias on kv_b_proj" in caplog.text

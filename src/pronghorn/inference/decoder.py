@@ -261,6 +261,9 @@ class Decoder:
         assert names is not None
         if groups[KV_UP].stacked_bias is not None:
             raise _refused(f"{names.kv_up} has a bias")
+        for name, share in groups[KV_UP].shares.items():
+            if any(bias is not None for _, _, _, bias in share.parts):
+                raise _refused(f"adapter '{name}' has a bias on {names.kv_up}")
         q_norm = names.q_norm
         return LatentHeads(
             heads=self.binding.config.num_attention_heads,

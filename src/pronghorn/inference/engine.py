@@ -177,7 +177,10 @@ class Engine:
         with _outside_of_autograd():
             if self._decoder.refresh():
                 self._pool.forget_all()
-                self._runner.refresh()
+                try:
+                    self._runner.refresh()
+                except ValueError as reason:
+                    self._runner = _step_by_step(self._decoder, self._runner.cache, reason)
 
     def step(self) -> list[Event]:
         """Prefill or decode once; what is new since the last call. [] where nothing is, or where it is on its way."""
@@ -382,8 +385,13 @@ def _runner(decoder: Decoder, cache: Cache, max_batch: int, max_context: int) ->
     try:
         return CapturedRunner(decoder, cache, max_batch, max_context)
     except ValueError as reason:
-        logger.warning("pronghorn: decoding runs operation by operation: %s", reason)
-        return EagerRunner(decoder, cache)
+        return _step_by_step(decoder, cache, reason)
+
+
+def _step_by_step(decoder: Decoder, cache: Cache, reason: ValueError) -> Runner:
+    """Where steps cannot be recorded."""
+    logger.warning("pronghorn: decoding runs operation by operation: %s", reason)
+    return EagerRunner(decoder, cache)
 
 
 def _batch_and_room(decoder: Decoder, max_batch: int) -> tuple[int, int]:

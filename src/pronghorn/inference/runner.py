@@ -37,6 +37,7 @@ class Runner(Protocol):
 
     #: whether the next step may be launched before the last one's tokens are read
     runs_ahead: bool
+    cache: Cache
 
     def prefill(self, parts: Many[tuple[Sequence, int]]) -> list[tuple[Sequence, Token]]:
         """Compute the tokens of each sequence from those cached up to the given length; the next token of each that
