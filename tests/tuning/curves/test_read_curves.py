@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pronghorn.tuning.curves import KINDS, Curve, Finding, History, outstanding_steps, read_curves
+from pronghorn.tuning.curves import KINDS, Curve, Finding, History, outstanding_steps, read_curves, rises
 from tests.tuning.curves.synthetic import descent, healthy, history, schedule
 
 SEEDS = range(12)
@@ -182,6 +182,19 @@ def test_a_row_that_is_high_in_every_epoch_is_blamed(seed):
     assert planted <= set(outstanding_steps(run))
     if len(planted) == 3:
         assert only(run, "spike-rows").rows == (9,)
+
+
+def test_a_curve_is_compared_with_what_was_before_once_a_reading(monkeypatch):
+    """Whatever thresholds are tried on it, and the steps whose rows are kept with it."""
+    compared: list[int] = []
+    kept = rises.Rises.of
+    monkeypatch.setattr(rises.Rises, "of", lambda values: compared.append(len(values)) or kept(values))
+    loss = noisy(descent(200), 0)
+    loss[120] = np.nan
+    run = history(loss, norms=noisy(np.ones(200), 1))
+    read_curves(run)
+    assert isinstance(outstanding_steps(run), list)
+    assert sorted(compared) == [199, 200]
 
 
 def test_rows_that_meet_by_chance_are_not_blamed():

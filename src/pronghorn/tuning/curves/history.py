@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
+from pronghorn.tuning.curves.rises import Rises
 from pronghorn.tuning.run_record import RunRecord, evaluation_keys
 
 #: Logs about a run as a whole, which are no points of a curve.
@@ -35,8 +37,18 @@ class Curve:
     @property
     def finite(self) -> Curve:
         """Without what is no number."""
+        return self if self._some is None else self._some
+
+    @cached_property
+    def _some(self) -> Curve | None:
+        """The points that are numbers; None where all are."""
         kept = np.isfinite(self.values)
-        return self if kept.all() else Curve(self.steps[kept], self.values[kept])
+        return None if kept.all() else Curve(self.steps[kept], self.values[kept])
+
+    @cached_property
+    def rises(self) -> Rises:
+        """Of a curve without gaps; a reading looks at them with several thresholds."""
+        return Rises.of(self.values)
 
     def between(self, first: float, last: float) -> Curve:
         kept = (self.steps >= first) & (self.steps <= last)

@@ -10,11 +10,8 @@ import numpy as np
 
 from pronghorn.tuning.curves.finding import Finding
 from pronghorn.tuning.curves.history import Curve, History
-from pronghorn.tuning.curves.robust import logarithms, noise, trailing
+from pronghorn.tuning.curves.rises import BEFORE_AT_FIRST
 
-#: Points before a step that it is compared with, and how many at the beginning of a run. A spread out of fewer is
-#: itself off by a third, and a threshold of eight of them is then one of six.
-_BEFORE, _BEFORE_AT_FIRST = 32, 16
 #: A jump in spreads of the steps before it. Normal noise would never get there; batches of uneven rows have wider
 #: tails, and made-up runs with such noise get there about once in 10^5 steps.
 _SPREADS = 8.0
@@ -51,14 +48,10 @@ class Jump:
 
 def jumps(curve: Curve, factor: float, least: float, many: float = _SPREADS) -> list[Jump]:
     """Where a curve without gaps leaves what it was before by `many` spreads, and comes back within a few points."""
-    values, width = curve.values, _BEFORE_AT_FIRST
+    values, width = curve.values, BEFORE_AT_FIRST
     if len(values) <= width + _AFTER:
         return []
-    logs = logarithms(values)
-    base, spreads = _before(logs)
-    # A spread out of 32 points is off by a fifth, and the least of many is chance: half of it is the whole curve's.
-    spreads = np.sqrt(np.maximum(spreads * noise(logs), 1e-18))
-    rise = logs[width:] - base
+    logs, base, rise, spreads = curve.rises.logs, curve.rises.base, curve.rises.above, curve.rises.spreads
     high = (rise > np.maximum(many * spreads, math.log(factor))) & (values[width:] - np.exp(base) > least)
     found = []
     for first, last in _runs(np.flatnonzero(high)):
@@ -70,15 +63,6 @@ def jumps(curve: Curve, factor: float, least: float, many: float = _SPREADS) -> 
             most = float((rise / spreads)[first : last + 1].max())
             found.append(Jump(width + first, width + last, math.exp(level), peak, most))
     return found
-
-
-def _before(logs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Median and spread of the points before each one from index `_BEFORE_AT_FIRST` on."""
-    early = trailing(logs[:_BEFORE], _BEFORE_AT_FIRST)
-    if len(logs) <= _BEFORE:
-        return early
-    base, spreads = (np.concatenate(parts) for parts in zip(early, trailing(logs, _BEFORE), strict=True))
-    return base, spreads
 
 
 def _runs(indices: np.ndarray) -> Iterator[tuple[int, int]]:
