@@ -189,9 +189,10 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def run_all(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """A row of each side within each cap; every side in its own process, and with `--lengths` every length."""
+    from benchmarks.command import workload_of
     from benchmarks.run import checkpoint_folder, parse
 
-    base = find_workload(options.workload + (f"@{options.layers}layers" if options.layers else ""))
+    base = workload_of(options.workload, options.layers)
     common = parse(["--checkpoints", str(options.checkpoints)] if options.checkpoints else [])
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         work = Path(folder)
@@ -213,7 +214,8 @@ def run_part(
     work: Path,
 ) -> dict[str, Any]:
     """The row of one process, which tries these lengths or searches; with `error` where the process failed."""
-    from benchmarks.run import failure_reason, results_in, run_module
+    from benchmarks.command import outcome
+    from benchmarks.run import run_module
 
     arguments = ["--workload", workload.name, "--side", side.name, "--checkpoint", str(checkpoint)]
     for setting in ("first", "most", "resolution", "seconds", "steps"):
@@ -231,10 +233,10 @@ def run_part(
     status, output = run_module(
         "benchmarks.longest", arguments, work=work, library=side.library, timeout=timeout, log=log, tell=tell
     )
-    found = results_in(output)
-    if found:
-        return found[-1]
-    error = failure_reason(status, output, timeout)
+    found = outcome(status, output, timeout)
+    if "error" not in found:
+        return found
+    error = found["error"]
     what = f"{lengths[0]:,} tokens" if lengths else "the search"
     print(f"{side.name} {what}: failed: {error}", flush=True)
     attempts = [dataclasses.asdict(Attempt(length, error=error)) for length in lengths or ()]

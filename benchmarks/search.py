@@ -23,12 +23,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from benchmarks.command import add_process_arguments, outcome, parser_of, settle, workload_of
 from benchmarks.libraries import TARGETS, dtype_of
 from benchmarks.memory_watch import MemoryWatch
 from benchmarks.models import CONFIGS
-from benchmarks.registry import Workload, find_workload
+from benchmarks.registry import Workload
 from benchmarks.rows import columns
-from benchmarks.run import checkpoint_folder, failure_reason, results_in, roomy_folder, run_module
+from benchmarks.run import checkpoint_folder, roomy_folder, run_module
 from benchmarks.side import RESULT_PREFIX, versions
 from benchmarks.table import plain_table
 
@@ -148,8 +149,7 @@ def run_way(
             tell=tell,
         )
     row = {"way": way, "workers": workers, "workload": workload.name, "memory_gib": memory.peak_gib}
-    found = results_in(output)
-    return row | (found[-1] if found else {"error": failure_reason(status, output, options.timeout)})
+    return row | outcome(status, output, options.timeout)
 
 
 def compare(rows: list[dict[str, Any]]) -> None:
@@ -198,37 +198,24 @@ def ways_of(workers: int, gpus: int) -> list[tuple[str, int]]:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.search",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of("search", __doc__)
     parser.add_argument("--workload", default="qwen1.5b-lora")
-    parser.add_argument("--layers", type=int, help="of a shallower model (default: the workload's)")
     parser.add_argument("--trials", type=int, default=8)
     parser.add_argument("--steps", type=int, default=30, help="of each trial")
     parser.add_argument("--workers", type=int, default=3, help="processes of one GPU")
     parser.add_argument("--ways", default=",".join(WAYS), help=f"of {', '.join(WAYS)}")
-    parser.add_argument("--timeout", type=float, default=600.0, help="seconds for one way")
-    parser.add_argument("--checkpoints", type=Path, help="kept between runs (default: temporary)")
-    parser.add_argument("--logs", type=Path, help="folder for each process's whole output")
-    parser.add_argument("--json", action="store_true", help="print each row as a JSON line, too")
+    add_process_arguments(parser, 600.0, "way")
     parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
-    parser.add_argument("--checkpoint", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if min(options.trials, options.steps, options.workers) < 1:
         parser.error("--trials, --steps and --workers: one at least")
-    for name in ("checkpoints", "logs"):
-        given = getattr(options, name)
-        setattr(options, name, None if given is None else given.absolute())
+    settle(options)
     return options
 
 
 def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    workload = find_workload(options.workload + (f"@{options.layers}layers" if options.layers else ""))
+    workload = workload_of(options.workload, options.layers)
     if options.way is not None:
         row = measure(
             workload, options.checkpoint, way=options.way, workers=options.workers, trials=options.trials,

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import sys
 import tempfile
@@ -30,12 +29,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from benchmarks.command import add_process_arguments, outcome, parser_of, settle, workload_of
 from benchmarks.libraries import Job, import_library, load_model, make_trainer
 from benchmarks.models import CONFIGS
 from benchmarks.page_cache import cached_share, evict, warm
-from benchmarks.registry import Side, Workload, find_side, find_workload
+from benchmarks.registry import Side, Workload, find_side
 from benchmarks.rows import columns
-from benchmarks.run import checkpoint_folder, failure_reason, installed, results_in, run_module
+from benchmarks.run import checkpoint_folder, installed, run_module
 from benchmarks.side import RESULT_PREFIX, documents_needed, steps_run, versions
 from benchmarks.table import plain_table
 
@@ -157,8 +157,7 @@ def run_side(
         "benchmarks.start", arguments, work=work, library=side.library, timeout=options.timeout, log=log
     )
     row = {"side": side.name, "state": state, "workload": workload.name, "cached": cached}
-    found = results_in(output)
-    return row | (found[-1] if found else {"error": failure_reason(status, output, options.timeout)})
+    return row | outcome(status, output, options.timeout)
 
 
 def told(row: dict[str, Any]) -> str:
@@ -188,41 +187,24 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.start",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of("start", __doc__)
     parser.add_argument("--workload", default="qwen1.5b-lora")
-    parser.add_argument("--layers", type=int, help="of a shallower model (default: the workload's)")
     parser.add_argument("--sides", help=f"default: {', '.join(DEFAULT_SIDES)}, those that are installed")
     parser.add_argument("--steps", type=int, default=4, help="trained in each process, two at least")
     parser.add_argument("--rounds", type=int, default=1, help="repeat all this often, interleaved")
-    parser.add_argument("--timeout", type=float, default=240.0, help="seconds for one process")
-    parser.add_argument(
-        "--checkpoints",
-        type=Path,
-        help="kept between runs, on a disk: a folder in memory is never cold (default: temporary)",
-    )
-    parser.add_argument("--logs", type=Path, help="folder for each process's whole output")
-    parser.add_argument("--json", action="store_true", help="print each row as a JSON line, too")
+    add_process_arguments(parser, 240.0, "process")
     parser.add_argument("--side", type=find_side, help=argparse.SUPPRESS)
-    parser.add_argument("--checkpoint", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--started", type=float, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.steps < 2:
         parser.error("--steps: two at least, for a later step to compare the first one with")
-    for name in ("checkpoints", "logs"):
-        given = getattr(options, name)
-        setattr(options, name, None if given is None else given.absolute())
+    settle(options)
     return options
 
 
 def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    workload = find_workload(options.workload + (f"@{options.layers}layers" if options.layers else ""))
+    workload = workload_of(options.workload, options.layers)
     if options.side is not None:
         row = measure(
             workload, options.side, options.checkpoint, steps=options.steps, started=options.started

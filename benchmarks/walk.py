@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import tempfile
 import time
@@ -22,10 +21,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from benchmarks.command import add_process_arguments, outcome, parser_of, settle
 from benchmarks.generate import fill_adapter
 from benchmarks.libraries import TARGETS
 from benchmarks.models import CONFIGS, FIRST_TOKEN, find_model, with_layers
-from benchmarks.run import checkpoint_folder, failure_reason, results_in, roomy_folder, run_module
+from benchmarks.run import checkpoint_folder, roomy_folder, run_module
 from benchmarks.side import RESULT_PREFIX, peak_memory, versions
 from benchmarks.table import plain_table
 
@@ -156,8 +156,7 @@ def run_way(
         log=(options.logs or work) / f"walk-{adapter}-{way}.log",
     )
     row = {"model": options.model, "adapter": adapter, "way": way}
-    found = results_in(output)
-    return row | (found[-1] if found else {"error": failure_reason(status, output, options.timeout)})
+    return row | outcome(status, output, options.timeout)
 
 
 def run_all(options: argparse.Namespace, work: Path, checkpoint: Path) -> list[dict[str, Any]]:
@@ -222,33 +221,22 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.walk",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of("walk", __doc__)
     parser.add_argument("--model", type=find_model, default="qwen2.5-1.5b", help=f"of {', '.join(CONFIGS)}")
-    parser.add_argument("--layers", type=int, help="of a shallower model (default: the model's own)")
     parser.add_argument("--adapters", default=",".join(ADAPTERS), help=f"of {', '.join(ADAPTERS)}")
     parser.add_argument("--prompt", type=int, default=512, help="tokens of the prompt")
     parser.add_argument("--new", type=int, default=128, help="tokens of the answer, two at least")
     parser.add_argument("--repeats", type=int, default=3, help="answers that are timed")
-    parser.add_argument("--timeout", type=float, default=240.0, help="seconds for one process")
-    parser.add_argument("--checkpoints", type=Path, help="kept between runs (default: temporary)")
-    parser.add_argument("--logs", type=Path, help="folder for each process's whole output")
-    parser.add_argument("--json", action="store_true", help="print each row as a JSON line, too")
+    add_process_arguments(parser, 240.0, "process")
     parser.add_argument("--adapter", choices=ADAPTERS, help=argparse.SUPPRESS)
     parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
-    parser.add_argument("--checkpoint", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.new < 2 or min(options.prompt, options.repeats) < 1:
         parser.error("--new: two at least; --prompt and --repeats: one")
     unknown = set(options.adapters.split(",")) - {*ADAPTERS}
     if unknown:
         parser.error(f"--adapters: of {', '.join(ADAPTERS)}")
-    for name in ("checkpoints", "logs"):
-        given = getattr(options, name)
-        setattr(options, name, None if given is None else given.absolute())
+    settle(options)
     return options
 
 
@@ -260,8 +248,6 @@ def is_gpu() -> bool:
 
 def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if options.way is not None:
         row = measure(
             options.checkpoint, adapter=options.adapter, way=options.way, prompt=options.prompt, new=options.new,

@@ -479,3 +479,17 @@ def _check_together(config: RunConfig) -> None:
             where=config.where("adapter"),
             fix="remove one of the two",
         )
+
+
+def refuse_no_held_back(config: RunConfig) -> None:
+    """For commands whose score is the loss of rows that are held back.
+
+    Raises:
+        ConfigInvalid: there are none.
+    """
+    if not config.data.held_back:
+        raise ConfigInvalid(
+            "no rows are held back, and without them there is no score",
+            where=config.where("data.held_back"),
+            fix="--set data.held_back=64",
+        )

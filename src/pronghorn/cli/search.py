@@ -81,7 +81,7 @@ def run(options: argparse.Namespace) -> int:
     """
     from pronghorn.cli.folders import output_folder
     from pronghorn.cli.quiet import quiet_libraries
-    from pronghorn.config import load_config
+    from pronghorn.config import load_config, refuse_no_held_back
 
     config = load_config(options.config, options.overrides)
     if config.model.full_finetuning:
@@ -90,12 +90,7 @@ def run(options: argparse.Namespace) -> int:
             where=config.where("model.full_finetuning"),
             fix="remove model.full_finetuning",
         )
-    if not config.data.held_back:
-        raise ConfigInvalid(
-            "no rows are held back, and without them there is no score",
-            where=config.where("data.held_back"),
-            fix="--set data.held_back=64",
-        )
+    refuse_no_held_back(config)
     quiet_libraries()
     from pronghorn.experiments.search import Space, search
 

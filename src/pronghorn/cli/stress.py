@@ -10,7 +10,6 @@ from typing import Any
 from pronghorn.cli.arguments import add_run_file
 from pronghorn.cli.console import say, table
 from pronghorn.cli.numbers import positive
-from pronghorn.errors import ConfigInvalid
 
 #: Steps of each training where neither the file nor the command says.
 _STEPS = 60
@@ -48,15 +47,10 @@ def _percents(text: str) -> tuple[float, ...]:
 def run(options: argparse.Namespace) -> int:
     from pronghorn.cli.quiet import quiet_libraries
     from pronghorn.cli.train import make_trainer, training_settings
-    from pronghorn.config import load_config
+    from pronghorn.config import load_config, refuse_no_held_back
 
     config = load_config(options.config, options.overrides)
-    if not config.data.held_back:
-        raise ConfigInvalid(
-            "no rows are held back, and without them there is no score",
-            where=config.where("data.held_back"),
-            fix="--set data.held_back=64",
-        )
+    refuse_no_held_back(config)
     quiet_libraries()
     steps = options.steps or max(config.training.max_steps or 0, 0) or _STEPS
     config = dataclasses.replace(config, training=dataclasses.replace(config.training, max_steps=steps))
