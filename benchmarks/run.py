@@ -19,6 +19,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -90,9 +91,24 @@ def started_module(
             pass_fds=pass_fds,
         )
         try:
-            yield process
+            with _left_by_sigterm():
+                yield process
         finally:
             _end_group(process)
+
+
+@contextlib.contextmanager
+def _left_by_sigterm() -> Iterator[None]:
+    """What asks this process to end (`timeout`) leaves the block as an exception, so that nothing of a side stays on
+    the GPU; in the main thread, where signals arrive."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def run_module(

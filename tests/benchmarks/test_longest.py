@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -131,3 +135,21 @@ def test_a_process_is_listened_to_while_it_runs(tmp_path) -> None:
     waits = ["-n1", "-r1", "import time; print('begun', flush=True); time.sleep(60)"]
     status, _ = run.run_module("timeit", waits, work=tmp_path, library="hf", timeout=2, tell=heard.append)
     assert status == 124 and heard[-1] == "begun"
+
+
+def test_whoever_is_asked_to_end_ends_its_processes_first(tmp_path) -> None:
+    """As `timeout` does with a command that takes too long: nothing stays behind on the GPU."""
+    waits = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
+    code = (
+        "import sys; from pathlib import Path; from benchmarks.run import run_module\n"
+        f"run_module('timeit', ['-n1', '-r1', {waits!r}], work=Path(sys.argv[1]), library='hf', timeout=60, tell="
+        "lambda line: print(line, flush=True))"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    with subprocess.Popen(command, cwd=run.REPOSITORY, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        inner = int(process.stdout.readline())
+        process.terminate()
+        assert process.wait(30) == 128 + signal.SIGTERM
+    with pytest.raises(ProcessLookupError):
+        os.kill(inner, 0)
