@@ -71,10 +71,11 @@ class Marks:
     def stages(self, steps: int) -> dict[str, float]:
         """Seconds of each stage; `steps` were trained, two at least."""
         ends = [self.ends[f"step {number}"] for number in range(steps + 1)]
-        later = median(after - before for before, after in pairwise(ends[1:]))
+        first, later = ends[1] - ends[0], median(after - before for before, after in pairwise(ends[1:]))
+        step = min(first, later)  # noise alone makes a later one longer
         before = [0.0, *(self.ends[name] for name in ("imports", "weights", "adapters")), ends[0]]
         found = [after - earlier for earlier, after in pairwise(before)]
-        return dict(zip(STAGES, [*found, max(ends[1] - ends[0] - later, 0.0), later], strict=True))
+        return dict(zip(STAGES, [*found, first - step, step], strict=True))
 
 
 def measure(

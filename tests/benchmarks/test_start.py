@@ -24,6 +24,8 @@ def test_stages_add_up_to_the_first_step() -> None:
         "imports": 5.0, "weights": 4.0, "adapters": 0.5, "trainer": 1.5, "recording": 2.5, "step": 0.5,
     }  # fmt: skip
     assert sum(stages.values()) == marks.ends["step 1"] and tuple(stages) == start.STAGES
+    marks.ends |= {"step 2": 24.5}
+    assert (marks.stages(2)["recording"], marks.stages(2)["step"]) == (0.0, 3.0), "no stage is below nothing"
 
 
 @pytest.mark.parametrize("side", ["hf", "pronghorn"])
