@@ -8,7 +8,7 @@ import pickle
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, TrainableTokensConfig, get_peft_model
 from transformers import GenerationConfig, TextStreamer
 from transformers.generation.streamers import BaseStreamer
 
@@ -190,11 +190,21 @@ def test_adapters_are_those_the_model_runs(caplog):
     assert torch.equal(rows[:1], found[0]) and torch.equal(rows[1:], found[2])
 
 
-@pytest.mark.parametrize("part", ["layers.1.mlp.act_fn", "layers.0.self_attn.q_proj", "norm"])
+def negated(module, inputs, output):
+    if not isinstance(output, torch.Tensor):
+        output.logits = -output.logits
+        return output
+    return -output
+
+
+@pytest.mark.parametrize(
+    "part",
+    ["model.layers.1.mlp.act_fn", "model.layers.0.self_attn.q_proj", "model.norm", "model.layers.1", ""],
+)
 def test_a_hook_put_on_later_is_run(model, part, caplog):
     given = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
     before = model.generate(ONE, **given)
-    handle = model.model.get_submodule(part).register_forward_hook(lambda module, inputs, output: -output)
+    handle = model.get_submodule(part).register_forward_hook(negated)
     assert torch.equal(model.generate(ONE, **given), stock(model, ONE, **given))
     assert "own loop" in caplog.text
     handle.remove()
@@ -243,6 +253,58 @@ def test_changes_that_nobody_counts_are_seen(change):
     expected = stock(model.get_base_model(), **given)
     assert not torch.equal(expected, before)
     assert torch.equal(model.generate(**given), expected)
+
+
+@pytest.mark.parametrize("part", ["", "model", "model.layers.1"])
+def test_a_forward_that_was_there_before_is_run(part, caplog):
+    model = tiny_model("llama", seed=2)
+    given = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    module = model.get_submodule(part)
+
+    def turned(*args, forward=module.forward, **kwargs):
+        out = forward(*args, **kwargs)
+        for name in ("logits", "last_hidden_state"):
+            if hasattr(out, name):
+                setattr(out, name, -getattr(out, name))
+        return -out if isinstance(out, torch.Tensor) else out
+
+    before = stock(model, ONE, **given)
+    module.forward = turned
+    expected = stock(model, ONE, **given)
+    FastLanguageModel.for_inference(model)
+    assert torch.equal(model.generate(ONE, **given), expected) and not torch.equal(expected, before)
+    assert "has a forward of its own" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
+        PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
+        TrainableTokensConfig(token_indices=list(range(320))),
+    ],
+    ids=lambda config: config.peft_type.value,
+)
+def test_other_methods_of_peft(config):
+    def adapted():
+        torch.manual_seed(1)
+        model = get_peft_model(tiny_model("llama"), copy.deepcopy(config))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(torch.randn(parameter.shape) * 0.3)
+        return model.eval()
+
+    given = {
+        "input_ids": ONE,
+        "attention_mask": torch.ones_like(ONE),
+        "max_new_tokens": 8,
+        "do_sample": False,
+    }
+    given |= {"pad_token_id": 0, "eos_token_id": None}
+    model, expected = FastLanguageModel.for_inference(adapted()), adapted().generate(**given)
+    assert torch.equal(model.generate(**given), expected)
+    assert not torch.equal(tiny_model("llama").generate(**given), expected)
 
 
 def test_training_after_answering():

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from pronghorn.engine.experts import why_stock_experts
-from pronghorn.engine.read import active_module, runs_more_than_its_class
+from pronghorn.engine.read import active_module, runs_more_than_its_class, runs_more_than_the_binding
 from pronghorn.families import LayerParts, MixtureParts
 
 #: What PEFT's forward hooks hand to an adapter together with rows [B, S, H], which one stream does not have.
@@ -39,6 +39,24 @@ def altered_part(decoder: Any, parts: LayerParts, mixture: MixtureParts | None =
             reason = _why_rows(module)
             if reason is not None:
                 return reason
+    return None
+
+
+def altered_whole(model: Any, decoder: Any) -> str | None:
+    """What the model, its decoder or a layer does besides when it is called; None for nothing. Only who calls none of
+    them has to know: hooks that steer layers, a forward laid over the model."""
+    within = getattr(model, "model", model)
+    for name, module in (("the model", model), ("the model in it", within), ("the decoder", decoder)):
+        if runs_more_than_the_binding(module):
+            return f"{name} has hooks or a forward of its own"
+    for index, layer in enumerate(decoder.layers):
+        if runs_more_than_the_binding(layer):
+            return f"layers.{index} has hooks or a forward of its own"
+    # Virtual tokens of prompt tuning come in here; what PEFT leaves behind otherwise is the class's own.
+    prepared = model.__dict__.get("prepare_inputs_for_generation")
+    usual = type(model).prepare_inputs_for_generation
+    if prepared is not None and getattr(prepared, "__func__", None) is not usual:
+        return "its inputs are prepared by a function of its own, as PEFT's virtual tokens are"
     return None
 
 

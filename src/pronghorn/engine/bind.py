@@ -11,6 +11,7 @@ from torch import nn
 from pronghorn.engine.binding import Binding, base_causal_lm, decoder_of
 from pronghorn.engine.experts import mixture_classes
 from pronghorn.engine.forward import causal_lm_forward, decoder_forward, image_text_forward, layer_forward
+from pronghorn.engine.read import has_forward_of_its_own
 from pronghorn.errors import BindingRefused
 from pronghorn.families import ACTIVATIONS, STOCK, DecoderFamily, LayerParts, family_of
 from pronghorn.kernels.attention import check_name
@@ -112,6 +113,11 @@ def _reasons_against(model: Any, family: DecoderFamily) -> list[str]:
     if unsupported:
         reasons.append(unsupported)
     reasons += _missing_parts(decoder, family)
+    named = [("the model", model), ("the decoder", decoder)]
+    named += [(f"layers.{index}", layer) for index, layer in enumerate(decoder.layers)]
+    replaced = next((name for name, module in named if has_forward_of_its_own(module)), None)
+    if replaced is not None:
+        reasons.append(f"{replaced} has a forward of its own")
     return reasons
 
 

@@ -6,6 +6,7 @@ Modules are read at every forward, so that an adapter added, switched off, merge
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -109,6 +110,25 @@ def runs_more_than_its_class(module: nn.Module) -> bool:
         or own["_backward_pre_hooks"]
         or ("forward" in own and "_hf_hook" not in own and not runs_its_own_forward(module))
     )
+
+
+def runs_more_than_the_binding(module: nn.Module) -> bool:
+    """`runs_more_than_its_class` for a module whose forward a binding has put on the instance; hooks of backward passes
+    apart."""
+    own = module.__dict__
+    return bool(
+        any(map(_is_not_collecting, own["_forward_hooks"].values()))
+        or own["_forward_pre_hooks"]
+        or has_forward_of_its_own(module)
+    )
+
+
+def has_forward_of_its_own(module: nn.Module) -> bool:
+    """Whether somebody has put a forward on the instance, bindings and accelerate apart."""
+    own = module.__dict__
+    forward = own.get("forward")
+    bound = isinstance(forward, partial) and forward.func.__module__ == f"{__package__}.forward"
+    return forward is not None and not bound and "_hf_hook" not in own
 
 
 def _is_not_collecting(hook: Any) -> bool:

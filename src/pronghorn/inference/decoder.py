@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pronghorn.blocks import Adapter, LinearProjection, NoNorm, Norm
 from pronghorn.engine import bind
-from pronghorn.engine.altered import altered_part
+from pronghorn.engine.altered import altered_part, altered_whole
 from pronghorn.engine.angles import Angles, angles_of
 from pronghorn.engine.binding import Binding, base_causal_lm
 from pronghorn.engine.delta import delta_heads
@@ -124,6 +124,8 @@ class Decoder:
     """
 
     def __init__(self, model: Any, positions: int) -> None:
+        if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+            raise _refused("its adapter is virtual tokens in front of a prompt")
         self.base = base_causal_lm(model)
         self.binding: Binding = bind(self.base)
         if not self.binding.bound:
@@ -165,8 +167,8 @@ class Decoder:
         self.active = next(iter(on))[0] if on and not self.merged and not self.several_active else None
         names = {name for m in tuners if "lora_A" in m._modules for name in m._modules["lora_A"]._modules}
         self.adapters = () if self.merged else tuple(sorted(names))
-        if self.only_active:
-            self.adapters = tuple(name for name in self.adapters if name == self.active)
+        if self.only_active:  # some have no pairs at all
+            self.adapters = () if self.active is None else (self.active,)
         self.layers = [self._layer(layer) for layer in self.binding.layers]
         #: whether sequences need a slot for states (`inference.recurrent`)
         self.recurrent = any(isinstance(layer.heads, DeltaNet) for layer in self.layers)
@@ -382,7 +384,8 @@ class Decoder:
 def why_not(binding: Binding, positions: int) -> str | None:
     """Why only Transformers' own code can run a bound model in contexts of so many tokens; None where it need not."""
     config, family = binding.config, binding.family
-    altered = altered_part(binding.decoder, family.parts, family.mixture)
+    altered = altered_whole(binding.model, binding.decoder)
+    altered = altered or altered_part(binding.decoder, family.parts, family.mixture)
     if altered is not None:
         return altered
     growth = binding.scales.query_growth
@@ -401,6 +404,7 @@ def brings_modules(model: nn.Module) -> bool:
     return any(
         "modules_to_save" in module._modules
         or "token_adapter" in module._modules
+        or "trainable_tokens_delta" in module._modules
         or len(module._modules.get("lora_embedding_A") or ()) > 0  # type: ignore[arg-type]
         for module in model.modules()
     )
