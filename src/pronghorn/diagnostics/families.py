@@ -68,6 +68,16 @@ _FALLBACKS = (
         "the blocks stand in for these modules",
     ),
     (
+        "a forward laid over the model, its decoder or a layer before it is loaded or bound",
+        "the whole model as stock",
+        "the blocks stand in for these modules",
+    ),
+    (
+        "hooks on the model, its decoder or a layer; PEFT's virtual tokens",
+        "generation in Transformers' own loop",
+        "the engine calls none of these",
+    ),
+    (
         "DoRA, hooks on a projection, PEFT methods other than LoRA",
         "the projection through its own module",
         "outside the formulas",
