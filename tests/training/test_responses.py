@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 from datasets import Dataset
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from pronghorn import get_chat_template, standardize_sharegpt, train_on_responses_only
 from pronghorn.training import SFTTrainer
@@ -34,6 +36,24 @@ TOOLS = {
         {"role": "assistant", "content": "It is sunny."},
     ]
 }
+
+
+def test_a_markers_empty_line_is_no_part_of_the_answer_however_it_is_cut():
+    """GPT-2's rule makes one token of an empty line at the end of a text, and two in front of a word."""
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    core.train_from_iterator(
+        ["ask:\n\n", "tell:\n\n"] * 9,
+        trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False),
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core)
+    assert len(tokenizer("\n\n")["input_ids"]) == 1 and len(tokenizer("\n\nit")["input_ids"]) == 4
+    mask = train_on_responses_only(None, "ask:\n\n", "tell:\n\n", tokenizer=tokenizer, return_function=True)
+    ids = tokenizer("ask:\n\nwhat tell:\n\nit is. ask:\n\n1 tell:\n\n2")["input_ids"]
+    kept = mask({"input_ids": ids})["labels"]
+    assert tokenizer.decode([token for token in kept if token != -100]) == "it is. 2"
 
 
 @pytest.mark.parametrize("packing, only_text", [(False, True), (True, False)])

@@ -116,7 +116,8 @@ def train_on_responses_only(
 def _marker(tokenizer: Any, text: str) -> Marker:
     """Every way a marker may be tokenised in its surroundings, the longest first.
 
-    Whitespace at its ends may merge with what stands there, and a word may get another token after a newline.
+    Whitespace at its ends may merge with what stands there or be cut otherwise in front of a word, and a word may get
+    another token after a newline.
     """
 
     def tokens(text: str) -> tuple[int, ...]:
@@ -128,6 +129,10 @@ def _marker(tokenizer: Any, text: str) -> Marker:
         after_newline = tokens("\n" + inner)
         if after_newline[: len(newline)] == newline:
             found.add(after_newline[len(newline) :])
+    for word in ("x", "1"):  # where "\n\n" is one token at the end of a text, but two in front of a word
+        before_word, alone = tokens(text.lstrip() + word), tokens(word)
+        if before_word[-len(alone) :] == alone:
+            found.add(before_word[: -len(alone)])
     return tuple(sorted((marker for marker in found if marker), key=lambda marker: (-len(marker), marker)))
 
 
