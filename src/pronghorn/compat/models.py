@@ -9,6 +9,7 @@ from typing import Any
 from pronghorn import loading
 from pronghorn.compat.generation import add_methods
 from pronghorn.compat.model_ids import meant_by
+from pronghorn.compat.tokens import add_older_calls
 from pronghorn.engine import base_causal_lm
 from pronghorn.errors import DropInUnavailable, HubUnreachable, ModelNotFound, UnknownArgument
 from pronghorn.loading.arguments import note_without_effect
@@ -51,6 +52,7 @@ class FastLanguageModel(loading.FastLanguageModel):
             logger.warning("pronghorn: %s; the copy '%s' is loaded instead", error.message, meant.mirror)
             model, tokenizer = loading.FastLanguageModel.from_pretrained(meant.mirror, *args, **kwargs)
         base_causal_lm(model).__dict__["script_tokenizer"] = tokenizer
+        add_older_calls(tokenizer)
         add_methods(model)
         return model, tokenizer
 

@@ -88,14 +88,17 @@ INSTEAD = {
 #: Real modules of which a script sees a few names of ours, and everything else as it is.
 REPLACED: dict[str, dict[str, str]] = {
     "trl": {"SFTConfig": f"{_ARGUMENTS}:SFTConfig", "SFTTrainer": f"{_TRAINER}:ScriptTrainer"},
-    "transformers": {"TrainingArguments": f"{_ARGUMENTS}:TrainingArguments"},
+    "transformers": {
+        "Trainer": f"{_TRAINER}:PlainTrainer",
+        "TrainingArguments": f"{_ARGUMENTS}:TrainingArguments",
+    },
 }
 
 #: As REPLACED, but found when a script asks: TRL's own classes with what older versions took.
 LATER: dict[str, dict[str, str]] = {
     "trl": {
         f"{method}{kind}": f"pronghorn.compat.preference:{method}{kind}"
-        for method in ("CPO", "DPO", "GRPO", "ORPO")
+        for method in ("CPO", "DPO", "GRPO", "KTO", "ORPO", "Reward")
         for kind in ("Config", "Trainer")
     }
 }

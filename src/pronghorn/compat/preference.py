@@ -14,20 +14,30 @@ from importlib import import_module
 from typing import Any
 
 import torch
+import transformers
+from trl.import_utils import is_vllm_available
 
 from pronghorn.compat.answers import SamplingParams
-from pronghorn.compat.arguments import as_current
+from pronghorn.compat.arguments import TrainingArguments, as_current
 from pronghorn.training.setup import use_one_gpu
 
 logger = logging.getLogger("pronghorn")
 
 #: Where TRL has these trainers and their configurations now; older scripts import all of them from its top.
-_HOMES = {"CPO": "trl.experimental.cpo", "DPO": "trl", "GRPO": "trl", "ORPO": "trl.experimental.orpo"}
+_HOMES = {
+    "CPO": "trl.experimental.cpo",
+    "DPO": "trl",
+    "GRPO": "trl",
+    "KTO": "trl",
+    "ORPO": "trl.experimental.orpo",
+    "Reward": "trl",
+}
 _NAMES = {f"{method}{kind}" for method in _HOMES for kind in ("Config", "Trainer")}
 #: Arguments of older versions that cut prompts, made files or chose a padding, for versions that do without them.
 _GONE = {
     "generate_during_eval", "is_encoder_decoder", "label_pad_token_id", "max_completion_length", "max_prompt_length",
-    "max_target_length", "padding_value", "unsloth_num_chunks",
+    "max_target_length", "padding_value", "unsloth_num_chunks", "vllm_device",
+    "vllm_dtype", "vllm_max_model_len",
 }  # fmt: skip
 #: What of a `SamplingParams` a configuration has a field for.
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
@@ -52,7 +62,10 @@ def _configuration(base: type) -> type:
         known = {item.name for item in dataclasses.fields(base)}
         if "vllm_sampling_params" not in known:
             given = {**_sampling(given.pop("vllm_sampling_params", None), known), **given}
-        current = as_current(_without_gone(given, known), base, tell=True)
+        current = _whole_groups(as_current(_without_gone(given, known), base, tell=True))
+        if current.get("use_vllm") and not is_vllm_available():
+            current["use_vllm"] = False
+            logger.warning("pronghorn: use_vllm=True has no effect: answers come from Transformers' generate")
         if not torch.cuda.is_available():
             current |= {"bf16": False, "fp16": False}
         base.__init__(self, *args, **current)  # type: ignore[misc]
@@ -60,6 +73,21 @@ def _configuration(base: type) -> type:
     return type(
         base.__name__, (base,), {"__init__": __init__, "__module__": __name__, "__doc__": base.__doc__}
     )
+
+
+def _whole_groups(given: dict[str, Any]) -> dict[str, Any]:
+    """Batches that hold all answers to a prompt, where a script counts prompts."""
+    group = given.get("num_generations")
+    if not group or given.get("steps_per_generation") or given.get("generation_batch_size"):
+        return given
+    rows = given.get("per_device_train_batch_size", 8)
+    if rows * given.get("gradient_accumulation_steps", 1) % group == 0:
+        return given
+    logger.warning(
+        "pronghorn: per_device_train_batch_size=%d counts answers, and %d belong to a prompt: it is %d now",
+        rows, group, group,
+    )  # fmt: skip
+    return {**given, "per_device_train_batch_size": group}
 
 
 def _sampling(sampling: Any, known: set[str]) -> dict[str, Any]:
@@ -77,19 +105,39 @@ def _trainer(base: type) -> type:
 
     def __init__(self: Any, *args: Any, tokenizer: Any = None, **given: Any) -> None:
         own = inspect.signature(base).parameters
-        settings = given.get("args")
+        settings = given["args"] = _settings(base, given.get("args"))
         if tokenizer is not None:
             given.setdefault("processing_class", tokenizer)
         for name in [name for name in given if name not in own and hasattr(settings, name)]:
             setattr(settings, name, given.pop(name))
             logger.warning("pronghorn: %s= belongs to %s now", name, type(settings).__name__)
-        if settings is not None:
-            use_one_gpu(settings, given.get("model", args[0] if args else None))
+        model = given.get("model", args[0] if args else None)
+        use_one_gpu(settings, model)
+        if "ref" in getattr(model, "peft_config", {}) and model.active_adapter != "ref":
+            model.delete_adapter(
+                "ref"
+            )  # an earlier trainer's copy of where it began, as when a cell is run again
         base.__init__(self, *args, **_without_gone(given, own))  # type: ignore[misc]
 
     return type(
         base.__name__, (base,), {"__init__": __init__, "__module__": __name__, "__doc__": base.__doc__}
     )
+
+
+def _settings(base: type, given: Any) -> Any:
+    """The configuration that a trainer has today, out of what older scripts give it: plain arguments, or none."""
+    kind = globals().get(base.__name__.replace("Trainer", "Config")) or __getattr__(
+        base.__name__.replace("Trainer", "Config")
+    )
+    if given is None:
+        return kind("trainer_output")
+    if type(given) not in (transformers.TrainingArguments, TrainingArguments):
+        return given
+    known = {item.name for item in dataclasses.fields(kind) if item.init}
+    values = {name: value for name, value in given.to_dict().items() if name in known}
+    # to_dict writes secrets as "<HUB_TOKEN>".
+    values |= {name: getattr(given, name) for name in values if name.endswith("_token")}
+    return kind(**values)
 
 
 def _without_gone(given: dict[str, Any], known: Any) -> dict[str, Any]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+import transformers
+
 from pronghorn.data.rows import CHAT_COLUMNS
 from pronghorn.data.vision import VisionDataCollator
 from pronghorn.engine import base_causal_lm
@@ -47,6 +49,15 @@ class ScriptTrainer(SFTTrainer):
         if rate is not None:
             give_own_rate(optimizer, _embeddings(self.model), rate)
         return optimizer
+
+
+class PlainTrainer(transformers.Trainer):
+    """Transformers' own, which takes `tokenizer=` as it did before."""
+
+    def __init__(self, *args: Any, tokenizer: Any = None, **given: Any) -> None:
+        if tokenizer is not None:
+            given.setdefault("processing_class", tokenizer)
+        super().__init__(*args, **given)
 
 
 #: The name in scripts; what `trl.SFTTrainer` is to a script is the same class.

@@ -1,0 +1,108 @@
+"""Token ids of conversations in the form that scripts expect, older calls of Transformers' and TRL's trainers."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import transformers
+from datasets import Dataset
+
+from pronghorn.compat import preference, tokens
+from pronghorn.compat.models import FastLanguageModel
+from pronghorn.compat.script import run_script
+from pronghorn.compat.trainer import PlainTrainer
+
+CHAT = [{"role": "user", "content": "Why?"}]
+
+
+@pytest.fixture
+def loaded(tiny):
+    return FastLanguageModel.from_pretrained(tiny, load_in_4bit=False)
+
+
+def test_conversations_are_ids_as_they_were_and_todays_dictionary(loaded):
+    model, tokenizer = loaded
+    today = type(tokenizer).apply_chat_template(tokenizer, CHAT, add_generation_prompt=True)
+    ids = tokenizer.apply_chat_template(CHAT, add_generation_prompt=True)
+    assert list(ids) == today["input_ids"] == ids["input_ids"] == ids.input_ids and len(ids) > 5
+    assert tokenizer.decode(ids) == tokenizer.decode(today["input_ids"])
+    assert dict(**pickle.loads(pickle.dumps(ids))) == dict(today)
+    rows = Dataset.from_list([{"chat": CHAT}] * 2)
+    counted = rows.map(lambda row: {"ids": tokenizer.apply_chat_template(row["chat"])}, batched=True)
+    assert counted[1]["ids"] == list(tokenizer.apply_chat_template(CHAT))
+
+    inputs = tokenizer.apply_chat_template(CHAT, add_generation_prompt=True, return_tensors="pt").to("cpu")
+    assert inputs.shape == (1, len(ids)) and inputs[0].tolist() == list(ids) and inputs[:, -1].shape == (1,)
+    how = {"max_new_tokens": 3, "do_sample": False}
+    answers = [
+        model.generate(inputs, **how), model.generate(input_ids=inputs, **how), model.generate(**inputs, **how),
+        model.generate(inputs.input_ids, **how),
+    ]  # fmt: skip
+    assert all(torch.equal(answer, answers[0]) for answer in answers)
+    assert isinstance(tokenizer.apply_chat_template(CHAT, tokenize=False), str)
+    asked = tokenizer.apply_chat_template(CHAT, return_dict=True)
+    assert type(asked) is transformers.BatchEncoding
+
+
+def test_copies_have_their_own_and_libraries_get_todays(loaded, tmp_path, monkeypatch):
+    _, tokenizer = loaded
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    assert other.decode(other.apply_chat_template(CHAT)) == "Why?"
+    assert len(pickle.loads(pickle.dumps(tokenizer)).apply_chat_template(CHAT)) > 5
+    tokenizer.save_pretrained(tmp_path)
+    monkeypatch.setattr(tokens, "asked_by_user", lambda frame: False)
+    assert type(tokenizer.apply_chat_template(CHAT)) is transformers.BatchEncoding
+
+
+def test_transformers_trainer_takes_a_tokenizer(loaded, tmp_path):
+    model, tokenizer = loaded
+    model = FastLanguageModel.get_peft_model(model, r=4)
+    rows = Dataset.from_list([{"input_ids": [5, 6, 7, 8], "labels": [5, 6, 7, 8]}] * 4)
+    args = transformers.TrainingArguments(
+        str(tmp_path),
+        max_steps=6,
+        learning_rate=1e-1,
+        report_to="none",
+        use_cpu=True,
+        logging_steps=1,
+        disable_tqdm=True,
+    )
+    trainer = PlainTrainer(model=model, args=args, train_dataset=rows, tokenizer=tokenizer)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert trainer.processing_class is tokenizer and losses[-1] < losses[0]
+    (tmp_path / "one.py").write_text("from transformers import Trainer\n")
+    assert run_script(tmp_path / "one.py")["Trainer"] is PlainTrainer
+
+
+def test_groups_of_answers_are_whole_and_vllm_is_not_asked(caplog):
+    args = preference.GRPOConfig(
+        "out", per_device_train_batch_size=1, num_generations=4, use_vllm=True, report_to="none"
+    )
+    assert (args.per_device_train_batch_size, args.use_vllm) == (4, False)
+    assert "it is 4 now" in caplog.text and "use_vllm=True has no effect" in caplog.text
+    kept = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "num_generations": 4}
+    assert preference.GRPOConfig("out", **kept, report_to="none").per_device_train_batch_size == 1
+
+
+def test_plain_arguments_and_a_second_trainer_on_the_same_model(loaded, tmp_path):
+    """A cell that is run again; DPO's reference of the first trainer is gone then."""
+    model, tokenizer = loaded
+    model = FastLanguageModel.get_peft_model(model, r=4)
+    rows = Dataset.from_list([{"prompt": "one", "chosen": " two", "rejected": " three"}] * 4)
+    args = transformers.TrainingArguments(str(tmp_path), max_steps=1, report_to="none", use_cpu=True, seed=7)
+    for _ in range(2):
+        trainer = preference.DPOTrainer(
+            model, None, args=args, beta=0.3, train_dataset=rows, tokenizer=tokenizer, max_length=64
+        )
+    assert (trainer.args.beta, trainer.args.max_length, trainer.args.seed) == (0.3, 64, 7)
+    unpaired = Dataset.from_list([{"prompt": "one", "completion": " two", "label": True}] * 4)
+    config = preference.KTOConfig(
+        str(tmp_path), max_prompt_length=8, max_length=64, report_to="none", use_cpu=True
+    )
+    assert (
+        preference.KTOTrainer(model, args=config, train_dataset=unpaired, tokenizer=tokenizer).args.max_length
+        == 64
+    )
