@@ -12,6 +12,7 @@ from pronghorn.compat import preference, tokens
 from pronghorn.compat.models import FastLanguageModel
 from pronghorn.compat.script import run_script
 from pronghorn.compat.trainer import PlainTrainer
+from pronghorn.errors import AdapterProblem, DropInUnavailable
 
 CHAT = [{"role": "user", "content": "Why?"}]
 
@@ -106,3 +107,17 @@ def test_plain_arguments_and_a_second_trainer_on_the_same_model(loaded, tmp_path
         preference.KTOTrainer(model, args=config, train_dataset=unpaired, tokenizer=tokenizer).args.max_length
         == 64
     )
+
+
+def test_a_cell_that_is_run_again_keeps_its_adapter_and_whole_models_get_none(loaded, tiny, caplog):
+    model, _ = loaded
+    how = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
+    adapted = FastLanguageModel.get_peft_model(model, **how)
+    assert FastLanguageModel.get_peft_model(adapted, **how) is adapted and "already" in caplog.text
+    with pytest.raises(AdapterProblem, match="has an adapter already"):
+        FastLanguageModel.get_peft_model(adapted, **{**how, "r": 8})
+    whole, _ = FastLanguageModel.from_pretrained(tiny, full_finetuning=True)
+    assert FastLanguageModel.get_peft_model(whole, r=4) is whole
+    assert all(parameter.requires_grad for parameter in whole.parameters())
+    with pytest.raises(DropInUnavailable, match=r"WhisperForConditionalGeneration.*speech model"):
+        FastLanguageModel.from_pretrained(tiny, auto_model=transformers.WhisperForConditionalGeneration)

@@ -12,7 +12,7 @@ from pronghorn.compat.model_ids import meant_by
 from pronghorn.compat.tokens import add_older_calls
 from pronghorn.engine import base_causal_lm
 from pronghorn.errors import DropInUnavailable, HubUnreachable, ModelNotFound, UnknownArgument
-from pronghorn.loading.arguments import note_without_effect
+from pronghorn.loading.arguments import note_without_effect, refuse_pair
 
 logger = logging.getLogger("pronghorn")
 
@@ -51,7 +51,7 @@ class FastLanguageModel(loading.FastLanguageModel):
                 raise
             logger.warning("pronghorn: %s; the copy '%s' is loaded instead", error.message, meant.mirror)
             model, tokenizer = loading.FastLanguageModel.from_pretrained(meant.mirror, *args, **kwargs)
-        base_causal_lm(model).__dict__["script_tokenizer"] = tokenizer
+        base_causal_lm(model).__dict__ |= {"script_tokenizer": tokenizer, "script_trains_all": bool(whole)}
         add_older_calls(tokenizer)
         add_methods(model)
         return model, tokenizer
@@ -72,6 +72,8 @@ class FastLanguageModel(loading.FastLanguageModel):
             shared = {name: kwargs[name] for name in [*kwargs] if name in _SHARED}
             model, tokenizer = FastLanguageModel.from_pretrained(named, **loads, **shared)
         kwargs.pop("images", None)
+        if _has_what_it_needs(model, args, kwargs):
+            return model if tokenizer is None else (model, tokenizer)
         adapted = loading.FastVisionModel.get_peft_model(model, *args, **kwargs)
         add_methods(adapted)
         return adapted if tokenizer is None else (adapted, tokenizer)
@@ -106,6 +108,28 @@ class FastTextModel(FastLanguageModel):
 
 class UnslothModel(FastLanguageModel):
     """The name in older scripts."""
+
+
+def _has_what_it_needs(model: Any, args: tuple[Any, ...], given: dict[str, Any]) -> bool:
+    """Whether `get_peft_model` leaves a model as it is: one that is trained whole, or has that very adapter already."""
+    refuse_pair(model)
+    if base_causal_lm(model).__dict__.get("script_trains_all"):
+        logger.warning(
+            "pronghorn: full_finetuning=True trains the weights themselves: no adapter is put on them"
+        )
+        return True
+    own = getattr(model, "peft_config", {}).get(getattr(model, "active_adapter", None))
+    if own is None:
+        return False
+    asked = {**dict(zip(("r", "target_modules", "lora_alpha", "lora_dropout"), args, strict=False)), **given}
+    usual = {"r": 16, "lora_alpha": 16, "lora_dropout": 0.0, "use_rslora": False}
+    targets = asked.get("target_modules")
+    whole = {"embed_tokens", "lm_head"}  # which are among modules_to_save then
+    same = not isinstance(targets, list | tuple) or set(targets) - whole == set(own.target_modules) - whole
+    if not same or any(asked.get(name, value) != getattr(own, name) for name, value in usual.items()):
+        return False
+    logger.warning("pronghorn: the model has this adapter already, which is trained on")
+    return True
 
 
 #: Arguments of Transformers' `from_pretrained` that scripts pass on, without a counterpart here.
@@ -158,7 +182,13 @@ def _refuse_classes(auto_model: Any, num_labels: int | None) -> None:
         DropInUnavailable: for one that classifies or writes down speech.
     """
     name = getattr(auto_model, "__name__", str(auto_model or ""))
-    if num_labels is not None or any(part in name for part in ("Classification", "Csm", "Speech", "Whisper")):
+    if any(part in name for part in ("Csm", "Speech", "Whisper")):
+        raise DropInUnavailable(
+            f"auto_model={name} asks for a speech model that is not trained here",
+            fix="Transformers' and PEFT's own classes; Orpheus is a Llama, which FastLanguageModel trains, and "
+            "Fish-Speech is trained by pronghorn speech",
+        )
+    if num_labels is not None or "Classification" in name:
         raise DropInUnavailable(
             f"{name or f'num_labels={num_labels}'} asks for a model that predicts no text, which is not trained here",
             fix="Transformers' and PEFT's own classes; or let the model write the label as its answer",

@@ -79,6 +79,10 @@ MODULES: dict[str, dict[str, str]] = {
 
 #: Names of Unsloth's, of modules too, that have no counterpart -> what to do instead.
 INSTEAD = {
+    "create_locked_down_function": "run what the model writes in a process of its own, such as subprocess.run([...], "
+    "timeout=10), on a machine that has nothing to lose",
+    "execute_with_time_limit": "run what the model writes in a process of its own, such as subprocess.run([...], "
+    "timeout=10)",
     "create_ollama_modelfile": "model.save_pretrained_gguf, which writes a Modelfile beside its files",
     "dataprep": "pronghorn data synthesize, which makes rows out of documents",
     "FastSentenceTransformer": "pronghorn embed train, or pronghorn.embedding",

@@ -111,7 +111,7 @@ def _trainer(base: type) -> type:
         for name in [name for name in given if name not in own and hasattr(settings, name)]:
             setattr(settings, name, given.pop(name))
             logger.warning("pronghorn: %s= belongs to %s now", name, type(settings).__name__)
-        model = given.get("model", args[0] if args else None)
+        model: Any = given.get("model", args[0] if args else None)
         use_one_gpu(settings, model)
         if "ref" in getattr(model, "peft_config", {}) and model.active_adapter != "ref":
             model.delete_adapter(
