@@ -36,7 +36,7 @@ def test_a_script_and_its_own_modules_see_ours_and_libraries_the_real_one(tmp_pa
         script(
             tmp_path,
             "import trl, transformers\n"
-            "from trl import SFTTrainer, SFTConfig, RewardTrainer\n"
+            "from trl import SFTTrainer, SFTConfig, RLOOTrainer\n"
             "from transformers import TrainingArguments, AutoTokenizer\n"
             "import transformers.models.llama.modeling_llama as modeling\n"
             "import trl.trainer.sft_trainer as inside\n"
@@ -54,7 +54,7 @@ def test_a_script_and_its_own_modules_see_ours_and_libraries_the_real_one(tmp_pa
 
     assert seen["SFTTrainer"] is ScriptTrainer is seen["UnslothTrainer"] is seen["helper"].SFTTrainer
     assert seen["SFTConfig"] is SFTConfig is seen["helper"].via
-    assert seen["RewardTrainer"] is trl.RewardTrainer and seen["AutoTokenizer"] is transformers.AutoTokenizer
+    assert seen["RLOOTrainer"] is trl.RLOOTrainer and seen["AutoTokenizer"] is transformers.AutoTokenizer
     assert seen["TrainingArguments"] is TrainingArguments
     assert seen["library"] is trl.SFTTrainer is seen["inside"].SFTTrainer
     assert trl.SFTTrainer is not ScriptTrainer and seen["modeling"].LlamaModel is transformers.LlamaModel

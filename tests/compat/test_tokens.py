@@ -12,7 +12,7 @@ from pronghorn.compat import preference, tokens
 from pronghorn.compat.models import FastLanguageModel
 from pronghorn.compat.script import run_script
 from pronghorn.compat.trainer import PlainTrainer
-from pronghorn.errors import AdapterProblem, DropInUnavailable
+from pronghorn.errors import AdapterProblem, DropInUnavailable, TargetModuleNotFound
 
 CHAT = [{"role": "user", "content": "Why?"}]
 
@@ -121,3 +121,16 @@ def test_a_cell_that_is_run_again_keeps_its_adapter_and_whole_models_get_none(lo
     assert all(parameter.requires_grad for parameter in whole.parameters())
     with pytest.raises(DropInUnavailable, match=r"WhisperForConditionalGeneration.*speech model"):
         FastLanguageModel.from_pretrained(tiny, auto_model=transformers.WhisperForConditionalGeneration)
+
+
+def test_target_modules_of_another_model_are_left_out_and_misspelt_ones_are_not(loaded, caplog):
+    model, _ = loaded
+    with pytest.raises(TargetModuleNotFound, match="did you mean 'q_proj'"):
+        FastLanguageModel.get_peft_model(model, target_modules=["q_prj", "v_proj"])
+    with pytest.raises(TargetModuleNotFound):
+        FastLanguageModel.get_peft_model(model, target_modules=["shared_mlp.input_linear"])
+    names = ["q_proj", "mlp.up_proj", "shared_mlp.input_linear"]
+    adapted = FastLanguageModel.get_peft_model(model, r=4, target_modules=names)
+    assert "has shared_mlp.input_linear, which" in caplog.text
+    found = {name.split(".lora_A")[0] for name, _ in adapted.named_parameters() if "lora_A" in name}
+    assert {name.rsplit(".", 1)[1] for name in found} == {"q_proj", "up_proj"}

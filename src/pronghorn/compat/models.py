@@ -11,7 +11,8 @@ from pronghorn.compat.generation import add_methods
 from pronghorn.compat.model_ids import meant_by
 from pronghorn.compat.tokens import add_older_calls
 from pronghorn.engine import base_causal_lm
-from pronghorn.errors import DropInUnavailable, HubUnreachable, ModelNotFound, UnknownArgument
+from pronghorn.errors import DropInUnavailable, HubUnreachable, ModelNotFound, UnknownArgument, nearest
+from pronghorn.loading.adapters import DEFAULT_TARGETS
 from pronghorn.loading.arguments import note_without_effect, refuse_pair
 
 logger = logging.getLogger("pronghorn")
@@ -74,6 +75,7 @@ class FastLanguageModel(loading.FastLanguageModel):
         kwargs.pop("images", None)
         if _has_what_it_needs(model, args, kwargs):
             return model if tokenizer is None else (model, tokenizer)
+        _leave_out_missing(model, kwargs)
         adapted = loading.FastVisionModel.get_peft_model(model, *args, **kwargs)
         add_methods(adapted)
         return adapted if tokenizer is None else (adapted, tokenizer)
@@ -130,6 +132,29 @@ def _has_what_it_needs(model: Any, args: tuple[Any, ...], given: dict[str, Any])
         return False
     logger.warning("pronghorn: the model has this adapter already, which is trained on")
     return True
+
+
+def _leave_out_missing(model: Any, given: dict[str, Any]) -> None:
+    """Take names out of a list of target modules that a model has no module of, as PEFT does: lists are copied from one
+    model to the next. One that would leave nothing, or that is nearly a name, stays for the refusal."""
+    targets = given.get("target_modules")
+    if not isinstance(targets, list | tuple) or not all(isinstance(name, str) for name in targets):
+        return
+    names = {part for path, _ in model.named_modules() for part in _endings(path)}
+    missing = [
+        name
+        for name in targets
+        if name not in names and name not in DEFAULT_TARGETS and not nearest(name, names)
+    ]
+    if missing and len(missing) < len(targets):
+        logger.warning("pronghorn: target_modules has %s, which the model does not have", ", ".join(missing))
+        given["target_modules"] = [name for name in targets if name not in missing]
+
+
+def _endings(path: str) -> list[str]:
+    """A module's name in all lengths: up_proj, mlp.up_proj, …"""
+    parts = path.split(".")
+    return [".".join(parts[at:]) for at in range(len(parts))]
 
 
 #: Arguments of Transformers' `from_pretrained` that scripts pass on, without a counterpart here.
