@@ -7,7 +7,14 @@ import pickle
 import pytest
 import torch
 from peft import PeftModel
-from transformers import Phi3Config, Phi3ForCausalLM
+from transformers import (
+    MambaConfig,
+    MambaForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    PhimoeConfig,
+    PhimoeForCausalLM,
+)
 
 from pronghorn.engine import binding_of
 from pronghorn.errors import AdapterProblem, PronghornError, TargetModuleNotFound, UnknownArgument
@@ -310,3 +317,53 @@ def test_a_pickled_adapter_and_none_at_all(saved):
 def test_a_model_with_its_tokenizer_in_place_of_a_model(made_by):
     with pytest.raises(UnknownArgument, match="model, tokenizer = "):
         made_by.get_peft_model((tiny_model("llama"), tiny_tokenizer()), r=4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"peft_type": "IA3"}, "peft_type='IA3' is something else than LoRA"),
+        ({"task_type": "SEQ_CLS"}, "task_type='SEQ_CLS' is something else than LoRA"),
+        ({"inference_mode": True}, "inference_mode=True makes a new adapter that is not trained"),
+        (
+            {"trainable_token_indices": [5, 320]},
+            "trainable_token_indices has 320, the model embeds 320 tokens",
+        ),
+        ({"trainable_token_indices": {"embed_tokens": [-1]}}, "trainable_token_indices has -1"),
+        ({"rank_pattern": {"q_prj": 2}}, "rank_pattern has 'q_prj', .*'q_proj'"),
+        ({"alpha_pattern": {"q_proj(": 2}}, "alpha_pattern has 'q_proj\\(', which is no regular expression"),
+        ({"exclude_modules": ["k_prj"]}, "exclude_modules has 'k_prj', .*'k_proj'"),
+        ({"init_lora_weights": "pissa_niter_4"}, "random numbers, .*'pissa'"),
+    ],
+)
+def test_settings_that_would_have_no_effect_or_another_are_refused(arguments, message):
+    with pytest.raises(PronghornError, match=message):
+        adapted(**arguments)
+
+
+def test_replicated_layers_only_where_no_config_counts_them():
+    model = adapted(layer_replication=[[0, 2], [1, 2]])
+    assert len(model.base_model.model.model.layers) == 3 and logits(model).isfinite().all()
+    with pytest.raises(AdapterProblem, match="layer_types"):
+        adapted("qwen2", layer_replication=[[0, 2], [1, 2]])
+
+
+def test_patterns_and_a_revision_reach_peft():
+    model = adapted(rank_pattern={"layers.0.*q_proj": 2}, exclude_modules=["k_proj"], revision="main")
+    layers = [layer.self_attn for layer in model.base_model.model.model.layers]
+    assert [layer.q_proj.r["default"] for layer in layers] == [2, 4]
+    assert not hasattr(layers[0].k_proj, "lora_A") and model.peft_config["default"].revision == "main"
+
+
+def test_all_linear_layers_but_those_that_cannot_bear_an_adapter():
+    sizes = {"vocab_size": 320, "hidden_size": 32, "num_hidden_layers": 1}
+    mamba = adapted(model=MambaForCausalLM(MambaConfig(**sizes, state_size=4)))
+    assert set(mamba.peft_config["default"].target_modules) == {"in_proj", "x_proj", "dt_proj"}
+    experts = PhimoeForCausalLM(
+        PhimoeConfig(
+            **sizes, intermediate_size=32, num_attention_heads=2, num_key_value_heads=1, num_local_experts=2
+        )
+    )
+    experts = adapted(model=experts, target_modules="all-linear")
+    assert set(experts.peft_config["default"].target_modules) == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    assert logits(experts).isfinite().all()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import trl
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import DogeConfig, DogeForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from pronghorn.engine import binding_of
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -249,3 +249,12 @@ def test_full_finetuning(tmp_path):
 
 def test_settings_of_the_tests_are_plain(tmp_path):
     assert settings(tmp_path).bf16 is False
+
+
+def test_a_config_with_a_weight_for_a_balance_that_the_model_does_not_give(tmp_path):
+    sizes = {"vocab_size": 320, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    with torch.random.fork_rng(devices=[]):
+        model = DogeForCausalLM(DogeConfig(**sizes, num_attention_heads=2, num_key_value_heads=2))
+    run = trainer(tmp_path, model)
+    run.train()
+    assert run.aux_loss_enabled and losses(run)[0] == pytest.approx(5.8, abs=0.3)  # about ln(320)

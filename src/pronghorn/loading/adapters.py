@@ -17,12 +17,12 @@ from pronghorn.errors import (
     AdapterProblem,
     CheckpointCorrupt,
     TargetModuleNotFound,
-    UnknownArgument,
     UnsupportedCheckpoint,
     nearest,
 )
 from pronghorn.families import family_of
 from pronghorn.importing import collector_paused
+from pronghorn.loading.adapter_settings import check_settings
 from pronghorn.loading.checkpoint import check_safetensors, read_header
 from pronghorn.loading.compensation import begin_with_residual, check_base, is_compensating, loftq_settings
 from pronghorn.loading.experts import ALL_LINEAR, shown_as_plain, with_experts
@@ -35,6 +35,8 @@ logger = logging.getLogger("pronghorn")
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 DEFAULT_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _WHOLE = ("embed_tokens", "lm_head")
+#: types whose `out_proj` is read by a fused kernel
+_MAMBA = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
 
 
 def lora_config_fields() -> set[str]:
@@ -79,7 +81,7 @@ def add_adapter(model: Any, random_state: int, revision: str | None = None, **se
     settings["target_modules"], settings["modules_to_save"] = check_targets(
         model, targets, settings.get("modules_to_save"), alone=not parameters
     )
-    _check_numbers(model, settings)
+    check_settings(model, settings)
     _keep_to_language_model(model, settings)
     settings.setdefault("task_type", TaskType.CAUSAL_LM)
     residual = None
@@ -138,6 +140,8 @@ def check_targets(
     names = [name for name, _ in model.named_modules() if name]
     if target_modules is None or target_modules is DEFAULT_TARGETS:
         target_modules = _default_targets(names)
+    if target_modules == ALL_LINEAR:
+        target_modules = _all_linear(model)
     whole = [modules_to_save] if isinstance(modules_to_save, str) else list(modules_to_save or [])
     if isinstance(target_modules, str):
         targets: str | list[str] = _check_pattern(target_modules, names)
@@ -187,6 +191,23 @@ def _default_targets(names: Sequence[str]) -> str | Iterable[str]:
     return ALL_LINEAR
 
 
+def _all_linear(model: Any) -> str | list[str]:
+    """ "all-linear", or the names of all linear layers that can bear an adapter where some cannot: routers that are
+    linear layers and give more than a product, and those that Mamba's kernels read past their modules (PEFT refuses
+    them)."""
+    linear = {
+        name.rpartition(".")[2]: type(module).__name__.endswith("Router")
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and module is not model.get_output_embeddings()
+    }
+    past = {"out_proj"} if base_causal_lm(model).config.model_type in _MAMBA else set()
+    left_out = sorted(name for name, router in linear.items() if router or name in past)
+    if not left_out:
+        return ALL_LINEAR
+    logger.info("pronghorn: no adapter on %s, which cannot bear one", ", ".join(left_out))
+    return [name for name in linear if name not in left_out]
+
+
 def _check_pattern(pattern: str, names: Sequence[str]) -> str:
     """ "all-linear" or a regular expression over full module names, as PEFT reads a string; one plain name counts."""
     if pattern == ALL_LINEAR:
@@ -218,30 +239,6 @@ def _check_names(wanted: Iterable[str], names: Sequence[str], argument: str) -> 
             f"{argument} has '{name}', which the model does not have",
             fix=nearest(name, endings) or f"its modules are {', '.join(endings)}",
         )
-
-
-def _check_numbers(model: Any, settings: dict[str, Any]) -> None:
-    rank, dropout, alpha = (
-        settings.get("r", 8),
-        settings.get("lora_dropout", 0.0),
-        settings.get("lora_alpha", 8),
-    )
-    if not isinstance(rank, int) or rank < 1:
-        raise UnknownArgument(f"r={rank!r} is no rank", fix="use a positive whole number, such as 16")
-    if not isinstance(alpha, int | float) or alpha <= 0:
-        raise UnknownArgument(
-            f"lora_alpha={alpha!r} is no positive number: the adapter would have no effect",
-            fix="use such as 16",
-        )
-    if not isinstance(dropout, int | float) or not 0.0 <= dropout < 1.0:
-        raise UnknownArgument(f"lora_dropout={dropout!r} is no probability below 1", fix="use 0.0 to 0.99")
-    chosen = settings.get("layers_to_transform")
-    count = base_causal_lm(model).config.get_text_config().num_hidden_layers
-    for index in [chosen] if isinstance(chosen, int) else list(chosen or []):
-        if not 0 <= index < count:
-            raise TargetModuleNotFound(
-                f"layers_to_transform has layer {index}, the model has {count}", fix=f"use 0 to {count - 1}"
-            )
 
 
 def _cuda_devices(model: Any) -> list[int]:

@@ -17,6 +17,7 @@ from pronghorn.errors import UnsupportedCheckpoint
 from pronghorn.hardware import probe
 from pronghorn.importing import collector_paused
 from pronghorn.kernels.attention import check_name
+from pronghorn.loading.adapter_settings import refuse_other_kinds
 from pronghorn.loading.adapters import (
     ALL_LINEAR,
     DEFAULT_TARGETS,
@@ -257,12 +258,14 @@ class FastLanguageModel:
         refuse_no_length(max_seq_length, "max_seq_length")
         refuse_other_than(bias, ("none", "all", "lora_only"), "bias")
         refuse_other_than(qat_scheme, (None,), "qat_scheme")
+        refuse_other_kinds(kwargs)
+        revision = kwargs.pop("revision", None)
         level = save_level(use_gradient_checkpointing)
         source = model.__dict__.get("pronghorn_source")
         wrapped = add_adapter(
             model,
             random_state,
-            revision=getattr(source, "revision", None),
+            revision=revision or getattr(source, "revision", None),
             r=r,
             target_modules=target_modules,
             lora_alpha=lora_alpha,

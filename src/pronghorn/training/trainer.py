@@ -242,7 +242,8 @@ class SFTTrainer(SafeTrainer, RowsTrainer):
         loss, correct = loss_from_logits(
             outputs, labels, normalizer, self._loss_function, self.label_smoother, self.args.loss_type
         )
-        if self.aux_loss_enabled:
+        # Some models' configs have a weight for the balance of experts, and their forward gives none.
+        if self.aux_loss_enabled and getattr(outputs, "aux_loss", None) is not None:
             steps = self.current_gradient_accumulation_steps if self.model.training else 1
             loss = loss + self.router_aux_loss_coef * outputs.aux_loss.to(loss.device) / steps
         return loss, correct, outputs
