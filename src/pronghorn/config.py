@@ -134,7 +134,7 @@ class TrainingSection:
     save_steps: int | float | None = field(default=None, metadata={"at_least": 0})
     save_total_limit: int | None = field(default=None, metadata={"at_least": 0})
     report_to: str | list[str] | None = None
-    seed: int = 3407
+    seed: int = field(default=3407, metadata={"at_least": 0, "below": 2**32})
     other: dict[str, Any] = field(default_factory=dict, metadata={"catches_unknown": True})
     """Further fields of SFTConfig, as written; `section_arguments` checks them."""
 
@@ -392,6 +392,8 @@ def _checked(value: Any, hint: Any, key: str, rules: Mapping[str, Any], where: s
             fix = close
         raise ConfigInvalid(f"'{key}' cannot be {_shown(value)}", where=where, fix=fix)
     if isinstance(value, int | float) and not isinstance(value, bool):
+        if value != value:
+            raise ConfigInvalid(f"'{key}' cannot be {value}", where=where, fix="give a number")
         if value < rules.get("at_least", value):
             raise ConfigInvalid(
                 f"'{key}' cannot be {value}", where=where, fix=f"at least {rules['at_least']}"

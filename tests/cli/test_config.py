@@ -59,16 +59,19 @@ def test_unknown_section():
         ("model", "dtype: bfloat61", "did you mean 'bfloat16'?"),
         ("data", "held_back: -1", "at least 0"),
         ("data", "held_back: 1.5", "a whole number"),
+        ("training", "learning_rate: .nan", "give a number"),
+        ("training", "seed: -1", "at least 0"),
+        ("training", "seed: 4294967296", "less than 4294967296"),
         ("data", "text_field: [a]", "text"),
     ],
 )
 def test_wrong_values(section, line, fix):
     key = line.partition(":")[0]
-    text = MINIMAL.replace(f"{section}:\n", f"{section}:\n  {line}\n")
-    error = refused(text)
+    with_section = MINIMAL if f"{section}:\n" in MINIMAL else f"{MINIMAL}{section}:\n"
+    error = refused(with_section.replace(f"{section}:\n", f"{section}:\n  {line}\n"))
     assert key in error.message
     assert fix in error.fix
-    assert error.where == f"run.yaml, line {2 if section == 'model' else 4}"
+    assert error.where == f"run.yaml, line { {'model': 2, 'data': 4, 'training': 6}[section] }"
 
 
 @pytest.mark.parametrize("value", ["1.0", "-0.1", "'0.1'"])

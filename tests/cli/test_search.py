@@ -69,6 +69,8 @@ def test_a_metric_of_one_s_own(config, capsys, tmp_path, monkeypatch):
     assert trial["score"] == 4 * len("It is 3.") != trial["loss"]
     assert "no function 'width'" in refused(capsys, "search", config, *out, "--metric", "my_metric:width")
     assert "cannot be imported" in refused(capsys, "search", config, *out, "--metric", "no_module:width")
+    (tmp_path / "broken_metric.py").write_text("x = (\n")
+    assert "SyntaxError" in refused(capsys, "search", config, *out, "--metric", "broken_metric:length")
     assert "names no function" in refused(capsys, "search", config, *out, "--metric", "my_metric")
 
 

@@ -35,6 +35,9 @@ def test_every_shape_of_rows(tmp_path: Path) -> None:
     assert read_pairs([scored, scored]) == [Pair("s", "t", score=1.0)] * 2
     table = write(tmp_path / "rows.csv", "sentence1,sentence2,score", "a,b,0.25", '"c, d",e,1')
     assert [pair.score for pair in read_pairs(table)] == [0.25, 1.0]
+    # A table has no null: an empty cell is no negative.
+    table = write(tmp_path / "negatives.csv", "anchor,positive,negative", "a,b,", "c,d,e")
+    assert [pair.negatives for pair in read_pairs(table)] == [(), ("e",)]
 
 
 @pytest.mark.parametrize(

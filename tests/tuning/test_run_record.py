@@ -68,7 +68,18 @@ def test_the_state_of_any_trainer_will_do(tmp_path):
     assert load_run(tmp_path / "checkpoint-5" / "trainer_state.json").max_steps == 50
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{", '{"log_history": 3}', '{"settings": [1]}', '{"rows": 1}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "[]",
+        "{",
+        '{"log_history": 3}',
+        '{"settings": [1]}',
+        '{"rows": 1}',
+        '{"log_history": [], "max_steps": 1e999}',
+    ],
+)
 def test_what_is_no_record_is_refused(tmp_path, content):
     with pytest.raises(RunUnreadable, match="neither"):
         load_run(tmp_path)

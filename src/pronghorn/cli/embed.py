@@ -10,7 +10,7 @@ from typing import Any
 
 from pronghorn.cli.console import duration, say, table
 from pronghorn.cli.folders import output_folder
-from pronghorn.cli.numbers import positive, whole
+from pronghorn.cli.numbers import not_negative, positive, whole
 from pronghorn.errors import CommandMisused
 
 OUTPUTS = (".npy", ".safetensors")
@@ -40,7 +40,7 @@ def _register_train(actions: Any) -> None:
     train.add_argument("--out", default="outputs/embedding", metavar="DIR")
     train.add_argument("--held-back", type=whole, default=0, metavar="N", help="rows kept for the evaluation")
     train.add_argument("--steps", type=positive, metavar="N", help="training steps (default: by epochs)")
-    train.add_argument("--epochs", type=float, default=1.0, metavar="N")
+    train.add_argument("--epochs", type=not_negative, default=1.0, metavar="N")
     train.add_argument(
         "--batch", type=positive, default=64, metavar="ROWS", help="rows of a batch (default 64)"
     )
@@ -50,7 +50,7 @@ def _register_train(actions: Any) -> None:
         metavar="N",
         help="run a batch in parts of N texts: the same gradient in the memory of one part",
     )
-    train.add_argument("--learning-rate", type=float, default=2e-4, metavar="RATE")
+    train.add_argument("--learning-rate", type=not_negative, default=2e-4, metavar="RATE")
     train.add_argument("--rank", type=positive, default=16, metavar="R")
     train.add_argument(
         "--loss", default="auto", help="info_nce, triplet, cosent, cosine (default: by the rows)"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 
 
 def positive(text: str) -> int:
@@ -22,8 +23,8 @@ def whole(text: str) -> int:
 
 
 def not_negative(text: str) -> float:
-    """A number from 0; not-a-number is none."""
+    """A finite number from 0; not-a-number is none."""
     number = float(text)
-    if not number >= 0:
-        raise argparse.ArgumentTypeError("must be at least 0")
+    if not 0 <= number < math.inf:
+        raise argparse.ArgumentTypeError("must be a number from 0")
     return number

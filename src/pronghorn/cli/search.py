@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pronghorn.cli.arguments import add_run_file
-from pronghorn.cli.console import duration, say, table
+from pronghorn.cli.console import duration, first_line, say, table
 from pronghorn.cli.numbers import positive
 from pronghorn.errors import ConfigInvalid, SearchFailed, SearchInvalid
 
@@ -158,6 +158,11 @@ def _metric(name: str) -> Metric:
         raise SearchInvalid(
             f"the module of --metric {name} cannot be imported: {error}",
             fix="run the command in the module's folder",
+        ) from None
+    except Exception as error:  # of the user's own code, which runs as it is imported
+        raise SearchInvalid(
+            f"the module of --metric {name} cannot be imported: {type(error).__name__}: {first_line(error)}",
+            fix="see that `python -c 'import " + module + "'` ends without an error",
         ) from None
     finally:
         sys.path.remove(os.getcwd())

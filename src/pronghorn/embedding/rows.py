@@ -138,11 +138,12 @@ def read_texts(file: str | os.PathLike[str], column: str = "text") -> list[str]:
 
 def _read_file(file: RowFile) -> Iterator[Pair]:
     for row, where in readable_rows(file):
-        yield pair_of(_with_number(row) if file.container == "CSV" else row, where)
+        yield pair_of(_of_table(row) if file.container == "CSV" else row, where)
 
 
-def _with_number(row: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A row of a table, whose cells are texts, with its score as a number where it is one."""
+def _of_table(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A row of a table, whose cells are texts: an empty negative is none, and a score a number where it is one."""
+    row = {name: cell for name, cell in row.items() if cell.strip() or not _NEGATIVE.match(name)}
     cell = row.get(SCORE)
     try:
         return {**row, SCORE: float(cell)} if isinstance(cell, str) and cell.strip() else row

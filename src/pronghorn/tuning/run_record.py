@@ -159,7 +159,7 @@ def load_run(place: str | os.PathLike[str]) -> RunRecord:
         content = json.loads(found.read_text(encoding="utf-8"))
         name = _name(path, found)
         return _of_trainer_state(content, name) if "log_history" in content else _of_record(content, name)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         raise RunUnreadable(
             f"this is no record of a run ({type(error).__name__}: {error})",
             where=str(found),
@@ -196,7 +196,7 @@ def _of_record(content: dict[str, Any], name: str) -> RunRecord:
     known = {item.name for item in dataclasses.fields(RunRecord)}
     values = {key: value for key, value in content.items() if key in known}
     record = RunRecord(**values)
-    record.name = record.name or name
+    record.name = record.name if record.name and isinstance(record.name, str) else name
     record.settings = [Setting(**item) for item in record.settings]  # type: ignore[arg-type]
     record.samples = [Sample(**item) for item in record.samples]  # type: ignore[arg-type]
     record.log = [{key: _number(value) for key, value in entry.items()} for entry in record.log]
