@@ -349,6 +349,18 @@ def test_merged_4bit_is_the_merged_model_in_nf4(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["nf4", "plain"]
 
 
+def test_layers_that_bitsandbytes_cannot_run_on_a_cpu_stay_in_16_bits(tmp_path):
+    """Four outputs, of blocks of 32."""
+    model = trained(
+        tiny_model("qwen3_5_text", dtype=torch.bfloat16), target_modules=["in_proj_a", "in_proj_qkv"]
+    )
+    done = save_merged(model, tiny_tokenizer(), tmp_path / "nf4", save_method="merged_4bit")
+    config = json.loads((tmp_path / "nf4" / "config.json").read_text())["quantization_config"]
+    linear = "model.layers.0.linear_attn"
+    assert config["llm_int8_skip_modules"] == ["lm_head", f"{linear}.in_proj_a", f"{linear}.in_proj_b"]
+    assert not done.failed
+
+
 def _with_tokenizer(path):
     tiny_tokenizer().save_pretrained(path)
     return path

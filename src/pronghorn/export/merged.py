@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from pronghorn.engine import auto_class, base_causal_lm
 from pronghorn.errors import PackageMissing, UnknownArgument, nearest
@@ -29,6 +30,8 @@ from pronghorn.kernels.fp8 import E4M3
 
 SAVE_METHODS = ("merged_16bit", "merged_4bit", "fp8", "lora")
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+#: Rows of a 4-bit matrix that bitsandbytes packs together on a CPU.
+_BLOCK_ROWS = 32
 #: About what a token takes in tokenizer.json.
 _TOKEN_BYTES = 160
 
@@ -174,9 +177,24 @@ def _write_4bit(model: Any, plan: Plan, folder: Path, shard_bytes: int) -> None:
                 bnb_4bit_quant_type="nf4",
                 bnb_4bit_use_double_quant=True,
                 bnb_4bit_compute_dtype=dtype,
+                llm_int8_skip_modules=_kept_in_16_bits(base),
             ),
         )
         quantised.save_pretrained(str(folder), max_shard_size=shard_bytes)
+
+
+def _kept_in_16_bits(base: Any) -> list[str] | None:
+    """Modules to leave out: None for those that are left out anyway, besides them linear layers whose outputs are no
+    whole blocks of 32. bitsandbytes cannot run these on a CPU, and they are small: gates of linear attention.
+    """
+    from transformers.quantizers.base import get_keys_to_not_convert
+
+    narrow = [
+        name.removesuffix(".base_layer")
+        for name, module in base.named_modules()
+        if isinstance(module, nn.Linear) and module.out_features % _BLOCK_ROWS and ".lora_" not in name
+    ]
+    return sorted({*narrow, *get_keys_to_not_convert(base)}) if narrow else None
 
 
 def parse_size(size: int | str) -> int:
