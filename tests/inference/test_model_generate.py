@@ -8,11 +8,13 @@ import pickle
 
 import pytest
 import torch
+from accelerate import Accelerator
 from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, TrainableTokensConfig, get_peft_model
 from transformers import GenerationConfig, TextStreamer
 from transformers.generation.streamers import BaseStreamer
 
 from pronghorn import FastLanguageModel
+from pronghorn.engine import bind
 from pronghorn.inference.model_generate import EngineGenerate
 from tests.inference.test_engine import PROMPTS, prompt
 from tests.inference.test_engine_adapters import with_adapters
@@ -228,6 +230,12 @@ def written_to_as_data(model):
             parameter.requires_grad_(False).data.mul_(-3.0)
 
 
+def negated_as_data(model):
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.neg_()
+
+
 def with_other_angles(model):
     decoder = model.get_base_model().model
     config = copy.deepcopy(decoder.config)
@@ -242,7 +250,13 @@ def with_a_forward_of_its_own(model):
 
 @pytest.mark.parametrize(
     "change",
-    [trained_by_a_fused_optimizer, written_to_as_data, with_other_angles, with_a_forward_of_its_own],
+    [
+        trained_by_a_fused_optimizer,
+        written_to_as_data,
+        negated_as_data,
+        with_other_angles,
+        with_a_forward_of_its_own,
+    ],
 )
 def test_changes_that_nobody_counts_are_seen(change):
     model = FastLanguageModel.for_inference(with_adapters(tiny_model("llama"), {"only": 4}))
@@ -305,6 +319,48 @@ def test_other_methods_of_peft(config):
     model, expected = FastLanguageModel.for_inference(adapted()), adapted().generate(**given)
     assert torch.equal(model.generate(**given), expected)
     assert not torch.equal(tiny_model("llama").generate(**given), expected)
+
+
+@pytest.mark.parametrize("config", [PromptTuningConfig, PrefixTuningConfig])
+def test_virtual_tokens_that_come_after_answers(config):
+    def adapted(model):
+        torch.manual_seed(1)
+        model = get_peft_model(model, config(task_type="CAUSAL_LM", num_virtual_tokens=4))
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data.normal_()
+        return model.eval()
+
+    given = {
+        "input_ids": ONE,
+        "attention_mask": torch.ones_like(ONE),
+        "max_new_tokens": 8,
+        "do_sample": False,
+    }
+    given |= {"pad_token_id": 0, "eos_token_id": None}
+    base = FastLanguageModel.for_inference(tiny_model("llama").requires_grad_(False))
+    before, expected = base.generate(**given), adapted(tiny_model("llama")).generate(**given)
+    assert torch.equal(adapted(base).generate(**given), expected) and not torch.equal(before, expected)
+
+
+def test_a_whole_model_trained_in_mixed_precision():
+    """accelerate lays a forward over the model, once for each trainer."""
+    model = FastLanguageModel.for_inference(tiny_model("llama"))
+    given = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    expected = stock(model, ONE, **given)
+    for _ in range(2):
+        accelerator = Accelerator(mixed_precision="bf16", cpu=True)
+        model = accelerator.prepare_model(model)
+    assert "convert_outputs_to_fp32" in str(model.__dict__["forward"])
+    assert torch.equal(model.generate(ONE, **given), expected) and through_engine(model)
+    other = Accelerator(mixed_precision="bf16", cpu=True).prepare_model(tiny_model("llama"))
+    assert bind(other).bound
+
+
+def test_a_model_in_64_bits():
+    model = FastLanguageModel.for_inference(tiny_model("llama").double())
+    given = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(model.generate(ONE, **given), stock(model, ONE, **given)) and through_engine(model)
 
 
 def test_training_after_answering():

@@ -91,6 +91,8 @@ def _bias(module: nn.Module) -> Tensor | None:
 
 
 _COLLECTING = "transformers.utils.output_capturing"
+#: where the functions are defined that mixed precision wraps a forward in
+_PRECISION = ("accelerate.utils.operations", "torch.amp.autocast_mode")
 
 
 def runs_more_than_its_class(module: nn.Module) -> bool:
@@ -124,11 +126,24 @@ def runs_more_than_the_binding(module: nn.Module) -> bool:
 
 
 def has_forward_of_its_own(module: nn.Module) -> bool:
-    """Whether somebody has put a forward on the instance, bindings and accelerate apart."""
+    """Whether somebody has put a forward on the instance; bindings, accelerate and mixed precision apart."""
     own = module.__dict__
-    forward = own.get("forward")
-    bound = isinstance(forward, partial) and forward.func.__module__ == f"{__package__}.forward"
-    return forward is not None and not bound and "_hf_hook" not in own
+    if "forward" not in own or "_hf_hook" in own:
+        return False
+    forward = _within_precision(own["forward"])
+    if isinstance(forward, partial):
+        return bool(forward.func.__module__ != f"{__package__}.forward")
+    return forward is not type(module).forward
+
+
+def _within_precision(forward: Any) -> Any:
+    """The forward that accelerate has wrapped for mixed precision, once for each trainer; any other as it is."""
+    while True:
+        forward = getattr(forward, "__func__", forward)
+        place = getattr(forward, "__globals__", {}).get("__name__", type(forward).__module__)
+        if place not in _PRECISION or not hasattr(forward, "__wrapped__"):
+            return forward
+        forward = forward.__wrapped__
 
 
 def _is_not_collecting(hook: Any) -> bool:

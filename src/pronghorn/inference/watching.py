@@ -2,7 +2,7 @@
 
 Writes that autograd sees are counted by torch, tensor by tensor. Others are not: torch's fused optimizers (the
 Trainer's usual one), those of bitsandbytes and `parameter.data` count nothing. What is trained, or belongs to the
-adapters that are active, is therefore looked at itself, by its norms.
+adapters that are active, is therefore looked at itself: one reading of it, about what a token of an answer costs.
 """
 
 from __future__ import annotations
@@ -26,12 +26,17 @@ class Watch:
             for m in base.modules()
             if m._modules or m._parameters or m._buffers or type(m).__name__ not in idle
         ]
-        self._seen = look_at(self._modules)
-        self._held = _norms(self._modules)
+        self._base = base
+        self._seen = self._look()
 
     def changed(self) -> bool:
         """Whether weights were trained, moved, merged or switched, or modules replaced, since then."""
-        return look_at(self._modules) != self._seen or _norms(self._modules) != self._held
+        return self._look() != self._seen
+
+    def _look(self) -> list[Any]:
+        # PEFT's virtual tokens come in by this function of the instance, and leave the class's there when they go.
+        prepared = self._base.__dict__.get("prepare_inputs_for_generation")
+        return [getattr(prepared, "__func__", prepared), *look_at(self._modules), *_sums(self._modules)]
 
 
 def look_at(modules: Sequence[nn.Module]) -> list[Any]:
@@ -58,14 +63,35 @@ def look_at(modules: Sequence[nn.Module]) -> list[Any]:
     return found
 
 
-def _norms(modules: Sequence[nn.Module]) -> list[float]:
-    """Of what may be written to uncounted, each in fp32."""
+def _sums(modules: Sequence[nn.Module]) -> list[int]:
+    """Of what may be written to uncounted: a few numbers a tensor, as bits, so that one that is no number equals
+    itself."""
     alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
     for tensor in _written_to(modules):
-        alike[tensor.device, tensor.dtype].append(tensor.detach())
+        if tensor.numel():
+            alike[tensor.device, tensor.dtype].append(tensor.detach())
     with torch.no_grad():
-        norms = [torch._foreach_norm(tensors, 2, torch.float32) for tensors in alike.values()]
-        return [norm for of_kind in norms for norm in torch.stack(of_kind).tolist()]
+        return [number for tensors in alike.values() for number in _sums_of(tensors)]
+
+
+def _sums_of(tensors: list[Tensor]) -> list[int]:
+    """Of tensors of one device and dtype."""
+    if tensors[0].device.type == "cpu":  # where norms of 16-bit tensors in fp32 take fifty times as long
+        return [int(part.sum()) for tensor in tensors for part in _words(tensor)]
+    wide = None if tensors[0].dtype == torch.float64 else torch.float32
+    # A norm stays where signs change, which the largest number does not: two launches for all tensors.
+    found = [*torch._foreach_norm(tensors, 2, wide), *torch._foreach_max(tensors)]
+    return torch.stack([number.double() for number in found]).view(torch.int64).tolist()
+
+
+def _words(tensor: Tensor) -> list[Tensor]:
+    """Its bytes, eight at a time, and those that are left."""
+    flat = tensor.contiguous().view(-1)
+    if flat.storage_offset() * flat.element_size() % 8:
+        flat = flat.clone()
+    flat = flat.view(torch.uint8)
+    whole = flat.numel() // 8 * 8
+    return [part for part in (flat[:whole].view(torch.int64), flat[whole:]) if part.numel()]
 
 
 def _written_to(modules: Sequence[nn.Module]) -> Iterator[Tensor]:
