@@ -180,3 +180,34 @@ def test_a_text_of_the_scripts_own_is_trained_on_rather_than_the_conversation(lo
     trainer = ScriptTrainer(model, args, train_dataset=rows, eval_dataset={"a": rows}, tokenizer=tokenizer)
     for dataset in (trainer.train_dataset, trainer.eval_dataset["a"]):
         assert tokenizer.decode(dataset[0]["input_ids"]).startswith("my own words")
+
+
+def test_generate_takes_a_configuration_that_only_transformers_follows(loaded):
+    from transformers import GenerationConfig
+
+    model, tokenizer = loaded
+    FastLanguageModel.for_inference(model)
+    config = GenerationConfig(max_new_tokens=2, do_sample=False)
+    ids = tokenizer("Grass", return_tensors="pt")
+    out = model.generate(**ids, generation_config=config, return_dict_in_generate=True, output_scores=True)
+    assert len(out.scores) == 2
+
+
+@pytest.mark.parametrize("by_ids", [False, True])
+def test_the_collator_of_older_versions_masks_by_its_marks(loaded, by_ids):
+    from pronghorn.compat.arguments import SFTConfig
+    from pronghorn.compat.trainer import DataCollatorForCompletionOnlyLM, ScriptTrainer
+
+    model, tokenizer = loaded
+    mark = tokenizer("A:", add_special_tokens=False)["input_ids"] if by_ids else "A:"
+    rows = Dataset.from_dict({"text": ["Q: one A: two Q: three A: four"] * 4})
+    for instruction, kept in (("Q:", " two  four"), (None, " two Q: three  four")):
+        trainer = ScriptTrainer(
+            model,
+            SFTConfig("out", report_to="none", use_cpu=True),
+            DataCollatorForCompletionOnlyLM(mark, instruction, tokenizer=tokenizer, mlm=False),
+            rows,
+            tokenizer=tokenizer,
+        )
+        labels = [token for token in trainer.train_dataset[0]["labels"] if token != -100]
+        assert tokenizer.decode(labels) == kept + tokenizer.eos_token

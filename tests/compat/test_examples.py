@@ -174,9 +174,40 @@ def test_ollama_gets_its_files(tiny, capsys):
     assert (folder / "Modelfile").read_text() in capsys.readouterr().out
 
 
+def test_reasoning_asks_with_vllms_parameters_and_answers_through_the_saved_adapter(tiny, capsys):
+    seen = run("reasoning", tiny)
+    assert falls(losses(seen["format_trainer"]))
+    args = seen["trainer"].args
+    assert (args.per_device_train_batch_size, args.use_vllm, args.min_p) == (4, False, 0.1)
+    assert any("reward" in entry for entry in seen["trainer"].state.log_history)
+    assert seen["before"] != seen["after"] and isinstance(seen["after"], str)
+    assert list(seen["model"].peft_config) == ["default"]
+
+
+def test_a_table_becomes_conversations_of_which_answers_are_learnt(tiny, capsys):
+    seen = run("table", tiny)
+    ended = seen["tokenizer"].eos_token
+    assert seen["dataset"][0]["text"].startswith(
+        "Answer in one sentence.\n\n# Question\nConvert metres to centimetres.\nThe quantity is:\n2 metres\n\n"
+        f"# Answer\n2 metres are 200 centimetres.{ended}\n\n# Question\n"
+    )
+    answers = [turn["content"] for turn in seen["dataset"][0]["conversations"] if turn["role"] == "assistant"]
+    assert [part.strip() for part in seen["learnt"].split(ended)] == [*answers, ""]
+    assert falls(losses(seen["trainer"])) and seen["output"].shape[0] == 1
+
+
+def test_codes_are_learnt_and_the_run_goes_on_from_its_checkpoint(tiny, capsys):
+    seen = run("codes", tiny)
+    curve = losses(seen["trainer"])
+    assert len(curve) == 8 and falls(curve)  # four of them before the checkpoint
+    assert len(seen["tokenizer"]("<code_3></speech>", add_special_tokens=False)["input_ids"]) == 2
+    moved = seen["again"].get_input_embeddings().weight
+    assert torch.equal(moved, seen["model"].get_input_embeddings().weight)
+
+
 def test_every_script_is_run_here():
     """make_rows.py only writes the rows, which are those in the repository."""
     here = Path(__file__).read_text()
     names = {path.stem for path in SCRIPTS.glob("*.py")} - {"make_rows"}
-    assert len(names) == 16
+    assert len(names) == 19
     assert all(f'"{name}"' in here or f"{name}.py" in here for name in names)

@@ -8,6 +8,7 @@ import torch
 import transformers
 from datasets import Dataset
 
+from pronghorn import binding_of
 from pronghorn.compat import preference, tokens
 from pronghorn.compat.models import FastLanguageModel
 from pronghorn.compat.script import run_script
@@ -134,3 +135,14 @@ def test_target_modules_of_another_model_are_left_out_and_misspelt_ones_are_not(
     assert "has shared_mlp.input_linear, which" in caplog.text
     found = {name.split(".lora_A")[0] for name, _ in adapted.named_parameters() if "lora_A" in name}
     assert {name.rsplit(".", 1)[1] for name in found} == {"q_proj", "up_proj"}
+
+
+def test_an_adapter_that_peft_put_on_takes_the_fast_path(loaded):
+    from peft import LoraConfig, get_peft_model
+
+    model, tokenizer = loaded
+    adapted = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj"]))
+    assert FastLanguageModel.patch_peft_model(adapted, use_gradient_checkpointing=True) is adapted
+    assert binding_of(adapted).bound and adapted.fast_generate("one")[0].outputs
+    adapted.save_pretrained_merged("merged", tokenizer)
+    assert transformers.AutoModelForCausalLM.from_pretrained("merged").config.num_hidden_layers == 2

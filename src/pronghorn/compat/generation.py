@@ -41,7 +41,7 @@ def generate(model: Any, inputs: Any = None, *args: Any, **given: Any) -> Any:
     if isinstance(encoding, Mapping):
         inputs = None if encoding is inputs else inputs
         given = {**encoding, **{name: value for name, value in given.items() if value is not encoding}}
-    if inputs is not None:
+    if inputs is not None or args:
         args = inputs, *args
     return type(model).generate(model, *args, **given)
 

@@ -14,6 +14,8 @@ from pronghorn.engine import base_causal_lm
 from pronghorn.errors import DropInUnavailable, HubUnreachable, ModelNotFound, UnknownArgument, nearest
 from pronghorn.loading.adapters import DEFAULT_TARGETS
 from pronghorn.loading.arguments import note_without_effect, refuse_pair
+from pronghorn.loading.fast import bind_with
+from pronghorn.loading.saving import add_save_methods
 
 logger = logging.getLogger("pronghorn")
 
@@ -79,6 +81,14 @@ class FastLanguageModel(loading.FastLanguageModel):
         adapted = loading.FastVisionModel.get_peft_model(model, *args, **kwargs)
         add_methods(adapted)
         return adapted if tokenizer is None else (adapted, tokenizer)
+
+    @staticmethod
+    def patch_peft_model(model: Any, use_gradient_checkpointing: bool | str = "unsloth") -> Any:
+        """The fast path and the methods of scripts on a model that PEFT itself has put an adapter on. Returns it."""
+        bind_with(model, use_gradient_checkpointing)
+        add_save_methods(model)
+        add_methods(model)
+        return model
 
 
 #: Arguments that both functions have.

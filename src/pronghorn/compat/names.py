@@ -100,7 +100,8 @@ REPLACED: dict[str, dict[str, str]] = {
 
 #: As REPLACED, but found when a script asks: TRL's own classes with what older versions took.
 LATER: dict[str, dict[str, str]] = {
-    "trl": {
+    "trl": {"DataCollatorForCompletionOnlyLM": f"{_TRAINER}:DataCollatorForCompletionOnlyLM"}
+    | {
         f"{method}{kind}": f"pronghorn.compat.preference:{method}{kind}"
         for method in ("CPO", "DPO", "GRPO", "KTO", "ORPO", "Reward")
         for kind in ("Config", "Trainer")

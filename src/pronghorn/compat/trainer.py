@@ -26,6 +26,8 @@ _WITHOUT_EFFECT = frozenset(
 #: columns of rows that are not text alone
 _OTHER = frozenset({"input_ids", "image", "images"})
 
+_OF_THE_COLLATOR = frozenset({"ignore_index", "mlm", "mlm_probability", "padding_free", "pad_to_multiple_of"})
+
 
 class ScriptTrainer(SFTTrainer):
     """`pronghorn.SFTTrainer` with what scripts ask of it: an embedding learning rate, and texts that they have made.
@@ -41,7 +43,13 @@ class ScriptTrainer(SFTTrainer):
         if given.get("formatting_func") is None and not getattr(args, "assistant_only_loss", False):
             field = given.get("dataset_text_field") or getattr(args, "dataset_text_field", None) or "text"
             train_dataset, eval_dataset = _texts(train_dataset, field), _texts(eval_dataset, field)
+        marks = data_collator if isinstance(data_collator, DataCollatorForCompletionOnlyLM) else None
+        data_collator = None if marks is not None else data_collator
         super().__init__(model, args, data_collator, train_dataset, eval_dataset, *more, **given)
+        if marks is not None:
+            tokenizer = marks.tokenizer or self.processing_class
+            instruction, response = marks.texts(tokenizer)
+            mask_responses(self, instruction, response, tokenizer=tokenizer)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         optimizer = super().create_optimizer(*args, **kwargs)
@@ -49,6 +57,31 @@ class ScriptTrainer(SFTTrainer):
         if rate is not None:
             give_own_rate(optimizer, _embeddings(self.model), rate)
         return optimizer
+
+
+class DataCollatorForCompletionOnlyLM:
+    """A collator of older TRL versions, which trained on what follows a mark: the trainer masks its rows by the marks.
+
+    Args:
+        response_template: text, or token ids, behind which an answer begins.
+        instruction_template: where it ends, in conversations of several turns.
+    """
+
+    def __init__(
+        self,
+        response_template: Any,
+        instruction_template: Any = None,
+        *_: Any,
+        tokenizer: Any = None,
+        **given: Any,
+    ) -> None:
+        refuse_unknown(given, DataCollatorForCompletionOnlyLM.__init__, _OF_THE_COLLATOR)
+        self.marks, self.tokenizer = (instruction_template, response_template), tokenizer
+
+    def texts(self, tokenizer: Any) -> list[str]:
+        """Both marks as text, the instruction's first; "" for none."""
+        inner = getattr(tokenizer, "tokenizer", tokenizer)
+        return [mark if isinstance(mark, str) else inner.decode(mark or []) for mark in self.marks]
 
 
 class PlainTrainer(transformers.Trainer):

@@ -278,6 +278,27 @@ def _made_for_another(model: Any, detail: str, where: str) -> AdapterMismatch:
     )
 
 
+def _grow_embeddings(model: Any, source: Source) -> None:
+    """Rows for tokens that were added before the adapter was trained, where its file has the whole embedding."""
+    base = base_causal_lm(model)
+    embedding = base.get_input_embeddings()
+    if hasattr(model, "peft_config") or embedding is None:
+        return
+    name = next(name for name, module in base.named_modules() if module is embedding)
+    shapes = [
+        entry["shape"]
+        for stored, entry in read_header(source.path / ADAPTER_WEIGHTS).items()
+        if f".{name}." in stored and "lora_" not in stored
+    ]
+    own = list(embedding.weight.shape)
+    rows = max((shape[0] for shape in shapes if shape[1:] == own[1:]), default=0)
+    if rows > own[0]:
+        logger.warning(
+            "pronghorn: the adapter's embedding has %d rows, the model's %d: it gets as many", rows, own[0]
+        )
+        base.resize_token_embeddings(rows, mean_resizing=False)
+
+
 def load_adapter(model: Any, source: Source, name: str = "default") -> Any:
     """Put a saved adapter on its base model, ready to be trained on; or on a PEFT model, beside those it has, frozen.
 
@@ -296,6 +317,7 @@ def load_adapter(model: Any, source: Source, name: str = "default") -> Any:
         from peft.utils import get_peft_model_state_dict
 
     mark = check_base(model, check_adapter_files(source), source.location)
+    _grow_embeddings(model, source)
     try:
         config = PeftConfig.from_pretrained(source.location)
         config.loftq_config = mark or config.loftq_config  # PEFT drops what it does not know
