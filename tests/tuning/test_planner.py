@@ -37,6 +37,15 @@ def test_every_setting_fits_and_its_parts_add_up() -> None:
             assert found.tokens == 16 * 2048
 
 
+def test_parts_of_a_mixture_with_adapters_on_its_experts_add_up() -> None:
+    """Adapters of experts have no 16-bit copy."""
+    config = tiny_config("mixtral", hidden_size=512, intermediate_size=1024, num_local_experts=8)
+    for found in settings(Job(config, Workload.full_rows(512), rank=256, micro_batch=1), H100):
+        assert sum(part.size for part in found.parts) == found.peak
+        (adapters,) = (part for part in found.parts if part.name == "adapters")
+        assert 4 <= adapters.size / found.shape.adapter_parameters < 5
+
+
 def test_the_micro_batch_is_the_fastest_of_those_that_fit() -> None:
     (best,) = settings(JOB, H100, precisions=("16-bit",))
     for sequences in (1, 2, 4, 8, 16):

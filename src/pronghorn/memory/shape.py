@@ -402,6 +402,11 @@ class ModelShape:
             for size, _, _ in self._stacks(plain) if not self.stack_tensors else ():
                 yield from stored_tensors(1, size, self.storage_of_stacks)
 
+    @property
+    def copied_adapter_parameters(self) -> int:
+        """Adapter elements with a 16-bit copy beside them: those of one flat tensor, not those of experts."""
+        return self.adapter_parameters - sum(self._stacked_adapters()) if self.packed else 0
+
     def laid_out_tensors(self) -> Iterator[int]:
         """Bytes of adapters and of the gradients of all that is trained, which live from step to step."""
         if self.trained == "all":

@@ -27,7 +27,8 @@ def parts_of(shape: ModelShape, levels: Sequence[Level], batch: Batch, found: Es
     """Parts that add up to what torch reserves at the peak, and the CUDA context beside it."""
     adapters = shape.adapter_parameters if shape.trained == "adapters" else 0
     trained = adapters or shape.parameters
-    own = adapters * (4 + shape.element)
+    copied = shape.copied_adapter_parameters if adapters else 0
+    own = adapters * 4 + copied * shape.element
     gradients = trained * (4 if adapters else shape.element)
     states = 2 * trained * (shape.state_element if adapters else shape.element)
     libraries = max(found.fixed - found.weights - own - gradients - states, 0)
@@ -42,9 +43,12 @@ def parts_of(shape: ModelShape, levels: Sequence[Level], batch: Batch, found: Es
     else:
         about = f"{logits / 2**20:.0f} MiB a chunk, gone before the peak, which is in {moment}"
         logits = 0
+    about_adapters = "none"
+    if adapters:
+        about_adapters = "fp32, and a copy in 16 bits" if copied else "fp32"
     return (
         Part("weights", found.weights, shape.storage),
-        Part("adapters", own, "fp32, and a copy in 16 bits") if adapters else Part("adapters", 0, "none"),
+        Part("adapters", own, about_adapters),
         Part("gradients", gradients, f"of {trained / 1e6:.1f} million trained weights"),
         Part("optimizer", states, "AdamW's two states"),
         Part("activations", kept, "what the save levels keep on the GPU"),
