@@ -144,6 +144,8 @@ def test_folders_and_what_cannot_be_read(tmp_path, monkeypatch):
         read_document(tmp_path / "c.bin")
     with pytest.raises(DocumentUnreadable, match="cannot be read"):
         read_document(tmp_path / "none.txt")
+    with pytest.raises(DocumentUnreadable, match="no such file"):
+        read_documents([tmp_path / "folder"])
     (tmp_path / "latin.txt").write_bytes("Käse".encode("latin-1"))
     with pytest.raises(DocumentUnreadable, match="no UTF-8"):
         read_document(tmp_path / "latin.txt")

@@ -104,6 +104,15 @@ def test_csv_as_other_readers_read_it(tmp_path):
     assert records[0].problem.kind == "csv-header" and "carriage return" in records[0].problem.what
 
 
+@pytest.mark.parametrize("written", ["utf-16", "utf-16-le", "utf-16-be"])
+def test_utf_16_by_its_name_needs_no_mark(tmp_path, written):
+    row = '{"text": "a word or two of it"}'
+    _, records = read(tmp_path / "rows.jsonl", f"{row}\n".encode(written), encoding="utf-16")
+    assert [record.value for record in records] == [json.loads(row)]
+    _, records = read(tmp_path / "rows.jsonl", row.encode(), encoding="utf-16")
+    assert [record.problem is not None for record in records] == [True]
+
+
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz", "rows.csv", "rows"])
 def test_a_compressed_file_is_told_as_one(tmp_path, name):
     path = tmp_path / name

@@ -48,7 +48,10 @@ class Utf8Stream:
         self.mark = bool(mark)
         self.encoding = found if mark else encoding or found  # a mark is beyond doubt
         self._stream, self._head = stream, head[len(mark) :]
-        plain = codecs.lookup(self.encoding).name == "utf-8"
+        named = codecs.lookup(self.encoding).name
+        if named in ("utf-16", "utf-32"):  # which expect a mark, and here is none
+            self.encoding = found if found.startswith(named) else f"{named}-le"
+        plain = named == "utf-8"
         # What is wrong in UTF-16 (half a pair, an odd byte at the end) becomes surrogates, which UTF-8 refuses: the
         # line they are in is then told as such, and the others are read.
         self._errors = "surrogatepass" if self.encoding.lower().startswith("utf-") else "surrogateescape"

@@ -52,6 +52,8 @@ def read_document(path: str | os.PathLike[str]) -> Document:
     """One document; see `read_documents`."""
     path = Path(path)
     read = READERS.get(path.suffix.lower())
+    if read is None and not path.exists():
+        raise DocumentUnreadable(f"'{path}' cannot be read: there is no such file", fix="check the name")
     if read is None:
         raise DocumentUnreadable(
             f"'{path}' is of no kind that is read",
