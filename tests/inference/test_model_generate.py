@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -93,6 +94,46 @@ def test_sampling_follows_torchs_seed(model):
     first = sampled(1)
     assert torch.equal(first, sampled(1)) and not torch.equal(first, sampled(2))
     assert len({tuple(row) for row in first.tolist()}) == 3 and first.shape == (3, 36)
+
+
+def test_top_p_of_nothing_is_the_likeliest_token(model):
+    given = {"max_new_tokens": 5, "pad_token_id": 0, "eos_token_id": None}
+    found = model.generate(ONE, do_sample=True, top_p=0.0, **given)
+    assert torch.equal(found, stock(model, ONE, do_sample=False, **given)) and through_engine(model)
+
+
+def test_threads_wait_for_each_other(model):
+    prompts = [torch.tensor([prompt(seed, 20)]) for seed in range(8)]
+    given = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda ids: model.generate(ids, **given), prompts))
+    assert all(torch.equal(a, stock(model, ids, **given)) for a, ids in zip(found, prompts, strict=True))
+    assert through_engine(model)
+
+
+def test_a_streamer_that_asks_again(model, caplog):
+    given = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    other, inner = torch.tensor([prompt(4, 9)]), []
+
+    class Asks(Kept):
+        def put(self, value):
+            inner.append(model.generate(other, **given))
+
+    assert torch.equal(model.generate(ONE, streamer=Asks(), **given), stock(model, ONE, **given))
+    assert len(inner) == 4 and all(torch.equal(one, stock(model, other, **given)) for one in inner)
+    assert "from within another answer" in caplog.text
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_under_autocast(dtype, caplog):
+    model = FastLanguageModel.for_inference(tiny_model("llama", dtype=dtype))
+    given = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    alone = model.generate(ONE, **given)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected, found = stock(model, ONE, **given), model.generate(ONE, **given)
+    assert torch.equal(found, expected if dtype == torch.float32 else alone)
+    assert ("autocast to torch.bfloat16" in caplog.text) == (dtype == torch.float32)
+    assert torch.equal(model.generate(ONE, **given), alone)
 
 
 class Kept(BaseStreamer):

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -373,8 +373,18 @@ class Engine:
 
 @contextmanager
 def _outside_of_autograd() -> Iterator[None]:
-    """No graph; and no inference mode either, whose tensors could not be trained on later."""
-    with torch.inference_mode(False), torch.no_grad():
+    """No graph and no autocast; no inference mode either, whose tensors could not be trained on later."""
+    with torch.inference_mode(False), torch.no_grad(), _without_autocast():
+        yield
+
+
+@contextmanager
+def _without_autocast() -> Iterator[None]:
+    """Entering a context costs more than asking whether it is needed, at every step."""
+    on = [kind for kind in ("cuda", "cpu") if torch.is_autocast_enabled(kind)]
+    with ExitStack() as off:
+        for kind in on:
+            off.enter_context(torch.autocast(kind, enabled=False))
         yield
 
 

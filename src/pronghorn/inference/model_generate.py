@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -42,6 +44,8 @@ _PROCESSORS = {
     "TemperatureLogitsWarper", "TopKLogitsWarper", "TopPLogitsWarper", "MinPLogitsWarper",
     "RepetitionPenaltyLogitsProcessor",
 }  # fmt: skip
+#: keeps the most likely token alone, as Transformers' top_p of 0 does
+_LEAST_TOP_P = 1e-9
 _CRITERIA = {"MaxLengthCriteria", "EosTokenCriteria"}
 #: a result that holds more than tokens
 _TELLING = (
@@ -86,9 +90,15 @@ class EngineGenerate:
         self.model, self.former = model, former
         self._engine: Engine | None = None
         self._told: set[str] = set()
+        self._lock = threading.Lock()
+        #: the thread whose answers the engine computes
+        self._answering: int | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_engine": None}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_engine", "_lock")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update({**state, "_engine": None, "_answering": None, "_lock": threading.Lock()})
 
     def __deepcopy__(self, memo: dict[int, Any]) -> EngineGenerate:
         return EngineGenerate(copy.deepcopy(self.model, memo), copy.deepcopy(self.former, memo))
@@ -155,6 +165,7 @@ class EngineGenerate:
     ) -> Tensor:
         """Transformers' decoding loop: input_ids [B, L] -> [B, L + new]."""
         _check(logits_processor, stopping_criteria, generation_config, prepared)
+        _check_autocast(self.model)
         if streamer is not None and len(input_ids) > 1:
             raise _NotOurs("a streamer for several rows")
         rows = _rows(input_ids, prepared.get("attention_mask"))
@@ -162,16 +173,29 @@ class EngineGenerate:
         ends = _ends(stopping_criteria)
         new = max(1, stopping_criteria.max_length - input_ids.shape[1])
         sampling = _sampling(generation_config, logits_processor, new, ends)
-        engine = self._engine_for([len(kept) for kept, _ in rows], new)
-        adapter = self._adapter(engine)
-        requests = [Request(tuple(kept), sampling, adapter) for kept, _ in rows]
-        if streamer is not None:
-            streamer.put(input_ids.cpu())
-        paddings = [padding if counts else set() for _, padding in rows]
-        answers = _answers(engine, requests, paddings, streamer)
+        with self._alone():
+            engine = self._engine_for([len(kept) for kept, _ in rows], new)
+            adapter = self._adapter(engine)
+            requests = [Request(tuple(kept), sampling, adapter) for kept, _ in rows]
+            if streamer is not None:
+                streamer.put(input_ids.cpu())
+            paddings = [padding if counts else set() for _, padding in rows]
+            answers = _answers(engine, requests, paddings, streamer)
         if streamer is not None:
             streamer.end()
         return _joined(input_ids, answers, generation_config)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Threads wait for each other's answers; a streamer that asks again would wait for itself."""
+        if self._answering == threading.get_ident():
+            raise _NotOurs("it is asked from within another answer")
+        with self._lock:
+            self._answering = threading.get_ident()
+            try:
+                yield
+            finally:
+                self._answering = None
 
     def _engine_for(self, lengths: list[int], new: int) -> Engine:
         """An engine with room for prompts of these lengths and their answers."""
@@ -221,6 +245,15 @@ def _check(processors: Any, criteria: Any, config: Any, prepared: Mapping[str, A
         raise _NotOurs(f"the model's forward is given {other}")
 
 
+def _check_autocast(model: Any) -> None:
+    """Refuse products in another dtype than the model's."""
+    device = model.device.type
+    if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) != model.dtype:
+        raise _NotOurs(
+            f"autocast to {torch.get_autocast_dtype(device)} is on, and the model is {model.dtype}"
+        )
+
+
 def _rows(input_ids: Tensor, mask: Tensor | None) -> list[tuple[list[int], set[int]]]:
     """Each row's tokens without its padding, and what the padding consists of."""
     ids = input_ids.tolist()
@@ -266,7 +299,7 @@ def _sampling(config: Any, processors: Any, new: int, ends: tuple[int, ...]) -> 
     return SamplingParams(
         new,
         temperature=config.temperature if "TemperatureLogitsWarper" in names else 1.0,
-        top_p=config.top_p if "TopPLogitsWarper" in names else 1.0,
+        top_p=max(config.top_p, _LEAST_TOP_P) if "TopPLogitsWarper" in names else 1.0,
         top_k=config.top_k if "TopKLogitsWarper" in names else 0,
         min_p=config.min_p if "MinPLogitsWarper" in names else 0.0,
         repetition_penalty=penalty,
