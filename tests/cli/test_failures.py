@@ -69,3 +69,22 @@ def test_other_libraries_errors(config, capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(SFTTrainer, "training_step", fails)
     assert "[PH206] tensors of two dtypes" in refused(capsys, config)
     assert list(tmp_path.glob("pronghorn-*.log"))
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        (
+            "eos_token=<|none|>",
+            "[PH401] these training arguments do not go together: The specified `eos_token`",
+        ),
+        ("adam_beta1=2.0", "[PH404] adam_beta1=2.0 is outside of its range"),
+        (
+            "resume_from_checkpoint=out/checkpoint-1",
+            "[PH401] 'training.resume_from_checkpoint' has no effect",
+        ),
+        ("eval_on_start=true", "[PH401] 'training.eval_on_start' needs rows to evaluate on"),
+    ],
+)
+def test_training_arguments_that_are_refused_by_whoever_reads_them(config, capsys, setting, message):
+    assert message in refused(capsys, config, "--set", f"training.{setting}")

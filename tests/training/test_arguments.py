@@ -11,7 +11,7 @@ import trl
 from peft import LoraConfig, get_peft_model
 
 from pronghorn.engine import bind, binding_of
-from pronghorn.errors import DatasetUnusable, UnknownArgument
+from pronghorn.errors import DatasetUnusable, PackageMissing, UnknownArgument
 from pronghorn.training import SFTConfig, SFTTrainer
 from pronghorn.training.arguments import usable_optimizer
 from pronghorn.training.config import as_sft_config
@@ -229,3 +229,36 @@ def test_a_process_that_sees_several_gpus_trains_on_one(tmp_path, caplog):
             run = SFTTrainer(model, args=args, train_dataset=chats(4), processing_class=tiny_tokenizer())
     assert run.args.n_gpu == 1 and sum("one of 2 GPUs" in note for note in notes(caplog)) == 1
     assert not isinstance(run._wrap_model(run.model), torch.nn.DataParallel)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"learning_rate": float("nan")}, "learning_rate=nan is outside"),
+        ({"seed": -1}, "seed=-1 is outside .* 0 to 4294967295"),
+        ({"adam_beta2": 1.0}, "adam_beta2=1.0 is outside .* below 1"),
+        ({"train_sampling_strategy": "group_by_lenght"}, "train_sampling_strategy.*'group_by_length'"),
+        ({"truncation_mode": "end"}, "truncation_mode='end' does not exist"),
+        ({"loss_type": "ce"}, "loss_type='ce' does not exist"),
+        ({"lr_scheduler_type": "cosine_with_min_lr"}, "asks for|min_lr_rate"),
+        ({"lr_scheduler_kwargs": {"rate": 1}}, "lr_scheduler_type='linear' cannot be made .*rate"),
+        ({"save_strategy": "best"}, "save_strategy='best' needs evaluations"),
+    ],
+)
+def test_values_that_would_be_taken_without_a_word_or_refused_late(arguments, message):
+    with pytest.raises(UnknownArgument, match=message):
+        SFTConfig(report_to="none", **arguments)
+
+
+def test_values_at_the_ends_of_their_ranges():
+    SFTConfig(
+        report_to="none", learning_rate=0.0, seed=2**32 - 1, label_smoothing_factor=1.0, loss_type="chunked_nll",
+        lr_scheduler_type="warmup_stable_decay", lr_scheduler_kwargs={"num_decay_steps": 5}, adam_beta1=0.0,
+    )  # fmt: skip
+
+
+def test_an_optimizer_that_cannot_be_made(tmp_path):
+    with pytest.raises(UnknownArgument, match="optim='sgd' cannot be made"):
+        trainer(tmp_path, optim_args="momentum").train()
+    with pytest.raises(PackageMissing, match="optim='lomo' needs a package"):
+        trainer(tmp_path, optim="lomo").train()

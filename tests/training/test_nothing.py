@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pronghorn.errors import SaveFailed
+from pronghorn.errors import SaveFailed, UnknownArgument
 from tests.training.runs import adapter_model, trainer
 
 
@@ -23,3 +23,9 @@ def test_an_output_folder_that_cannot_be_written_is_told_before_training(tmp_pat
     with pytest.raises(SaveFailed, match=r"PH601.*run's output") as caught:
         trainer(tmp_path / "taken" / "run", adapter_model())
     assert "taken" in str(caught.value.where)
+
+
+def test_a_model_whose_parameters_are_all_frozen(tmp_path) -> None:
+    model = adapter_model().requires_grad_(False)
+    with pytest.raises(UnknownArgument, match="no parameter of the model is to be trained"):
+        trainer(tmp_path, model).train()

@@ -15,7 +15,7 @@ from pronghorn.cli.folders import output_folder
 from pronghorn.cli.models import resolve_model
 from pronghorn.cli.quiet import quiet_libraries
 from pronghorn.config import RunConfig, arguments, load_config, section_arguments
-from pronghorn.errors import ConfigInvalid, ExportDiffers, nearest
+from pronghorn.errors import ConfigInvalid, ExportDiffers, UnknownArgument, nearest
 from pronghorn.importing import left_out_of_collections
 
 if TYPE_CHECKING:
@@ -79,13 +79,16 @@ def make_trainer(config: RunConfig, settings: Any) -> tuple[Any, Rows]:
     from pronghorn import SFTTrainer
 
     with rows.naming_lines():
-        trainer = SFTTrainer(
-            model=model,
-            args=settings,
-            processing_class=tokenizer,
-            train_dataset=rows.train,
-            eval_dataset=rows.held_back,
-        )
+        try:
+            trainer = SFTTrainer(
+                model=model,
+                args=settings,
+                processing_class=tokenizer,
+                train_dataset=rows.train,
+                eval_dataset=rows.held_back,
+            )
+        except (ValueError, ImportError) as error:  # what TRL and Transformers refuse
+            raise _not_together(config, error) from error
     trainer.row_numbers = rows.train_numbers
     return trainer, rows
 
@@ -112,16 +115,24 @@ def training_settings(config: RunConfig) -> Any:
     _check_names(config, values)
     try:
         return SFTConfig(**values)
+    except UnknownArgument as error:
+        key = error.message.partition("=")[0]
+        error.where = error.where or config.where(f"training.{key}" if key in values else "training")
+        raise
     except (ValueError, TypeError, ImportError) as error:
-        raise ConfigInvalid(
-            f"these training arguments do not go together: {first_line(error)}",
-            where=config.where("training"),
-            fix="change the argument it names",
-        ) from error
+        raise _not_together(config, error) from error
+
+
+def _not_together(config: RunConfig, error: Exception) -> ConfigInvalid:
+    return ConfigInvalid(
+        f"these training arguments do not go together: {first_line(error)}",
+        where=config.where("training"),
+        fix="change the argument it names",
+    )
 
 
 def _check_names(config: RunConfig, values: dict[str, Any]) -> None:
-    """Names that Transformers would refuse with the list of all.
+    """Names that Transformers would refuse with the list of all, and keys without effect here.
 
     Raises:
         ConfigInvalid: with the nearest one.
@@ -129,6 +140,18 @@ def _check_names(config: RunConfig, values: dict[str, Any]) -> None:
     from transformers.trainer_utils import SchedulerType
     from transformers.training_args import OptimizerNames
 
+    if values.get("resume_from_checkpoint") is not None:
+        raise ConfigInvalid(
+            "'training.resume_from_checkpoint' has no effect in a file",
+            where=config.where("training.resume_from_checkpoint"),
+            fix="remove it; `pronghorn train --resume` goes on from the newest checkpoint in output.folder",
+        )
+    if values.get("eval_on_start") and not config.data.held_back:
+        raise ConfigInvalid(
+            "'training.eval_on_start' needs rows to evaluate on",
+            where=config.where("training.eval_on_start"),
+            fix="set data.held_back to how many rows are held back",
+        )
     for key, kind in (("optim", OptimizerNames), ("lr_scheduler_type", SchedulerType)):
         known = [item.value for item in kind]
         if values.get(key, known[0]) not in known:

@@ -15,6 +15,7 @@ from transformers.integrations import integration_utils
 
 from pronghorn.errors import PackageMissing, UnknownArgument, nearest
 from pronghorn.memory import parse_budget
+from pronghorn.training.limits import check_packages, check_together, check_values
 from pronghorn.tuning.recommend import recommended_arguments
 
 logger = logging.getLogger("pronghorn")
@@ -135,6 +136,9 @@ class SFTConfig(trl.SFTConfig):
         if self.stop_early:
             self._keep_the_best()
         super().__post_init__()
+        check_values(self)
+        check_together(self)
+        check_packages(self)
         _check_reports(self.report_to)
 
     def _keep_the_best(self) -> None:
@@ -164,6 +168,9 @@ def settle_device(args: Any) -> None:
         if args.fp16:
             args.fp16 = False
             logger.warning("pronghorn: fp16=True has no effect without a GPU: the model's own dtype is used")
+        if getattr(args, "activation_offloading", False):
+            args.activation_offloading = False
+            logger.warning("pronghorn: activation_offloading=True has no effect without a GPU")
 
 
 def check_budget(budget: Any) -> None:

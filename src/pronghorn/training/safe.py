@@ -16,6 +16,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
 from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 
+from pronghorn.errors import PackageMissing, UnknownArgument
 from pronghorn.importing import left_out_of_collections
 from pronghorn.training.checkpoints import (
     STAGING,
@@ -45,6 +46,10 @@ def is_alone_on_gpu(model: torch.nn.Module, device: torch.device) -> bool:
     tensors = [tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.device == device]
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     return torch.cuda.memory_allocated(device) < 1.05 * sum(storages.values()) + _LITTLE
+
+
+def _in_a_line(error: Exception) -> str:
+    return " ".join(str(error).split()).rstrip(".")
 
 
 class SafeTrainer(transformers.Trainer):
@@ -82,6 +87,7 @@ class SafeTrainer(transformers.Trainer):
         `max_steps=0` or `num_train_epochs=0` nothing is trained, which is said.
 
         Raises:
+            UnknownArgument: nothing of the model is to be trained.
             CheckpointMissing, ResumeMismatch: there is none to resume from, or one of another adapter.
             SaveFailed: a checkpoint could not be written; none is left half-written.
         """
@@ -90,6 +96,7 @@ class SafeTrainer(transformers.Trainer):
             # Transformers looks for the end after a step only.
             logger.warning("pronghorn: %s=0: nothing is trained", asked)
             return TrainOutput(0, 0.0, {})
+        self._check_that_something_is_trained()
         if resume_from_checkpoint is True:
             resume_from_checkpoint = str(newest_checkpoint(self.args.output_dir))
         elif resume_from_checkpoint:
@@ -103,6 +110,39 @@ class SafeTrainer(transformers.Trainer):
         unneeded = is_alone_on_gpu(self.model, self.args.device)
         with self._while_training(), left_out_of_collections() if unneeded else nullcontext():
             return super().train(resume_from_checkpoint or None, *args, **kwargs)
+
+    def _check_that_something_is_trained(self) -> None:
+        """
+        Raises:
+            UnknownArgument: every parameter is frozen, which a backward pass would tell in its own words.
+        """
+        if not any(parameter.requires_grad for parameter in self.model.parameters()):
+            raise UnknownArgument(
+                "no parameter of the model is to be trained: all are frozen",
+                fix="put an adapter on it (get_peft_model), load a saved one with is_trainable=True, or load the model "
+                "with full_finetuning=True",
+            )
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """Transformers' own.
+
+        Raises:
+            PackageMissing: `optim` needs one.
+            UnknownArgument: it cannot be made of what was given.
+        """
+        optim = str(getattr(self.args.optim, "value", self.args.optim))
+        try:
+            return super().create_optimizer(*args, **kwargs)
+        except ImportError as error:
+            raise PackageMissing(
+                f"optim='{optim}' needs a package: {_in_a_line(error)}",
+                fix="install it, or use 'adamw_torch'",
+            ) from error
+        except (ValueError, TypeError) as error:
+            raise UnknownArgument(
+                f"optim='{optim}' cannot be made: {_in_a_line(error)}",
+                fix="change optim, optim_args or what the message names",
+            ) from error
 
     @contextmanager
     def _while_training(self) -> Iterator[None]:
