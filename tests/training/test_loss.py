@@ -258,3 +258,25 @@ def test_a_config_with_a_weight_for_a_balance_that_the_model_does_not_give(tmp_p
     run = trainer(tmp_path, model)
     run.train()
     assert run.aux_loss_enabled and losses(run)[0] == pytest.approx(5.8, abs=0.3)  # about ln(320)
+
+
+def test_a_streams_last_batches_are_no_part_of_another_step(tmp_path):
+    """Six rows, four a step: the two that are left begin the next round, with the divisor of their own step."""
+    rows = chats(6)
+    given = {
+        "per_device_train_batch_size": 1,
+        "gradient_accumulation_steps": 4,
+        "learning_rate": 0.0,
+        "max_steps": 3,
+    }
+    run = trainer(tmp_path / "stream", rows=rows.to_iterable_dataset(), shuffle_dataset=False, **given)
+    run.train()
+    # two rounds of the six rows in order are the three steps
+    batches = [[*rows, *rows][begin : begin + 4] for begin in (0, 4, 8)]
+    given |= {"max_steps": 1}
+    expected = []
+    for number, batch in enumerate(batches):
+        whole = trainer(tmp_path / str(number), rows=batch, **given)
+        whole.train()
+        expected += losses(whole)
+    assert losses(run) == pytest.approx(expected, abs=1e-4)

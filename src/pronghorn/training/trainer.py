@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
+from transformers.trainer_utils import has_length
 
 from pronghorn.data.collator import BOOKKEEPING
 from pronghorn.engine import AUTO, base_causal_lm, bind, binding_of
@@ -127,6 +129,7 @@ class SFTTrainer(SafeTrainer, RowsTrainer):
         self._loss_function, self._wants_rows = loss, metrics is not None
         self._training, self._evaluation, self._watch = Tally(), Tally(), Stopwatch()
         self._trained_tokens, self._numbers, self._ledger = 0, NumberWatch(self), StepLedger()
+        self._left_over: list[Any] = []
         self._parameter_count: int | None = None
 
     def _add_watchers(self, asked: dict[str, Any]) -> None:
@@ -154,6 +157,19 @@ class SFTTrainer(SafeTrainer, RowsTrainer):
                 self.get_tp_size() * self.get_cp_size() * self.get_sp_size()
             )
         return count
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list, Any]:
+        """The micro-batches of one step, and their supervised tokens. A stream's last ones, where they are too few for
+        a step, begin its next round: Transformers would add their gradient to that of a whole step."""
+        if has_length(self.train_dataset):
+            return super().get_batch_samples(epoch_iterator, num_batches, device)
+        batches = [*self._left_over, *islice(epoch_iterator, num_batches - len(self._left_over))]
+        self._left_over = [] if len(batches) == num_batches else batches
+        if self._left_over:
+            return [], None
+        return batches, self._get_num_items_in_batch(batches, device)
 
     def training_step(
         self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None
@@ -307,6 +323,6 @@ class SFTTrainer(SafeTrainer, RowsTrainer):
 
     @contextmanager
     def _while_training(self) -> Iterator[None]:
-        self._training = Tally()
+        self._training, self._left_over = Tally(), []
         with super()._while_training(), self._recorder.of_run() if self._recorder else nullcontext():
             yield
