@@ -150,6 +150,18 @@ def test_a_model_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "PH101" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("size", ["hidden_size", "num_key_value_heads", "num_hidden_layers", "vocab_size"])
+@pytest.mark.parametrize("value", [0, -1, 10**12])
+def test_a_config_of_impossible_sizes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], size: str, value: int
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({**LLAMA_8B, size: value}))
+    assert main(["plan", str(tmp_path), "--gpu", "H100"]) == 2
+    said = capsys.readouterr().err
+    # Transformers refuses a width that the heads do not divide by itself.
+    assert "PH102" in said if size == "hidden_size" and "PH103" not in said else size in said
+
+
 def test_every_family_of_the_fast_path_is_planned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for family in (
         "llama",

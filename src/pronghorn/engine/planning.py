@@ -41,6 +41,10 @@ from pronghorn.weights.experts import DenseExperts, ExpertWeight, FourBitExperts
 
 #: types whose configs do not say that q, k and v have biases
 _ALWAYS_BIASED = ("qwen2", "qwen2_vl_text", "qwen2_5_vl_text")
+#: sizes that a config must have above 0; many GPUs' memory would not hold a model with one beyond 2^24
+_SIZES = (
+    "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size",
+)  # fmt: skip
 
 
 def shape_of_config(
@@ -67,6 +71,11 @@ def shape_of_config(
             f"memory is planned for model types that take the fast path, and '{config.model_type}' does not",
             fix="train it without a budget: it runs Transformers' own forward",
         )
+    sizes = {name: getattr(config, name, None) for name in _SIZES}
+    wrong = [name for name, size in sizes.items() if size is not None and not 0 < size < 1 << 24]
+    if wrong:
+        what = f"a model with {wrong[0]} {sizes[wrong[0]]} is none"
+        raise UnsupportedCheckpoint(what, fix="correct its config.json")
     family, heads = found.for_config(config), config.num_attention_heads
     scales, latent, delta = family.scales(config), latent_shape(config), delta_shape(config)
     rotations = {family.rotation(config, index) for index in range(config.num_hidden_layers)}
