@@ -367,3 +367,14 @@ def test_all_linear_layers_but_those_that_cannot_bear_an_adapter():
     experts = adapted(model=experts, target_modules="all-linear")
     assert set(experts.peft_config["default"].target_modules) == {"q_proj", "k_proj", "v_proj", "o_proj"}
     assert logits(experts).isfinite().all()
+
+
+@pytest.mark.parametrize("family", ["phi3", "llama"])
+def test_all_linear_layers_of_some_decoder_layers(family):
+    model = adapted(
+        family, layers_to_transform=[1], **({} if family == "phi3" else {"target_modules": "all-linear"})
+    )
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert len(trained) == 2 * (4 if family == "phi3" else 7) and all(
+        ".layers.1." in name for name in trained
+    )

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.pytorch_utils import Conv1D
 
 from pronghorn.engine import base_causal_lm
 from pronghorn.errors import (
@@ -79,7 +80,11 @@ def add_adapter(model: Any, random_state: int, revision: str | None = None, **se
     )
     settings["target_parameters"] = parameters
     settings["target_modules"], settings["modules_to_save"] = check_targets(
-        model, targets, settings.get("modules_to_save"), alone=not parameters
+        model,
+        targets,
+        settings.get("modules_to_save"),
+        alone=not parameters,
+        by_name=settings.get("layers_to_transform") is not None,
     )
     check_settings(model, settings)
     _keep_to_language_model(model, settings)
@@ -128,11 +133,13 @@ def check_targets(
     modules_to_save: Iterable[str] | None,
     *,
     alone: bool = True,
+    by_name: bool = False,
 ) -> tuple[str | list[str], list[str] | None]:
     """Names that exist. Embeddings and head go from the targets to `modules_to_save`: they are trained whole.
 
     Args:
         alone: no parameters are adapted besides the modules, so there has to be one.
+        by_name: all linear layers are given by their names, which PEFT asks for where layers are chosen.
 
     Raises:
         TargetModuleNotFound: for a name without a module, with the nearest; for a pattern that matches nothing.
@@ -141,7 +148,7 @@ def check_targets(
     if target_modules is None or target_modules is DEFAULT_TARGETS:
         target_modules = _default_targets(names)
     if target_modules == ALL_LINEAR:
-        target_modules = _all_linear(model)
+        target_modules = _all_linear(model, by_name)
     whole = [modules_to_save] if isinstance(modules_to_save, str) else list(modules_to_save or [])
     if isinstance(target_modules, str):
         targets: str | list[str] = _check_pattern(target_modules, names)
@@ -191,20 +198,25 @@ def _default_targets(names: Sequence[str]) -> str | Iterable[str]:
     return ALL_LINEAR
 
 
-def _all_linear(model: Any) -> str | list[str]:
-    """ "all-linear", or the names of all linear layers that can bear an adapter where some cannot: routers that are
+def _all_linear(model: Any, by_name: bool) -> str | list[str]:
+    """ "all-linear", or the names of all linear layers that can bear an adapter, where some cannot: routers that are
     linear layers and give more than a product, and those that Mamba's kernels read past their modules (PEFT refuses
-    them)."""
+    them).
+
+    Args:
+        by_name: names in any case.
+    """
     linear = {
         name.rpartition(".")[2]: type(module).__name__.endswith("Router")
         for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and module is not model.get_output_embeddings()
+        if isinstance(module, torch.nn.Linear | Conv1D) and module is not model.get_output_embeddings()
     }
     past = {"out_proj"} if base_causal_lm(model).config.model_type in _MAMBA else set()
     left_out = sorted(name for name, router in linear.items() if router or name in past)
-    if not left_out:
+    if not left_out and not by_name:
         return ALL_LINEAR
-    logger.info("pronghorn: no adapter on %s, which cannot bear one", ", ".join(left_out))
+    if left_out:
+        logger.info("pronghorn: no adapter on %s, which cannot bear one", ", ".join(left_out))
     return [name for name in linear if name not in left_out]
 
 
