@@ -78,10 +78,14 @@ def _sums_of(tensors: list[Tensor]) -> list[int]:
     """Of tensors of one device and dtype."""
     if tensors[0].device.type == "cpu":  # where norms of 16-bit tensors in fp32 take fifty times as long
         return [int(part.sum()) for tensor in tensors for part in _words(tensor)]
+    return _norms_and_maxima(tensors)
+
+
+def _norms_and_maxima(tensors: list[Tensor]) -> list[int]:
+    """In a few launches for all tensors. A norm stays where signs change, which the largest number does not."""
     wide = None if tensors[0].dtype == torch.float64 else torch.float32
-    # A norm stays where signs change, which the largest number does not: two launches for all tensors.
-    found = [*torch._foreach_norm(tensors, 2, wide), *torch._foreach_max(tensors)]
-    return torch.stack([number.double() for number in found]).view(torch.int64).tolist()
+    found = torch._foreach_norm(tensors, 2, wide), torch._foreach_max(tensors)
+    return [bits for of_kind in found for bits in torch.stack(of_kind).double().view(torch.int64).tolist()]
 
 
 def _words(tensor: Tensor) -> list[Tensor]:
