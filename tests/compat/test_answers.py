@@ -5,7 +5,7 @@ import pytest
 import torch
 from datasets import Dataset
 
-from pronghorn.compat.answers import SamplingParams
+from pronghorn.compat.answers import SamplingParams, _times
 from pronghorn.compat.models import FastLanguageModel
 from pronghorn.errors import DropInUnavailable, UnknownArgument
 from pronghorn.inference.model_generate import EngineGenerate
@@ -211,3 +211,9 @@ def test_the_collator_of_older_versions_masks_by_its_marks(loaded, by_ids):
         )
         labels = [token for token in trainer.train_dataset[0]["labels"] if token != -100]
         assert tokenizer.decode(labels) == kept + tokenizer.eos_token
+
+
+def test_patches_of_an_image_stay_in_order_for_several_answers():
+    """Some processors give the patches of all images as rows of one tensor."""
+    assert _times(torch.tensor([[0], [1], [2]]), 2, 1).flatten().tolist() == [0, 1, 2, 0, 1, 2]
+    assert _times(torch.tensor([[5, 6], [7, 8]]), 2, 2).tolist() == [[5, 6], [5, 6], [7, 8], [7, 8]]

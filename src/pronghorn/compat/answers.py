@@ -232,7 +232,7 @@ def _answer(model: Any, asked: Sequence[Any], sampling: Any) -> list[RequestOutp
         chosen |= {"stop_strings": texts, "tokenizer": tokenizer}
     count = max(1, sampling.n)
     repeated = {
-        name: value.repeat_interleave(count, 0) if isinstance(value, Tensor) and count > 1 else value
+        name: _times(value, count, len(prompts)) if isinstance(value, Tensor) else value
         for name, value in encoded.items()
     }
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
@@ -256,6 +256,12 @@ def _answer(model: Any, asked: Sequence[Any], sampling: Any) -> list[RequestOutp
             output.outputs.append(_completion(index, row, tokenizer, sampling, ends, texts))
         results.append(output)
     return results
+
+
+def _times(value: Tensor, count: int, prompts: int) -> Tensor:
+    """Each prompt's part so many times over. A prompt with images stands alone, and these may be rows of patches, in
+    any number, which stay in order."""
+    return torch.cat([value] * count) if prompts == 1 else value.repeat_interleave(count, 0)
 
 
 def _encoded(processor: Any, tokenizer: Any, asked: Sequence[Any]) -> tuple[dict[str, Any], list[str | None]]:
