@@ -180,6 +180,7 @@ def test_prompts_of_text_to_a_model_for_images():
     ]  # fmt: skip
     found = run(Engine(model, max_context=192), [greedy(ids, count=NEW) for ids in PROMPTS])
     assert found == [out[0, len(ids) :].tolist() for out, ids in zip(expected, PROMPTS, strict=True)]
+    assert Engine(model).max_context == model.config.text_config.max_position_embeddings
 
 
 @pytest.mark.parametrize("family", ["qwen3_5_text", "qwen3_next"])

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from pronghorn.engine.binding import base_causal_lm
 from pronghorn.hardware import gpu_memory, probe
 from pronghorn.inference.captured import CapturedRunner
 from pronghorn.inference.checks import check_request
@@ -62,7 +63,9 @@ class Engine:
         cache_tokens: int | None = None,
         prefix_sharing: bool = True,
     ) -> None:
-        limit = int(getattr(getattr(model, "config", None), "max_position_embeddings", 0) or 8192)
+        # Of a model for images it is the text part that has it.
+        config = base_causal_lm(model).config.get_text_config()
+        limit = int(getattr(config, "max_position_embeddings", 0) or 8192)
         self.max_context = max_context or limit
         #: what `max_batch` was asked to be
         self.asked_batch = max_batch
