@@ -162,6 +162,15 @@ def test_a_config_of_impossible_sizes(
     assert "PH102" in said if size == "hidden_size" and "PH103" not in said else size in said
 
 
+def test_a_step_is_whole_micro_batches(folder: str, capsys: pytest.CaptureFixture[str]) -> None:
+    common = (folder, "--gpu", "H200", "--load-in-16bit", "--max-seq-length", "64", "--batch", "3")
+    found = plan_of(capsys, *common)
+    assert found["micro_batch"] * found["accumulation"] == found["global_batch"] == 18
+    for asked in ("8", "2"):
+        assert main(["plan", *common, "--global-batch", asked]) == 2
+        assert "no whole number of micro-batches of 3" in capsys.readouterr().err
+
+
 def test_every_family_of_the_fast_path_is_planned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for family in (
         "llama",

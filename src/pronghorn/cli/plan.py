@@ -181,7 +181,7 @@ def _job(
         config,
         Workload.full_rows(options.max_seq_length or ROW_TOKENS),
         rank=RANK if options.rank is None else options.rank,
-        global_batch=max(options.global_batch or GLOBAL_BATCH, options.batch or 1),
+        global_batch=_whole_batches(GLOBAL_BATCH, options),
         epochs=options.epochs or 1,
         offload=not options.no_offload,
         host_limit=host_limit,
@@ -205,15 +205,33 @@ def _job(
     advice = advise(facts)
     values = {one.name: one.value for one in advice}
     # A packed sequence holds several rows.
-    sequences = options.global_batch or 1 << max(int(values["batch"] / work.documents).bit_length() - 1, 0)
+    sequences = 1 << max(int(values["batch"] / work.documents).bit_length() - 1, 0)
     job = replace(
         job,
         workload=work,
         rank=values.get("r", 0),
         epochs=values["num_train_epochs"],
-        global_batch=max(sequences, options.batch or 1),
+        global_batch=_whole_batches(sequences, options),
     )
     return job, advice
+
+
+def _whole_batches(advised: int, options: argparse.Namespace) -> int:
+    """Rows of an optimizer step: as asked, else what is advised, in whole micro-batches.
+
+    Raises:
+        CommandMisused: micro-batches of the size that is asked for do not make up the step that is asked for.
+    """
+    batch = options.batch or 1
+    asked: int | None = options.global_batch
+    if asked is None:
+        return -(-advised // batch) * batch
+    if asked % batch:
+        raise CommandMisused(
+            f"steps of {asked} rows are no whole number of micro-batches of {batch}",
+            fix=f"--global-batch {-(-asked // batch) * batch}, or another --batch",
+        )
+    return asked
 
 
 def _workload(options: argparse.Namespace, name: str) -> Workload:
