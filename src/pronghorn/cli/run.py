@@ -1,4 +1,4 @@
-"""``pronghorn run script.py``: a script written for Unsloth, unchanged, on this library."""
+"""``pronghorn run script.py``: a script or a notebook written for Unsloth, unchanged, on this library."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def register(commands: Any) -> None:
 
     command = commands.add_parser(
         "run",
-        help="run a script written for Unsloth, unchanged",
+        help="run a script or a notebook written for Unsloth, unchanged",
         description="In the script's process, unsloth and unsloth_zoo are this library, and so are the script's "
         "trl.SFTTrainer and trl.SFTConfig. Nothing else changes.",
     )
@@ -35,7 +35,7 @@ def register(commands: Any) -> None:
         metavar="[ID=]FOLDER",
         help="load this where the script names ID, or any id under unsloth/ (repeatable)",
     )
-    command.add_argument("script", metavar="SCRIPT.py")
+    command.add_argument("script", metavar="SCRIPT.py", help="or a notebook, SCRIPT.ipynb")
     command.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="the script's own")
 
 
@@ -72,13 +72,20 @@ def _redirection(given: str) -> tuple[str, str]:
 
 def _tell(error: Exception, script: str) -> int:
     """One line for an error of this library, with the script's line; Python's own traceback for any other."""
-    shown = _from_script(error.__traceback__, script)
+    from pronghorn.compat.notebook import as_script
+
+    notebook = as_script(script) if Path(script).suffix == ".ipynb" and Path(script).is_file() else None
+    code = script if notebook is None else str(notebook.file)
+    shown = _from_script(error.__traceback__, code)
+    lines = [f.lineno for f in traceback.extract_tb(shown) if Path(f.filename) == Path(code) and f.lineno]
+    place = "" if not lines else f"line {lines[-1]}" if notebook is None else notebook.place(lines[-1])
+    at = f"{script}, {place}: " if place else ""
     if isinstance(error, PronghornError):
-        lines = [f.lineno for f in traceback.extract_tb(shown) if Path(f.filename) == Path(script)]
-        at = f"{script}, line {lines[-1]}: " if lines else ""
         print(f"pronghorn: {at}{error}", file=sys.stderr)
         return EXIT_USER_ERROR
     traceback.print_exception(type(error), error, shown)
+    if notebook is not None and place:
+        print(f"pronghorn: that is {script}, {place}", file=sys.stderr)
     from pronghorn.diagnostics.translate import translate
 
     known = _missing(error, shown) or translate(error)
