@@ -7,7 +7,7 @@ from datasets import Dataset
 
 from pronghorn.compat.answers import SamplingParams, _times
 from pronghorn.compat.models import FastLanguageModel
-from pronghorn.errors import DropInUnavailable, UnknownArgument
+from pronghorn.errors import DropInUnavailable, UnknownArgument, UploadFailed
 from pronghorn.inference.model_generate import EngineGenerate
 
 GREEDY = SamplingParams(temperature=0, max_tokens=6)
@@ -217,3 +217,15 @@ def test_patches_of_an_image_stay_in_order_for_several_answers():
     """Some processors give the patches of all images as rows of one tensor."""
     assert _times(torch.tensor([[0], [1], [2]]), 2, 1).flatten().tolist() == [0, 1, 2, 0, 1, 2]
     assert _times(torch.tensor([[5, 6], [7, 8]]), 2, 2).tolist() == [[5, 6], [5, 6], [7, 8], [7, 8]]
+
+
+def test_saving_that_uploads_asks_for_a_token_and_what_is_misspelt_is_refused(loaded, monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    model, tokenizer = loaded
+    for save in (model.save_pretrained_merged, model.save_pretrained_gguf):
+        with pytest.raises(UploadFailed, match="no token"):
+            save("me/model", tokenizer, push_to_hub=True, token="")
+        with pytest.raises(UnknownArgument, match="no argument 'tokn'"):
+            save("folder", tokenizer, push_to_hub=False, tokn="x")
+    model.save_pretrained_merged("plain", tokenizer, push_to_hub=False, token=None, safe_serialization=True)
+    assert (tmp_path / "plain" / "model.safetensors").exists()

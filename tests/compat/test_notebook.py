@@ -41,8 +41,8 @@ def notebook(folder, cells, name="one.ipynb", **metadata):
 
 
 def test_cells_run_behind_one_another(tmp_path, tiny, capsys):
-    (tmp_path / "helper.py").write_text("VALUE = 5\n")
-    path = notebook(tmp_path, [*CELLS, ("code", "from helper import VALUE")])
+    (tmp_path / "beside_the_notebook.py").write_text("VALUE = 5\n")
+    path = notebook(tmp_path, [*CELLS, ("code", "from beside_the_notebook import VALUE")])
     seen = run_script(path, [], {"": tiny})
     assert (seen["share"], seen["VALUE"]) == (3, 5) and seen["model"].config.hidden_size == 64
     assert capsys.readouterr().out.strip().endswith("64")

@@ -18,8 +18,8 @@ logger = logging.getLogger("pronghorn")
 
 #: what `save_pretrained` of Transformers takes beside, in the way that it is done here
 _WITHOUT_EFFECT_ON_MERGING = frozenset(
-    {"is_main_process", "maximum_memory_usage", "safe_serialization", "save_function", "state_dict", "tags",
-     "temporary_location", "variant"}
+    {"commit_message", "is_main_process", "maximum_memory_usage", "private", "safe_serialization", "save_function",
+     "save_peft_format", "state_dict", "tags", "temporary_location", "variant"}
 )  # fmt: skip
 _WITHOUT_EFFECT_ON_GGUF = frozenset({"first_conversion", "maximum_memory_usage", "temporary_location"})
 
@@ -56,10 +56,14 @@ def save_pretrained_gguf(
     **given: Any,
 ) -> Any:
     """`loading.saving.save_pretrained_gguf`; scripts print the Modelfile that they find on the tokenizer then."""
-    refuse_unknown(given, saving.save_pretrained_gguf, {*_WITHOUT_EFFECT_ON_GGUF, "quantization_type"})
-    unused = {name: given.pop(name) for name in _WITHOUT_EFFECT_ON_GGUF & given.keys()}
+    upload, token = given.pop("push_to_hub", False), given.pop("token", None)
+    known = {*_WITHOUT_EFFECT_ON_GGUF, *_WITHOUT_EFFECT_ON_MERGING, "quantization_type"}
+    refuse_unknown(given, saving.save_pretrained_gguf, known)
+    unused = {name: given.pop(name) for name in known & given.keys()}
     note_without_effect(unused, "save_pretrained_gguf")
     method = quantization_method if quantization_type is None else quantization_type
+    if upload:
+        return saving.push_to_hub_gguf(model, save_directory, tokenizer, method, token=token, **given)
     export = saving.save_pretrained_gguf(model, save_directory, tokenizer, method, **given)
     written = Path(export.folder) / "Modelfile"
     if tokenizer is not None and written.exists():
@@ -76,9 +80,13 @@ def save_pretrained_merged(
 ) -> Any:
     """`loading.saving.save_pretrained_merged`. Scripts force it to write 4 bits: what the rounding takes away is then
     said, and the script goes on."""
+    upload, token = given.pop("push_to_hub", False), given.pop("token", None)
+    refuse_unknown(given, saving.save_pretrained_merged, _WITHOUT_EFFECT_ON_MERGING)
     unused = {name: given.pop(name) for name in [*given] if name in _WITHOUT_EFFECT_ON_MERGING}
     note_without_effect(unused, "save_pretrained_merged")
     method = _unforced(save_method)
+    if upload:
+        return push_to_hub_merged(model, save_directory, tokenizer, method, token=token, **given)
     try:
         return saving.save_pretrained_merged(model, save_directory, tokenizer, method, **given)
     except ExportDiffers as error:
