@@ -358,7 +358,7 @@ def test_patterns_and_a_revision_reach_peft():
 def test_all_linear_layers_but_those_that_cannot_bear_an_adapter():
     sizes = {"vocab_size": 320, "hidden_size": 32, "num_hidden_layers": 1}
     mamba = adapted(model=MambaForCausalLM(MambaConfig(**sizes, state_size=4)))
-    assert set(mamba.peft_config["default"].target_modules) == {"in_proj", "x_proj", "dt_proj"}
+    assert set(mamba.peft_config["default"].target_modules) == {"in_proj", "x_proj"}
     experts = PhimoeForCausalLM(
         PhimoeConfig(
             **sizes, intermediate_size=32, num_attention_heads=2, num_key_value_heads=1, num_local_experts=2

@@ -36,8 +36,16 @@ logger = logging.getLogger("pronghorn")
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 DEFAULT_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _WHOLE = ("embed_tokens", "lm_head")
-#: types whose `out_proj` is read by a fused kernel
-_MAMBA = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
+#: type -> linear layers whose weights it reads past their modules: PEFT refuses an adapter on `out_proj`, and one on
+#: `dt_proj` would have no effect
+_PAST_MODULES = {
+    "falcon_h1": {"out_proj"},
+    "falcon_mamba": {"out_proj", "dt_proj"},
+    "jamba": {"dt_proj"},
+    "mamba": {"out_proj", "dt_proj"},
+    "mamba2": {"out_proj"},
+    "nemotron_h": {"out_proj"},
+}
 
 
 def lora_config_fields() -> set[str]:
@@ -200,8 +208,7 @@ def _default_targets(names: Sequence[str]) -> str | Iterable[str]:
 
 def _all_linear(model: Any, by_name: bool) -> str | list[str]:
     """ "all-linear", or the names of all linear layers that can bear an adapter, where some cannot: routers that are
-    linear layers and give more than a product, and those that Mamba's kernels read past their modules (PEFT refuses
-    them).
+    linear layers and give more than a product, and those whose weights a model reads past their modules.
 
     Args:
         by_name: names in any case.
@@ -211,7 +218,7 @@ def _all_linear(model: Any, by_name: bool) -> str | list[str]:
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.Linear | Conv1D) and module is not model.get_output_embeddings()
     }
-    past = {"out_proj"} if base_causal_lm(model).config.model_type in _MAMBA else set()
+    past = _PAST_MODULES.get(base_causal_lm(model).config.model_type, set())
     left_out = sorted(name for name, router in linear.items() if router or name in past)
     if not left_out and not by_name:
         return ALL_LINEAR
