@@ -56,6 +56,16 @@ def total_change(values: np.ndarray, blocks: int = 24) -> tuple[float, float]:
     return float(np.median(slopes) * (len(values) - 1)), float(error)
 
 
+def _shortest(lags: np.ndarray, lag: int, least: int) -> int:
+    """The lag, or the part of it that correlates nearly as well: of a swing of 24 steps noise may hide all but 72."""
+    for parts in range(lag // max(least, 1), 1, -1):
+        middle, reach = round(lag / parts), max(lag // (8 * parts), 1)
+        around = np.arange(max(middle - reach, least + 1), middle + reach + 1)
+        if len(around) and lags[around].max() > 0.8 * lags[lag]:
+            return int(around[np.argmax(lags[around])])
+    return lag
+
+
 def period(values: np.ndarray) -> tuple[int, float] | None:
     """(length, amplitude) of a swing that repeats at least three times in `values`, or None.
 
@@ -83,5 +93,5 @@ def period(values: np.ndarray) -> tuple[int, float] | None:
     # The first stretch above: at twice the length and three times it is as high again.
     ends = np.flatnonzero(np.diff(high) > 1)
     first = high[: ends[0] + 1] if len(ends) else high
-    lag = int(first[np.argmax(lags[first])])
+    lag = _shortest(lags, int(first[np.argmax(lags[first])]), int(below[0]))
     return lag, float(np.sqrt(2 * max(lags[lag], 0.0)) * np.std(rest))
