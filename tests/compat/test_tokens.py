@@ -100,6 +100,8 @@ def test_plain_arguments_and_a_second_trainer_on_the_same_model(loaded, tmp_path
             model, None, args=args, beta=0.3, train_dataset=rows, tokenizer=tokenizer, max_length=64
         )
     assert (trainer.args.beta, trainer.args.max_length, trainer.args.seed) == (0.3, 64, 7)
+    trainer = preference.DPOTrainer(model, None, trainer.args, train_dataset=rows, tokenizer=tokenizer)
+    assert trainer.args.max_length == 64
     unpaired = Dataset.from_list([{"prompt": "one", "completion": " two", "label": True}] * 4)
     config = preference.KTOConfig(
         str(tmp_path), max_prompt_length=8, max_length=64, report_to="none", use_cpu=True
@@ -117,6 +119,10 @@ def test_a_cell_that_is_run_again_keeps_its_adapter_and_whole_models_get_none(lo
     assert FastLanguageModel.get_peft_model(adapted, **how) is adapted and "already" in caplog.text
     with pytest.raises(AdapterProblem, match="has an adapter already"):
         FastLanguageModel.get_peft_model(adapted, **{**how, "r": 8})
+    usual = {"bias": "none", "use_rslora": False, "loftq_config": None, "random_state": 3407}
+    assert FastLanguageModel.get_peft_model(adapted, **how, **usual) is adapted
+    with pytest.raises(AdapterProblem, match="has an adapter already"):
+        FastLanguageModel.get_peft_model(adapted, **how, use_dora=True)
     whole, _ = FastLanguageModel.from_pretrained(tiny, full_finetuning=True)
     assert FastLanguageModel.get_peft_model(whole, r=4) is whole
     assert all(parameter.requires_grad for parameter in whole.parameters())

@@ -140,6 +140,9 @@ def _has_what_it_needs(model: Any, args: tuple[Any, ...], given: dict[str, Any])
     same = not isinstance(targets, list | tuple) or set(targets) - whole == set(own.target_modules) - whole
     if not same or any(asked.get(name, value) != getattr(own, name) for name, value in usual.items()):
         return False
+    more = {name for name in given if hasattr(own, name)} - {*usual, "target_modules", "modules_to_save"}
+    if any((given[name] or None) != (getattr(own, name) or None) for name in more):
+        return False
     logger.warning("pronghorn: the model has this adapter already, which is trained on")
     return True
 

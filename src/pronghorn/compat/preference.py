@@ -104,20 +104,22 @@ def _trainer(base: type) -> type:
     """A trainer class that takes `tokenizer=`, and arguments that belong to its configuration now."""
 
     def __init__(self: Any, *args: Any, tokenizer: Any = None, **given: Any) -> None:
-        own = inspect.signature(base).parameters
+        signature = inspect.signature(base)
+        own = signature.parameters
+        given = {**signature.bind_partial(*args).arguments, **given}
         settings = given["args"] = _settings(base, given.get("args"))
         if tokenizer is not None:
             given.setdefault("processing_class", tokenizer)
         for name in [name for name in given if name not in own and hasattr(settings, name)]:
             setattr(settings, name, given.pop(name))
             logger.warning("pronghorn: %s= belongs to %s now", name, type(settings).__name__)
-        model: Any = given.get("model", args[0] if args else None)
+        model: Any = given.get("model")
         use_one_gpu(settings, model)
         if "ref" in getattr(model, "peft_config", {}) and model.active_adapter != "ref":
             model.delete_adapter(
                 "ref"
             )  # an earlier trainer's copy of where it began, as when a cell is run again
-        base.__init__(self, *args, **_without_gone(given, own))  # type: ignore[misc]
+        base.__init__(self, **_without_gone(given, own))  # type: ignore[misc]
 
     return type(
         base.__name__, (base,), {"__init__": __init__, "__module__": __name__, "__doc__": base.__doc__}
