@@ -8,6 +8,7 @@ import trl
 from transformers import DogeConfig, DogeForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from pronghorn.engine import binding_of
+from pronghorn.errors import UnknownArgument
 from tests.tiny import tiny_model, tiny_tokenizer
 from tests.training.runs import adapter_model, chats, losses, settings, trained, trainer
 
@@ -280,3 +281,12 @@ def test_a_streams_last_batches_are_no_part_of_another_step(tmp_path):
         whole.train()
         expected += losses(whole)
     assert losses(run) == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_stream_that_is_shorter_than_a_step(tmp_path):
+    rows = chats(3).to_iterable_dataset()
+    run = trainer(
+        tmp_path, rows=rows, per_device_train_batch_size=1, gradient_accumulation_steps=4, max_steps=1
+    )
+    with pytest.raises(UnknownArgument, match="the stream has 3"):
+        run.train()

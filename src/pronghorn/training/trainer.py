@@ -13,6 +13,7 @@ from transformers.trainer_utils import has_length
 
 from pronghorn.data.collator import BOOKKEEPING
 from pronghorn.engine import AUTO, base_causal_lm, bind, binding_of
+from pronghorn.errors import UnknownArgument
 from pronghorn.loading.arguments import refuse_pair
 from pronghorn.training.arguments import take_older_arguments
 from pronghorn.training.config import as_sft_config
@@ -162,12 +163,22 @@ class SFTTrainer(SafeTrainer, RowsTrainer):
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list, Any]:
         """The micro-batches of one step, and their supervised tokens. A stream's last ones, where they are too few for
-        a step, begin its next round: Transformers would add their gradient to that of a whole step."""
+        a step, begin its next round: Transformers would add their gradient to that of a whole step.
+
+        Raises:
+            UnknownArgument: a stream's round has fewer batches than one step takes.
+        """
         if has_length(self.train_dataset):
             return super().get_batch_samples(epoch_iterator, num_batches, device)
         batches = [*self._left_over, *islice(epoch_iterator, num_batches - len(self._left_over))]
         self._left_over = [] if len(batches) == num_batches else batches
         if self._left_over:
+            if not self.state.global_step:  # Transformers would end here, with nothing trained
+                raise UnknownArgument(
+                    f"a step takes {num_batches} batches (gradient_accumulation_steps), and the stream has "
+                    f"{len(batches)}",
+                    fix=f"set gradient_accumulation_steps to {len(batches)} at most, or give more rows",
+                )
             return [], None
         return batches, self._get_num_items_in_batch(batches, device)
 
