@@ -9,6 +9,7 @@ from pronghorn.compat.answers import SamplingParams, _times
 from pronghorn.compat.models import FastLanguageModel
 from pronghorn.errors import DropInUnavailable, UnknownArgument, UploadFailed
 from pronghorn.inference.model_generate import EngineGenerate
+from pronghorn.loading import saving
 
 GREEDY = SamplingParams(temperature=0, max_tokens=6)
 PROMPTS = ["The pronghorn is", "What does it eat?"]
@@ -229,3 +230,13 @@ def test_saving_that_uploads_asks_for_a_token_and_what_is_misspelt_is_refused(lo
             save("folder", tokenizer, push_to_hub=False, tokn="x")
     model.save_pretrained_merged("plain", tokenizer, push_to_hub=False, token=None, safe_serialization=True)
     assert (tmp_path / "plain" / "model.safetensors").exists()
+
+
+def test_what_is_uploaded_as_private_stays_private(loaded, monkeypatch):
+    model, tokenizer = loaded
+    seen = []
+    for name in ("push_to_hub_merged", "push_to_hub_gguf"):
+        monkeypatch.setattr(saving, name, lambda *given, **named: seen.append(named))
+    for save in (model.save_pretrained_merged, model.save_pretrained_gguf):
+        save("me/model", tokenizer, push_to_hub=True, token="x", private=True, commit_message="One")
+    assert seen == [{"token": "x", "private": True, "commit_message": "One"}] * 2

@@ -69,3 +69,9 @@ def test_what_is_no_notebook_of_python_is_refused(tmp_path):
         as_script(broken)
     with pytest.raises(CommandMisused, match="notebook of julia"):
         as_script(notebook(tmp_path, CELLS, kernelspec={"language": "julia"}))
+
+
+def test_lines_of_texts_and_brackets_are_no_shells(tmp_path):
+    cell = 'text = """\n!list\n? why\n"""\nrest = (7\n    % 4)\n'
+    found = run_script(notebook(tmp_path, [("code", cell)]))
+    assert (found["text"], found["rest"]) == ("\n!list\n? why\n", 3)

@@ -56,14 +56,14 @@ def save_pretrained_gguf(
     **given: Any,
 ) -> Any:
     """`loading.saving.save_pretrained_gguf`; scripts print the Modelfile that they find on the tokenizer then."""
-    upload, token = given.pop("push_to_hub", False), given.pop("token", None)
+    upload = _of_uploading(given)
     known = {*_WITHOUT_EFFECT_ON_GGUF, *_WITHOUT_EFFECT_ON_MERGING, "quantization_type"}
     refuse_unknown(given, saving.save_pretrained_gguf, known)
     unused = {name: given.pop(name) for name in known & given.keys()}
     note_without_effect(unused, "save_pretrained_gguf")
     method = quantization_method if quantization_type is None else quantization_type
-    if upload:
-        return saving.push_to_hub_gguf(model, save_directory, tokenizer, method, token=token, **given)
+    if upload is not None:
+        return saving.push_to_hub_gguf(model, save_directory, tokenizer, method, **upload, **given)
     export = saving.save_pretrained_gguf(model, save_directory, tokenizer, method, **given)
     written = Path(export.folder) / "Modelfile"
     if tokenizer is not None and written.exists():
@@ -80,13 +80,13 @@ def save_pretrained_merged(
 ) -> Any:
     """`loading.saving.save_pretrained_merged`. Scripts force it to write 4 bits: what the rounding takes away is then
     said, and the script goes on."""
-    upload, token = given.pop("push_to_hub", False), given.pop("token", None)
+    upload = _of_uploading(given)
     refuse_unknown(given, saving.save_pretrained_merged, _WITHOUT_EFFECT_ON_MERGING)
     unused = {name: given.pop(name) for name in [*given] if name in _WITHOUT_EFFECT_ON_MERGING}
     note_without_effect(unused, "save_pretrained_merged")
     method = _unforced(save_method)
-    if upload:
-        return push_to_hub_merged(model, save_directory, tokenizer, method, token=token, **given)
+    if upload is not None:
+        return push_to_hub_merged(model, save_directory, tokenizer, method, **upload, **given)
     try:
         return saving.save_pretrained_merged(model, save_directory, tokenizer, method, **given)
     except ExportDiffers as error:
@@ -101,6 +101,15 @@ def push_to_hub_merged(
 ) -> Any:
     """`loading.saving.push_to_hub_merged`, under the same names of forms."""
     return saving.push_to_hub_merged(model, repo_id, tokenizer, _unforced(save_method), **given)
+
+
+def _of_uploading(given: dict[str, Any]) -> dict[str, Any] | None:
+    """What belongs to uploading, out of what is given; None where nothing is to be uploaded."""
+    wanted, token = given.pop("push_to_hub", False), given.pop("token", None)
+    if not wanted:
+        return None
+    own = {name: given.pop(name) for name in ("private", "commit_message") if name in given}
+    return {"token": token, **{name: value for name, value in own.items() if value is not None}}
 
 
 def _unforced(save_method: str | None) -> str:

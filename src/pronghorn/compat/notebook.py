@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import atexit
 import json
 import re
@@ -84,6 +85,8 @@ def _code(cell: dict[str, Any]) -> list[str]:
     first = next((line.strip() for line in lines if line.strip()), "")
     if first.startswith("%%") and not first.startswith(_STILL_PYTHON):
         return [f"# {line}" for line in lines]
+    if _is_python(lines):  # lines of a text, or behind a bracket, may begin as the shell's do
+        return lines
     code: list[str] = []
     goes_on = False
     for line in lines:
@@ -96,3 +99,11 @@ def _code(cell: dict[str, Any]) -> list[str]:
             code.append(line)
         goes_on = (goes_on or shell is not None) and line.rstrip().endswith("\\")
     return code
+
+
+def _is_python(lines: list[str]) -> bool:
+    try:
+        ast.parse("\n".join(lines))
+    except (SyntaxError, ValueError):
+        return False
+    return True
