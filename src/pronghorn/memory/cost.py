@@ -199,20 +199,36 @@ def step_time(
     times: LayerTimes | None = None,
     tiles: int = 1,
     space: Space = "usual",
+    beside: tuple[float, float] | None = None,
 ) -> StepTime:
-    """Predict a step: layers compute one after another, copies run beside them, one layer ahead or behind."""
+    """Predict a step: layers compute one after another, copies run beside them, one layer ahead or behind.
+
+    Args:
+        beside: `rebuilt_and_waited` of these levels, where it is known already.
+    """
     times = times or layer_times(shape, batch, rates)
-    host = {level: host_bytes_per_token(level, shape.widths) * batch.tokens for level in set(levels)}
-    sizes = [host[level] for level in levels]
-    first = batch.tokens * shape.hidden * shape.residual_element
-    waited = _forward_wait(sizes, first, times.forward, rates.link)
-    backward = [times.backward + times.rebuild(level) for level in levels]
-    waited += _backward_wait(sizes, first, backward, rates.link)
-    recompute = sum(times.rebuild(level) for level in levels)
+    recompute, waited = beside or rebuilt_and_waited(shape, levels, batch, rates, times)
     base = len(levels) * (times.forward + times.backward + (tiles - 1) * times.per_tile) + head_time(
         shape, batch, rates, space
     )
     return StepTime(base + recompute + waited, base, recompute, waited, len(levels) * times.full_rebuild)
+
+
+def rebuilt_and_waited(
+    shape: ModelShape, levels: Sequence[Level], batch: Batch, rates: Rates, times: LayerTimes
+) -> tuple[float, float]:
+    """Seconds of recomputing, and of waiting for the link; plans try tens of thousands of levels by them."""
+    kinds = set(levels)
+    host = {level: host_bytes_per_token(level, shape.widths) * batch.tokens for level in kinds}
+    again = {level: times.rebuild(level) for level in kinds}
+    recompute = sum(again[level] for level in levels)
+    if not any(host.values()):
+        return recompute, 0.0
+    sizes = [host[level] for level in levels]
+    first = batch.tokens * shape.hidden * shape.residual_element
+    waited = _forward_wait(sizes, first, times.forward, rates.link)
+    backward = [times.backward + again[level] for level in levels]
+    return recompute, waited + _backward_wait(sizes, first, backward, rates.link)
 
 
 def _forward_wait(sizes: Sequence[int], first: int, each: float, link: float) -> float:

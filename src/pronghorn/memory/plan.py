@@ -8,14 +8,15 @@ predicted time and the first whose predicted reserved memory fits is taken.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from pronghorn.blocks import LEVELS, Level, host_bytes_per_token, saved_bytes_per_token
 from pronghorn.blocks.glu import TILE_ROWS, tile_slices
 from pronghorn.blocks.levels import space_of
 from pronghorn.errors import BudgetInvalid, BudgetTooSmall
-from pronghorn.memory.cost import StepTime, layer_times, step_time
+from pronghorn.memory.cost import StepTime, layer_times, rebuilt_and_waited, step_time
 from pronghorn.memory.estimate import Estimate, estimate, with_model
 from pronghorn.memory.gpus import GIB, Rates, rates_of
 from pronghorn.memory.pool import HOST_SHARE
@@ -197,6 +198,8 @@ class _Search:
         self._least = 0
         self._saved = {level: saved_bytes_per_token(level, shape.widths) * batch.tokens for level in LEVELS}
         self._host = {level: host_bytes_per_token(level, shape.widths) * batch.tokens for level in LEVELS}
+        #: of levels that were looked at: `rebuilt_and_waited`, which their tiles do not change
+        self._beside: dict[tuple[Level, ...], tuple[float, float]] = {}
 
     def run(self) -> Plan | None:
         if not self._surely_too_large(_times("all", self.shape.layers)):
@@ -218,7 +221,7 @@ class _Search:
         # What alike plans took beside what they keep: the many that come out far above the budget need no estimate.
         beside: dict[tuple[frozenset[Level], int | None], int] = {}
         for _, _, levels, rows in ranked:
-            kind, kept = (frozenset(levels), rows), sum(self._saved[level] for level in levels)
+            kind, kept = (frozenset(levels), rows), _total(self._saved, levels)
             if kept + beside.get(kind, 0) > self.budget + self.budget // 200:
                 continue
             found = self._estimate(levels, rows)
@@ -245,8 +248,7 @@ class _Search:
                     yield _spread("offload", "offload-matmuls", lean, count) + tail
 
     def _surely_too_large(self, levels: Sequence[Level]) -> bool:
-        saved = sum(self._saved[level] for level in levels)
-        host = sum(self._host[level] for level in levels)
+        saved, host = _total(self._saved, levels), _total(self._host, levels)
         over_host = self.host_limit is not None and host > self.host_limit
         return over_host or self._least + saved > self.budget
 
@@ -263,10 +265,13 @@ class _Search:
             levels, rows, self.budget, self.batch, found, time, tuple(_reasons(levels, rows, found, time))
         )
 
-    def _time(self, levels: Sequence[Level], rows: int | None) -> StepTime:
+    def _time(self, levels: tuple[Level, ...], rows: int | None) -> StepTime:
         tiles = len(tile_slices(self.batch.tokens, rows or TILE_ROWS))
-        space = space_of(levels, rows)
-        return step_time(self.shape, levels, self.batch, self.rates, self.times, tiles, space)
+        space, beside = space_of(levels, rows), self._beside.get(levels)
+        if beside is None:
+            beside = rebuilt_and_waited(self.shape, levels, self.batch, self.rates, self.times)
+            self._beside[levels] = beside
+        return step_time(self.shape, levels, self.batch, self.rates, self.times, tiles, space, beside)
 
     def _with_norms(self, found: Plan) -> Plan:
         """Norm outputs too, from the last layer down, as far as the rest of the budget goes."""
@@ -279,6 +284,10 @@ class _Search:
             more = self._plan(levels, found.tile_rows)
             low, high, best = (middle, high, more) if more is not None else (low, middle, best)
         return best
+
+
+def _total(sizes: Mapping[Level, int], levels: Sequence[Level]) -> int:
+    return sum(count * sizes[level] for level, count in Counter(levels).items())
 
 
 def _times(level: Level, count: int) -> tuple[Level, ...]:
