@@ -31,6 +31,7 @@ from pronghorn.memory import (
     available_host_bytes,
     parse_budget,
     plan,
+    plan_if_it_fits,
     rates_of,
     with_margin,
 )
@@ -429,15 +430,9 @@ def plan_with_expanded(shape: ModelShape, limit: int, batch: Batch, rates: Rates
     beside = sum(-(-size // 512) * 512 for size in left_out)
     if limit <= beside:
         return None
-    try:
-        found = plan(
-            replace(shape, storage=shape.multiplied, linear_tensors=multiplied, placed=None),
-            limit - beside,
-            batch,
-            rates=rates,
-            host_limit=host,
-        )
-    except BudgetTooSmall:
+    expanded = replace(shape, storage=shape.multiplied, linear_tensors=multiplied, placed=None)
+    found = plan_if_it_fits(expanded, limit - beside, batch, rates=rates, host_limit=host)
+    if found is None:
         return None
     more = found.estimate
     estimate = replace(

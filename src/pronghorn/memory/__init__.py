@@ -5,7 +5,15 @@ from pronghorn.memory.estimate import Estimate, Inner, estimate
 from pronghorn.memory.gpus import GPUS, Gpu, Rates, gpu_of, rates_of
 from pronghorn.memory.offload import HostStash
 from pronghorn.memory.parts import DeltaShape, LatentShape, MixtureShape
-from pronghorn.memory.plan import Plan, gib, longest_that_fits, parse_budget, plan, with_margin
+from pronghorn.memory.plan import (
+    Plan,
+    gib,
+    longest_that_fits,
+    parse_budget,
+    plan,
+    plan_if_it_fits,
+    with_margin,
+)
 from pronghorn.memory.pool import HOST_SHARE, HostPool, available_host_bytes
 from pronghorn.memory.schedule import Batch
 from pronghorn.memory.shape import PROJECTIONS, ModelShape
@@ -33,6 +41,7 @@ __all__ = [
     "longest_that_fits",
     "parse_budget",
     "plan",
+    "plan_if_it_fits",
     "rates_of",
     "step_time",
     "with_margin",

@@ -102,12 +102,24 @@ def plan(
     Raises:
         BudgetTooSmall: not even the leanest plan fits; with the numbers and the smallest change that helps.
     """
-    rates = rates or rates_of("H200")
-    search = _Search(shape, budget, batch, rates, host_limit, offload)
+    search = _Search(shape, budget, batch, rates or rates_of("H200"), host_limit, offload)
     found = search.run()
     if found is None:
         raise _too_small(search)
     return found
+
+
+def plan_if_it_fits(
+    shape: ModelShape,
+    budget: int,
+    batch: Batch,
+    *,
+    rates: Rates,
+    host_limit: int | None = None,
+    offload: bool = True,
+) -> Plan | None:
+    """`plan`, or None where nothing fits: what would help, which takes longer to find than that, is not looked for."""
+    return _Search(shape, budget, batch, rates, host_limit, offload).run()
 
 
 def with_margin(reserved: int) -> int:
@@ -206,6 +218,8 @@ class _Search:
             everything = self._plan(_times("all", self.shape.layers), None)
             if everything is not None:
                 return everything
+        if with_margin(with_model(self.shape, self.rates.capability)[0].reserved) > self.budget:
+            return None  # the model alone is too large
         lean = self.lean = leanest(self.shape, self.batch, self.rates, self.offload)
         if with_margin(lean.reserved) > self.budget:
             return None

@@ -21,7 +21,7 @@ from pronghorn.memory import (
     Plan,
     longest_that_fits,
     parse_budget,
-    plan,
+    plan_if_it_fits,
 )
 from pronghorn.memory.gpus import GIB
 from pronghorn.memory.plan import gib, leanest, with_margin
@@ -235,9 +235,8 @@ def micro_batches(job: Job) -> Iterator[int]:
 
 def _setting(job: Job, gpu: Gpu, budget: int, precision: str, storage: str, sequences: int) -> Setting | None:
     shape, batch, rates = job.shape(gpu, storage), job.largest(sequences), gpu.rates
-    try:
-        found = plan(shape, budget, batch, rates=rates, host_limit=job.host_limit, offload=job.offload)
-    except BudgetTooSmall:
+    found = plan_if_it_fits(shape, budget, batch, rates=rates, host_limit=job.host_limit, offload=job.offload)
+    if found is None:
         return None
     computed = shape
     host = job.host_limit if job.offload else 0
