@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, TrainableTokensConfig, get_peft_model
 from transformers import GenerationConfig, TextStreamer
 from transformers.generation.streamers import BaseStreamer
@@ -384,8 +385,10 @@ def test_virtual_tokens_that_come_after_answers(config):
     assert torch.equal(adapted(base).generate(**given), expected) and not torch.equal(before, expected)
 
 
-def test_a_whole_model_trained_in_mixed_precision():
+def test_a_whole_model_trained_in_mixed_precision(monkeypatch):
     """accelerate lays a forward over the model, once for each trainer."""
+    # Its settings are the process's, and other tests' trainers have made them.
+    monkeypatch.setattr(AcceleratorState, "_shared_state", {})
     model = FastLanguageModel.for_inference(tiny_model("llama"))
     given = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
     expected = stock(model, ONE, **given)

@@ -26,5 +26,5 @@ def not_negative(text: str) -> float:
     """A finite number from 0; not-a-number is none."""
     number = float(text)
     if not 0 <= number < math.inf:
-        raise argparse.ArgumentTypeError("must be a number from 0")
+        raise argparse.ArgumentTypeError("must be at least 0, and finite")
     return number

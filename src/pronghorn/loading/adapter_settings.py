@@ -19,11 +19,12 @@ def refuse_other_kinds(given: Mapping[str, Any]) -> None:
     Raises:
         UnknownArgument: another method or task than LoRA of a causal model, or an adapter that is not trained.
     """
-    for name, only in (("peft_type", "LORA"), ("task_type", "CAUSAL_LM")):
-        if given.get(name) not in (None, only):
+    # An embedding model's adapter is one for "FEATURE_EXTRACTION".
+    for name, known in (("peft_type", ("LORA",)), ("task_type", ("CAUSAL_LM", "FEATURE_EXTRACTION"))):
+        if given.get(name) not in (None, *known):
             raise UnknownArgument(
                 f"{name}={given[name]!r} is something else than LoRA on a causal language model",
-                fix=f"leave it out: it is '{only}'; another kind of adapter is made with peft.get_peft_model",
+                fix=f"leave it out: it is '{known[0]}'; another kind of adapter is made with peft.get_peft_model",
             )
     if given.get("inference_mode"):
         raise UnknownArgument(
