@@ -204,6 +204,15 @@ def tiny_model(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32
     return model.to(dtype).eval()
 
 
+def draw_adapters_(peft: Any, scale: float) -> None:
+    """Numbers of their own for all A and B of a PEFT model's adapters: B = 0 would hide them."""
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for name, parameter in peft.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+
+
 def tiny_tokenizer(chat_template: bool = True) -> PreTrainedTokenizerFast:
     """A byte-level BPE of at most 320 tokens: any text encodes, and decodes to itself."""
     tokenizer = Tokenizer(models.BPE())

@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from pronghorn.errors import AdapterUnknown, EngineRefused
 from pronghorn.inference.engine import Engine
 from tests.inference.test_engine import PROMPTS, assert_same, run, run_tokens, sampled
-from tests.tiny import tiny_model
+from tests.tiny import draw_adapters_, tiny_model
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -24,11 +24,7 @@ def with_adapters(model, ranks: dict[str, int], targets=TARGETS, **config):
             peft = get_peft_model(model, lora, adapter_name=name)
         else:
             peft.add_adapter(name, lora)
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for name, parameter in peft.named_parameters():
-            if "lora_" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    draw_adapters_(peft, 0.1)
     return peft.eval()
 
 

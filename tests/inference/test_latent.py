@@ -13,7 +13,7 @@ from pronghorn.inference.captured import CapturedRunner
 from pronghorn.inference.engine import Engine
 from tests.families.mixtures import tiny_mixture
 from tests.inference.test_engine import greedy, prompt, run, stock
-from tests.tiny import tiny_model
+from tests.tiny import draw_adapters_, tiny_model
 
 PROMPTS = [prompt(seed, length) for seed, length in enumerate((5, 64, 65, 100))]
 CODES = ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"]
@@ -31,11 +31,7 @@ def adapted():
     """A PEFT model with `first` on all of the attention and `second`, of another rank, on what makes k and v."""
     model = get_peft_model(tiny_model("youtu", seed=3), LoraConfig(r=4, target_modules=CODES), "first")
     model.add_adapter("second", LoraConfig(r=2, lora_alpha=6, target_modules=["kv_b_proj"]))
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    draw_adapters_(model, 0.2)
     return model.eval()
 
 

@@ -30,7 +30,7 @@ from tests.inference.test_engine import (
     stock,
 )
 from tests.inference.test_model_generate import through_engine
-from tests.tiny import save_tiny, tiny_tokenizer
+from tests.tiny import draw_adapters_, save_tiny, tiny_tokenizer
 
 #: their contexts fill one block of the cache, and begin a second
 PROMPTS = [prompt(seed, length) for seed, length in enumerate((5, 23, 70))]
@@ -51,11 +51,7 @@ def adapted(model, parameters=STACKS):
     peft = get_peft_model(model, first, "first")
     second = LoraConfig(r=2, lora_alpha=6, target_modules=["q_proj"], target_parameters=parameters)
     peft.add_adapter("second", second)
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for name, parameter in peft.named_parameters():
-            if "lora_" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    draw_adapters_(peft, 0.2)
     return peft.eval()
 
 

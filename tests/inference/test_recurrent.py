@@ -28,7 +28,7 @@ from tests.inference.test_engine import (
 )
 from tests.inference.test_engine_adapters import fp8, int8, nf4
 from tests.inference.test_model_generate import through_engine
-from tests.tiny import tiny_model
+from tests.tiny import draw_adapters_, tiny_model
 from tests.tiny_vision import tiny_vision_model
 
 PROMPTS = [prompt(seed, length) for seed, length in enumerate((2, 64, 65, 100))]
@@ -47,11 +47,7 @@ def adapted(model):
     peft = get_peft_model(model, LoraConfig(r=4, target_modules=ATTENTION), "first")
     inner = ["in_proj_a", "in_proj_qkv", "in_proj_qkvz", "q_proj"]
     peft.add_adapter("second", LoraConfig(r=2, lora_alpha=6, target_modules=inner))
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for name, parameter in peft.named_parameters():
-            if "lora_" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    draw_adapters_(peft, 0.2)
     return peft.eval()
 
 

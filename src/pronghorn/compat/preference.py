@@ -116,9 +116,8 @@ def _trainer(base: type) -> type:
         model: Any = given.get("model")
         use_one_gpu(settings, model)
         if "ref" in getattr(model, "peft_config", {}) and model.active_adapter != "ref":
-            model.delete_adapter(
-                "ref"
-            )  # an earlier trainer's copy of where it began, as when a cell is run again
+            # An earlier trainer's copy of where it began, as when a cell is run again.
+            model.delete_adapter("ref")
         base.__init__(self, **_without_gone(given, own))  # type: ignore[misc]
 
     return type(
@@ -128,9 +127,7 @@ def _trainer(base: type) -> type:
 
 def _settings(base: type, given: Any) -> Any:
     """The configuration that a trainer has today, out of what older scripts give it: plain arguments, or none."""
-    kind = globals().get(base.__name__.replace("Trainer", "Config")) or __getattr__(
-        base.__name__.replace("Trainer", "Config")
-    )
+    kind = getattr(import_module(__name__), base.__name__.replace("Trainer", "Config"))
     if given is None:
         return kind("trainer_output")
     if type(given) not in (transformers.TrainingArguments, TrainingArguments):

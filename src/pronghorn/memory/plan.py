@@ -211,7 +211,7 @@ class _Search:
         self._saved = {level: saved_bytes_per_token(level, shape.widths) * batch.tokens for level in LEVELS}
         self._host = {level: host_bytes_per_token(level, shape.widths) * batch.tokens for level in LEVELS}
         #: of levels that were looked at: `rebuilt_and_waited`, which their tiles do not change
-        self._beside: dict[tuple[Level, ...], tuple[float, float]] = {}
+        self._spent: dict[tuple[Level, ...], tuple[float, float]] = {}
 
     def run(self) -> Plan | None:
         if not self._surely_too_large(_times("all", self.shape.layers)):
@@ -281,10 +281,10 @@ class _Search:
 
     def _time(self, levels: tuple[Level, ...], rows: int | None) -> StepTime:
         tiles = len(tile_slices(self.batch.tokens, rows or TILE_ROWS))
-        space, beside = space_of(levels, rows), self._beside.get(levels)
+        space, beside = space_of(levels, rows), self._spent.get(levels)
         if beside is None:
             beside = rebuilt_and_waited(self.shape, levels, self.batch, self.rates, self.times)
-            self._beside[levels] = beside
+            self._spent[levels] = beside
         return step_time(self.shape, levels, self.batch, self.rates, self.times, tiles, space, beside)
 
     def _with_norms(self, found: Plan) -> Plan:
