@@ -7,7 +7,7 @@ to the stock forward when a call asks for something it does not give (a KV cache
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,7 +51,7 @@ from pronghorn.engine.read import (
     read_norm_before,
     read_projection,
 )
-from pronghorn.engine.stream import flatten_rows, unflatten_rows
+from pronghorn.engine.stream import Stream, flatten_rows, unflatten_rows
 from pronghorn.engine.wrapped import RowLayout, past_wrapper, visual_rows, with_image_blocks
 from pronghorn.families import MOE
 from pronghorn.kernels.attention import AttentionCall
@@ -231,7 +231,13 @@ def decoder_forward(
         binding.packed,
         balance,
     )
-    hidden_states = _run_layers(decoder, hidden_states, call, kwargs)
+    deepstack, visual = _deepstack(stream, kwargs)
+    # Here, not in a function of its own: its caller would hold the first layer's input until the last one.
+    for index, layer in enumerate(decoder.layers[: decoder.config.num_hidden_layers]):
+        # Module.__call__, so that hooks run but Transformers' checkpoint wrapper does not: saves are ours to plan.
+        hidden_states = torch.nn.Module.__call__(layer, hidden_states, pronghorn=call)
+        if visual is not None and index < len(deepstack):
+            hidden_states = hidden_states.index_add(0, visual, deepstack[index].to(hidden_states.dtype))
     hidden_states = read_norm(decoder.norm, binding.family.norm_offset)(hidden_states)
     output = BaseModelOutputWithPast if binding.family.mixture is None else MoeModelOutputWithPast
     return output(last_hidden_state=unflatten_rows(hidden_states, stream))
@@ -254,19 +260,14 @@ def _embedded(
     return inputs_embeds
 
 
-def _run_layers(decoder: Any, hidden_states: Tensor, call: LayerCall, kwargs: dict[str, Any]) -> Tensor:
-    """The layers one after another over the stream [T, H]."""
-    # What a vision tower's earlier layers gave, added after as many first layers (DeepStack, arXiv 2406.04334).
-    deepstack = kwargs.get("deepstack_visual_embeds") or ()
-    visual = kwargs.get("visual_rows")
-    if deepstack and visual is None:
-        visual = visual_rows(kwargs["visual_pos_masks"], call.stream)
-    for index, layer in enumerate(decoder.layers[: decoder.config.num_hidden_layers]):
-        # Module.__call__, so that hooks run but Transformers' checkpoint wrapper does not: saves are ours to plan.
-        hidden_states = torch.nn.Module.__call__(layer, hidden_states, pronghorn=call)
-        if visual is not None and index < len(deepstack):
-            hidden_states = hidden_states.index_add(0, visual, deepstack[index].to(hidden_states.dtype))
-    return hidden_states
+def _deepstack(stream: Stream, kwargs: Mapping[str, Any]) -> tuple[Sequence[Tensor], Tensor | None]:
+    """What a vision tower's earlier layers gave, added after as many first layers (DeepStack, arXiv 2406.04334), and
+    the rows of the stream that it is added to."""
+    given = kwargs.get("deepstack_visual_embeds") or ()
+    rows = kwargs.get("visual_rows")
+    if given and rows is None:
+        rows = visual_rows(kwargs["visual_pos_masks"], stream)
+    return given, rows
 
 
 # --- causal LM -------------------------------------------------------------------------------------------------
