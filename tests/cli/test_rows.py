@@ -239,6 +239,20 @@ def test_files_of_other_encodings_and_damaged_ones(tmp_path):
     assert error.where == str(path) and error.message.startswith("this Parquet file cannot be read")
 
 
+def test_texts_of_a_parquet_file_that_are_no_utf8_are_named(tmp_path):
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    texts = pa.array([b"a", b"caf\xe9"], pa.binary())
+    table = pa.table({"text": pa.Array.from_buffers(pa.string(), 2, texts.buffers())})
+    parquet.write_table(table, tmp_path / "rows.parquet")
+    error = refused(config_for(tmp_path / "rows.parquet"))
+    assert isinstance(error, RowsUnreadable) and error.where == f"{tmp_path / 'rows.parquet'}, row 2"
+    assert "E9" in error.message and "data clean sets it aside" in error.fix
+    error = refused(config_for(tmp_path))
+    assert isinstance(error, RowsUnreadable) and "UTF" in error.message
+
+
 EMPTY = {
     "chat": {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": " "}]},
     "pair": {"prompt": "q", "completion": ""},

@@ -80,6 +80,7 @@ def load_rows(config: RunConfig) -> Rows:
     section = config.data
     path = Path(section.dataset).expanduser()
     file = path if path.is_file() else None
+    _refuse_bytes(rows, file, config)
     count = min(len(rows), section.limit or len(rows))
     if not count:
         raise RowsUnreadable(
@@ -104,6 +105,26 @@ def load_rows(config: RunConfig) -> Rows:
         random.Random(config.training.seed).shuffle(numbers)
     held, trained = numbers[: section.held_back], numbers[section.held_back :]
     return Rows(rows.select(trained), rows.select(held) if held else None, trained, held, file)
+
+
+def _refuse_bytes(rows: Any, file: Path | None, config: RunConfig) -> None:
+    """Raise for texts that are no UTF-8, which Parquet and Arrow files may hold: else the first use of one would.
+
+    Raises:
+        RowsUnreadable: with the row for a file.
+    """
+    from pyarrow import ArrowInvalid  # type: ignore[import-untyped]
+
+    try:
+        rows.data.validate(full=True)
+    except ArrowInvalid as error:
+        if file is not None:
+            raise_for_first_bad_row(file)
+        raise RowsUnreadable(
+            f"the rows of '{config.data.dataset}' hold what is no text: {first_line(error)}",
+            where=config.where("data.dataset"),
+            fix="write its texts in UTF-8",
+        ) from None
 
 
 def _with_texts(rows: Any, numbers: list[int], config: RunConfig, file: Path | None) -> list[int]:

@@ -158,6 +158,20 @@ def test_parquet(tmp_path):
     assert not records and told(file) == [(0, "unreadable")]
 
 
+def test_a_text_of_a_parquet_file_that_is_no_utf8_is_one_bad_row(tmp_path):
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    texts = pa.array([b"a", b"caf\xe9", b"b"], pa.binary())
+    table = pa.table({"text": pa.Array.from_buffers(pa.string(), 3, texts.buffers())})
+    parquet.write_table(table, tmp_path / "r.parquet")
+    file = RowFile(tmp_path / "r.parquet")
+    first, bad, last = file.records()
+    assert (first.value, last.row, last.value) == ({"text": "a"}, 3, {"text": "b"}) and not file.told
+    assert bad.problem.kind == "parquet-text" and "E9" in bad.problem.what
+    assert (bad.row, bad.original) == (2, b"caf\xe9")
+
+
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-8-sig"])
 def test_encodings_with_and_without_a_mark(tmp_path, encoding):
     text = '{"text": "plain ascii, and é 数 😀"}\n{"text": "second"}\n'

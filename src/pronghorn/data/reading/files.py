@@ -46,7 +46,7 @@ class Record:
         row: its number from 1.
         value: what stands there; None with a problem.
         text: its JSON (UTF-8), None where the file holds none (CSV, Parquet, plain text).
-        original: as it stands in the file; empty for Parquet.
+        original: as it stands in the file; for Parquet empty, or the text that is no UTF-8.
     """
 
     line: int
@@ -280,13 +280,30 @@ class RowFile:
         try:
             with self._open() as stream, parquet.ParquetFile(stream) as file:
                 for batch in file.iter_batches(batch_size=_PARQUET_BATCH):
-                    for value in batch.to_pylist():
-                        row += 1
-                        yield Record(0, row, value, None, (), None, b"")
-        except (pa.ArrowException, OSError, ValueError, UnicodeDecodeError) as error:
+                    for record in _of_batch(batch, row):
+                        row = record.row
+                        yield record
+        except (pa.ArrowException, OSError, ValueError) as error:
             said = str(error).splitlines()[0] if str(error) else type(error).__name__
             after = f" after row {row}" if row else ""
             self.told.append((0, Problem("unreadable", f"this Parquet file cannot be read{after}: {said}")))
+
+
+def _of_batch(batch: Any, before: int) -> Iterator[Record]:
+    """The rows of a batch of a Parquet file; a text may hold any bytes, whatever the format says of it."""
+    try:
+        values: list[Any] | None = batch.to_pylist()
+    except UnicodeDecodeError:
+        values = None
+    for index in range(batch.num_rows):
+        row = before + index + 1
+        try:
+            value = batch.slice(index, 1).to_pylist()[0] if values is None else values[index]
+        except UnicodeDecodeError as error:
+            problem = Problem("parquet-text", f"byte {error.object[error.start]:02X} of a text is no UTF-8")
+            yield Record(0, row, None, None, (), problem, error.object)
+        else:
+            yield Record(0, row, value, None, (), None, b"")
 
 
 _TOO_LONG = Problem("long-line", "the line is longer than 64 MiB; only its beginning is kept")

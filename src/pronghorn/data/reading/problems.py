@@ -49,6 +49,7 @@ KINDS: dict[str, Kind] = {
         _kind(
             "not-utf-8", "error", "bytes that are no UTF-8", "name the encoding, such as --encoding cp1252"
         ),
+        _kind("parquet-text", "error", "a text of a Parquet file that is no UTF-8", _BY_HAND),
         _kind("long-line", "error", "line beyond the size limit", "split the row, or leave it out"),
         _kind("array-in-jsonl", "error", "one JSON array in a .jsonl file", _CLEAN, True),
         _kind("nested-rows", "error", "rows inside an object", "write the list of rows itself into the file"),
