@@ -16,7 +16,7 @@ GIB = 1 << 30
 
 
 class MemoryWatch:
-    """Looks, in a thread, at what all GPUs hold; without one, at what this process's descendants hold of the host's.
+    """Looks, in a thread, at what all visible GPUs hold; without one, at what this process's descendants hold of the host's.
 
     `peak_gib`: the most, on a GPU less what was held before; None where the system does not tell.
     """
@@ -44,11 +44,13 @@ class MemoryWatch:
 
 
 def gpu_bytes() -> int | None:
-    """What is held on all GPUs together; None without nvidia-smi or a GPU."""
+    """What is held on all GPUs that CUDA_VISIBLE_DEVICES lets through; None without nvidia-smi or a GPU."""
     command = shutil.which("nvidia-smi")
     if command is None:
         return None
     query = [command, "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
+        query += ["-i", visible]
     try:
         lines = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout.split()
         return sum(int(line) for line in lines) << 20 if lines else None
