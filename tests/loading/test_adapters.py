@@ -112,6 +112,30 @@ def test_the_default_on_a_model_with_other_names_is_all_linear_layers():
     assert names == {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"}
 
 
+def test_experts_that_no_adapter_reaches_are_told_with_what_reaches_them(caplog):
+    def mixture():
+        sizes = {"vocab_size": 32, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+        return PhimoeForCausalLM(
+            PhimoeConfig(**sizes, num_attention_heads=2, num_key_value_heads=2, num_local_experts=2)
+        )
+
+    def told():
+        return [
+            record.getMessage() for record in caplog.records if "no adapter on the exp" in record.getMessage()
+        ]
+
+    adapted(model=mixture())
+    assert len(told()) == 1 and "['experts.gate_up_proj', 'experts.down_proj']" in told()[0]
+    caplog.clear()
+    both = adapted(model=mixture(), target_parameters=["experts.gate_up_proj", "experts.down_proj"])
+    assert sum("experts" in name and "lora_A" in name for name, _ in both.named_parameters()) == 2
+    adapted(model=mixture(), target_modules=["q_proj"])  # chosen by name
+    adapted()
+    assert not told()
+    adapted(model=mixture(), target_parameters=["experts.down_proj"])
+    assert "['experts.gate_up_proj']" in told()[0]
+
+
 def test_one_name_and_a_pattern_as_a_string():
     one = adapted(target_modules="q_proj")
     assert sum("lora_A" in name for name, _ in one.named_parameters()) == 2
@@ -155,6 +179,8 @@ def test_modules_that_do_not_exist(arguments, hint):
         ({"lora_alfa": 3}, "did you mean 'lora_alpha'"),
         ({"bias": "some"}, "'lora_only'"),
         ({"r": 0}, "rank"),
+        ({"r": None}, "r=None is no rank"),
+        ({"r": True}, "r=True is no rank"),
         ({"lora_alpha": 0}, "no effect"),
         ({"lora_dropout": "0.1"}, "below 1"),
         ({"max_seq_length": -1}, "no number of tokens"),

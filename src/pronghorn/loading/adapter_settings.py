@@ -68,7 +68,7 @@ def _check_numbers(model: Any, settings: dict[str, Any]) -> None:
         settings.get("lora_dropout", 0.0),
         settings.get("lora_alpha", 8),
     )
-    if not isinstance(rank, int) or rank < 1:
+    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
         raise UnknownArgument(f"r={rank!r} is no rank", fix="use a positive whole number, such as 16")
     if not isinstance(alpha, int | float) or alpha <= 0:
         raise UnknownArgument(

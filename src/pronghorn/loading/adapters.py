@@ -26,7 +26,7 @@ from pronghorn.importing import collector_paused
 from pronghorn.loading.adapter_settings import check_settings
 from pronghorn.loading.checkpoint import check_safetensors, read_header
 from pronghorn.loading.compensation import begin_with_residual, check_base, is_compensating, loftq_settings
-from pronghorn.loading.experts import ALL_LINEAR, shown_as_plain, with_experts
+from pronghorn.loading.experts import ALL_LINEAR, shown_as_plain, tell_unadapted, with_experts
 from pronghorn.loading.fp8 import know_stored
 from pronghorn.loading.source import ADAPTER_CONFIG, Source, read_json
 from pronghorn.loading.towers import language_linears, language_path, language_targets
@@ -79,9 +79,10 @@ def add_adapter(model: Any, random_state: int, revision: str | None = None, **se
             "the model has an adapter already",
             fix="train that one, or load the base model again for a new one",
         )
+    asked_for = settings.get("target_modules")
     targets, parameters = with_experts(
         model,
-        settings.get("target_modules"),
+        asked_for,
         settings.get("target_parameters"),
         DEFAULT_TARGETS,
         settings.get("layers_to_transform"),
@@ -111,6 +112,8 @@ def add_adapter(model: Any, random_state: int, revision: str | None = None, **se
         raise AdapterProblem(f"PEFT refuses these settings: {' '.join(str(error).split())[:400]}") from error
     if residual is not None:
         begin_with_residual(wrapped, residual)
+    if asked_for in (None, DEFAULT_TARGETS, ALL_LINEAR):
+        tell_unadapted(wrapped)
     return wrapped
 
 

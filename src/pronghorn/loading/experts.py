@@ -154,6 +154,30 @@ def _last_two(name: str) -> str:
     return ".".join(name.split(".")[-2:])
 
 
+def tell_unadapted(model: Any) -> None:
+    """Say which stacks of experts a PEFT model has no adapter on: an adapter on all linear layers sounds as though it
+    reached them, and they are most of a mixture."""
+    from peft.tuners.lora.layer import ParamWrapper
+
+    adapted = {
+        (id(module.get_base_layer()), module.parameter_name)
+        for module in model.modules()
+        if isinstance(module, ParamWrapper)
+    }
+    left: dict[str, None] = {}
+    for path, module in model.named_modules():
+        if "expert" in f"{path}.{type(module).__name__}".lower() and not isinstance(module, ParamWrapper):
+            for name, parameter in module.named_parameters(recurse=False):
+                if parameter.dim() == 3 and (id(module), name) not in adapted:
+                    left[_last_two(f"{path.replace('.base_layer', '')}.{name}")] = None
+    if left:
+        logger.warning(
+            "pronghorn: no adapter on the experts, which are no linear layers and stay as they are: "
+            "target_parameters=%s puts one on them",
+            list(left),
+        )
+
+
 def _peft_renames(model: Any) -> bool:
     """Whether PEFT takes the names of an expert's layers for its stacked parameters on this type of model."""
     from peft.utils import transformers_weight_conversion as conversion
