@@ -16,7 +16,7 @@ GIB = 1 << 30
 
 
 class MemoryWatch:
-    """Looks, in a thread, at what all visible GPUs hold; without one, at what this process's descendants hold of the host's.
+    """Looks, in a thread, at what all visible GPUs hold; without one, at what its own process tree holds of the host.
 
     `peak_gib`: the most, on a GPU less what was held before; None where the system does not tell.
     """
