@@ -8,6 +8,10 @@ import json
 import pytest
 
 from pronghorn.cli import data_preview
+from pronghorn.cli.rows import load_rows
+from pronghorn.cli.train import training_settings
+from pronghorn.config import parse_config
+from pronghorn.data.checks.measure import Meter
 from pronghorn.data.preview import preview_row
 from pronghorn.data.rows import RowFormat, RowRenderer
 from pronghorn.errors import (
@@ -76,6 +80,42 @@ def test_json_has_what_training_takes(rows, folder, capsys):
         assert len(line["tokens"]) == len(line["special"]) == len(line["ids"])
     assert "".join(lines[2]["tokens"]) == "plain<|end|>"
     assert [check["level"] for check in lines[1]["checks"]] == ["ok", "ok"]
+
+
+TURNS = CHAT["messages"]
+
+
+@pytest.mark.parametrize("all_tokens", [False, True])
+@pytest.mark.parametrize(
+    "row",
+    [
+        CHAT,
+        {"prompt": TURNS[:1], "completion": TURNS[1:2]},
+        {"prompt": TURNS[:1], "completion": TURNS[1:]},
+        {"prompt": "a?", "completion": " b"},
+        {"instruction": "a?", "input": "", "output": "b"},
+        {"text": "plain"},
+    ],
+)
+def test_shown_and_measured_is_what_the_command_trains_on(tmp_path, row, all_tokens):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    text = (
+        f"model: {{name: tiny}}\ndata: {{dataset: {path}, responses_only: {str(not all_tokens).lower()}}}\n"
+    )
+    config = parse_config(text, "run.yaml")
+    rows, tokenizer = load_rows(config), tiny_tokenizer()
+    trained = RowRenderer(
+        tokenizer,
+        RowFormat(
+            responses_only=config.data.responses_only and rows.are_chats,
+            completion_only=training_settings(config).completion_only_loss,
+        ),
+    )(rows.train[0])
+    shown = preview_row(row, tokenizer, responses_only=not all_tokens)
+    assert (shown.ids, shown.labels) == (trained["input_ids"], trained["labels"])
+    measured = Meter(tokenizer, responses_only=not all_tokens)(row, None)
+    assert (measured.tokens, measured.supervised) == (len(shown.ids), shown.supervised)
 
 
 def test_truncation_and_all_tokens(rows, folder, capsys):

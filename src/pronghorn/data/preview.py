@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pronghorn.data.answers import TokenTexts
 from pronghorn.data.chat_templates.fit import control_tokens, is_whole, puts_bos
-from pronghorn.data.rows import IGNORED, RowFormat, RowRenderer, row_kind, supervised
+from pronghorn.data.rows import IGNORED, AnswerRenderer, row_kind, supervised
 
 Level = Literal["ok", "warning"]
 
@@ -83,13 +83,7 @@ def preview_row(
         TokenizerProblem: a chat row, and the tokenizer has no chat template.
         ChatTemplateOpaque: the assistant's turns cannot be told from the rest.
     """
-    form = RowFormat(
-        text_field=text_field,
-        responses_only=responses_only,
-        completion_only=None if responses_only else False,
-        vocabulary=vocabulary,
-    )
-    rendered = RowRenderer(tokenizer, form)(row)
+    rendered = AnswerRenderer(tokenizer, responses_only, text_field, vocabulary)(row)
     ids, labels = rendered["input_ids"], rendered["labels"]
     known = {*tokenizer.all_special_ids, *getattr(tokenizer, "added_tokens_decoder", {})}
     special = [token in known for token in ids]

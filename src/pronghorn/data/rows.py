@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from pronghorn.data.templates import ChatRenderer, Message
@@ -297,6 +297,33 @@ class RowRenderer:
             input=f"### Input:\n{given}\n\n" if given else "",
         )
         return self._text_pair(prompt, answer)
+
+
+def has_turns(row: Mapping[str, Any], text_field: str = "text") -> bool:
+    """Whether answers have to be told from other turns: in a conversation, whole or as the completion of a prompt. A
+    completion of one turn is an answer, with what the chat template writes behind it."""
+    completion = row.get("completion")
+    pair = row_kind(row, text_field) == "prompt_completion" and isinstance(completion, list)
+    return len(completion) > 1 if pair else row_kind(row, text_field) == "chat"  # type: ignore[arg-type]
+
+
+class AnswerRenderer:
+    """Rows to ``{"input_ids", "labels"}`` as `pronghorn train` has them with ``data.responses_only``, or without."""
+
+    def __init__(
+        self, tokenizer: Any, responses_only: bool, text_field: str = "text", vocabulary: int | None = None
+    ) -> None:
+        form = RowFormat(text_field, completion_only=None if responses_only else False, vocabulary=vocabulary)
+        self.text_field = text_field
+        self.whole = RowRenderer(tokenizer, form)
+        self._turns = (
+            RowRenderer(tokenizer, replace(form, responses_only=True)) if responses_only else self.whole
+        )
+
+    def __call__(self, row: Mapping[str, Any]) -> dict[str, list[int]]:
+        """Token ids and labels of one row; raises what `RowRenderer` does."""
+        turns = isinstance(row, Mapping) and has_turns(row, self.text_field)
+        return (self._turns if turns else self.whole)(row)
 
 
 def supervised(labels: list[int]) -> int:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from pronghorn.data.checks.formats import Format, texts_of, trained_content
 from pronghorn.data.reading import Problem
-from pronghorn.data.rows import RowFormat, RowRenderer, messages_of, supervised
+from pronghorn.data.rows import AnswerRenderer, messages_of, supervised
 from pronghorn.errors import ChatTemplateOpaque, PronghornError, TokenizerProblem
 from pronghorn.pages import visible
 
@@ -61,9 +61,7 @@ class Meter:
     ) -> None:
         self.tokenizer, self.max_length, self.thorough = tokenizer, max_length, thorough
         self.text_field = text_field
-        completion_only = None if responses_only else False
-        form = RowFormat(text_field, responses_only=responses_only, completion_only=completion_only)
-        self._render = RowRenderer(tokenizer, form)
+        self._render = AnswerRenderer(tokenizer, responses_only, text_field)
         tokens = [str(token) for token in getattr(tokenizer, "all_special_tokens", ())]
         pattern = "|".join(re.escape(token) for token in tokens if len(token) > 2)
         self._special = re.compile(pattern) if pattern else None
@@ -108,7 +106,7 @@ class Meter:
         if messages is None:
             text = "\n".join(text for _, text in texts_of(trained_content(row, format, self.text_field)))
             return self._round_trip(text, self._decoded(self._ids(text)))
-        text = self._render.chat_for(row).text(messages)
+        text = self._render.whole.chat_for(row).text(messages)
         problems = self._round_trip(text, self._decoded(ids))
         position = 0
         for index, message in enumerate(messages):
