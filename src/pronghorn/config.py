@@ -94,8 +94,8 @@ class AdapterSection:
 class DataSection:
     """Which rows, and which part of them is trained on."""
 
-    dataset: str
-    """``docstrings`` (Python's own library), a .json, .jsonl, .csv or .parquet file, a folder, or a hub id."""
+    dataset: str | list[str]
+    """``docstrings`` (Python's own library), .json, .jsonl, .csv or .parquet files, a folder, or a hub id."""
     subset: str | None = None
     split: str = "train"
     held_back: int = field(default=0, metadata={"at_least": 0})

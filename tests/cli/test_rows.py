@@ -291,3 +291,59 @@ def test_rows_of_tokens_have_no_texts_to_look_at(tmp_path):
     ):
         path = write_lines(tmp_path / f"{name}.jsonl", [row] * 3)
         assert load_rows(config_for(path)).train_numbers == [0, 1, 2]
+
+
+def test_several_files_are_one_set_of_rows(tmp_path):
+    first = write_lines(tmp_path / "a.jsonl", ["", {"text": "a0"}, {"text": "a1"}])
+    second = write_lines(tmp_path / "b.csv", ["text,id", "b0,007", "b1,2024-01-01"])
+    for given in (f"[{first}, {second}]", f"[{tmp_path}/*.jsonl, {tmp_path}/b.*]"):
+        rows = load_rows(config_for(given, "  held_back: 1\n"))
+        assert sorted([*rows.train["text"], *rows.held_back["text"]]) == ["a0", "a1", "b0", "b1"]
+        assert {"007", "2024-01-01"} <= {*rows.train["id"], *rows.held_back["id"]}
+        places = {rows.places.of_row(number) for number in rows.train_numbers + rows.held_back_numbers}
+        assert places == {f"{first}, line 2", f"{first}, line 3", f"{second}, row 1", f"{second}, row 2"}
+    assert list(load_rows(config_for(f"'{tmp_path}/*.jsonl'")).train["text"]) == ["a0", "a1"]
+    write_lines(tmp_path / "c.jsonl", [chat(1), '{"messages": [', chat(2)])
+    assert refused(config_for(f"[{first}, {tmp_path}/c.jsonl]")).where == f"{tmp_path}/c.jsonl, line 2"
+
+
+def test_what_is_wrong_with_several_files_is_told(tmp_path):
+    import datasets
+
+    path = write_lines(tmp_path / "a.jsonl", [{"text": "a"}, {"text": " "}, {"text": " "}])
+    assert "no file" in refused(config_for(f"[{path}, {tmp_path}/missing.jsonl]")).message
+    assert "no file" in refused(config_for(f"'{tmp_path}/*.csv'")).message
+    assert "names no file" in refused(config_for("[]")).message
+    assert "is a folder" in refused(config_for(f"[{tmp_path}]")).message
+    assert refused(config_for(f"[{path}]")).where == f"{path}, line 2"
+    rows = datasets.Dataset.from_list([{"text": "one"}, {"text": "two"}])
+    for name in ("p", "q"):
+        rows.to_parquet(str(tmp_path / f"{name}.parquet"))
+    assert "not read together" in refused(config_for(f"[{path}, {tmp_path}/p.parquet]")).message
+    both = load_rows(config_for(f"'{tmp_path}/*.parquet'"))
+    assert both.places.of_row(2) == f"{tmp_path}/q.parquet, row 1" and len(both.train) == 4
+
+
+def test_a_folder_is_read_as_its_files_are(tmp_path, caplog):
+    rows = [{"text": "2024-01-01"}, {"text": "a", "late": {"x": [1, "y"]}}]
+    write_lines(tmp_path / "train-1.jsonl", rows)
+    write_lines(tmp_path / "train-2.jsonl", ["", {"text": "b", "id": "007"}])
+    write_lines(tmp_path / "test.jsonl", [{"text": "tested"}])
+    found = load_rows(config_for(tmp_path))
+    assert list(found.train["text"]) == ["2024-01-01", "a", "b"]
+    assert list(found.train["late"]) == [None, {"x": [1, "y"]}, None]
+    assert found.places.of_row(2) == f"{tmp_path / 'train-2.jsonl'}, line 2"
+    for split, texts in (
+        ("test", ["tested"]),
+        ("train[1:]", ["a", "b"]),
+        ("test+train[:1]", ["tested", "2024-01-01"]),
+    ):
+        rows = load_rows(config_for(tmp_path, f"  split: {split}\n"))
+        assert list(rows.train["text"]) == texts
+    assert "no split 'dev', only" in refused(config_for(tmp_path, "  split: dev\n")).message
+    assert not caplog.records
+    (tmp_path / "more.csv").write_text("text\nb\n")
+    load_rows(config_for(tmp_path))
+    assert "left out: more.csv" in caplog.text
+    write_lines(tmp_path / "train-2.jsonl", ["{'text': 'x'}"])
+    assert refused(config_for(tmp_path)).where == f"{tmp_path / 'train-2.jsonl'}, line 1"

@@ -1,18 +1,18 @@
-"""Rows for ``pronghorn train``: a file, a folder, a hub id, or the docstrings of Python's own library."""
+"""Rows for ``pronghorn train``: files, a folder, a hub id, or the docstrings of Python's own library."""
 
 from __future__ import annotations
 
 import logging
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from pronghorn.cli.console import first_line
+from pronghorn.cli.row_files import Places, folder_files, named_files, rows_of_split
 from pronghorn.config import RunConfig
 from pronghorn.data.checks.formats import format_of, problems_of
 from pronghorn.data.reading import KINDS, Problem, Record, RowFile, level_of
@@ -21,8 +21,6 @@ from pronghorn.errors import ConfigInvalid, PronghornError, RowInvalid, RowsUnre
 
 logger = logging.getLogger("pronghorn")
 
-_READERS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
-_JSON_LINES = (".jsonl", ".ndjson")
 #: What other readers take as it stands, too, and what has one meaning only.
 _CLEAR = ("bom", "array-in-jsonl", "concatenated", "split-row", "nan")
 #: Columns with the texts of rows; others, such as images, need not be read to look at these.
@@ -39,7 +37,7 @@ class Rows:
     held_back: Any | None
     train_numbers: list[int]
     held_back_numbers: list[int]
-    file: Path | None
+    places: Places
 
     @property
     def are_chats(self) -> bool:
@@ -59,10 +57,10 @@ class Rows:
             yield
         except PronghornError as error:
             match = re.match(r"row (\d+) of the (train|eval)\w* data", error.where)
-            if match is not None and self.file is not None:
+            if match is not None and self.places.files:
                 numbers = self.train_numbers if match[2] == "train" else self.held_back_numbers
                 number = numbers[int(match[1])]
-                error.where = place_of_row(self.file, number)
+                error.where = self.places.of_row(number)
                 # Numbers of further rows would be those of the rows that are left once some are held back.
                 error.message = re.sub(r": rows \d+(, (\d+|…))*$", "", error.message)
             raise
@@ -76,18 +74,17 @@ def load_rows(config: RunConfig) -> Rows:
         RowsUnreadable: it cannot be read, with the line for a .jsonl file.
         RowInvalid: a text is empty, which `pronghorn data check` calls an error, too.
     """
-    rows = _all_rows(config)
+    rows, places, chosen = _all_rows(config)
     section = config.data
-    path = Path(section.dataset).expanduser()
-    file = path if path.is_file() else None
-    _refuse_bytes(rows, file, config)
-    count = min(len(rows), section.limit or len(rows))
+    _refuse_bytes(rows, places, config)
+    count = min(len(chosen), section.limit or len(chosen))
     if not count:
         raise RowsUnreadable(
-            f"'{section.dataset}' has no rows", where=config.where("data.dataset"), fix="name other data"
+            f"'{_shown(config)}' has no rows", where=config.where("data.dataset"), fix="name other data"
         )
-    if count == 1 and file is not None:
-        _refuse_nested(rows[0], file)
+    for file, start, size in zip(places.files, places.starts, places.counts, strict=True):
+        if size == 1:
+            _refuse_nested(rows[start], file)
     if section.text_field is not None and section.text_field not in rows.column_names:
         raise ConfigInvalid(
             f"the rows have no column '{section.text_field}'",
@@ -100,14 +97,20 @@ def load_rows(config: RunConfig) -> Rows:
             where=config.where("data.held_back"),
             fix="hold back fewer",
         )
-    numbers = _with_texts(rows, list(range(count)), config, file)
+    numbers = _with_texts(rows, list(chosen[:count]), config, places)
     if section.held_back:
         random.Random(config.training.seed).shuffle(numbers)
     held, trained = numbers[: section.held_back], numbers[section.held_back :]
-    return Rows(rows.select(trained), rows.select(held) if held else None, trained, held, file)
+    return Rows(rows.select(trained), rows.select(held) if held else None, trained, held, places)
 
 
-def _refuse_bytes(rows: Any, file: Path | None, config: RunConfig) -> None:
+def _shown(config: RunConfig) -> str:
+    """What ``data.dataset`` names, for a message."""
+    given = config.data.dataset
+    return given if isinstance(given, str) else ", ".join(given)
+
+
+def _refuse_bytes(rows: Any, places: Places, config: RunConfig) -> None:
     """Raise for texts that are no UTF-8, which Parquet and Arrow files may hold: else the first use of one would.
 
     Raises:
@@ -118,16 +121,16 @@ def _refuse_bytes(rows: Any, file: Path | None, config: RunConfig) -> None:
     try:
         rows.data.validate(full=True)
     except ArrowInvalid as error:
-        if file is not None:
+        for file in places.files:
             raise_for_first_bad_row(file)
         raise RowsUnreadable(
-            f"the rows of '{config.data.dataset}' hold what is no text: {first_line(error)}",
+            f"the rows of '{_shown(config)}' hold what is no text: {first_line(error)}",
             where=config.where("data.dataset"),
             fix="write its texts in UTF-8",
         ) from None
 
 
-def _with_texts(rows: Any, numbers: list[int], config: RunConfig, file: Path | None) -> list[int]:
+def _with_texts(rows: Any, numbers: list[int], config: RunConfig, places: Places) -> list[int]:
     """The numbers of rows without an empty text. An empty answer has a token to train on, the end of the turn, so the
     trainer takes it; what it teaches is to say nothing.
 
@@ -153,59 +156,63 @@ def _with_texts(rows: Any, numbers: list[int], config: RunConfig, file: Path | N
     number, what = next(iter(empty.items()))
     if len(empty) > 1:
         what += f", and so it is in {len(empty) - 1} further rows"
-    if file is None:
-        raise RowInvalid(
-            what, where=f"row {number + 1}", fix="--set training.drop_unsupervised_rows=true leaves them out"
-        )
+    place = places.of_row(number)
+    if not places.files:
+        raise RowInvalid(what, where=place, fix="--set training.drop_unsupervised_rows=true leaves them out")
+    file, _ = places.file(number)
     clean = f"pronghorn data clean {file} {file.with_name(f'{file.stem}-clean.jsonl')}"
-    raise RowInvalid(
-        what, where=place_of_row(file, number), fix=f"write them, or set such rows aside: {clean}"
-    )
+    raise RowInvalid(what, where=place, fix=f"write them, or set such rows aside: {clean}")
 
 
-def _all_rows(config: RunConfig) -> Any:
+def _all_rows(config: RunConfig) -> tuple[Any, Places, Sequence[int]]:
+    """All rows that were read, where they stand, and the numbers of those that ``data.split`` means."""
     import datasets
 
     name, section, where = config.data.dataset, config.data, config.where("data.dataset")
     if name == "docstrings":
         from pronghorn.data.docstrings import docstring_rows
 
-        return datasets.Dataset.from_list([{"messages": row.messages()} for row in docstring_rows()])
-    path = Path(name).expanduser()
-    suffix = path.suffix.lower()
-    if suffix in _READERS and not path.is_file():
-        raise ConfigInvalid(f"there is no file '{name}'", where=where, fix="check 'data.dataset'")
-    if path.is_file() and suffix not in _READERS:
-        RowFile(path)  # refuses what cannot be cleaned either
-        raise ConfigInvalid(
-            f"'{name}' is not a kind of file that is read",
-            where=where,
-            fix=f"one of {', '.join(_READERS)}; `pronghorn data clean {name} rows.jsonl` writes one",
-        )
-    if path.is_file() and not path.stat().st_size:
-        raise RowsUnreadable(f"'{name}' is empty", where=where, fix="name other data")
-    if path.is_file() and suffix != ".parquet":
-        return _of_file(path, section.dataset, where)
+        rows = datasets.Dataset.from_list([{"messages": row.messages()} for row in docstring_rows()])
+        return rows, Places(), range(len(rows))
+    files = named_files(config)
+    if files and files[0].suffix.lower() != ".parquet":
+        rows, places = _of_files(files, config)
+        return rows, places, range(len(rows))
+    path = Path(str(name)).expanduser()  # no list, where there are no files
     try:
-        if path.is_file():
-            return datasets.load_dataset("parquet", data_files=str(path), split="train")
+        if files:
+            rows = datasets.load_dataset("parquet", data_files=[str(file) for file in files], split="train")
+            return rows, Places(tuple(files), tuple(map(_parquet_rows, files))), range(len(rows))
         if path.is_dir() and any((path / mark).exists() for mark in ("dataset_dict.json", "state.json")):
             saved = datasets.load_from_disk(str(path))
-            return saved[section.split] if isinstance(saved, datasets.DatasetDict) else saved
-        source = str(path) if path.is_dir() else name
-        return datasets.load_dataset(source, section.subset, split=section.split)
+            rows = saved[section.split] if isinstance(saved, datasets.DatasetDict) else saved
+            return rows, Places(), range(len(rows))
+        inside = folder_files(path, section.subset, section.split) if path.is_dir() else None
+        if inside is None:
+            source = str(path) if path.is_dir() else name
+            rows = datasets.load_dataset(source, section.subset, split=section.split)
+            return rows, Places(), range(len(rows))
+        found = [file for of_split in inside.values() for file in of_split]
+        rows, places = _of_files(found, config)
+        return rows, places, rows_of_split(inside, places.counts, section.split)
     except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
-        if path.is_file():
-            raise_for_first_bad_row(path)
+        for file in files:
+            raise_for_first_bad_row(file)
         raise RowsUnreadable(
-            f"the rows of '{name}' cannot be read: {first_line(error.__cause__ or error)}",
+            f"the rows of '{_shown(config)}' cannot be read: {first_line(error.__cause__ or error)}",
             where=where,
             fix="check the file, or the name and your connection for a hub id",
         ) from error
 
 
-def _of_file(path: Path, name: str, where: str) -> Any:
-    """The rows of a JSON or CSV file.
+def _parquet_rows(file: Path) -> int:
+    from pyarrow import parquet
+
+    return int(parquet.read_metadata(file).num_rows)
+
+
+def _of_files(files: Sequence[Path], config: RunConfig) -> tuple[Any, Places]:
+    """The rows of JSON or CSV files.
 
     Raises:
         RowsUnreadable: for the first row that is broken, with its place; or they cannot be stored.
@@ -215,13 +222,14 @@ def _of_file(path: Path, name: str, where: str) -> Any:
     from pronghorn.data.row_dataset import dataset_of
 
     try:
-        return dataset_of(path, _refuse)
+        rows, counts = dataset_of(files, _refuse)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise RowsUnreadable(
-            f"the rows of '{name}' cannot be stored: {first_line(error.__cause__ or error)}",
-            where=where,
+            f"the rows of '{_shown(config)}' cannot be stored: {first_line(error.__cause__ or error)}",
+            where=config.where("data.dataset"),
             fix="see that the disk of the cache (HF_HOME) has room",
         ) from error
+    return rows, Places(tuple(files), tuple(counts))
 
 
 def _refuse(file: RowFile, record: Record | None) -> None:
@@ -285,15 +293,3 @@ def _unreadable(problem: Problem, where: str, file: RowFile) -> RowsUnreadable:
     if problem.kind != "unreadable":  # which names the file itself
         what = f"this line is {_NOT_WHAT.get(file.container, 'not JSON')}: {what}"
     return RowsUnreadable(what, where=where, fix=fix)
-
-
-def place_of_row(path: Path, number: int) -> str:
-    """Where row ``number`` (from 0) of a file stands, for a message."""
-    lines = path.suffix.lower() in _JSON_LINES
-    return f"{path}, line {line_of_row(path, number)}" if lines else f"{path}, row {number + 1}"
-
-
-def line_of_row(path: Path, number: int) -> int:
-    """The line in which row ``number`` (from 0) of a .jsonl file begins; empty lines hold none."""
-    rows = (record for record in RowFile(path).records() if record.value is not None)
-    return next(islice(rows, number, None)).line

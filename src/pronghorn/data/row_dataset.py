@@ -1,4 +1,4 @@
-"""A file of rows as a `datasets.Dataset`, read by the code that checks it: what `pronghorn data` sees is trained on.
+"""Files of rows as a `datasets.Dataset`, read by the code that checks it: what `pronghorn data` sees is trained on.
 
 `datasets` takes the types of columns from the first 10 MB of a file, so that a key that appears later stops it, and it
 makes dates and numbers of texts that look like them.
@@ -7,7 +7,7 @@ makes dates and numbers of texts that look like them.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,46 +17,59 @@ from datasets.features import Json
 from pronghorn.data.reading import Record, RowFile
 
 #: Part of the key under which rows are kept between runs; another one for other contents.
-_FORM = 1
+_FORM = 2
 _INT64 = range(-(2**63), 2**63)
 _SCALARS: dict[type, str] = {str: "string", bool: "bool", int: "int64", float: "float64", type(None): "null"}
 
 
-def dataset_of(path: Path, check: Callable[[RowFile, Record | None], None]) -> Dataset:
-    """The rows of a JSON or CSV file, memory-mapped. Fields of a CSV file are texts; what JSON nests stays as it is.
+def dataset_of(
+    paths: Sequence[Path], check: Callable[[RowFile, Record | None], None]
+) -> tuple[Dataset, list[int]]:
+    """The rows of JSON or CSV files, memory-mapped, and how many each file has. Fields of a CSV file are texts; what
+    JSON nests stays as it is.
 
     Args:
-        check: is given every record that is not simply a row, and None after the last; raises for what is refused.
+        check: is given every record that is not simply a row, and None after a file's last; raises for what is refused.
 
     Raises:
-        RowsUnreadable, CommandMisused: the file cannot be opened, or is of no kind that is read.
+        RowsUnreadable, CommandMisused: a file cannot be opened, or is of no kind that is read.
     """
-    file = RowFile(path)
     kinds: dict[str, set[str]] = {}
-    for record in file.records():
-        if record.problem is not None or record.repairs or not isinstance(record.value, dict):
-            check(file, record)
-        for column, value in (record.value or {}).items():
-            kinds.setdefault(column, set()).add(_kind(value))
-    check(file, None)
+    counts = []
+    for path in paths:
+        file, count = RowFile(path), 0
+        for record in file.records():
+            if record.problem is not None or record.repairs or not isinstance(record.value, dict):
+                check(file, record)
+            if isinstance(record.value, dict):
+                count += 1
+                for column, value in record.value.items():
+                    kinds.setdefault(column, set()).add(_kind(value))
+        check(file, None)
+        counts.append(count)
     if not kinds:
-        return Dataset.from_dict({})
+        return Dataset.from_dict({}), counts
     features = Features({column: _feature(found - {"null"}) for column, found in kinds.items()})
-    facts = path.stat()
-    source = {"path": str(path.resolve()), "changed": facts.st_mtime_ns, "size": facts.st_size, "form": _FORM}
     encoded = [column for column, feature in features.items() if isinstance(feature, Json)]
-    return Dataset.from_generator(
+    facts = [(str(path.resolve()), path.stat().st_mtime_ns, path.stat().st_size) for path in paths]
+    rows = Dataset.from_generator(
         _rows,
         features=features,
-        gen_kwargs={**source, "columns": tuple(features), "encoded": tuple(encoded)},
+        gen_kwargs={
+            "files": tuple(facts),
+            "form": _FORM,
+            "columns": tuple(features),
+            "encoded": tuple(encoded),
+        },
     )
+    return rows, counts
 
 
 def _rows(
-    path: str, columns: tuple[str, ...], encoded: tuple[str, ...], **_: Any
+    files: tuple[tuple[str, int, int], ...], columns: tuple[str, ...], encoded: tuple[str, ...], **_: Any
 ) -> Iterator[dict[str, Any]]:
     """Rows with all columns; those of several types or of nested values as JSON."""
-    for record in RowFile(path).records():
+    for record in (record for path, *_ in files for record in RowFile(path).records()):
         if not isinstance(record.value, dict):
             continue
         row = dict.fromkeys(columns) | record.value
