@@ -50,6 +50,27 @@ def test_a_value_that_is_no_number_in_the_checkpoint(config, capsys):
     assert "load or download the checkpoint again" in said
 
 
+def test_a_run_that_ends_without_numbers_saves_nothing_and_says_so(config, capsys, monkeypatch):
+    from pronghorn.engine import StepOutput
+    from pronghorn.training.steps import StaticSteps
+
+    right, bad, step = StaticSteps.run, [2, 3, 4], [0]
+
+    def breaks(self, inputs, normalizer):
+        step[0] += 1
+        output = right(self, inputs, normalizer)
+        return output if step[0] not in bad else StepOutput(output.loss * float("nan"), output.num_correct)
+
+    monkeypatch.setattr(StaticSteps, "run", breaks)
+    several = ("--set", "training.max_steps=4")
+    said = refused(capsys, config, *several)
+    assert "[PH701] the loss is no number from step 2 to the end" in said and "lower learning_rate" in said
+    assert not (config.parent / "out" / "adapter").exists()
+    bad[:], step[:] = [4], [0]  # one row's doing
+    assert main(["train", str(config), *several]) == 0
+    assert (config.parent / "out" / "adapter").exists()
+
+
 def test_resuming_with_another_rank(config, capsys):
     assert main(["train", str(config)]) == 0
     capsys.readouterr()

@@ -235,6 +235,7 @@ def test_a_process_that_sees_several_gpus_trains_on_one(tmp_path, caplog):
     ("arguments", "message"),
     [
         ({"learning_rate": float("nan")}, "learning_rate=nan is outside"),
+        ({"learning_rate": 2e4}, "learning_rate=20000.0 is outside .* 0 to 100"),
         ({"seed": -1}, "seed=-1 is outside .* 0 to 4294967295"),
         ({"adam_beta2": 1.0}, "adam_beta2=1.0 is outside .* below 1"),
         ({"train_sampling_strategy": "group_by_lenght"}, "train_sampling_strategy.*'group_by_length'"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import time
 from collections.abc import Callable
 from functools import partial
@@ -15,7 +16,7 @@ from pronghorn.cli.folders import output_folder
 from pronghorn.cli.models import resolve_model
 from pronghorn.cli.quiet import quiet_libraries
 from pronghorn.config import RunConfig, arguments, load_config, section_arguments
-from pronghorn.errors import ConfigInvalid, ExportDiffers, UnknownArgument, nearest
+from pronghorn.errors import ConfigInvalid, ExportDiffers, NonFiniteLoss, UnknownArgument, nearest
 from pronghorn.importing import left_out_of_collections
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ def run(config_path: str, overrides: list[str], *, resume: bool = False, as_json
         "resumed_from": str(checkpoint) if checkpoint else None,
         "report": _report(settings),
     }
+    _refuse_no_numbers(trainer, summary["eval_loss"])
     saved, differs = save_results(config, trainer.model, trainer.processing_class)
     summary |= saved
     _show(summary)
@@ -239,6 +241,28 @@ def _train(trainer: Any, checkpoint: Path | None) -> Any:
         from pronghorn.training.shortage import shortage
 
         raise shortage(trainer, f"step {trainer.state.global_step + 1}: {first_line(error)}") from None
+
+
+def _refuse_no_numbers(trainer: Any, eval_loss: float | None) -> None:
+    """Raise where what was trained answers with no numbers: it would be saved as though it were of use.
+
+    Raises:
+        NonFiniteLoss: the losses from some step to the end, or the loss on held-back rows, are no numbers.
+    """
+    since = trainer._ledger.ended_without_number()
+    if since is None and (eval_loss is None or math.isfinite(eval_loss)):
+        return
+    what = (
+        f"the loss is no number from step {since} to the end"
+        if since
+        else f"the held-back loss is {eval_loss}"
+    )
+    raise NonFiniteLoss(
+        f"{what}: what was trained is of no use, and is not saved",
+        where=str(trainer.args.output_dir),
+        fix=f"train again with a lower learning_rate (it was {trainer.args.learning_rate:g}) or more warmup_steps; "
+        "a checkpoint from before that step can be gone on from once later ones are removed",
+    )
 
 
 def _final_loss(trainer: Any) -> float:

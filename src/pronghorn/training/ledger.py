@@ -14,6 +14,8 @@ from transformers.trainer_callback import TrainerCallback
 
 #: Steps whose rows are kept: what is told of a step is told within far fewer.
 REMEMBERED_STEPS = 4096
+#: Steps at the end of a run without a loss that is a number, from which on it is not one row's doing.
+_BAD_ENDING = 3
 
 
 class StepLedger(TrainerCallback):
@@ -51,6 +53,12 @@ class StepLedger(TrainerCallback):
         self._unread, self._of_step = [], []
         self._loss = self._norm = None
         self._rows.clear()
+
+    def ended_without_number(self) -> int | None:
+        """The step from which on no loss was a number, if a run ended so; a single bad batch at its end is none."""
+        good = next((i for i in range(len(self.steps), 0, -1) if math.isfinite(self.losses[i - 1])), 0)
+        bad = len(self.steps) - good
+        return self.steps[good] if bad and bad >= min(_BAD_ENDING, len(self.steps)) else None
 
     def take_over(self, steps: Sequence[int], losses: Sequence[float], norms: Sequence[float]) -> None:
         """What another process knew of the steps before, if this one knows nothing."""
