@@ -46,6 +46,22 @@ def test_conversation_from_a_pipe(adapter, monkeypatch, capsys):
     assert len(capsys.readouterr().out.splitlines()) >= 2
 
 
+def test_a_conversation_that_outgrows_the_context_goes_on_and_says_so(adapter, monkeypatch, capsys):
+    import io
+
+    monkeypatch.setattr("pronghorn.cli.chat.CONTEXT", 64)
+    asked = ["Hello?", "And then?", "long " * 100, "And what is it that it eats there?", "And now?"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(asked)))
+    assert main(["chat", str(adapter), "--max-new-tokens", "8"]) == 0
+    said = capsys.readouterr()
+    assert len(said.out.splitlines()) >= 4
+    too_long, *forgotten = [line for line in said.err.splitlines() if line.startswith("pronghorn:")]
+    assert "[PH801]" in too_long and "room for 64" in too_long and "shorter" in too_long
+    assert forgotten and all("outgrew the 64 tokens" in line for line in forgotten)
+    assert main(["chat", str(adapter), "--prompt", "long " * 100]) == 2
+    assert "[PH801]" in capsys.readouterr().err
+
+
 def test_mistakes(adapter, tmp_path, capsys):
     assert main(["chat", str(adapter), "--prompt", " "]) == 2
     assert "[PH402]" in capsys.readouterr().err

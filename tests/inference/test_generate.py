@@ -2,7 +2,7 @@
 
 import pytest
 
-from pronghorn.errors import TokenizerProblem
+from pronghorn.errors import RequestTooLong, TokenizerProblem
 from pronghorn.inference import Conversation, Sampling, generate
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -71,6 +71,20 @@ def test_a_conversation_forgets_its_oldest_turns(model, tokenizer):
         assert conversation.turns[-2]["content"].startswith(f"Question number {number}")
     assert 2 <= len(conversation.turns) < 12
     assert conversation.turns[0]["role"] == "user"
+    assert conversation.forgotten == 6 - len(conversation.turns) // 2
+
+
+def test_a_question_that_leaves_no_room_is_refused_and_nothing_is_forgotten_for_it(model, tokenizer):
+    conversation = Conversation(model, tokenizer, max_length=64, sampling=SHORT)
+    conversation.ask("Hello?")
+    turns = list(conversation.turns)
+    with pytest.raises(RequestTooLong, match="room for 64"):
+        conversation.ask("long " * 60)
+    assert (conversation.turns, conversation.forgotten) == (turns, 0)
+    # An answer may be no longer than what a short context leaves.
+    conversation = Conversation(model, tokenizer, max_length=32, sampling=Sampling(max_new_tokens=500))
+    conversation.ask("Hello?")
+    assert len(tokenizer(conversation.turns[1]["content"])["input_ids"]) <= 32
 
 
 def test_an_interrupted_answer_leaves_no_question(model, tokenizer):

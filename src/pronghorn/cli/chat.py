@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from pronghorn.cli.console import say
 from pronghorn.cli.models import resolve_model
 from pronghorn.cli.quiet import quiet_libraries
-from pronghorn.errors import CommandMisused
+from pronghorn.errors import CommandMisused, RequestTooLong
 
 if TYPE_CHECKING:
     from pronghorn.inference import Conversation
@@ -51,12 +51,32 @@ def _converse(conversation: Conversation) -> int:
             return 0
         if not question:
             return 0
+        remembered_from = conversation.forgotten
         try:
             conversation.ask(question, _print_piece)
         except KeyboardInterrupt:
             if not sys.stdin.isatty():
                 raise
+        except RequestTooLong as error:
+            print(f"pronghorn: {error}", file=sys.stderr)
+            continue
         say()
+        if conversation.forgotten > remembered_from:
+            _tell_forgotten(conversation)
+
+
+def _tell_forgotten(conversation: Conversation) -> None:
+    count = conversation.forgotten
+    which = (
+        "the first question and its answer are"
+        if count == 1
+        else f"the first {count} questions and answers are"
+    )
+    print(
+        f"pronghorn: the conversation outgrew the {conversation.max_length:,} tokens that it may have: {which} "
+        "forgotten",
+        file=sys.stderr,
+    )
 
 
 def _print_piece(text: str) -> None:
