@@ -97,3 +97,58 @@ def refuse_no_length(value: Any, argument: str) -> None:
         raise UnknownArgument(
             f"{argument}={value!r} is no number of tokens", fix="use a positive whole number, such as 2048"
         )
+
+
+def check_eight_bit(kind: str, skip_layers: Any, modules: Any, copies: Any) -> tuple[str, ...] | None:
+    """What `from_pretrained` takes alike for both kinds of 8-bit products; returns the modules.
+
+    Args:
+        kind: what the arguments' names begin with, "fp8" or "int8".
+        skip_layers: None stands for a default.
+
+    Raises:
+        UnknownArgument: a value that does not exist.
+    """
+    if isinstance(copies, bool) or copies not in (1, 2):
+        raise UnknownArgument(f"{kind}_copies={copies!r} does not exist", fix="use 1 or 2")
+    if skip_layers is not None and (
+        isinstance(skip_layers, bool) or not isinstance(skip_layers, int) or skip_layers < 0
+    ):
+        raise UnknownArgument(
+            f"{kind}_skip_layers={skip_layers!r} is no number of layers", fix="use a whole number, such as 2"
+        )
+    names = None if modules is None or not isinstance(modules, Iterable) else tuple(modules)
+    if isinstance(modules, str) or (modules is not None and names is None) or not _are_texts(names):
+        raise UnknownArgument(
+            f"{kind}_modules={modules!r} is no list of names", fix='use such as ["gate_proj", "up_proj"]'
+        )
+    return names
+
+
+def _are_texts(names: Iterable[Any] | None) -> bool:
+    return all(isinstance(name, str) for name in names or ())
+
+
+def tell_eight_bit(kind: str, done: int, kept: list[str], options: Any) -> None:
+    """What 8-bit products did not take.
+
+    Args:
+        done: how many linear layers they did take.
+        kept: names of those that were chosen and stay as they are.
+
+    Raises:
+        UnknownArgument: they took none.
+    """
+    if not done:
+        raise UnknownArgument(
+            f"no linear layer is left to quantise ({kind}_skip_layers={options.skip_layers}, "
+            f"{kind}_modules={options.modules})",
+            fix=f"skip fewer layers, or leave out load_in_{kind}",
+        )
+    if kept:
+        logger.warning(
+            "pronghorn: %d linear layers stay as they are, first %s: %s takes sizes that are multiples of 16",
+            len(kept),
+            kept[0],
+            kind,
+        )

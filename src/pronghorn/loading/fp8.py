@@ -15,6 +15,7 @@ from pronghorn.errors import AdapterProblem, Fp8Unavailable, UnknownArgument
 from pronghorn.export import save_merged
 from pronghorn.families import family_of
 from pronghorn.hardware import Hardware
+from pronghorn.loading.arguments import check_eight_bit, tell_eight_bit
 from pronghorn.quantising.layers import decoder_layers
 from pronghorn.weights import Int8Linear, StoredLinear, lay_side_by_side
 from pronghorn.weights.four_bit import add_fp8_products
@@ -91,12 +92,8 @@ def choose_fp8(
             f"load_in_fp8={load_in_fp8!r} and {bits}-bit weights exclude each other",
             fix="leave out one of them; load_in_4bit=True with load_in_fp8=True stores 4 bits and multiplies fp8",
         )
-    if copies not in (1, 2):
-        raise UnknownArgument(f"fp8_copies={copies!r} does not exist", fix="use 1 or 2")
+    names = check_eight_bit("fp8", skip_layers, modules, copies)
     default_skip, default_modules = KINDS[load_in_fp8]
-    skip_layers = default_skip if skip_layers is None else skip_layers
-    if skip_layers is not None and (not isinstance(skip_layers, int) or skip_layers < 0):
-        raise UnknownArgument(f"fp8_skip_layers={skip_layers!r} is no number of layers", fix="use such as 2")
     fact = hardware.fp8
     if fact.value is None:
         raise Fp8Unavailable(
@@ -108,8 +105,8 @@ def choose_fp8(
         both=load_in_fp8 != "backward",
         others=load_in_fp8 == "mixed",
         rowwise=fact.value != "tensors",
-        skip_layers=skip_layers,
-        modules=default_modules if modules is None else tuple(modules),
+        skip_layers=default_skip if skip_layers is None else skip_layers,
+        modules=default_modules if names is None else names,
         copies=copies,
     )
 
@@ -135,18 +132,7 @@ def quantise_layers(model: Any, options: Fp8Options, device: torch.device | None
             done += 1
         else:
             kept.append(path)
-    if not done:
-        raise UnknownArgument(
-            f"no linear layer is left to quantise (fp8_skip_layers={options.skip_layers}, "
-            f"fp8_modules={options.modules})",
-            fix="skip fewer layers, or leave out load_in_fp8",
-        )
-    if kept:
-        logger.warning(
-            "pronghorn: %d linear layers stay as they are, first %s: fp8 takes sizes that are multiples of 16",
-            len(kept),
-            kept[0],
-        )
+    tell_eight_bit("fp8", done, kept, options)
     _to(model, device)
     _stack_groups(model)
     if is_fp8(model):

@@ -14,6 +14,7 @@ from torch import nn
 from pronghorn.errors import Int8Unavailable, UnknownArgument
 from pronghorn.families import family_of
 from pronghorn.hardware import Hardware
+from pronghorn.loading.arguments import check_eight_bit, tell_eight_bit
 from pronghorn.loading.fp8 import save_dequantised
 from pronghorn.quantising.layers import decoder_layers
 from pronghorn.weights import Int8Linear
@@ -78,17 +79,14 @@ def choose_int8(
             f"load_in_int8 and {other} exclude each other",
             fix="leave out one of them; load_in_4bit=True with load_in_int8=True stores 4 bits and multiplies int8",
         )
-    if copies not in (1, 2):
-        raise UnknownArgument(f"int8_copies={copies!r} does not exist", fix="use 1 or 2")
-    if isinstance(skip_layers, bool) or not isinstance(skip_layers, int) or skip_layers < 0:
-        raise UnknownArgument(f"int8_skip_layers={skip_layers!r} is no number of layers", fix="use such as 0")
+    names = check_eight_bit("int8", skip_layers, modules, copies)
     if hardware.int8.value is None:
         raise Int8Unavailable(
             f"{hardware.name} cannot multiply int8: {hardware.int8.reason}",
             fix="load with load_in_4bit=True for less memory, or without load_in_int8",
         )
     logger.info("pronghorn: int8 products, quantised: %s", hardware.int8.reason)
-    return Int8Options(skip_layers, None if modules is None else tuple(modules), copies)
+    return Int8Options(skip_layers or 0, names, copies)
 
 
 def quantise_to_int8(model: Any, options: Int8Options, device: torch.device | None = None) -> None:
@@ -117,18 +115,7 @@ def quantise_to_int8(model: Any, options: Int8Options, device: torch.device | No
             if four_bit:
                 add_int8_products([wanted[path] for path in four_bit])
             done += len(plain) + len(four_bit)
-    if not done:
-        raise UnknownArgument(
-            f"no linear layer is left to quantise (int8_skip_layers={options.skip_layers}, "
-            f"int8_modules={options.modules})",
-            fix="skip fewer layers, or leave out load_in_int8",
-        )
-    if kept:
-        logger.warning(
-            "pronghorn: %d linear layers stay as they are, first %s: int8 takes sizes that are multiples of 16",
-            len(kept),
-            kept[0],
-        )
+    tell_eight_bit("int8", done, kept, options)
     if device is not None:
         model.to(device)
     if is_int8(model):
