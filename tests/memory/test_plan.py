@@ -9,7 +9,17 @@ import pytest
 from pronghorn.blocks import LEVELS, Level
 from pronghorn.blocks.glu import tile_slices
 from pronghorn.errors import BudgetInvalid, BudgetTooSmall
-from pronghorn.memory import Batch, ModelShape, estimate, longest_that_fits, parse_budget, plan, rates_of
+from pronghorn.memory import (
+    Batch,
+    ModelShape,
+    estimate,
+    longest_that_fits,
+    parse_budget,
+    plan,
+    plan_if_it_fits,
+    rates_of,
+    with_margin,
+)
 from pronghorn.memory.cost import step_time
 from pronghorn.memory.plan import leanest
 from pronghorn.memory.products import Products
@@ -146,3 +156,18 @@ def test_tiles_that_are_alike_are_not_looked_at_one_by_one(monkeypatch: pytest.M
     short = estimate(few, levels, batch, tile_rows=512)
     monkeypatch.setattr(Products, "_tiles", lambda self: tile_slices(self.tokens, self.tile_rows))
     assert short == estimate(few, levels, batch, tile_rows=512)
+
+
+def test_a_tight_plan_counts_four_bits_in_common_buffers() -> None:
+    """What is apart is rounded: tensors below 1 MiB come from segments of 2 MiB, those below 10 from 20."""
+    shape = replace(QWEN, storage="nf4")
+    batch, rates = Batch(2048, 2048, 2), rates_of("H200")
+    apart, together = (
+        leanest(replace(shape, gathered=gathered), batch, rates).reserved for gathered in (False, True)
+    )
+    assert 16 * 2**20 < apart - together < 32 * 2**20
+    assert plan_if_it_fits(shape, with_margin(together), batch, rates=rates) is not None
+    assert plan_if_it_fits(replace(shape, gathered=False), with_margin(together), batch, rates=rates) is None
+    # Where there is room for everything nothing moves.
+    found = plan(shape, 64 * GIB, batch, rates=rates)
+    assert found.estimate.reserved == estimate(replace(shape, gathered=False), "all", batch).reserved

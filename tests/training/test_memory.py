@@ -124,3 +124,18 @@ def test_a_stream_of_unknown_length(monkeypatch) -> None:
 def test_what_is_no_size_is_refused_without_a_gpu_too(tmp_path, budget) -> None:
     with pytest.raises(BudgetInvalid, match="no memory size"):
         trainer(tmp_path, adapter_model(), memory_budget=budget)
+
+
+@pytest.mark.parametrize(
+    ("automatic", "budget", "asked"),
+    [(True, None, [AUTO]), (True, "2GiB", ["2GiB"]), (False, "2GiB", ["2GiB"]), (False, None, [])],
+)
+def test_weights_move_together_before_steps_are_laid_out(monkeypatch, automatic, budget, asked) -> None:
+    plans, done = Plans(monkeypatch, automatic=automatic, budget=budget), []
+    monkeypatch.setattr(memory, "gather_for", lambda binding, budget, batch: done.append(budget))
+    step = SimpleNamespace(lay_out=lambda: done.append("laid out"))
+    memory.take_memory(memory.RunMemory(plans.trainer), step)
+    assert done == [*asked, "laid out"]
+    done.clear()
+    plans.take()
+    assert not done, "without steps of our own nothing moves"

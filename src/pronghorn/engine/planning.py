@@ -430,7 +430,9 @@ def plan_with_expanded(shape: ModelShape, limit: int, batch: Batch, rates: Rates
     beside = sum(-(-size // 512) * 512 for size in left_out)
     if limit <= beside:
         return None
-    expanded = replace(shape, storage=shape.multiplied, linear_tensors=multiplied, placed=None)
+    expanded = replace(
+        shape, storage=shape.multiplied, linear_tensors=multiplied, placed=None, gathered=False
+    )
     found = plan_if_it_fits(expanded, limit - beside, batch, rates=rates, host_limit=host)
     if found is None:
         return None

@@ -150,6 +150,7 @@ def longest_that_fits(
     Documents and supervised rows keep their share of the tokens.
     """
 
+    shape = _tight(shape)
     per_token = shape.layers * host_bytes_per_token("offload", shape.widths)
     # Layers are alike: most of the search looks at a few of them, and adds what the others keep.
     few = replace(shape, layers=min(shape.layers, 6), layer_storages=(), linear_tensors=(), placed=None)
@@ -218,6 +219,7 @@ class _Search:
             everything = self._plan(_times("all", self.shape.layers), None)
             if everything is not None:
                 return everything
+        self.shape = _tight(self.shape)
         if with_margin(with_model(self.shape, self.rates.capability)[0].reserved) > self.budget:
             return None  # the model alone is too large
         lean = self.lean = leanest(self.shape, self.batch, self.rates, self.offload)
@@ -298,6 +300,11 @@ class _Search:
             more = self._plan(levels, found.tile_rows)
             low, high, best = (middle, high, more) if more is not None else (low, middle, best)
         return best
+
+
+def _tight(shape: ModelShape) -> ModelShape:
+    """The shape where not everything can be kept: frozen weights are then moved together (`engine.gathered`)."""
+    return replace(shape, gathered=True) if shape.gathered is None and shape.trained == "adapters" else shape
 
 
 def _total(sizes: Mapping[Level, int], levels: Sequence[Level]) -> int:

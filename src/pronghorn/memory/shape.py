@@ -48,6 +48,8 @@ class ModelShape:
         placed: bytes that the allocator holds for weights, adapters and their gradients, where that was asked; else it
             follows from their sizes.
         elsewhere: the weights lie in another process's memory, and count nowhere.
+        gathered: frozen 4-bit weights lie in common buffers (`weights.gathered`), as plain ones do when they are read.
+            None leaves it to a plan: they do where not everything can be kept.
         wide_heads: what makes q and k is multiplied in 16 bits where the rest is in int8 (`loading.int8`, over 4 bits).
         latent: the attention, where it is latent. Projections are then q (or its code), kv (the other code), q_up and
             kv_up; `head_dim` is that of q and k.
@@ -91,6 +93,7 @@ class ModelShape:
     in_one_piece: bool = True
     placed: int | None = None
     elsewhere: bool = False
+    gathered: bool | None = None
     wide_heads: bool = False
     latent: LatentShape | None = None
     delta: DeltaShape | None = None
@@ -386,8 +389,9 @@ class ModelShape:
         if self.elsewhere:
             return
         separate = bool(self.layer_storages or self.linear_tensors or self.stack_tensors)
-        if self.storage in ELEMENT and not separate:
-            # Transformers asks for all of them at once before it reads them, so that they lie in one segment.
+        if (self.storage in ELEMENT and not separate) or (self.gathered and self.storage.startswith("nf4")):
+            # Transformers asks for all plain ones at once before it reads them, so that they lie in one segment; in
+            # common buffers they do so again.
             yield sum(self._separate_weights())
         else:
             yield from self._separate_weights()

@@ -14,6 +14,7 @@ from pronghorn.data.collator import BOOKKEEPING
 from pronghorn.data.images import has_images
 from pronghorn.data.split import split_batch
 from pronghorn.engine import AUTO, Binding, LanguageTask, Task, TrainingStep, binding_of
+from pronghorn.engine.gathered import gather_for
 from pronghorn.engine.planning import levels_without_gpu, plan_levels, shape_of, vision_bytes
 from pronghorn.errors import BudgetInvalid, BudgetTooSmall, OutOfMemory
 from pronghorn.hardware import gpu_memory
@@ -98,6 +99,16 @@ class RunMemory:
         """
         return plan_levels(self.bindings[0], budget, batch)
 
+    def gather(self, budget: str | int, batch: Batch) -> None:
+        """Move frozen weights together where a budget is tight; before steps are laid out.
+
+        Raises:
+            BudgetInvalid: a budget that is no size.
+        """
+        bindings = self.bindings
+        if len(bindings) == 1:
+            gather_for(bindings[0], budget, batch)
+
     def rehearse(self, step: TrainingStep, batch: Batch) -> None:
         """A step of the largest batch over nothing.
 
@@ -149,6 +160,8 @@ def take_memory(run: RunMemory, step: TrainingStep | None) -> None:
             )
         return
     if step is not None:
+        if budget is not None or automatic:
+            run.gather(AUTO if budget is None else budget, batch)
         # What lives from step to step is asked of the allocator instead of guessed.
         step.lay_out()
     if budget is not None and budget != AUTO:

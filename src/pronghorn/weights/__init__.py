@@ -6,6 +6,7 @@ from pronghorn.weights.dequantised import StoredLinear
 from pronghorn.weights.four_bit import is_four_bit, keep_expanded
 from pronghorn.weights.fp8 import Fp8FourBitWeight, Fp8GradWeight, Fp8Weight
 from pronghorn.weights.fp8_linear import Fp8Linear
+from pronghorn.weights.gathered import Block, blocks_of, buffers_of, gather, size_of, tensors_of
 from pronghorn.weights.int8 import Int8FourBitWeight, Int8Products, Int8Weight
 from pronghorn.weights.int8_linear import Int8Linear
 from pronghorn.weights.operand import Operand
@@ -15,6 +16,7 @@ from pronghorn.weights.stack import join, join_tensors, keep_in_place, lay_side_
 
 __all__ = [
     "BitsAndBytesInt8Weight",
+    "Block",
     "DenseWeight",
     "FourBitWeight",
     "Fp8FourBitWeight",
@@ -28,6 +30,9 @@ __all__ = [
     "Operand",
     "StoredLinear",
     "Weight",
+    "blocks_of",
+    "buffers_of",
+    "gather",
     "is_four_bit",
     "join",
     "join_tensors",
@@ -37,5 +42,7 @@ __all__ = [
     "lay_side_by_side",
     "read_weight",
     "side_by_side",
+    "size_of",
     "stacked",
+    "tensors_of",
 ]

@@ -71,16 +71,22 @@ def join_tensors(tensors: Sequence[Tensor]) -> bool:
 
 
 def keep_in_place(tensors: Iterable[Tensor]) -> None:
-    """Have `join` leave these tensors where they are: other processes read them there, and each would make a copy."""
+    """Have `join` and `gather` leave these tensors where they are: other processes read them there, and each would make
+    a copy."""
     for tensor in tensors:
         setattr(tensor, _IN_PLACE, True)
+
+
+def stays_in_place(tensor: Tensor) -> bool:
+    """Whether `keep_in_place` was asked for a tensor."""
+    return hasattr(tensor, _IN_PLACE)
 
 
 def _may_join(tensors: Sequence[Tensor]) -> bool:
     first = tensors[0]
     alike = all(t.dtype == first.dtype and t.device == first.device for t in tensors)
     whole = all(t.is_contiguous() and t.untyped_storage().nbytes() == t.nbytes for t in tensors)
-    frozen = not any(t.requires_grad or hasattr(t, _IN_PLACE) for t in tensors)
+    frozen = not any(t.requires_grad or stays_in_place(t) for t in tensors)
     return frozen and alike and whole and len({t.untyped_storage()._cdata for t in tensors}) == len(tensors)
 
 
