@@ -1,6 +1,10 @@
 """`model.fast_generate` and what goes with it: the same tokens as `model.generate`, through the adapter that is asked
 for, and the model as it was afterwards."""
 
+import copy
+import gc
+import weakref
+
 import pytest
 import torch
 from datasets import Dataset
@@ -8,6 +12,7 @@ from datasets import Dataset
 from pronghorn.compat.answers import SamplingParams, _times
 from pronghorn.compat.models import FastLanguageModel
 from pronghorn.errors import DropInUnavailable, UnknownArgument, UploadFailed
+from pronghorn.inference import model_generate
 from pronghorn.inference.model_generate import EngineGenerate
 from pronghorn.loading import saving
 
@@ -64,6 +69,44 @@ def test_without_a_request_the_base_answers_and_with_one_its_adapter(loaded, tmp
     assert {name: p.requires_grad for name, p in model.named_parameters()} == trained
     assert model.training and list(model.peft_config) == ["default"]
     assert not isinstance(model.base_model.model.__dict__.get("generate"), EngineGenerate)
+
+
+def test_one_engine_answers_until_the_model_is_trained(loaded, monkeypatch, tmp_path):
+    made = []
+
+    class Counted(model_generate.Engine):
+        def __init__(self, *args, **given):
+            made.append(weakref.ref(self))
+            super().__init__(*args, **given)
+
+    monkeypatch.setattr(model_generate, "Engine", Counted)
+    model, _ = loaded
+    model.save_lora(str(tmp_path / "lora"))
+    request = model.load_lora(str(tmp_path / "lora"))
+    before = texts(model.fast_generate(PROMPTS, GREEDY, lora_request=request))
+    assert texts(model.fast_generate(PROMPTS, GREEDY, lora_request=request)) == before and len(made) == 1
+    # A write that nothing counts, as optimizers' are.
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.data.neg_()
+    model.save_lora(str(tmp_path / "since"))
+    request = model.load_lora(str(tmp_path / "since"))
+    since = texts(model.fast_generate(PROMPTS, GREEDY, lora_request=request))
+    assert since != before and len(made) == 1
+    model.train()
+    gc.collect()
+    assert made[0]() is None
+    assert texts(model.fast_generate(PROMPTS, GREEDY, lora_request=request)) == since and len(made) == 2
+    copied = copy.deepcopy(model)
+    assert texts(copied.fast_generate(PROMPTS, GREEDY)) == texts(model.fast_generate(PROMPTS, GREEDY))
+    FastLanguageModel.for_inference(model)
+    base = model.base_model.model
+    assert isinstance(base.__dict__["generate"], EngineGenerate) and "train" not in base.__dict__
+    assert base.__dict__["generate"]._engine is made[1]()
+    FastLanguageModel.for_training(model)
+    gc.collect()
+    assert made[1]() is None and "generate" in base.__dict__ and model.training and base.training
 
 
 def test_a_model_without_an_adapter_answers_through_a_saved_one(loaded, tiny, tmp_path):

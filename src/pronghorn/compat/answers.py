@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from torch import Tensor
 from pronghorn.compat.lora_requests import LoRARequest, answering_with
 from pronghorn.engine import base_causal_lm
 from pronghorn.errors import DropInUnavailable, TokenizerProblem, UnknownArgument
-from pronghorn.inference.model_generate import EngineGenerate, undo_engine, use_engine
+from pronghorn.inference.model_generate import answering
 from pronghorn.loading.arguments import note_without_effect, refuse_unknown
 
 logger = logging.getLogger("pronghorn")
@@ -137,7 +136,7 @@ def fast_generate(
             f"{len(asked)} prompts have {len(sampling_params)} sampling_params", fix="one each"
         )
     outputs: list[Any] = [None] * len(asked)
-    with _answering(model), answering_with(model, lora_request):
+    with answering(model), answering_with(model, lora_request):
         for sampling, places in _alike(sampling_params, asked):
             answered = _answer(model, [asked[place] for place in places], sampling)
             for place, output in zip(places, answered, strict=True):
@@ -181,22 +180,6 @@ def _alike(sampling_params: Sequence[Any], asked: Sequence[Any]) -> Iterator[tup
             found.append(place)
     for _, places in groups:
         yield sampling_params[places[0]], places
-
-
-@contextmanager
-def _answering(model: Any) -> Iterator[None]:
-    """Evaluation mode and the engine, for one call; both as they were afterwards."""
-    training = bool(model.training)
-    had = isinstance(base_causal_lm(model).__dict__.get("generate"), EngineGenerate)
-    model.eval()
-    if not had:
-        use_engine(model)
-    try:
-        yield
-    finally:
-        if not had:
-            undo_engine(model)
-        model.train(training)
 
 
 def _answer(model: Any, asked: Sequence[Any], sampling: Any) -> list[RequestOutput]:

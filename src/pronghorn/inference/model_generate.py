@@ -65,17 +65,61 @@ def use_engine(model: Any) -> None:
     """Let this instance's `generate` run through the engine; `undo_engine` takes it off."""
     base = base_causal_lm(model)
     if not isinstance(base.__dict__.get("generate"), EngineGenerate):
-        base.__dict__["generate"] = EngineGenerate(base, base.__dict__.get("generate"))
+        bound = _taken_kept(base) or EngineGenerate(base)
+        bound.former = base.__dict__.get("generate")
+        base.__dict__["generate"] = bound
 
 
 def undo_engine(model: Any) -> None:
     """Give the instance its former `generate` back, and the cache's memory free."""
     base = base_causal_lm(model)
+    _taken_kept(base)
     bound = base.__dict__.get("generate")
     if isinstance(bound, EngineGenerate):
         del base.__dict__["generate"]
         if bound.former is not None:
             base.__dict__["generate"] = bound.former
+
+
+@contextmanager
+def answering(model: Any) -> Iterator[None]:
+    """Evaluation mode and the engine, for one call; both as they were afterwards. The engine is kept for the next call,
+    until the model is put into training mode."""
+    base = base_causal_lm(model)
+    had, training = base.__dict__.get("generate"), bool(model.training)
+    use_engine(model)
+    bound = base.__dict__["generate"]
+    try:
+        model.eval()
+        yield
+    finally:
+        if bound is not had:
+            undo_engine(model)
+        model.train(training)
+        if bound is not had and "train" not in base.__dict__:
+            base.__dict__["train"] = _Kept(base, bound)
+
+
+def _taken_kept(base: Any) -> EngineGenerate | None:
+    """What an earlier call of `answering` has kept, taken off the instance."""
+    kept = base.__dict__.get("train")
+    return base.__dict__.pop("train").bound if isinstance(kept, _Kept) else None
+
+
+class _Kept:
+    """Stands in for an instance's `train` while an engine is kept for it: training lets go of the engine's memory."""
+
+    def __init__(self, model: Any, bound: EngineGenerate) -> None:
+        self.model, self.bound = model, bound
+
+    def __call__(self, mode: bool = True) -> Any:
+        """As Module's `train`."""
+        if mode:
+            _taken_kept(self.model)
+        return type(self.model).train(self.model, mode)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Kept:
+        return _Kept(copy.deepcopy(self.model, memo), copy.deepcopy(self.bound, memo))
 
 
 class EngineGenerate:

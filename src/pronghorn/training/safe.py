@@ -106,6 +106,7 @@ class SafeTrainer(transformers.Trainer):
         self._watch = Stopwatch()
         if resume_from_checkpoint and 0 < self.args.max_steps <= step_of(Path(resume_from_checkpoint)):
             return self._already_trained(resume_from_checkpoint)
+        self.model.train()  # before memory is planned: lets go of what is kept for answers
         # The Trainer begins with a collection, for what others left on the GPU.
         unneeded = is_alone_on_gpu(self.model, self.args.device)
         with self._while_training(), left_out_of_collections() if unneeded else nullcontext():
