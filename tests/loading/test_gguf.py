@@ -6,12 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from pronghorn.engine import binding_of
 from pronghorn.errors import CheckpointCorrupt, PackageMissing
-from pronghorn.export import save_adapter
+from pronghorn.export import save_adapter, save_gguf
 from pronghorn.loading import FastLanguageModel
 from pronghorn.loading import model as model_module
+from pronghorn.loading.gguf_header import numbers_of
 from tests.tiny import TINY, tiny_model, tiny_tokenizer
 
 gguf = pytest.importorskip("gguf")
@@ -121,6 +123,23 @@ def test_a_gguf_file_is_the_model_it_was_made_of(tiny_gguf, as_folder):
     assert not getattr(model, "is_quantized", False) and not hasattr(model.config, "quantization_config")
     assert tokenizer.decode(tokenizer("grass and cactus")["input_ids"]).endswith("grass and cactus")
     assert tokenizer.pad_token not in (None, tokenizer.eos_token)
+
+
+def test_heads_of_another_size_than_transformers_takes_for_granted(tmp_path):
+    """Qwen3's are 128 wide unless its config says otherwise, and Transformers does not read what the file says."""
+    sizes = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
+    config = Qwen3Config(
+        **sizes, num_attention_heads=4, num_key_value_heads=2, head_dim=32, max_position_embeddings=64
+    )
+    torch.manual_seed(0)
+    made = Qwen3ForCausalLM(config)
+    save_gguf(made, tiny_tokenizer(), tmp_path, "f32", verify=False)
+    (file,) = tmp_path.glob("*.gguf")
+    assert numbers_of(file, "attention.key_length") == ("qwen3", 32)
+    assert numbers_of(file, "no.such.key") is None
+    model, _ = FastLanguageModel.from_pretrained(str(file), dtype="float32")
+    assert model.config.head_dim == 32
+    torch.testing.assert_close(logits(model), logits(made), atol=1e-5, rtol=0)
 
 
 def test_an_adapter_of_a_gguf_model_finds_its_base_again_and_merges(tiny_gguf, tmp_path):
