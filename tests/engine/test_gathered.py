@@ -23,7 +23,7 @@ from pronghorn.export import save_gguf, save_merged
 from pronghorn.memory import Batch, estimate, plan, rates_of, with_margin
 from pronghorn.memory.allocator import MIB, Allocator
 from pronghorn.memory.plan import leanest
-from pronghorn.weights import gather, keep_in_place, side_by_side
+from pronghorn.weights import gather, keep_in_place, side_by_side, stacked
 from tests.engine.test_step import DEVICE, ON_GPU, adapted, collated, gpu_only, gradients, rows
 from tests.families.parity import TARGETS, add_adapter, quantise_4bit
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -68,6 +68,19 @@ def test_a_step_gives_the_same_bits(family: str, monkeypatch: pytest.MonkeyPatch
             for name in ("q_proj", "k_proj", "v_proj")
         ]
         assert parts[0] is None or side_by_side(parts, 0) is not None
+
+
+@pytest.mark.parametrize("copies", [1, 2])
+def test_int8_models_give_the_same_bits(copies: int) -> None:
+    apart, model = adapted("llama", copies), adapted("llama", copies)
+    gather(gathering_of(binding_of(model)).blocks)
+    batch, supervised = collated(rows(), Budgets())
+    expected, output = TrainingStep(apart).run(batch, supervised), TrainingStep(model).run(batch, supervised)
+    assert torch.equal(output.loss, expected.loss)
+    found = gradients(model)
+    assert all(torch.equal(found[name], grad) for name, grad in gradients(apart).items())
+    weights = [binding_of(one).all_groups()[0, 0] for one in (apart, model)]
+    assert [stacked([p.weight for p in group]) is None for group in weights] == [False, False]
 
 
 def test_a_recorded_step_is_noticed_to_have_moved() -> None:
@@ -157,12 +170,11 @@ def test_segments_are_given_back_when_all_in_them_moves() -> None:
 
 
 def around(model: Any, wasted: int) -> list[dict[str, Any]]:
-    """Every block of a model in a segment of its own, the first with so much unused."""
-    gathering = gathering_of(binding_of(model))
+    """Every tensor of a model in a segment of its own, the first with so much unused."""
     found = []
-    for block in (*gathering.blocks, *gathering.aside):
-        parts = [(block.nbytes, "active_allocated")] + ([] if found else [(wasted, "inactive")])
-        found.append(segment(block.tensors[0].data_ptr(), *parts))
+    for parameter in model.parameters():
+        parts = [(parameter.nbytes, "active_allocated")] + ([] if found else [(wasted, "inactive")])
+        found.append(segment(parameter.data_ptr(), *parts))
     return found
 
 
@@ -186,6 +198,12 @@ def moved_by(model: Any, budget: int) -> bool:
 def test_weights_move_where_not_everything_can_be_kept(on_gpu: Any) -> None:
     shape = shape_of(binding_of(on_gpu))
     everything = with_margin(estimate(shape, "all", BATCH).reserved)
+    tensors = sum(parameter.nbytes for parameter in on_gpu.parameters())
+    gathering = gathering_of(binding_of(on_gpu))
+    saved = gathering.saves(around(on_gpu, 64 * MIB))
+    assert saved == 64 * MIB + tensors + 2 * MIB - gathering.takes(), (
+        "weights that are to lie together are given back"
+    )
     assert not moved_by(on_gpu, everything + 100 * MIB), "there is room"
     assert moved_by(on_gpu, everything + 10 * MIB), "there is, but for what the allocator rounds"
 

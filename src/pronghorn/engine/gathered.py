@@ -61,7 +61,9 @@ class Gathering:
 
     def saves(self, segments: Iterable[Mapping[str, Any]]) -> int:
         """Bytes by which the allocator then holds less, of its segments as they are (`torch.cuda.memory_snapshot`)."""
-        moved = {block.tensors[0].data_ptr(): block.nbytes for block in (*self.blocks, *self.aside)}
+        tensors = (tensor for block in (*self.blocks, *self.aside) for tensor in block.tensors)
+        storages = (tensor.untyped_storage() for tensor in tensors)
+        moved = {storage.data_ptr(): storage.nbytes() for storage in storages}
         return released(segments, moved) + _segment(self.together) - self.takes()
 
     def takes(self) -> int:

@@ -170,13 +170,13 @@ def _place(block: Block, memory: Tensor) -> None:
 
 
 def tensors_of(model: nn.Module) -> Iterator[Tensor]:
-    """The tensors that hold a model's weights: parameters, and of 4-bit ones what is needed to read them."""
+    """The tensors that a model holds: parameters, buffers, and of 4-bit weights what is needed to read them."""
     for parameter in model.parameters():
         yield parameter
         yield from _tensors_in(getattr(parameter, "quant_state", None))
+    yield from model.buffers()
     for module in model.modules():
-        for name, state in four_bit_states(module).items():
-            yield module.get_buffer(f"{name}_packed")
+        for state in four_bit_states(module).values():
             yield from _tensors_in(state)
 
 
