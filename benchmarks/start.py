@@ -10,7 +10,7 @@ files are not dropped from the page cache. Stages:
     imports     of the interpreter, torch and the library
     weights     the library's `from_pretrained`, with the CUDA context
     adapters    LoRA on the model (Transformers with TRL: in the next stage)
-    trainer     from there to the first step
+    trainer     from there to the first step; with `--notebook` also the import of the trainer's classes
     recording   what the first step takes more than a later one: plans, captures, compiling, the first optimizer step
     step        the median of the later ones
 """
@@ -53,6 +53,8 @@ IMPORTS: dict[str, dict[str, tuple[str, ...]]] = {
     "pronghorn": {"pronghorn": ("FastLanguageModel", "SFTConfig", "SFTTrainer")},
 }
 IMPORTS["liger"] = IMPORTS["hf"]
+#: of them, what a notebook imports in the cell that builds the trainer: with `--notebook` it is done there
+OF_TRAINER = {"SFTConfig", "SFTTrainer"}
 
 
 class Marks:
@@ -79,14 +81,16 @@ class Marks:
 
 
 def measure(
-    workload: Workload, side: Side, checkpoint: Path, *, steps: int, started: float
+    workload: Workload, side: Side, checkpoint: Path, *, steps: int, started: float, notebook: bool = False
 ) -> dict[str, Any]:
     """Train a few steps in this process, and return when what was done."""
     marks = Marks(started)
     import_library(side.library)
+    later = OF_TRAINER if notebook else set()
     for module, names in IMPORTS[side.library].items():
         for name in names:
-            getattr(import_module(module), name)
+            if name not in later:
+                getattr(import_module(module), name)
     import torch
 
     marks("imports")
@@ -153,6 +157,7 @@ def run_side(
     cached = cached_share(checkpoint)
     arguments = ["--workload", workload.name, "--side", side.name, "--checkpoint", str(checkpoint)]
     arguments += ["--steps", str(options.steps), "--started", str(time.time())]
+    arguments += ["--notebook"] if options.notebook else []
     log = (options.logs or work) / f"{side.name}-{state}.log"
     status, output = run_module(
         "benchmarks.start", arguments, work=work, library=side.library, timeout=options.timeout, log=log
@@ -193,6 +198,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--sides", help=f"default: {', '.join(DEFAULT_SIDES)}, those that are installed")
     parser.add_argument("--steps", type=int, default=4, help="trained in each process, two at least")
     parser.add_argument("--rounds", type=int, default=1, help="repeat all this often, interleaved")
+    parser.add_argument(
+        "--notebook",
+        action="store_true",
+        help="import the trainer's classes after the model, not at the beginning",
+    )
     add_process_arguments(parser, 240.0, "process")
     parser.add_argument("--side", type=find_side, help=argparse.SUPPRESS)
     parser.add_argument("--started", type=float, help=argparse.SUPPRESS)
@@ -208,7 +218,12 @@ def main(argv: list[str] | None = None) -> int:
     workload = workload_of(options.workload, options.layers)
     if options.side is not None:
         row = measure(
-            workload, options.side, options.checkpoint, steps=options.steps, started=options.started
+            workload,
+            options.side,
+            options.checkpoint,
+            steps=options.steps,
+            started=options.started,
+            notebook=options.notebook,
         )
         print(RESULT_PREFIX + json.dumps(row), flush=True)
         return 0

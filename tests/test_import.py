@@ -37,6 +37,23 @@ print("ok")
     )
 
 
+def test_loading_a_model_does_not_import_what_training_needs():
+    _run(
+        """
+import sys
+sys.path[:0] = ["src"]
+from pronghorn import FastLanguageModel
+heavy = ["accelerate", "bitsandbytes", "datasets", "gguf", "matplotlib", "pandas", "peft", "pyarrow", "rich", "scipy",
+         "sklearn", "sympy", "tensorboard", "torch._dynamo", "torch._inductor", "torchvision",
+         "transformers.modeling_utils", "transformers.trainer", "triton", "trl"]
+ours = ["data.checks", "data.reading", "export.gguf", "export.hub", "quantising.dynamic", "training", "tuning"]
+found = [name for name in [*heavy, *(f"pronghorn.{name}" for name in ours)] if name in sys.modules]
+assert not found, found
+print("ok")
+"""
+    )
+
+
 def test_every_public_name_is_there_and_the_version_agrees_with_the_package():
     import tomllib
 

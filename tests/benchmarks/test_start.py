@@ -44,6 +44,7 @@ def test_three_states_of_each_side_and_a_failure_ends_no_other(tmp_path: Path, m
     checkpoint, caches = write_checkpoint("tiny", tmp_path / "checkpoints" / "tiny"), []
 
     def process(module: str, arguments: list[str], *, work: Path, library: str, **_: Any) -> tuple[int, str]:
+        assert "--notebook" in arguments
         caches.append((library, sorted(path.name for path in work.iterdir())))
         (work / "compiled").touch()
         if library == "unsloth":
@@ -53,7 +54,16 @@ def test_three_states_of_each_side_and_a_failure_ends_no_other(tmp_path: Path, m
 
     monkeypatch.setattr(start, "run_module", process)
     monkeypatch.setattr(start, "checkpoint_folder", lambda *_: checkpoint)
-    arguments = ["--workload", "tiny", "--sides", "unsloth,pronghorn", "--rounds", "2", "--json"]
+    arguments = [
+        "--workload",
+        "tiny",
+        "--sides",
+        "unsloth,pronghorn",
+        "--rounds",
+        "2",
+        "--json",
+        "--notebook",
+    ]
     assert start.main(arguments) == 1
     assert [library for library, _ in caches] == (["unsloth"] * 3 + ["pronghorn"] * 3) * 2
     assert [files for _, files in caches] == [[], ["compiled"], ["compiled"]] * 4, "first: without caches"

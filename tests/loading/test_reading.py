@@ -105,7 +105,7 @@ def ours(monkeypatch):
         return WeightReader(device, piece=1000)
 
     monkeypatch.setattr(pretrained, "WORTH_IT", 0)
-    monkeypatch.setattr(pretrained, "_one_gpu", lambda device_map: CPU)
+    monkeypatch.setattr(pretrained, "one_gpu", lambda device_map: CPU)
     monkeypatch.setattr(pretrained, "WeightReader", reader)
     return made
 
@@ -136,7 +136,7 @@ def test_loaded_and_quantised(tmp_path, ours, monkeypatch, bits):
     arguments = {"dtype": torch.float32, "load_in_4bit": bits == 4}
     model, _ = FastLanguageModel.from_pretrained(folder, **arguments)
     assert len(ours) == 1
-    monkeypatch.setattr(pretrained, "_one_gpu", lambda device_map: None)
+    monkeypatch.setattr(pretrained, "one_gpu", lambda device_map: None)
     stock, _ = FastLanguageModel.from_pretrained(folder, **arguments)
     assert len(ours) == 1
     assert torch.equal(logits(model), logits(stock))

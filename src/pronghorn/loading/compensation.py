@@ -6,7 +6,7 @@ import base64
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
@@ -14,13 +14,13 @@ from torch import Tensor
 
 from pronghorn.engine import base_causal_lm
 from pronghorn.errors import AdapterMismatch, QuantisationRefused, UnknownArgument, nearest
-from pronghorn.export.quantised import REPORT_FILE
 from pronghorn.loading.checkpoint import check_folder, read_header, weight_files
 from pronghorn.loading.source import Source, read_json
 from pronghorn.loading.tokenizer import load_tokenizer
-from pronghorn.quantising.calibration import calibration_rows
-from pronghorn.quantising.compensation import CompensationReport, compensate
 from pronghorn.weights import is_four_bit
+
+if TYPE_CHECKING:
+    from pronghorn.quantising.compensation import CompensationReport
 
 logger = logging.getLogger("pronghorn")
 
@@ -82,6 +82,9 @@ def begin_with_residual(model: Any, loftq_config: Any) -> CompensationReport:
         QuantisationRefused: where the original weights cannot be found.
         UnknownArgument: for a `loftq_config` that does not exist.
     """
+    from pronghorn.quantising.calibration import calibration_rows
+    from pronghorn.quantising.compensation import compensate
+
     settings = loftq_settings(loftq_config)
     base = base_causal_lm(model)
     source = base.__dict__.get("pronghorn_source")
@@ -155,6 +158,8 @@ def _made_of(source: Source | None) -> Path | None:
 
         cached = try_to_load_from_cache(source.location, "config.json", revision=source.revision)
         return Path(cached).parent if isinstance(cached, str) else None
+    from pronghorn.export.quantised import REPORT_FILE
+
     note = source.path / REPORT_FILE
     if note.is_file():
         original = read_json(note).get("original")

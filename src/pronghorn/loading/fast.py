@@ -25,6 +25,7 @@ from pronghorn.loading.adapters import (
     load_adapter,
     lora_config_fields,
 )
+from pronghorn.loading.ahead import begun_early
 from pronghorn.loading.arguments import (
     NO_EFFECT_ON_ADAPTERS,
     NO_EFFECT_ON_LOADING,
@@ -36,7 +37,7 @@ from pronghorn.loading.arguments import (
 )
 from pronghorn.loading.choices import AskedFp8, AskedInt8, AskedStorage, choose_options
 from pronghorn.loading.hub import download
-from pronghorn.loading.model import Options, check_model, load_model
+from pronghorn.loading.model import Options, check_files, gpu_in_sight, load_config, load_model
 from pronghorn.loading.precision import choose_dtype
 from pronghorn.loading.saving import add_save_methods
 from pronghorn.loading.source import Source, base_of_adapter, locate
@@ -48,7 +49,6 @@ from pronghorn.loading.tokenizer import (
     set_pad_token,
 )
 from pronghorn.loading.towers import reads_images, tower_targets
-from pronghorn.quantising.calibration import calibration_rows
 from pronghorn.quantising.settings import DynamicQuantisation
 
 logger = logging.getLogger("pronghorn")
@@ -393,13 +393,16 @@ def load_named(
     here = on_disk(named, token, trusted)
     base_named = base_of_adapter(here) if here.kind == "adapter" else named
     base_here = on_disk(base_named, token, trusted) if here.kind == "adapter" else here
-    with collector_paused():  # both import much of Transformers
-        config = check_model(base_here, trusted)
-        tokenizer = _tokenizer_or_processor(here, base_here, config, options)
-    texts, rows = getattr(tokenizer, "tokenizer", tokenizer), None
-    if options.dynamic is not None:
-        rows = calibration_rows(options.dynamic.calibration, texts, options.dynamic.tokens)
-    model = load_model(base_here, config, options, hardware, rows)
+    with begun_early(check_files(base_here), gpu_in_sight(options.device_map, hardware)):
+        with collector_paused():  # both import much of Transformers
+            config = load_config(base_here, trusted)
+            tokenizer = _tokenizer_or_processor(here, base_here, config, options)
+        texts, rows = getattr(tokenizer, "tokenizer", tokenizer), None
+        if options.dynamic is not None:
+            from pronghorn.quantising.calibration import calibration_rows
+
+            rows = calibration_rows(options.dynamic.calibration, texts, options.dynamic.tokens)
+        model = load_model(base_here, config, options, hardware, rows)
     _remember(model, base_named, max_seq_length, options.rope_scaling)
     if fix_tokenizer:
         set_pad_token(texts, model)

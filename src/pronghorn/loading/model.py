@@ -7,7 +7,8 @@ import logging
 import re
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -22,20 +23,21 @@ from pronghorn.errors import (
 from pronghorn.families import family_of
 from pronghorn.hardware import Hardware
 from pronghorn.importing import collector_paused
-from pronghorn.loading.checkpoint import check_folder
+from pronghorn.loading.checkpoint import check_folder, weight_files
 from pronghorn.loading.dynamic import check_can_be_quantised
 from pronghorn.loading.experts import mixture_of, quantise_experts
 from pronghorn.loading.fp8 import Fp8Options, quantise_layers
 from pronghorn.loading.gguf_header import with_head_size
 from pronghorn.loading.int8 import Int8Options, quantise_to_int8
 from pronghorn.loading.precision import quantisation
-from pronghorn.loading.pretrained import from_pretrained
+from pronghorn.loading.pretrained import from_pretrained, one_gpu
 from pronghorn.loading.source import Source
 from pronghorn.loading.towers import reads_images
-from pronghorn.quantising.calibration import CalibrationRows
-from pronghorn.quantising.dynamic import quantise
 from pronghorn.quantising.settings import DynamicQuantisation
 from pronghorn.weights import keep_four_bit_layout
+
+if TYPE_CHECKING:
+    from pronghorn.quantising.calibration import CalibrationRows
 
 logger = logging.getLogger("pronghorn")
 
@@ -73,13 +75,25 @@ def check_model(source: Source, trust_remote_code: bool) -> Any:
         UnsupportedCheckpoint: for pickles, remote code that was not allowed, architectures Transformers lacks.
         PackageMissing: when the package that reads GGUF is not installed.
     """
+    check_files(source)
+    return load_config(source, trust_remote_code)
+
+
+def check_files(source: Source) -> list[Path]:
+    """Check a local source's files without reading weights or importing Transformers; returns those that hold weights.
+
+    Raises:
+        CheckpointCorrupt, UnsupportedCheckpoint: as `check_folder`.
+        PackageMissing: when the package that reads GGUF is not installed.
+    """
     if source.gguf_file is None:
         check_folder(source.path)
-    elif find_spec("gguf") is None:
+        return weight_files(source.path)
+    if find_spec("gguf") is None:
         raise PackageMissing(
             "the package gguf, which reads GGUF files, is not installed", fix="pip install gguf"
         )
-    return load_config(source, trust_remote_code)
+    return [source.path / source.gguf_file]
 
 
 def load_model(
@@ -188,6 +202,8 @@ def _quantise_dynamically(
     Raises:
         UnknownArgument: for a model that is spread over devices.
     """
+    from pronghorn.quantising.dynamic import quantise
+
     if len(getattr(model, "hf_device_map", None) or {}) > 1:
         raise UnknownArgument(
             f"dynamic_4bit brings a model to one device, and device_map={device_map!r} spreads it",
@@ -352,6 +368,15 @@ def _settle_bits(source: Source, config: Any, options: Options) -> int:
     if stored_bits == 4:  # the machine, not the one that made the checkpoint, decides what it computes in
         stored["bnb_4bit_compute_dtype"] = str(options.dtype).removeprefix("torch.")
     return 16
+
+
+def gpu_in_sight(device_map: Any, hardware: Hardware) -> torch.device | None:
+    """The one GPU that a model will lie on, where that can be said before anything is loaded; else None."""
+    if not hardware.is_cuda or (
+        torch.distributed.is_available() and torch.distributed.is_torchelastic_launched()
+    ):
+        return None
+    return one_gpu(device_map or {"": torch.cuda.current_device()})
 
 
 def default_device_map(hardware: Hardware, bits: int) -> Any:

@@ -28,7 +28,7 @@ def from_pretrained(
         arguments: further ones of its `from_pretrained`.
     """
     arguments |= {"config": config, "dtype": dtype, "device_map": device_map, "output_loading_info": True}
-    device, files = _one_gpu(device_map), _plain_files(source, config, dtype)
+    device, files = one_gpu(device_map), _plain_files(source, config, dtype)
     generation = _generation_config(source.path) if files else None
     kind = _model_class(auto, config)
     if device is None or generation is None or kind is None or arguments.get("trust_remote_code"):
@@ -42,7 +42,7 @@ def from_pretrained(
     return model, info
 
 
-def _one_gpu(device_map: Any) -> torch.device | None:
+def one_gpu(device_map: Any) -> torch.device | None:
     """The GPU that all of a model goes to; None where it goes elsewhere or is spread."""
     if not isinstance(device_map, dict) or device_map.keys() != {""}:
         return None

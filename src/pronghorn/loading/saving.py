@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+from pronghorn import export
 from pronghorn.engine import base_causal_lm
 from pronghorn.errors import PronghornError, UnknownArgument
-from pronghorn.export import Export, check_save_method, push, save_gguf, save_gguf_adapter, save_merged
 from pronghorn.loading.arguments import note_without_effect, refuse_unknown
 from pronghorn.loading.fp8 import is_fp8
 from pronghorn.loading.hub import download
@@ -35,7 +35,7 @@ def save_pretrained_merged(
     max_shard_size: int | str = "5GB",
     verify: bool = True,
     held_out: Sequence[str] | None = None,
-) -> Export:
+) -> export.Export:
     """Write a stock checkpoint with the adapter merged in; see `pronghorn.export.save_merged`. Without a tokenizer, the
     one that the model was loaded with is written."""
     stored = "fp8" if is_fp8(model) else "int8" if is_int8(model) else None
@@ -46,7 +46,7 @@ def save_pretrained_merged(
             stored,
             stored,
         )
-    return save_merged(
+    return export.save_merged(
         model,
         _tokenizer_of(model) if tokenizer is None else tokenizer,
         save_directory,
@@ -81,15 +81,17 @@ def save_pretrained_gguf(
     save_method: str = "merged",
     verify: bool = True,
     held_out: Sequence[str] | None = None,
-) -> Export:
+) -> export.Export:
     """Write GGUF files with the adapter merged in; see `pronghorn.export.save_gguf`. `save_method="lora"` writes the
     adapter alone, as a GGUF LoRA in fp32; see `pronghorn.export.save_gguf_adapter`."""
     if save_method == "lora":
-        return save_gguf_adapter(model, save_directory)
+        return export.save_gguf_adapter(model, save_directory)
     if save_method != "merged":
         raise UnknownArgument(f"save_method='{save_method}' does not exist", fix="use 'merged' or 'lora'")
     tokenizer = _tokenizer_of(model) if tokenizer is None else tokenizer
-    return save_gguf(model, tokenizer, save_directory, quantization_method, verify=verify, held_out=held_out)
+    return export.save_gguf(
+        model, tokenizer, save_directory, quantization_method, verify=verify, held_out=held_out
+    )
 
 
 def push_to_hub(
@@ -130,12 +132,12 @@ def push_to_hub_merged(
     """`save_pretrained_merged` into a folder that is uploaded; see `pronghorn.export.push`. Further arguments are
     `save_pretrained_merged`'s. Returns the repository's address."""
     saving = _saving_arguments(kwargs, save_pretrained_merged, push_to_hub_merged)
-    check_save_method(save_method)
+    export.check_save_method(save_method)
 
     def write(folder: str) -> None:
         save_pretrained_merged(model, folder, tokenizer, save_method, **saving)
 
-    return push(write, repo_id, token=token, private=private, commit_message=commit_message)
+    return export.push(write, repo_id, token=token, private=private, commit_message=commit_message)
 
 
 def push_to_hub_gguf(
@@ -156,7 +158,7 @@ def push_to_hub_gguf(
     def write(folder: str) -> None:
         save_pretrained_gguf(model, folder, tokenizer, quantization_method, **saving)
 
-    return push(write, repo_id, token=token, private=private, commit_message=commit_message)
+    return export.push(write, repo_id, token=token, private=private, commit_message=commit_message)
 
 
 def _saving_arguments(

@@ -15,12 +15,12 @@ from torch import Tensor
 from pronghorn.data.reading import RowFile, readable_rows
 from pronghorn.data.rows import RowFormat, RowRenderer
 from pronghorn.errors import CalibrationMissing, PronghornError
+from pronghorn.quantising.settings import DOCSTRINGS
 
 #: Tokens of a row. Longer ones change moments little and cost attention.
 ROW_TOKENS = 512
 #: Tokens beyond those that are measured on, on which the quantised model is compared with the original.
 HELD_OUT_TOKENS = 2048
-DOCSTRINGS = "docstrings"
 
 
 @dataclass(frozen=True)

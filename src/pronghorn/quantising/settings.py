@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from pronghorn.errors import UnknownArgument
-from pronghorn.quantising.calibration import DOCSTRINGS
 
+#: what `calibration` may say instead of naming rows
+DOCSTRINGS = "docstrings"
 #: about what double quantisation saves: with it, a model takes no more than plain NF4
 DEFAULT_EXTRA = "9%"
 _UNITS = {"": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}

@@ -16,7 +16,6 @@ from transformers.integrations import integration_utils
 from pronghorn.errors import PackageMissing, UnknownArgument, nearest
 from pronghorn.memory import parse_budget
 from pronghorn.training.limits import check_packages, check_together, check_values
-from pronghorn.tuning.recommend import recommended_arguments
 
 logger = logging.getLogger("pronghorn")
 
@@ -117,6 +116,8 @@ class SFTConfig(trl.SFTConfig):
             processing_class: the tokenizer, to count tokens; without one four characters are taken for one.
             given: arguments that are taken as they are, and that the others follow.
         """
+        from pronghorn.tuning.recommend import recommended_arguments
+
         return cls(**recommended_arguments(model, dataset, processing_class, given), **given)
 
     def __post_init__(self) -> None:
