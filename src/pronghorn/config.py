@@ -100,11 +100,19 @@ class DataSection:
     split: str = "train"
     held_back: int = field(default=0, metadata={"at_least": 0})
     """Rows set aside for evaluation, chosen with ``training.seed``."""
+    eval_dataset: str | list[str] | None = None
+    eval_split: str | None = None
+    """Rows to evaluate on instead: of other files, or of another split of them or of ``dataset``."""
     limit: int | None = field(default=None, metadata={"at_least": 1})
     text_field: str | None = None
     """Column of plain text; without it chat (``messages``), prompt/completion and Alpaca rows are recognised."""
     responses_only: bool = True
     """Train on the assistant's answers only (chat, prompt/completion and Alpaca rows)."""
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether there are rows that are evaluated on."""
+        return bool(self.held_back or self.eval_dataset or self.eval_split)
 
 
 @dataclass(frozen=True)
@@ -469,29 +477,22 @@ def _check_together(config: RunConfig) -> None:
             where=config.where("model.full_finetuning"),
             fix="leave out load_in_4bit and load_in_8bit, or train an adapter",
         )
-    if config.training.eval_strategy not in (None, "no") and not config.data.held_back:
+    if config.training.eval_strategy not in (None, "no") and not config.data.evaluates:
         raise ConfigInvalid(
             "'training.eval_strategy' needs rows to evaluate on",
             where=config.where("training.eval_strategy"),
-            fix="set data.held_back to how many rows are held back",
+            fix="set data.held_back to how many rows are held back, or data.eval_dataset to a file of them",
+        )
+    if config.data.held_back and (config.data.eval_dataset or config.data.eval_split):
+        key = "eval_dataset" if config.data.eval_dataset else "eval_split"
+        raise ConfigInvalid(
+            f"'data.held_back' and 'data.{key}' both say which rows are evaluated on",
+            where=config.where(f"data.{key}"),
+            fix="keep one of them",
         )
     if model.full_finetuning and config.adapter != AdapterSection():
         raise ConfigInvalid(
             "'adapter' has no place beside 'model.full_finetuning: true'",
             where=config.where("adapter"),
             fix="remove one of the two",
-        )
-
-
-def refuse_no_held_back(config: RunConfig) -> None:
-    """For commands whose score is the loss of rows that are held back.
-
-    Raises:
-        ConfigInvalid: there are none.
-    """
-    if not config.data.held_back:
-        raise ConfigInvalid(
-            "no rows are held back, and without them there is no score",
-            where=config.where("data.held_back"),
-            fix="--set data.held_back=64",
         )

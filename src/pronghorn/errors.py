@@ -43,6 +43,8 @@ ALSO_CALLED = {
     "batch_size": "per_device_train_batch_size",
     "dropout": "lora_dropout",
     "epochs": "num_train_epochs",
+    "eval_data": "eval_dataset",
+    "eval_file": "eval_dataset",
     "gradient_accumulation": "gradient_accumulation_steps",
     "lora_r": "r",
     "lora_rank": "r",
@@ -55,8 +57,11 @@ ALSO_CALLED = {
     "rank": "r",
     "scheduler": "lr_scheduler_type",
     "steps": "max_steps",
+    "test_dataset": "eval_dataset",
     "tune": "search",
+    "val_dataset": "eval_dataset",
     "val_set_size": "held_back",
+    "validation_dataset": "eval_dataset",
     "warmup": "warmup_steps",
 }
 

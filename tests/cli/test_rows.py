@@ -347,3 +347,23 @@ def test_a_folder_is_read_as_its_files_are(tmp_path, caplog):
     assert "left out: more.csv" in caplog.text
     write_lines(tmp_path / "train-2.jsonl", ["{'text': 'x'}"])
     assert refused(config_for(tmp_path)).where == f"{tmp_path / 'train-2.jsonl'}, line 1"
+
+
+def test_rows_to_evaluate_on_come_from_another_file_or_split(tmp_path):
+    write_lines(tmp_path / "train.jsonl", [{"text": f"t{i}"} for i in range(4)])
+    other = write_lines(tmp_path / "validation.jsonl", ["", {"text": "v0"}, {"text": "v1"}])
+    for extra in (f"  eval_dataset: {other}\n", "  eval_split: validation\n"):
+        rows = load_rows(config_for(tmp_path, f"{extra}  limit: 3\n"))
+        assert list(rows.train["text"]) == ["t0", "t1", "t2"]
+        assert list(rows.held_back["text"]) == ["v0", "v1"]
+        with pytest.raises(RowInvalid) as caught, rows.naming_lines():
+            raise RowInvalid("no text", where="row 1 of the eval data")
+        assert caught.value.where == f"{other}, line 3"
+        with pytest.raises(ConfigInvalid, match="both say which rows"):
+            config_for(tmp_path, f"{extra}  held_back: 2\n")
+    missing = refused(config_for(tmp_path, "  eval_dataset: missing.jsonl\n"))
+    assert missing.where == "run.yaml, line 5" and "missing.jsonl" in missing.message
+    write_lines(other, [{"text": " "}])
+    assert refused(config_for(tmp_path, "  eval_split: validation\n")).where == f"{other}, line 1"
+    with pytest.raises(ConfigInvalid, match="did you mean 'eval_dataset'"):
+        config_for(tmp_path, "  validation_dataset: x.jsonl\n")

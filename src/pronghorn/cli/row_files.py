@@ -172,3 +172,17 @@ def rows_of_split(files: dict[str, list[Path]], counts: Sequence[int], split: st
         rows[name] = range(before, before + sizes[name])
     parts = datasets.ReadInstruction.from_spec(split).to_absolute(sizes)
     return [number for part in parts for number in rows[part.splitname][part.from_ : part.to]]
+
+
+def refuse_no_held_back(config: RunConfig) -> None:
+    """For commands whose score is the loss of rows that are held back.
+
+    Raises:
+        ConfigInvalid: there are none.
+    """
+    if not config.data.evaluates:
+        raise ConfigInvalid(
+            "no rows are held back, and without them there is no score",
+            where=config.where("data.held_back"),
+            fix="--set data.held_back=64",
+        )

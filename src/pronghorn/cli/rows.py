@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import random
 import re
@@ -38,6 +39,7 @@ class Rows:
     train_numbers: list[int]
     held_back_numbers: list[int]
     places: Places
+    held_back_places: Places
 
     @property
     def are_chats(self) -> bool:
@@ -57,23 +59,59 @@ class Rows:
             yield
         except PronghornError as error:
             match = re.match(r"row (\d+) of the (train|eval)\w* data", error.where)
-            if match is not None and self.places.files:
-                numbers = self.train_numbers if match[2] == "train" else self.held_back_numbers
-                number = numbers[int(match[1])]
-                error.where = self.places.of_row(number)
+            trained = match is None or match[2] == "train"
+            places = self.places if trained else self.held_back_places
+            if match is not None and places.files:
+                numbers = self.train_numbers if trained else self.held_back_numbers
+                error.where = places.of_row(numbers[int(match[1])])
                 # Numbers of further rows would be those of the rows that are left once some are held back.
                 error.message = re.sub(r": rows \d+(, (\d+|…))*$", "", error.message)
             raise
 
 
 def load_rows(config: RunConfig) -> Rows:
-    """The rows a configuration names, with the held-back ones set aside by ``training.seed``.
+    """The rows a configuration names, with those to evaluate on: the ones that are held back, set aside by
+    ``training.seed``, or other ones.
 
     Raises:
         ConfigInvalid: there is no such data, or fewer rows than are held back.
         RowsUnreadable: it cannot be read, with the line for a .jsonl file.
         RowInvalid: a text is empty, which `pronghorn data check` calls an error, too.
     """
+    section = config.data
+    rows, places, numbers = _checked_rows(config)
+    if section.eval_dataset or section.eval_split:
+        others, other_places, held = _checked_rows(_of_evaluation(config))
+        return Rows(rows.select(numbers), others.select(held), numbers, held, places, other_places)
+    if section.held_back >= len(numbers):
+        raise ConfigInvalid(
+            f"{section.held_back} rows are to be held back of only {len(numbers)}",
+            where=config.where("data.held_back"),
+            fix="hold back fewer",
+        )
+    if section.held_back:
+        random.Random(config.training.seed).shuffle(numbers)
+    held, trained = numbers[: section.held_back], numbers[section.held_back :]
+    return Rows(rows.select(trained), rows.select(held) if held else None, trained, held, places, places)
+
+
+def _of_evaluation(config: RunConfig) -> RunConfig:
+    """The configuration with the rows to evaluate on in the place of those to train on."""
+    section, lines = config.data, dict(config.lines)
+    named = "eval_dataset" if section.eval_dataset else "eval_split"
+    if f"data.{named}" in lines:
+        lines["data.dataset"] = lines[f"data.{named}"]
+    other = dataclasses.replace(
+        section,
+        dataset=section.eval_dataset or section.dataset,
+        split=section.eval_split or "train",
+        limit=None,
+    )
+    return dataclasses.replace(config, data=other, lines=lines)
+
+
+def _checked_rows(config: RunConfig) -> tuple[Any, Places, list[int]]:
+    """All rows that were read, where they stand, and the numbers of those that are wanted and sound."""
     rows, places, chosen = _all_rows(config)
     section = config.data
     _refuse_bytes(rows, places, config)
@@ -91,17 +129,7 @@ def load_rows(config: RunConfig) -> Rows:
             where=config.where("data.text_field"),
             fix=f"their columns are {', '.join(rows.column_names)}",
         )
-    if section.held_back >= count:
-        raise ConfigInvalid(
-            f"{section.held_back} rows are to be held back of only {count}",
-            where=config.where("data.held_back"),
-            fix="hold back fewer",
-        )
-    numbers = _with_texts(rows, list(chosen[:count]), config, places)
-    if section.held_back:
-        random.Random(config.training.seed).shuffle(numbers)
-    held, trained = numbers[: section.held_back], numbers[section.held_back :]
-    return Rows(rows.select(trained), rows.select(held) if held else None, trained, held, places)
+    return rows, places, _with_texts(rows, list(chosen[:count]), config, places)
 
 
 def _shown(config: RunConfig) -> str:

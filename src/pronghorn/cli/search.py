@@ -81,7 +81,8 @@ def run(options: argparse.Namespace) -> int:
     """
     from pronghorn.cli.folders import output_folder
     from pronghorn.cli.quiet import quiet_libraries
-    from pronghorn.config import load_config, refuse_no_held_back
+    from pronghorn.cli.row_files import refuse_no_held_back
+    from pronghorn.config import load_config
 
     config = load_config(options.config, options.overrides)
     if config.model.full_finetuning:

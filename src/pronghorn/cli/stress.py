@@ -46,8 +46,9 @@ def _percents(text: str) -> tuple[float, ...]:
 
 def run(options: argparse.Namespace) -> int:
     from pronghorn.cli.quiet import quiet_libraries
+    from pronghorn.cli.row_files import refuse_no_held_back
     from pronghorn.cli.train import make_trainer, training_settings
-    from pronghorn.config import load_config, refuse_no_held_back
+    from pronghorn.config import load_config
 
     config = load_config(options.config, options.overrides)
     refuse_no_held_back(config)

@@ -112,7 +112,7 @@ def training_settings(config: RunConfig) -> Any:
         values.setdefault("completion_only_loss", False)
     if config.data.text_field is not None:
         values.setdefault("dataset_text_field", config.data.text_field)
-    if config.data.held_back and "eval_steps" in values:
+    if config.data.evaluates and "eval_steps" in values:
         values.setdefault("eval_strategy", "steps")
     _check_names(config, values)
     try:
@@ -148,11 +148,11 @@ def _check_names(config: RunConfig, values: dict[str, Any]) -> None:
             where=config.where("training.resume_from_checkpoint"),
             fix="remove it; `pronghorn train --resume` goes on from the newest checkpoint in output.folder",
         )
-    if values.get("eval_on_start") and not config.data.held_back:
+    if values.get("eval_on_start") and not config.data.evaluates:
         raise ConfigInvalid(
             "'training.eval_on_start' needs rows to evaluate on",
             where=config.where("training.eval_on_start"),
-            fix="set data.held_back to how many rows are held back",
+            fix="set data.held_back to how many rows are held back, or data.eval_dataset to a file of them",
         )
     for key, kind in (("optim", OptimizerNames), ("lr_scheduler_type", SchedulerType)):
         known = [item.value for item in kind]
