@@ -112,6 +112,16 @@ def test_held_out_rows(tmp_path):
     rows.write_text("\n".join([json.dumps(chat), json.dumps({"text": "plain"}), "no JSON", "[1]"]))
     first, second = read_held_out(rows, tiny_tokenizer())
     assert "<|im_start|>user\nHi" in first and second == "plain"
+    sharegpt = {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]}
+    alpaca = {"instruction": "Hi", "output": "Ho"}
+    rows.write_text("\n".join(map(json.dumps, [sharegpt, alpaca, {"prompt": "Hi", "completion": "Ho"}])))
+    of_turns, of_alpaca, of_pair = read_held_out(rows, tiny_tokenizer())
+    assert of_turns == of_alpaca == first and of_pair.startswith("HiHo")
+    (tmp_path / "rows.csv").write_text("text\none\n")
+    assert read_held_out(tmp_path / "rows.csv", tiny_tokenizer()) == ["one"]
+    lines.write_bytes(b"caf\xe9")
+    with pytest.raises(CommandMisused, match="no text to compare on"):
+        read_held_out(lines, tiny_tokenizer())
     rows.write_text("no JSON")
     with pytest.raises(CommandMisused, match="no text to compare on"):
         read_held_out(rows, tiny_tokenizer())

@@ -124,7 +124,9 @@ def test_resume_reaches_the_same_loss_as_an_uninterrupted_run(config, tmp_path, 
     shutil.rmtree(tmp_path / "second" / "checkpoint-4")
     capsys.readouterr()
     assert main([*again, "--resume"]) == 0
-    resumed = summary_of(capsys)
+    output = capsys.readouterr().out
+    resumed = json.loads(output.splitlines()[-1])
+    assert "(since checkpoint-2)" in output
     assert resumed["resumed_from"] == str(tmp_path / "second" / "checkpoint-2")
     assert resumed["steps"] == 4
     assert resumed["eval_loss"] == pytest.approx(whole["eval_loss"], rel=1e-6)

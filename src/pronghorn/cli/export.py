@@ -6,12 +6,13 @@ import argparse
 import json
 import time
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from pronghorn.cli.arguments import add_model
 from pronghorn.cli.console import duration, say
-from pronghorn.errors import CommandMisused, ExportDiffers
+from pronghorn.errors import CommandMisused, ExportDiffers, PronghornError
 
 FORMS = ("gguf", "gguf_lora", "merged_16bit", "merged_4bit", "fp8", "lora")
 DEFAULT_QUANTIZATION = "q8_0"
@@ -38,7 +39,7 @@ def register(commands: Any) -> None:
     parser.add_argument(
         "--held-out",
         metavar="ROWS",
-        help=f"a .txt or .jsonl file: compare on its first {HELD_OUT_ROWS} rows (default: short texts of our own)",
+        help=f"a file of rows or lines: compare on its first {HELD_OUT_ROWS} (default: short texts of our own)",
     )
     parser.add_argument(
         "--load-in-4bit", action="store_true", help="merge into NF4 weights, as QLoRA trained"
@@ -118,30 +119,32 @@ def _report(done: Any) -> dict[str, Any]:
 
 
 def read_held_out(path: Path, tokenizer: Any) -> list[str]:
-    """Texts of a file's first rows: lines of a .txt file; "text", or the rendered "messages", of a .jsonl file.
+    """Texts of a file's first rows, of any kind that is trained on; what cannot be read is passed over.
 
     Raises:
-        CommandMisused: when there are none.
+        CommandMisused: when there are none, or the file is of no kind that is read.
     """
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()][:HELD_OUT_ROWS]
-    texts = lines if path.suffix == ".txt" else [_text_of(line, tokenizer) for line in lines]
-    found = [text for text in texts if text]
+    from pronghorn.data.reading import RowFile
+    from pronghorn.data.rows import RowFormat, RowRenderer
+
+    renderer = RowRenderer(tokenizer, RowFormat())
+    rows = (record.value for record in RowFile(path).records() if isinstance(record.value, dict))
+    found = [text for row in islice(rows, HELD_OUT_ROWS) if (text := _text_of(row, renderer)).strip()]
     if not found:
         raise CommandMisused(
             "no text to compare on",
             where=str(path),
-            fix='use lines of text, or JSON lines with "text" or "messages"',
+            fix="use lines of text in UTF-8, or rows as they are trained on (pronghorn data check)",
         )
     return found
 
 
-def _text_of(line: str, tokenizer: Any) -> str:
+def _text_of(row: dict[str, Any], renderer: Any) -> str:
+    from pronghorn.data.rows import row_kind
+
+    if row_kind(row) in ("text", None):
+        return str(row.get("text") or row.get("prompt") or "")
     try:
-        row = json.loads(line)
-    except ValueError:
+        return str(renderer.tokenizer.decode(renderer(row)["input_ids"]))
+    except PronghornError:
         return ""
-    if not isinstance(row, dict):
-        return ""
-    if isinstance(row.get("messages"), list) and getattr(tokenizer, "chat_template", None):
-        return str(tokenizer.apply_chat_template(row["messages"], tokenize=False))
-    return str(row.get("text") or row.get("prompt") or "")

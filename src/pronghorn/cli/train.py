@@ -301,7 +301,8 @@ def _show(summary: dict[str, Any]) -> None:
         why = "the checkpoint is at the last step" if summary["resumed_from"] else "nothing was to be trained"
         rows.append(("training loss", f"none: {why} (training.max_steps)"))
     else:
-        rows.append(("training loss", f"{summary['train_loss']:.4f}"))
+        since = f" (since {Path(summary['resumed_from']).name})" if summary["resumed_from"] else ""
+        rows.append(("training loss", f"{summary['train_loss']:.4f}{since}"))
     if summary["eval_loss"] is not None:
         rows.append(("held-back loss", f"{summary['eval_loss']:.4f} ({summary['eval_rows']} rows)"))
     if summary["peak_memory_bytes"]:

@@ -43,7 +43,8 @@ def save_adapter(
     """
     if not hasattr(model, "peft_config"):
         raise SaveFailed(
-            "the model has no adapter to save", fix="save it whole: save_merged, or model.save_pretrained"
+            "the model has no adapter to save",
+            fix="save it whole: pronghorn export --to merged_16bit, or model.save_pretrained_merged",
         )
     if base_causal_lm(model) is model and not getattr(model, "_hf_peft_config_loaded", False):
         raise SaveFailed(
