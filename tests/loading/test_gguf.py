@@ -6,14 +6,21 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from pronghorn.engine import binding_of
 from pronghorn.errors import CheckpointCorrupt, PackageMissing
 from pronghorn.export import save_adapter, save_gguf
 from pronghorn.loading import FastLanguageModel
 from pronghorn.loading import model as model_module
-from pronghorn.loading.gguf_header import numbers_of
+from pronghorn.loading.gguf_header import Header
 from tests.tiny import TINY, tiny_model, tiny_tokenizer
 
 gguf = pytest.importorskip("gguf")
@@ -135,11 +142,80 @@ def test_heads_of_another_size_than_transformers_takes_for_granted(tmp_path):
     made = Qwen3ForCausalLM(config)
     save_gguf(made, tiny_tokenizer(), tmp_path, "f32", verify=False)
     (file,) = tmp_path.glob("*.gguf")
-    assert numbers_of(file, "attention.key_length") == ("qwen3", 32)
-    assert numbers_of(file, "no.such.key") is None
+    header = Header(file)
+    assert (header.architecture, header.of_model("attention.key_length")) == ("qwen3", 32)
+    assert header.of_model("no.such.key") is None and header.tensor("no.such.tensor") is None
     model, _ = FastLanguageModel.from_pretrained(str(file), dtype="float32")
     assert model.config.head_dim == 32
     torch.testing.assert_close(logits(model), logits(made), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+         "original_max_position_embeddings": 8192},
+        {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0},
+        {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64,
+         "attention_factor": 1.1},
+    ],
+)  # fmt: skip
+def test_scaled_rope_that_transformers_does_not_read(tmp_path, rope):
+    made = LlamaForCausalLM(_scaled(rope))
+    save_gguf(made, tiny_tokenizer(), tmp_path, "f32", verify=False)
+    model, _ = FastLanguageModel.from_pretrained(str(next(tmp_path.glob("*.gguf"))), dtype="float32")
+    assert {**model.config.rope_parameters, **rope} == pytest.approx(model.config.rope_parameters)
+    ids = torch.arange(256)[None]
+    with torch.no_grad():
+        differences = made.eval()(input_ids=ids).logits - model(input_ids=ids, use_cache=False).logits
+    assert differences.abs().max() < 1e-5
+
+
+def test_long_and_short_factors_of_rope(tmp_path):
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "short_factor": [1.0, 1.5] * 8,
+        "long_factor": [2.0, 4.0] * 8,
+    }
+    rope["original_max_position_embeddings"] = 64
+    sizes = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
+    config = Phi3Config(
+        **sizes, num_attention_heads=2, max_position_embeddings=256, rope_parameters=rope, pad_token_id=0
+    )
+    made = Phi3ForCausalLM(config)
+    save_gguf(made, tiny_tokenizer(), tmp_path, "f32", verify=False)
+    model, _ = FastLanguageModel.from_pretrained(str(next(tmp_path.glob("*.gguf"))), dtype="float32")
+    for count in (32, 256):
+        ids = torch.arange(count)[None]
+        with torch.no_grad():
+            differences = made.eval()(input_ids=ids).logits - model(input_ids=ids, use_cache=False).logits
+        assert differences.abs().max() < 1e-5
+
+
+def test_other_factors_of_rope_are_said_not_to_be_followed(tmp_path, caplog):
+    rope = {
+        "rope_type": "llama3",
+        "rope_theta": 5e5,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 2.0,
+    }
+    made = LlamaForCausalLM(_scaled({**rope, "original_max_position_embeddings": 4096}))
+    save_gguf(made, tiny_tokenizer(), tmp_path, "f32", verify=False)
+    model, _ = FastLanguageModel.from_pretrained(str(next(tmp_path.glob("*.gguf"))), dtype="float32")
+    assert "factors of its own" in caplog.text and model.config.rope_parameters["rope_type"] == "default"
+
+
+def _scaled(rope):
+    sizes = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
+    return LlamaConfig(
+        **sizes,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        rope_parameters=rope,
+    )
 
 
 def test_an_adapter_of_a_gguf_model_finds_its_base_again_and_merges(tiny_gguf, tmp_path):

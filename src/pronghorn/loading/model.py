@@ -27,7 +27,7 @@ from pronghorn.loading.checkpoint import check_folder, weight_files
 from pronghorn.loading.dynamic import check_can_be_quantised
 from pronghorn.loading.experts import mixture_of, quantise_experts
 from pronghorn.loading.fp8 import Fp8Options, quantise_layers
-from pronghorn.loading.gguf_header import with_head_size
+from pronghorn.loading.gguf_header import completed
 from pronghorn.loading.int8 import Int8Options, quantise_to_int8
 from pronghorn.loading.precision import quantisation
 from pronghorn.loading.pretrained import from_pretrained, one_gpu
@@ -269,7 +269,7 @@ def load_config(source: Source, trust_remote_code: bool) -> Any:
     extra = {"gguf_file": source.gguf_file} if source.gguf_file else {}
     try:
         config = AutoConfig.from_pretrained(source.location, trust_remote_code=trust_remote_code, **extra)
-        return config if source.gguf_file is None else with_head_size(config, source.path / source.gguf_file)
+        return config if source.gguf_file is None else completed(config, source.path / source.gguf_file)
     except Exception as error:  # its classes differ by field and version; each is a damaged or unknown config
         raise _explained(error, source, "config.json") from error
 
