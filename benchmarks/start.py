@@ -5,7 +5,8 @@
 
 Every figure is of a process of its own, three of each side: *first* with empty compile caches and a checkpoint that the
 page cache does not hold, *cold* with full compile caches and such a checkpoint, *warm* with both. The libraries' own
-files are not dropped from the page cache. Stages:
+files are not dropped from the page cache. Modules that a process has to compile to bytecode are counted: where packages
+were installed without it and it cannot be written, every process takes over twice as long to import them. Stages:
 
     imports     of the interpreter, torch and the library
     weights     the library's `from_pretrained`, with the CUDA context
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import sys
 import tempfile
@@ -112,11 +114,20 @@ def measure(
     return {
         "stages": marks.stages(steps),
         "total_s": marks.ends["step 1"],
+        "compiled": compiled_since(started),
         "first_loss": losses.get(1),
         "steps_run": steps_run(side, trainer),
         "hardware": torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads",
         "versions": versions(),
     }
+
+
+def compiled_since(started: float) -> int:
+    """How many of the imported modules had no bytecode before this time."""
+    stored = [
+        getattr(getattr(module, "__spec__", None), "cached", None) for module in list(sys.modules.values())
+    ]
+    return sum(not os.path.exists(path) or os.path.getmtime(path) >= started for path in stored if path)
 
 
 def mark_steps(trainer: Any, marks: Marks) -> dict[int, float]:
@@ -173,7 +184,8 @@ def told(row: dict[str, Any]) -> str:
         return f"{name}: {row['error']}"
     stages = ", ".join(f"{stage} {row['stages'][stage]:.2f}" for stage in STAGES)
     held = "unknown" if row["cached"] is None else f"{row['cached']:.0%}"
-    return f"{name}: {row['total_s']:.2f} s ({stages}; {held} of the checkpoint in the page cache)"
+    compiled = f"; {row['compiled']} modules compiled to bytecode" if row["compiled"] else ""
+    return f"{name}: {row['total_s']:.2f} s ({stages}; {held} of the checkpoint in the page cache{compiled})"
 
 
 def table(rows: list[dict[str, Any]]) -> str:

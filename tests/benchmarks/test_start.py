@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ def test_three_states_of_each_side_and_a_failure_ends_no_other(tmp_path: Path, m
         (work / "compiled").touch()
         if library == "unsloth":
             return 1, "Traceback\nModuleNotFoundError: No module named 'unsloth'"
-        row = {"stages": dict.fromkeys(start.STAGES, 1.0), "total_s": 6.0}
+        row = {"stages": dict.fromkeys(start.STAGES, 1.0), "total_s": 6.0, "compiled": 7}
         return 0, f"noise\n{RESULT_PREFIX}{json.dumps(row)}"
 
     monkeypatch.setattr(start, "run_module", process)
@@ -73,6 +74,22 @@ def test_three_states_of_each_side_and_a_failure_ends_no_other(tmp_path: Path, m
     assert [row["state"] for row in rows[3:6]] == list(start.STATES)
     assert rows[5]["cached"] in (1.0, None)
     assert "pronghorn   warm     6.00" in out
+    assert out.count("; 7 modules compiled to bytecode)") == 6
+
+
+def test_modules_without_bytecode_are_counted(tmp_path: Path, monkeypatch) -> None:
+    before, began = start.compiled_since(0.0), time.time()
+    older = start.compiled_since(began + 1000.0)
+    (tmp_path / "kept.py").touch()
+    (tmp_path / "unkept.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    for name, unwritten in (("kept", False), ("unkept", True)):
+        monkeypatch.setattr(sys, "dont_write_bytecode", unwritten)
+        import_module(name)
+    assert start.compiled_since(0.0) == before + 2
+    assert start.compiled_since(began + 1000.0) == older + 1, "what was written before is not counted"
+    for name in ("kept", "unkept"):
+        del sys.modules[name]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for its page cache")
