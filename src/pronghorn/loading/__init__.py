@@ -7,14 +7,13 @@ from pronghorn.loading.fast import (
     is_bfloat16_supported,
     save_level,
 )
-from pronghorn.loading.model import check_model, load_model
+from pronghorn.loading.model import load_model
 from pronghorn.loading.tokenizer import load_tokenizer
 
 __all__ = [
     "FastLanguageModel",
     "FastModel",
     "FastVisionModel",
-    "check_model",
     "is_bfloat16_supported",
     "load_model",
     "load_tokenizer",

@@ -67,18 +67,6 @@ class Options:
     dynamic: DynamicQuantisation | None = None
 
 
-def check_model(source: Source, trust_remote_code: bool) -> Any:
-    """Check a local source's files without reading weights, and return its Transformers config.
-
-    Raises:
-        CheckpointCorrupt: for a damaged or missing file, or a config whose values make no sense.
-        UnsupportedCheckpoint: for pickles, remote code that was not allowed, architectures Transformers lacks.
-        PackageMissing: when the package that reads GGUF is not installed.
-    """
-    check_files(source)
-    return load_config(source, trust_remote_code)
-
-
 def check_files(source: Source) -> list[Path]:
     """Check a local source's files without reading weights or importing Transformers; returns those that hold weights.
 
@@ -102,7 +90,7 @@ def load_model(
     """Load the model of a local folder or GGUF file on its device, unbound, in eval mode.
 
     Args:
-        config: what `check_model` returned.
+        config: what `load_config` returned.
         rows: to measure on, for dynamic quantisation.
 
     Raises:
