@@ -16,8 +16,8 @@ from transformers import (
 )
 
 from pronghorn.engine import binding_of
-from pronghorn.errors import CheckpointCorrupt, PackageMissing
-from pronghorn.export import save_adapter, save_gguf
+from pronghorn.errors import CheckpointCorrupt, PackageMissing, UnsupportedCheckpoint
+from pronghorn.export import save_adapter, save_gguf, save_gguf_adapter
 from pronghorn.loading import FastLanguageModel
 from pronghorn.loading import model as model_module
 from pronghorn.loading.gguf_header import Header
@@ -216,6 +216,13 @@ def _scaled(rope):
         max_position_embeddings=256,
         rope_parameters=rope,
     )
+
+
+def test_an_adapter_in_a_gguf_file_is_no_model(tmp_path):
+    model = FastLanguageModel.get_peft_model(tiny_model("llama"), r=2)
+    save_gguf_adapter(model, tmp_path)
+    with pytest.raises(UnsupportedCheckpoint, match=r"is a LoRA for llama\.cpp, not a model"):
+        FastLanguageModel.from_pretrained(str(tmp_path))
 
 
 def test_an_adapter_of_a_gguf_model_finds_its_base_again_and_merges(tiny_gguf, tmp_path):

@@ -10,6 +10,8 @@ from typing import Any, BinaryIO
 
 import torch
 
+from pronghorn.errors import UnsupportedCheckpoint
+
 logger = logging.getLogger("pronghorn")
 
 #: GGUF's types of values that are numbers -> how `struct` reads them
@@ -26,8 +28,17 @@ def completed(config: Any, file: Path) -> Any:
 
     For some architectures (Qwen3 among them) it leaves the size of a head at its class's default, which is not that of
     every model, and it takes every RoPE for one that is not scaled.
+
+    Raises:
+        UnsupportedCheckpoint: the file holds an adapter.
     """
     header = Header(file)
+    if header.facts.get("general.type") == "adapter":
+        raise UnsupportedCheckpoint(
+            "this GGUF file is a LoRA for llama.cpp, not a model",
+            where=str(file),
+            fix="name the folder of the PEFT adapter that it was made of; llama.cpp takes it with --lora",
+        )
     _set_head_size(config, header)
     rope = getattr(config, "rope_parameters", None)
     if isinstance(rope, dict) and rope.get("rope_type", "default") == "default" and "rope_theta" in rope:

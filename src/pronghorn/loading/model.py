@@ -16,6 +16,7 @@ from pronghorn.engine import auto_class
 from pronghorn.errors import (
     CheckpointCorrupt,
     PackageMissing,
+    PronghornError,
     UnknownArgument,
     UnsupportedCheckpoint,
     WeightsMismatch,
@@ -258,6 +259,8 @@ def load_config(source: Source, trust_remote_code: bool) -> Any:
     try:
         config = AutoConfig.from_pretrained(source.location, trust_remote_code=trust_remote_code, **extra)
         return config if source.gguf_file is None else completed(config, source.path / source.gguf_file)
+    except PronghornError:
+        raise
     except Exception as error:  # its classes differ by field and version; each is a damaged or unknown config
         raise _explained(error, source, "config.json") from error
 
