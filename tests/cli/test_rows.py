@@ -343,8 +343,11 @@ def test_a_folder_is_read_as_its_files_are(tmp_path, caplog):
     assert "no split 'dev', only" in refused(config_for(tmp_path, "  split: dev\n")).message
     assert not caplog.records
     (tmp_path / "more.csv").write_text("text\nb\n")
+    write_lines(tmp_path / "extra.jsonl", [{"text": "x"}])
+    (tmp_path / "dataset_infos.json").write_text("{}")
     load_rows(config_for(tmp_path))
-    assert "left out: more.csv" in caplog.text
+    assert "left out: extra.jsonl, more.csv;" in caplog.text
+    (tmp_path / "more.csv").unlink()
     write_lines(tmp_path / "train-2.jsonl", ["{'text': 'x'}"])
     assert refused(config_for(tmp_path)).where == f"{tmp_path / 'train-2.jsonl'}, line 1"
 

@@ -21,6 +21,8 @@ logger = logging.getLogger("pronghorn")
 
 READERS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 _JSON_LINES = (".jsonl", ".ndjson")
+#: Files of a folder of rows that hold none.
+_NO_ROWS = ("config.json", "dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json")
 
 
 @dataclass(frozen=True)
@@ -140,17 +142,19 @@ def folder_files(folder: Path, subset: str | None, split: str) -> dict[str, list
 
 
 def _tell_left_out(folder: Path, files: list[Path]) -> None:
-    """Files of rows of a second kind, which `datasets` passes over."""
+    """Files of rows that `datasets` passes over: those of a second kind, and those without the name of a split beside
+    others that have one."""
     read = {file.resolve() for file in files}
     others = sorted(
-        str(path.relative_to(folder))
+        name
         for path in folder.rglob("*")
-        if path.suffix.lower() in READERS and path.resolve() not in read and path.suffix != files[0].suffix
+        if path.suffix.lower() in READERS and path.resolve() not in read and path.name not in _NO_ROWS
+        if not (name := str(path.relative_to(folder))).startswith(".")
     )
     if others:
         logger.warning(
-            "pronghorn: of '%s' only the %s files are read; left out: %s%s",
-            folder, files[0].suffix, ", ".join(others[:3]), ", …" if len(others) > 3 else "",
+            "pronghorn: of '%s' these files are in no split and left out: %s%s; a list in data.dataset reads them, too",
+            folder, ", ".join(others[:3]), ", …" if len(others) > 3 else "",
         )  # fmt: skip
 
 
