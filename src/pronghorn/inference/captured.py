@@ -1,8 +1,8 @@
 """Decoding steps recorded as CUDA graphs, one for every size of batch, launched before the last one's tokens are read.
 
 Rows are slots: a sequence keeps its own while it runs. What a step reads lies in buffers that stay where they are:
-tokens (each step writes the next ones itself), lengths, block tables, adapters. The host sends lengths with every step,
-and of tables what has changed; it waits for nothing but the tokens of the step before.
+tokens and lengths (each step writes the next ones itself), block tables, adapters. The host sends what a step does not
+find as the last one left it: rows that come and go, and blocks; it waits for nothing but the tokens of the step before.
 
 On a CPU the same steps run without being recorded, which is how they are tested there.
 """
@@ -25,6 +25,7 @@ from pronghorn.inference.requests import Token
 from pronghorn.inference.runner import EagerRunner, Pending, StepLost
 from pronghorn.inference.sequences import Sequence
 from pronghorn.kernels.decode_attention import Paged
+from pronghorn.kernels.next_token import take_likeliest_
 from pronghorn.kernels.sampling import choose
 
 #: sizes of batches that steps are recorded for
@@ -83,6 +84,8 @@ class CapturedRunner(EagerRunner):
         #: the slot of what recurrent layers remember
         self.state = torch.zeros(4, max_batch, dtype=torch.int32, device=device)
         self.tables = torch.zeros(max_batch, blocks, dtype=torch.int32, device=device)
+        #: `state` as it is there once the last step is over; None where nobody knows
+        self._there: list[list[int]] | None = None
         #: by row what its table holds: the sequence's number and how many blocks
         self._held: dict[int, tuple[int, int]] = {}
         self._steps: dict[int, _Step] = {}
@@ -90,11 +93,12 @@ class CapturedRunner(EagerRunner):
 
     def decode(self, sequences: Many[Sequence]) -> Pending:
         size = self._size(1 + max(_slot(sequence) for sequence in sequences))
-        self._send(sequences, size)
+        there, self._there = self._send(sequences, size), None
         step = self._steps.get(size)
         if step is None:
             step = self._steps[size] = _Step(self, size)
         logits = step.run()
+        self._there = _after(there, size)
         rows = [_slot(sequence) for sequence in sequences]
         index = None
         if rows != list(range(size)):
@@ -133,6 +137,7 @@ class CapturedRunner(EagerRunner):
         self.fused = FusedDecoder(self.decoder)
         self._steps.clear()
         self._board.zero_()
+        self._there = None
 
     def refresh(self) -> None:
         """Take the decoder as it was read again; recorded steps stay where only numbers have changed."""
@@ -149,8 +154,8 @@ class CapturedRunner(EagerRunner):
     def _size(self, rows: int) -> int:
         return next(size for size in self.sizes if size >= rows)
 
-    def _send(self, sequences: Many[Sequence], size: int) -> None:
-        """Lengths, adapters and tokens of all rows, and tables that have changed."""
+    def _send(self, sequences: Many[Sequence], size: int) -> list[list[int]]:
+        """Send what is other than `state` and the tables hold; `state` as it is then."""
         state = [[0] * size, [0] * size, [-1] * size, [0] * size]
         for sequence in sequences:
             row = _slot(sequence)
@@ -164,18 +169,33 @@ class CapturedRunner(EagerRunner):
                 self._held[row] = held
                 blocks = on_device(sequence.blocks, torch.int32, self.tables.device)
                 self.tables[row, : len(sequence.blocks)].copy_(blocks)
-        self.state[:, :size].copy_(on_device(state, torch.int32, self.state.device))
+        if self._there is None:
+            self.state.zero_()
+            there = [[0] * self.state.shape[1] for _ in state]
+        else:
+            there = self._there
+        if [part[:size] for part in there] != state:
+            self.state[:, :size].copy_(on_device(state, torch.int32, self.state.device))
+        return [new + old[size:] for new, old in zip(state, there, strict=True)]
 
     def compute(self, size: int) -> Tensor:
-        """Logits [size, V] of the rows' next tokens in some dtype, and the likeliest ones into `tokens`."""
-        lengths, slots, known, states = self.state[:, :size].unbind(0)
-        ids = torch.where(known >= 0, known.long(), self.tokens[:size])
+        """Logits [size, V] of the rows' next tokens in some dtype; the likeliest ones into `tokens`, and into `state`
+        what the next step takes."""
+        lengths, slots, given, states = self.state[:, :size].unbind(0)
         if self.decoder.recurrent:
             # Rows that hold no sequence go on in the slot that nobody has.
             states = states.masked_fill(lengths == 0, self.cache.slots)
-        logits = self.fused.logits(ids, self.cache, Paged(self.tables[:size], lengths, states=states), slots)
-        torch.argmax(logits, -1, out=self.tokens[:size])
+        x = self.fused.embed(self.tokens[:size], given)
+        logits = self.fused.logits(x, self.cache, Paged(self.tables[:size], lengths, states=states), slots)
+        take_likeliest_(logits, self.tokens[:size], lengths, given)
         return logits
+
+
+def _after(state: list[list[int]], size: int) -> list[list[int]]:
+    """What a step of `size` rows leaves of `state`."""
+    lengths, slots, given, states = state
+    longer = [length + (length > 0) for length in lengths[:size]]
+    return [longer + lengths[size:], slots, [-1] * size + given[size:], states]
 
 
 class _Step:

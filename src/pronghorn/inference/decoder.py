@@ -188,7 +188,10 @@ class Decoder:
 
     def embed(self, ids: Tensor) -> Tensor:
         """[T] -> [T, H], as the decoder takes them."""
-        x: Tensor = self.embedding(ids)
+        return self.scaled(self.embedding(ids))
+
+    def scaled(self, x: Tensor) -> Tensor:
+        """Rows of the embedding as the first layer takes them."""
         return x if self.scales.embedding == 1.0 else x * self.scales.embedding
 
     def slot(self, adapter: str | None) -> int:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pronghorn.blocks import NoNorm, Norm
 from pronghorn.inference.decoder import Decoder, Layer
@@ -36,6 +36,7 @@ from pronghorn.kernels.matvec import (
     matvec,
     matvec_4bit,
 )
+from pronghorn.kernels.next_token import embed_next
 from pronghorn.kernels.walk import Meeting, Product, Walk, fits_walk, walk
 from pronghorn.weights import DenseWeight, FourBitWeight, Weight
 from pronghorn.weights.operand import as_operand
@@ -168,14 +169,20 @@ class FusedDecoder:
         found = [bias for group in groups for bias in (group.stacked_bias, *group.biases)]
         return [bias for bias in found if bias is not None]
 
-    def logits(self, ids: Tensor, cache: Cache, paged: Paged, slots: Tensor) -> Tensor:
-        """[B, V] for ids [B], whose rows take the adapters in `slots`; fp32 or the compute dtype."""
+    def embed(self, tokens: Tensor, given: Tensor) -> Tensor:
+        """[B, H] of the tokens int32 [B] that are given, or where these are negative of `tokens` int64 [B]."""
         decoder = self.decoder
-        if len(ids) == 1 and self.walks:
-            return self._walked(ids, cache, paged, slots)
-        if ADAPTERS_INSIDE and len(ids) == 1 and decoder.adapters:
+        if _is_plain(decoder.embedding):
+            return decoder.scaled(embed_next(decoder.embedding.weight.detach(), tokens, given))
+        return decoder.embed(torch.where(given >= 0, given.long(), tokens))
+
+    def logits(self, x: Tensor, cache: Cache, paged: Paged, slots: Tensor) -> Tensor:
+        """[B, V] for vectors [B, H] of `embed`, whose rows take the adapters in `slots`; fp32 or the compute dtype."""
+        decoder = self.decoder
+        if len(x) == 1 and self.walks:
+            return self._walked(x, cache, paged, slots)
+        if ADAPTERS_INSIDE and len(x) == 1 and decoder.adapters:
             self.turn += 1
-        x = decoder.embed(ids)
         for index, layer in enumerate(self.layers):
             out = self._attended(x, index, layer, cache, paged, slots)
             # Made before the attention is added to x, where the MLP is beside it.
@@ -207,10 +214,9 @@ class FusedDecoder:
             )
         return layer.opened(decode_attention(qkv, cache.layers[index], paged, heads, rotation), gate)
 
-    def _walked(self, ids: Tensor, cache: Cache, paged: Paged, slots: Tensor) -> Tensor:
+    def _walked(self, x: Tensor, cache: Cache, paged: Paged, slots: Tensor) -> Tensor:
         """`logits` of one row, with all between two attentions in one launch."""
         decoder, first = self.decoder, self.layers[0]
-        x = decoder.embed(ids)
         y = self._rows[first.qkv](x, slots, norm=first.norm)
         for layer, steps, cached in zip(self.layers, self.walks, cache.layers, strict=True):
             assert isinstance(layer.heads, Heads)
@@ -287,6 +293,12 @@ class FusedDecoder:
         if scales.logit_softcap is not None:
             logits = torch.tanh(logits / scales.logit_softcap) * scales.logit_softcap
         return logits
+
+
+def _is_plain(embedding: nn.Module) -> bool:
+    """Whether an embedding gives the rows of its weight, and nothing looks at what it gives."""
+    watched = embedding._forward_hooks or embedding._forward_pre_hooks
+    return type(embedding) is nn.Embedding and embedding.max_norm is None and not watched
 
 
 def _activated(y: Tensor, activation: str | None) -> Tensor:

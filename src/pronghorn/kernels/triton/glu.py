@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pronghorn.kernels.lora import LowRank
-from pronghorn.kernels.triton.launch import unit_rows
+from pronghorn.kernels.triton.launch import FEW_ROWS, dependent_launch, launch_next, unit_rows, wait_for_last
 from pronghorn.kernels.triton.lora import is_wide, rank_block, share
 
 BLOCK = 1024
@@ -86,11 +86,14 @@ def keep_max(row_max_ptr, row, size, known_row, kind: tl.constexpr):
 @triton.jit
 def _forward(
     gate_ptr, up_ptr, act_ptr, row_max_ptr, gate_stride, up_stride, width,
-    ROW_MAX: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr,
+    ROW_MAX: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < width
+    if PDL:
+        launch_next()
+        wait_for_last()
     gate = tl.load(gate_ptr + row * gate_stride + columns, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + row * up_stride + columns, mask=inside, other=0.0).to(tl.float32)
     value, _ = value_and_slope(gate, ACTIVATION)
@@ -232,9 +235,10 @@ def forward(
             ACTIVATION=activation, R=rank_block(adapters.ranks), WIDE=is_wide(gate), **config,
         )  # fmt: skip
     else:
+        pdl = dependent_launch(gate.device) if rows <= FEW_ROWS else {}
         _forward[(rows, triton.cdiv(width, BLOCK))](
             gate, up, act, bits(row_max, gate), gate.stride(0), up.stride(0), width,
-            ROW_MAX=row_max is not None, ACTIVATION=activation, BLOCK=BLOCK, num_warps=4,
+            ROW_MAX=row_max is not None, ACTIVATION=activation, BLOCK=BLOCK, PDL=bool(pdl), num_warps=4, **pdl,
         )  # fmt: skip
     return act
 

@@ -54,6 +54,10 @@ def has_warpgroups(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
 
 
+#: up to so many rows are a decoding step's, whose launches last no longer than the gaps between them
+FEW_ROWS = 256
+
+
 def dependent_launch(device: torch.device) -> dict[str, bool]:
     """The launch argument under which `wait_for_last` means something, where the GPU knows it; else nothing."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0):

@@ -8,18 +8,29 @@ import triton.language as tl
 from torch import Tensor
 
 from pronghorn.kernels.triton.fp8 import column_factors, inverse, row_scale
-from pronghorn.kernels.triton.launch import programs, row_block, unit_rows
+from pronghorn.kernels.triton.launch import (
+    FEW_ROWS,
+    dependent_launch,
+    launch_next,
+    programs,
+    row_block,
+    unit_rows,
+    wait_for_last,
+)
 
 
 @triton.jit
 def _forward(
     x_ptr, residual_ptr, weight_ptr, y_ptr, rstd_ptr, summed_ptr, codes_ptr, scales_ptr,
     x_stride, residual_stride, width, eps, weight_offset,
-    HAS_RESIDUAL: tl.constexpr, QUANTISE: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr, QUANTISE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < width
+    if PDL:
+        launch_next()
+        wait_for_last()
     x = tl.load(x_ptr + row * x_stride + columns, mask=inside, other=0.0)
     if HAS_RESIDUAL:
         residual = tl.load(residual_ptr + row * residual_stride + columns, mask=inside, other=0.0)
@@ -109,10 +120,12 @@ def forward(
     codes, scales = (y, rstd) if fp8 is None else fp8
     if rows:
         block, warps = row_block(width)
+        pdl = dependent_launch(x.device) if rows <= FEW_ROWS else {}
         _forward[(rows,)](
             x, added, weight, y, rstd, summed, codes, scales,
             x.stride(0), added.stride(0), width, eps, weight_offset,
-            HAS_RESIDUAL=residual is not None, QUANTISE=fp8 is not None, BLOCK=block, num_warps=warps,
+            HAS_RESIDUAL=residual is not None, QUANTISE=fp8 is not None, BLOCK=block, PDL=bool(pdl), num_warps=warps,
+            **pdl,
         )  # fmt: skip
     return y, rstd, summed
 
