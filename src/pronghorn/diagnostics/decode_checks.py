@@ -76,7 +76,7 @@ def between_attentions() -> str:
     gate, up = _applied(steps.gate_up, summed).chunk(2, 1)
     act = (torch.nn.functional.silu(gate) * up).to(dtype)
     summed = (summed.double() + _applied(steps.down, act)).to(dtype)
-    meeting = Meeting(*(torch.zeros(1, dtype=torch.int64, device=device()) for _ in range(2)))
+    meeting = Meeting.beside(torch.zeros(1, dtype=torch.int64, device=device()))
     y = walk(attended, x, steps, meeting, impl=None if fits_walk(steps) else "torch")
     close(compared, "x", x, summed)
     close(compared, "Y", y, _applied(steps.last, summed), dtype)

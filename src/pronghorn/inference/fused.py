@@ -4,7 +4,7 @@ Launches a layer, up to 16 rows: norm + q, k, v + bias | rotation + cache + atte
 activation | down + residual: five, and one more for each group with an adapter (its A; B is added in the group's own).
 Bytes: every weight once, keys and values once, and a few times [B, hidden]. Llama-3.1-8B: 32 · 5 + 4 launches and
 15.0 GB in bf16, which is 3.1 ms at 4.8 TB/s; Qwen2.5-1.5B: 28 · 5 + 4 and 3.1 GB, 0.64 ms. One row of plain layers in
-bf16 without adapters, on Hopper: two launches a layer, its attention and all that comes before the next one's (`walk`).
+bf16, on Hopper: two launches a layer, its attention and all that comes before the next one's (`walk`).
 More rows run on torch's products, with norm and activation as kernels of their own: nine launches a layer.
 """
 
@@ -37,7 +37,7 @@ from pronghorn.kernels.matvec import (
     matvec_4bit,
 )
 from pronghorn.kernels.next_token import embed_next
-from pronghorn.kernels.walk import Meeting, Product, Walk, fits_walk, walk
+from pronghorn.kernels.walk import Adapters, Meeting, Product, Walk, fits_walk, walk
 from pronghorn.weights import DenseWeight, FourBitWeight, Weight
 from pronghorn.weights.operand import as_operand
 
@@ -152,7 +152,7 @@ class FusedDecoder:
         self.walks: Sequence[Walk] = ()
         if lost is not None:
             self.walks = self._find_walks()
-            self.meeting = Meeting(torch.zeros_like(lost), lost)
+            self.meeting = Meeting.beside(lost)
 
     def row_groups(self) -> list[RowGroup]:
         """Of all layers in order, then the head's."""
@@ -223,11 +223,11 @@ class FusedDecoder:
             rotation = decoder.rotations[layer.rotation]
             out = decode_attention(layer.norm_heads_(y), cached, paged, layer.heads, rotation)
             out_dtype = torch.float32 if layer is self.layers[-1] else None
-            y = walk(out, x, steps, self.meeting, out_dtype=out_dtype)
+            y = walk(out, x, steps, self.meeting, slots=slots, out_dtype=out_dtype)
         return self._scaled(y)
 
     def _find_walks(self) -> Sequence[Walk]:
-        """Of every layer; none where a layer has more than a walk does, weights that it does not read, or adapters."""
+        """Of every layer; none where one has more than a walk does, or weights or adapters that it does not read."""
         decoder, found = self.decoder, []
         lasts = [(layer.qkv, layer.norm) for layer in self.layers[1:]]
         for layer, last in zip(self.layers, [*lasts, (decoder.head, decoder.norm)], strict=True):
@@ -244,16 +244,14 @@ class FusedDecoder:
         return found if alike and all(map(fits_walk, found)) else ()
 
     def _product(self, group: Group, norm: Norm | NoNorm | None) -> Product | None:
-        """One step of a walk; None where weights lie apart or in few bits, have adapters, or the norm is centred."""
+        """One step of a walk; None where weights lie apart or in few bits, or the norm is centred."""
         rows = self.head if group is self.decoder.head else self._rows[group]
-        if len(rows.dense) != 1 or rows.table is not None:
+        if len(rows.dense) != 1 or isinstance(norm, NoNorm) or (norm is not None and norm.centred):
             return None
-        if norm is None:
-            return Product(rows.dense[0], group.stacked_bias)
-        if isinstance(norm, NoNorm) or norm.centred:
-            return None
-        row_norm = RowNorm(norm.weight.detach(), norm.eps, norm.offset)
-        return Product(rows.dense[0], group.stacked_bias, row_norm)
+        row_norm = None if norm is None else RowNorm(norm.weight.detach(), norm.eps, norm.offset)
+        table = rows.table
+        adapter = None if table is None else Adapters(table.a, table.b, table.ends)
+        return Product(rows.dense[0], group.stacked_bias, row_norm, adapter)
 
     def _mlp(self, x: Tensor, layer: Layer, slots: Tensor, act: Tensor | None) -> Tensor:
         decoder, mlp = self.decoder, layer.mlp

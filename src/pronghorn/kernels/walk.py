@@ -2,8 +2,8 @@
 
     x += o(attended);   x += down(f(gate) · up),  [gate | up] = gate_up(norm(x));   y = last(norm(x))
 
-`last` is the next layer's q, k and v, or the head. On Hopper all four are one launch, whose programs go through the
-weights without a pause between products.
+`last` is the next layer's q, k and v, or the head; to each the row's adapter may add B (A x). On Hopper all four are
+one launch, whose programs go through the weights without a pause between products.
 
 Shapes: attended [1, N·D], x [1, H]; sums are fp32, one rounding at the end of each product.
 """
@@ -16,15 +16,28 @@ import torch
 from torch import Tensor
 
 from pronghorn.kernels.dispatch import Impl, use_triton
-from pronghorn.kernels.matvec import RowNorm, matvec
+from pronghorn.kernels.matvec import RowNorm, RowShare, adapter_down, matvec
+
+#: numbers that a walk's programs hand each other at most
+HANDED = 512
+
+
+class Adapters(NamedTuple):
+    """a [slots, parts · R, in] and b [slots, out, R] with the scaling in it, both zero for slot 0; output i of part p
+    (`ends`: where each part ends) takes columns p·R to (p+1)·R."""
+
+    a: Tensor
+    b: Tensor
+    ends: tuple[int, ...]
 
 
 class Product(NamedTuple):
-    """weight [out, in], bias [out], and the norm of what it multiplies."""
+    """weight [out, in], bias [out], the norm of what it multiplies, and what adapters add to it."""
 
     weight: Tensor
     bias: Tensor | None = None
     norm: RowNorm | None = None
+    adapter: Adapters | None = None
 
 
 class Walk(NamedTuple):
@@ -38,15 +51,22 @@ class Walk(NamedTuple):
 
 
 class Meeting(NamedTuple):
-    """Where a walk's programs wait for each other, int64 [1] both; walks that may run at the same time need one each.
+    """Where a walk's programs wait for each other, int64 all; walks that may run at the same time need one each.
 
     Args:
-        came: how many have come, in all walks so far.
-        lost: how many waited in vain, for about a second: then what that walk gave is worth nothing.
+        came: [1], how many have come, in all walks so far.
+        lost: [1], how many waited in vain, for about a second: then what that walk gave is worth nothing.
+        handed: [HANDED], what programs hand each other of adapters.
     """
 
     came: Tensor
     lost: Tensor
+    handed: Tensor
+
+    @staticmethod
+    def beside(lost: Tensor) -> Meeting:
+        """A new one that counts in `lost`."""
+        return Meeting(torch.zeros_like(lost), lost, lost.new_zeros(HANDED))
 
 
 def walk(
@@ -55,19 +75,42 @@ def walk(
     steps: Walk,
     meeting: Meeting,
     *,
+    slots: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
     impl: Impl | None = None,
 ) -> Tensor:
-    """y [1, out of `last`]; x is written over with what is added to it. On a GPU `fits_walk` has to hold."""
+    """y [1, out of `last`]; x is written over with what is added to it. On a GPU `fits_walk` has to hold.
+
+    Args:
+        slots: int32 [1], which adapter the row takes, 0 for none; asked for where a product has adapters.
+    """
     if use_triton(x, impl):
         from pronghorn.kernels.triton.walk import walk as by_triton
 
-        return by_triton(attended, x, steps, meeting, out_dtype or x.dtype)
+        return by_triton(attended, x, steps, meeting, slots, out_dtype or x.dtype)
     o, gate_up, down, last, activation = steps
-    matvec(attended, [o.weight], bias=o.bias, residual=x, impl=impl)
-    act = matvec(x, [gate_up.weight], norm=gate_up.norm, bias=gate_up.bias, activation=activation, impl=impl)
-    matvec(act, [down.weight], bias=down.bias, residual=x, impl=impl)
-    return matvec(x, [last.weight], norm=last.norm, bias=last.bias, out_dtype=out_dtype, impl=impl)
+
+    def times(
+        y: Tensor,
+        step: Product,
+        residual: Tensor | None = None,
+        activation: str | None = None,
+        out_dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        share = None
+        if step.adapter is not None:
+            assert slots is not None
+            a, b, ends = step.adapter
+            share = RowShare(adapter_down(y, a, slots, step.norm, impl=impl), b, slots, ends)
+        return matvec(
+            y, [step.weight], norm=step.norm, bias=step.bias, share=share, residual=residual, activation=activation,
+            out_dtype=out_dtype, impl=impl,
+        )  # fmt: skip
+
+    times(attended, o, residual=x)
+    act = times(x, gate_up, activation=activation)
+    times(act, down, residual=x)
+    return times(x, last, out_dtype=out_dtype)
 
 
 def fits_walk(steps: Walk) -> bool:

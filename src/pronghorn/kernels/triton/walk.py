@@ -20,7 +20,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from pronghorn.kernels.triton.gluon_parts import activated, barrier, fetch, launch_next, view, wait_for_last
 from pronghorn.kernels.triton.launch import dependent_launch, processors
-from pronghorn.kernels.walk import Meeting, Walk
+from pronghorn.kernels.walk import Adapters, Meeting, Walk
 
 #: outputs that a program makes at a time; numbers of a line, which is what the copy engine swizzles
 ROWS = gl.constexpr(4)
@@ -40,6 +40,10 @@ LEAST_SLOTS = 5
 _LEFT_FREE = 36 * 1024
 #: of each of its threads at most, so that the attention kernel finds room beside it
 _REGISTERS = 112
+#: numbers of a row that an adapter's B may have, so that programs keep them in registers
+MOST_RANK = 32
+#: numbers that programs may hand each other between a product's two factors
+MOST_HANDED = gl.constexpr(128)
 #: how often a program looks whether all others have come, before it goes on without them (about a second)
 PATIENCE = 1 << 20
 
@@ -63,6 +67,22 @@ _AWAIT = gl.constexpr("""{
 }""")
 
 
+# What each thread finds at $1 once its upper half is $2, or after $3 times in vain.
+_RECEIVE = gl.constexpr("""{
+    .reg .pred p; .reg .b32 tries, low, high;
+    mov.b32 tries, $3;
+    AGAIN:
+    ld.relaxed.gpu.global.b64 $0, [$1];
+    mov.b64 {low, high}, $0;
+    setp.eq.s32 p, high, $2;
+    @p bra DONE;
+    sub.u32 tries, tries, 1;
+    setp.ne.u32 p, tries, 0;
+    @p bra AGAIN;
+    DONE:
+}""")
+
+
 @gluon.jit
 def _next(slot, phase, SLOTS: gl.constexpr):
     last = slot == SLOTS - 1
@@ -80,11 +100,17 @@ def _copy_tiles(desc, row, bundle, ring, full, empty, slot, phase, UNITS: gl.con
 
 @gluon.jit
 def _copy_weight(
-    desc, ring, full, empty, slot, phase, outs: gl.constexpr, width: gl.constexpr, GLU: gl.constexpr,
-    SLOTS: gl.constexpr, UNITS: gl.constexpr,
+    desc, a_desc, adapter, ring, full, empty, slot, phase, outs: gl.constexpr, width: gl.constexpr,
+    GLU: gl.constexpr, RANKS: gl.constexpr, SLOTS: gl.constexpr, UNITS: gl.constexpr,
 ):  # fmt: skip
-    """A program's rows of one weight; with GLU each of gate's beside up's."""
+    """A program's rows of an adapter's A, then of one weight; with GLU each of gate's beside up's."""
     bundles: gl.constexpr = (width + UNITS * LINES * LINE - 1) // (UNITS * LINES * LINE)
+    if RANKS > 0:
+        for group in range(gl.program_id(0), RANKS // ROWS, gl.num_programs(0)):
+            for bundle in range(bundles):
+                row = adapter * RANKS + group * ROWS
+                _copy_tiles(a_desc, row, bundle, ring, full, empty, slot, phase, UNITS)
+                slot, phase = _next(slot, phase, SLOTS)
     for group in range(gl.program_id(0), outs // ROWS, gl.num_programs(0)):
         for bundle in range(bundles):
             _copy_tiles(desc, group * ROWS, bundle, ring, full, empty, slot, phase, UNITS)
@@ -97,18 +123,20 @@ def _copy_weight(
 
 @gluon.jit
 def _copy(
-    o_desc, gate_up_desc, down_desc, last_desc, ring, full, empty, ATTENDED: gl.constexpr, HIDDEN: gl.constexpr,
-    INNER: gl.constexpr, OUTS: gl.constexpr, SLOTS: gl.constexpr, UNITS: gl.constexpr,
+    descs, a_descs, slots_ptr, ring, full, empty, ATTENDED: gl.constexpr, HIDDEN: gl.constexpr,
+    INNER: gl.constexpr, OUTS: gl.constexpr, RANKS: gl.constexpr, SLOTS: gl.constexpr, UNITS: gl.constexpr,
 ):  # fmt: skip
     """The copying warp."""
     slot = 0
     phase = 1
-    slot, phase = _copy_weight(o_desc, ring, full, empty, slot, phase, HIDDEN, ATTENDED, False, SLOTS, UNITS)
-    slot, phase = _copy_weight(
-        gate_up_desc, ring, full, empty, slot, phase, INNER, HIDDEN, True, SLOTS, UNITS
-    )
-    slot, phase = _copy_weight(down_desc, ring, full, empty, slot, phase, HIDDEN, INNER, False, SLOTS, UNITS)
-    slot, phase = _copy_weight(last_desc, ring, full, empty, slot, phase, OUTS, HIDDEN, False, SLOTS, UNITS)
+    adapter = gl.load(slots_ptr)
+    outs: gl.constexpr = (HIDDEN, INNER, HIDDEN, OUTS)
+    widths: gl.constexpr = (ATTENDED, HIDDEN, INNER, HIDDEN)
+    for i in gl.static_range(4):
+        slot, phase = _copy_weight(
+            descs[i], a_descs[i], adapter, ring, full, empty, slot, phase, outs[i], widths[i], i == 1, RANKS[i],
+            SLOTS, UNITS,
+        )  # fmt: skip
 
 
 @gluon.jit
@@ -209,12 +237,66 @@ def _step(sums, others, x, FIRST: gl.constexpr, ring, full, empty, slot, phase, 
 
 
 @gluon.jit
+def _group(xs, kept, ring, full, empty, slot, phase, bundles: gl.constexpr, KEPT: gl.constexpr, GLU: gl.constexpr,
+           SLOTS: gl.constexpr, UNITS: gl.constexpr):  # fmt: skip
+    """The next rows in the ring times x, not yet added up; with GLU gate's and up's."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 1, 8], [1, 4, 8], [ROWS, WARPS // ROWS, 1], [2, 1, 0])
+    of_x: gl.constexpr = gl.SliceLayout(0, layout)
+    sums = gl.zeros([ROWS, LINES, LINE], gl.float32, layout)
+    others = gl.zeros([ROWS, LINES, LINE], gl.float32, layout)
+    if KEPT:
+        for bundle in gl.static_range(bundles):
+            sums, others, slot, phase = _step(
+                sums, others, kept, bundle * UNITS, ring, full, empty, slot, phase, GLU, SLOTS, UNITS
+            )
+    else:
+        for bundle in range(bundles):
+            x = _loaded(xs, bundle * UNITS, of_x, UNITS)
+            sums, others, slot, phase = _step(
+                sums, others, x, 0, ring, full, empty, slot, phase, GLU, SLOTS, UNITS
+            )
+    return sums, others, slot, phase
+
+
+@gluon.jit
+def _hand(sums, rstd, handed_ptr, group, turn):
+    """What a group of A's rows gives, each number beside the turn that it is of."""
+    flat: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
+    xa = gl.convert_layout(gl.sum(_halves(sums), 1), flat) * rstd
+    word = (turn.to(gl.int64) << 32) | (xa.to(gl.int32, bitcast=True).to(gl.int64) & 0xFFFFFFFF)
+    at = group * ROWS + gl.arange(0, ROWS, flat)
+    gl.atomic_xchg(handed_ptr + at, word, sem="relaxed", scope="gpu")
+
+
+@gluon.jit
+def _receive(handed_ptr, turn, lost_ptr, patience, handed, RANKS: gl.constexpr, ROOM: gl.constexpr):
+    """All that programs have handed on in this turn into shared memory; one that waits in vain says so."""
+    flat: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
+    at = gl.minimum(gl.arange(0, ROOM, flat), RANKS - 1)
+    seen = gl.inline_asm_elementwise(
+        _RECEIVE, "=l,l,r,r", [handed_ptr + at, turn, patience], dtype=gl.int64, is_pure=False, pack=1
+    )
+    late = gl.max(((seen >> 32).to(gl.int32) != turn).to(gl.int64), 0)
+    gl.atomic_add(lost_ptr, late * 0 + 1, mask=late > 0, sem="relaxed", scope="gpu")
+    handed.slice(0, ROOM).store(seen.to(gl.int32).to(gl.float32, bitcast=True))
+    barrier()
+
+
+@gluon.jit
+def _share(b, handed, part: gl.constexpr, RANK: gl.constexpr, of_outs: gl.constexpr):
+    """What an adapter adds to outputs with B's rows b [outputs, RANK]."""
+    xa = handed.slice(part * RANK, RANK).load(gl.SliceLayout(0, b.type.layout))
+    return gl.convert_layout(gl.sum(b.to(gl.float32) * gl.expand_dims(xa, 0), 1), of_outs)
+
+
+@gluon.jit
 def _multiply(
-    xs, rstd, bias_ptr, residual_ptr, out_ptr, rounds, ring, full, empty, slot, phase, outs: gl.constexpr,
+    xs, rstd, bias_ptr, residual_ptr, out_ptr, b_ptr, adapter, handed_ptr, turn, lost_ptr, patience, handed, rounds,
+    ring, full, empty, slot, phase, outs: gl.constexpr,
     width: gl.constexpr, KIND: gl.constexpr, BIAS: gl.constexpr, RESIDUAL: gl.constexpr,
-    SLOTS: gl.constexpr, UNITS: gl.constexpr,
+    RANKS: gl.constexpr, ENDS: gl.constexpr, SLOTS: gl.constexpr, UNITS: gl.constexpr,
 ):  # fmt: skip
-    """A program's outputs of one weight, a round of them at a time."""
+    """A program's outputs of one weight, a round of them at a time; before them its rows of an adapter's A."""
     layout: gl.constexpr = gl.BlockedLayout([1, 1, 8], [1, 4, 8], [ROWS, WARPS // ROWS, 1], [2, 1, 0])
     of_x: gl.constexpr = gl.SliceLayout(0, layout)
     # Of an output two halves, of gate and up both in turn.
@@ -222,13 +304,21 @@ def _multiply(
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     of_parts: gl.constexpr = gl.BlockedLayout([1, PARTS], [32, 1], [WARPS, 1], [1, 0])
     of_outs: gl.constexpr = gl.SliceLayout(1, of_parts)
+    # Of q, k and v, or of gate and up, each has a part of its own in what is handed on.
+    ADAPTERS: gl.constexpr = len(ENDS)
+    RANK: gl.constexpr = RANKS // ADAPTERS
     parts = view(rounds, gl.float32, [ROUND, ROWS, PARTS], flat)
     bundles: gl.constexpr = (width + UNITS * LINES * LINE - 1) // (UNITS * LINES * LINE)
     # A short row of the input stays in registers.
     KEPT: gl.constexpr = bundles * UNITS <= MOST_KEPT
-    if KEPT:
-        kept = _wide(_loaded(xs, 0, of_x, bundles * UNITS), bundles * UNITS)
+    kept = _wide(_loaded(xs, 0, of_x, bundles * UNITS if KEPT else 1), bundles * UNITS if KEPT else 1)
     programs = gl.num_programs(0)
+    if RANKS > 0:
+        for group in range(gl.program_id(0), RANKS // ROWS, programs):
+            sums, _, slot, phase = _group(
+                xs, kept, ring, full, empty, slot, phase, bundles, KEPT, False, SLOTS, UNITS
+            )
+            _hand(sums, rstd, handed_ptr, group, turn)
     groups = (outs // ROWS - gl.program_id(0) + programs - 1) // programs
     for begin in range(0, groups, ROUND):
         many = gl.minimum(groups - begin, ROUND)
@@ -242,24 +332,28 @@ def _multiply(
             bias = gl.load(bias_ptr + row, mask=known, other=0.0).to(gl.float32)
             if KIND != "":
                 up_bias = gl.load(bias_ptr + outs + row, mask=known, other=0.0).to(gl.float32)
+        if RANKS > 0:
+            of_b: gl.constexpr = gl.BlockedLayout([1, RANK], [32, 1], [WARPS, 1], [1, 0])
+            j = gl.arange(0, ROUND * ROWS, gl.SliceLayout(1, of_b))
+            of_j = (gl.program_id(0) + (begin + j // ROWS) * programs) * ROWS + j % ROWS
+            # `ENDS` has the number of B's rows last.
+            b_at = b_ptr + adapter * (ENDS[ADAPTERS - 1] * RANK) + gl.expand_dims(of_j * RANK, 1)
+            b_at = b_at + gl.expand_dims(gl.arange(0, RANK, gl.SliceLayout(0, of_b)), 0)
+            there = gl.expand_dims(j < many * ROWS, 1)
+            b = gl.load(b_at, mask=there, other=0.0)
+            if KIND != "":
+                up_b = gl.load(b_at + outs * RANK, mask=there, other=0.0)
         for group in range(many):
-            sums = gl.zeros([ROWS, LINES, LINE], gl.float32, layout)
-            others = gl.zeros([ROWS, LINES, LINE], gl.float32, layout)
-            if KEPT:
-                for bundle in gl.static_range(bundles):
-                    sums, others, slot, phase = _step(
-                        sums, others, kept, bundle * UNITS, ring, full, empty, slot, phase, KIND != "", SLOTS, UNITS
-                    )  # fmt: skip
-            else:
-                for bundle in range(bundles):
-                    x = _loaded(xs, bundle * UNITS, of_x, UNITS)
-                    sums, others, slot, phase = _step(
-                        sums, others, x, 0, ring, full, empty, slot, phase, KIND != "", SLOTS, UNITS
-                    )  # fmt: skip
+            sums, others, slot, phase = _group(
+                xs, kept, ring, full, empty, slot, phase, bundles, KEPT, KIND != "", SLOTS, UNITS
+            )
             halves = _halves(sums)
             if KIND != "":
                 halves = gl.reshape(gl.join(halves, _halves(others)), [ROWS, 4])
             parts.index(group).store(halves)
+        if RANKS > 0:
+            ROOM: gl.constexpr = RANKS if RANKS & (RANKS - 1) == 0 else MOST_HANDED
+            _receive(handed_ptr, turn, lost_ptr, patience, handed, RANKS, ROOM)
         found = view(parts, gl.float32, [ROUND * ROWS, PARTS], flat).load(of_parts)
         if KIND != "":
             y, up = gl.split(gl.sum(gl.reshape(found, [ROUND * ROWS, 2, 2]), 1))
@@ -267,11 +361,19 @@ def _multiply(
             if BIAS:
                 y += bias
                 up += up_bias
+            if RANKS > 0:
+                y += _share(b, handed, 0, RANK, of_outs)
+                up += _share(up_b, handed, 1, RANK, of_outs)
             y = activated(y, up, KIND)
         else:
             y = gl.sum(found, 1) * rstd
             if BIAS:
                 y += bias
+            if RANKS > 0:
+                share = _share(b, handed, 0, RANK, of_outs)
+                for part in gl.static_range(1, ADAPTERS):
+                    share = gl.where(row < ENDS[part - 1], share, _share(b, handed, part, RANK, of_outs))
+                y += share
         if RESIDUAL:
             y += rest
         gl.store(out_ptr + row, y.to(out_ptr.dtype.element_ty), mask=known)
@@ -280,12 +382,11 @@ def _multiply(
 
 @gluon.jit
 def _walk(
-    attended_ptr, x_ptr, act_ptr, out_ptr, mlp_norm_ptr, last_norm_ptr, o_bias, gate_up_bias, down_bias, last_bias,
-    met_ptr, lost_ptr, ring, full, empty, wide, narrow, rounds, mlp_eps, mlp_offset, last_eps, last_offset, patience,
+    attended_ptr, x_ptr, act_ptr, out_ptr, norms, biases, b_ptrs, slots_ptr, handed_ptr, met_ptr, lost_ptr,
+    ring, full, empty, wide, narrow, rounds, handed, mlp_eps, mlp_offset, last_eps, last_offset, patience,
     ATTENDED: gl.constexpr, HIDDEN: gl.constexpr, INNER: gl.constexpr, OUTS: gl.constexpr, KIND: gl.constexpr,
-    BIAS_O: gl.constexpr, BIAS_GATE_UP: gl.constexpr, BIAS_DOWN: gl.constexpr, BIAS_LAST: gl.constexpr,
-    SLOTS: gl.constexpr, UNITS: gl.constexpr, CHUNKS_ATTENDED: gl.constexpr,
-    CHUNKS_HIDDEN: gl.constexpr, CHUNKS_INNER: gl.constexpr, PDL: gl.constexpr,
+    BIASES: gl.constexpr, RANKS: gl.constexpr, ENDS: gl.constexpr, SLOTS: gl.constexpr, UNITS: gl.constexpr,
+    CHUNKS_ATTENDED: gl.constexpr, CHUNKS_HIDDEN: gl.constexpr, CHUNKS_INNER: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """The multiplying warps."""
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
@@ -301,51 +402,55 @@ def _walk(
     # A launch adds three times the programs, of which some may have come to the first meeting.
     begun = gl.load(met_ptr, volatile=True)
     target = begun - begun % programs + programs
+    turn = target.to(gl.int32)
+    adapter = gl.load(slots_ptr)
     # After a walk that was lost nobody waits any more: what follows is thrown away with it.
     patience = gl.where(gl.load(lost_ptr, volatile=True) > 0, 1, patience)
     _put(attended_ptr, narrow, ATTENDED, CHUNKS_ATTENDED)
     slot, phase = _multiply(
-        plain, 1.0, o_bias, x_ptr, x_ptr, rounds, ring, full, empty, slot, phase, HIDDEN, ATTENDED, "", BIAS_O, True,
-        SLOTS, UNITS,
+        plain, 1.0, biases[0], x_ptr, x_ptr, b_ptrs[0], adapter, handed_ptr, turn, lost_ptr, patience, handed, rounds,
+        ring, full, empty, slot, phase, HIDDEN, ATTENDED, "", BIASES[0], True, RANKS[0], (HIDDEN,), SLOTS, UNITS,
     )  # fmt: skip
-    weight = _norm_weight(mlp_norm_ptr, mlp_offset, HIDDEN, CHUNKS_HIDDEN)
+    weight = _norm_weight(norms[0], mlp_offset, HIDDEN, CHUNKS_HIDDEN)
     _meet(met_ptr, lost_ptr, target, patience)
     rstd = _put_scaled(x_ptr, weight, wide, mlp_eps, HIDDEN, CHUNKS_HIDDEN)
     slot, phase = _multiply(
-        scaled, rstd, gate_up_bias, x_ptr, act_ptr, rounds, ring, full, empty, slot, phase, INNER, HIDDEN, KIND,
-        BIAS_GATE_UP, False, SLOTS, UNITS,
+        scaled, rstd, biases[1], x_ptr, act_ptr, b_ptrs[1], adapter, handed_ptr + MOST_HANDED, turn, lost_ptr,
+        patience, handed, rounds, ring, full, empty, slot, phase, INNER, HIDDEN, KIND, BIASES[1], False, RANKS[1],
+        (INNER, 2 * INNER), SLOTS, UNITS,
     )  # fmt: skip
     _meet(met_ptr, lost_ptr, target + programs, patience)
     _put(act_ptr, narrow, INNER, CHUNKS_INNER)
     slot, phase = _multiply(
-        plain, 1.0, down_bias, x_ptr, x_ptr, rounds, ring, full, empty, slot, phase, HIDDEN, INNER, "", BIAS_DOWN, True,
-        SLOTS, UNITS,
+        plain, 1.0, biases[2], x_ptr, x_ptr, b_ptrs[2], adapter, handed_ptr + 2 * MOST_HANDED, turn, lost_ptr,
+        patience, handed, rounds, ring, full, empty, slot, phase, HIDDEN, INNER, "", BIASES[2], True, RANKS[2],
+        (HIDDEN,), SLOTS, UNITS,
     )  # fmt: skip
-    weight = _norm_weight(last_norm_ptr, last_offset, HIDDEN, CHUNKS_HIDDEN)
+    weight = _norm_weight(norms[1], last_offset, HIDDEN, CHUNKS_HIDDEN)
     _meet(met_ptr, lost_ptr, target + 2 * programs, patience)
     rstd = _put_scaled(x_ptr, weight, wide, last_eps, HIDDEN, CHUNKS_HIDDEN)
     slot, phase = _multiply(
-        scaled, rstd, last_bias, x_ptr, out_ptr, rounds, ring, full, empty, slot, phase, OUTS, HIDDEN, "", BIAS_LAST,
-        False, SLOTS, UNITS,
+        scaled, rstd, biases[3], x_ptr, out_ptr, b_ptrs[3], adapter, handed_ptr + 3 * MOST_HANDED, turn, lost_ptr,
+        patience, handed, rounds, ring, full, empty, slot, phase, OUTS, HIDDEN, "", BIASES[3], False, RANKS[3], ENDS,
+        SLOTS, UNITS,
     )  # fmt: skip
 
 
 @gluon.jit
 def _four_products(
-    o_desc, gate_up_desc, down_desc, last_desc,
-    attended_ptr, x_ptr, act_ptr, out_ptr, mlp_norm_ptr, last_norm_ptr,
-    o_bias, gate_up_bias, down_bias, last_bias, met_ptr, lost_ptr, mlp_eps, mlp_offset, last_eps, last_offset, patience,
+    descs, a_descs, attended_ptr, x_ptr, act_ptr, out_ptr, norms, biases, b_ptrs, slots_ptr, handed_ptr, met_ptr,
+    lost_ptr, mlp_eps, mlp_offset, last_eps, last_offset, patience,
     ATTENDED: gl.constexpr, HIDDEN: gl.constexpr, INNER: gl.constexpr, OUTS: gl.constexpr, KIND: gl.constexpr,
-    BIAS_O: gl.constexpr, BIAS_GATE_UP: gl.constexpr, BIAS_DOWN: gl.constexpr, BIAS_LAST: gl.constexpr,
-    SLOTS: gl.constexpr, UNITS: gl.constexpr, CHUNKS_ATTENDED: gl.constexpr,
-    CHUNKS_HIDDEN: gl.constexpr, CHUNKS_INNER: gl.constexpr, PDL: gl.constexpr,
+    BIASES: gl.constexpr, RANKS: gl.constexpr, ENDS: gl.constexpr, SLOTS: gl.constexpr, UNITS: gl.constexpr,
+    CHUNKS_ATTENDED: gl.constexpr, CHUNKS_HIDDEN: gl.constexpr, CHUNKS_INNER: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     most: gl.constexpr = CHUNKS_INNER if CHUNKS_INNER > CHUNKS_ATTENDED else CHUNKS_ATTENDED
-    ring = gl.allocate_shared_memory(o_desc.dtype, [SLOTS * UNITS, ROWS, LINES, LINE], o_desc.layout)
+    ring = gl.allocate_shared_memory(descs[0].dtype, [SLOTS * UNITS, ROWS, LINES, LINE], descs[0].layout)
     wide = gl.allocate_shared_memory(gl.float32, [CHUNKS_HIDDEN, CHUNK], flat)
-    narrow = gl.allocate_shared_memory(o_desc.dtype, [most, CHUNK], flat)
+    narrow = gl.allocate_shared_memory(descs[0].dtype, [most, CHUNK], flat)
     rounds = gl.allocate_shared_memory(gl.float32, [ROUND * ROWS, 4], flat)
+    handed = gl.allocate_shared_memory(gl.float32, [MOST_HANDED], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
     for slot in gl.static_range(SLOTS):
@@ -353,13 +458,12 @@ def _four_products(
         mbarrier.init(empty.index(slot), count=1)
     gl.warp_specialize(
         [
-            (_walk, (attended_ptr, x_ptr, act_ptr, out_ptr, mlp_norm_ptr, last_norm_ptr, o_bias, gate_up_bias,
-                     down_bias, last_bias, met_ptr, lost_ptr, ring, full, empty, wide, narrow, rounds, mlp_eps,
-                     mlp_offset, last_eps, last_offset, patience, ATTENDED, HIDDEN, INNER, OUTS, KIND, BIAS_O,
-                     BIAS_GATE_UP, BIAS_DOWN, BIAS_LAST, SLOTS, UNITS, CHUNKS_ATTENDED, CHUNKS_HIDDEN,
-                     CHUNKS_INNER, PDL)),
-            (_copy, (o_desc, gate_up_desc, down_desc, last_desc, ring, full, empty, ATTENDED, HIDDEN, INNER, OUTS,
-                     SLOTS, UNITS)),
+            (_walk, (attended_ptr, x_ptr, act_ptr, out_ptr, norms, biases, b_ptrs, slots_ptr, handed_ptr, met_ptr,
+                     lost_ptr, ring, full, empty, wide, narrow, rounds, handed, mlp_eps, mlp_offset, last_eps,
+                     last_offset, patience, ATTENDED, HIDDEN, INNER, OUTS, KIND, BIASES, RANKS, ENDS, SLOTS, UNITS,
+                     CHUNKS_ATTENDED, CHUNKS_HIDDEN, CHUNKS_INNER, PDL)),
+            (_copy, (descs, a_descs, slots_ptr, ring, full, empty, ATTENDED, HIDDEN, INNER, OUTS, RANKS, SLOTS,
+                     UNITS)),
         ],
         [1],
         [40],
@@ -390,7 +494,7 @@ def tiling_for(attended: int, hidden: int, inner: int, room: int) -> Tiling:
     """Slots of 16 KB, or of 12 where rows are multiples of 1,536 numbers, as many as `room` bytes hold."""
     one = Tiling(3 if hidden % 1536 == 0 and hidden % 2048 else 4, 1)
     inputs = 4 * one.chunks(hidden) + 2 * max(one.chunks(attended), one.chunks(inner))
-    slots = (room - inputs * CHUNK.value - 4096) // (2 * ROWS.value * one.columns)
+    slots = (room - inputs * CHUNK.value - 4096 - 4 * MOST_HANDED.value) // (2 * ROWS.value * one.columns)
     return one._replace(slots=slots)
 
 
@@ -420,11 +524,17 @@ def fits(steps: Walk) -> bool:
         and weight.data_ptr() % 16 == 0
         for weight in weights
     )
-    if not aligned:
+    if not aligned or not all(step.adapter is None or _takes(step.adapter) for step in steps[:4]):
         return False
     tiling = _tiling(steps)
     filled = all(4 * weight.shape[1] >= 3 * tiling.padded(weight.shape[1]) for weight in weights)
     return filled and tiling.slots >= LEAST_SLOTS
+
+
+def _takes(adapter: Adapters) -> bool:
+    a, b = adapter.a, adapter.b
+    same = a.dtype == b.dtype == torch.bfloat16 and a.is_contiguous() and b.is_contiguous()
+    return same and b.shape[2] <= MOST_RANK and a.shape[1] <= MOST_HANDED.value
 
 
 def _lines(weight: Tensor) -> Any:
@@ -433,7 +543,9 @@ def _lines(weight: Tensor) -> Any:
     return TensorDescriptor.from_tensor(by_line, [ROWS.value, LINES.value, LINE.value], layout)
 
 
-def walk(attended: Tensor, x: Tensor, steps: Walk, meeting: Meeting, out_dtype: torch.dtype) -> Tensor:
+def walk(
+    attended: Tensor, x: Tensor, steps: Walk, meeting: Meeting, slots: Tensor | None, out_dtype: torch.dtype
+) -> Tensor:
     device, products = x.device, steps[:4]
     _, gate_up, down, last = products
     assert gate_up.norm is not None and last.norm is not None
@@ -441,11 +553,17 @@ def walk(attended: Tensor, x: Tensor, steps: Walk, meeting: Meeting, out_dtype: 
     act = torch.empty(1, sizes[2], dtype=x.dtype, device=device)
     out = torch.empty(1, last.weight.shape[0], dtype=out_dtype, device=device)
     tiling, pdl = _tiling(steps), dependent_launch(device)
+    descs = tuple(_lines(p.weight) for p in products)
+    tables = [p.adapter for p in products]
     _four_products[(processors(device.index or 0),)](
-        *(_lines(p.weight) for p in products), attended, x, act, out, gate_up.norm.weight, last.norm.weight,
-        *(x if p.bias is None else p.bias for p in products), meeting.came, meeting.lost,
+        descs, tuple(desc if t is None else _lines(t.a.flatten(0, 1)) for t, desc in zip(tables, descs, strict=True)),
+        attended, x, act, out, (gate_up.norm.weight, last.norm.weight),
+        tuple(x if p.bias is None else p.bias for p in products), tuple(x if t is None else t.b for t in tables),
+        meeting.came if slots is None else slots, meeting.handed, meeting.came, meeting.lost,
         gate_up.norm.eps, gate_up.norm.offset, last.norm.eps, last.norm.offset, PATIENCE,
-        *sizes, last.weight.shape[0], steps.activation, *(p.bias is not None for p in products),
+        *sizes, last.weight.shape[0], steps.activation, tuple(p.bias is not None for p in products),
+        RANKS=tuple(0 if t is None else t.a.shape[1] for t in tables),
+        ENDS=(last.weight.shape[0],) if last.adapter is None else last.adapter.ends,
         SLOTS=tiling.slots, UNITS=tiling.units,
         CHUNKS_ATTENDED=tiling.chunks(sizes[0]), CHUNKS_HIDDEN=tiling.chunks(sizes[1]),
         CHUNKS_INNER=tiling.chunks(sizes[2]), PDL=bool(pdl), num_warps=WARPS.value, maxnreg=_REGISTERS, **pdl,
