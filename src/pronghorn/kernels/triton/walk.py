@@ -438,17 +438,21 @@ def _walk(
 
 @gluon.jit
 def _four_products(
-    descs, a_descs, attended_ptr, x_ptr, act_ptr, out_ptr, norms, biases, b_ptrs, slots_ptr, handed_ptr, met_ptr,
-    lost_ptr, mlp_eps, mlp_offset, last_eps, last_offset, patience,
+    o_desc, gate_up_desc, down_desc, last_desc, o_a_desc, gate_up_a_desc, down_a_desc, last_a_desc,
+    attended_ptr, x_ptr, act_ptr, out_ptr, norms, biases, b_ptrs, slots_ptr, handed_ptr, met_ptr, lost_ptr,
+    mlp_eps, mlp_offset, last_eps, last_offset, patience,
     ATTENDED: gl.constexpr, HIDDEN: gl.constexpr, INNER: gl.constexpr, OUTS: gl.constexpr, KIND: gl.constexpr,
     BIASES: gl.constexpr, RANKS: gl.constexpr, ENDS: gl.constexpr, SLOTS: gl.constexpr, UNITS: gl.constexpr,
     CHUNKS_ATTENDED: gl.constexpr, CHUNKS_HIDDEN: gl.constexpr, CHUNKS_INNER: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    # One by one they come in, since the launcher of Triton 3.6 finds none in a tuple.
+    descs = (o_desc, gate_up_desc, down_desc, last_desc)
+    a_descs = (o_a_desc, gate_up_a_desc, down_a_desc, last_a_desc)
     most: gl.constexpr = CHUNKS_INNER if CHUNKS_INNER > CHUNKS_ATTENDED else CHUNKS_ATTENDED
-    ring = gl.allocate_shared_memory(descs[0].dtype, [SLOTS * UNITS, ROWS, LINES, LINE], descs[0].layout)
+    ring = gl.allocate_shared_memory(o_desc.dtype, [SLOTS * UNITS, ROWS, LINES, LINE], o_desc.layout)
     wide = gl.allocate_shared_memory(gl.float32, [CHUNKS_HIDDEN, CHUNK], flat)
-    narrow = gl.allocate_shared_memory(descs[0].dtype, [most, CHUNK], flat)
+    narrow = gl.allocate_shared_memory(o_desc.dtype, [most, CHUNK], flat)
     rounds = gl.allocate_shared_memory(gl.float32, [ROUND * ROWS, 4], flat)
     handed = gl.allocate_shared_memory(gl.float32, [MOST_HANDED], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
@@ -553,10 +557,11 @@ def walk(
     act = torch.empty(1, sizes[2], dtype=x.dtype, device=device)
     out = torch.empty(1, last.weight.shape[0], dtype=out_dtype, device=device)
     tiling, pdl = _tiling(steps), dependent_launch(device)
-    descs = tuple(_lines(p.weight) for p in products)
+    descs = [_lines(p.weight) for p in products]
     tables = [p.adapter for p in products]
+    a_descs = [d if t is None else _lines(t.a.flatten(0, 1)) for t, d in zip(tables, descs, strict=True)]
     _four_products[(processors(device.index or 0),)](
-        descs, tuple(desc if t is None else _lines(t.a.flatten(0, 1)) for t, desc in zip(tables, descs, strict=True)),
+        *descs, *a_descs,
         attended, x, act, out, (gate_up.norm.weight, last.norm.weight),
         tuple(x if p.bias is None else p.bias for p in products), tuple(x if t is None else t.b for t in tables),
         meeting.came if slots is None else slots, meeting.handed, meeting.came, meeting.lost,
