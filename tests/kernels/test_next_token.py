@@ -5,17 +5,27 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pronghorn.kernels.next_token import embed_next, take_likeliest_
+from pronghorn.kernels.next_token import Rows, embed_next, take_likeliest_
 from tests.kernels.compare import IMPLS, random
 
 
-def taken(logits, lengths, impl):
+def taken(logits, lengths, impl, turn=0):
+    """Tokens and lengths after a step that takes `turn`, as the host is told them, too."""
     rows, device = len(logits), logits.device
     tokens = torch.full((rows + 1,), 7, dtype=torch.int64, device=device)
-    state = torch.tensor([[*lengths], [5] * rows], dtype=torch.int32, device=device)
-    take_likeliest_(logits, tokens[:rows], state[0], state[1], impl=impl)
+    state = torch.tensor([[*lengths], [5] * rows, [turn] * rows], dtype=torch.int32, device=device)
+    told = torch.full((3, rows + 2), 9, dtype=torch.int64)
+    if device.type == "cuda":
+        told = told.pin_memory() if impl == "triton" else told.to(device)
+    lost = torch.tensor([41], device=device)
+    take_likeliest_(logits, Rows(tokens[:rows], *state, told, lost), impl=impl)
     assert tokens[-1] == 7
     assert state[1].tolist() == [-1] * rows
+    assert state[2].tolist() == [(turn + 1) % 3] * rows
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    assert told[turn].tolist() == [41, *tokens[:rows].tolist(), 9]
+    assert (told[torch.arange(3) != turn] == 9).all()
     return tokens[:rows].tolist(), state[0].tolist()
 
 
@@ -28,7 +38,7 @@ def test_the_first_of_the_largest(impl, dtype, rows, width, device):
         logits = random(rows, width, dtype=dtype, device=device, seed=seed) - 20.0 * (seed == 1)
         logits[:, width // 2] = logits.max()
         wanted = [int((row == row.max()).nonzero()[0]) for row in logits]
-        tokens, after = taken(logits, lengths, impl)
+        tokens, after = taken(logits, lengths, impl, 2 * seed)
         assert tokens == wanted
         assert after == [length + (length > 0) for length in lengths]
 

@@ -25,9 +25,11 @@ from pronghorn.inference.requests import Token
 from pronghorn.inference.runner import EagerRunner, Pending, StepLost
 from pronghorn.inference.sequences import Sequence
 from pronghorn.kernels.decode_attention import Paged
-from pronghorn.kernels.next_token import take_likeliest_
+from pronghorn.kernels.next_token import Rows, take_likeliest_
 from pronghorn.kernels.sampling import choose
 
+#: steps whose tokens the host may yet have to read: one runs while the last one's are read, and some room
+TURNS = 4
 #: sizes of batches that steps are recorded for
 SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 
@@ -36,26 +38,27 @@ class InFlight:
     """A step whose tokens are on their way to the host.
 
     Args:
-        numbers: the tokens; with `counted`, what the step's programs count as lost in front of them.
+        numbers: in the host's memory, once the stream has come so far: what the step's programs count as lost, and by
+            row the tokens.
+        rows: of the sequences.
     """
 
     def __init__(
-        self, sequences: Many[Sequence], numbers: Tensor, tops: Tops | None, counted: bool = False
+        self, sequences: Many[Sequence], rows: Many[int], numbers: Tensor, tops: Tops | None, on_gpu: bool
     ) -> None:
-        self.sequences, self.tops, self.counted = sequences, tops, counted
-        self.numbers = to_host(numbers)
+        self.sequences, self.rows, self.numbers, self.tops = sequences, rows, numbers, tops
         self.ready = None
-        if numbers.is_cuda:
+        if on_gpu:
             self.ready = torch.cuda.Event()
             self.ready.record()
 
     def tokens(self) -> list[tuple[Sequence, Token]]:
         if self.ready is not None:
             self.ready.synchronize()
-        numbers = self.numbers.tolist()
-        if self.counted and numbers.pop(0):
+        lost, *numbers = self.numbers.tolist()
+        if lost:
             raise StepLost
-        tokens = [Token(token) for token in numbers]
+        tokens = [Token(numbers[row]) for row in self.rows]
         if self.tops is not None:
             tokens = self.tops.tell(self.sequences, tokens)
         return list(zip(self.sequences, tokens, strict=True))
@@ -81,8 +84,11 @@ class CapturedRunner(EagerRunner):
         self.sizes = sorted({min(size, max_batch) for size in SIZES} | {max_batch})
         blocks = -(-max_context // BLOCK_TOKENS) + 1
         #: by row: tokens of the context, the new one included, or 0; the adapter's slot; a token the host knows, or -1;
-        #: the slot of what recurrent layers remember
-        self.state = torch.zeros(4, max_batch, dtype=torch.int32, device=device)
+        #: the slot of what recurrent layers remember; where in `_told` the step's token goes
+        self.state = torch.zeros(5, max_batch, dtype=torch.int32, device=device)
+        #: what steps tell the host, one after another: like `_board`
+        self._told = torch.zeros(TURNS, 1 + max_batch, dtype=torch.int64, pin_memory=device.type == "cuda")
+        self._turn = 0
         self.tables = torch.zeros(max_batch, blocks, dtype=torch.int32, device=device)
         #: `state` as it is there once the last step is over; None where nobody knows
         self._there: list[list[int]] | None = None
@@ -99,27 +105,19 @@ class CapturedRunner(EagerRunner):
             step = self._steps[size] = _Step(self, size)
         logits = step.run()
         self._there = _after(there, size)
-        rows = [_slot(sequence) for sequence in sequences]
-        index = None
-        if rows != list(range(size)):
-            index = on_device(rows, torch.int64, self.decoder.device)
+        told, self._turn = self._told[self._turn], (self._turn + 1) % TURNS
+        rows, on_gpu = [_slot(sequence) for sequence in sequences], self._board.is_cuda
         if is_plain(sequences):
-            chosen = None if index is None else self.tokens.index_select(0, index)
-            return self._in_flight(sequences, chosen, None)
+            return InFlight(sequences, rows, told, None, on_gpu)
+        index = None if rows == list(range(size)) else on_device(rows, torch.int64, self.decoder.device)
         logits = (logits if index is None else logits.index_select(0, index)).float()
         chosen = choose(logits, choice_of(sequences, logits.device, logits.shape[1]))
         tops = Tops.of(sequences, logits, chosen)
         if index is None:
             self.tokens[:size] = chosen
-            return self._in_flight(sequences, None, tops)
-        self.tokens.index_copy_(0, index, chosen)
-        return self._in_flight(sequences, chosen, tops)
-
-    def _in_flight(self, sequences: Many[Sequence], chosen: Tensor | None, tops: Tops | None) -> InFlight:
-        """A step's tokens: `chosen`, or those of as many rows as there are sequences."""
-        if chosen is None:
-            return InFlight(sequences, self._board[: 1 + len(sequences)], tops, counted=True)
-        return InFlight(sequences, chosen, tops)
+        else:
+            self.tokens.index_copy_(0, index, chosen)
+        return InFlight(sequences, rows, to_host(self._board[: 1 + size]), tops, on_gpu)
 
     def is_sparse(self, sequences: Many[Sequence]) -> bool:
         """Whether the sequences would take a smaller step in other slots."""
@@ -156,7 +154,7 @@ class CapturedRunner(EagerRunner):
 
     def _send(self, sequences: Many[Sequence], size: int) -> list[list[int]]:
         """Send what is other than `state` and the tables hold; `state` as it is then."""
-        state = [[0] * size, [0] * size, [-1] * size, [0] * size]
+        state = [[0] * size, [0] * size, [-1] * size, [0] * size, [self._turn] * size]
         for sequence in sequences:
             row = _slot(sequence)
             state[0][row] = sequence.length
@@ -181,21 +179,22 @@ class CapturedRunner(EagerRunner):
     def compute(self, size: int) -> Tensor:
         """Logits [size, V] of the rows' next tokens in some dtype; the likeliest ones into `tokens`, and into `state`
         what the next step takes."""
-        lengths, slots, given, states = self.state[:, :size].unbind(0)
+        lengths, slots, given, states, turns = self.state[:, :size].unbind(0)
         if self.decoder.recurrent:
             # Rows that hold no sequence go on in the slot that nobody has.
             states = states.masked_fill(lengths == 0, self.cache.slots)
         x = self.fused.embed(self.tokens[:size], given)
         logits = self.fused.logits(x, self.cache, Paged(self.tables[:size], lengths, states=states), slots)
-        take_likeliest_(logits, self.tokens[:size], lengths, given)
+        take_likeliest_(logits, Rows(self.tokens[:size], lengths, given, turns, self._told, self._board[:1]))
         return logits
 
 
 def _after(state: list[list[int]], size: int) -> list[list[int]]:
     """What a step of `size` rows leaves of `state`."""
-    lengths, slots, given, states = state
+    lengths, slots, given, states, turns = state
     longer = [length + (length > 0) for length in lengths[:size]]
-    return [longer + lengths[size:], slots, [-1] * size + given[size:], states]
+    next_turns = [(turn + 1) % TURNS for turn in turns[:size]]
+    return [longer + lengths[size:], slots, [-1] * size + given[size:], states, next_turns + turns[size:]]
 
 
 class _Step:

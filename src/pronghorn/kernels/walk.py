@@ -18,8 +18,8 @@ from torch import Tensor
 from pronghorn.kernels.dispatch import Impl, use_triton
 from pronghorn.kernels.matvec import RowNorm, RowShare, adapter_down, matvec
 
-#: numbers that a walk's programs hand each other at most
-HANDED = 512
+#: halves of numbers that a walk's programs hand each other at most
+HANDED = 1024
 
 
 class Adapters(NamedTuple):

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pronghorn.kernels.next_token import Rows
 from pronghorn.kernels.triton.launch import dependent_launch, launch_next, processors_of, wait_for_last
 
 #: logits that a program looks at together
@@ -20,8 +21,8 @@ BLOCK = 1024
 
 @triton.jit
 def _take_likeliest(
-    logits_ptr, tokens_ptr, lengths_ptr, given_ptr, best_ptr, arrived_ptr, width, stride,
-    BLOCK: tl.constexpr, PDL: tl.constexpr,
+    logits_ptr, tokens_ptr, lengths_ptr, given_ptr, turns_ptr, told_ptr, lost_ptr, best_ptr, arrived_ptr, width, stride,
+    told_stride, TURNS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     row, part, parts = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     if PDL:
@@ -46,7 +47,13 @@ def _take_likeliest(
         tl.debug_barrier()
         found = tl.atomic_xchg(best_ptr + row, -(2**63), sem="relaxed")
         tl.store(arrived_ptr + row, 0)
-        tl.store(tokens_ptr + row, 0x7FFFFFFF - (found & 0xFFFFFFFF))
+        token = 0x7FFFFFFF - (found & 0xFFFFFFFF)
+        tl.store(tokens_ptr + row, token)
+        turn = tl.load(turns_ptr + row)
+        told_ptr += turn * told_stride
+        tl.store(told_ptr + 1 + row, token)
+        tl.store(told_ptr, tl.load(lost_ptr), mask=row == 0)
+        tl.store(turns_ptr + row, (turn + 1) % TURNS)
         length = tl.load(lengths_ptr + row)
         tl.store(lengths_ptr + row, tl.where(length > 0, length + 1, length))
         tl.store(given_ptr + row, -1)
@@ -74,14 +81,15 @@ def _board(device: torch.device, rows: int) -> tuple[Tensor, Tensor]:
     return best, torch.zeros(rows, dtype=torch.int32, device=device)
 
 
-def take_likeliest_(logits: Tensor, tokens: Tensor, lengths: Tensor, given: Tensor) -> None:
+def take_likeliest_(logits: Tensor, to: Rows) -> None:
     rows, width = logits.shape
     best, arrived = _board(logits.device, triton.next_power_of_2(rows))
-    parts = min(triton.cdiv(width, BLOCK), max(1, 2 * processors_of(logits.device) // rows))
+    # One line of the second cache takes a row's maxima one after another.
+    parts = min(triton.cdiv(width, BLOCK), max(1, processors_of(logits.device) // rows))
     pdl = dependent_launch(logits.device)
     _take_likeliest[(rows, parts)](
-        logits, tokens, lengths, given, best, arrived, width, logits.stride(0), BLOCK=BLOCK, PDL=bool(pdl),
-        num_warps=4, **pdl,
+        logits, to.tokens, to.lengths, to.given, to.turns, to.told, to.lost, best, arrived, width, logits.stride(0),
+        to.told.stride(0), TURNS=len(to.told), BLOCK=BLOCK, PDL=bool(pdl), num_warps=4, **pdl,
     )  # fmt: skip
 
 

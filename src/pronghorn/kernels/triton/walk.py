@@ -18,282 +18,52 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from pronghorn.kernels.triton.gluon_parts import activated, barrier, fetch, launch_next, view, wait_for_last
+from pronghorn.kernels.triton.gluon_parts import activated, launch_next, view, wait_for_last
 from pronghorn.kernels.triton.launch import dependent_launch, processors
+from pronghorn.kernels.triton.walk_parts import (
+    CHUNK,
+    HALVES,
+    LINE,
+    LINES,
+    MOST_HANDED,
+    MOST_KEPT,
+    ROUND,
+    ROWS,
+    WARPS,
+    adapter_share,
+    copy_all,
+    halves_of,
+    hand_on,
+    inverse_rms,
+    loaded_tiles,
+    look_ahead,
+    meet,
+    next_rows,
+    norm_weight,
+    put_row,
+    put_scaled,
+    receive,
+    widened,
+)
 from pronghorn.kernels.walk import Adapters, Meeting, Walk
 
-#: outputs that a program makes at a time; numbers of a line, which is what the copy engine swizzles
-ROWS = gl.constexpr(4)
-LINE = gl.constexpr(64)
-#: lines of a tile
-LINES = gl.constexpr(8)
-#: groups of outputs whose sums wait in shared memory to be finished together
-ROUND = gl.constexpr(32)
-#: tiles of the input that fit into registers
-MOST_KEPT = gl.constexpr(8)
-#: numbers of the input that programs take at a time
-CHUNK = gl.constexpr(2048)
-WARPS = gl.constexpr(8)
 #: with fewer slots of the ring nothing is gained
 LEAST_SLOTS = 5
 #: of its own shared memory a processor keeps this much for the attention kernel, which begins beside a walk's end
 _LEFT_FREE = 36 * 1024
 #: of each of its threads at most, so that the attention kernel finds room beside it
 _REGISTERS = 112
-#: numbers of a row that an adapter's B may have, so that programs keep them in registers
-MOST_RANK = 32
-#: numbers that programs may hand each other between a product's two factors
-MOST_HANDED = gl.constexpr(128)
 #: how often a program looks whether all others have come, before it goes on without them (about a second)
 PATIENCE = 1 << 20
-
-# The first thread waits until the number at $1 is at least $2, or $3 times in vain; $0: whether it was in vain.
-_AWAIT = gl.constexpr("""{
-    .reg .pred p; .reg .b64 seen; .reg .b32 thread, tries;
-    mov.b32 $0, 0;
-    mov.u32 thread, %tid.x;
-    setp.ne.u32 p, thread, 0;
-    @p bra DONE;
-    mov.b32 tries, $3;
-    AGAIN:
-    ld.acquire.gpu.global.b64 seen, [$1];
-    setp.ge.s64 p, seen, $2;
-    @p bra DONE;
-    sub.u32 tries, tries, 1;
-    setp.ne.u32 p, tries, 0;
-    @p bra AGAIN;
-    mov.b32 $0, 1;
-    DONE:
-}""")
-
-
-# What each thread finds at $1 once its upper half is $2, or after $3 times in vain.
-_RECEIVE = gl.constexpr("""{
-    .reg .pred p; .reg .b32 tries, low, high;
-    mov.b32 tries, $3;
-    AGAIN:
-    ld.relaxed.gpu.global.b64 $0, [$1];
-    mov.b64 {low, high}, $0;
-    setp.eq.s32 p, high, $2;
-    @p bra DONE;
-    sub.u32 tries, tries, 1;
-    setp.ne.u32 p, tries, 0;
-    @p bra AGAIN;
-    DONE:
-}""")
-
-
-@gluon.jit
-def _next(slot, phase, SLOTS: gl.constexpr):
-    last = slot == SLOTS - 1
-    return gl.where(last, 0, slot + 1), gl.where(last, phase ^ 1, phase)
-
-
-@gluon.jit
-def _copy_tiles(desc, row, bundle, ring, full, empty, slot, phase, UNITS: gl.constexpr):
-    mbarrier.wait(empty.index(slot), phase)
-    bar = full.index(slot)
-    mbarrier.expect(bar, UNITS * ROWS * LINES * LINE * 2)
-    for u in gl.static_range(UNITS):
-        fetch(desc, [row, (bundle * UNITS + u) * LINES, 0], bar, ring.index(slot * UNITS + u))
-
-
-@gluon.jit
-def _copy_weight(
-    desc, a_desc, adapter, ring, full, empty, slot, phase, outs: gl.constexpr, width: gl.constexpr,
-    GLU: gl.constexpr, RANKS: gl.constexpr, SLOTS: gl.constexpr, UNITS: gl.constexpr,
-):  # fmt: skip
-    """A program's rows of an adapter's A, then of one weight; with GLU each of gate's beside up's."""
-    bundles: gl.constexpr = (width + UNITS * LINES * LINE - 1) // (UNITS * LINES * LINE)
-    if RANKS > 0:
-        for group in range(gl.program_id(0), RANKS // ROWS, gl.num_programs(0)):
-            for bundle in range(bundles):
-                row = adapter * RANKS + group * ROWS
-                _copy_tiles(a_desc, row, bundle, ring, full, empty, slot, phase, UNITS)
-                slot, phase = _next(slot, phase, SLOTS)
-    for group in range(gl.program_id(0), outs // ROWS, gl.num_programs(0)):
-        for bundle in range(bundles):
-            _copy_tiles(desc, group * ROWS, bundle, ring, full, empty, slot, phase, UNITS)
-            slot, phase = _next(slot, phase, SLOTS)
-            if GLU:
-                _copy_tiles(desc, outs + group * ROWS, bundle, ring, full, empty, slot, phase, UNITS)
-                slot, phase = _next(slot, phase, SLOTS)
-    return slot, phase
-
-
-@gluon.jit
-def _copy(
-    descs, a_descs, slots_ptr, ring, full, empty, ATTENDED: gl.constexpr, HIDDEN: gl.constexpr,
-    INNER: gl.constexpr, OUTS: gl.constexpr, RANKS: gl.constexpr, SLOTS: gl.constexpr, UNITS: gl.constexpr,
-):  # fmt: skip
-    """The copying warp."""
-    slot = 0
-    phase = 1
-    adapter = gl.load(slots_ptr)
-    outs: gl.constexpr = (HIDDEN, INNER, HIDDEN, OUTS)
-    widths: gl.constexpr = (ATTENDED, HIDDEN, INNER, HIDDEN)
-    for i in gl.static_range(4):
-        slot, phase = _copy_weight(
-            descs[i], a_descs[i], adapter, ring, full, empty, slot, phase, outs[i], widths[i], i == 1, RANKS[i],
-            SLOTS, UNITS,
-        )  # fmt: skip
-
-
-@gluon.jit
-def _meet(met_ptr, lost_ptr, target, patience):
-    """Wait until all programs have come here, and all that they wrote can be read; one that waits in vain says so."""
-    barrier()
-    gl.atomic_add(met_ptr, target * 0 + 1, sem="release", scope="gpu")
-    late = gl.inline_asm_elementwise(
-        _AWAIT, "=r,l,l,r", [met_ptr, target, patience], dtype=gl.int32, is_pure=False, pack=1
-    )
-    gl.atomic_add(lost_ptr, target * 0 + 1, mask=late > 0, sem="relaxed", scope="gpu")
-    barrier()
-
-
-@gluon.jit
-def _flat(width: gl.constexpr, CHUNKS: gl.constexpr):
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [1, WARPS], [1, 0])
-    chunk = gl.arange(0, CHUNKS, gl.SliceLayout(1, layout))
-    at = chunk[:, None] * CHUNK + gl.arange(0, CHUNK, gl.SliceLayout(0, layout))[None, :]
-    return at, at < width
-
-
-@gluon.jit
-def _put(x_ptr, xs, width: gl.constexpr, CHUNKS: gl.constexpr):
-    """x into shared memory, zeros behind it."""
-    at, known = _flat(width, CHUNKS)
-    # Past the first cache, which knows nothing of what other processors have written.
-    xs.slice(0, CHUNKS).store(gl.load(x_ptr + at, mask=known, other=0.0, cache_modifier=".cg"))
-
-
-@gluon.jit
-def _norm_weight(norm_ptr, offset, width: gl.constexpr, CHUNKS: gl.constexpr):
-    at, known = _flat(width, CHUNKS)
-    return gl.load(norm_ptr + at, mask=known, other=0.0).to(gl.float32) + offset
-
-
-@gluon.jit
-def _put_scaled(x_ptr, weight, xs, eps, width: gl.constexpr, CHUNKS: gl.constexpr):
-    """x times the norm's weight into shared memory; 1 / rms(x)."""
-    at, known = _flat(width, CHUNKS)
-    x = gl.load(x_ptr + at, mask=known, other=0.0, cache_modifier=".cg").to(gl.float32)
-    xs.store(x * weight)
-    return 1.0 / gl.sqrt(gl.sum(gl.sum(x * x, 1), 0) / width + eps)
-
-
-@gluon.jit
-def _loaded(tiles, first, layout: gl.constexpr, COUNT: gl.constexpr):
-    """COUNT neighbouring tiles as they are."""
-    found = ()
-    for i in gl.static_range(COUNT):
-        found = found + (tiles.index(first + i).load(layout),)  # type: ignore[assignment] # noqa: RUF005
-    return found
-
-
-@gluon.jit
-def _wide(tiles, COUNT: gl.constexpr):
-    found = ()
-    for i in gl.static_range(COUNT):
-        found = found + (tiles[i].to(gl.float32),)  # type: ignore[assignment] # noqa: RUF005
-    return found
-
-
-@gluon.jit
-def _added(acc, weights, x, FIRST: gl.constexpr, UNITS: gl.constexpr):
-    for u in gl.static_range(UNITS):
-        acc += weights[u].to(gl.float32) * gl.expand_dims(x[FIRST + u].to(gl.float32), 0)
-    return acc
-
-
-@gluon.jit
-def _halves(acc):
-    """Sums [ROWS, 2] of what the two warps of a row hold."""
-    return gl.sum(gl.reshape(acc, [ROWS, 2, LINES * LINE // 2]), 2)
-
-
-@gluon.jit
-def _step(sums, others, x, FIRST: gl.constexpr, ring, full, empty, slot, phase, GLU: gl.constexpr,
-          SLOTS: gl.constexpr, UNITS: gl.constexpr):  # fmt: skip
-    """The sums with one more slot of the ring, with GLU with two."""
-    layout: gl.constexpr = sums.type.layout
-    next_slot, next_phase = _next(slot, phase, SLOTS)
-    up_slot = next_slot
-    mbarrier.wait(full.index(slot), phase)
-    if GLU:
-        mbarrier.wait(full.index(up_slot), next_phase)
-        next_slot, next_phase = _next(next_slot, next_phase, SLOTS)
-    weights = _loaded(ring, slot * UNITS, layout, UNITS)
-    if GLU:
-        up_weights = _loaded(ring, up_slot * UNITS, layout, UNITS)
-    # Weights are in registers: there is room for others.
-    barrier()
-    mbarrier.arrive(empty.index(slot), count=1)
-    if GLU:
-        mbarrier.arrive(empty.index(up_slot), count=1)
-        others = _added(others, up_weights, x, FIRST, UNITS)
-    sums = _added(sums, weights, x, FIRST, UNITS)
-    return sums, others, next_slot, next_phase
-
-
-@gluon.jit
-def _group(xs, kept, ring, full, empty, slot, phase, bundles: gl.constexpr, KEPT: gl.constexpr, GLU: gl.constexpr,
-           SLOTS: gl.constexpr, UNITS: gl.constexpr):  # fmt: skip
-    """The next rows in the ring times x, not yet added up; with GLU gate's and up's."""
-    layout: gl.constexpr = gl.BlockedLayout([1, 1, 8], [1, 4, 8], [ROWS, WARPS // ROWS, 1], [2, 1, 0])
-    of_x: gl.constexpr = gl.SliceLayout(0, layout)
-    sums = gl.zeros([ROWS, LINES, LINE], gl.float32, layout)
-    others = gl.zeros([ROWS, LINES, LINE], gl.float32, layout)
-    if KEPT:
-        for bundle in gl.static_range(bundles):
-            sums, others, slot, phase = _step(
-                sums, others, kept, bundle * UNITS, ring, full, empty, slot, phase, GLU, SLOTS, UNITS
-            )
-    else:
-        for bundle in range(bundles):
-            x = _loaded(xs, bundle * UNITS, of_x, UNITS)
-            sums, others, slot, phase = _step(
-                sums, others, x, 0, ring, full, empty, slot, phase, GLU, SLOTS, UNITS
-            )
-    return sums, others, slot, phase
-
-
-@gluon.jit
-def _hand(sums, rstd, handed_ptr, group, turn):
-    """What a group of A's rows gives, each number beside the turn that it is of."""
-    flat: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
-    xa = gl.convert_layout(gl.sum(_halves(sums), 1), flat) * rstd
-    word = (turn.to(gl.int64) << 32) | (xa.to(gl.int32, bitcast=True).to(gl.int64) & 0xFFFFFFFF)
-    at = group * ROWS + gl.arange(0, ROWS, flat)
-    gl.atomic_xchg(handed_ptr + at, word, sem="relaxed", scope="gpu")
-
-
-@gluon.jit
-def _receive(handed_ptr, turn, lost_ptr, patience, handed, RANKS: gl.constexpr, ROOM: gl.constexpr):
-    """All that programs have handed on in this turn into shared memory; one that waits in vain says so."""
-    flat: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
-    at = gl.minimum(gl.arange(0, ROOM, flat), RANKS - 1)
-    seen = gl.inline_asm_elementwise(
-        _RECEIVE, "=l,l,r,r", [handed_ptr + at, turn, patience], dtype=gl.int64, is_pure=False, pack=1
-    )
-    late = gl.max(((seen >> 32).to(gl.int32) != turn).to(gl.int64), 0)
-    gl.atomic_add(lost_ptr, late * 0 + 1, mask=late > 0, sem="relaxed", scope="gpu")
-    handed.slice(0, ROOM).store(seen.to(gl.int32).to(gl.float32, bitcast=True))
-    barrier()
-
-
-@gluon.jit
-def _share(b, handed, part: gl.constexpr, RANK: gl.constexpr, of_outs: gl.constexpr):
-    """What an adapter adds to outputs with B's rows b [outputs, RANK]."""
-    xa = handed.slice(part * RANK, RANK).load(gl.SliceLayout(0, b.type.layout))
-    return gl.convert_layout(gl.sum(b.to(gl.float32) * gl.expand_dims(xa, 0), 1), of_outs)
+#: numbers of a row that an adapter's B may have, so that programs keep them in registers
+MOST_RANK = 32
 
 
 @gluon.jit
 def _multiply(
-    xs, rstd, bias_ptr, residual_ptr, out_ptr, b_ptr, adapter, handed_ptr, turn, lost_ptr, patience, handed, rounds,
-    ring, full, empty, slot, phase, outs: gl.constexpr,
-    width: gl.constexpr, KIND: gl.constexpr, BIAS: gl.constexpr, RESIDUAL: gl.constexpr,
+    xs, squares, eps, bias_ptr, residual_ptr, out_ptr, b_ptr, adapter, handed_ptr, turn, lost_ptr, patience, handed,
+    rounds, ring, full, empty, slot, phase, outs: gl.constexpr,
+    width: gl.constexpr, NORM: gl.constexpr, KIND: gl.constexpr, BIAS: gl.constexpr, RESIDUAL: gl.constexpr,
     RANKS: gl.constexpr, ENDS: gl.constexpr, SLOTS: gl.constexpr, UNITS: gl.constexpr,
 ):  # fmt: skip
     """A program's outputs of one weight, a round of them at a time; before them its rows of an adapter's A."""
@@ -307,18 +77,21 @@ def _multiply(
     # Of q, k and v, or of gate and up, each has a part of its own in what is handed on.
     ADAPTERS: gl.constexpr = len(ENDS)
     RANK: gl.constexpr = RANKS // ADAPTERS
+    ROOM: gl.constexpr = 16 if RANKS <= 16 else 32 if RANKS <= 32 else 64 if RANKS <= 64 else MOST_HANDED
     parts = view(rounds, gl.float32, [ROUND, ROWS, PARTS], flat)
     bundles: gl.constexpr = (width + UNITS * LINES * LINE - 1) // (UNITS * LINES * LINE)
     # A short row of the input stays in registers.
     KEPT: gl.constexpr = bundles * UNITS <= MOST_KEPT
-    kept = _wide(_loaded(xs, 0, of_x, bundles * UNITS if KEPT else 1), bundles * UNITS if KEPT else 1)
+    kept = widened(loaded_tiles(xs, 0, of_x, bundles * UNITS if KEPT else 1), bundles * UNITS if KEPT else 1)
     programs = gl.num_programs(0)
     if RANKS > 0:
         for group in range(gl.program_id(0), RANKS // ROWS, programs):
-            sums, _, slot, phase = _group(
+            sums, _, slot, phase = next_rows(
                 xs, kept, ring, full, empty, slot, phase, bundles, KEPT, False, SLOTS, UNITS
             )
-            _hand(sums, rstd, handed_ptr, group, turn)
+            hand_on(sums, handed_ptr, group, turn)
+        seen = look_ahead(handed_ptr, RANKS, ROOM)
+    rstd = eps
     groups = (outs // ROWS - gl.program_id(0) + programs - 1) // programs
     for begin in range(0, groups, ROUND):
         many = gl.minimum(groups - begin, ROUND)
@@ -344,36 +117,47 @@ def _multiply(
             if KIND != "":
                 up_b = gl.load(b_at + outs * RANK, mask=there, other=0.0)
         for group in range(many):
-            sums, others, slot, phase = _group(
+            if RANKS > 0:  # noqa: SIM102 - known when this is compiled, and the other is not
+                if group == many - 1:
+                    seen = look_ahead(handed_ptr, RANKS, ROOM)
+            sums, others, slot, phase = next_rows(
                 xs, kept, ring, full, empty, slot, phase, bundles, KEPT, KIND != "", SLOTS, UNITS
             )
-            halves = _halves(sums)
+            halves = halves_of(sums)
             if KIND != "":
-                halves = gl.reshape(gl.join(halves, _halves(others)), [ROWS, 4])
+                halves = gl.reshape(gl.join(halves, halves_of(others)), [ROWS, 4])
             parts.index(group).store(halves)
+        if NORM:  # noqa: SIM102
+            # Not before: the sums of squares have gone from warp to warp while these multiplied.
+            if begin == 0:
+                rstd = inverse_rms(squares, eps, width)
         if RANKS > 0:
-            ROOM: gl.constexpr = RANKS if RANKS & (RANKS - 1) == 0 else MOST_HANDED
-            _receive(handed_ptr, turn, lost_ptr, patience, handed, RANKS, ROOM)
+            receive(seen, handed_ptr, turn, lost_ptr, patience, handed, RANKS, ROOM)
         found = view(parts, gl.float32, [ROUND * ROWS, PARTS], flat).load(of_parts)
         if KIND != "":
             y, up = gl.split(gl.sum(gl.reshape(found, [ROUND * ROWS, 2, 2]), 1))
-            y, up = gl.convert_layout(y, of_outs) * rstd, gl.convert_layout(up, of_outs) * rstd
+            y, up = gl.convert_layout(y, of_outs), gl.convert_layout(up, of_outs)
+            if RANKS > 0:
+                y += adapter_share(b, handed, 0, RANK, of_outs)
+                up += adapter_share(up_b, handed, 1, RANK, of_outs)
+            y, up = y * rstd, up * rstd
             if BIAS:
                 y += bias
                 up += up_bias
-            if RANKS > 0:
-                y += _share(b, handed, 0, RANK, of_outs)
-                up += _share(up_b, handed, 1, RANK, of_outs)
             y = activated(y, up, KIND)
         else:
-            y = gl.sum(found, 1) * rstd
+            y = gl.sum(found, 1)
+            if RANKS > 0:
+                share = adapter_share(b, handed, 0, RANK, of_outs)
+                for part in gl.static_range(1, ADAPTERS):
+                    share = gl.where(
+                        row < ENDS[part - 1], share, adapter_share(b, handed, part, RANK, of_outs)
+                    )
+                y += share
+            if NORM:
+                y *= rstd
             if BIAS:
                 y += bias
-            if RANKS > 0:
-                share = _share(b, handed, 0, RANK, of_outs)
-                for part in gl.static_range(1, ADAPTERS):
-                    share = gl.where(row < ENDS[part - 1], share, _share(b, handed, part, RANK, of_outs))
-                y += share
         if RESIDUAL:
             y += rest
         gl.store(out_ptr + row, y.to(out_ptr.dtype.element_ty), mask=known)
@@ -406,33 +190,34 @@ def _walk(
     adapter = gl.load(slots_ptr)
     # After a walk that was lost nobody waits any more: what follows is thrown away with it.
     patience = gl.where(gl.load(lost_ptr, volatile=True) > 0, 1, patience)
-    _put(attended_ptr, narrow, ATTENDED, CHUNKS_ATTENDED)
+    put_row(attended_ptr, narrow, ATTENDED, CHUNKS_ATTENDED)
     slot, phase = _multiply(
-        plain, 1.0, biases[0], x_ptr, x_ptr, b_ptrs[0], adapter, handed_ptr, turn, lost_ptr, patience, handed, rounds,
-        ring, full, empty, slot, phase, HIDDEN, ATTENDED, "", BIASES[0], True, RANKS[0], (HIDDEN,), SLOTS, UNITS,
+        plain, 0.0, 1.0, biases[0], x_ptr, x_ptr, b_ptrs[0], adapter, handed_ptr, turn, lost_ptr, patience, handed,
+        rounds, ring, full, empty, slot, phase, HIDDEN, ATTENDED, False, "", BIASES[0], True, RANKS[0], (HIDDEN,),
+        SLOTS, UNITS,
     )  # fmt: skip
-    weight = _norm_weight(norms[0], mlp_offset, HIDDEN, CHUNKS_HIDDEN)
-    _meet(met_ptr, lost_ptr, target, patience)
-    rstd = _put_scaled(x_ptr, weight, wide, mlp_eps, HIDDEN, CHUNKS_HIDDEN)
+    weight = norm_weight(norms[0], mlp_offset, HIDDEN, CHUNKS_HIDDEN)
+    meet(met_ptr, lost_ptr, target, patience)
+    squares = put_scaled(x_ptr, weight, wide, HIDDEN, CHUNKS_HIDDEN)
     slot, phase = _multiply(
-        scaled, rstd, biases[1], x_ptr, act_ptr, b_ptrs[1], adapter, handed_ptr + MOST_HANDED, turn, lost_ptr,
-        patience, handed, rounds, ring, full, empty, slot, phase, INNER, HIDDEN, KIND, BIASES[1], False, RANKS[1],
+        scaled, squares, mlp_eps, biases[1], x_ptr, act_ptr, b_ptrs[1], adapter, handed_ptr + HALVES, turn, lost_ptr,
+        patience, handed, rounds, ring, full, empty, slot, phase, INNER, HIDDEN, True, KIND, BIASES[1], False, RANKS[1],
         (INNER, 2 * INNER), SLOTS, UNITS,
     )  # fmt: skip
-    _meet(met_ptr, lost_ptr, target + programs, patience)
-    _put(act_ptr, narrow, INNER, CHUNKS_INNER)
+    meet(met_ptr, lost_ptr, target + programs, patience)
+    put_row(act_ptr, narrow, INNER, CHUNKS_INNER)
     slot, phase = _multiply(
-        plain, 1.0, biases[2], x_ptr, x_ptr, b_ptrs[2], adapter, handed_ptr + 2 * MOST_HANDED, turn, lost_ptr,
-        patience, handed, rounds, ring, full, empty, slot, phase, HIDDEN, INNER, "", BIASES[2], True, RANKS[2],
+        plain, 0.0, 1.0, biases[2], x_ptr, x_ptr, b_ptrs[2], adapter, handed_ptr + 2 * HALVES, turn, lost_ptr,
+        patience, handed, rounds, ring, full, empty, slot, phase, HIDDEN, INNER, False, "", BIASES[2], True, RANKS[2],
         (HIDDEN,), SLOTS, UNITS,
     )  # fmt: skip
-    weight = _norm_weight(norms[1], last_offset, HIDDEN, CHUNKS_HIDDEN)
-    _meet(met_ptr, lost_ptr, target + 2 * programs, patience)
-    rstd = _put_scaled(x_ptr, weight, wide, last_eps, HIDDEN, CHUNKS_HIDDEN)
+    weight = norm_weight(norms[1], last_offset, HIDDEN, CHUNKS_HIDDEN)
+    meet(met_ptr, lost_ptr, target + 2 * programs, patience)
+    squares = put_scaled(x_ptr, weight, wide, HIDDEN, CHUNKS_HIDDEN)
     slot, phase = _multiply(
-        scaled, rstd, biases[3], x_ptr, out_ptr, b_ptrs[3], adapter, handed_ptr + 3 * MOST_HANDED, turn, lost_ptr,
-        patience, handed, rounds, ring, full, empty, slot, phase, OUTS, HIDDEN, "", BIASES[3], False, RANKS[3], ENDS,
-        SLOTS, UNITS,
+        scaled, squares, last_eps, biases[3], x_ptr, out_ptr, b_ptrs[3], adapter, handed_ptr + 3 * HALVES, turn,
+        lost_ptr, patience, handed, rounds, ring, full, empty, slot, phase, OUTS, HIDDEN, True, "", BIASES[3], False,
+        RANKS[3], ENDS, SLOTS, UNITS,
     )  # fmt: skip
 
 
@@ -466,7 +251,7 @@ def _four_products(
                      lost_ptr, ring, full, empty, wide, narrow, rounds, handed, mlp_eps, mlp_offset, last_eps,
                      last_offset, patience, ATTENDED, HIDDEN, INNER, OUTS, KIND, BIASES, RANKS, ENDS, SLOTS, UNITS,
                      CHUNKS_ATTENDED, CHUNKS_HIDDEN, CHUNKS_INNER, PDL)),
-            (_copy, (descs, a_descs, slots_ptr, ring, full, empty, ATTENDED, HIDDEN, INNER, OUTS, RANKS, SLOTS,
+            (copy_all, (descs, a_descs, slots_ptr, ring, full, empty, ATTENDED, HIDDEN, INNER, OUTS, RANKS, SLOTS,
                      UNITS)),
         ],
         [1],

@@ -1,0 +1,286 @@
+"""Parts of the walk in Gluon: the ring of tiles that one warp fills and the others empty, a row in shared memory, the
+programs' meetings, and what they hand each other of an adapter. See `triton.walk`."""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+
+from pronghorn.kernels.triton.gluon_parts import barrier, fetch
+
+#: outputs that a program makes at a time; numbers of a line, which is what the copy engine swizzles
+ROWS = gl.constexpr(4)
+LINE = gl.constexpr(64)
+#: lines of a tile
+LINES = gl.constexpr(8)
+#: groups of outputs whose sums wait in shared memory to be finished together
+ROUND = gl.constexpr(32)
+#: tiles of the input that fit into registers
+MOST_KEPT = gl.constexpr(8)
+#: numbers of the input that programs take at a time
+CHUNK = gl.constexpr(2048)
+WARPS = gl.constexpr(8)
+#: numbers that programs may hand each other between a product's two factors
+MOST_HANDED = gl.constexpr(128)
+HALVES = gl.constexpr(2 * 128)
+
+# The first thread waits until the number at $1 is at least $2, or $3 times in vain; $0: whether it was in vain.
+_AWAIT = gl.constexpr("""{
+    .reg .pred p; .reg .b64 seen; .reg .b32 thread, tries;
+    mov.b32 $0, 0;
+    mov.u32 thread, %tid.x;
+    setp.ne.u32 p, thread, 0;
+    @p bra DONE;
+    mov.b32 tries, $3;
+    AGAIN:
+    ld.acquire.gpu.global.b64 seen, [$1];
+    setp.ge.s64 p, seen, $2;
+    @p bra DONE;
+    sub.u32 tries, tries, 1;
+    setp.ne.u32 p, tries, 0;
+    @p bra AGAIN;
+    mov.b32 $0, 1;
+    DONE:
+}""")
+
+
+# What each thread finds at $1 once its upper half is $2, or after $3 times in vain; $4 is what it has found before.
+_RECEIVE = gl.constexpr("""{
+    .reg .pred p; .reg .b32 tries, low, high;
+    mov.b32 tries, $3;
+    mov.b64 $0, $4;
+    AGAIN:
+    mov.b64 {low, high}, $0;
+    setp.eq.s32 p, high, $2;
+    @p bra DONE;
+    ld.relaxed.gpu.global.b64 $0, [$1];
+    sub.u32 tries, tries, 1;
+    setp.ne.u32 p, tries, 0;
+    @p bra AGAIN;
+    DONE:
+}""")
+
+
+@gluon.jit
+def following(slot, phase, SLOTS: gl.constexpr):
+    last = slot == SLOTS - 1
+    return gl.where(last, 0, slot + 1), gl.where(last, phase ^ 1, phase)
+
+
+@gluon.jit
+def copy_tiles(desc, row, bundle, ring, full, empty, slot, phase, UNITS: gl.constexpr):
+    mbarrier.wait(empty.index(slot), phase)
+    bar = full.index(slot)
+    mbarrier.expect(bar, UNITS * ROWS * LINES * LINE * 2)
+    for u in gl.static_range(UNITS):
+        fetch(desc, [row, (bundle * UNITS + u) * LINES, 0], bar, ring.index(slot * UNITS + u))
+
+
+@gluon.jit
+def copy_weight(
+    desc, a_desc, adapter, ring, full, empty, slot, phase, outs: gl.constexpr, width: gl.constexpr,
+    GLU: gl.constexpr, RANKS: gl.constexpr, SLOTS: gl.constexpr, UNITS: gl.constexpr,
+):  # fmt: skip
+    """A program's rows of an adapter's A, then of one weight; with GLU each of gate's beside up's."""
+    bundles: gl.constexpr = (width + UNITS * LINES * LINE - 1) // (UNITS * LINES * LINE)
+    if RANKS > 0:
+        for group in range(gl.program_id(0), RANKS // ROWS, gl.num_programs(0)):
+            for bundle in range(bundles):
+                row = adapter * RANKS + group * ROWS
+                copy_tiles(a_desc, row, bundle, ring, full, empty, slot, phase, UNITS)
+                slot, phase = following(slot, phase, SLOTS)
+    for group in range(gl.program_id(0), outs // ROWS, gl.num_programs(0)):
+        for bundle in range(bundles):
+            copy_tiles(desc, group * ROWS, bundle, ring, full, empty, slot, phase, UNITS)
+            slot, phase = following(slot, phase, SLOTS)
+            if GLU:
+                copy_tiles(desc, outs + group * ROWS, bundle, ring, full, empty, slot, phase, UNITS)
+                slot, phase = following(slot, phase, SLOTS)
+    return slot, phase
+
+
+@gluon.jit
+def copy_all(
+    descs, a_descs, slots_ptr, ring, full, empty, ATTENDED: gl.constexpr, HIDDEN: gl.constexpr,
+    INNER: gl.constexpr, OUTS: gl.constexpr, RANKS: gl.constexpr, SLOTS: gl.constexpr, UNITS: gl.constexpr,
+):  # fmt: skip
+    """The copying warp."""
+    slot = 0
+    phase = 1
+    adapter = gl.load(slots_ptr)
+    outs: gl.constexpr = (HIDDEN, INNER, HIDDEN, OUTS)
+    widths: gl.constexpr = (ATTENDED, HIDDEN, INNER, HIDDEN)
+    for i in gl.static_range(4):
+        slot, phase = copy_weight(
+            descs[i], a_descs[i], adapter, ring, full, empty, slot, phase, outs[i], widths[i], i == 1, RANKS[i],
+            SLOTS, UNITS,
+        )  # fmt: skip
+
+
+@gluon.jit
+def meet(met_ptr, lost_ptr, target, patience):
+    """Wait until all programs have come here, and all that they wrote can be read; one that waits in vain says so."""
+    barrier()
+    gl.atomic_add(met_ptr, target * 0 + 1, sem="release", scope="gpu")
+    late = gl.inline_asm_elementwise(
+        _AWAIT, "=r,l,l,r", [met_ptr, target, patience], dtype=gl.int32, is_pure=False, pack=1
+    )
+    gl.atomic_add(lost_ptr, target * 0 + 1, mask=late > 0, sem="relaxed", scope="gpu")
+    barrier()
+
+
+@gluon.jit
+def places_of(width: gl.constexpr, CHUNKS: gl.constexpr):
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [1, WARPS], [1, 0])
+    chunk = gl.arange(0, CHUNKS, gl.SliceLayout(1, layout))
+    at = chunk[:, None] * CHUNK + gl.arange(0, CHUNK, gl.SliceLayout(0, layout))[None, :]
+    return at, at < width
+
+
+@gluon.jit
+def put_row(x_ptr, xs, width: gl.constexpr, CHUNKS: gl.constexpr):
+    """x into shared memory, zeros behind it."""
+    at, known = places_of(width, CHUNKS)
+    # Past the first cache, which knows nothing of what other processors have written.
+    xs.slice(0, CHUNKS).store(gl.load(x_ptr + at, mask=known, other=0.0, cache_modifier=".cg"))
+
+
+@gluon.jit
+def norm_weight(norm_ptr, offset, width: gl.constexpr, CHUNKS: gl.constexpr):
+    at, known = places_of(width, CHUNKS)
+    return gl.load(norm_ptr + at, mask=known, other=0.0).to(gl.float32) + offset
+
+
+@gluon.jit
+def put_scaled(x_ptr, weight, xs, width: gl.constexpr, CHUNKS: gl.constexpr):
+    """x times the norm's weight into shared memory; each thread's sums of squares, which others wait for later."""
+    at, known = places_of(width, CHUNKS)
+    x = gl.load(x_ptr + at, mask=known, other=0.0, cache_modifier=".cg").to(gl.float32)
+    xs.store(x * weight)
+    return gl.sum(gl.reshape(x * x, [CHUNKS, CHUNK // 8, 8]), 2)
+
+
+@gluon.jit
+def inverse_rms(squares, eps, width: gl.constexpr):
+    """1 / rms(x)."""
+    return 1.0 / gl.sqrt(gl.sum(gl.sum(squares, 1), 0) / width + eps)
+
+
+@gluon.jit
+def loaded_tiles(tiles, first, layout: gl.constexpr, COUNT: gl.constexpr):
+    """COUNT neighbouring tiles as they are."""
+    found = ()
+    for i in gl.static_range(COUNT):
+        found = found + (tiles.index(first + i).load(layout),)  # type: ignore[assignment] # noqa: RUF005
+    return found
+
+
+@gluon.jit
+def widened(tiles, COUNT: gl.constexpr):
+    found = ()
+    for i in gl.static_range(COUNT):
+        found = found + (tiles[i].to(gl.float32),)  # type: ignore[assignment] # noqa: RUF005
+    return found
+
+
+@gluon.jit
+def added_to(acc, weights, x, FIRST: gl.constexpr, UNITS: gl.constexpr):
+    for u in gl.static_range(UNITS):
+        acc += weights[u].to(gl.float32) * gl.expand_dims(x[FIRST + u].to(gl.float32), 0)
+    return acc
+
+
+@gluon.jit
+def halves_of(acc):
+    """Sums [ROWS, 2] of what the two warps of a row hold."""
+    return gl.sum(gl.reshape(acc, [ROWS, 2, LINES * LINE // 2]), 2)
+
+
+@gluon.jit
+def with_one_more(sums, others, x, FIRST: gl.constexpr, ring, full, empty, slot, phase, GLU: gl.constexpr,
+          SLOTS: gl.constexpr, UNITS: gl.constexpr):  # fmt: skip
+    """The sums with one more slot of the ring, with GLU with two."""
+    layout: gl.constexpr = sums.type.layout
+    next_slot, next_phase = following(slot, phase, SLOTS)
+    up_slot = next_slot
+    mbarrier.wait(full.index(slot), phase)
+    if GLU:
+        mbarrier.wait(full.index(up_slot), next_phase)
+        next_slot, next_phase = following(next_slot, next_phase, SLOTS)
+    weights = loaded_tiles(ring, slot * UNITS, layout, UNITS)
+    if GLU:
+        up_weights = loaded_tiles(ring, up_slot * UNITS, layout, UNITS)
+    # Weights are in registers: there is room for others.
+    barrier()
+    mbarrier.arrive(empty.index(slot), count=1)
+    if GLU:
+        mbarrier.arrive(empty.index(up_slot), count=1)
+        others = added_to(others, up_weights, x, FIRST, UNITS)
+    sums = added_to(sums, weights, x, FIRST, UNITS)
+    return sums, others, next_slot, next_phase
+
+
+@gluon.jit
+def next_rows(xs, kept, ring, full, empty, slot, phase, bundles: gl.constexpr, KEPT: gl.constexpr, GLU: gl.constexpr,
+           SLOTS: gl.constexpr, UNITS: gl.constexpr):  # fmt: skip
+    """The next rows in the ring times x, not yet added up; with GLU gate's and up's."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 1, 8], [1, 4, 8], [ROWS, WARPS // ROWS, 1], [2, 1, 0])
+    of_x: gl.constexpr = gl.SliceLayout(0, layout)
+    sums = gl.zeros([ROWS, LINES, LINE], gl.float32, layout)
+    others = gl.zeros([ROWS, LINES, LINE], gl.float32, layout)
+    if KEPT:
+        for bundle in gl.static_range(bundles):
+            sums, others, slot, phase = with_one_more(
+                sums, others, kept, bundle * UNITS, ring, full, empty, slot, phase, GLU, SLOTS, UNITS
+            )
+    else:
+        for bundle in range(bundles):
+            x = loaded_tiles(xs, bundle * UNITS, of_x, UNITS)
+            sums, others, slot, phase = with_one_more(
+                sums, others, x, 0, ring, full, empty, slot, phase, GLU, SLOTS, UNITS
+            )
+    return sums, others, slot, phase
+
+
+@gluon.jit
+def hand_on(sums, handed_ptr, group, turn):
+    """What a group of A's rows gives, in halves, each number beside the turn that it is of."""
+    of_halves: gl.constexpr = gl.BlockedLayout([1, 1], [32, 1], [WARPS // 2, 2], [1, 0])
+    halves = gl.convert_layout(halves_of(sums), of_halves)
+    word = (turn.to(gl.int64) << 32) | (halves.to(gl.int32, bitcast=True).to(gl.int64) & 0xFFFFFFFF)
+    row = group * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, of_halves))
+    at = gl.expand_dims(2 * row, 1) + gl.expand_dims(gl.arange(0, 2, gl.SliceLayout(0, of_halves)), 0)
+    gl.atomic_xchg(handed_ptr + at, word, sem="relaxed", scope="gpu")
+
+
+@gluon.jit
+def look_ahead(handed_ptr, RANKS: gl.constexpr, ROOM: gl.constexpr):
+    """What is handed on, or what was before: asked for while there is something else to do."""
+    flat: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
+    at = gl.minimum(gl.arange(0, 2 * ROOM, flat), 2 * RANKS - 1)
+    return gl.load(handed_ptr + at, volatile=True)
+
+
+@gluon.jit
+def receive(seen, handed_ptr, turn, lost_ptr, patience, handed, RANKS: gl.constexpr, ROOM: gl.constexpr):
+    """All that programs have handed on in this turn into shared memory; one that waits in vain says so."""
+    flat: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
+    at = gl.minimum(gl.arange(0, 2 * ROOM, flat), 2 * RANKS - 1)
+    seen = gl.inline_asm_elementwise(
+        _RECEIVE, "=l,l,r,r,l", [handed_ptr + at, turn, patience, seen], dtype=gl.int64, is_pure=False, pack=1
+    )
+    late = (seen >> 32).to(gl.int32) != turn
+    gl.atomic_add(
+        lost_ptr + at * 0, gl.full([2 * ROOM], 1, gl.int64, flat), mask=late, sem="relaxed", scope="gpu"
+    )
+    halves = gl.reshape(seen.to(gl.int32).to(gl.float32, bitcast=True), [ROOM, 2])
+    handed.slice(0, ROOM).store(gl.sum(halves, 1))
+    barrier()
+
+
+@gluon.jit
+def adapter_share(b, handed, part: gl.constexpr, RANK: gl.constexpr, of_outs: gl.constexpr):
+    """What an adapter adds to outputs with B's rows b [outputs, RANK], but for the norm."""
+    xa = handed.slice(part * RANK, RANK).load(gl.SliceLayout(0, b.type.layout))
+    return gl.convert_layout(gl.sum(b.to(gl.float32) * gl.expand_dims(xa, 0), 1), of_outs)
