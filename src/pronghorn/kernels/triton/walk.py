@@ -32,6 +32,7 @@ from pronghorn.kernels.triton.walk_parts import (
     WARPS,
     adapter_share,
     copy_all,
+    first_of_adapter,
     halves_of,
     hand_on,
     inverse_rms,
@@ -85,7 +86,7 @@ def _multiply(
     kept = widened(loaded_tiles(xs, 0, of_x, bundles * UNITS if KEPT else 1), bundles * UNITS if KEPT else 1)
     programs = gl.num_programs(0)
     if RANKS > 0:
-        for group in range(gl.program_id(0), RANKS // ROWS, programs):
+        for group in range(first_of_adapter(), RANKS // ROWS, programs):
             sums, _, slot, phase = next_rows(
                 xs, kept, ring, full, empty, slot, phase, bundles, KEPT, False, SLOTS, UNITS
             )
