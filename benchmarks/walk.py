@@ -3,11 +3,12 @@
     python -m benchmarks.walk --model llama-3.1-8b --layers 8 --prompt 512 --new 128
 
 The walk takes all products between two attentions in one launch, on compute capability 9.0, for one row of plain layers
-in bf16. Without it every product is a launch. Each line is a process of its own, which answers the same prompt
-greedily; tokens and log-probabilities of the two ways are compared up to the first token that differs. With random
-weights two tokens may be as good as equally likely: "apart" is by how much the two likeliest ones are at that place.
+in bf16, with adapters or without. Otherwise every product is a launch. Each line is a process of its own, which answers
+the same prompt greedily; tokens and log-probabilities of the two ways are compared up to the first token that differs.
+With random weights two tokens may be as good as equally likely: "apart" is by how much the two likeliest ones are at
+that place.
 
-Where no walk is found (an unmerged adapter), the line without it would be the same one and is left out.
+Where no walk is found, the line without it would be the same one and is left out.
 """
 
 from __future__ import annotations
@@ -213,7 +214,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     header = ("adapter, way", "walks", "decode tok/s", "vs launches", "same tokens", "log-prob", "apart")
     failed = [told(row) for row in rows if "error" in row]
     without = [
-        f"{row['adapter']}: no walk is found: a walk takes plain layers in bf16 without adapters"
+        f"{row['adapter']}: no walk is found: a walk takes plain layers in bf16, with adapters of rank 32 at most"
         for row in rows
         if row["way"] == "walk" and row.get("walks", 1) in (0, None)
     ]

@@ -275,6 +275,8 @@ def four_bit_glu(
         *(n[1] for n in nested), *(n[2] for n in nested), *(n[0] for n in nested),
         _table(parts[0].numbers, x.device), x if norm is None else norm.weight, x if bias is None else bias,
         out, rows, eps, offset, WIDTH=x.shape[1], NORM=norm is not None, BIAS=bias is not None, KIND=activation,
-        NESTED=bits[0].nested is not None, SIZE2=nested[0][3], WARPS=WARPS, PDL=bool(pdl), num_warps=WARPS, maxnreg=72, **pdl,
+        NESTED=bits[0].nested is not None, SIZE2=nested[0][3], WARPS=WARPS, PDL=bool(pdl), num_warps=WARPS,
+        # As many as fit without another program's room: seven of them run on a processor.
+        maxnreg=72, **pdl,
     )  # fmt: skip
     return out
