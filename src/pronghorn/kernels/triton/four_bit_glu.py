@@ -108,8 +108,8 @@ def _scale(code, coarse, fine_ptr, shift, NESTED: gl.constexpr):
 
 
 @gluon.jit
-def _put(x_ptr, norm_ptr, xs, squares, offset, WIDTH: gl.constexpr, NORM: gl.constexpr, WARPS: gl.constexpr):
-    """x, times the norm's weight where there is one, and each thread's sums of squares, into shared memory."""
+def _put(x_ptr, norm_ptr, xs, eps, offset, WIDTH: gl.constexpr, NORM: gl.constexpr, WARPS: gl.constexpr):
+    """x, times the norm's weight where there is one, into shared memory; 1 / rms(x)."""
     layout: gl.constexpr = gl.BlockedLayout([8], [32], [WARPS], [0])
     COLUMNS: gl.constexpr = WARPS * BLOCKS * BLOCK
     column = gl.arange(0, COLUMNS, layout)
@@ -121,9 +121,11 @@ def _put(x_ptr, norm_ptr, xs, squares, offset, WIDTH: gl.constexpr, NORM: gl.con
             square += wide * wide
             x = (wide * (gl.load(norm_ptr + i * COLUMNS + column).to(gl.float32) + offset)).to(gl.bfloat16)
         xs.index(i).store(x)
-    if NORM:
-        squares.store(gl.sum(gl.reshape(square, [COLUMNS // 8, 8]), 1))
     barrier()
+    rstd = 1.0
+    if NORM:
+        rstd = 1.0 / gl.sqrt(gl.sum(square, 0) / WIDTH + eps)
+    return rstd
 
 
 @gluon.jit
@@ -187,8 +189,7 @@ def _gate_up(
     if PDL:
         launch_next()
         wait_for_last()
-    squares = gl.allocate_shared_memory(gl.float32, [COLUMNS // 8], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    _put(x_ptr, norm_ptr, xs, squares, offset, WIDTH, NORM, WARPS)
+    rstd = _put(x_ptr, norm_ptr, xs, eps, offset, WIDTH, NORM, WARPS)
     by_lane: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [3, 2, 1, 0])
     quads = view(xs, gl.int64, [STEPS, WARPS, BLOCKS, 4, 4], by_lane)
     block = gl.arange(0, BLOCKS, gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(3, layout))))
@@ -217,12 +218,8 @@ def _gate_up(
         )  # fmt: skip
         sums += gl.sum(gl.where(mine, y, 0.0), 1) * own_scale
         sums_up += gl.sum(gl.where(mine, up, 0.0), 1) * own_scale_up
-    gate, of_up = gl.sum(gl.sum(sums, 2), 0), gl.sum(gl.sum(sums_up, 2), 0)
-    if NORM:
-        # Not before: nothing waits for the sums of squares while codes are multiplied.
-        square = squares.load(gl.BlockedLayout([1], [32], [WARPS], [0]))
-        rstd = 1.0 / gl.sqrt(gl.sum(square, 0) / WIDTH + eps)
-        gate, of_up = gate * rstd, of_up * rstd
+    gate = gl.sum(gl.sum(sums, 2), 0) * rstd
+    of_up = gl.sum(gl.sum(sums_up, 2), 0) * rstd
     to = first + gl.arange(0, 8, gate.type.layout)
     if BIAS:
         gate += gl.load(bias_ptr + to).to(gl.float32)
@@ -275,8 +272,6 @@ def four_bit_glu(
         *(n[1] for n in nested), *(n[2] for n in nested), *(n[0] for n in nested),
         _table(parts[0].numbers, x.device), x if norm is None else norm.weight, x if bias is None else bias,
         out, rows, eps, offset, WIDTH=x.shape[1], NORM=norm is not None, BIAS=bias is not None, KIND=activation,
-        NESTED=bits[0].nested is not None, SIZE2=nested[0][3], WARPS=WARPS, PDL=bool(pdl), num_warps=WARPS,
-        # As many as fit without another program's room: seven of them run on a processor.
-        maxnreg=72, **pdl,
+        NESTED=bits[0].nested is not None, SIZE2=nested[0][3], WARPS=WARPS, PDL=bool(pdl), num_warps=WARPS, **pdl,
     )  # fmt: skip
     return out
