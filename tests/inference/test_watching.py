@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pronghorn.inference.watching import _norms_and_maxima, _sums_of
+from pronghorn.inference import watching
+from pronghorn.inference.watching import Watch, _norms_and_maxima, _sums_of
 
 
 @pytest.mark.parametrize("numbers_of", [_sums_of, _norms_and_maxima])
@@ -22,3 +23,25 @@ def test_writes_are_seen(numbers_of, dtype):
     assert numbers_of(tensors) not in (before, negated)
     tensors[0][0, 0] = float("nan")
     assert numbers_of(tensors) == numbers_of(tensors), "what is no number has not changed either"
+
+
+def test_of_large_weights_a_part_is_read(monkeypatch):
+    """An optimizer's step that torch does not count is seen by it; what is small is read whole."""
+    for name, value in (("WHOLE", 1000), ("WINDOW", 4), ("EVERY", 64)):
+        monkeypatch.setattr(watching, name, value)
+    model = torch.nn.Sequential(torch.nn.Linear(50, 40), torch.nn.Linear(40, 3))
+    large, small = model[0].weight, model[1].weight
+    part = watching.part_of(large)
+    assert part.shape == (2000 // 64, 4) and part.data_ptr() == large.data_ptr()
+    assert watching.part_of(small) is small
+    watch = Watch(model)
+    assert not watch.changed()
+    optimizer = torch.optim.SGD([large], lr=1e-3, fused=True)
+    large.grad = torch.ones_like(large)
+    version = large._version
+    optimizer.step()
+    assert large._version == version, "counted by torch: nothing is shown here"
+    assert watch.changed()
+    watch = Watch(model)
+    small.data[2, 39] += 1
+    assert watch.changed()
