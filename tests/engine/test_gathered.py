@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 from pronghorn.data.budgets import Budgets
 from pronghorn.engine import TrainingStep, bind, binding_of, gathered
-from pronghorn.engine.gathered import gather_for, gathering_of, released
+from pronghorn.engine.gathered import gather_for, gathering_of, released, staying
 from pronghorn.engine.planning import shape_of
 from pronghorn.errors import BudgetTooSmall
 from pronghorn.export import save_gguf, save_merged
@@ -167,6 +167,7 @@ def test_segments_are_given_back_when_all_in_them_moves() -> None:
     nothing = segment(5000, (512, "inactive"))
     assert released([whole, two, other, larger, nothing], moved) == 1024 + 768
     assert released([], moved) == 0
+    assert staying([whole, two, other, larger, nothing], moved) == [512], "beside what moves, and does not"
 
 
 def around(model: Any, wasted: int) -> list[dict[str, Any]]:

@@ -59,12 +59,15 @@ class Gathering:
         """Bytes of host memory that moving takes."""
         return sum(block.nbytes for block in (*self.blocks, *self.aside))
 
-    def saves(self, segments: Iterable[Mapping[str, Any]]) -> int:
-        """Bytes by which the allocator then holds less, of its segments as they are (`torch.cuda.memory_snapshot`)."""
+    def moved(self) -> dict[int, int]:
+        """Bytes by address of what leaves its place."""
         tensors = (tensor for block in (*self.blocks, *self.aside) for tensor in block.tensors)
         storages = (tensor.untyped_storage() for tensor in tensors)
-        moved = {storage.data_ptr(): storage.nbytes() for storage in storages}
-        return released(segments, moved) + _segment(self.together) - self.takes()
+        return {storage.data_ptr(): storage.nbytes() for storage in storages}
+
+    def saves(self, segments: Iterable[Mapping[str, Any]]) -> int:
+        """Bytes by which the allocator then holds less, of its segments as they are (`torch.cuda.memory_snapshot`)."""
+        return released(segments, self.moved()) + _segment(self.together) - self.takes()
 
     def takes(self) -> int:
         """Bytes that the allocator holds for all of it in its new places."""
@@ -100,6 +103,21 @@ def _together(binding: Binding) -> list[list[Tensor]]:
             found.append(weights)
             found += [biases] if len(biases) == len(weights) else []
     return found
+
+
+def staying(segments: Iterable[Mapping[str, Any]], moved: Mapping[int, int]) -> list[int]:
+    """Bytes of what stays in segments that something leaves, the largest first: what keeps these from going back."""
+    found: list[int] = []
+    for segment in segments:
+        address, moves, stays = segment["address"], 0, []
+        for block in segment["blocks"]:
+            if address in moved:
+                moves += 1
+            elif block["state"] != "inactive":
+                stays.append(block["size"])
+            address += block["size"]
+        found += stays if moves else []
+    return sorted(found, reverse=True)
 
 
 def released(segments: Iterable[Mapping[str, Any]], moved: Mapping[int, int]) -> int:
@@ -144,8 +162,18 @@ def gather_for(binding: Binding, budget: str | int, batch: Batch) -> int:
         return 0
     everything = estimate(shape, "all", batch, capability=limits.rates.capability).reserved
     gathering = gathering_of(binding)
-    saved = gathering.saves(_segments(device))
-    if with_margin(everything + max(saved, 0)) <= limits.budget or saved < WORTH_IT * limits.budget:
+    segments = _segments(device)
+    saved = gathering.saves(segments)
+    if with_margin(everything + max(saved, 0)) <= limits.budget:
+        return 0
+    if saved < WORTH_IT * limits.budget:
+        frozen = sum(not parameter.requires_grad for parameter in binding.model.parameters())
+        between = [f"{size / MIB:.1f}" for size in staying(segments, gathering.moved())[:3]]
+        logger.info(
+            "pronghorn: weights stay where they are: in common buffers %d of %d frozen ones would save %.0f MiB; the "
+            "largest of what lies between them and does not move, in MiB: %s",
+            sum(len(block.tensors) for block in gathering.blocks), frozen, saved / MIB, ", ".join(between) or "nothing",
+        )  # fmt: skip
         return 0
     there = available_host_bytes()
     if gathering.host > _HOST_SHARE * there:
