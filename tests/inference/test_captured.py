@@ -204,3 +204,27 @@ def test_an_adapter_that_steps_cannot_be_recorded_for(captured, caplog):
     model.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj"], lora_bias=True, bias="lora_only"))
     assert run(engine, [request]) == before
     assert "operation by operation" in caplog.text
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_a_model_that_could_be_trained_walks(family, captured, tmp_path):
+    """Its weights lie side by side while it answers; it is trained and saved as before."""
+    model = tiny_model(family)
+    request = greedy(PROMPTS[0])
+    engine = Engine(model, max_batch=1, max_context=256)
+    assert len(engine._runner.fused.walks) == len(model.model.layers)
+    before = run_tokens(engine, [request])
+    attention = model.model.layers[0].self_attn
+    assert attention.q_proj.weight.requires_grad
+    assert (
+        attention.k_proj.weight.untyped_storage()._cdata == attention.q_proj.weight.untyped_storage()._cdata
+    )
+    model(torch.tensor([PROMPTS[0]]), labels=torch.tensor([PROMPTS[0]])).loss.backward()
+    torch.optim.SGD(model.parameters(), lr=0.5, fused=True).step()
+    after = run_tokens(engine, [request])
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), loaded.parameters(), strict=True))
+    again = run_tokens(Engine(loaded, max_batch=1, max_context=256), [request])
+    tokens = [[token.id for token in answers[0]] for answers in (before, after, again)]
+    assert tokens[0] != tokens[1] == tokens[2]

@@ -173,11 +173,11 @@ def normalised(norm: Norm | NoNorm, x: Tensor, dtype: torch.dtype, consumer: Gro
 def _laid_side_by_side(projections: Sequence[LinearProjection]) -> Weight | None:
     """The weights as one, moved next to each other where they may be; None where they stay apart."""
     weights = [p.weight for p in projections]
-    if not all(type(weight) is DenseWeight for weight in weights) or join(weights):
+    if not all(type(weight) is DenseWeight for weight in weights) or join(weights, answering=True):
         biases = [p.bias for p in projections if p.bias is not None]
         if len(biases) == len(projections) and side_by_side(biases, 0) is None:
-            join_tensors(biases)
-        return stacked(weights)
+            join_tensors(biases, answering=True)
+        return stacked(weights, answering=True)
     return None
 
 

@@ -47,21 +47,27 @@ def lay_side_by_side(modules: Sequence[Fp8Linear]) -> None:
         start = part.stop
 
 
-def join(weights: Sequence[Weight]) -> bool:
+def join(weights: Sequence[Weight], *, answering: bool = False) -> bool:
     """Move frozen plain weights with the same input into common storage; True where they lie so now.
 
     Parameters stay the objects they are and read the same; in between, the group's weights exist twice. A weight that
     is itself a part of something, or trained, stays where it is, and the others with it.
+
+    Args:
+        answering: they are read by answers alone, so that those that could be trained move, too, but for what has a
+            gradient.
     """
-    if stacked(weights) is not None:
+    if stacked(weights, answering=answering) is not None:
         return True
-    plain = len(weights) > 1 and all(type(w) is DenseWeight and w.parameter is None for w in weights)
-    return plain and join_tensors([cast(DenseWeight, weight).weight for weight in weights])
+    plain = len(weights) > 1 and all(_is_plain(weight, answering) for weight in weights)
+    return plain and join_tensors(
+        [cast(DenseWeight, weight).weight for weight in weights], answering=answering
+    )
 
 
-def join_tensors(tensors: Sequence[Tensor]) -> bool:
-    """`join` for frozen tensors such as biases: along their first dimension."""
-    if not _may_join(tensors):
+def join_tensors(tensors: Sequence[Tensor], *, answering: bool = False) -> bool:
+    """`join` for tensors such as biases: along their first dimension."""
+    if not _may_join(tensors, answering):
         return False
     with torch.no_grad():
         wide = torch.cat([tensor.data for tensor in tensors])
@@ -82,19 +88,26 @@ def stays_in_place(tensor: Tensor) -> bool:
     return hasattr(tensor, _IN_PLACE)
 
 
-def _may_join(tensors: Sequence[Tensor]) -> bool:
+def _is_plain(weight: Weight, answering: bool) -> bool:
+    return type(weight) is DenseWeight and (answering or weight.parameter is None)
+
+
+def _may_join(tensors: Sequence[Tensor], answering: bool) -> bool:
     first = tensors[0]
     alike = all(t.dtype == first.dtype and t.device == first.device for t in tensors)
     whole = all(t.is_contiguous() and t.untyped_storage().nbytes() == t.nbytes for t in tensors)
-    frozen = not any(t.requires_grad or stays_in_place(t) for t in tensors)
-    return frozen and alike and whole and len({t.untyped_storage()._cdata for t in tensors}) == len(tensors)
+    trained = any(t.requires_grad and not (answering and t.is_leaf and t.grad is None) for t in tensors)
+    free = not trained and not any(map(stays_in_place, tensors))
+    return free and alike and whole and len({t.untyped_storage()._cdata for t in tensors}) == len(tensors)
 
 
-def stacked(weights: Sequence[Weight]) -> DenseWeight | Fp8Weight | Int8Products | None:
-    """The weights as one [Σout, in], where they lie side by side; else None."""
+def stacked(
+    weights: Sequence[Weight], *, answering: bool = False
+) -> DenseWeight | Fp8Weight | Int8Products | None:
+    """The weights as one [Σout, in], where they lie side by side; else None. `answering`: as for `join`."""
     if len(weights) < 2:
         return None
-    if all(type(weight) is DenseWeight and weight.parameter is None for weight in weights):
+    if all(_is_plain(weight, answering) for weight in weights):
         wide = side_by_side([cast(DenseWeight, weight).weight.detach() for weight in weights], 0)
         return None if wide is None else DenseWeight(wide)
     if all(isinstance(weight, Int8Products) for weight in weights):
