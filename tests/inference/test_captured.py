@@ -181,7 +181,7 @@ def test_trained_adapters_are_put_in_the_tables_that_steps_read(captured):
 
 
 def test_trained_biases_are_seen(captured):
-    """Biases that are trained stay where they are, and products take a copy of them side by side."""
+    """Biases that could be trained lie side by side, too, and are written to by nobody but who trains them."""
     model = tiny_model("qwen2").requires_grad_(True)
     engine = Engine(model, max_context=256)
     request = sampled(prompt(3, 40))

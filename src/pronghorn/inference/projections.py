@@ -73,11 +73,12 @@ class Group:
         dtype: torch.dtype,
     ) -> None:
         self.weights: tuple[Weight, ...] = tuple(p.weight for p in projections)
-        self.biases = tuple(p.cast_bias(dtype) for p in projections)
         self.widths = [weight.shape[0] for weight in self.weights]
         self.shares = {name: Share.of(found, dtype) for name, found in adapters.items() if found}
         self.dtype = dtype
         self.stack = self.weights[0] if len(self.weights) == 1 else _laid_side_by_side(projections)
+        # Now that they lie where they stay.
+        self.biases = tuple(p.cast_bias(dtype) for p in projections)
         self.stacked_bias = _stacked_bias(self.biases, self.widths)
         #: the weights as one matrix in the compute dtype, where they are stored so
         self.dense: Tensor | None = None
