@@ -13,7 +13,7 @@ from peft import LoraConfig
 
 from pronghorn.inference import engine as engine_module
 from pronghorn.inference import fused
-from pronghorn.inference.captured import CapturedRunner
+from pronghorn.inference.captured import TURNS, CapturedRunner, _Step
 from pronghorn.inference.engine import Engine
 from pronghorn.inference.requests import Request, SamplingParams
 from pronghorn.kernels.walk import walk
@@ -117,6 +117,18 @@ def test_slots_are_packed_when_most_have_left(model, alone, captured):
     engine._runner._send = lambda sequences, size: (sizes.append(size), step(sequences, size))[1]
     assert_same(run_tokens(engine, [*short[:4], REQUESTS[4]])[4:], alone[4:])
     assert sizes[0] == 8 and sizes[-1] == 1
+
+
+@pytest.mark.parametrize("count", range(2, 2 + TURNS))
+def test_a_size_is_recorded_while_a_step_is_on_its_way(count, model, captured, monkeypatch):
+    """What is computed for a recording is told to nobody, whichever turn has not been read yet."""
+    requests = [greedy(PROMPTS[1]), greedy(PROMPTS[2], count=count)]
+    alone = [run(Engine(model, max_batch=1, max_context=256), [request])[0] for request in requests]
+    made = _Step.__init__
+    monkeypatch.setattr(_Step, "__init__", lambda step, *given: (made(step, *given), step.rehearse())[0])
+    engine = Engine(model, max_batch=2, max_context=256)
+    assert run(engine, requests) == alone
+    assert list(engine._runner._steps) == [2, 1]
 
 
 def test_a_stop_is_seen_one_step_late_and_nothing_follows_it(model, captured, monkeypatch):

@@ -208,19 +208,22 @@ class _Step:
             self._record()
 
     def _record(self) -> None:
-        """Kernels are compiled and chosen in a first run, for which no row holds a sequence."""
-        runner, size = self.runner, self.size
-        sent = runner.state.clone()
-        tokens = runner.tokens.clone()
-        runner.state.zero_()
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            runner.compute(size)
+            self.rehearse()
         torch.cuda.current_stream().wait_stream(side)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, pool=runner._pool):
-            self._logits = runner.compute(size)
+        with torch.cuda.graph(self._graph, pool=self.runner._pool):
+            self._logits = self.runner.compute(self.size)
+
+    def rehearse(self) -> None:
+        """A first run, in which kernels are compiled and chosen: no row holds a sequence, and nothing is told but where
+        this step's own tokens go; those of the step before may yet have to be read."""
+        runner = self.runner
+        sent, tokens = runner.state.clone(), runner.tokens.clone()
+        runner.state[:4].zero_()
+        runner.compute(self.size)
         runner.state.copy_(sent)
         runner.tokens.copy_(tokens)
 

@@ -125,8 +125,8 @@ class Paged:
             for row in rows:
                 blocks, length = self.on_host()[row]
                 at.append(blocks[(length - 1) // block_tokens] * block_tokens + (length - 1) % block_tokens)
-            device = self.lengths.device
-            return torch.tensor(rows, device=device), torch.tensor(at, device=device)
+            rows_and_places = torch.tensor([rows, at], dtype=torch.int64, device=self.lengths.device)
+            return rows_and_places[0], rows_and_places[1]
 
         return self._kept("places", make)
 
