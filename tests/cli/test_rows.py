@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from datasets import Dataset
 
 from pronghorn.cli.rows import load_rows
 from pronghorn.config import parse_config
@@ -370,3 +371,12 @@ def test_rows_to_evaluate_on_come_from_another_file_or_split(tmp_path):
     assert refused(config_for(tmp_path, "  eval_split: validation\n")).where == f"{other}, line 1"
     with pytest.raises(ConfigInvalid, match="did you mean 'eval_dataset'"):
         config_for(tmp_path, "  validation_dataset: x.jsonl\n")
+
+
+def test_a_split_to_evaluate_on_is_refused_of_rows_that_have_none(tmp_path):
+    """It would be all rows that are trained on."""
+    file = write_lines(tmp_path / "train.jsonl", [{"text": f"t{i}"} for i in range(4)])
+    Dataset.from_dict({"text": ["a", "b"]}).save_to_disk(tmp_path / "saved")
+    for name in (file, f"[{file}]", tmp_path / "*.jsonl", tmp_path / "saved", "docstrings"):
+        error = refused(config_for(name, "  eval_split: test\n"))
+        assert error.where == "run.yaml, line 5" and "has none" in error.message

@@ -79,6 +79,8 @@ def load_rows(config: RunConfig) -> Rows:
         RowInvalid: a text is empty, which `pronghorn data check` calls an error, too.
     """
     section = config.data
+    if section.eval_split and not section.eval_dataset:
+        _refuse_without_splits(config)
     rows, places, numbers = _checked_rows(config)
     if section.eval_dataset or section.eval_split:
         others, other_places, held = _checked_rows(_of_evaluation(config))
@@ -93,6 +95,19 @@ def load_rows(config: RunConfig) -> Rows:
         random.Random(config.training.seed).shuffle(numbers)
     held, trained = numbers[: section.held_back], numbers[section.held_back :]
     return Rows(rows.select(trained), rows.select(held) if held else None, trained, held, places, places)
+
+
+def _refuse_without_splits(config: RunConfig) -> None:
+    """Raise where ``data.eval_split`` names a split of rows that have none, and would be evaluated on all that is
+    trained on."""
+    given = config.data.dataset
+    saved = isinstance(given, str) and (Path(given).expanduser() / "state.json").exists()
+    if given == "docstrings" or saved or named_files(config):
+        raise ConfigInvalid(
+            f"'data.eval_split' names a split, and '{_shown(config)}' has none",
+            where=config.where("data.eval_split"),
+            fix="name other rows in data.eval_dataset, or set data.held_back to how many are held back",
+        )
 
 
 def _of_evaluation(config: RunConfig) -> RunConfig:
