@@ -71,6 +71,38 @@ def test_a_run_that_ends_without_numbers_saves_nothing_and_says_so(config, capsy
     assert (config.parent / "out" / "adapter").exists()
 
 
+def test_the_best_weights_are_saved_of_a_run_that_ends_without_numbers(config, capsys, monkeypatch):
+    """`stop_early` ends it, and loads them."""
+    from pronghorn.engine import StepOutput
+    from pronghorn.training import SFTTrainer
+    from pronghorn.training.steps import StaticSteps
+
+    right, evaluated, step = StaticSteps.run, SFTTrainer.evaluation_loop, [0]
+
+    def breaks(self, inputs, normalizer):
+        step[0] += 1
+        output = right(self, inputs, normalizer)
+        return output if step[0] < 3 else StepOutput(output.loss * float("nan"), output.num_correct)
+
+    def worse(self, *args, **given):
+        output = evaluated(self, *args, **given)
+        output.metrics["eval_loss"] += 10 if step[0] > 2 else 0
+        return output
+
+    monkeypatch.setattr(StaticSteps, "run", breaks)
+    monkeypatch.setattr(SFTTrainer, "evaluation_loop", worse)
+    wanted = (
+        f"data.eval_dataset={config.parent / 'rows.jsonl'}",
+        "training.stop_early=true",
+        "training.eval_steps=1",
+    )
+    several = [part for value in (*wanted, "training.max_steps=6") for part in ("--set", value)]
+    assert main(["train", str(config), "--json", *several]) == 0
+    summary = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert 3 < summary["steps"] < 6 and summary["eval_loss"] < 10
+    assert (config.parent / "out" / "adapter").exists()
+
+
 def test_resuming_with_another_rank(config, capsys):
     assert main(["train", str(config)]) == 0
     capsys.readouterr()

@@ -247,9 +247,12 @@ def _refuse_no_numbers(trainer: Any, eval_loss: float | None) -> None:
     """Raise where what was trained answers with no numbers: it would be saved as though it were of use.
 
     Raises:
-        NonFiniteLoss: the losses from some step to the end, or the loss on held-back rows, are no numbers.
+        NonFiniteLoss: the losses from some step to the end, or the loss on held-back rows, are no numbers, and no
+            better weights from before were loaded.
     """
     since = trainer._ledger.ended_without_number()
+    if since is not None and _step_of_weights(trainer) < since:
+        since = None
     if since is None and (eval_loss is None or math.isfinite(eval_loss)):
         return
     what = (
@@ -266,11 +269,20 @@ def _refuse_no_numbers(trainer: Any, eval_loss: float | None) -> None:
 
 
 def _final_loss(trainer: Any) -> float:
-    """Loss on the held-back rows after the last step, measured unless the training ended with that."""
+    """Loss on the held-back rows of the weights that a run ends with, measured unless that was done at their step."""
+    step = _step_of_weights(trainer)
     for entry in reversed(trainer.state.log_history):
-        if entry.get("step") == trainer.state.global_step and "eval_loss" in entry:
+        if entry.get("step") == step and "eval_loss" in entry:
             return float(entry["eval_loss"])
     return float(trainer.evaluate()["eval_loss"])
+
+
+def _step_of_weights(trainer: Any) -> int:
+    """The step that the weights are of: the last one, or the best where these were loaded at the end."""
+    state = trainer.state
+    loaded = trainer.args.load_best_model_at_end and state.best_model_checkpoint is not None
+    best = state.best_global_step if loaded else None
+    return int(state.global_step if best is None else best)
 
 
 def _newest_checkpoint(output_dir: str) -> Path:
