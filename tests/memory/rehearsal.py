@@ -130,14 +130,16 @@ def batch_of(tokens: int, documents: int) -> dict[str, Any]:
     }
 
 
-def measure(model: Any, tokens: int, documents: int, memory: Allocator | None = None) -> int:
+def measure(
+    model: Any, tokens: int, documents: int, memory: Allocator | None = None, *, steps: int = 2
+) -> int:
     """The most bytes alive in forward and backward, beyond the model and its gradients, which lie in buffers of their
-    own; `memory` lives through two steps."""
+    own; `memory` lives through so many steps."""
     peak = 0
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.grad = torch.zeros_like(parameter)
-    for _ in range(1 if memory is None else 2):
+    for _ in range(1 if memory is None else steps):
         batch = batch_of(tokens, documents)
         with LiveBytes(memory) as counter:
             model(**batch).loss.backward()

@@ -131,7 +131,7 @@ def leanest(shape: ModelShape, batch: Batch, rates: Rates, offload: bool = True)
     """The estimate that takes least: nothing kept on the device, short tiles."""
     level: Level = "offload" if offload else "none"
     tries = [
-        estimate(shape, level, batch, tile_rows=rows, capability=rates.capability)
+        estimate(shape, level, batch, tile_rows=rows, capability=rates.capability, settled=True)
         for rows in _tiles(shape, batch)
     ]
     return min(tries, key=lambda found: found.reserved)
@@ -273,7 +273,19 @@ class _Search:
         return self._as_plan(levels, rows, found) if with_margin(found.reserved) <= self.budget else None
 
     def _estimate(self, levels: tuple[Level, ...], rows: int | None) -> Estimate:
-        return estimate(self.shape, levels, self.batch, tile_rows=rows, capability=self.rates.capability)
+        """What levels take; looked at closely where they seem to fit."""
+        for settled in (False, True):
+            found = estimate(
+                self.shape,
+                levels,
+                self.batch,
+                tile_rows=rows,
+                capability=self.rates.capability,
+                settled=settled,
+            )
+            if with_margin(found.reserved) > self.budget:
+                break
+        return found
 
     def _as_plan(self, levels: tuple[Level, ...], rows: int | None, found: Estimate) -> Plan:
         time = self._time(levels, rows)
