@@ -11,7 +11,8 @@ from pronghorn.hardware import probe
 #: One rounding to nearest is half a unit in the last place, doubled because a value just off a tie may fall either way.
 #: fp32: arithmetic over rows of a few hundred elements.
 _UNITS = {torch.float64: 1e-12, torch.float32: 4e-6, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
-_BROKEN = (
+#: what helps where a kernel is wrong
+BROKEN = (
     "update or reinstall torch and triton (`pronghorn doctor --facts` lists them); if it stays, report it"
 )
 
@@ -67,7 +68,7 @@ class Comparison:
             how = "no number or of a wrong shape" if found == float("inf") else f"off by {found:.3g} times"
             bound = "" if found == float("inf") else " what rounding allows"
             dtype = str(actual.dtype).removeprefix("torch.")
-            raise Unsound(f"{name} in {dtype} is {how}{bound}", _BROKEN)
+            raise Unsound(f"{name} in {dtype} is {how}{bound}", BROKEN)
         self.worst = max(self.worst, found)
         if name not in self.compared:
             self.compared.append(name)
@@ -104,7 +105,7 @@ def close(
     found = relative(actual, expected)
     if not found <= allowed:
         kind = str(dtype).removeprefix("torch.")
-        raise Unsound(f"{name} in {kind} is off by {found:.2e} of the norm, allowed {allowed:.1e}", _BROKEN)
+        raise Unsound(f"{name} in {kind} is off by {found:.2e} of the norm, allowed {allowed:.1e}", BROKEN)
     compared.worst = max(compared.worst, found / allowed)
     if name not in compared.compared:
         compared.compared.append(name)

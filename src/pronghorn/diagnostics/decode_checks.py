@@ -5,13 +5,14 @@ from __future__ import annotations
 import torch
 
 from pronghorn.diagnostics.checks import Unsound
-from pronghorn.diagnostics.compare import Comparison, close, device, draw, dtypes
+from pronghorn.diagnostics.compare import BROKEN, Comparison, close, device, draw, dtypes
 from pronghorn.diagnostics.kernel_checks import EPS, said
 from pronghorn.diagnostics.quantised_checks import four_bit_case
 from pronghorn.kernels import matvec as rows_kernels
 from pronghorn.kernels.decode_attention import Heads, Paged, Rotation, decode_attention
 from pronghorn.kernels.matvec import FourBit, RowNorm, RowShare
-from pronghorn.kernels.walk import Meeting, Product, Walk, fits_walk, walk
+from pronghorn.kernels.next_token import Rows, embed_next, take_likeliest_
+from pronghorn.kernels.walk import Adapters, Meeting, Product, Walk, fits_walk, walk
 
 #: rows, width, outputs of each of two weights, rank of the adapters
 ROWS, WIDTH, OUT, RANK = 3, 256, 96, 8
@@ -58,8 +59,8 @@ def few_rows() -> str:
 
 
 def between_attentions() -> str:
-    """Output projection, MLP and the next layer's projections of one row; in one launch where a GPU has a kernel for
-    it, in bf16."""
+    """Output projection, MLP and the next layer's projections of one row with its adapter; in one launch where a GPU
+    has a kernel for it, in bf16."""
     compared = Comparison()
     hidden, inner, outs = 1536, 1216, 264
     dtype = dtypes()[-1]
@@ -67,7 +68,13 @@ def between_attentions() -> str:
     def step(width: int, out: int, seed: int, normed: bool) -> Product:
         norm = RowNorm(draw(width, dtype=dtype, seed=seed + 1), EPS) if normed else None
         weight = draw(out, width, dtype=dtype, seed=seed, scale=width**-0.5)
-        return Product(weight, draw(out, dtype=dtype, seed=seed + 2), norm)
+        a = draw(2, 16, width, dtype=dtype, seed=seed + 20, scale=width**-0.5)
+        b = draw(2, out, 16, dtype=dtype, seed=seed + 21, scale=0.25)
+        adapter = Adapters(a, b, (out,))
+        # Gate and up have a part each.
+        if out == 2 * inner:
+            adapter = Adapters(torch.cat([a, -a], 1), b, (inner, out))
+        return Product(weight, draw(out, dtype=dtype, seed=seed + 2), norm, adapter)
 
     o, gate_up = step(hidden, hidden, 1, False), step(hidden, 2 * inner, 4, True)
     steps = Walk(o, gate_up, step(inner, hidden, 7, False), step(hidden, outs, 10, True), "silu")
@@ -77,7 +84,8 @@ def between_attentions() -> str:
     act = (torch.nn.functional.silu(gate) * up).to(dtype)
     summed = (summed.double() + _applied(steps.down, act)).to(dtype)
     meeting = Meeting.beside(torch.zeros(1, dtype=torch.int64, device=device()))
-    y = walk(attended, x, steps, meeting, impl=None if fits_walk(steps) else "torch")
+    slots = torch.tensor([1], dtype=torch.int32, device=device())
+    y = walk(attended, x, steps, meeting, slots=slots, impl=None if fits_walk(steps) else "torch")
     close(compared, "x", x, summed)
     close(compared, "Y", y, _applied(steps.last, summed), dtype)
     if int(meeting.lost):
@@ -89,12 +97,44 @@ def between_attentions() -> str:
 
 
 def _applied(step: Product, x: torch.Tensor) -> torch.Tensor:
-    """norm(x) Wᵀ + bias in fp64."""
+    """norm(x) Wᵀ + bias + (norm(x) Aᵀ) Bᵀ of the adapter in slot 1, in fp64."""
     wide = x.double()
     if step.norm is not None:
         wide = wide * (wide.square().mean(1, keepdim=True) + EPS).rsqrt() * step.norm.weight.double()
-    assert step.bias is not None
-    return wide @ step.weight.double().T + step.bias.double()
+    assert step.bias is not None and step.adapter is not None
+    a, b, ends = step.adapter
+    parts, rows = a[1].double().chunk(len(ends)), b[1].double().tensor_split(ends[:-1])
+    share = torch.cat([wide @ part.T @ row.T for part, row in zip(parts, rows, strict=True)], 1)
+    return wide @ step.weight.double().T + step.bias.double() + share
+
+
+def between_steps() -> str:
+    """The likeliest tokens of a step, where the next one and the host find them, and the next one's vectors."""
+    compared = Comparison()
+    on_gpu = device().type == "cuda"
+    for dtype in dtypes():
+        logits, weight = draw(ROWS, 3001, dtype=dtype), draw(3001, WIDTH, dtype=dtype, seed=1)
+        tokens = torch.zeros(ROWS, dtype=torch.int64, device=device())
+        state = torch.tensor([[3, 0, 9], [5, -1, 7], [1, 1, 1]], dtype=torch.int32, device=device())
+        lost, told = (
+            torch.zeros(1, dtype=torch.int64, device=device()),
+            torch.zeros(2, 1 + ROWS, dtype=torch.int64),
+        )
+        told = told.pin_memory() if on_gpu else told
+        take_likeliest_(logits, Rows(tokens, state[0], state[1], state[2], told, lost))
+        if on_gpu:
+            torch.cuda.synchronize()
+        chosen, largest = tokens.tolist(), logits.double().cpu().max(1).values
+        if told.tolist() != [[0] * (1 + ROWS), [0, *chosen]] or state.tolist() != [
+            [4, 0, 10],
+            [-1] * 3,
+            [0] * 3,
+        ]:
+            raise Unsound("a step does not leave what the next one takes", fix=BROKEN)
+        close(compared, "largest", logits[torch.arange(ROWS), chosen], largest.to(device()))
+        given = torch.tensor([-1, 2, -1], dtype=torch.int32, device=device())
+        close(compared, "x", embed_next(weight, tokens, given), weight[[chosen[0], 2, chosen[2]]].double())
+    return said(compared)
 
 
 def paged_attention() -> str:

@@ -63,6 +63,7 @@ CHECKS: list[Check] = [
         {
             "products of few rows": "few_rows",
             "all between two attentions": "between_attentions",
+            "all between two steps": "between_steps",
             "attention to a cache in blocks": "paged_attention",
         },
     ),
