@@ -106,6 +106,15 @@ def test_what_goes_wrong_is_logged_and_no_more(tmp_path, monkeypatch, caplog):
     assert not [record for record in caplog.records if record.levelno > logging.DEBUG]
 
 
+def test_a_system_without_threads_to_give(tmp_path, monkeypatch):
+    def refuses(thread):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuses)
+    with begun_early([tmp_path / "file"], torch.device("cpu")):
+        monkeypatch.undo()
+
+
 @needs_advice
 def test_weights_are_asked_for_before_the_config_is_read(tmp_path, asked, monkeypatch):
     folder = save_tiny(tmp_path / "base", "llama")

@@ -61,9 +61,14 @@ def _have_read(files: Sequence[Path], over: threading.Event) -> None:
                 os.posix_fadvise(file.fileno(), at, _PIECE, os.POSIX_FADV_WILLNEED)
 
 
-def _start(task: Callable[[], object]) -> threading.Thread:
+def _start(task: Callable[[], object]) -> threading.Thread | None:
+    """None where the system gives no thread."""
     thread = threading.Thread(target=_try, args=(task,), name="pronghorn-ahead", daemon=True)
-    thread.start()
+    try:
+        thread.start()
+    except RuntimeError as error:
+        _log(error)
+        return None
     return thread
 
 
@@ -71,4 +76,8 @@ def _try(task: Callable[[], object]) -> None:
     try:
         task()
     except Exception as error:
-        logger.debug("pronghorn: begun early without success: %s: %s", type(error).__name__, error)
+        _log(error)
+
+
+def _log(error: Exception) -> None:
+    logger.debug("pronghorn: begun early without success: %s: %s", type(error).__name__, error)
