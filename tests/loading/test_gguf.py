@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch import nn
 from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     Phi3Config,
@@ -191,6 +193,27 @@ def test_long_and_short_factors_of_rope(tmp_path):
         with torch.no_grad():
             differences = made.eval()(input_ids=ids).logits - model(input_ids=ids, use_cache=False).logits
         assert differences.abs().max() < 1e-5
+
+
+def test_rope_that_is_scaled_in_layers_without_a_window_alone(tmp_path):
+    windowed = {"rope_type": "default", "rope_theta": 1e4}
+    rope = {
+        "sliding_attention": windowed,
+        "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+    }
+    sizes = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 6}
+    heads = {"num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 256}  # the reader's own size
+    config = Gemma3TextConfig(
+        **sizes, **heads, sliding_window=16, max_position_embeddings=256, rope_parameters=rope, pad_token_id=0
+    )
+    made = Gemma3ForCausalLM(config)
+    save_gguf(made, tiny_tokenizer(), tmp_path, "f32", verify=False)
+    model, _ = FastLanguageModel.from_pretrained(str(next(tmp_path.glob("*.gguf"))), dtype="float32")
+    assert model.config.rope_parameters == rope
+    ids = torch.arange(256)[None]
+    with torch.no_grad():
+        differences = made.eval()(input_ids=ids).logits - model(input_ids=ids, use_cache=False).logits
+    assert differences.abs().max() < 1e-5
 
 
 def test_other_factors_of_rope_are_said_not_to_be_followed(tmp_path, caplog):

@@ -40,11 +40,14 @@ def completed(config: Any, file: Path) -> Any:
             fix="name the folder of the PEFT adapter that it was made of; llama.cpp takes it with --lora",
         )
     _set_head_size(config, header)
-    rope = getattr(config, "rope_parameters", None)
-    if isinstance(rope, dict) and rope.get("rope_type", "default") == "default" and "rope_theta" in rope:
-        scaling = _rope_scaling(config, header)
+    rope: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
+    # Where layers with a window have a RoPE of their own (Gemma 3), what the file says is of the others.
+    scaled: dict[str, Any] = rope.get("full_attention", rope)
+    if scaled.get("rope_type", "default") == "default" and "rope_theta" in scaled:
+        scaling = _rope_scaling(scaled["rope_theta"], header)
         if scaling:
-            config.rope_parameters = {**rope, **scaling}
+            whole = {**scaled, **scaling}
+            config.rope_parameters = whole if scaled is rope else {**rope, "full_attention": whole}
     return config
 
 
@@ -59,7 +62,7 @@ def _set_head_size(config: Any, header: Header) -> None:
         config.head_dim = size
 
 
-def _rope_scaling(config: Any, header: Header) -> dict[str, Any]:
+def _rope_scaling(theta: float, header: Header) -> dict[str, Any]:
     """`rope_parameters` beside the base frequency; none where RoPE is not scaled."""
     kind, factor = header.of_model("rope.scaling.type"), header.of_model("rope.scaling.factor")
     original = header.of_model("rope.scaling.original_context_length")
@@ -84,9 +87,7 @@ def _rope_scaling(config: Any, header: Header) -> dict[str, Any]:
     if factors is None or bool((factors == 1).all()):
         return {}
     scaling = {"rope_type": "llama3", "factor": float(factors.max().round()), **_LLAMA3}
-    if torch.allclose(
-        _llama3_factors(config.rope_parameters["rope_theta"], scaling, len(factors)), factors, rtol=1e-3
-    ):
+    if torch.allclose(_llama3_factors(theta, scaling, len(factors)), factors, rtol=1e-3):
         return scaling
     logger.warning(
         "pronghorn: '%s' has factors of its own for RoPE's frequencies, which are not those of Llama 3: they are not "
