@@ -112,7 +112,7 @@ class DataSection:
     @property
     def evaluates(self) -> bool:
         """Whether there are rows that are evaluated on."""
-        return bool(self.held_back or self.eval_dataset or self.eval_split)
+        return bool(self.held_back or self.eval_split) or self.eval_dataset is not None
 
 
 @dataclass(frozen=True)

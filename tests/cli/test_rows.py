@@ -367,6 +367,8 @@ def test_rows_to_evaluate_on_come_from_another_file_or_split(tmp_path):
             config_for(tmp_path, f"{extra}  held_back: 2\n")
     missing = refused(config_for(tmp_path, "  eval_dataset: missing.jsonl\n"))
     assert missing.where == "run.yaml, line 5" and "missing.jsonl" in missing.message
+    none = refused(config_for(tmp_path, "  eval_dataset: []\n"))
+    assert none.where == "run.yaml, line 5" and "names no file" in none.message
     write_lines(other, [{"text": " "}])
     assert refused(config_for(tmp_path, "  eval_split: validation\n")).where == f"{other}, line 1"
     with pytest.raises(ConfigInvalid, match="did you mean 'eval_dataset'"):

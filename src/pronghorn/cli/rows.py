@@ -79,10 +79,10 @@ def load_rows(config: RunConfig) -> Rows:
         RowInvalid: a text is empty, which `pronghorn data check` calls an error, too.
     """
     section = config.data
-    if section.eval_split and not section.eval_dataset:
+    if section.eval_split and section.eval_dataset is None:
         _refuse_without_splits(config)
     rows, places, numbers = _checked_rows(config)
-    if section.eval_dataset or section.eval_split:
+    if section.eval_dataset is not None or section.eval_split:
         others, other_places, held = _checked_rows(_of_evaluation(config))
         return Rows(rows.select(numbers), others.select(held), numbers, held, places, other_places)
     if section.held_back >= len(numbers):
@@ -113,12 +113,12 @@ def _refuse_without_splits(config: RunConfig) -> None:
 def _of_evaluation(config: RunConfig) -> RunConfig:
     """The configuration with the rows to evaluate on in the place of those to train on."""
     section, lines = config.data, dict(config.lines)
-    named = "eval_dataset" if section.eval_dataset else "eval_split"
+    named = "eval_split" if section.eval_dataset is None else "eval_dataset"
     if f"data.{named}" in lines:
         lines["data.dataset"] = lines[f"data.{named}"]
     other = dataclasses.replace(
         section,
-        dataset=section.eval_dataset or section.dataset,
+        dataset=section.dataset if section.eval_dataset is None else section.eval_dataset,
         split=section.eval_split or "train",
         limit=None,
     )
