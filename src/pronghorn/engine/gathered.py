@@ -192,6 +192,10 @@ def gather_for(binding: Binding, budget: str | int, batch: Batch) -> int:
 
 def _segments(device: torch.device) -> list[Mapping[str, Any]]:
     """What the allocator holds on a device, but for what nobody uses."""
+    release = getattr(torch._C, "_cuda_clearCublasWorkspaces", None)
+    if release is not None:
+        # One of them may lie between weights and keep their segment; the next product makes another.
+        release()
     torch.cuda.empty_cache()
     index = torch.cuda.current_device() if device.index is None else device.index
     return [segment for segment in torch.cuda.memory_snapshot() if segment["device"] == index]
