@@ -45,3 +45,12 @@ def test_of_large_weights_a_part_is_read(monkeypatch):
     watch = Watch(model)
     small.data[2, 39] += 1
     assert watch.changed()
+
+
+def test_a_row_of_a_large_embedding_is_not_passed_by():
+    embedding = torch.nn.Embedding(4200, watching.EVERY)
+    assert embedding.weight.numel() > watching.WHOLE
+    for row in (0, 77, 4199):
+        watch = Watch(embedding)
+        embedding.weight.data[row] += 1
+        assert watch.changed()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from pronghorn.weights import DenseWeight, join, read_weight, side_by_side, stacked
+from pronghorn.weights import DenseWeight, join, join_tensors, read_weight, side_by_side, stacked
 
 IN, OUTS = 24, (16, 8, 8)
 
@@ -111,3 +111,18 @@ def test_side_by_side_knows_columns_from_rows():
     first, second = flat[:24].view(4, 6), flat[6:30].view(4, 6)
     assert side_by_side([first, second], 1) is None
     assert side_by_side([flat[:24].view(4, 6), flat[24:].view(4, 6)], 0).shape == (8, 6)
+
+
+def test_what_could_be_trained_moves_for_answers_where_nobody_else_reads_it() -> None:
+    parameters = [nn.Parameter(torch.randn(4, 8)) for _ in range(2)]
+    values = [parameter.detach().clone() for parameter in parameters]
+    assert not join_tensors(parameters), "a step that trains keeps them where they are"
+    alias = nn.Parameter(parameters[0].data)
+    assert not join_tensors(parameters, answering=True), "the other would be tied no longer"
+    del alias
+    parameters[1].grad = torch.zeros(4, 8)
+    assert not join_tensors(parameters, answering=True), "it is being trained"
+    parameters[1].grad = None
+    assert join_tensors(parameters, answering=True)
+    assert parameters[0].untyped_storage()._cdata == parameters[1].untyped_storage()._cdata
+    assert all(torch.equal(p, value) and p.requires_grad for p, value in zip(parameters, values, strict=True))

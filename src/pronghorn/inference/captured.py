@@ -9,6 +9,7 @@ On a CPU the same steps run without being recorded, which is how they are tested
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence as Many
 
 import torch
@@ -88,6 +89,9 @@ class CapturedRunner(EagerRunner):
         self.state = torch.zeros(5, max_batch, dtype=torch.int32, device=device)
         #: what steps tell the host, one after another: like `_board`
         self._told = torch.zeros(TURNS, 1 + max_batch, dtype=torch.int64, pin_memory=device.type == "cuda")
+        if device.type == "cuda":
+            # Kernels write there, of which the host's allocator knows nothing: not before they have is it given away.
+            weakref.finalize(self, _await_steps, device, self._told).atexit = False
         self._turn = 0
         self.tables = torch.zeros(max_batch, blocks, dtype=torch.int32, device=device)
         #: `state` as it is there once the last step is over; None where nobody knows
@@ -187,6 +191,11 @@ class CapturedRunner(EagerRunner):
         logits = self.fused.logits(x, self.cache, Paged(self.tables[:size], lengths, states=states), slots)
         take_likeliest_(logits, Rows(self.tokens[:size], lengths, given, turns, self._told, self._board[:1]))
         return logits
+
+
+def _await_steps(device: torch.device, told: Tensor) -> None:
+    """Hold `told` until the steps of a runner that is gone are over."""
+    torch.cuda.synchronize(device)
 
 
 def _after(state: list[list[int]], size: int) -> list[list[int]]:

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-#: tensors of more numbers are read in part: so many of each `EVERY` that lie together
-WHOLE, WINDOW, EVERY = 1 << 22, 256, 1 << 14
+#: tensors of more numbers are read in part: so many of each `EVERY` that lie together; no row as long is passed by
+WHOLE, WINDOW, EVERY = 1 << 22, 16, 1 << 10
 
 
 class Watch:

@@ -1,9 +1,12 @@
-"""Views that follow each other in one storage, seen as the one tensor that they are parts of."""
+"""Views that follow each other in one storage, seen as the one tensor that they are parts of; who holds a storage."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
+from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -22,3 +25,23 @@ def side_by_side(tensors: Sequence[Tensor], dim: int) -> Tensor | None:
     if dim == 1 and shape[1] * first.stride(1) > first.stride(0) and shape[0] > 1:
         return None
     return first.as_strided(shape, first.stride(), first.storage_offset())
+
+
+def held_by(storage: torch.UntypedStorage, tensors: int) -> bool:
+    """Whether so many tensors hold a storage, and nobody else; False where this torch does not tell."""
+    here = _references_here()
+    return here >= 0 and _references(storage) == tensors + here
+
+
+def _references(storage: torch.UntypedStorage) -> int:
+    """How many tensors and others hold a storage; 0 where this torch does not tell."""
+    count: Any = getattr(torch._C, "_storage_Use_Count", None)
+    return 0 if count is None else int(count(storage._cdata))
+
+
+@cache
+def _references_here() -> int:
+    """What `_references` counts besides tensors, in this torch: of a tensor that nobody else has; negative where it
+    does not tell."""
+    own = torch.empty(1)
+    return _references(own.untyped_storage()) - 1

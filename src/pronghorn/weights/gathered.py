@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from pronghorn.weights.adjacent import held_by
 from pronghorn.weights.experts import four_bit_states
 from pronghorn.weights.stack import stays_in_place
 
@@ -76,27 +76,12 @@ def _stands_alone(unit: Sequence[Tensor]) -> bool:
         if not _is_plain(tensor) or tensor.storage_offset() * tensor.element_size() != end:
             return False
         end += tensor.nbytes
-    here = _references_here()
-    return 0 < end == storage.nbytes() and here >= 0 and _references(storage) == len(unit) + here
+    return 0 < end == storage.nbytes() and held_by(storage, len(unit))
 
 
 def _is_plain(tensor: Tensor) -> bool:
     strided = tensor.layout == torch.strided and tensor.is_contiguous() and not tensor.is_inference()
     return strided and tensor.grad is None and type(tensor.data) is Tensor and not stays_in_place(tensor)
-
-
-def _references(storage: torch.UntypedStorage) -> int:
-    """How many tensors and others hold a storage; 0 where this torch does not tell."""
-    count: Any = getattr(torch._C, "_storage_Use_Count", None)
-    return 0 if count is None else int(count(storage._cdata))
-
-
-@cache
-def _references_here() -> int:
-    """What `_references` counts besides tensors, in this torch: of a tensor that nobody else has; negative where it
-    does not tell."""
-    own = torch.empty(1)
-    return _references(own.untyped_storage()) - 1
 
 
 def buffers_of(blocks: Sequence[Block]) -> list[list[Block]]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from pronghorn.kernels.fp8 import exponents_of
-from pronghorn.weights.adjacent import side_by_side
+from pronghorn.weights.adjacent import held_by, side_by_side
 from pronghorn.weights.base import DenseWeight, Weight
 from pronghorn.weights.fp8 import Fp8Weight
 from pronghorn.weights.fp8_linear import Fp8Linear
@@ -96,9 +96,14 @@ def _may_join(tensors: Sequence[Tensor], answering: bool) -> bool:
     first = tensors[0]
     alike = all(t.dtype == first.dtype and t.device == first.device for t in tensors)
     whole = all(t.is_contiguous() and t.untyped_storage().nbytes() == t.nbytes for t in tensors)
-    trained = any(t.requires_grad and not (answering and t.is_leaf and t.grad is None) for t in tensors)
+    trained = any(t.requires_grad and not (answering and _rests(t)) for t in tensors)
     free = not trained and not any(map(stays_in_place, tensors))
     return free and alike and whole and len({t.untyped_storage()._cdata for t in tensors}) == len(tensors)
+
+
+def _rests(tensor: Tensor) -> bool:
+    """Whether one that could be trained has no gradient, and nobody else reads its memory, who would lose its track."""
+    return tensor.is_leaf and tensor.grad is None and held_by(tensor.untyped_storage(), 1)
 
 
 def stacked(
