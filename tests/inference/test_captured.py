@@ -240,3 +240,30 @@ def test_a_model_that_could_be_trained_walks(family, captured, tmp_path):
     again = run_tokens(Engine(loaded, max_batch=1, max_context=256), [request])
     tokens = [[token.id for token in answers[0]] for answers in (before, after, again)]
     assert tokens[0] != tokens[1] == tokens[2]
+
+
+def test_after_a_step_that_fails_answers_go_on(model, alone, captured, monkeypatch):
+    """Memory that runs out while a larger step is recorded, with another step under way."""
+    engine = Engine(model, max_batch=4, max_context=256)
+    steps = []
+
+    def run(step):
+        steps.append(step.size)
+        if len(steps) == 4:
+            raise torch.OutOfMemoryError("no memory left")
+        return step.runner.compute(step.size)
+
+    monkeypatch.setattr("pronghorn.inference.captured._Step.run", run)
+    numbers = [engine.submit(request) for request in REQUESTS[:2]]
+    answers = {number: [] for number in numbers}
+    failed = 0
+    while engine.has_work:
+        try:
+            events = engine.step()
+        except torch.OutOfMemoryError:
+            failed += 1
+            continue
+        for event in events:
+            answers[event.request_id] += event.tokens
+    assert failed == 1
+    assert_same([answers[number] for number in numbers], alone[:2])

@@ -275,11 +275,11 @@ class Engine:
         if self._runner.is_sparse(batch):
             events += self._collect()
             batch = self._pack_slots()
-        pending, self._pending = self._pending, None
-        if batch:
-            self._pending = self._runner.decode(batch)
-            for sequence in batch:
-                sequence.in_flight += 1
+        # One that fails leaves all as it was: the last step's tokens can still be read.
+        launched = self._runner.decode(batch) if batch else None
+        pending, self._pending = self._pending, launched
+        for sequence in batch:
+            sequence.in_flight += 1
         if not self._runner.runs_ahead:
             pending, self._pending = self._pending, None
         return events + (self._read(pending) if pending is not None else [])
