@@ -1,10 +1,12 @@
-"""Importing large libraries in less time."""
+"""Importing large libraries in less time, and names of a package when they are first used."""
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from importlib import import_module
+from typing import Any
 
 
 @contextmanager
@@ -44,3 +46,18 @@ def left_out_of_collections() -> Iterator[None]:
         yield
     finally:
         gc.unfreeze()
+
+
+def names_at_first_use(package: str, homes: Mapping[str, str]) -> Callable[[str], Any]:
+    """A package's `__getattr__` for names whose modules are imported when one is asked for.
+
+    Args:
+        homes: by name the module, in full.
+    """
+
+    def get(name: str) -> Any:
+        if name not in homes:
+            raise AttributeError(f"module '{package}' has no attribute '{name}'")
+        return getattr(import_module(homes[name]), name)
+
+    return get

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from pronghorn.importing import names_at_first_use
 
 if TYPE_CHECKING:
     from pronghorn.data.checks import Report, check
@@ -14,19 +15,16 @@ __all__ = ["CleanResult", "LengthReport", "Report", "check", "clean", "stats"]
 
 # Not modules of these names: importing `pronghorn.data.check` would put the module in the function's place.
 _HOME = {
-    "CleanResult": "cleaning",
-    "LengthReport": "lengths",
-    "Report": "checks",
-    "check": "checks",
-    "clean": "cleaning",
-    "stats": "lengths",
+    "CleanResult": "pronghorn.data.cleaning",
+    "LengthReport": "pronghorn.data.lengths",
+    "Report": "pronghorn.data.checks",
+    "check": "pronghorn.data.checks",
+    "clean": "pronghorn.data.cleaning",
+    "stats": "pronghorn.data.lengths",
 }
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'pronghorn.data' has no attribute '{name}'")
-    return getattr(import_module(f"pronghorn.data.{_HOME[name]}"), name)
+__getattr__ = names_at_first_use(__name__, _HOME)
 
 
 def __dir__() -> list[str]:

@@ -4,8 +4,9 @@ when first used: a training that begins needs none of them.
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from pronghorn.importing import names_at_first_use
 
 if TYPE_CHECKING:
     from pronghorn.export.adapter import save_adapter
@@ -31,23 +32,20 @@ __all__ = [
 ]
 
 _HOME = {
-    "Export": "result",
-    "check_checkpoint": "checkpoint_gate",
-    "check_save_method": "merged",
-    "push": "hub",
-    "save_adapter": "adapter",
-    "save_gguf": "gguf",
-    "save_gguf_adapter": "gguf",
-    "save_merged": "merged",
-    "save_quantised": "quantised",
-    "verify_export": "verify",
+    "Export": "pronghorn.export.result",
+    "check_checkpoint": "pronghorn.export.checkpoint_gate",
+    "check_save_method": "pronghorn.export.merged",
+    "push": "pronghorn.export.hub",
+    "save_adapter": "pronghorn.export.adapter",
+    "save_gguf": "pronghorn.export.gguf",
+    "save_gguf_adapter": "pronghorn.export.gguf",
+    "save_merged": "pronghorn.export.merged",
+    "save_quantised": "pronghorn.export.quantised",
+    "verify_export": "pronghorn.export.verify",
 }
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'pronghorn.export' has no attribute '{name}'")
-    return getattr(import_module(f"pronghorn.export.{_HOME[name]}"), name)
+__getattr__ = names_at_first_use(__name__, _HOME)
 
 
 def __dir__() -> list[str]:

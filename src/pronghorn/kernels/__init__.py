@@ -8,13 +8,6 @@ modules, so it lives two layers up (`pronghorn.engine.linear`) and is imported w
 package uses it.
 """
 
-from importlib import import_module
-from typing import Any
+from pronghorn.importing import names_at_first_use
 
-_ELSEWHERE = {"fast_linear_forward": "pronghorn.engine.linear"}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _ELSEWHERE:
-        raise AttributeError(f"module 'pronghorn.kernels' has no attribute '{name}'")
-    return getattr(import_module(_ELSEWHERE[name]), name)
+__getattr__ = names_at_first_use(__name__, {"fast_linear_forward": "pronghorn.engine.linear"})
