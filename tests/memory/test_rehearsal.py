@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -96,7 +97,7 @@ def test_a_recorded_step_stays_in_its_piece(tokens: int, level: str, monkeypatch
     assert binding is not None
     binding.set_save_levels(level)
     shape, batch = shape_of(binding, packed=False, captured=True), Batch(tokens, tokens - 1, 1)
-    rough, found = (estimate(shape, level, batch, settled=settled) for settled in (False, True))
+    rough, found = (estimate(shape, level, batch, settled_up_to=most) for most in (0.0, math.inf))
 
     def taken_within(piece: int) -> int:
         pool = Allocator()

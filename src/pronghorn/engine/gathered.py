@@ -20,7 +20,7 @@ from pronghorn.engine.binding import Binding
 from pronghorn.engine.joined import joins, weights_to_join
 from pronghorn.engine.planning import device_limits, shape_of
 from pronghorn.memory import Batch, available_host_bytes, estimate, with_margin
-from pronghorn.memory.allocator import MIB, Allocator
+from pronghorn.memory.allocator import MIB, Allocator, whole_segment
 from pronghorn.weights import (
     Block,
     DenseWeight,
@@ -67,7 +67,7 @@ class Gathering:
 
     def saves(self, segments: Iterable[Mapping[str, Any]]) -> int:
         """Bytes by which the allocator then holds less, of its segments as they are (`torch.cuda.memory_snapshot`)."""
-        return released(segments, self.moved()) + _segment(self.together) - self.takes()
+        return released(segments, self.moved()) + whole_segment(self.together) - self.takes()
 
     def takes(self) -> int:
         """Bytes that the allocator holds for all of it in its new places."""
@@ -136,11 +136,6 @@ def released(segments: Iterable[Mapping[str, Any]], moved: Mapping[int, int]) ->
             address += block["size"]
         found += segment["total_size"] if moves and all(moves) else 0
     return found
-
-
-def _segment(size: int) -> int:
-    """A segment that holds so many bytes."""
-    return -(-size // (2 * MIB)) * (2 * MIB)
 
 
 def gather_for(binding: Binding, budget: str | int, batch: Batch) -> int:

@@ -16,6 +16,11 @@ SMALL_SEGMENT, MEDIUM_SEGMENT, LARGEST_MEDIUM = 2 * MIB, 20 * MIB, 10 * MIB
 ROUNDING = 512
 
 
+def whole_segment(size: int) -> int:
+    """Bytes of a segment of its own for a large block."""
+    return -(-size // SMALL_SEGMENT) * SMALL_SEGMENT
+
+
 class _Block:
     __slots__ = ("address", "after", "before", "free", "size", "small")
 
@@ -83,7 +88,7 @@ class Allocator:
         elif size < LARGEST_MEDIUM:
             segment = MEDIUM_SEGMENT
         else:
-            segment = -(-size // (2 * MIB)) * (2 * MIB)
+            segment = whole_segment(size)
         block = _Block(self._next_address, segment, small)
         # Segments never touch: blocks of different segments do not join.
         self._next_address += segment + 1
@@ -130,7 +135,7 @@ class GrowingAllocator(Allocator):
         if small or bisect_left(free, (size, -1)) < len(free):
             return super()._take(size, small)
         there = last.size if last is not None and last.free else 0
-        grown = -(-(size - there) // (2 * MIB)) * (2 * MIB)
+        grown = whole_segment(size - there)
         if last is not None and last.free:
             self._unlist(last)
             block = last

@@ -55,15 +55,16 @@ def estimate(
     capability: tuple[int, int] = (9, 0),
     inner: Inner | None = None,
     more: Sequence[int] = (),
-    settled: bool = False,
+    settled_up_to: float = 0.0,
 ) -> Estimate:
     """Predict a step at the given save levels; see `Estimate`.
 
     Args:
         inner: a second decoder of the model.
         more: bytes of further tensors that live from step to step.
-        settled: look what a recorded step takes within the piece that it asks for, which is one to seven times the
-            work; else some is missing where a tensor finds no hole there.
+        settled_up_to: where no more bytes than these are predicted, look what a recorded step takes within the piece
+            that it asks for, which is one to seven times the work; else some is missing where a tensor finds no hole
+            there.
     """
     parts = [Inner(shape, levels, batch), *([inner] if inner else [])]
     memory, fixed, weights = with_model(shape, capability, [part.shape for part in parts[1:]], more)
@@ -85,7 +86,8 @@ def estimate(
         held, piece = pool.peak_reserved, 0
         if isinstance(pool, GrowingAllocator):
             piece = pool.piece
-            held, piece = _settled(step, held, piece) if settled else (held, piece)
+            if memory.reserved + held <= settled_up_to:
+                held, piece = _settled(step, held, piece)
         reserved, left = memory.reserved + held, pool.allocated
     else:
         moments = step(memory)

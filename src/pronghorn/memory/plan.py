@@ -7,6 +7,7 @@ predicted time and the first whose predicted reserved memory fits is taken.
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -131,7 +132,7 @@ def leanest(shape: ModelShape, batch: Batch, rates: Rates, offload: bool = True)
     """The estimate that takes least: nothing kept on the device, short tiles."""
     level: Level = "offload" if offload else "none"
     tries = [
-        estimate(shape, level, batch, tile_rows=rows, capability=rates.capability, settled=True)
+        estimate(shape, level, batch, tile_rows=rows, capability=rates.capability, settled_up_to=math.inf)
         for rows in _tiles(shape, batch)
     ]
     return min(tries, key=lambda found: found.reserved)
@@ -274,18 +275,10 @@ class _Search:
 
     def _estimate(self, levels: tuple[Level, ...], rows: int | None) -> Estimate:
         """What levels take; looked at closely where they seem to fit."""
-        for settled in (False, True):
-            found = estimate(
-                self.shape,
-                levels,
-                self.batch,
-                tile_rows=rows,
-                capability=self.rates.capability,
-                settled=settled,
-            )
-            if with_margin(found.reserved) > self.budget:
-                break
-        return found
+        return estimate(
+            self.shape, levels, self.batch, tile_rows=rows, capability=self.rates.capability,
+            settled_up_to=self.budget / (1 + MARGIN),
+        )  # fmt: skip
 
     def _as_plan(self, levels: tuple[Level, ...], rows: int | None, found: Estimate) -> Plan:
         time = self._time(levels, rows)
