@@ -54,3 +54,33 @@ def test_a_row_of_a_large_embedding_is_not_passed_by():
         watch = Watch(embedding)
         embedding.weight.data[row] += 1
         assert watch.changed()
+
+
+def test_all_of_a_gpu_are_read_at_once(monkeypatch):
+    monkeypatch.setattr(watching, "WHOLE", 1000)
+    monkeypatch.setattr(watching, "EVERY", 64)
+    tensors = [torch.randn(50, 40), torch.randn(7, 2).bfloat16(), torch.randn(100)]
+    read = watching._AtOnce(tensors)
+
+    def numbers():
+        read.begin()
+        return read.wait()
+
+    before = numbers()
+    assert numbers() == before
+    tensors[0].data[3] *= 1.001
+    changed = numbers()
+    assert changed != before
+    tensors[1].data[6, 1] = 0.0
+    assert numbers() not in (before, changed)
+    tensors[2].untyped_storage().resize_(0)
+    assert numbers() is None, "what is not there is not read"
+
+
+def test_what_may_be_trained_now_is_seen():
+    model = torch.nn.Linear(4, 4).requires_grad_(False)
+    watch = Watch(model)
+    model.weight.data.mul_(2)
+    assert not watch.changed(), "frozen: written to by nobody who does not count it"
+    model.requires_grad_(True)
+    assert watch.changed()

@@ -3,20 +3,24 @@
 Writes that autograd sees are counted by torch, tensor by tensor. Others are not: torch's fused optimizers (the
 Trainer's usual one), those of bitsandbytes and `parameter.data` count nothing. What is trained, or belongs to the
 adapters that are active, is therefore looked at itself. Of large weights a part is read, everywhere in them: optimizers
-write to all of a tensor, and reading 16 GB before each answer took longer than its first token (8B on an H200).
+write to all of a tensor, and reading 16 GB before each answer took longer than its first token (8B on an H200). On a
+GPU one launch reads all of them (0.25 GB there), while the host looks at the modules.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from pronghorn.kernels.bit_sums import RUN, Pieces, bit_sums, words_of
+from pronghorn.kernels.dispatch import use_triton
+
 #: tensors of more numbers are read in part: so many of each `EVERY` that lie together; no row as long is passed by
-WHOLE, WINDOW, EVERY = 1 << 22, 16, 1 << 10
+WHOLE, WINDOW, EVERY = 1 << 20, 16, 1 << 10
 
 
 class Watch:
@@ -31,16 +35,20 @@ class Watch:
             if m._modules or m._parameters or m._buffers or type(m).__name__ not in idle
         ]
         self._base = base
-        self._seen = self._look()
+        self._looked = self._look()
+        self._written = Written(list(_written_to(self._modules)))
+        self._numbers = self._written.numbers()()
 
     def changed(self) -> bool:
         """Whether weights were trained, moved, merged or switched, or modules replaced, since then."""
-        return self._look() != self._seen
+        numbers = self._written.numbers()
+        # What is written to follows from what is looked at.
+        return self._look() != self._looked or numbers() != self._numbers
 
     def _look(self) -> list[Any]:
         # PEFT's virtual tokens come in by this function of the instance, and leave the class's there when they go.
         prepared = self._base.__dict__.get("prepare_inputs_for_generation")
-        return [getattr(prepared, "__func__", prepared), *look_at(self._modules), *_sums(self._modules)]
+        return [getattr(prepared, "__func__", prepared), *look_at(self._modules)]
 
 
 def look_at(modules: Sequence[nn.Module]) -> list[Any]:
@@ -49,35 +57,96 @@ def look_at(modules: Sequence[nn.Module]) -> list[Any]:
     Taken before every answer, so modules' own dictionaries are read: nn.Module's ways through them take milliseconds.
     """
     found: list[Any] = []
+    add = found.append
     for module in modules:
         own = module.__dict__
         children = own["_modules"]
-        found.extend(map(id, children.values()))
+        if children:
+            found.extend(map(id, children.values()))
         for held in (own["_parameters"], own["_buffers"]):
             for tensor in held.values():
                 if tensor is not None:
-                    found.append(tensor.data_ptr())
+                    add(tensor.data_ptr())
+                    add(tensor.requires_grad)
                     # One made in inference mode counts no versions, and cannot be trained either.
-                    found.append(0 if tensor.is_inference() else tensor._version)
+                    add(0 if tensor.is_inference() else tensor._version)
         if own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own:
-            found.append((len(own["_forward_hooks"]), len(own["_forward_pre_hooks"]), id(own.get("forward"))))
+            add((len(own["_forward_hooks"]), len(own["_forward_pre_hooks"]), id(own.get("forward"))))
         if "lora_A" in children:
-            found.append(tuple(module.active_adapters))  # type: ignore[arg-type]
-            found.append((module.disable_adapters, *module.merged_adapters, *module.scaling.values()))  # type: ignore[misc, operator]
+            add(tuple(module.active_adapters))  # type: ignore[arg-type]
+            add((module.disable_adapters, *module.merged_adapters, *module.scaling.values()))  # type: ignore[misc, operator]
     return found
 
 
-def _sums(modules: Sequence[nn.Module]) -> list[int]:
-    """Of what may be written to uncounted: a few numbers a tensor, as bits, so that one that is no number equals
-    itself."""
-    alike: dict[tuple[torch.device, torch.dtype, bool], list[Tensor]] = defaultdict(list)
-    for tensor in _written_to(modules):
-        if tensor.numel():
+class Written:
+    """Numbers of tensors that may be written to uncounted: they are others afterwards. The tensors are kept, so that
+    what is read is still theirs when the model has let go of them."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._at_once: list[_AtOnce] = []
+        #: those that no launch reads together
+        self._one_by_one: dict[tuple[torch.device, torch.dtype, bool], list[Tensor]] = defaultdict(list)
+        together: dict[torch.device, list[Tensor]] = defaultdict(list)
+        for tensor in tensors:
+            if not tensor.numel():
+                continue
+            if (
+                tensor.is_cuda
+                and words_of(tensor) is not None
+                and use_triton(tensor.new_empty(0, dtype=torch.int32), None)
+            ):
+                together[tensor.device].append(tensor)
+                continue
             part = part_of(tensor.detach())
             # A list of tensors takes few launches only where all of them are whole.
-            alike[part.device, part.dtype, part.is_contiguous()].append(part)
-    with torch.no_grad():
-        return [number for tensors in alike.values() for number in _sums_of(tensors)]
+            self._one_by_one[part.device, part.dtype, part.is_contiguous()].append(part)
+        self._at_once = [_AtOnce(alike) for alike in together.values()]
+
+    def numbers(self) -> Callable[[], list[Any]]:
+        """Begin to read; what is called then waits and gives the numbers."""
+        for tensors in self._at_once:
+            tensors.begin()
+
+        def found() -> list[Any]:
+            with torch.no_grad():
+                others = [number for tensors in self._one_by_one.values() for number in _sums_of(tensors)]
+            return [*others, *(tensors.wait() for tensors in self._at_once)]
+
+        return found
+
+
+class _AtOnce:
+    """Tensors of one GPU, read in one launch."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        words = [flat for flat in map(words_of, tensors) if flat is not None]
+        self._pieces = pieces = Pieces(words, list(map(_stride, tensors)))
+        self._places, self._there = [flat.data_ptr() for flat in words], True
+        self._sums = torch.empty(len(pieces.plan), dtype=torch.int64, device=pieces.table.device)
+        on_gpu = self._sums.is_cuda
+        self._told = torch.empty(self._sums.shape, dtype=torch.int64, pin_memory=on_gpu)
+        self._ready = torch.cuda.Event() if on_gpu else None
+
+    def begin(self) -> None:
+        # Storages may have been given back or moved, for all that somebody holds them.
+        self._there = [flat.data_ptr() for flat in self._pieces.words] == self._places
+        if not self._there:
+            return
+        self._told.copy_(bit_sums(self._pieces, self._sums), non_blocking=True)
+        if self._ready is not None:
+            self._ready.record(torch.cuda.current_stream(self._sums.device))
+
+    def wait(self) -> bytes | None:
+        if not self._there:
+            return None
+        if self._ready is not None:
+            self._ready.synchronize()
+        return self._told.numpy().tobytes()
+
+
+def _stride(tensor: Tensor) -> int:
+    """Words from one run that is read to the next."""
+    return RUN if tensor.numel() <= WHOLE else EVERY * tensor.element_size() // 4
 
 
 def part_of(tensor: Tensor) -> Tensor:
@@ -89,7 +158,7 @@ def part_of(tensor: Tensor) -> Tensor:
 
 
 def _sums_of(tensors: list[Tensor]) -> list[int]:
-    """Of tensors of one device and dtype."""
+    """Of tensors of one device and dtype a few numbers each, as bits, so that one that is no number equals itself."""
     # On a CPU norms of 16-bit tensors in fp32 take fifty times as long. Of 64-bit numbers, an even count of changed
     # signs does not change the sum.
     if tensors[0].device.type == "cpu" and tensors[0].element_size() < 8:
