@@ -15,13 +15,14 @@ from collections.abc import Sequence as Many
 import torch
 from torch import Tensor
 
-from pronghorn.inference.choosing import Tops, choice_of, is_plain
+from pronghorn.inference.choosing import Tops, choice_of, is_plain, next_tokens
 from pronghorn.inference.decoder import Decoder
 from pronghorn.inference.forward import Cache
 from pronghorn.inference.fused import FusedDecoder, Table
 from pronghorn.inference.mixture import ExpertTable
 from pronghorn.inference.moving import on_device, to_host
 from pronghorn.inference.paging import BLOCK_TOKENS
+from pronghorn.inference.prompts import Prompts
 from pronghorn.inference.requests import Token
 from pronghorn.inference.runner import EagerRunner, Pending, StepLost
 from pronghorn.inference.sequences import Sequence
@@ -66,7 +67,7 @@ class InFlight:
 
 
 class CapturedRunner(EagerRunner):
-    """Prefills eagerly and decodes in recorded steps.
+    """Decodes in recorded steps, and prefills short prompts that come alone in recorded passes (`prompts`).
 
     Args:
         max_batch: number of slots. max_context: tokens of a sequence at most.
@@ -100,6 +101,13 @@ class CapturedRunner(EagerRunner):
         self._held: dict[int, tuple[int, int]] = {}
         self._steps: dict[int, _Step] = {}
         self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+        self.prompts = Prompts(decoder, cache, self._pool)
+
+    def prefill(self, parts: Many[tuple[Sequence, int]]) -> list[tuple[Sequence, Token]]:
+        if not self.prompts.takes(parts):
+            return super().prefill(parts)
+        sequences = [parts[0][0]]
+        return list(zip(sequences, next_tokens(sequences, self.prompts.logits(sequences[0])), strict=True))
 
     def decode(self, sequences: Many[Sequence]) -> Pending:
         size = self._size(1 + max(_slot(sequence) for sequence in sequences))
@@ -143,6 +151,7 @@ class CapturedRunner(EagerRunner):
 
     def refresh(self) -> None:
         """Take the decoder as it was read again; recorded steps stay where only numbers have changed."""
+        self.prompts.forget()
         before, after = self.fused, FusedDecoder(self.decoder, self._lost)
         kept = before.weights == after.weights and _fill(before.tables(), after.tables())
         if kept:

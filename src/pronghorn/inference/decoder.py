@@ -194,6 +194,14 @@ class Decoder:
         """Rows of the embedding as the first layer takes them."""
         return x if self.scales.embedding == 1.0 else x * self.scales.embedding
 
+    def attention_backend(self, dtype: torch.dtype, head_dim: int, windowed: bool) -> str:
+        """What attends over prompts."""
+        binding = self.binding
+        backend = binding.attention_backend(self.device, dtype, head_dim, window=windowed)
+        if backend == "cudnn" and binding.attention is None:
+            return "flash"  # cuDNN builds a plan for every rough size, up to a second each: prompts vary
+        return backend
+
     def slot(self, adapter: str | None) -> int:
         """An adapter's number in tables of all, 0 for none."""
         return 0 if adapter is None else 1 + self.adapters.index(adapter)

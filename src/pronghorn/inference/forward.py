@@ -21,9 +21,9 @@ from pronghorn.inference.projections import Group, Segment, Table, normalised
 from pronghorn.inference.recurrent import DeltaNet, NewTokens, States
 from pronghorn.kernels.attention import AttentionCall, Documents, attention_forward
 from pronghorn.kernels.attention.context import attend_to_context
-from pronghorn.kernels.decode_attention import Paged, decode_attention, gather_context
+from pronghorn.kernels.cached_rope import rope_into_cache
+from pronghorn.kernels.decode_attention import Paged, Rotation, decode_attention, gather_context
 from pronghorn.kernels.glu import glu_forward
-from pronghorn.kernels.rope import qk_rope_forward
 from pronghorn.weights.operand import as_operand
 
 #: [T, Σ(q, k, v)] of a layer, before the rotation, and of a recurrent layer its gates -> [T, N·D]
@@ -84,7 +84,7 @@ def prefill(
 
     All sequences take the same adapter.
     """
-    attend = _PackedAttention(decoder, cache, parts, adapter)
+    attend = PackedAttention(decoder, cache, parts, adapter)
     x = decoder.embed(on_device(ids, torch.int64, decoder.device))
     x = run_layers(decoder, x, [Segment(adapter, slice(0, len(ids)))], attend)
     return x.index_select(0, attend.last_rows)
@@ -183,7 +183,7 @@ def _activated(decoder: Decoder, x: Tensor, layer: Layer, segments: Sequence[Seg
     return glu_forward(gate, up, decoder.activation)
 
 
-class _PackedAttention:
+class PackedAttention:
     """Attention of new tokens of several sequences, whose contexts may hold tokens from before."""
 
     def __init__(self, decoder: Decoder, cache: Cache, parts: Sequence[Part], adapter: str | None) -> None:
@@ -198,19 +198,34 @@ class _PackedAttention:
             for part, p in zip(parts, positions, strict=True)
         ]
         self.places = on_device(torch.cat(places), torch.int64, device)
-        self.angles = {}
-        for kind, table in decoder.rotations.items():
-            rows = [p + table.first_row(part.length) for part, p in zip(parts, positions, strict=True)]
-            at = on_device(torch.cat(rows), torch.int64, device)
-            self.angles[kind] = table.cos[at], table.sin[at]
+        self.angles = {kind: self._angles(table, positions) for kind, table in decoder.rotations.items()}
         lengths = tuple(part.count for part in parts)
         offsets = on_device((0, *ends), torch.int32, device)
         self.docs = Documents(offsets, max(lengths), lengths)
         self.continues = any(part.begin for part in parts)
+        if self.continues:
+            # Once for all layers: a copy from the host that is not pinned waits for the GPU.
+            contexts = accumulate((part.begin + part.count for part in parts), initial=0)
+            self.ends = on_device([list(contexts), [0, *ends]], torch.int32, device)
+            self.tables = [on_device(part.blocks, torch.int64, device) for part in parts]
         if decoder.recurrent:
             slots = on_device([part.state for part in parts], torch.int64, device)
             fresh = on_device([part.begin == 0 for part in parts], torch.bool, device)
             self.new_tokens = NewTokens(self.docs, slots, [part.begin > 0 for part in parts], fresh)
+
+    def _angles(self, table: Rotation, positions: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """cos and sin of all tokens; of a single sequence where they lie."""
+        first = [table.first_row(part.length) for part in self.parts]
+        if len(first) == 1:
+            begin = first[0] + self.parts[0].begin
+            rows = slice(begin, begin + self.parts[0].count)
+            return table.cos[rows], table.sin[rows]
+        at = on_device(
+            torch.cat([p + row for p, row in zip(positions, first, strict=True)]),
+            torch.int64,
+            self.decoder.device,
+        )
+        return table.cos[at], table.sin[at]
 
     def __call__(self, index: int, layer: Layer, qkv: Tensor, gates: Tensor | None) -> Tensor:
         heads, tokens = layer.heads, qkv.shape[0]
@@ -219,29 +234,27 @@ class _PackedAttention:
             return heads.prefill(qkv, gates, self.cache.states[index], self.new_tokens)
         if isinstance(heads, LatentHeads):
             return self._latent(index, layer.rotation, heads, qkv)
-        by_head = qkv.view(tokens, heads.heads + 2 * heads.kv_heads, heads.head_dim)
-        q, k, v = by_head.split((heads.heads, heads.kv_heads, heads.kv_heads), 1)
-        q, k = qk_rope_forward(
-            q,
-            k,
-            *self.angles[layer.rotation],
-            q_norm_weight=heads.q_norm,
-            k_norm_weight=heads.k_norm,
-            eps=heads.eps,
-            weight_offset=heads.norm_offset,
-            pairs=self.decoder.rotations[layer.rotation].pairs,
-        )
         cached = self.cache.layers[index]
-        flat = cached.flatten(0, 1)
-        flat[:, 0].index_copy_(0, self.places, k)
-        flat[:, 1].index_copy_(0, self.places, v)
-        backend = self._backend(qkv, heads.head_dim, heads.window is not None)
+        pairs = self.decoder.rotations[layer.rotation].pairs
+        q, k, v = rope_into_cache(qkv, *self.angles[layer.rotation], cached, self.places, heads, pairs=pairs)
+        backend = self.decoder.attention_backend(qkv.dtype, heads.head_dim, heads.window is not None)
         call = AttentionCall(heads.scale, heads.window, backend, heads.softcap, heads.sinks)
-        if not self.continues:
-            out, _ = attention_forward(q, k, v.contiguous(), self.docs, call)
-            return out.reshape(tokens, -1)
-        contexts = [gather_context(cached, part.blocks, part.begin + part.count) for part in self.parts]
-        return attend_to_context(q, contexts, self.slices, call).reshape(tokens, -1)
+        if self.continues:
+            return attend_to_context(q, self._contexts(cached), self.slices, call, self.ends).reshape(
+                tokens, -1
+            )
+        if backend != "flash":  # which takes columns of a wider matrix
+            q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+        out, _ = attention_forward(q, k, v, self.docs, call)
+        return out.reshape(tokens, -1)
+
+    def _contexts(self, cached: Tensor) -> list[Tensor]:
+        """What a layer's cache holds of each sequence."""
+        ends = [part.begin + part.count for part in self.parts]
+        return [
+            gather_context(cached, part.blocks, end, table=table)
+            for part, end, table in zip(self.parts, ends, self.tables, strict=True)
+        ]
 
     def _latent(self, index: int, rotation: str | None, heads: LatentHeads, codes: Tensor) -> Tensor:
         def project(group: Group, y: Tensor) -> Tensor:
@@ -251,19 +264,13 @@ class _PackedAttention:
         q, entries = heads.read(codes, cos, sin, project)
         cached = self.cache.layers[index]
         cached.flatten(0, 1).index_copy_(0, self.places, entries)
-        call = AttentionCall(heads.scale, None, self._backend(codes, q.shape[2], False))
+        call = AttentionCall(
+            heads.scale, None, self.decoder.attention_backend(codes.dtype, q.shape[2], False)
+        )
         if not self.continues:
             k, v = heads.raised(entries, project)
             out, _ = attention_forward(q, k, v.contiguous(), self.docs, call)
             return out.reshape(len(codes), -1)
-        ends = [gather_context(cached, part.blocks, part.begin + part.count) for part in self.parts]
-        contexts = [heads.context(entries, project) for entries in ends]
-        out = attend_to_context(q, contexts, self.slices, call)
+        contexts = [heads.context(entries, project) for entries in self._contexts(cached)]
+        out = attend_to_context(q, contexts, self.slices, call, self.ends)
         return out[..., : heads.value].reshape(len(codes), -1)
-
-    def _backend(self, like: Tensor, head_dim: int, windowed: bool) -> str:
-        binding = self.decoder.binding
-        backend = binding.attention_backend(like.device, like.dtype, head_dim, window=windowed)
-        if backend == "cudnn" and binding.attention is None:
-            return "flash"  # cuDNN builds a plan for every rough size, up to a second each: prompts vary
-        return backend

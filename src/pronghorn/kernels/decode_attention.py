@@ -170,8 +170,19 @@ def decode_attention(
     return outs[0] if batch == 1 else torch.cat(outs)
 
 
-def gather_context(cache: Tensor, blocks: Sequence[int], length: int, window: int | None = None) -> Tensor:
-    """The last `window` of a sequence's keys and values [length, 2, K, D]; a view where its blocks are neighbours."""
+def gather_context(
+    cache: Tensor,
+    blocks: Sequence[int],
+    length: int,
+    window: int | None = None,
+    *,
+    table: Tensor | None = None,
+) -> Tensor:
+    """The last `window` of a sequence's keys and values [length, 2, K, D]; a view where its blocks are neighbours.
+
+    Args:
+        table: the blocks on the cache's device, where they have been sent there.
+    """
     size = cache.shape[1]
     begin = 0 if window is None else max(0, length - window)
     first, last = begin // size, -(-length // size)
@@ -179,7 +190,7 @@ def gather_context(cache: Tensor, blocks: Sequence[int], length: int, window: in
     if all(after == before + 1 for before, after in pairwise(wanted)):
         found = cache[wanted[0] : wanted[0] + len(wanted)]
     else:
-        found = cache[torch.tensor(wanted, device=cache.device)]
+        found = cache[torch.tensor(wanted, device=cache.device) if table is None else table[first:last]]
     return found.flatten(0, 1)[begin - first * size : length - first * size]
 
 

@@ -9,7 +9,6 @@ the softmax's sum, without a value.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -23,24 +22,28 @@ aten = torch.ops.aten
 
 
 def attend_to_context(
-    q: Tensor, contexts: Sequence[Tensor], slices: Sequence[slice], call: AttentionCall
+    q: Tensor, contexts: Sequence[Tensor], slices: Sequence[slice], call: AttentionCall, ends: Tensor
 ) -> Tensor:
     """out [T, N, D] for q [T, N, D]; rows `slices[i]` are the last tokens of contexts[i] [L, 2, K, D], keys before
-    values."""
+    values.
+
+    Args:
+        ends: int32 [2, contexts + 1] on q's device, where contexts end when laid one after another, and slices; each
+            begins with 0.
+    """
     if call.backend in ("cudnn", "flash") and call.softcap is None:
-        return _flash(q, contexts, slices, call)
+        return _flash(q, contexts, slices, call, ends)
     out = torch.empty_like(q)
     for context, rows in zip(contexts, slices, strict=True):
         out[rows] = _one(q[rows], context, call)
     return out
 
 
-def _flash(q: Tensor, contexts: Sequence[Tensor], slices: Sequence[slice], call: AttentionCall) -> Tensor:
+def _flash(
+    q: Tensor, contexts: Sequence[Tensor], slices: Sequence[slice], call: AttentionCall, ends: Tensor
+) -> Tensor:
     """FlashAttention-2, whose causal mask ends at the last query and the last key."""
     lengths, counts = [len(c) for c in contexts], [rows.stop - rows.start for rows in slices]
-    ends = torch.tensor(
-        [list(accumulate(lengths, initial=0)), list(accumulate(counts, initial=0))], dtype=torch.int32
-    ).to(q.device)
     keys = contexts[0] if len(contexts) == 1 else torch.cat(list(contexts))
     window = {} if call.window is None else {"window_size_left": call.window - 1, "window_size_right": 0}
     out, lse, *_ = aten._flash_attention_forward(

@@ -14,7 +14,7 @@ from pronghorn.kernels.triton.lora import LEAST_RANK, dot, is_wide, rank_block
 
 
 @triton.jit
-def _group_forward(
+def group_forward(
     x_ptr, y_ptr, cos_ptr, sin_ptr, weight_ptr, group, heads, x_stride, y_stride, eps, weight_offset,
     NORM: tl.constexpr, D: tl.constexpr, ROTATED: tl.constexpr, STEP: tl.constexpr, APART: tl.constexpr,
     HEADS: tl.constexpr, HALF_BLOCK: tl.constexpr, REST_BLOCK: tl.constexpr,
@@ -69,12 +69,12 @@ def _forward(
 ):  # fmt: skip
     group = tl.program_id(1)
     if group < q_groups:
-        _group_forward(
+        group_forward(
             q_ptr, qy_ptr, cos_ptr, sin_ptr, qw_ptr, group, q_heads, q_stride, qy_stride, eps, weight_offset,
             NORM, D, ROTATED, STEP, APART, HEADS, HALF_BLOCK, REST_BLOCK,
         )  # fmt: skip
     else:
-        _group_forward(
+        group_forward(
             k_ptr, ky_ptr, cos_ptr, sin_ptr, kw_ptr, group - q_groups, k_heads, k_stride, ky_stride, eps,
             weight_offset, NORM, D, ROTATED, STEP, APART, HEADS, HALF_BLOCK, REST_BLOCK,
         )  # fmt: skip
@@ -272,7 +272,7 @@ def places(rotated: int, pairs: bool) -> dict[str, int]:
     return {"STEP": 2, "APART": 1} if pairs else {"STEP": 1, "APART": rotated // 2}
 
 
-def _blocks(head_dim: int, rotated: int, pairs: bool) -> dict[str, int]:
+def rope_blocks(head_dim: int, rotated: int, pairs: bool) -> dict[str, int]:
     rest = head_dim - rotated
     return {
         **places(rotated, pairs),
@@ -309,7 +309,7 @@ def forward(
             q, k, q_out, k_out, cos, sin, q if q_weight is None else q_weight, k if k_weight is None else k_weight,
             q_heads, k.shape[1], q.stride(0), k.stride(0), q_out.stride(0), k_out.stride(0),
             eps, weight_offset, q_groups,
-            NORM=q_weight is not None, **_blocks(head_dim, cos.shape[-1], pairs), **config,
+            NORM=q_weight is not None, **rope_blocks(head_dim, cos.shape[-1], pairs), **config,
         )  # fmt: skip
     return q_out, k_out
 
@@ -383,7 +383,8 @@ def backward(
             packed_q, packed_k, out_q, out_k, q, k, cos, sin, q_weight, k_weight, partial,
             q_heads, dk.shape[1], packed_q.stride(0), packed_k.stride(0), out_q.stride(0), out_k.stride(0),
             q.stride(0), k.stride(0), eps, weight_offset, q_groups,
-            NORM=norm is not None, NEED_WEIGHT=need_weight_grad, **_blocks(head_dim, cos.shape[-1], pairs), **config,
+            NORM=norm is not None, NEED_WEIGHT=need_weight_grad, **rope_blocks(head_dim, cos.shape[-1], pairs),
+            **config,
         )  # fmt: skip
     if not need_weight_grad:
         return out_q, out_k, None, None

@@ -1,0 +1,170 @@
+"""Prompts in recorded passes of whole blocks: what is computed beyond their end shows nowhere.
+
+Without a GPU they are computed anew each time; what a graph does is played by a stand-in.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from pronghorn.inference import engine as engine_module
+from pronghorn.inference import prompts
+from pronghorn.inference.captured import CapturedRunner
+from pronghorn.inference.engine import Engine
+from tests.inference.test_engine import assert_same, prompt, run_tokens, sampled
+from tests.inference.test_engine_adapters import nf4, with_adapters
+from tests.tiny import tiny_model
+
+
+@pytest.fixture
+def captured(monkeypatch):
+    """Engines made from here on record."""
+    monkeypatch.setattr(engine_module, "_runner", CapturedRunner)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return with_adapters(tiny_model("llama"), {"first": 4, "second": 8})
+
+
+def sizes_of(engine):
+    return list(engine._runner.prompts._prompts)
+
+
+@pytest.mark.parametrize("adapter", [None, "second"])
+@pytest.mark.parametrize("length", [1, 63, 64, 65, 127])
+def test_answers_are_those_of_the_prompt_alone(model, captured, monkeypatch, adapter, length):
+    """Answers go on into the block that the padding lies in, and beyond it."""
+    requests = [sampled(prompt(7 + i, length), adapter) for i in range(2)]
+    engine = Engine(model, max_context=256)
+    found = [run_tokens(engine, [request])[0] for request in requests]
+    assert sizes_of(engine) == [(64 if length <= 64 else 128, adapter)]
+    monkeypatch.undo()
+    assert_same(found, [run_tokens(Engine(model, max_context=256), [request])[0] for request in requests])
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "gemma3_text", "phi3", "cohere", "olmo2"])
+def test_families(family, captured, monkeypatch):
+    model, request = tiny_model(family, seed=1), sampled(prompt(3, 70))
+    engine = Engine(model, max_context=256)
+    found = run_tokens(engine, [request])
+    assert sizes_of(engine) == [(128, None)]
+    monkeypatch.undo()
+    assert_same(found, run_tokens(Engine(model, max_context=256), [request]))
+
+
+def test_weights_in_four_bits(captured, monkeypatch):
+    model, request = nf4(tiny_model("llama")), sampled(prompt(3, 70))
+    engine = Engine(model, max_context=256)
+    found = run_tokens(engine, [request])
+    assert sizes_of(engine) == [(128, None)]
+    monkeypatch.undo()
+    assert_same(found, run_tokens(Engine(model, max_context=256), [request]))
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_5_text", "youtu"])
+def test_what_is_not_recorded(family, captured):
+    engine = Engine(tiny_model(family, seed=1), max_context=256)
+    assert run_tokens(engine, [sampled(prompt(3, 70))])[0]
+    assert not sizes_of(engine)
+
+
+def test_what_comes_together_or_goes_on_or_is_long(model, captured, monkeypatch):
+    monkeypatch.setattr(prompts, "MOST_TOKENS", 128)
+    engine = Engine(model, max_context=256)
+    run_tokens(engine, [sampled(prompt(1, 20)), sampled(prompt(2, 20))])
+    assert not sizes_of(engine)
+    run_tokens(engine, [sampled(prompt(3, 100))])
+    assert sizes_of(engine) == [(128, None)]
+    run_tokens(engine, [sampled(prompt(3, 100))])  # its first block is found in the cache
+    run_tokens(engine, [sampled(prompt(4, 129))])
+    assert sizes_of(engine) == [(128, None)] and engine._runner.prompts._prompts[128, None]._uses == 1
+
+
+def test_weights_that_were_trained_are_read(captured):
+    model = tiny_model("llama")
+    engine, request = Engine(model, max_context=256), sampled(prompt(3, 40))
+    before = run_tokens(engine, [request])
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight.neg_()
+    after = run_tokens(engine, [request])
+    assert [t.id for t in after[0]] != [t.id for t in before[0]]
+    assert_same(after, run_tokens(Engine(model, max_context=256), [request]))
+
+
+def test_few_are_kept(model, captured, monkeypatch):
+    monkeypatch.setattr(prompts, "MOST_KEPT", 2)
+    engine = Engine(model, max_context=256)
+    for length, adapter in ((10, None), (70, None), (11, None), (10, "first")):
+        run_tokens(engine, [sampled(prompt(length, length), adapter)])
+    assert sizes_of(engine) == [(64, None), (64, "first")]
+
+
+class StandIn:
+    """Computes again what was recorded, into the same memory."""
+
+    def __init__(self):
+        self.recorded = None
+
+    def replay(self):
+        compute, logits = self.recorded
+        logits.copy_(compute())
+
+
+@pytest.fixture
+def graphs(monkeypatch, captured):
+    """Graphs that a CPU has; whether memory runs out while they are recorded."""
+    state = {"memory": True, "under_way": None, "made": 0}
+
+    @contextmanager
+    def recording(graph, pool):
+        assert pool == "pool"
+        if not state["memory"]:
+            raise torch.OutOfMemoryError("no memory left")
+        state["under_way"] = graph
+        state["made"] += 1
+        yield
+        state["under_way"] = None
+
+    compute = prompts._Prompt._compute
+
+    def computed(self):
+        found = compute(self)
+        if state["under_way"] is not None:
+            state["under_way"].recorded = (lambda: compute(self)), found
+            return found.fill_(float("nan"))  # nothing is computed by a recording
+        return found
+
+    monkeypatch.setattr(prompts._Prompt, "_compute", computed)
+    monkeypatch.setattr(prompts.torch.cuda, "CUDAGraph", StandIn)
+    monkeypatch.setattr(prompts.torch.cuda, "graph", recording)
+    made = prompts.Prompts.__init__
+    monkeypatch.setattr(
+        prompts.Prompts, "__init__", lambda self, decoder, cache, pool: made(self, decoder, cache, "pool")
+    )
+    return state
+
+
+def test_the_second_of_a_size_is_recorded(model, graphs, monkeypatch):
+    requests = [sampled(prompt(20 + i, 30 + i)) for i in range(4)]
+    engine = Engine(model, max_context=256)
+    found, made = [], []
+    for request in requests:
+        found += run_tokens(engine, [request])
+        made.append(graphs["made"])
+    assert made == [0, 1, 1, 1]
+    monkeypatch.undo()
+    assert_same(found, [run_tokens(Engine(model, max_context=256), [request])[0] for request in requests])
+
+
+def test_without_memory_for_a_recording(model, graphs, monkeypatch, caplog):
+    graphs["memory"] = False
+    requests = [sampled(prompt(20 + i, 30 + i)) for i in range(3)]
+    engine = Engine(model, max_context=256)
+    found = [run_tokens(engine, [request])[0] for request in requests]
+    assert caplog.text.count("computed launch by launch") == 1
+    monkeypatch.undo()
+    assert_same(found, [run_tokens(Engine(model, max_context=256), [request])[0] for request in requests])
