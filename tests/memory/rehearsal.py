@@ -20,6 +20,7 @@ from pronghorn.engine.binding import Binding
 from pronghorn.engine.read import Reading, read_groups
 from pronghorn.kernels import triton as triton_kernels
 from pronghorn.kernels.attention import dispatch
+from pronghorn.kernels.attention.cudnn_plans import bucket
 from pronghorn.memory import offload
 from pronghorn.memory.allocator import Allocator
 from pronghorn.weights import join, lay_side_by_side
@@ -71,6 +72,26 @@ def _flash_backward(
     return tuple(grads)
 
 
+def _cudnn_forward(q: Tensor, k: Tensor, v: Tensor, docs: Any, call: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)
+
+
+def _cudnn_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, docs: Any, call: Any
+) -> tuple[Tensor, ...]:
+    """`kernels.attention.cudnn_ragged`'s allocations, and cuDNN's workspace as it says."""
+    copies = [x.contiguous() for x in (q, k, v, dout, out, lse)]
+    grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)]
+    most = bucket(docs.count, docs.max_seqlen, q.shape[0])[2]
+    size = 4 * most * q.shape[1] * (3 * q.shape[2] + 1)
+    workspace = q.new_empty(size, dtype=torch.uint8)
+    del copies, workspace
+    return tuple(grads)
+
+
+_ATTENTION = {"flash": (_flash_forward, _flash_backward), "cudnn": (_cudnn_forward, _cudnn_backward)}
+
+
 def prepare(monkeypatch: pytest.MonkeyPatch, *, parking: bool) -> None:
     """Make the engine run on the meta device as it does on a GPU."""
     monkeypatch.setattr("pronghorn.kernels.dispatch.use_triton", lambda tensor, impl: True)
@@ -88,7 +109,7 @@ def prepare(monkeypatch: pytest.MonkeyPatch, *, parking: bool) -> None:
     monkeypatch.setattr("pronghorn.kernels.triton.launch.processors", lambda index: 132)
     for name in ("lora", "lora_grads", "glu_down"):
         monkeypatch.setattr(f"pronghorn.kernels.triton.{name}.limits", lambda device: (132, 227 * 1024))
-    monkeypatch.setattr(dispatch, "_implementation", lambda backend: (_flash_forward, _flash_backward))
+    monkeypatch.setattr(dispatch, "_implementation", _ATTENTION.__getitem__)
     monkeypatch.setattr(Binding, "attention_backend", lambda self, *args, **kwargs: "flash")
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda *args: False)
     monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: nullcontext())

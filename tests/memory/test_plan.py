@@ -114,7 +114,7 @@ def test_the_longest_step_fits_and_a_longer_one_does_not() -> None:
         ),
         (LLAMA, ROWS, 16.4, r"give a step at most [\d,]+ tokens \(a batch of \d rows? of 2,048\), or raise"),
         (LLAMA, ROWS, 5, r"Fix: raise the budget to 16\.\d+ GiB"),
-        (QLORA, Batch(300_000, 299_999, 1), 23.2, r"at most 2\d\d,\d+ tokens, or raise the budget to"),
+        (QLORA, Batch(450_000, 449_999, 1), 23.2, r"at most 3\d\d,\d+ tokens, or raise the budget to"),
     ],
 )
 def test_what_does_not_fit_is_told_with_a_way_out(

@@ -266,11 +266,26 @@ def test_other_families_in_four_bits(family: str, monkeypatch: pytest.MonkeyPatc
     compare(in_four_bits(meta_model(OTHERS[family])), "none", 4096)
 
 
+@pytest.mark.parametrize("attention", ["flash", "cudnn"])
 @pytest.mark.parametrize("level", ["offload", "none"])
-def test_a_long_stream(level: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_stream(level: str, attention: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles, groups of heads, chunks of the loss."""
     prepare(monkeypatch, parking=True)
+    monkeypatch.setattr(Binding, "attention_backend", lambda self, *args, **kwargs: attention)
     compare(in_four_bits(meta_model(LlamaConfig(**SIZES))), level, 65536)
+
+
+@pytest.mark.parametrize("tile_rows", [None, 2048])
+@pytest.mark.parametrize("attention", ["flash", "cudnn"])
+@pytest.mark.parametrize("family", ["llama", "phi3"])
+def test_a_layer_of_a_long_row(
+    family: str, attention: str, tile_rows: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By tiles and groups of heads, with the gradient in one place: fewer than seven tensors of an input's size."""
+    prepare(monkeypatch, parking=True)
+    monkeypatch.setattr(Binding, "attention_backend", lambda self, *args, **kwargs: attention)
+    config = LlamaConfig(**SIZES) if family == "llama" else OTHERS[family]
+    compare(in_four_bits(meta_model(config)), "offload", 200_000, tile_rows)
 
 
 def test_mixed_levels(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ Explicit forward and backward.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -90,6 +90,11 @@ class AttentionBlock(AttentionOutput):
 
     def rebuild(self, x: Tensor, dtype: torch.dtype, saves: AttentionSaves) -> None:
         """Compute whatever is missing in `saves` up to the attention output."""
+        self.make_heads(x, dtype, saves)
+        self.attend(saves)
+
+    def make_heads(self, x: Tensor, dtype: torch.dtype, saves: AttentionSaves) -> None:
+        """q, k and v, where they are missing in `saves`."""
         if saves.q is None:
             normed = self._normed(x, dtype, saves)
             # A norm on q and k needs whole inputs in its backward; a rotation takes the adapters in on the way.
@@ -105,6 +110,9 @@ class AttentionBlock(AttentionOutput):
             if defers:
                 self._rotate(saves)
                 self._scale_(saves.q)
+
+    def attend(self, saves: AttentionSaves) -> None:
+        """The attention's output of q, k and v, where it is missing in `saves`."""
         if saves.out is None:
             assert saves.v is not None
             q, k = self._rotated(saves)
@@ -213,6 +221,27 @@ class AttentionBlock(AttentionOutput):
         self._scale_(dq)
         saves.out = saves.lse = saves.v = None
         del out, dout, v, q, k
+        heads = [dq, dk, dv, dgate]
+        del dq, dk, dv, dgate
+        return self.through_projections(
+            heads, x, dtype, saves, sink, need, dy if residual_grad is None else residual_grad
+        )
+
+    def through_projections(
+        self,
+        heads: list[Tensor | None],
+        x: Tensor,
+        dtype: torch.dtype,
+        saves: AttentionSaves,
+        sink: GradientSink,
+        need: bool,
+        residual_grad: Tensor,
+    ) -> Tensor | None:
+        """The end of `backward`, from the gradients of what the attention saw (q, k, v, the gate or None), which are
+        taken out of `heads`."""
+        dq, dk, dv, dgate = heads
+        assert dq is not None and dk is not None and dv is not None
+        heads.clear()
         need_normed = need or sink.wants(self.norm.weight)
         dys, of_stack = self._projection_grads(dq, dk, dv, dgate, saves, sink, need_normed)
         del dq, dk, dv, dgate
@@ -225,8 +254,13 @@ class AttentionBlock(AttentionOutput):
         self.qkv.parameter_grads(dys, normed, saves.xa_qkv, dxa, sink)
         if dnormed is None:
             return None
-        dx = self.norm.backward(dnormed, x, dy if residual_grad is None else residual_grad, sink).tensor
+        dx = self.norm.backward(dnormed, x, residual_grad, sink).tensor
         return dx if need else None
+
+    def of_rows(self, at: slice) -> AttentionBlock:
+        """The block for some rows of the stream; not for the attention itself, which sees all of them."""
+        scale = None if self.query_scale is None else self.query_scale[at]
+        return replace(self, cos=self.cos[at], sin=self.sin[at], query_scale=scale)
 
     def _projection_grads(
         self,

@@ -43,7 +43,7 @@ class AttentionOutput:
         """The block's output before the residual [T, H]: the o-projection of the kept attention output."""
         branch = saves.projected
         if branch is None:
-            (branch,), saves.xa_o = self.o.forward(self.read_by_o(saves))
+            (branch,), saves.xa_o = self.o.forward(self.read_by_o(saves), xa=saves.xa_o)
         if self.output_norm is not None:
             saves.projected = branch
             branch = self.output_norm.forward(branch, branch.dtype)[0].tensor

@@ -108,16 +108,16 @@ class GluBlock:
         return norms + self.gate_up.trainable() + self.down.trainable()
 
     @property
-    def _adds_down(self) -> bool:
+    def adds_down(self) -> bool:
         """Whether the down projection's product is added to the residual sum as it is."""
         return self.output_norm is None and self.output_scale == 1.0
 
     def tiles(self, tokens: int) -> list[slice]:
         """The rows of [tokens] in tiles of about equal height; one where tiles would change what is computed."""
         tiles = tile_slices(tokens, self.tile_rows)
-        return tiles if len(tiles) == 1 or self._rows_are_independent() else [slice(0, tokens)]
+        return tiles if len(tiles) == 1 or self.rows_are_independent() else [slice(0, tokens)]
 
-    def _rows_are_independent(self) -> bool:
+    def rows_are_independent(self) -> bool:
         """Whether tiles give what all rows at once give: modules of their own and dropout masks may depend on the
         number of rows, and gradients in 16 bits would be rounded at every tile."""
         projections = (*self.gate_up.projections, *self.down.projections)
@@ -145,7 +145,7 @@ class GluBlock:
         assert saves.summed is not None
         summed, tokens = saves.summed, saves.summed.shape[0]
         tiles = [slice(0, tokens)] if keeps(level, "matmuls") else self.tiles(tokens)
-        if not self._adds_down:
+        if not self.adds_down:
             out = self._forward_apart(dtype, level, saves, tiles)
         elif len(tiles) > 1:
             # The residual sum becomes the output in place where nothing keeps it.

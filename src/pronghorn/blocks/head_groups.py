@@ -7,6 +7,8 @@ layer inputs, of which a group needs its share.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -29,7 +31,7 @@ def groups_of(tokens: int, kv_heads: int) -> int:
 
 
 def grouped_attention_backward(
-    dout: Tensor,
+    dout: Tensor | Callable[[slice], Tensor],
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -43,21 +45,28 @@ def grouped_attention_backward(
     """As `attention_backward`: gradients of q [T, N, D], k and v [T, K, D].
 
     Args:
-        over: where there are several groups, write them over dout, k and v, which have their shapes.
+        dout: [T, N, D]; or a function that makes it for some heads, [T, heads, D].
+        over: where there are several groups, write them over dout (where that is made for some heads, over q), k and v,
+            which have their shapes.
     """
     heads, kv_heads = q.shape[1], k.shape[1]
     groups = head_groups(q.shape[0], kv_heads, call.backend) if call.sinks is None else 1
     if groups == 1:
-        return attention_backward(dout, q, k, v, out, lse, docs, call)
-    dq, dk, dv = (dout, k, v) if over else (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v))
+        whole = dout if isinstance(dout, Tensor) else dout(slice(0, heads))
+        return attention_backward(whole, q, k, v, out, lse, docs, call)
+    dq, dk, dv = (q, k, v) if over else (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v))
+    if over and isinstance(dout, Tensor):
+        dq = dout
     many, few = heads // groups, kv_heads // groups
     for group in range(groups):
         queries = slice(group * many, (group + 1) * many)
         keys = slice(group * few, (group + 1) * few)
         statistics = lse.narrow(_HEADS_OF_LSE[call.backend], queries.start, many)
+        of_group = dout[:, queries] if isinstance(dout, Tensor) else dout(queries)
         parts = attention_backward(
-            dout[:, queries], q[:, queries], k[:, keys], v[:, keys], out[:, queries], statistics, docs, call
+            of_group, q[:, queries], k[:, keys], v[:, keys], out[:, queries], statistics, docs, call
         )
+        del of_group
         dq[:, queries], dk[:, keys], dv[:, keys] = parts
         del parts
     return dq, dk, dv

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from pronghorn.blocks import long_rows
 from pronghorn.blocks.attention import AttentionBlock
 from pronghorn.blocks.attention_output import OutputSaves
 from pronghorn.blocks.glu import GluBlock
@@ -113,7 +114,8 @@ class DecoderLayer:
     """One layer of a decoder, ready to run: x -> y = x + attention(norm(x)) -> y + glu(norm(y)).
 
     `dtype` is the compute dtype; the residual stream keeps the dtype of the layer's input. Without a `stash` the levels
-    that park keep the same tensors on their device.
+    that park keep the same tensors on their device. `owns_gradients`: nobody else reads the gradient of the layer's
+    output, so that the one of its input may be written over it.
     """
 
     attention: AttentionPart
@@ -122,6 +124,7 @@ class DecoderLayer:
     dtype: torch.dtype
     stash: Stash | None = None
     parameters: list[Tensor] = field(default_factory=list)
+    owns_gradients: bool = False
 
     @staticmethod
     def build(
@@ -130,12 +133,21 @@ class DecoderLayer:
         level: Level,
         dtype: torch.dtype,
         stash: Stash | None = None,
+        owns_gradients: bool = False,
     ) -> DecoderLayer:
         """A layer whose kind is that of its MLP block."""
         unique = {id(t): t for t in attention.trainable() + glu.trainable()}
         beside = isinstance(glu, GluBlock) and glu.beside_attention
         kind = ParallelLayer if beside else DecoderLayer
-        return kind(attention, glu, level, dtype, stash, list(unique.values()))  # type: ignore[arg-type]
+        return kind(
+            attention,  # type: ignore[arg-type]
+            glu,  # type: ignore[arg-type]
+            level,
+            dtype,
+            stash,
+            list(unique.values()),
+            owns_gradients,
+        )
 
     def __call__(self, x: Tensor) -> Tensor:
         """Hidden states [T, H] -> [T, H]. Keeps nothing when no gradient can be asked for."""
@@ -145,6 +157,8 @@ class DecoderLayer:
 
     def forward(self, x: Tensor, level: Level) -> tuple[Tensor, LayerSaves]:
         saves = LayerSaves(self.attention.Saves(), self.glu.Saves())
+        if self._splits(x, level):
+            return long_rows.forward(self, x), saves
         self._attend(x, saves)
         saves.attention.trim(level)
         return self.glu.forward(self.dtype, level, saves.glu), saves
@@ -152,10 +166,16 @@ class DecoderLayer:
     def backward(
         self, dout: Tensor, x: Tensor, saves: LayerSaves, sink: GradientSink, need: bool
     ) -> Tensor | None:
+        if self._splits(x, self.level):
+            return long_rows.backward(self, dout, x, saves.attention, sink, need)
         self._attend(x, saves)
         dsummed = self.glu.backward(dout, self.dtype, saves.glu, sink, self.attention.columns_of_dy())
         saves.glu = self.glu.Saves()
         return self.attention.backward(dsummed, x, self.dtype, saves.attention, sink, need)
+
+    def _splits(self, x: Tensor, level: Level) -> bool:
+        """Whether rows are so long that they, and heads, go apart (`blocks.long_rows`)."""
+        return long_rows.is_long(x.nbytes, level) and long_rows.can_split(self, x.shape[0])
 
     def _attend(self, x: Tensor, saves: LayerSaves) -> None:
         """Compute whatever is missing in `saves` up to the residual sum."""

@@ -101,7 +101,9 @@ def build_layer(layer: Any, call: LayerCall) -> DecoderLayer:
         attention = latent_attention_block
     elif parts.delta is not None:
         attention = delta_net_block
-    return DecoderLayer.build(attention(layer, call, read), mlp, level, call.dtype, call.stash)
+    owns = not (layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks)
+    owns = owns and not layer._backward_pre_hooks
+    return DecoderLayer.build(attention(layer, call, read), mlp, level, call.dtype, call.stash, owns)
 
 
 def _attention_block(layer: Any, call: LayerCall, read: ReadGroups) -> AttentionBlock:
@@ -218,8 +220,10 @@ def decoder_forward(
             return_dict=True,
             **kwargs,
         )
-    embedded = _embedded(decoder, binding, input_ids, inputs_embeds)
-    hidden_states, stream = flatten_rows(embedded, attention_mask, position_ids, kwargs)
+    # No name is given to the embeddings, which would hold them until the last layer.
+    hidden_states, stream = flatten_rows(
+        _embedded(decoder, binding, input_ids, inputs_embeds), attention_mask, position_ids, kwargs
+    )
     if token_types is not None:
         stream = with_image_blocks(stream, token_types)
     call = LayerCall.of(

@@ -263,8 +263,16 @@ def shape_of(binding: Binding, **more: Any) -> ModelShape:
         trained="adapters" if any(ranks.values()) else "all",
         joined=all(_joined(found, embedding.device, binding.laid_out) for found in read),
         elsewhere=bool(binding.elsewhere),
+        rows_go_apart=not any(map(_keeps_rows_together, read)),
         **more,
     )
+
+
+def _keeps_rows_together(groups: Mapping[int, Sequence[Any]]) -> bool:
+    """Whether a layer has an adapter whose blocks do not run over tiles of rows (`GluBlock.rows_are_independent`)."""
+    linear = (p for group in groups.values() for p in group if isinstance(p, LinearProjection))
+    adapters = [adapter for projection in linear for adapter in projection.adapters]
+    return any(a.dropout or (a.a.requires_grad and a.a.dtype.itemsize < 4) for a in adapters)
 
 
 def _mixed_stacks(stacks: Sequence[ExpertWeight]) -> tuple[int, ...]:

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pronghorn.blocks import Level, host_bytes_per_token, keeps
 from pronghorn.kernels.linear_cross_entropy import Space, default_chunk_rows
 from pronghorn.memory.gpus import CUDNN_ATTENTION, Rates
+from pronghorn.memory.long_rows import splits
 from pronghorn.memory.offload import bytes_in_flight, comes_late
-from pronghorn.memory.products import DOWN, GATE_UP, OUT
+from pronghorn.memory.products import DOWN, GATE_UP, OUT, QKV
 from pronghorn.memory.schedule import Batch
 from pronghorn.memory.shape import ModelShape
 
@@ -99,6 +100,12 @@ class _Operations:
         seconds = others * (size + 0.5) / (share * rates.bandwidth)
         return seconds + shape.linear_parameters(*wide) * (shape.element + 0.5) / (UNPACKED * rates.bandwidth)
 
+    def unpack_of_long_rows(self) -> float:
+        """What a further tile of rows that go apart unpacks besides: o forward, rebuilding, and q, k, v back."""
+        if not splits(self.shape, self.batch.tokens, "none"):
+            return 0.0
+        return 2 * self.unpack(*OUT) + self.unpack(*QKV, backward=True)
+
     def passes(self, elements: int) -> float:
         """Reading or writing so many elements a token."""
         return elements * self.batch.tokens * self.shape.element / self.rates.bandwidth
@@ -161,7 +168,7 @@ def layer_times(shape: ModelShape, batch: Batch, rates: Rates) -> LayerTimes:
         rebuild_attention=product(*rebuilt) + attend + passes(2 * heads + 2 * h) + down_again,
         rebuild_glu=product(*GATE_UP) + passes(rows),
         rebuild_norms=passes(4 * h) + product(*names.raised),
-        per_tile=3 * its.unpack(*GATE_UP, *DOWN) + TILE_SECONDS,
+        per_tile=3 * its.unpack(*GATE_UP, *DOWN) + TILE_SECONDS + its.unpack_of_long_rows(),
         full_rebuild=forward,
     )
 

@@ -177,7 +177,7 @@ class Products:
         return self.tokens * self.shape.hidden * self.shape.residual_element
 
     def _tiles(self) -> list[slice]:
-        if self.shape.trained != "adapters":
+        if self.shape.trained != "adapters" or not self.shape.rows_go_apart:
             return [slice(0, self.tokens)]
         tiles = tile_slices(self.tokens, self.tile_rows)
         if len(tiles) <= 4 or self.shape.mixture is not None:

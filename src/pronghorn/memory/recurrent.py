@@ -24,9 +24,9 @@ class RecurrentStep(Step):
         assert self.shape.delta is not None
         return self.shape.delta
 
-    def _layer_forward(self, index: int, level: Level, x: int, embeddings: int) -> int:
+    def _layer_forward(self, index: int, level: Level, x: int) -> int:
         self._recurrent = self.shape.is_recurrent(index)
-        return super()._layer_forward(index, level, x, embeddings)
+        return super()._layer_forward(index, level, x)
 
     def _layer_backward(self, index: int, level: Level, dout: int) -> int:
         self._recurrent = self.shape.is_recurrent(index)

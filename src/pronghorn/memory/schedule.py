@@ -8,18 +8,18 @@ dtype and of the residual stream.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pronghorn.blocks import Level, joining, keeps, parks
 from pronghorn.blocks.head_groups import head_groups
 from pronghorn.blocks.levels import space_of
+from pronghorn.kernels.attention.cudnn_plans import bucket
 from pronghorn.kernels.linear_cross_entropy import default_chunk_rows
+from pronghorn.memory import long_rows
 from pronghorn.memory.allocator import Allocator
-from pronghorn.memory.offload import bytes_in_flight, comes_late
-from pronghorn.memory.pool import aligned
-from pronghorn.memory.products import DOWN, GATE_UP, OUT, QKV, Held, Products
+from pronghorn.memory.parking import Parking
+from pronghorn.memory.products import DOWN, GATE_UP, OUT, QKV, Held
 from pronghorn.memory.shape import ModelShape
 
 _ATTENTION = ("q", "k", "v", "gate_of_output", "out", "lse", "xa_qkv", "xa_o", "projected_attention")
@@ -35,20 +35,19 @@ class Batch:
     documents: int = 1
 
 
-class Step(Products):
+class Step(Parking):
     """One forward and backward on an `Allocator`. `run` leaves nothing allocated; `moments` names the peaks."""
 
     def __init__(
         self, shape: ModelShape, levels: Sequence[Level], batch: Batch, memory: Allocator, tile_rows: int
     ) -> None:
-        super().__init__(shape, batch.tokens, memory, tile_rows)
+        super().__init__(shape, batch.tokens, memory, tile_rows, len(levels))
         self.levels, self.batch = levels, batch
-        self.kept: list[Held] = [{} for _ in levels]
         self.moments: dict[str, int] = {}
-        self._leaving: deque[tuple[int, int, list[int]]] = deque()
-        self._in_flight = 0
-        self._back: dict[int, Held] = {}
-        self._parked: dict[int, dict[str, int]] = {}
+
+    def of_rows(self, rows: int) -> Step:
+        """What some rows take, in one tile."""
+        return Step(self.shape, (), replace(self.batch, tokens=rows), self.memory, rows)
 
     # --- the step ----------------------------------------------------------------------------------------------
 
@@ -60,14 +59,12 @@ class Step(Products):
         """
         shape, t = self.shape, self.tokens
         inputs = [self._new(8 * t) for _ in range(4)]
-        embeddings = hidden = self._new(self._residual())
+        hidden = self._new(self._residual())
         angles = self._angles()
         for index, level in enumerate(self.levels):
-            hidden = self._layer_forward(index, level, hidden, embeddings)
+            hidden = self._layer_forward(index, level, hidden)
         self._mark("forward")
         normed, rstd = self._new(t * shape.hidden * self.element), self._new(4 * t)
-        if not self._holds(embeddings):
-            self._free(embeddings)
         gradient = self._loss(normed)
         for other in between:
             other()
@@ -111,18 +108,20 @@ class Step(Products):
 
     # --- a layer, forward ---------------------------------------------------------------------------------------
 
-    def _layer_forward(self, index: int, level: Level, x: int, embeddings: int) -> int:
+    def _layer_forward(self, index: int, level: Level, x: int) -> int:
         saves: Held = {}
         out = self._output(level, saves)
         kept = {"x": (x, self._residual()), **saves}
         if parks(level):
-            self._park(index, kept, embeddings)
+            self._park(index, kept)
         else:
             self.kept[index] = kept
         return out
 
     def _output(self, level: Level, saves: Held) -> int:
         """`DecoderLayer.forward`: the layer's output; what the level keeps stays in `saves`."""
+        if long_rows.splits(self.shape, self.tokens, level):
+            return long_rows.forward(self)
         self._attend(level, saves)
         self._trim_attention(level, saves)
         return self._glu_forward(level, saves)
@@ -151,6 +150,11 @@ class Step(Products):
 
     def _attention(self, saves: Held) -> None:
         """`AttentionBlock.rebuild`: up to the attention's output."""
+        self._heads(saves)
+        self._attention_output(saves)
+
+    def _heads(self, saves: Held) -> None:
+        """`AttentionBlock.make_heads`."""
         shape, t, e = self.shape, self.tokens, self.element
         if "q" not in saves:
             codes = None
@@ -170,6 +174,10 @@ class Step(Products):
                 for name in ("q", "gate_of_output"):
                     self._keep(saves, name, t * shape.q * e)
                 self._free(wide)
+
+    def _attention_output(self, saves: Held) -> None:
+        """`AttentionBlock.attend`."""
+        shape, t, e = self.shape, self.tokens, self.element
         if "out" not in saves:
             rotated = [self._new(t * width * e) for width in (shape.q, shape.kv)] if shape.qk_norm else []
             self._keep(saves, "out", t * shape.q * e)
@@ -248,8 +256,11 @@ class Step(Products):
         shape = self.shape
         saves = self._fetch(index) if parks(level) else self.kept[index]
         need = index > 0 or shape.trained == "all"
-        dx = self._input_gradient(level, saves, need)
-        self._free(dout)
+        if long_rows.splits(shape, self.tokens, level):
+            dx = long_rows.backward(self, dout, need)
+        else:
+            dx = self._input_gradient(level, saves, need)
+            self._free(dout)
         self._drop(saves, *list(saves))
         return dx
 
@@ -300,6 +311,11 @@ class Step(Products):
                 fresh[:1] = self._after(fresh[0], [self._new(2 * t * shape.q * e)])
             self._free(*gradients[:2], *dgate)
             gradients = [*fresh, gradients[2]]
+        return self._through_projections(saves, gradients, need)
+
+    def _through_projections(self, saves: Held, gradients: list[int], need: bool) -> int:
+        """The end of `AttentionBlock.through_projections`, from the gradients of q, k and v after their norms."""
+        shape, t, e = self.shape, self.tokens, self.element
         codes = None
         joined = shape.joined and need and (joining.QKV_INPUT_GRAD or shape.fp8_forward)
         if (joined or shape.fused) and not shape.qk_norm:
@@ -422,15 +438,20 @@ class Step(Products):
         self._drop(saves, "down")
         return found
 
-    def _attention_workspace(self) -> list[int]:
-        """What lives while the gradients of one group of heads are made, besides those of all heads."""
+    def _attention_workspace(self, dout_apart: bool = False) -> list[int]:
+        """What lives while the gradients of one group of heads are made, besides those of all heads; without a part of
+        dout where that was made apart."""
         shape, t, e = self.shape, self.tokens, self.element
         groups = head_groups(t, shape.kv_heads, shape.attention)
         heads, q, kv = shape.heads // groups, shape.q // groups, shape.kv // groups
         # Parts of dout and out are copied to lie contiguously; the group's own gradients are copied into place.
-        parts = [t * width * e for width in (q, q, q, kv, kv)] if groups > 1 else []
+        parts = [t * width * e for width in (q, q, q, kv, kv)[dout_apart:]] if groups > 1 else []
         if shape.attention == "cudnn":
-            return [*parts, 12 * t * q]
+            # It wants q, k, v and the statistics of the group contiguous, too.
+            more = [*(t * width * e for width in (q, kv, kv)), 4 * t * heads] if groups > 1 else []
+            _, _, most = bucket(self.batch.documents, t, t)
+            row_sums = 4 * most * heads if groups > 1 else 0  # else too little to count
+            return [*more, *parts, 12 * most * q + row_sums]
         if shape.attention == "flex":
             # The forward pass again with its statistics, their share of the gradients, and gradients heads first.
             return [t * q * e, 4 * t * heads, 4 * t * heads, *(t * width * e for width in (q, kv, kv))]
@@ -438,53 +459,6 @@ class Step(Products):
         head = -(-shape.head_dim // 32) * 32
         sums = [4 * padded * heads, 4 * padded * heads * head]
         return parts + sums + ([t * q * e] * 2 if shape.heads != shape.kv_heads else [])
-
-    # --- parking -------------------------------------------------------------------------------------------------
-
-    def _park(self, index: int, kept: Held, embeddings: int) -> None:
-        """`HostStash.park`: device memory stays until the copies of a later layer begin."""
-        self._parked[index] = {name: size for name, (_, size) in kept.items()}
-        size = self._parked_bytes(index)
-        handles = [handle for handle, _ in kept.values() if handle != embeddings]
-        self._leaving.append((index, size, handles))
-        self.kept[index] = kept
-        self._in_flight = max(self._in_flight, bytes_in_flight(size, aligned(self._residual())))
-        while sum(size for _, size, _ in self._leaving) > self._in_flight:
-            left, _, gone = self._leaving.popleft()
-            self._free(*gone)
-            self.kept[left] = {}
-
-    def _fetch(self, index: int) -> Held:
-        saves = self._not_left(index)
-        if saves is None:
-            self._start_return(index)
-            saves = self._back.pop(index)
-        below = index - 1
-        if below in self._parked and not comes_late(self._parked_bytes(below), aligned(self._residual())):
-            self._start_return(below)
-        return saves
-
-    def _parked_bytes(self, index: int) -> int:
-        return sum(map(aligned, self._parked[index].values()))
-
-    def _not_left(self, index: int) -> Held | None:
-        for item in self._leaving:
-            if item[0] == index:
-                self._leaving.remove(item)
-                return self.kept[index]
-        return None
-
-    def _start_return(self, index: int) -> None:
-        if (
-            index in self._back
-            or index not in self._parked
-            or any(item[0] == index for item in self._leaving)
-        ):
-            return
-        self._back[index] = {name: (self._new(size), size) for name, size in self._parked[index].items()}
-
-    def _holds(self, handle: int) -> bool:
-        return any(held == handle for saves in self.kept for held, _ in saves.values())
 
     def _mark(self, moment: str) -> None:
         """The most that was allocated since the last mark."""

@@ -54,6 +54,7 @@ class ModelShape:
         latent: the attention, where it is latent. Projections are then q (or its code), kv (the other code), q_up and
             kv_up; `head_dim` is that of q and k.
         delta: the layers that have another attention, where there are such.
+        rows_go_apart: blocks may run over tiles of rows: no adapter drops anything, and none is in 16 bits.
         gated: the q-projection gives a gate of the attention's output besides.
     """
 
@@ -98,6 +99,7 @@ class ModelShape:
     latent: LatentShape | None = None
     delta: DeltaShape | None = None
     gated: bool = False
+    rows_go_apart: bool = True
 
     @property
     def element(self) -> int:

@@ -347,6 +347,22 @@ class ProjectionGroup(GroupParameters):
             self._add_adapter_input_grad_(dx, grads.dxa)
         return dx, grads
 
+    def input_grad_columns(
+        self, dy: Tensor, sink: GradientSink, xa: Tensor | None = None
+    ) -> tuple[Callable[[slice], Tensor], AdapterGrads | None]:
+        """For a group of one whose weight is plain or dequantised, and drops nothing: what makes some columns of dX,
+        [T, columns], with the roundings of `input_grad`; and the adapters' output gradients for `parameter_grads`."""
+        grads, _ = self._output_grads([dy], xa, sink, False)
+        weight = self._linear(0).weight.dense(dy.dtype)
+        a = None if grads is None else self._stacked_a(dy.dtype)
+
+        def columns(which: slice) -> Tensor:
+            if grads is None or a is None:
+                return dy @ weight[:, which]
+            return (grads.dxa @ a[:, which]).addmm_(dy, weight[:, which])
+
+        return columns, grads
+
     def fp8_columns(self) -> tuple[Tensor, ...] | None:
         """Exponents int8 [out_i] of the factors that go into each dY before all of them are quantised together; None
         where that is not how the input gradient is made."""

@@ -76,9 +76,10 @@ def bucket(documents: int, longest: int, tokens: int) -> tuple[int, int, int]:
     """The rounded numbers of documents, tokens of the longest document, and tokens.
 
     Documents and lengths go up to a power of two: empty documents and rows past a document's end cost a few per
-    cent. Tokens size the backward workspace (3 · 4 bytes · tokens · heads · D), so they go up by a quarter at most.
+    cent. Tokens size the backward workspace (3 · 4 bytes · tokens · heads · D), so they go up by a quarter at most, and
+    by less than 8,192 where there are so many that this workspace is the largest thing there.
     """
-    step = max(1024, 1 << max(0, (tokens - 1).bit_length() - 3))
+    step = min(max(1024, 1 << max(0, (tokens - 1).bit_length() - 3)), 8192)
     return _power_of_two(documents), max(128, _power_of_two(longest)), -(-tokens // step) * step
 
 
