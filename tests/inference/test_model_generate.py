@@ -148,6 +148,30 @@ class Kept(BaseStreamer):
         self.ended += 1
 
 
+@pytest.mark.parametrize("ends", [13, [13, 200], torch.tensor([13, 200]), torch.tensor(200)])
+def test_tokens_that_end_an_answer(model, ends):
+    given = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    free = stock(model, ONE, **given, eos_token_id=None)[0, ONE.shape[1] :]
+    ends = torch.where(torch.as_tensor(ends) == 13, free[2], free[4])
+    for kind in (ends, ends.tolist()):
+        expected = stock(model, ONE, **given, eos_token_id=kind)
+        assert expected.shape[1] < ONE.shape[1] + 6
+        assert torch.equal(model.generate(ONE, **given, eos_token_id=kind), expected)
+
+
+def test_transformers_makes_no_cache(model, monkeypatch):
+    """Its preparation would make one for every layer, which the engine does not use."""
+
+    def refuses(*args, **kwargs):
+        raise AssertionError("a cache was made")
+
+    monkeypatch.setattr("transformers.generation.utils.DynamicCache", refuses)
+    given = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+    assert model.generate(ONE, use_cache=True, **given).shape[1] == ONE.shape[1] + 3
+    with pytest.raises(AssertionError, match="a cache was made"):
+        model.generate(ONE, num_beams=2, **given)
+
+
 def test_a_streamer_gets_what_stock_gives_it(model):
     ours, theirs = Kept(), Kept()
     given = {"max_new_tokens": 7, "do_sample": False, "pad_token_id": 0}

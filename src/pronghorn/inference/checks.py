@@ -48,8 +48,8 @@ def _check_prompt(prompt: Sequence[int], vocabulary: int) -> None:
         raise SamplingInvalid(
             "the prompt has no tokens", fix="give at least one, such as the model's first token"
         )
-    outside = next((token for token in prompt if not 0 <= token < vocabulary), None)
-    if outside is not None:
+    if min(prompt) < 0 or max(prompt) >= vocabulary:
+        outside = next(token for token in prompt if not 0 <= token < vocabulary)
         raise SamplingInvalid(
             f"the prompt holds token {outside}, and the vocabulary has {vocabulary:,}",
             fix="encode the prompt with this model's tokenizer",

@@ -20,6 +20,7 @@ from torch import Tensor
 from pronghorn.engine.binding import base_causal_lm
 from pronghorn.errors import EngineRefused
 from pronghorn.inference.engine import Engine
+from pronghorn.inference.moving import on_device
 from pronghorn.inference.paging import BLOCK_TOKENS
 from pronghorn.inference.requests import Request, SamplingParams
 
@@ -194,6 +195,12 @@ class EngineGenerate:
         ):  # what `apply_chat_template` returns today, given as the ids it once returned
             inputs = None if encoding is inputs else inputs
             given = {**encoding, **{name: value for name, value in given.items() if value is not encoding}}
+        if not any(
+            getattr(source, "cache_config", None) for source in (config, self.model.generation_config)
+        ):
+            given["use_cache"] = (
+                False  # no cache of Transformers' own, which takes a third of its preparation
+            )
         out: Tensor = type(self.model).generate(self.model, inputs, config, custom_generate=loop, **given)
         return out
 
@@ -214,7 +221,7 @@ class EngineGenerate:
             raise _NotOurs("a streamer for several rows")
         rows = _rows(input_ids, prepared.get("attention_mask"))
         counts = _counts_padding(logits_processor)
-        ends = _ends(stopping_criteria)
+        ends = _ends(stopping_criteria, generation_config)
         new = max(1, stopping_criteria.max_length - input_ids.shape[1])
         sampling = _sampling(generation_config, logits_processor, new, ends)
         with self._alone():
@@ -303,18 +310,15 @@ def _rows(input_ids: Tensor, mask: Tensor | None) -> list[tuple[list[int], set[i
     ids = input_ids.tolist()
     if mask is None:
         return [(row, set()) for row in ids]
-    # A token left out in the middle still counts where there is a window, or a state.
-    left_alone = mask.shape == input_ids.shape and bool((mask[:, -1] == 1).all())
-    if not left_alone or bool((mask[:, 1:] < mask[:, :-1]).any()):
-        raise _NotOurs("the attention mask is not that of rows padded on the left")
     rows = []
-    for row, kept in zip(ids, mask.tolist(), strict=True):
-        rows.append(
-            (
-                [token for token, keep in zip(row, kept, strict=True) if keep],
-                {token for token, keep in zip(row, kept, strict=True) if not keep},
-            )
-        )
+    for row, kept in zip(
+        ids, mask.tolist() if mask.shape == input_ids.shape else [[0]] * len(ids), strict=True
+    ):
+        left_out = kept.count(0)
+        # A token left out in the middle still counts where there is a window, or a state.
+        if any(kept[:left_out]) or not 0 < kept.count(1) == len(kept) - left_out:
+            raise _NotOurs("the attention mask is not that of rows padded on the left")
+        rows.append((row[left_out:], set(row[:left_out])))
     return rows
 
 
@@ -329,9 +333,14 @@ def _counts_padding(processors: Any) -> bool:
     return True
 
 
-def _ends(criteria: Any) -> tuple[int, ...]:
-    tokens = [item.eos_token_id for item in criteria if hasattr(item, "eos_token_id")]
-    return tuple(int(token) for found in tokens for token in torch.as_tensor(found).view(-1).tolist())
+def _ends(criteria: Any, config: Any) -> tuple[int, ...]:
+    """The tokens that end an answer: those of the configuration, which the criteria have on the model's device."""
+    if not any(hasattr(item, "eos_token_id") for item in criteria):
+        return ()
+    found = config.eos_token_id
+    if isinstance(found, Tensor):
+        found = found.tolist()
+    return tuple(map(int, found)) if isinstance(found, (list, tuple)) else (int(found),)
 
 
 def _sampling(config: Any, processors: Any, new: int, ends: tuple[int, ...]) -> SamplingParams:
@@ -376,7 +385,9 @@ def _answers(
 def _joined(input_ids: Tensor, answers: list[list[int]], config: Any) -> Tensor:
     """[B, L + longest answer]; shorter ones end in padding."""
     longest = max(map(len, answers))
-    pad = getattr(config, "_pad_token_tensor", None)
-    filler = 0 if pad is None else int(pad)
+    filler = 0
+    if any(len(answer) < longest for answer in answers):
+        pad = getattr(config, "_pad_token_tensor", None)
+        filler = 0 if pad is None else int(pad)
     rows = [[*answer, *[filler] * (longest - len(answer))] for answer in answers]
-    return torch.cat([input_ids, torch.tensor(rows, dtype=input_ids.dtype, device=input_ids.device)], 1)
+    return torch.cat([input_ids, on_device(rows, input_ids.dtype, input_ids.device)], 1)
