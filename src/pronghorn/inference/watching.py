@@ -57,24 +57,28 @@ def look_at(modules: Sequence[nn.Module]) -> list[Any]:
     Taken before every answer, so modules' own dictionaries are read: nn.Module's ways through them take milliseconds.
     """
     found: list[Any] = []
-    add = found.append
+    tensors: list[Tensor | None] = []
     for module in modules:
         own = module.__dict__
         children = own["_modules"]
         if children:
-            found.extend(map(id, children.values()))
-        for held in (own["_parameters"], own["_buffers"]):
-            for tensor in held.values():
-                if tensor is not None:
-                    add(tensor.data_ptr())
-                    add(tensor.requires_grad)
-                    # One made in inference mode counts no versions, and cannot be trained either.
-                    add(0 if tensor.is_inference() else tensor._version)
+            found += children.values()
+            if type(module) is nn.ModuleDict:  # which does nothing itself
+                continue
+            if "lora_A" in children:
+                found.append(tuple(module.active_adapters))  # type: ignore[arg-type]
+                found.append((module.disable_adapters, *module.merged_adapters, *module.scaling.values()))  # type: ignore[misc, operator]
+        if own["_parameters"]:
+            tensors += own["_parameters"].values()
+        if own["_buffers"]:
+            tensors += own["_buffers"].values()
         if own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own:
-            add((len(own["_forward_hooks"]), len(own["_forward_pre_hooks"]), id(own.get("forward"))))
-        if "lora_A" in children:
-            add(tuple(module.active_adapters))  # type: ignore[arg-type]
-            add((module.disable_adapters, *module.merged_adapters, *module.scaling.values()))  # type: ignore[misc, operator]
+            found.append((len(own["_forward_hooks"]), len(own["_forward_pre_hooks"]), id(own.get("forward"))))
+    there = [tensor for tensor in tensors if tensor is not None]
+    found += map(Tensor.data_ptr, there)
+    # One made in inference mode counts no versions, and cannot be trained either.
+    found += [0 if tensor.is_inference() else tensor._version for tensor in there]
+    found += [tensor.requires_grad for tensor in there]
     return found
 
 
