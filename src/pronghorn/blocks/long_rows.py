@@ -13,7 +13,7 @@ the same ones, each made as often as before; adapters' gradients are summed over
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,8 +29,9 @@ from pronghorn.weights import DenseWeight, FourBitWeight, Weight
 if TYPE_CHECKING:
     from pronghorn.blocks.layer import DecoderLayer
 
-#: Bytes of a layer's input (131,072 tokens of an 8B model) from which on rows count as long.
-LONG_INPUT = 2**30
+#: Bytes of a layer's input (32,768 tokens of an 8B model) from which on rows count as long. Below, heads do not go in
+#: groups, and what tiles save is little beside the weights.
+LONG_INPUT = 2**28
 
 
 def is_long(input_bytes: int, level: Level) -> bool:
@@ -74,8 +75,7 @@ def forward(layer: DecoderLayer, x: Tensor) -> Tensor:
     saves.q = saves.k = saves.v = saves.lse = None
     out = torch.empty_like(x)
     for at in glu.tiles(x.shape[0]):
-        of_rows = _residual_sum(layer, x, saves, at)
-        out[at] = glu.forward(layer.dtype, "none", of_rows)
+        out[at] = glu.forward(layer.dtype, "none", _residual_sum(layer, x, saves, at))
     return out
 
 
@@ -89,24 +89,11 @@ def backward(
     saves.xa_o = attention.o.down(saves.out.flatten(1))
     dsummed = dout if layer.owns_gradients else torch.empty_like(dout)
     for at in tiles:
-        of_rows = _residual_sum(layer, x, saves, at)
-        dsummed[at] = glu.backward(dout[at], layer.dtype, of_rows, sink).tensor
-    del of_rows
+        # Nothing of a tile has a name here: it would live until the next one's is there.
+        dsummed[at] = glu.backward(dout[at], layer.dtype, _residual_sum(layer, x, saves, at), sink).tensor
     heads = _heads_backward(layer, attention, dsummed, saves, sink)
     for at in tiles:
-        part = attention.of_rows(at)
-        xa = saves.xa_qkv if saves.xa_qkv is None else saves.xa_qkv[at]
-        dx = part.through_projections(
-            [*(of_head[at] for of_head in heads), None],
-            x[at],
-            layer.dtype,
-            attention.Saves(xa_qkv=xa),
-            sink,
-            need,
-            dsummed[at],
-        )
-        if dx is not None:
-            dsummed[at] = dx
+        _input_grad_(layer, dsummed, x, heads, saves.xa_qkv, at, sink, need)
     return dsummed if need else None
 
 
@@ -150,6 +137,27 @@ def _heads_backward(
     if attention.query_scale is not None:
         dq.mul_(attention.query_scale)
     return dq, dk, dv
+
+
+def _input_grad_(
+    layer: DecoderLayer,
+    dsummed: Tensor,
+    x: Tensor,
+    heads: Sequence[Tensor],
+    xa: Tensor | None,
+    at: slice,
+    sink: GradientSink,
+    need: bool,
+) -> None:
+    """The gradient of some rows of x over that of the residual sum, from those of q, k and v."""
+    attention, _ = _parts(layer)
+    of_rows = attention.Saves(xa_qkv=None if xa is None else xa[at])
+    of_heads = [*(of_head[at] for of_head in heads), None]
+    dx = attention.of_rows(at).through_projections(
+        of_heads, x[at], layer.dtype, of_rows, sink, need, dsummed[at]
+    )
+    if dx is not None:
+        dsummed[at] = dx
 
 
 def _of_heads(columns: Callable[[slice], Tensor], size: int) -> Callable[[slice], Tensor]:

@@ -24,7 +24,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from pronghorn.blocks.long_rows import LONG_INPUT
 from pronghorn.memory.pool import HostPool, aligned
 
 logger = logging.getLogger("pronghorn")
@@ -35,7 +34,7 @@ LAG = 2
 #: Bytes of an input (131,072 tokens of an 8B model) from which on a layer that parks nothing else has its copy alone on
 #: the way out, and comes back when it is asked for: the copy takes 1 % of the layer's time there, and each further
 #: input on the device a tenth of what such a step needs.
-LARGE_INPUT = LONG_INPUT
+LARGE_INPUT = 2**30
 
 
 def comes_late(size: int, first: int) -> bool:
