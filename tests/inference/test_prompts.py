@@ -117,12 +117,13 @@ class StandIn:
 @pytest.fixture
 def graphs(monkeypatch, captured):
     """Graphs that a CPU has; whether memory runs out while they are recorded."""
-    state = {"memory": True, "under_way": None, "made": 0}
+    state = {"memory": True, "under_way": None, "made": 0, "stream": "first"}
 
     @contextmanager
-    def recording(graph, pool):
+    def recording(graph, pool, capture_error_mode):
         assert pool == "pool"
         if not state["memory"]:
+            state["stream"] = "another"
             raise torch.OutOfMemoryError("no memory left")
         state["under_way"] = graph
         state["made"] += 1
@@ -141,9 +142,12 @@ def graphs(monkeypatch, captured):
     monkeypatch.setattr(prompts._Prompt, "_compute", computed)
     monkeypatch.setattr(prompts.torch.cuda, "CUDAGraph", StandIn)
     monkeypatch.setattr(prompts.torch.cuda, "graph", recording)
+    monkeypatch.setattr(prompts.torch.cuda, "current_stream", lambda: state["stream"])
+    monkeypatch.setattr(prompts.torch.cuda, "set_stream", lambda stream: state.update(stream=stream))
+    monkeypatch.setattr(prompts.torch.cuda, "graph_pool_handle", lambda: "pool")
     made = prompts.Prompts.__init__
     monkeypatch.setattr(
-        prompts.Prompts, "__init__", lambda self, decoder, cache, pool: made(self, decoder, cache, "pool")
+        prompts.Prompts, "__init__", lambda self, decoder, cache, records: made(self, decoder, cache, True)
     )
     return state
 
@@ -165,6 +169,7 @@ def test_without_memory_for_a_recording(model, graphs, monkeypatch, caplog):
     requests = [sampled(prompt(20 + i, 30 + i)) for i in range(3)]
     engine = Engine(model, max_context=256)
     found = [run_tokens(engine, [request])[0] for request in requests]
-    assert caplog.text.count("computed launch by launch") == 1
+    assert caplog.text.count("none could be recorded (no memory left)") == 1
+    assert graphs["stream"] == "first"
     monkeypatch.undo()
     assert_same(found, [run_tokens(Engine(model, max_context=256), [request])[0] for request in requests])

@@ -101,7 +101,7 @@ class CapturedRunner(EagerRunner):
         self._held: dict[int, tuple[int, int]] = {}
         self._steps: dict[int, _Step] = {}
         self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
-        self.prompts = Prompts(decoder, cache, self._pool)
+        self.prompts = Prompts(decoder, cache, records=device.type == "cuda")
 
     def prefill(self, parts: Many[tuple[Sequence, int]]) -> list[tuple[Sequence, Token]]:
         if not self.prompts.takes(parts):

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
+from collections.abc import Callable
 from collections.abc import Sequence as Many
 
 import torch
@@ -37,11 +38,16 @@ class Prompts:
     """Computes prompts that begin a context by themselves.
 
     Args:
-        pool: of the graphs' memory; None where nothing can be recorded.
+        records: whether there is a GPU to record for.
+
+    Attributes:
+        pool: of the graphs' memory; None where nothing is recorded.
     """
 
-    def __init__(self, decoder: Decoder, cache: Cache, pool: object) -> None:
-        self.decoder, self.cache, self.pool = decoder, cache, pool
+    def __init__(self, decoder: Decoder, cache: Cache, records: bool) -> None:
+        self.decoder, self.cache = decoder, cache
+        # Not that of decoding steps: these stay sound whatever happens here.
+        self.pool: object = torch.cuda.graph_pool_handle() if records else None
         #: a prompt's tokens, where its keys go, and which token is its last: side by side, each of its size
         self.numbers = torch.zeros(2 * MOST_TOKENS + 1, dtype=torch.int64, device=decoder.device)
         self._prompts: OrderedDict[tuple[int, str | None], _Prompt] = OrderedDict()
@@ -111,24 +117,36 @@ class _Prompt:
 
     def _record(self) -> None:
         """The kernels are there since the first prompt of this size."""
-        graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(graph, pool=self.prompts.pool):
-                self._logits = self._compute()
-        except torch.OutOfMemoryError:
-            logger.warning(
-                "pronghorn: too little GPU memory to record prompts of %d tokens; they are computed launch by launch",
-                self.size,
-            )
+        self._graph, self._logits = recorded(self._compute, self.prompts.pool)
+        if self._graph is None:
             self.prompts.pool = None
-            return
-        self._graph = graph
 
     def _compute(self) -> Tensor:
         decoder = self.prompts.decoder
         whole, last = self.segments
         x = run_layers(decoder, decoder.embed(self.prompts.numbers[: self.size]), whole, self.attend)
         return logits_of(decoder, x.index_select(0, self.attend.last_rows), last)
+
+
+def recorded(
+    compute: Callable[[], Tensor], pool: object
+) -> tuple[torch.cuda.CUDAGraph | None, Tensor | None]:
+    """A graph of what has been computed before, and where it leaves the result; (None, None) where that fails, as for
+    lack of memory, and everything is as it was."""
+    before = torch.cuda.current_stream()
+    graph = torch.cuda.CUDAGraph()
+    try:
+        # "relaxed": other threads may allocate meanwhile.
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="relaxed"):
+            result = compute()
+    except RuntimeError as error:
+        torch.cuda.set_stream(before)
+        reason = str(error).partition("\n")[0]
+        logger.warning(
+            "pronghorn: prompts are computed launch by launch: none could be recorded (%s)", reason
+        )
+        return None, None
+    return graph, result
 
 
 def _rounded(length: int) -> int:
