@@ -5,8 +5,6 @@ Without a GPU they are computed anew each time; what a graph does is played by a
 
 from __future__ import annotations
 
-from contextlib import contextmanager
-
 import pytest
 import torch
 
@@ -14,6 +12,7 @@ from pronghorn.inference import engine as engine_module
 from pronghorn.inference import prompts
 from pronghorn.inference.captured import CapturedRunner
 from pronghorn.inference.engine import Engine
+from tests.inference.graphs import Graphs
 from tests.inference.test_engine import assert_same, prompt, run_tokens, sampled
 from tests.inference.test_engine_adapters import nf4, with_adapters
 from tests.tiny import tiny_model
@@ -103,53 +102,12 @@ def test_few_are_kept(model, captured, monkeypatch):
     assert sizes_of(engine) == [(64, None), (64, "first")]
 
 
-class StandIn:
-    """Computes again what was recorded, into the same memory."""
-
-    def __init__(self):
-        self.recorded = None
-
-    def replay(self):
-        compute, logits = self.recorded
-        logits.copy_(compute())
-
-
 @pytest.fixture
 def graphs(monkeypatch, captured):
-    """Graphs that a CPU has; whether memory runs out while they are recorded."""
-    state = {"memory": True, "under_way": None, "made": 0, "stream": "first"}
-
-    @contextmanager
-    def recording(graph, pool, capture_error_mode):
-        assert pool == "pool"
-        if not state["memory"]:
-            state["stream"] = "another"
-            raise torch.OutOfMemoryError("no memory left")
-        state["under_way"] = graph
-        state["made"] += 1
-        yield
-        state["under_way"] = None
-
-    compute = prompts._Prompt._compute
-
-    def computed(self):
-        found = compute(self)
-        if state["under_way"] is not None:
-            state["under_way"].recorded = (lambda: compute(self)), found
-            return found.fill_(float("nan"))  # nothing is computed by a recording
-        return found
-
-    monkeypatch.setattr(prompts._Prompt, "_compute", computed)
-    monkeypatch.setattr(prompts.torch.cuda, "CUDAGraph", StandIn)
-    monkeypatch.setattr(prompts.torch.cuda, "graph", recording)
-    monkeypatch.setattr(prompts.torch.cuda, "current_stream", lambda: state["stream"])
-    monkeypatch.setattr(prompts.torch.cuda, "set_stream", lambda stream: state.update(stream=stream))
-    monkeypatch.setattr(prompts.torch.cuda, "graph_pool_handle", lambda: "pool")
-    made = prompts.Prompts.__init__
-    monkeypatch.setattr(
-        prompts.Prompts, "__init__", lambda self, decoder, cache, records: made(self, decoder, cache, True)
-    )
-    return state
+    """Graphs that a CPU has."""
+    found = Graphs()
+    found.put_in(monkeypatch)
+    return found
 
 
 def test_the_second_of_a_size_is_recorded(model, graphs, monkeypatch):
@@ -158,18 +116,18 @@ def test_the_second_of_a_size_is_recorded(model, graphs, monkeypatch):
     found, made = [], []
     for request in requests:
         found += run_tokens(engine, [request])
-        made.append(graphs["made"])
+        made.append(graphs.made.count("prompts"))
     assert made == [0, 1, 1, 1]
     monkeypatch.undo()
     assert_same(found, [run_tokens(Engine(model, max_context=256), [request])[0] for request in requests])
 
 
 def test_without_memory_for_a_recording(model, graphs, monkeypatch, caplog):
-    graphs["memory"] = False
+    graphs.memory = False
     requests = [sampled(prompt(20 + i, 30 + i)) for i in range(3)]
     engine = Engine(model, max_context=256)
     found = [run_tokens(engine, [request])[0] for request in requests]
-    assert caplog.text.count("none could be recorded (no memory left)") == 1
-    assert graphs["stream"] == "first"
+    assert caplog.text.count("prompts could not be recorded (no memory left)") == 1
+    assert graphs.stream == "first"
     monkeypatch.undo()
     assert_same(found, [run_tokens(Engine(model, max_context=256), [request])[0] for request in requests])

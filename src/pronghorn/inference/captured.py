@@ -15,7 +15,8 @@ from collections.abc import Sequence as Many
 import torch
 from torch import Tensor
 
-from pronghorn.inference.choosing import Tops, choice_of, is_plain, next_tokens
+from pronghorn.inference.chooser import Chooser
+from pronghorn.inference.choosing import Tops, is_plain, next_tokens
 from pronghorn.inference.decoder import Decoder
 from pronghorn.inference.forward import Cache
 from pronghorn.inference.fused import FusedDecoder, Table
@@ -28,7 +29,6 @@ from pronghorn.inference.runner import EagerRunner, Pending, StepLost
 from pronghorn.inference.sequences import Sequence
 from pronghorn.kernels.decode_attention import Paged
 from pronghorn.kernels.next_token import Rows, take_likeliest_
-from pronghorn.kernels.sampling import choose
 
 #: steps whose tokens the host may yet have to read: one runs while the last one's are read, and some room
 TURNS = 4
@@ -102,12 +102,14 @@ class CapturedRunner(EagerRunner):
         self._steps: dict[int, _Step] = {}
         self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
         self.prompts = Prompts(decoder, cache, records=device.type == "cuda")
+        self.chooser = Chooser(records=device.type == "cuda")
 
     def prefill(self, parts: Many[tuple[Sequence, int]]) -> list[tuple[Sequence, Token]]:
         if not self.prompts.takes(parts):
             return super().prefill(parts)
         sequences = [parts[0][0]]
-        return list(zip(sequences, next_tokens(sequences, self.prompts.logits(sequences[0])), strict=True))
+        tokens = next_tokens(sequences, self.prompts.logits(sequences[0]), self.chooser)
+        return list(zip(sequences, tokens, strict=True))
 
     def decode(self, sequences: Many[Sequence]) -> Pending:
         size = self._size(1 + max(_slot(sequence) for sequence in sequences))
@@ -123,7 +125,7 @@ class CapturedRunner(EagerRunner):
             return InFlight(sequences, rows, told, None, on_gpu)
         index = None if rows == list(range(size)) else on_device(rows, torch.int64, self.decoder.device)
         logits = (logits if index is None else logits.index_select(0, index)).float()
-        chosen = choose(logits, choice_of(sequences, logits.device, logits.shape[1]))
+        chosen = self.chooser(sequences, logits)
         tops = Tops.of(sequences, logits, chosen)
         if index is None:
             self.tokens[:size] = chosen

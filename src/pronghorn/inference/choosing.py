@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Many
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,36 +21,70 @@ def is_plain(sequences: Many[Sequence]) -> bool:
     return all(p.temperature == 0 and p.repetition_penalty == 1 and p.logprobs is None for p in params)
 
 
-def choice_of(sequences: Many[Sequence], device: torch.device, vocabulary: int) -> Choice:
-    """How the next token of each sequence is chosen; its random number is that of its place in the answer."""
+class Kind(NamedTuple):
+    """What `kernels.sampling.Choice` has to say of a batch as a whole."""
+
+    most: int
+    draws: bool
+    cuts: bool
+
+    @staticmethod
+    def of(sequences: Many[Sequence]) -> Kind:
+        params = [sequence.request.sampling for sequence in sequences]
+        return Kind(
+            most=max(p.top_k for p in params) if all(p.top_k or not p.temperature for p in params) else 0,
+            draws=any(p.temperature > 0 for p in params),
+            cuts=any(p.top_k or p.top_p < 1 or p.min_p for p in params),
+        )
+
+
+def packed(sequences: Many[Sequence]) -> Tensor:
+    """int32 [6, B] on the host: temperature, top_p, min_p, penalty and the place's random number of each row as the
+    bits of fp32, and top_k. One copy takes them to the device."""
     params = [sequence.request.sampling for sequence in sequences]
-
-    def column(values: list[float]) -> Tensor:
-        return on_device(values, torch.float32, device)
-
     numbers = [
         uniform(s.seed, s.generated + s.in_flight) if s.request.sampling.temperature else 0.0
         for s in sequences
     ]
-    return Choice(
-        temperature=column([p.temperature for p in params]),
-        top_k=on_device([p.top_k for p in params], torch.int32, device),
-        top_p=column([p.top_p for p in params]),
-        min_p=column([p.min_p for p in params]),
-        penalty=column([p.repetition_penalty for p in params]),
-        uniform=column(numbers),
-        seen=_seen(sequences, device, vocabulary),
-        most=max(p.top_k for p in params) if all(p.top_k or not p.temperature for p in params) else 0,
-        draws=any(p.temperature > 0 for p in params),
-        cuts=any(p.top_k or p.top_p < 1 or p.min_p for p in params),
+    wide = torch.tensor(
+        [
+            [p.temperature for p in params],
+            [p.top_p for p in params],
+            [p.min_p for p in params],
+            [p.repetition_penalty for p in params],
+            numbers,
+        ],
+        dtype=torch.float32,
     )
+    return torch.cat([wide.view(torch.int32), torch.tensor([[p.top_k for p in params]], dtype=torch.int32)])
 
 
-def next_tokens(sequences: Many[Sequence], logits: Tensor) -> list[Token]:
+def choice_from(columns: Tensor, kind: Kind, seen: Tensor | None = None) -> Choice:
+    """How tokens are chosen, of what `packed` gave, on the device."""
+    temperature, top_p, min_p, penalty, numbers = columns[:5].view(torch.float32).unbind(0)
+    return Choice(temperature, columns[5], top_p, min_p, penalty, numbers, seen, *kind)
+
+
+def choice_of(sequences: Many[Sequence], device: torch.device, vocabulary: int) -> Choice:
+    """How the next token of each sequence is chosen; its random number is that of its place in the answer."""
+    columns = on_device(packed(sequences), torch.int32, device)
+    return choice_from(columns, Kind.of(sequences), _seen(sequences, device, vocabulary))
+
+
+def chosen_by_launches(sequences: Many[Sequence], logits: Tensor) -> Tensor:
+    """The next token of each sequence, int64 [B], for fp32 logits [B, V]."""
+    return choose(logits, choice_of(sequences, logits.device, logits.shape[1]))
+
+
+def next_tokens(
+    sequences: Many[Sequence],
+    logits: Tensor,
+    chosen_by: Callable[[Many[Sequence], Tensor], Tensor] = chosen_by_launches,
+) -> list[Token]:
     """The next token of each sequence for fp32 logits [B, V]."""
     if is_plain(sequences):
         return [Token(token) for token in logits.argmax(-1).tolist()]
-    chosen = choose(logits, choice_of(sequences, logits.device, logits.shape[1]))
+    chosen = chosen_by(sequences, logits)
     tops = Tops.of(sequences, logits, chosen)
     tokens = [Token(token) for token in chosen.tolist()]  # waits for what `tops` copies, too
     return tokens if tops is None else tops.tell(sequences, tokens)

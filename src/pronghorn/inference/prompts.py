@@ -10,9 +10,7 @@ On a CPU the same is computed without being recorded, which is how it is tested 
 
 from __future__ import annotations
 
-import logging
 from collections import OrderedDict
-from collections.abc import Callable
 from collections.abc import Sequence as Many
 
 import torch
@@ -23,10 +21,9 @@ from pronghorn.inference.forward import Cache, PackedAttention, Part, logits_of,
 from pronghorn.inference.mixture import GatedMlp
 from pronghorn.inference.paging import BLOCK_TOKENS
 from pronghorn.inference.projections import Group, Segment
+from pronghorn.inference.recording import recorded
 from pronghorn.inference.sequences import Sequence
 from pronghorn.kernels.decode_attention import Heads
-
-logger = logging.getLogger("pronghorn")
 
 #: tokens of a recorded prompt at most: longer ones keep a GPU busy while the host launches
 MOST_TOKENS = 1024
@@ -117,7 +114,7 @@ class _Prompt:
 
     def _record(self) -> None:
         """The kernels are there since the first prompt of this size."""
-        self._graph, self._logits = recorded(self._compute, self.prompts.pool)
+        self._graph, self._logits = recorded(self._compute, self.prompts.pool, "prompts")
         if self._graph is None:
             self.prompts.pool = None
 
@@ -126,27 +123,6 @@ class _Prompt:
         whole, last = self.segments
         x = run_layers(decoder, decoder.embed(self.prompts.numbers[: self.size]), whole, self.attend)
         return logits_of(decoder, x.index_select(0, self.attend.last_rows), last)
-
-
-def recorded(
-    compute: Callable[[], Tensor], pool: object
-) -> tuple[torch.cuda.CUDAGraph | None, Tensor | None]:
-    """A graph of what has been computed before, and where it leaves the result; (None, None) where that fails, as for
-    lack of memory, and everything is as it was."""
-    before = torch.cuda.current_stream()
-    graph = torch.cuda.CUDAGraph()
-    try:
-        # "relaxed": other threads may allocate meanwhile.
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="relaxed"):
-            result = compute()
-    except RuntimeError as error:
-        torch.cuda.set_stream(before)
-        reason = str(error).partition("\n")[0]
-        logger.warning(
-            "pronghorn: prompts are computed launch by launch: none could be recorded (%s)", reason
-        )
-        return None, None
-    return graph, result
 
 
 def _rounded(length: int) -> int:

@@ -1,0 +1,38 @@
+"""CUDA graphs of what can be done without them, too."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger("pronghorn")
+
+
+def recorded(
+    compute: Callable[[], Tensor], pool: object, what: str
+) -> tuple[torch.cuda.CUDAGraph | None, Tensor | None]:
+    """A graph of what has been computed before, and where it leaves the result; (None, None) where that fails, as for
+    lack of memory, and everything is as it was.
+
+    Args:
+        pool: of the graph's memory. what: is computed, for the log.
+    """
+    before = torch.cuda.current_stream()
+    graph = torch.cuda.CUDAGraph()
+    try:
+        # "relaxed": other threads may allocate meanwhile.
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="relaxed"):
+            result = compute()
+    except RuntimeError as error:
+        torch.cuda.set_stream(before)
+        reason = str(error).partition("\n")[0]
+        logger.warning(
+            "pronghorn: %s could not be recorded (%s); they are launched one by one from here on",
+            what,
+            reason,
+        )
+        return None, None
+    return graph, result
