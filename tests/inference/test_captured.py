@@ -13,7 +13,7 @@ from peft import LoraConfig
 
 from pronghorn.inference import engine as engine_module
 from pronghorn.inference import fused
-from pronghorn.inference.captured import TURNS, CapturedRunner, _Step
+from pronghorn.inference.captured import TURNS, CapturedRunner, InFlight, _Step
 from pronghorn.inference.engine import Engine
 from pronghorn.inference.requests import Request, SamplingParams
 from pronghorn.kernels.walk import walk
@@ -267,3 +267,33 @@ def test_after_a_step_that_fails_answers_go_on(model, alone, captured, monkeypat
             answers[event.request_id] += event.tokens
     assert failed == 1
     assert_same([answers[number] for number in numbers], alone[:2])
+
+
+def test_decoding_begins_before_the_first_token_is_read(model, alone, captured, monkeypatch):
+    engine = Engine(model, max_batch=2, max_context=256)
+    order = []
+    tokens, decode = InFlight.tokens, engine._runner.decode
+    monkeypatch.setattr(InFlight, "tokens", lambda step: (order.append("read"), tokens(step))[1])
+    engine._runner.decode = lambda sequences: (order.append("launch"), decode(sequences))[1]
+    found = run_tokens(engine, REQUESTS[:1])
+    assert_same(found, alone[:1])
+    assert order == ["launch", "read"] * (NEW - 1) + ["read"]
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_short_answers_of_several_that_are_cancelled_and_come_later(model, captured, monkeypatch, count):
+    """A prompt whose token nobody has read yet gives its slot and blocks to the next one."""
+    requests = [greedy(ids, count=count) for ids in PROMPTS]
+    alone = [run(Engine(model, max_context=256), [request])[0] for request in requests]
+    engine = Engine(model, max_batch=2, max_context=256, cache_tokens=6 * 64)
+    gone = engine.submit(greedy(PROMPTS[1], count=9))
+    assert engine.step() == [], "its token is on its way"
+    engine.cancel(gone)
+    numbers = [engine.submit(request) for request in requests]
+    answers = {number: [] for number in numbers}
+    while engine.has_work:
+        for event in engine.step():
+            assert event.request_id in answers or event.finish_reason == "cancelled"
+            answers.setdefault(event.request_id, []).extend(token.id for token in event.tokens)
+    assert [answers[number] for number in numbers] == alone and not answers[gone]
+    assert engine.free_blocks == engine.total_blocks and not engine.has_work

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pronghorn.inference.chooser import Chooser
-from pronghorn.inference.choosing import Tops, is_plain, next_tokens
+from pronghorn.inference.choosing import Tops, is_plain
 from pronghorn.inference.decoder import Decoder
 from pronghorn.inference.forward import Cache
 from pronghorn.inference.fused import FusedDecoder, Table
@@ -25,7 +25,7 @@ from pronghorn.inference.moving import on_device, to_host
 from pronghorn.inference.paging import BLOCK_TOKENS
 from pronghorn.inference.prompts import Prompts
 from pronghorn.inference.requests import Token
-from pronghorn.inference.runner import EagerRunner, Pending, StepLost
+from pronghorn.inference.runner import Done, EagerRunner, Pending, StepLost
 from pronghorn.inference.sequences import Sequence
 from pronghorn.kernels.decode_attention import Paged
 from pronghorn.kernels.next_token import Rows, take_likeliest_
@@ -104,12 +104,15 @@ class CapturedRunner(EagerRunner):
         self.prompts = Prompts(decoder, cache, records=device.type == "cuda")
         self.chooser = Chooser(records=device.type == "cuda")
 
-    def prefill(self, parts: Many[tuple[Sequence, int]]) -> list[tuple[Sequence, Token]]:
-        if not self.prompts.takes(parts):
-            return super().prefill(parts)
-        sequences = [parts[0][0]]
-        tokens = next_tokens(sequences, self.prompts.logits(sequences[0]), self.chooser)
-        return list(zip(sequences, tokens, strict=True))
+    def prefill(self, parts: Many[tuple[Sequence, int]]) -> Pending:
+        if self.prompts.takes(parts):
+            sequences, logits = [parts[0][0]], self.prompts.logits(parts[0][0])
+        else:
+            sequences, found = self.prefilled(parts)
+            if found is None:
+                return Done([])
+            logits = found
+        return self._chosen(sequences, logits, None)
 
     def decode(self, sequences: Many[Sequence]) -> Pending:
         size = self._size(1 + max(_slot(sequence) for sequence in sequences))
@@ -124,14 +127,25 @@ class CapturedRunner(EagerRunner):
         if is_plain(sequences):
             return InFlight(sequences, rows, told, None, on_gpu)
         index = None if rows == list(range(size)) else on_device(rows, torch.int64, self.decoder.device)
-        logits = (logits if index is None else logits.index_select(0, index)).float()
-        chosen = self.chooser(sequences, logits)
-        tops = Tops.of(sequences, logits, chosen)
-        if index is None:
-            self.tokens[:size] = chosen
+        logits = logits if index is None else logits.index_select(0, index)
+        return self._chosen(sequences, logits.float(), index)
+
+    def _chosen(self, sequences: Many[Sequence], logits: Tensor, index: Tensor | None) -> Pending:
+        """Tokens for fp32 logits [n, V] of sequences, put where the next step looks for them.
+
+        Args:
+            index: their slots on the device, where they are there already.
+        """
+        rows, plain = [_slot(sequence) for sequence in sequences], is_plain(sequences)
+        chosen = logits.argmax(-1) if plain else self.chooser(sequences, logits)
+        tops = None if plain else Tops.of(sequences, logits, chosen)
+        if rows == list(range(rows[0], rows[0] + len(rows))):
+            self.tokens[rows[0] : rows[0] + len(rows)] = chosen
         else:
+            index = on_device(rows, torch.int64, self.decoder.device) if index is None else index
             self.tokens.index_copy_(0, index, chosen)
-        return InFlight(sequences, rows, to_host(self._board[: 1 + size]), tops, on_gpu)
+        numbers = to_host(self._board[: 2 + max(rows)])
+        return InFlight(sequences, rows, numbers, tops, self._board.is_cuda)
 
     def is_sparse(self, sequences: Many[Sequence]) -> bool:
         """Whether the sequences would take a smaller step in other slots."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from collections.abc import Sequence as Many
 from typing import NamedTuple
 
@@ -76,15 +75,11 @@ def chosen_by_launches(sequences: Many[Sequence], logits: Tensor) -> Tensor:
     return choose(logits, choice_of(sequences, logits.device, logits.shape[1]))
 
 
-def next_tokens(
-    sequences: Many[Sequence],
-    logits: Tensor,
-    chosen_by: Callable[[Many[Sequence], Tensor], Tensor] = chosen_by_launches,
-) -> list[Token]:
+def next_tokens(sequences: Many[Sequence], logits: Tensor) -> list[Token]:
     """The next token of each sequence for fp32 logits [B, V]."""
     if is_plain(sequences):
         return [Token(token) for token in logits.argmax(-1).tolist()]
-    chosen = chosen_by(sequences, logits)
+    chosen = chosen_by_launches(sequences, logits)
     tops = Tops.of(sequences, logits, chosen)
     tokens = [Token(token) for token in chosen.tolist()]  # waits for what `tops` copies, too
     return tokens if tops is None else tops.tell(sequences, tokens)

@@ -246,11 +246,17 @@ class Engine:
                 sequence.slot = self._free_slot()
                 self._running[sequence.id] = sequence
         self._partial = next((s for s, end in parts if end < len(s.tokens)), None)
-        chosen = self._runner.prefill(parts)
+        pending = self._runner.prefill(parts)
         for sequence, end in parts:
             sequence.cached = end
             sequence.publish(self._pool)
-        return self._take(chosen)
+        if not self._runner.runs_ahead:
+            return self._take(pending.tokens())
+        # The first step of decoding is launched before these are read, as every other one is.
+        self._pending = pending
+        for sequence, end in parts:
+            sequence.in_flight += end == len(sequence.tokens)
+        return []
 
     def _free_slot(self) -> int:
         taken = {sequence.slot for sequence in self._running.values()}

@@ -7,6 +7,7 @@ from itertools import groupby
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from pronghorn.inference.choosing import next_tokens
 from pronghorn.inference.decoder import Decoder
@@ -39,9 +40,9 @@ class Runner(Protocol):
     runs_ahead: bool
     cache: Cache
 
-    def prefill(self, parts: Many[tuple[Sequence, int]]) -> list[tuple[Sequence, Token]]:
+    def prefill(self, parts: Many[tuple[Sequence, int]]) -> Pending:
         """Compute the tokens of each sequence from those cached up to the given length; the next token of each that
-        is complete then."""
+        is complete then, in its slot."""
 
     def decode(self, sequences: Many[Sequence]) -> Pending:
         """One more token of each sequence."""
@@ -77,18 +78,22 @@ class EagerRunner:
     def __init__(self, decoder: Decoder, cache: Cache) -> None:
         self.decoder, self.cache = decoder, cache
 
-    def prefill(self, parts: Many[tuple[Sequence, int]]) -> list[tuple[Sequence, Token]]:
+    def prefill(self, parts: Many[tuple[Sequence, int]]) -> Pending:
+        complete, logits = self.prefilled(parts)
+        return Done([] if logits is None else list(zip(complete, next_tokens(complete, logits), strict=True)))
+
+    def prefilled(self, parts: Many[tuple[Sequence, int]]) -> tuple[list[Sequence], Tensor | None]:
+        """Those that are complete, and fp32 logits [n, V] of their next tokens; None where none is."""
         ids = [token for sequence, end in parts for token in sequence.tokens[sequence.cached : end]]
         adapter = parts[0][0].request.adapter
         pieces = [Part(s.cached, end - s.cached, s.blocks, len(s.tokens), s.state or 0) for s, end in parts]
         hidden = prefill(self.decoder, self.cache, ids, pieces, adapter)
         rows = [row for row, (sequence, end) in enumerate(parts) if end == len(sequence.tokens)]
-        if not rows:
-            return []
         complete = [parts[row][0] for row in rows]
+        if not rows:
+            return complete, None
         hidden = hidden if len(rows) == len(parts) else hidden[rows]
-        logits = logits_of(self.decoder, hidden, [Segment(adapter, slice(0, len(rows)))])
-        return list(zip(complete, next_tokens(complete, logits), strict=True))
+        return complete, logits_of(self.decoder, hidden, [Segment(adapter, slice(0, len(rows)))])
 
     def decode(self, sequences: Many[Sequence]) -> Pending:
         ordered = sorted(sequences, key=lambda s: (s.request.adapter or "", s.id))
