@@ -163,7 +163,7 @@ class AttentionBlock(AttentionOutput):
         assert saves.q is not None and saves.k is not None
         if self.q_norm is None or self.k_norm is None:
             return saves.q, saves.k
-        if self._norms_apart:
+        if self.norms_apart:
             q, k = self.q_norm.of_heads(saves.q), self.k_norm.of_heads(saves.k)
             q, k = qk_rope_forward(q, k, self.cos, self.sin, inplace=True, pairs=self.pairs)
         else:
@@ -182,7 +182,7 @@ class AttentionBlock(AttentionOutput):
         return q, k
 
     @property
-    def _norms_apart(self) -> bool:
+    def norms_apart(self) -> bool:
         """Whether the norms of q and k are not the one of a head that the rotation takes in."""
         return self.q_norm is not None and not self.q_norm.is_of_a_head(self.head_dim)
 
@@ -257,6 +257,15 @@ class AttentionBlock(AttentionOutput):
         dx = self.norm.backward(dnormed, x, residual_grad, sink).tensor
         return dx if need else None
 
+    def seen_heads(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v as the attention sees them."""
+        saves = AttentionSaves()
+        self.make_heads(x, dtype, saves)
+        saves.normed = saves.xa_qkv = None
+        q, k = self._rotated(saves)
+        assert saves.v is not None
+        return q, k, saves.v
+
     def of_rows(self, at: slice) -> AttentionBlock:
         """The block for some rows of the stream; not for the attention itself, which sees all of them."""
         scale = None if self.query_scale is None else self.query_scale[at]
@@ -294,7 +303,7 @@ class AttentionBlock(AttentionOutput):
     def _rope_backward(
         self, dq: Tensor, dk: Tensor, saves: AttentionSaves, sink: GradientSink
     ) -> tuple[Tensor, Tensor]:
-        if self.q_norm is None or self.k_norm is None or self._norms_apart:
+        if self.q_norm is None or self.k_norm is None or self.norms_apart:
             dq, dk, _, _ = qk_rope_backward(dq, dk, self.cos, self.sin, inplace=True, pairs=self.pairs)
             if self.q_norm is None or self.k_norm is None:
                 return dq, dk

@@ -7,7 +7,7 @@ layer inputs, of which a group needs its share.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -30,6 +30,19 @@ def groups_of(tokens: int, kv_heads: int) -> int:
     return max(n for n in range(1, kv_heads + 1) if kv_heads % n == 0 and n <= max(tokens // GROUP_TOKENS, 1))
 
 
+def groups_of_heads(tokens: int, heads: int, kv_heads: int, backend: str) -> Iterator[tuple[slice, slice]]:
+    """The query heads and the key/value heads of each group."""
+    groups = head_groups(tokens, kv_heads, backend)
+    many, few = heads // groups, kv_heads // groups
+    for group in range(groups):
+        yield slice(group * many, (group + 1) * many), slice(group * few, (group + 1) * few)
+
+
+def lse_of(lse: Tensor, heads: slice, backend: str) -> Tensor:
+    """An implementation's statistics of some heads."""
+    return lse.narrow(_HEADS_OF_LSE[backend], heads.start, heads.stop - heads.start)
+
+
 def grouped_attention_backward(
     dout: Tensor | Callable[[slice], Tensor],
     q: Tensor,
@@ -49,19 +62,16 @@ def grouped_attention_backward(
         over: where there are several groups, write them over dout (where that is made for some heads, over q), k and v,
             which have their shapes.
     """
-    heads, kv_heads = q.shape[1], k.shape[1]
-    groups = head_groups(q.shape[0], kv_heads, call.backend) if call.sinks is None else 1
+    tokens, heads, kv_heads = q.shape[0], q.shape[1], k.shape[1]
+    groups = head_groups(tokens, kv_heads, call.backend) if call.sinks is None else 1
     if groups == 1:
         whole = dout if isinstance(dout, Tensor) else dout(slice(0, heads))
         return attention_backward(whole, q, k, v, out, lse, docs, call)
     dq, dk, dv = (q, k, v) if over else (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v))
     if over and isinstance(dout, Tensor):
         dq = dout
-    many, few = heads // groups, kv_heads // groups
-    for group in range(groups):
-        queries = slice(group * many, (group + 1) * many)
-        keys = slice(group * few, (group + 1) * few)
-        statistics = lse.narrow(_HEADS_OF_LSE[call.backend], queries.start, many)
+    for queries, keys in groups_of_heads(tokens, heads, kv_heads, call.backend):
+        statistics = lse_of(lse, queries, call.backend)
         of_group = dout[:, queries] if isinstance(dout, Tensor) else dout(queries)
         parts = attention_backward(
             of_group, q[:, queries], k[:, keys], v[:, keys], out[:, queries], statistics, docs, call

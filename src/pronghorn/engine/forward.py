@@ -40,7 +40,7 @@ from pronghorn.engine.binding import Binding
 from pronghorn.engine.delta import delta_net_block
 from pronghorn.engine.latent import latent_attention_block
 from pronghorn.engine.layer_call import LayerCall, ReadGroups
-from pronghorn.engine.loss import scaled_logits, shifted_loss, without_padding
+from pronghorn.engine.loss import scaled_logits, summed_loss, supervised_rows, without_padding
 from pronghorn.engine.mixture import BALANCE, balance_of, moe_block, with_balance
 from pronghorn.engine.read import (
     SEEDS_OF_LAYER,
@@ -327,25 +327,29 @@ def causal_lm_forward(
     if balance is not None:
         kwargs = {**kwargs, "output_router_logits": True, BALANCE: balance}
     outputs = model.model(**inputs, **kwargs)
-    hidden_states = outputs.last_hidden_state
     if loss_rows is None and isinstance(rows_mask, Tensor) and rows_mask.shape == labels.shape:
         labels = without_padding(labels, rows_mask)
     space = space_of(binding.save_levels, binding.tile_rows)
-    loss, num_correct = shifted_loss(
-        head, hidden_states, labels, loss_rows, num_items_in_batch, space, binding.scales
+    rows, targets = supervised_rows(outputs.last_hidden_state, labels, loss_rows)
+    wants_logits = not model.training if return_logits is None else return_logits
+    logits = scaled_logits(model.lm_head(outputs.last_hidden_state), binding.scales) if wants_logits else None
+    # What the final norm gave is not held beside the loss's own tensors.
+    router_logits, cache, states, attentions = (
+        outputs.get(name) for name in ("router_logits", "past_key_values", "hidden_states", "attentions")
     )
+    del outputs
+    loss, num_correct = summed_loss(head, rows, targets, num_items_in_batch, space, binding.scales)
     aux_loss = None
     if balance is not None:
         loss, aux_loss = with_balance(
-            model, balance, loss, labels, num_items_in_batch, outputs.router_logits, rows_mask
+            model, balance, loss, labels, num_items_in_batch, router_logits, rows_mask
         )
-    wants_logits = not model.training if return_logits is None else return_logits
     return LossOutput(
         loss=loss,
-        logits=scaled_logits(model.lm_head(hidden_states), binding.scales) if wants_logits else None,
-        past_key_values=outputs.past_key_values,
-        hidden_states=outputs.hidden_states,
-        attentions=outputs.attentions,
+        logits=logits,
+        past_key_values=cache,
+        hidden_states=states,
+        attentions=attentions,
         num_correct=num_correct,
         aux_loss=aux_loss,
     )

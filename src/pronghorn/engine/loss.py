@@ -31,8 +31,16 @@ def shifted_loss(
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy over the rows that have a supervised successor; see `causal_lm_forward`.
 
-    `loss_rows` may hold rows without one, to fill it up to a size: they count nothing and get a zero gradient.
     `space`: for chunks of logits. Of `scales` those of the logits count.
+    """
+    rows, targets = supervised_rows(hidden_states, labels, loss_rows)
+    return summed_loss(head, rows, targets, num_items_in_batch, space, scales)
+
+
+def supervised_rows(hidden_states: Tensor, labels: Tensor, loss_rows: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The rows [n, H] of [B, S, H] that have a supervised successor, and their targets [n].
+
+    `loss_rows` may hold rows without one, to fill it up to a size: they count nothing and get a zero gradient.
     """
     batch, length = labels.shape
     # Row t predicts label t + 1; the last position of each row predicts nothing.
@@ -41,8 +49,7 @@ def shifted_loss(
         loss_rows = (successors != -100).nonzero().squeeze(1)
     flat = hidden_states.reshape(batch * length, -1)
     rows = _TakeRows.apply(flat, loss_rows)
-    targets = successors.index_select(0, loss_rows)
-    return summed_loss(head, rows, targets, num_items_in_batch, space, scales)
+    return rows, successors.index_select(0, loss_rows)
 
 
 def summed_loss(

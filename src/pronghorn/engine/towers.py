@@ -20,7 +20,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from pronghorn.blocks.levels import space_of
 from pronghorn.engine.binding import Binding
 from pronghorn.engine.forward import readable_head
-from pronghorn.engine.loss import shifted_loss
+from pronghorn.engine.loss import summed_loss, supervised_rows
 from pronghorn.engine.wrapped import RowLayout, past_wrapper
 
 #: a stream's description, which the decoder is told past the wrapper
@@ -95,7 +95,9 @@ def loss_of_embedded(binding: Binding, batch: Mapping[str, Any], normalizer: Ten
     assert head is not None
     space = space_of(binding.save_levels, binding.tile_rows)
     labels, rows = (batch[name] for name in _LOSS)
-    return shifted_loss(head, output.last_hidden_state, labels, rows, normalizer, space, binding.scales)
+    taken, targets = supervised_rows(output.last_hidden_state, labels, rows)
+    del output
+    return summed_loss(head, taken, targets, normalizer, space, binding.scales)
 
 
 def embedded_nonsense(binding: Binding, stream: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pronghorn.blocks import Level, host_bytes_per_token, keeps
+from pronghorn.blocks.glu import TILE_ROWS
+from pronghorn.blocks.head_groups import head_groups
+from pronghorn.blocks.long_rows import makes_heads_again
 from pronghorn.kernels.linear_cross_entropy import Space, default_chunk_rows
 from pronghorn.memory.gpus import CUDNN_ATTENTION, Rates
 from pronghorn.memory.long_rows import splits
@@ -36,7 +39,7 @@ TILE_SECONDS = 100e-6
 @dataclass(frozen=True)
 class LayerTimes:
     """Seconds one layer computes: forward, backward without rebuilding, what each depth has to rebuild, a whole forward
-    once more, and what each tile of the GLU block beyond the first adds."""
+    once more, what each tile of the GLU block beyond the first adds, and making q, k and v of a long row again."""
 
     forward: float
     backward: float
@@ -45,6 +48,7 @@ class LayerTimes:
     rebuild_norms: float
     full_rebuild: float
     per_tile: float
+    heads_again: float = 0.0
 
     def rebuild(self, level: Level) -> float:
         """Seconds of recomputation in backward at a save level."""
@@ -105,6 +109,15 @@ class _Operations:
         if not splits(self.shape, self.batch.tokens, "none"):
             return 0.0
         return 2 * self.unpack(*OUT) + self.unpack(*QKV, backward=True)
+
+    def heads_again(self) -> float:
+        """Making q, k and v of a long row again by groups of heads; with norms of them once more for their backward."""
+        shape, t = self.shape, self.batch.tokens
+        if not splits(shape, t, "none"):
+            return 0.0
+        groups = head_groups(t, shape.kv_heads, shape.attention)
+        times, heads = 1 + shape.qk_norm, shape.q + 2 * shape.kv
+        return times * self.product(*QKV) + groups * self.passes(3 * shape.hidden) + self.passes(2 * heads)
 
     def passes(self, elements: int) -> float:
         """Reading or writing so many elements a token."""
@@ -170,6 +183,7 @@ def layer_times(shape: ModelShape, batch: Batch, rates: Rates) -> LayerTimes:
         rebuild_norms=passes(4 * h) + product(*names.raised),
         per_tile=3 * its.unpack(*GATE_UP, *DOWN) + TILE_SECONDS + its.unpack_of_long_rows(),
         full_rebuild=forward,
+        heads_again=its.heads_again(),
     )
 
 
@@ -207,17 +221,21 @@ def step_time(
     tiles: int = 1,
     space: Space = "usual",
     beside: tuple[float, float] | None = None,
+    tile_rows: int | None = None,
 ) -> StepTime:
     """Predict a step: layers compute one after another, copies run beside them, one layer ahead or behind.
 
     Args:
         beside: `rebuilt_and_waited` of these levels, where it is known already.
+        tile_rows: of the GLU block's tiles, by which q, k and v of long rows are made again.
     """
     times = times or layer_times(shape, batch, rates)
     recompute, waited = beside or rebuilt_and_waited(shape, levels, batch, rates, times)
     base = len(levels) * (times.forward + times.backward + (tiles - 1) * times.per_tile) + head_time(
         shape, batch, rates, space
     )
+    if times.heads_again and makes_heads_again(tile_rows or TILE_ROWS, shape.qk_norm):
+        base += sum(not keeps(level, "attention") for level in levels) * times.heads_again
     return StepTime(base + recompute + waited, base, recompute, waited, len(levels) * times.full_rebuild)
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from pronghorn.blocks import Level
 from pronghorn.blocks.head_groups import head_groups
-from pronghorn.blocks.long_rows import is_long
+from pronghorn.blocks.long_rows import is_long, leaves_place, makes_heads_again
 from pronghorn.memory.products import OUT, QKV, Held
 from pronghorn.memory.shape import ModelShape
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 def splits(shape: ModelShape, tokens: int, level: Level) -> bool:
     """`DecoderLayer._splits`, of what sizes tell."""
     others = shape.latent or shape.delta or shape.mixture or shape.parallel
-    apart = shape.output_norms or shape.scaled_branches or shape.qk_norm or shape.gated
+    apart = shape.output_norms or shape.scaled_branches or shape.norms_of_all_heads or shape.gated
     eight_bit = shape.eight_bit_forward or shape.fp8_backward or shape.storage == "bitsandbytes int8"
     if others or apart or eight_bit or shape.trained != "adapters" or not shape.rows_go_apart:
         return False
@@ -44,17 +45,26 @@ def backward(step: Step, dout: int, need: bool) -> int:
     shape, saves = step.shape, Held()
     _attend(step, saves)
     step._keep(saves, "xa_o", step.tokens * shape.rank(*OUT) * step.element)
+    again = makes_heads_again(step.tile_rows, shape.qk_norm)
+    if again:
+        step._drop(saves, "q", "k", "v")
     for part in _tiles(step):
         of_rows = _residual_sum(part)
         dsummed, _ = part._glu_backward(of_rows)
         step._drop(of_rows, *list(of_rows))
         step._free(dsummed)
-    _heads_backward(step, saves)
+    gradients = (_heads_again_backward if again else _heads_backward)(step, saves)
     for part in _tiles(step):
         of_rows = {"xa_qkv": (-1, 0)} if shape.rank(*QKV) else {}
-        step._free(part._through_projections(of_rows, [-1, -1, -1], need))
+        if shape.qk_norm:
+            of_rows = {}
+            part._heads(of_rows)
+        fresh = [part.tokens * width * step.element for width in (shape.q, shape.kv) if shape.qk_norm]
+        of_heads = [*map(step._new, fresh), *[-1] * (3 - len(fresh))]
+        step._free(part._through_projections(of_rows, of_heads, need))
         step._drop(of_rows, *list(of_rows))
-    step._drop(saves, "q", "k", "v", "xa_qkv")
+    step._free(*gradients)
+    step._drop(saves, "q", "k", "v", "xa_qkv", "out")
     return dout
 
 
@@ -78,18 +88,75 @@ def _residual_sum(part: Step) -> Held:
     return of_rows
 
 
-def _heads_backward(step: Step, saves: Held) -> None:
+def _heads_backward(step: Step, saves: Held) -> list[int]:
     """`blocks.long_rows._heads_backward`: q, k and v become their gradients."""
+    shape, t = step.shape, step.tokens
+    held = _dout(step, saves)
+    groups = head_groups(t, shape.kv_heads, shape.attention)
+    for _ in range(groups):
+        dout = step._new(t * shape.q // groups * step.element)
+        step._free(*[step._new(size) for size in step._attention_workspace("dout")][::-1])
+        step._free(dout)
+    step._free(*held)
+    step._drop(saves, "out", "lse")
+    return []
+
+
+def _heads_again_backward(step: Step, saves: Held) -> list[int]:
+    """`blocks.long_rows._heads_again_backward`: dk and dv; the attention's output becomes dq."""
     shape, t, e = step.shape, step.tokens, step.element
-    dxa = step._new(t * shape.rank(*OUT) * e)
+    held = _dout(step, saves)
+    gradients = [step._new(t * shape.kv * e) for _ in range(2)]
+    modules = [names for names in shape.modules if names[0] in QKV]
+    held += [step._new(shape.linear_parameters(*names) * shape.unpacked_forward) for names in modules]
+    groups = head_groups(t, shape.kv_heads, shape.attention)
+    of_group = _shape_of_heads(shape, groups)
+    for _ in range(groups):
+        place = step._new(t * shape.q * e if leaves_place(groups) else 0)
+        made = [step._new(t * width * e) for width in (of_group.q, of_group.kv, of_group.kv)]
+        for part in _tiles(step):
+            part.shape = of_group
+            _seen_heads(part)
+        copies = [step._new(t * of_group.q * e) for _ in range(2)]
+        copies += [step._new(4 * t * of_group.heads)] if shape.attention == "cudnn" else []
+        step._free(place)
+        step._free(*[step._new(size) for size in step._attention_workspace("all")][::-1])
+        step._free(*copies, *made)
+    step._free(*held)
+    step._drop(saves, "lse")
+    return gradients
+
+
+def _dout(step: Step, saves: Held) -> list[int]:
+    """What is held while columns of dout are made."""
+    shape, t = step.shape, step.tokens
+    dxa = step._new(t * shape.rank(*OUT) * step.element)
     if shape.rank(*OUT):
         step._free(*[step._new(size) for size in step._partial_sums(OUT, t, True)])
     unpacked = step._new(shape.linear_parameters(*OUT) * shape.unpacked_backward)
     step._drop(saves, "xa_o")
-    groups = head_groups(t, shape.kv_heads, shape.attention)
-    for _ in range(groups):
-        dout = step._new(t * shape.q // groups * e)
-        step._free(*[step._new(size) for size in step._attention_workspace(dout_apart=True)][::-1])
-        step._free(dout)
-    step._free(dxa, unpacked)
-    step._drop(saves, "out", "lse")
+    return [dxa, unpacked]
+
+
+def _seen_heads(part: Step) -> None:
+    """`AttentionBlock.seen_heads`."""
+    made: Held = {}
+    part._heads(made)
+    part._drop(made, "normed_attention", "xa_qkv")
+    widths = (part.shape.q, part.shape.kv) if part.shape.qk_norm else ()
+    part._free(*[part._new(part.tokens * width * part.element) for width in widths])
+    part._drop(made, *list(made))
+
+
+def _shape_of_heads(shape: ModelShape, groups: int) -> ModelShape:
+    """The sizes with which one group of heads is made: of plain weights, each projection by itself."""
+    ranks = {**shape.ranks, **(dict.fromkeys(QKV, shape.rank("q")) if shape.fused else {})}
+    return replace(
+        shape,
+        heads=shape.heads // groups,
+        kv_heads=shape.kv_heads // groups,
+        storage=shape.dtype,
+        joined=False,
+        fused=False,
+        ranks=ranks,
+    )

@@ -10,10 +10,11 @@ from pronghorn.memory.pool import aligned
 from pronghorn.memory.products import Held, Products
 from pronghorn.memory.shape import ModelShape
 
-#: `AttentionSaves`, then `GluSaves`: the order in which a layer's tensors come back
+#: The order in which a layer's tensors come back: that of the blocks' saves, of every kind of attention, then of MLP.
 _ORDER = (
-    "x", "out", "lse", "gate_of_output", "q", "k", "v", "xa_qkv", "xa_o", "projected_attention",
-    "summed", "gate", "up", "xa_gate_up", "xa_down", "projected_glu",
+    "x", "out", "lse", "gate_of_output", "q", "kv", "heads_q", "k", "v", "qkv", "z", "b", "a",
+    "xa_inputs", "xa_qkv", "xa_codes", "xa_q_up", "xa_kv_up", "xa_o", "projected_attention",
+    "summed", "logits", "gate", "up", "gate_up", "xa_gate_up", "xa_down", "projected_glu",
 )  # fmt: skip
 
 

@@ -292,7 +292,7 @@ class _Search:
         if beside is None:
             beside = rebuilt_and_waited(self.shape, levels, self.batch, self.rates, self.times)
             self._spent[levels] = beside
-        return step_time(self.shape, levels, self.batch, self.rates, self.times, tiles, space, beside)
+        return step_time(self.shape, levels, self.batch, self.rates, self.times, tiles, space, beside, rows)
 
     def _with_norms(self, found: Plan) -> Plan:
         """Norm outputs too, from the last layer down, as far as the rest of the budget goes."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from pronghorn.blocks import Level, joining, keeps, parks
 from pronghorn.blocks.head_groups import head_groups
@@ -98,12 +99,13 @@ class Step(Parking):
         shape, rows = self.shape, self.batch.loss_rows
         e = self.element
         taken = self._new(rows * shape.hidden * e)
+        self._free(normed)
         gradient = self._new(rows * shape.hidden * e)
         space = space_of(self.levels, self.tile_rows)
         chunk = default_chunk_rows(shape.vocabulary, e, "cuda", space)
         for start in range(0, rows, chunk):
             self._free(self._new(min(chunk, rows - start) * shape.vocabulary * e))
-        self._free(taken, normed)
+        self._free(taken)
         return gradient
 
     # --- a layer, forward ---------------------------------------------------------------------------------------
@@ -438,20 +440,21 @@ class Step(Parking):
         self._drop(saves, "down")
         return found
 
-    def _attention_workspace(self, dout_apart: bool = False) -> list[int]:
-        """What lives while the gradients of one group of heads are made, besides those of all heads; without a part of
-        dout where that was made apart."""
+    def _attention_workspace(self, own: Literal["", "dout", "all"] = "") -> list[int]:
+        """What lives while the gradients of one group of heads are made, besides those of all heads; less the copies of
+        what the group has of its "own"."""
         shape, t, e = self.shape, self.tokens, self.element
         groups = head_groups(t, shape.kv_heads, shape.attention)
         heads, q, kv = shape.heads // groups, shape.q // groups, shape.kv // groups
         # Parts of dout and out are copied to lie contiguously; the group's own gradients are copied into place.
-        parts = [t * width * e for width in (q, q, q, kv, kv)[dout_apart:]] if groups > 1 else []
+        copied = {"": [q, q], "dout": [q], "all": []}[own]
+        parts = [t * width * e for width in (*copied, q, kv, kv)] if groups > 1 else []
         if shape.attention == "cudnn":
             # It wants q, k, v and the statistics of the group contiguous, too.
-            more = [*(t * width * e for width in (q, kv, kv)), 4 * t * heads] if groups > 1 else []
+            more = [*[t * width * e for width in (q, kv, kv)], 4 * t * heads] if groups > 1 else []
             _, _, most = bucket(self.batch.documents, t, t)
             row_sums = 4 * most * heads if groups > 1 else 0  # else too little to count
-            return [*more, *parts, 12 * most * q + row_sums]
+            return [*(more if own != "all" else []), *parts, 12 * most * q + row_sums]
         if shape.attention == "flex":
             # The forward pass again with its statistics, their share of the gradients, and gradients heads first.
             return [t * q * e, 4 * t * heads, 4 * t * heads, *(t * width * e for width in (q, kv, kv))]

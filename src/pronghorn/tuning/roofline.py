@@ -32,7 +32,7 @@ def micro_batch_seconds(
     """One micro-batch forward and backward, in a captured step."""
     tiles = len(tile_slices(batch.tokens, tile_rows or TILE_ROWS))
     space = space_of(levels, tile_rows)
-    computed = step_time(shape, levels, batch, rates, tiles=tiles, space=space).total
+    computed = step_time(shape, levels, batch, rates, tiles=tiles, space=space, tile_rows=tile_rows).total
     return computed + quantising_seconds(shape, batch, rates) + launches(shape, levels) * GAP
 
 
