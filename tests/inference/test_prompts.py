@@ -30,7 +30,7 @@ def model():
 
 
 def sizes_of(engine):
-    return list(engine._runner.prompts._prompts)
+    return [tuple(shape) for shape in engine._runner.prompts._prompts]
 
 
 @pytest.mark.parametrize("adapter", [None, "second"])
@@ -40,7 +40,7 @@ def test_answers_are_those_of_the_prompt_alone(model, captured, monkeypatch, ada
     requests = [sampled(prompt(7 + i, length), adapter) for i in range(2)]
     engine = Engine(model, max_context=256)
     found = [run_tokens(engine, [request])[0] for request in requests]
-    assert sizes_of(engine) == [(64 if length <= 64 else 128, adapter)]
+    assert sizes_of(engine) == [(64 if length <= 64 else 128, 0, adapter)]
     monkeypatch.undo()
     assert_same(found, [run_tokens(Engine(model, max_context=256), [request])[0] for request in requests])
 
@@ -50,7 +50,7 @@ def test_families(family, captured, monkeypatch):
     model, request = tiny_model(family, seed=1), sampled(prompt(3, 70))
     engine = Engine(model, max_context=256)
     found = run_tokens(engine, [request])
-    assert sizes_of(engine) == [(128, None)]
+    assert sizes_of(engine) == [(128, 0, None)]
     monkeypatch.undo()
     assert_same(found, run_tokens(Engine(model, max_context=256), [request]))
 
@@ -59,7 +59,7 @@ def test_weights_in_four_bits(captured, monkeypatch):
     model, request = nf4(tiny_model("llama")), sampled(prompt(3, 70))
     engine = Engine(model, max_context=256)
     found = run_tokens(engine, [request])
-    assert sizes_of(engine) == [(128, None)]
+    assert sizes_of(engine) == [(128, 0, None)]
     monkeypatch.undo()
     assert_same(found, run_tokens(Engine(model, max_context=256), [request]))
 
@@ -71,16 +71,42 @@ def test_what_is_not_recorded(family, captured):
     assert not sizes_of(engine)
 
 
-def test_what_comes_together_or_goes_on_or_is_long(model, captured, monkeypatch):
+def test_what_comes_together_or_is_long(model, captured, monkeypatch):
     monkeypatch.setattr(prompts, "MOST_TOKENS", 128)
+    monkeypatch.setattr(prompts, "LEAST_CONTEXT", 128)
+    monkeypatch.setattr(prompts, "MOST_CONTEXT", 128)
     engine = Engine(model, max_context=256)
     run_tokens(engine, [sampled(prompt(1, 20)), sampled(prompt(2, 20))])
     assert not sizes_of(engine)
     run_tokens(engine, [sampled(prompt(3, 100))])
-    assert sizes_of(engine) == [(128, None)]
     run_tokens(engine, [sampled(prompt(3, 100))])  # its first block is found in the cache
     run_tokens(engine, [sampled(prompt(4, 129))])
-    assert sizes_of(engine) == [(128, None)] and engine._runner.prompts._prompts[128, None]._uses == 1
+    run_tokens(engine, [sampled((*prompt(3, 100), *prompt(5, 29)))])
+    assert sizes_of(engine) == [(128, 0, None), (64, 128, None)]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "qwen3", "cohere"])
+@pytest.mark.parametrize("adapter", [None, "second"])
+def test_turns_of_a_conversation(family, adapter, captured, monkeypatch):
+    """Each begins with all of the one before, whose answer wrote over its padding; other prompts come between."""
+    monkeypatch.setattr(prompts, "LEAST_CONTEXT", 128)
+    model = tiny_model(family, seed=2, **({"sliding_window": 40} if family == "gemma3_text" else {}))
+    if adapter is not None:
+        model = with_adapters(model, {"first": 4, "second": 8})
+    engine = Engine(model, max_context=512)
+    turns, text = [], prompt(8, 70)
+    for turn in range(5):
+        turns.append(sampled(text, adapter))
+        answer = run_tokens(engine, turns[-1:])[0]
+        run_tokens(engine, [sampled(prompt(90 + turn, 75), adapter)])
+        turns[-1] = turns[-1], answer
+        text = (*text, *(token.id for token in answer), *prompt(20 + turn, 31))
+    sizes = sizes_of(engine)
+    assert {context for _, context, _ in sizes} >= {0, 256, 512}, sizes
+    monkeypatch.undo()
+    eager = Engine(model, max_context=512)
+    for asked, answer in turns:
+        assert_same([answer], run_tokens(eager, [asked]))
 
 
 def test_weights_that_were_trained_are_read(captured):
@@ -99,7 +125,7 @@ def test_few_are_kept(model, captured, monkeypatch):
     engine = Engine(model, max_context=256)
     for length, adapter in ((10, None), (70, None), (11, None), (10, "first")):
         run_tokens(engine, [sampled(prompt(length, length), adapter)])
-    assert sizes_of(engine) == [(64, None), (64, "first")]
+    assert sizes_of(engine) == [(64, 0, None), (64, 0, "first")]
 
 
 @pytest.fixture
@@ -108,6 +134,17 @@ def graphs(monkeypatch, captured):
     found = Graphs()
     found.put_in(monkeypatch)
     return found
+
+
+def test_the_second_that_goes_on_is_recorded(model, graphs, monkeypatch):
+    monkeypatch.setattr(prompts, "LEAST_CONTEXT", 128)
+    beginning = prompt(40, 150)
+    requests = [sampled((*beginning, *prompt(50 + i, 20 + i))) for i in range(4)]
+    engine = Engine(model, max_context=256)
+    found = [run_tokens(engine, [request])[0] for request in requests]
+    assert sizes_of(engine) == [(192, 0, None), (64, 256, None)] and graphs.made.count("prompts") == 1
+    monkeypatch.undo()
+    assert_same(found, [run_tokens(Engine(model, max_context=256), [request])[0] for request in requests])
 
 
 def test_the_second_of_a_size_is_recorded(model, graphs, monkeypatch):

@@ -1,9 +1,11 @@
 """Short prompts, one at a time, as recorded CUDA graphs: their first token waits for the GPU, not for the host.
 
-A prompt is rounded up to whole blocks of the cache, so that there are few sizes. What is computed beyond its end is
-seen by nobody: the attention is causal, and those keys lie in the prompt's own last block, where the answer's tokens
-write before they are read. A size is computed launch by launch the first time, recorded the second time and replayed
-from then on. Llama-3.1-8B: 32 · 9 + 6 launches, which a host makes in 5 to 15 ms; an H200 computes 512 tokens in 13.
+What of a prompt is not in the cache is rounded up to whole blocks, so that there are few sizes. What is computed
+beyond its end is seen by nobody: the attention is causal, and those keys lie in the prompt's own last block, where the
+answer's tokens write before they are read. Where a prompt goes on from a beginning that was found in the cache, all of
+its keys are gathered from their blocks, in room for 1,024 tokens or twice, four or eight times as many. A size is
+computed launch by launch the first time, recorded the second time and replayed from then on. Llama-3.1-8B: 32 · 9 + 6
+launches, which a host makes in 5 to 15 ms; an H200 computes 512 tokens in 13.
 
 On a CPU the same is computed without being recorded, which is how it is tested there.
 """
@@ -12,6 +14,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence as Many
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,14 +28,37 @@ from pronghorn.inference.recording import recorded
 from pronghorn.inference.sequences import Sequence
 from pronghorn.kernels.decode_attention import Heads
 
-#: tokens of a recorded prompt at most: longer ones keep a GPU busy while the host launches
+#: new tokens of a recorded prompt at most: more of them keep a GPU busy while the host launches
 MOST_TOKENS = 1024
-#: sizes and adapters that are kept at a time
-MOST_KEPT = 32
+#: the least and the most tokens that there is room for where a prompt goes on
+LEAST_CONTEXT, MOST_CONTEXT = 1024, 8192
+#: shapes that are kept at a time
+MOST_KEPT = 48
+
+
+class Shape(NamedTuple):
+    """What a recording is of: new tokens, room for the whole context where it goes on (else 0), adapter."""
+
+    size: int
+    context: int
+    adapter: str | None
+
+    @staticmethod
+    def of(sequence: Sequence) -> Shape:
+        whole = _rounded(len(sequence.tokens))
+        context = max(LEAST_CONTEXT, 1 << (whole - 1).bit_length()) if sequence.cached else 0
+        return Shape(whole - sequence.cached, context, sequence.request.adapter)
+
+    def cut(self, numbers: Tensor) -> tuple[Tensor, ...]:
+        """Tokens, where their keys go, the row of the last one; their positions, where keys and queries begin and end,
+        and the context's blocks."""
+        goes_on = bool(self.context)
+        widths = self.size, self.size, 1, goes_on * self.size, goes_on * 4, self.context // BLOCK_TOKENS
+        return numbers[: sum(widths)].split(widths)
 
 
 class Prompts:
-    """Computes prompts that begin a context by themselves.
+    """Computes prompts that come alone.
 
     Args:
         records: whether there is a GPU to record for.
@@ -45,9 +71,10 @@ class Prompts:
         self.decoder, self.cache = decoder, cache
         # Not that of decoding steps: these stay sound whatever happens here.
         self.pool: object = torch.cuda.graph_pool_handle() if records else None
-        #: a prompt's tokens, where its keys go, and which token is its last: side by side, each of its size
-        self.numbers = torch.zeros(2 * MOST_TOKENS + 1, dtype=torch.int64, device=decoder.device)
-        self._prompts: OrderedDict[tuple[int, str | None], _Prompt] = OrderedDict()
+        #: what `Shape.cut` names, side by side
+        room = 3 * MOST_TOKENS + 5 + MOST_CONTEXT // BLOCK_TOKENS
+        self.numbers = torch.zeros(room, dtype=torch.int64, device=decoder.device)
+        self._prompts: OrderedDict[Shape, _Prompt] = OrderedDict()
         self._refused = not _fits(decoder)
 
     def forget(self) -> None:
@@ -56,51 +83,64 @@ class Prompts:
         self._refused = not _fits(self.decoder)
 
     def takes(self, parts: Many[tuple[Sequence, int]]) -> bool:
-        """Whether these are one whole prompt of a size that is recorded."""
+        """Whether these are one prompt up to its end, of a size that is recorded."""
         sequence, end = parts[0]
-        if self._refused or len(parts) > 1 or sequence.cached or end < len(sequence.tokens):
+        if self._refused or len(parts) > 1 or sequence.cached % BLOCK_TOKENS or end < len(sequence.tokens):
             return False
-        size, rotations = _rounded(end), self.decoder.rotations.values()
-        return size <= MOST_TOKENS and all(
-            not table.first_row(end) and size <= len(table.cos) for table in rotations
+        size, context, _ = Shape.of(sequence)
+        fits = size <= MOST_TOKENS and context <= MOST_CONTEXT
+        return fits and all(
+            not table.first_row(end) and sequence.cached + size <= len(table.cos)
+            for table in self.decoder.rotations.values()
         )
 
     def logits(self, sequence: Sequence) -> Tensor:
         """fp32 [1, V] of the token after the prompt, whose keys and values are in the cache then."""
-        length = len(sequence.tokens)
-        size, adapter = _rounded(length), sequence.request.adapter
-        prompt = self._prompts.get((size, adapter))
+        shape = Shape.of(sequence)
+        prompt = self._prompts.get(shape)
         if prompt is None:
-            prompt = self._prompts[size, adapter] = _Prompt(self, size, adapter)
+            prompt = self._prompts[shape] = _Prompt(self, shape)
             if len(self._prompts) > MOST_KEPT:
                 self._prompts.popitem(last=False)
-        self._prompts.move_to_end((size, adapter))
-        self._send(sequence, length, size)
+        self._prompts.move_to_end(shape)
+        self._send(sequence, shape)
         return prompt.logits()
 
-    def _send(self, sequence: Sequence, length: int, size: int) -> None:
-        numbers = torch.zeros(2 * size + 1, dtype=torch.int64, pin_memory=self.numbers.is_cuda)
-        numbers[:length] = torch.tensor(sequence.tokens)
-        blocks = torch.tensor(sequence.blocks)[:, None] * BLOCK_TOKENS
-        numbers[size : 2 * size] = (blocks + torch.arange(BLOCK_TOKENS)).view(-1)
-        numbers[-1] = length - 1
-        self.numbers[: len(numbers)].copy_(numbers, non_blocking=True)
+    def _send(self, sequence: Sequence, shape: Shape) -> None:
+        room = sum(map(len, shape.cut(self.numbers)))
+        numbers = torch.zeros(room, dtype=torch.int64, pin_memory=self.numbers.is_cuda)
+        tokens, places, last, positions, ends, table = shape.cut(numbers)
+        new, begin = sequence.tokens[sequence.cached :], sequence.cached
+        tokens[: len(new)] = torch.tensor(new)
+        blocks = torch.tensor(sequence.blocks)
+        starts = blocks[begin // BLOCK_TOKENS :, None] * BLOCK_TOKENS
+        places[:] = (starts + torch.arange(BLOCK_TOKENS)).view(-1)
+        last[0] = len(new) - 1
+        if shape.context:
+            torch.arange(begin, begin + shape.size, out=positions)
+            ends[1], ends[3] = begin + shape.size, shape.size
+            table[: len(blocks)] = blocks
+        self.numbers[:room].copy_(numbers, non_blocking=True)
 
 
 class _Prompt:
-    """One size, through one adapter or none."""
+    """One shape."""
 
-    def __init__(self, prompts: Prompts, size: int, adapter: str | None) -> None:
-        self.prompts, self.size = prompts, size
-        self.segments = [Segment(adapter, slice(0, size))], [Segment(adapter, slice(0, 1))]
+    def __init__(self, prompts: Prompts, shape: Shape) -> None:
+        self.prompts, size = prompts, shape.size
+        self.segments = [Segment(shape.adapter, slice(0, size))], [Segment(shape.adapter, slice(0, 1))]
         self._uses = 0
         self._graph: torch.cuda.CUDAGraph | None = None
         self._logits: Tensor | None = None
-        # Made here, since a recording copies nothing from the host; rotated as the shortest contexts are.
-        part = Part(0, size, range(size // BLOCK_TOKENS), length=1)
-        self.attend = PackedAttention(prompts.decoder, prompts.cache, [part], adapter)
-        self.attend.places = prompts.numbers[size : 2 * size]
-        self.attend.last_rows = prompts.numbers[2 * size : 2 * size + 1]
+        self.tokens, places, last, self.positions, self.ends, table = shape.cut(prompts.numbers)
+        # Made here, since a recording copies nothing from the host; rotated as the shortest contexts are. Blocks that
+        # are no neighbours: keys are gathered by the table.
+        whole = shape.context or size
+        part = Part(whole - size, size, [0] * (whole // BLOCK_TOKENS), length=1)
+        self.attend = PackedAttention(prompts.decoder, prompts.cache, [part], shape.adapter)
+        self.attend.places, self.attend.last_rows = places, last
+        if shape.context:
+            self.attend.tables = [table]
 
     def logits(self) -> Tensor:
         self._uses += 1
@@ -119,10 +159,14 @@ class _Prompt:
             self.prompts.pool = None
 
     def _compute(self) -> Tensor:
-        decoder = self.prompts.decoder
+        decoder, attend = self.prompts.decoder, self.attend
         whole, last = self.segments
-        x = run_layers(decoder, decoder.embed(self.prompts.numbers[: self.size]), whole, self.attend)
-        return logits_of(decoder, x.index_select(0, self.attend.last_rows), last)
+        if attend.continues:
+            attend.ends = self.ends.view(2, 2).to(torch.int32)
+            tables = decoder.rotations.items()
+            attend.angles = {kind: (t.cos[self.positions], t.sin[self.positions]) for kind, t in tables}
+        x = run_layers(decoder, decoder.embed(self.tokens), whole, attend)
+        return logits_of(decoder, x.index_select(0, attend.last_rows), last)
 
 
 def _rounded(length: int) -> int:
