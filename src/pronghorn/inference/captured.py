@@ -147,6 +147,9 @@ class CapturedRunner(EagerRunner):
         numbers = to_host(self._board[: 2 + max(rows)])
         return InFlight(sequences, rows, numbers, tops, self._board.is_cuda)
 
+    def is_prepared(self, sequences: Many[Sequence]) -> bool:
+        return not sequences or self._size(1 + max(map(_slot, sequences))) in self._steps
+
     def is_sparse(self, sequences: Many[Sequence]) -> bool:
         """Whether the sequences would take a smaller step in other slots."""
         return bool(sequences) and self._size(len(sequences)) < self._size(1 + max(map(_slot, sequences)))

@@ -266,6 +266,8 @@ class Engine:
 
     def _decode(self) -> list[Event]:
         """Launch one more token of all that want one; the tokens of this step, or of the one before."""
+        if self._pending is not None and not self._runner.is_prepared(self._in_order()):
+            return self._collect()  # who waits for their first token is told it meanwhile
         events: list[Event] = []
         if any(s.left and not s.grow(self._pool, s.length) for s in self._in_order()):
             # Who has ended, and what the others' tokens are, has to be known before anybody gives up blocks.

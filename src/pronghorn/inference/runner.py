@@ -47,6 +47,9 @@ class Runner(Protocol):
     def decode(self, sequences: Many[Sequence]) -> Pending:
         """One more token of each sequence."""
 
+    def is_prepared(self, sequences: Many[Sequence]) -> bool:
+        """Whether a step of these is launched at once; a first one may take seconds, for kernels to be compiled."""
+
     def leave(self, sequence: Sequence) -> None:
         """A sequence gives its slot away."""
 
@@ -112,6 +115,9 @@ class EagerRunner:
         hidden = decode(self.decoder, self.cache, ids, Paged(tables, lengths, host, states), segments)
         logits = logits_of(self.decoder, hidden, segments)
         return Done(list(zip(ordered, next_tokens(ordered, logits), strict=True)))
+
+    def is_prepared(self, sequences: Many[Sequence]) -> bool:
+        return True
 
     def leave(self, sequence: Sequence) -> None:
         """Rows are made anew in every step."""
