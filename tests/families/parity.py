@@ -121,7 +121,7 @@ def add_adapter(model: Any, seed: int = 1, **options: Any) -> Any:
         for name, parameter in peft_model.named_parameters():
             if "lora_" in name:
                 noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.2
-                parameter.copy_(noise + (1.0 if "magnitude" in name else 0.0) * parameter.double())
+                parameter.copy_(noise + (1.0 if "magnitude" in name else 0.0) * parameter.cpu().double())
     return peft_model
 
 
