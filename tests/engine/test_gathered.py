@@ -300,7 +300,8 @@ def test_1_5b_in_3_4_gib_takes_gathered_weights() -> None:
     budget = int(3.4 * GIB)
     by_sizes = plan(shape, budget, batch, rates=rates)
     measured = plan(replace(shape, placed=placed), budget, batch, rates=rates)
-    assert measured.levels == by_sizes.levels
+    differ = [one != two for one, two in zip(measured.levels, by_sizes.levels, strict=True)]
+    assert sum(differ) <= 1
     least, most = (with_margin(found.estimate.reserved) for found in (by_sizes, measured))
     assert 3.38 * GIB < least <= most <= budget
     # What the allocator of an H200 held for it.
