@@ -302,10 +302,9 @@ def test_1_5b_in_3_4_gib_takes_gathered_weights() -> None:
     measured = plan(replace(shape, placed=placed), budget, batch, rates=rates)
     differ = [one != two for one, two in zip(measured.levels, by_sizes.levels, strict=True)]
     assert sum(differ) <= 1
-    least, most = (with_margin(found.estimate.reserved) for found in (by_sizes, measured))
-    assert 3.38 * GIB < least <= most <= budget
     # What the allocator of an H200 held for it.
     held = plan(replace(shape, placed=3_284_140_032), budget, batch, rates=rates)
-    assert with_margin(held.estimate.reserved) <= budget
+    for found in (by_sizes, measured, held):
+        assert 3.38 * GIB < with_margin(found.estimate.reserved) <= budget
     with pytest.raises(BudgetTooSmall):
         plan(replace(shape, placed=placed + saved), budget, batch, rates=rates)
