@@ -33,7 +33,7 @@ LENGTHS = (100, 7, 120, 90)
 def split(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Short rows count as long ones, without and with q, k and v made again by groups of heads; of how many rows the
     layers were that went this way backwards."""
-    monkeypatch.setattr(long_rows, "SCARCE_TILES", 2048 if request.param else 0)
+    monkeypatch.setattr(long_rows, "SCARCE_TILES", 128 if request.param else 0)
     monkeypatch.setattr(Binding, "attention_backend", lambda self, *args, **kwargs: "eager")
     monkeypatch.setattr(head_groups, "GROUP_TOKENS", 64)
     went: list[int] = []
@@ -65,8 +65,10 @@ def compare(
     assert_same(outcome(model, batch, 0, monkeypatch, level), expected, exact)
 
 
-@pytest.mark.parametrize("level", ["offload", "none"])
-@pytest.mark.parametrize("family", ["llama", "phi3", "mistral", "ministral3", "qwen3"])
+@pytest.mark.parametrize(
+    "family, level",
+    [("llama", "none"), *((name, "offload") for name in ("phi3", "mistral", "ministral3", "qwen3"))],
+)
 def test_same_gradients(family: str, level: str, split: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     options = {"sliding_window": 40} if family == "mistral" else {}
     compare(add_adapter(tiny_model(family, dtype=torch.float64, **options)), monkeypatch, level)
@@ -139,3 +141,20 @@ def test_16_bits_are_as_near_to_the_truth(split: list[int], monkeypatch: pytest.
         actual = outcome(low, batch, long_input, monkeypatch).gradients
         errors.append(sum(relative_error(actual[name], g) ** 2 for name, g in expected.items()) ** 0.5)
     assert split and errors[1] < 1.05 * errors[0]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("scarce", [False, True])
+def test_on_a_gpu(family: str, scarce: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With its kernels, its attention and what waits on the host."""
+    monkeypatch.setattr(head_groups, "GROUP_TOKENS", 128)
+    monkeypatch.setattr(long_rows, "SCARCE_TILES", 128 if scarce else 0)
+    model = add_adapter(tiny_model(family, hidden_size=256, head_dim=64)).to("cuda", torch.bfloat16)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.float() if parameter.requires_grad else parameter.data
+    batch = packed_batch(rows_batch(model.config.vocab_size, LENGTHS))
+    batch = {name: t.cuda() if isinstance(t, torch.Tensor) else t for name, t in batch.items()}
+    found = [outcome(model, batch, long_input, monkeypatch) for long_input in (2**40, 0)]
+    assert_same(found[1], found[0], 0.02)

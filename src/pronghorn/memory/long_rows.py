@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from pronghorn.blocks import Level
 from pronghorn.blocks.head_groups import head_groups
-from pronghorn.blocks.long_rows import is_long, leaves_place, makes_heads_again
+from pronghorn.blocks.long_rows import is_long, leaves_place, makes_heads_again, tile_rows_of_heads
 from pronghorn.memory.products import OUT, QKV, Held
 from pronghorn.memory.shape import ModelShape
 
@@ -68,9 +68,9 @@ def backward(step: Step, dout: int, need: bool) -> int:
     return dout
 
 
-def _tiles(step: Step) -> Iterator[Step]:
+def _tiles(step: Step, tile_rows: int | None = None) -> Iterator[Step]:
     """The step over the rows of each tile."""
-    for at in step._tiles():
+    for at in step._tiles(tile_rows):
         yield step.of_rows(at.stop - at.start)
 
 
@@ -114,7 +114,7 @@ def _heads_again_backward(step: Step, saves: Held) -> list[int]:
     for _ in range(groups):
         place = step._new(t * shape.q * e if leaves_place(groups) else 0)
         made = [step._new(t * width * e) for width in (of_group.q, of_group.kv, of_group.kv)]
-        for part in _tiles(step):
+        for part in _tiles(step, tile_rows_of_heads(step.tile_rows)):
             part.shape = of_group
             _seen_heads(part)
         copies = [step._new(t * of_group.q * e) for _ in range(2)]

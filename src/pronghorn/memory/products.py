@@ -176,10 +176,11 @@ class Products:
     def _residual(self) -> int:
         return self.tokens * self.shape.hidden * self.shape.residual_element
 
-    def _tiles(self) -> list[slice]:
+    def _tiles(self, tile_rows: int | None = None) -> list[slice]:
+        """Tiles of the GLU block, or of at most `tile_rows` rows."""
         if self.shape.trained != "adapters" or not self.shape.rows_go_apart:
             return [slice(0, self.tokens)]
-        tiles = tile_slices(self.tokens, self.tile_rows)
+        tiles = tile_slices(self.tokens, tile_rows or self.tile_rows)
         if len(tiles) <= 4 or self.shape.mixture is not None:
             return tiles
         # Each after the third finds the memory as that one did; the last is lower. A row of 200,000 tokens has 400.
