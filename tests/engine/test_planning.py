@@ -16,8 +16,8 @@ from pronghorn.engine.planning import (
     plan_levels,
     shape_of,
     shape_of_config,
-    vision_bytes,
 )
+from pronghorn.engine.tower_memory import vision_bytes
 from pronghorn.errors import BudgetInvalid, BudgetTooSmall, UnsupportedCheckpoint
 from pronghorn.memory import Batch, estimate
 from pronghorn.memory.storages import stored_tensors

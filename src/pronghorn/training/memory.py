@@ -15,7 +15,8 @@ from pronghorn.data.images import has_images
 from pronghorn.data.split import split_batch
 from pronghorn.engine import AUTO, Binding, LanguageTask, Task, TrainingStep, binding_of
 from pronghorn.engine.gathered import gather_for
-from pronghorn.engine.planning import levels_without_gpu, plan_levels, shape_of, vision_bytes
+from pronghorn.engine.planning import levels_without_gpu, plan_levels, shape_of
+from pronghorn.engine.tower_memory import vision_bytes
 from pronghorn.errors import BudgetInvalid, BudgetTooSmall, OutOfMemory
 from pronghorn.hardware import gpu_memory
 from pronghorn.memory import Batch, Plan, available_host_bytes, estimate
