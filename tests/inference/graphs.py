@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from contextlib import contextmanager
+from itertools import count
 
 import torch
 
@@ -19,6 +22,8 @@ class Graphs:
     def __init__(self):
         self.memory, self.made, self.replayed, self.stream = True, [], 0, "first"
         self.under_way = None
+        #: by pool, its graphs: one that has lost all of them is taken no more
+        self.pools = {}
 
     def put_in(self, monkeypatch):
         cuda, played = torch.cuda, self
@@ -31,10 +36,15 @@ class Graphs:
 
         @contextmanager
         def recording_of(graph, pool, capture_error_mode):
-            assert pool == "pool"
+            assert pool.startswith("pool")
             if not self.memory:
                 self.stream = "another"
                 raise torch.OutOfMemoryError("no memory left")
+            gc.collect()
+            graphs = self.pools.get(pool)
+            if graphs is not None and not graphs:
+                raise RuntimeError("use_count > 0 INTERNAL ASSERT FAILED")
+            self.pools.setdefault(pool, weakref.WeakSet()).add(graph)
             self.under_way = graph
             yield
             self.under_way = None
@@ -53,7 +63,8 @@ class Graphs:
         monkeypatch.setattr(cuda, "graph", recording_of)
         monkeypatch.setattr(cuda, "current_stream", lambda: self.stream)
         monkeypatch.setattr(cuda, "set_stream", lambda stream: setattr(self, "stream", stream))
-        monkeypatch.setattr(cuda, "graph_pool_handle", lambda: "pool")
+        numbers = count()
+        monkeypatch.setattr(cuda, "graph_pool_handle", lambda: f"pool {next(numbers)}")
         for module, name in ((prompts, "Prompts"), (chooser, "Chooser")):
             monkeypatch.setattr(module, "recorded", recorded)
             made = getattr(module, name).__init__

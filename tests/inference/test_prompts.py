@@ -5,6 +5,9 @@ Without a GPU they are computed anew each time; what a graph does is played by a
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 
@@ -157,6 +160,33 @@ def test_the_second_of_a_size_is_recorded(model, graphs, monkeypatch):
     assert made == [0, 1, 1, 1]
     monkeypatch.undo()
     assert_same(found, [run_tokens(Engine(model, max_context=256), [request])[0] for request in requests])
+
+
+def test_prompts_are_recorded_again_after_training(graphs, caplog):
+    """All of the graphs are gone then, and torch takes no further one into what was their pool."""
+    model = tiny_model("llama")
+    engine, requests = Engine(model, max_context=256), [sampled(prompt(20 + i, 30 + i)) for i in range(3)]
+    for made in (1, 2):
+        found = [run_tokens(engine, [request])[0] for request in requests]
+        assert graphs.made.count("prompts") == made and "could not be recorded" not in caplog.text
+        with torch.no_grad():
+            model.model.layers[0].mlp.down_proj.weight.neg_()
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight.neg_()
+    assert_same(found, [run_tokens(Engine(model, max_context=256), [request])[0] for request in requests])
+
+
+def test_memory_goes_with_the_engine(model, captured):
+    """The cache's, before a larger one is made; not when Python looks for cycles."""
+    engine = Engine(model, max_context=256)
+    run_tokens(engine, [sampled(prompt(1, 40))])
+    cache = weakref.ref(engine._runner.cache)
+    gc.disable()
+    try:
+        del engine
+        assert cache() is None
+    finally:
+        gc.enable()
 
 
 def test_without_memory_for_a_recording(model, graphs, monkeypatch, caplog):

@@ -24,6 +24,7 @@ from pronghorn.inference.mixture import ExpertTable
 from pronghorn.inference.moving import on_device, to_host
 from pronghorn.inference.paging import BLOCK_TOKENS
 from pronghorn.inference.prompts import Prompts
+from pronghorn.inference.recording import pool_beside
 from pronghorn.inference.requests import Token
 from pronghorn.inference.runner import Done, EagerRunner, Pending, StepLost
 from pronghorn.inference.sequences import Sequence
@@ -238,7 +239,9 @@ class _Step:
     """One size's step: recorded when it is first needed, or computed each time where nothing can be recorded."""
 
     def __init__(self, runner: CapturedRunner, size: int) -> None:
-        self.runner, self.size = runner, size
+        # Not held: the cache's memory and the graphs' go with the engine, not when Python looks for cycles.
+        self.runner: CapturedRunner = weakref.proxy(runner)
+        self.size = size
         self._graph: torch.cuda.CUDAGraph | None = None
         self._logits: Tensor | None = None
         if runner.decoder.device.type == "cuda":
@@ -250,8 +253,10 @@ class _Step:
         with torch.cuda.stream(side):
             self.rehearse()
         torch.cuda.current_stream().wait_stream(side)
+        runner = self.runner
+        runner._pool = pool_beside((step._graph for step in runner._steps.values()), runner._pool)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, pool=self.runner._pool):
+        with torch.cuda.graph(self._graph, pool=runner._pool):
             self._logits = self.runner.compute(self.size)
 
     def rehearse(self) -> None:

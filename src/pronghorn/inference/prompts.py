@@ -12,6 +12,7 @@ On a CPU the same is computed without being recorded, which is how it is tested 
 
 from __future__ import annotations
 
+import weakref
 from collections import OrderedDict
 from collections.abc import Sequence as Many
 from typing import NamedTuple
@@ -24,7 +25,7 @@ from pronghorn.inference.forward import Cache, PackedAttention, Part, logits_of,
 from pronghorn.inference.mixture import GatedMlp
 from pronghorn.inference.paging import BLOCK_TOKENS
 from pronghorn.inference.projections import Group, Segment
-from pronghorn.inference.recording import recorded
+from pronghorn.inference.recording import pool_beside, recorded
 from pronghorn.inference.sequences import Sequence
 from pronghorn.kernels.decode_attention import Heads
 
@@ -127,7 +128,9 @@ class _Prompt:
     """One shape."""
 
     def __init__(self, prompts: Prompts, shape: Shape) -> None:
-        self.prompts, size = prompts, shape.size
+        # Not held: the cache's memory and the graphs' go with the engine, not when Python looks for cycles.
+        self.prompts: Prompts = weakref.proxy(prompts)
+        size = shape.size
         self.segments = [Segment(shape.adapter, slice(0, size))], [Segment(shape.adapter, slice(0, 1))]
         self._uses = 0
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -154,9 +157,11 @@ class _Prompt:
 
     def _record(self) -> None:
         """The kernels are there since the first prompt of this size."""
-        self._graph, self._logits = recorded(self._compute, self.prompts.pool, "prompts")
+        prompts = self.prompts
+        prompts.pool = pool_beside((prompt._graph for prompt in prompts._prompts.values()), prompts.pool)
+        self._graph, self._logits = recorded(self._compute, prompts.pool, "prompts")
         if self._graph is None:
-            self.prompts.pool = None
+            prompts.pool = None
 
     def _compute(self) -> Tensor:
         decoder, attend = self.prompts.decoder, self.attend

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 
 logger = logging.getLogger("pronghorn")
+
+
+def pool_beside(graphs: Iterable[torch.cuda.CUDAGraph | None], pool: object) -> object:
+    """The pool that those graphs have, for one more; a new one where none of them is left.
+
+    torch refuses a pool that has lost all of its graphs while something of it is held still, as cuBLAS' workspace is
+    that was first wanted in a recording.
+    """
+    return pool if any(graph is not None for graph in graphs) else torch.cuda.graph_pool_handle()
 
 
 def recorded(
