@@ -24,7 +24,7 @@ from pronghorn.inference.mixture import ExpertTable
 from pronghorn.inference.moving import on_device, to_host
 from pronghorn.inference.paging import BLOCK_TOKENS
 from pronghorn.inference.prompts import Prompts
-from pronghorn.inference.recording import pool_beside
+from pronghorn.inference.recording import pool_beside, recording
 from pronghorn.inference.requests import Token
 from pronghorn.inference.runner import Done, EagerRunner, Pending, StepLost
 from pronghorn.inference.sequences import Sequence
@@ -256,7 +256,7 @@ class _Step:
         runner = self.runner
         runner._pool = pool_beside((step._graph for step in runner._steps.values()), runner._pool)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, pool=runner._pool):
+        with recording(self._graph, runner._pool):
             self._logits = self.runner.compute(self.size)
 
     def rehearse(self) -> None:

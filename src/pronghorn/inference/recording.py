@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 logger = logging.getLogger("pronghorn")
+
+#: torch takes one recording at a time in a process, on one stream of its own; models may answer in several threads
+_ALONE = threading.Lock()
+
+
+@contextmanager
+def recording(graph: torch.cuda.CUDAGraph, pool: object) -> Iterator[None]:
+    """What is launched inside becomes the graph."""
+    # "relaxed": other threads may allocate meanwhile.
+    with _ALONE, torch.cuda.graph(graph, pool=pool, capture_error_mode="relaxed"):
+        yield
 
 
 def pool_beside(graphs: Iterable[torch.cuda.CUDAGraph | None], pool: object) -> object:
@@ -32,8 +45,7 @@ def recorded(
     before = torch.cuda.current_stream()
     graph = torch.cuda.CUDAGraph()
     try:
-        # "relaxed": other threads may allocate meanwhile.
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="relaxed"):
+        with recording(graph, pool):
             result = compute()
     except RuntimeError as error:
         torch.cuda.set_stream(before)
