@@ -162,6 +162,29 @@ def test_the_second_of_a_size_is_recorded(model, graphs, monkeypatch):
     assert_same(found, [run_tokens(Engine(model, max_context=256), [request])[0] for request in requests])
 
 
+def test_a_first_prompt_that_fails_half_way_is_none(model, graphs, monkeypatch):
+    """What a kernel makes when it is first launched must not be made by a recording."""
+    requests = [sampled(prompt(20 + i, 30 + i)) for i in range(3)]
+    engine = Engine(model, max_context=256)
+
+    def fail(*_):
+        raise torch.OutOfMemoryError("no memory left")
+
+    with monkeypatch.context() as failing:
+        failing.setattr(prompts, "logits_of", fail)
+        number = engine.submit(requests[0])
+        with pytest.raises(torch.OutOfMemoryError):
+            engine.step()
+        engine.cancel(number)
+        while engine.has_work:
+            engine.step()
+    made = []
+    for request in requests:
+        run_tokens(engine, [request])
+        made.append(graphs.made.count("prompts"))
+    assert made == [0, 1, 1]
+
+
 def test_prompts_are_recorded_again_after_training(graphs, caplog):
     """All of the graphs are gone then, and torch takes no further one into what was their pool."""
     model = tiny_model("llama")

@@ -132,7 +132,8 @@ class _Prompt:
         self.prompts: Prompts = weakref.proxy(prompts)
         size = shape.size
         self.segments = [Segment(shape.adapter, slice(0, size))], [Segment(shape.adapter, slice(0, 1))]
-        self._uses = 0
+        #: to the end, so that all kernels and what they keep between launches are there
+        self._computed = False
         self._graph: torch.cuda.CUDAGraph | None = None
         self._logits: Tensor | None = None
         self.tokens, places, last, self.positions, self.ends, table = shape.cut(prompts.numbers)
@@ -146,11 +147,12 @@ class _Prompt:
             self.attend.tables = [table]
 
     def logits(self) -> Tensor:
-        self._uses += 1
-        if self._graph is None and self._uses > 1 and self.prompts.pool is not None:
+        if self._graph is None and self._computed and self.prompts.pool is not None:
             self._record()
         if self._graph is None:
-            return self._compute()
+            logits = self._compute()
+            self._computed = True
+            return logits
         self._graph.replay()
         assert self._logits is not None
         return self._logits
