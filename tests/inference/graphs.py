@@ -17,11 +17,12 @@ class Graphs:
 
     Attributes:
         memory: whether there is any for a recording. made: what was recorded. replayed: how often any was replayed.
+        factor: of what replays of prompts give.
     """
 
     def __init__(self):
         self.memory, self.made, self.replayed, self.stream = True, [], 0, "first"
-        self.under_way = None
+        self.under_way, self.factor = None, 1.0
         #: by pool, its graphs: one that has lost all of them is taken no more
         self.pools = {}
 
@@ -31,8 +32,8 @@ class Graphs:
         class Graph:
             def replay(self):
                 played.replayed += 1
-                result, compute = self.recorded
-                result.copy_(compute())
+                result, compute, what = self.recorded
+                result.copy_(compute() * played.factor if what == "prompts" else compute())
 
         @contextmanager
         def recording_of(graph, pool, capture_error_mode):
@@ -52,7 +53,7 @@ class Graphs:
         def recorded(compute, pool, what):
             def once():
                 found = compute()
-                self.under_way.recorded = found, compute
+                self.under_way.recorded = found, compute, what
                 return found.fill_(-1)  # nothing is computed by a recording
 
             found = recording.recorded(once, pool, what)

@@ -221,3 +221,17 @@ def test_without_memory_for_a_recording(model, graphs, monkeypatch, caplog):
     assert graphs.stream == "first"
     monkeypatch.undo()
     assert_same(found, [run_tokens(Engine(model, max_context=256), [request])[0] for request in requests])
+
+
+def test_a_recording_that_gives_something_else_is_not_used(model, graphs, monkeypatch, caplog):
+    graphs.factor = 0.9
+    requests = [sampled(prompt(20 + i, 30 + i)) for i in range(3)]
+    engine = Engine(model, max_context=256)
+    found = [run_tokens(engine, [request])[0] for request in requests]
+    assert (
+        caplog.text.count("recorded prompts give other logits than launched ones (by 0.1 of the largest)")
+        == 1
+    )
+    assert graphs.made.count("prompts") == 1
+    monkeypatch.undo()
+    assert_same(found, [run_tokens(Engine(model, max_context=256), [request])[0] for request in requests])

@@ -12,6 +12,7 @@ On a CPU the same is computed without being recorded, which is how it is tested 
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections import OrderedDict
 from collections.abc import Sequence as Many
@@ -29,12 +30,16 @@ from pronghorn.inference.recording import pool_beside, recorded
 from pronghorn.inference.sequences import Sequence
 from pronghorn.kernels.decode_attention import Heads
 
+logger = logging.getLogger("pronghorn")
+
 #: new tokens of a recorded prompt at most: more of them keep a GPU busy while the host launches
 MOST_TOKENS = 1024
 #: the least and the most tokens that there is room for where a prompt goes on
 LEAST_CONTEXT, MOST_CONTEXT = 1024, 8192
 #: shapes that are kept at a time
 MOST_KEPT = 48
+#: of the largest logit, by what one of a recorded prompt's may differ: some roundings of bf16
+MOST_OFF = 0.05
 
 
 class Shape(NamedTuple):
@@ -162,8 +167,24 @@ class _Prompt:
         prompts = self.prompts
         prompts.pool = pool_beside((prompt._graph for prompt in prompts._prompts.values()), prompts.pool)
         self._graph, self._logits = recorded(self._compute, prompts.pool, "prompts")
-        if self._graph is None:
-            prompts.pool = None
+        if self._graph is None or not self._is_right():
+            self._graph = self._logits = prompts.pool = None
+
+    def _is_right(self) -> bool:
+        """Whether what was recorded gives what launches give, for the prompt that is there; once for each shape."""
+        assert self._graph is not None and self._logits is not None
+        expected = self._compute()
+        self._graph.replay()
+        # The same kernels in the same order; only the matrix library may choose others in a recording.
+        off = float((self._logits - expected).abs().max() / expected.abs().max())
+        if off <= MOST_OFF:
+            return True
+        logger.warning(
+            "pronghorn: recorded prompts give other logits than launched ones (by %.2g of the largest); they are "
+            "launched one by one from here on",
+            off,
+        )
+        return False
 
     def _compute(self) -> Tensor:
         decoder, attend = self.prompts.decoder, self.attend
