@@ -9,6 +9,8 @@ from pronghorn.diagnostics.compare import BROKEN, Comparison, close, device, dra
 from pronghorn.diagnostics.kernel_checks import EPS, said
 from pronghorn.diagnostics.quantised_checks import four_bit_case
 from pronghorn.kernels import matvec as rows_kernels
+from pronghorn.kernels.bit_sums import RUN, Pieces, bit_sums, words_of
+from pronghorn.kernels.cached_rope import rope_into_cache
 from pronghorn.kernels.decode_attention import Heads, Paged, Rotation, decode_attention
 from pronghorn.kernels.matvec import FourBit, RowNorm, RowShare
 from pronghorn.kernels.next_token import Rows, embed_next, take_likeliest_
@@ -135,6 +137,49 @@ def between_steps() -> str:
         given = torch.tensor([-1, 2, -1], dtype=torch.int32, device=device())
         close(compared, "x", embed_next(weight, tokens, given), weight[[chosen[0], 2, chosen[2]]].double())
     return said(compared)
+
+
+def prompts_cache() -> str:
+    """A prompt's q and k rotated, its keys and values in blocks of the cache, and nothing else changed there."""
+    compared, tokens = Comparison(), 5
+    heads = Heads(heads=4, kv_heads=2, head_dim=64, scale=64**-0.5)
+    places = torch.tensor([70, 3, 129, 64, 0], device=device())
+    angles = torch.arange(tokens)[:, None] * 10000.0 ** -(torch.arange(32) / 32)
+    angles = torch.cat([angles, angles], 1).to(device())
+    for dtype in dtypes():
+        cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+        qkv = draw(tokens, 8 * 64, dtype=dtype)
+        cache = draw(3, BLOCK_TOKENS, 2, 2, 64, dtype=dtype, seed=1)
+        by_head, expected = qkv.double().view(tokens, 8, 64), cache.double().flatten(0, 1)
+        turned = by_head[:, :6] * cos.double()[:, None] + torch.cat(
+            [-by_head[:, :6, 32:], by_head[:, :6, :32]], 2
+        ) * sin.double()[:, None]  # fmt: skip
+        expected[places] = torch.stack([turned[:, 4:], by_head[:, 6:]], 1)
+        q, k, v = rope_into_cache(qkv.clone(), cos, sin, cache, places, heads)
+        for name, found, wanted in (
+            ("q", q, turned[:, :4]),
+            ("k", k, turned[:, 4:]),
+            ("v", v, by_head[:, 6:]),
+        ):
+            close(compared, name, found, wanted)
+        close(compared, "cache", cache.flatten(0, 1), expected)
+    return said(compared)
+
+
+def written_weights() -> str:
+    """Sums over the words of memory, by which weights that were written to are noticed: those of the formula, and
+    others once one number has changed."""
+    tensors = [draw(size, dtype=torch.float32, seed=seed) for seed, size in enumerate((70, 40_000))]
+    words = [found for found in map(words_of, tensors) if found is not None]
+    pieces = Pieces(words, [RUN, 4 * RUN])
+    before = bit_sums(pieces).tolist()
+    if before != bit_sums(pieces, impl="torch").tolist():
+        raise Unsound("sums over memory are not those of the formula", fix=BROKEN)
+    tensors[0][69] += 1.0
+    changed = [one != other for one, other in zip(bit_sums(pieces).tolist(), before, strict=True)]
+    if changed != [True] + [False] * (len(before) - 1):
+        raise Unsound("a write to a weight is not noticed", fix=BROKEN)
+    return f"{len(before)} pieces"
 
 
 def paged_attention() -> str:

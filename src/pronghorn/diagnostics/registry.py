@@ -65,6 +65,8 @@ CHECKS: list[Check] = [
             "all between two attentions": "between_attentions",
             "all between two steps": "between_steps",
             "attention to a cache in blocks": "paged_attention",
+            "a prompt's keys and values in it": "prompts_cache",
+            "writes to weights": "written_weights",
         },
     ),
     *_group(
