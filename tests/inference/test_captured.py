@@ -11,9 +11,8 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from pronghorn.inference import engine as engine_module
 from pronghorn.inference import fused
-from pronghorn.inference.captured import TURNS, CapturedRunner, InFlight, _Step
+from pronghorn.inference.captured import TURNS, InFlight, _Step
 from pronghorn.inference.engine import Engine
 from pronghorn.inference.requests import Request, SamplingParams
 from pronghorn.kernels.walk import walk
@@ -29,12 +28,6 @@ from tests.inference.test_engine import (
 )
 from tests.inference.test_engine_adapters import fp8, int8, nf4, with_adapters
 from tests.tiny import FAMILIES, tiny_model
-
-
-@pytest.fixture
-def captured(monkeypatch):
-    """Engines made from here on decode in recorded steps."""
-    monkeypatch.setattr(engine_module, "_runner", CapturedRunner)
 
 
 @pytest.fixture(scope="module")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from pronghorn.inference import engine as engine_module
-from pronghorn.inference.captured import CapturedRunner
 from pronghorn.inference.engine import Engine
 from pronghorn.inference.requests import Request, SamplingParams
 from tests.inference.graphs import Graphs
@@ -33,8 +31,7 @@ def model():
 
 
 @pytest.fixture
-def graphs(monkeypatch):
-    monkeypatch.setattr(engine_module, "_runner", CapturedRunner)
+def graphs(monkeypatch, captured):
     found = Graphs()
     found.put_in(monkeypatch)
     return found

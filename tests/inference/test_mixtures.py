@@ -11,8 +11,6 @@ from transformers import AutoModelForCausalLM
 
 from pronghorn import FastLanguageModel
 from pronghorn.cli.main import main
-from pronghorn.inference import engine as engine_module
-from pronghorn.inference.captured import CapturedRunner
 from pronghorn.inference.engine import Engine
 from pronghorn.inference.requests import Request, SamplingParams
 from pronghorn.inference.server.loading import load_served
@@ -37,12 +35,6 @@ PROMPTS = [prompt(seed, length) for seed, length in enumerate((5, 23, 70))]
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 QUESTION = [{"role": "user", "content": "What does it eat?"}]
 KINDS = sorted(MIXTURES)
-
-
-@pytest.fixture
-def captured(monkeypatch):
-    """Engines made from here on decode in recorded steps."""
-    monkeypatch.setattr(engine_module, "_runner", CapturedRunner)
 
 
 def adapted(model, parameters=STACKS):

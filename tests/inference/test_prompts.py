@@ -11,20 +11,12 @@ import weakref
 import pytest
 import torch
 
-from pronghorn.inference import engine as engine_module
 from pronghorn.inference import prompts
-from pronghorn.inference.captured import CapturedRunner
 from pronghorn.inference.engine import Engine
 from tests.inference.graphs import Graphs
 from tests.inference.test_engine import assert_same, prompt, run_tokens, sampled
 from tests.inference.test_engine_adapters import nf4, with_adapters
 from tests.tiny import tiny_model
-
-
-@pytest.fixture
-def captured(monkeypatch):
-    """Engines made from here on record."""
-    monkeypatch.setattr(engine_module, "_runner", CapturedRunner)
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from torch import Tensor
 from pronghorn.blocks import joining
 from pronghorn.blocks.levels import Level, keeps
 from pronghorn.blocks.norm import NoNorm, Norm
-from pronghorn.blocks.projection import GradientSink, LinearProjection, ProjectionGroup
+from pronghorn.blocks.projection import GradientSink, ProjectionGroup, rows_are_independent
 from pronghorn.kernels.glu import glu_backward, glu_backward_down_, glu_forward, glu_forward_down
 from pronghorn.kernels.lora import LowRank
 from pronghorn.weights import Fp8Weight, Operand
@@ -118,13 +118,8 @@ class GluBlock:
         return tiles if len(tiles) == 1 or self.rows_are_independent() else [slice(0, tokens)]
 
     def rows_are_independent(self) -> bool:
-        """Whether tiles give what all rows at once give: modules of their own and dropout masks may depend on the
-        number of rows, and gradients in 16 bits would be rounded at every tile."""
-        projections = (*self.gate_up.projections, *self.down.projections)
-        return all(
-            isinstance(projection, LinearProjection) and not any(a.dropout for a in projection.adapters)
-            for projection in projections
-        ) and all(t.dtype in (torch.float32, torch.float64) for t in self.trainable())
+        """Whether tiles give what all rows at once give."""
+        return rows_are_independent((*self.gate_up.projections, *self.down.projections), self.trainable())
 
     def add_residual(self, x: Tensor, branch: Tensor | None, dtype: torch.dtype, saves: GluSaves) -> None:
         """The residual sum y [T, H] in x's dtype, and its norm; without a branch y is x."""

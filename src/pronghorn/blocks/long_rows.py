@@ -28,7 +28,7 @@ from pronghorn.blocks.attention import AttentionBlock
 from pronghorn.blocks.glu import GluBlock, tile_slices
 from pronghorn.blocks.head_groups import grouped_attention_backward, groups_of_heads, head_groups, lse_of
 from pronghorn.blocks.levels import Level, keeps
-from pronghorn.blocks.projection import GradientSink, LinearProjection, ProjectionGroup
+from pronghorn.blocks.projection import GradientSink, LinearProjection, ProjectionGroup, rows_are_independent
 from pronghorn.kernels.attention import attention_backward
 from pronghorn.weights import DenseWeight, FourBitWeight, Weight
 
@@ -78,16 +78,15 @@ def can_split(layer: DecoderLayer, tokens: int) -> bool:
     return (
         head_groups(tokens, attention.kv_heads, attention.call.backend) > 1
         and len(attention.o.projections) == 1
+        and rows_are_independent(projections, attention.trainable())
         and all(isinstance(p, LinearProjection) and _multiplies_plainly(p.weight) for p in projections)
-        and not any(a.dropout for p in projections if isinstance(p, LinearProjection) for a in p.adapters)
-        and all(t.dtype in (torch.float32, torch.float64) for t in attention.trainable())
-        and not any(isinstance(p, LinearProjection) and p.weight.parameter is not None for p in projections)
     )
 
 
 def _multiplies_plainly(weight: Weight) -> bool:
-    """Whether all products are those of the plain matrix, so that one of some columns is a part of the whole one."""
-    return type(weight) in (DenseWeight, FourBitWeight)
+    """Whether the weight is frozen and all products are those of the plain matrix, so that one of some columns is a
+    part of the whole one."""
+    return type(weight) in (DenseWeight, FourBitWeight) and weight.parameter is None
 
 
 def forward(layer: DecoderLayer, x: Tensor) -> Tensor:

@@ -51,6 +51,7 @@ from pronghorn.engine.read import (
     read_norm_before,
     read_projection,
 )
+from pronghorn.engine.signature import has_hooks
 from pronghorn.engine.stream import Stream, flatten_rows, unflatten_rows
 from pronghorn.engine.wrapped import RowLayout, past_wrapper, visual_rows, with_image_blocks
 from pronghorn.families import MOE
@@ -101,9 +102,8 @@ def build_layer(layer: Any, call: LayerCall) -> DecoderLayer:
         attention = latent_attention_block
     elif parts.delta is not None:
         attention = delta_net_block
-    owns = not (layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks)
-    owns = owns and not layer._backward_pre_hooks
-    return DecoderLayer.build(attention(layer, call, read), mlp, level, call.dtype, call.stash, owns)
+    block = attention(layer, call, read)
+    return DecoderLayer.build(block, mlp, level, call.dtype, call.stash, not has_hooks(layer))
 
 
 def _attention_block(layer: Any, call: LayerCall, read: ReadGroups) -> AttentionBlock:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from pronghorn.blocks import Level, LinearProjection, host_bytes_per_token, kept_bytes_per_token, parks
+from pronghorn.blocks.projection import rows_are_independent
 from pronghorn.engine.binding import Binding, host_pool
 from pronghorn.engine.experts import read_mixture, stack_ranks
 from pronghorn.engine.joined import joins, weights_to_join
@@ -245,10 +246,10 @@ def shape_of(binding: Binding, **more: Any) -> ModelShape:
 
 
 def _keeps_rows_together(groups: Mapping[int, Sequence[Any]]) -> bool:
-    """Whether a layer has an adapter whose blocks do not run over tiles of rows (`GluBlock.rows_are_independent`)."""
-    linear = (p for group in groups.values() for p in group if isinstance(p, LinearProjection))
-    adapters = [adapter for projection in linear for adapter in projection.adapters]
-    return any(a.dropout or (a.a.requires_grad and a.a.dtype.itemsize < 4) for a in adapters)
+    """Whether a layer has an adapter whose blocks do not run over tiles of rows."""
+    linear = [p for group in groups.values() for p in group if isinstance(p, LinearProjection)]
+    trained = [a.a for projection in linear for a in projection.adapters if a.a.requires_grad]
+    return not rows_are_independent(linear, trained)
 
 
 def _mixed_stacks(stacks: Sequence[ExpertWeight]) -> tuple[int, ...]:

@@ -195,12 +195,10 @@ class EngineGenerate:
         ):  # what `apply_chat_template` returns today, given as the ids it once returned
             inputs = None if encoding is inputs else inputs
             given = {**encoding, **{name: value for name, value in given.items() if value is not encoding}}
-        if not any(
-            getattr(source, "cache_config", None) for source in (config, self.model.generation_config)
-        ):
-            given["use_cache"] = (
-                False  # no cache of Transformers' own, which takes a third of its preparation
-            )
+        configs = config, self.model.generation_config
+        if not any(getattr(source, "cache_config", None) for source in configs):
+            # No cache of Transformers' own, which takes a third of its preparation.
+            given["use_cache"] = False
         out: Tensor = type(self.model).generate(self.model, inputs, config, custom_generate=loop, **given)
         return out
 

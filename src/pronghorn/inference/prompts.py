@@ -152,23 +152,26 @@ class _Prompt:
             self.attend.tables = [table]
 
     def logits(self) -> Tensor:
-        if self._graph is None and self._computed and self.prompts.pool is not None:
-            self._record()
-        if self._graph is None:
+        if self._graph is not None:
+            self._graph.replay()
+        elif not (self._computed and self._record()):
             logits = self._compute()
             self._computed = True
             return logits
-        self._graph.replay()
         assert self._logits is not None
         return self._logits
 
-    def _record(self) -> None:
-        """The kernels are there since the first prompt of this size."""
+    def _record(self) -> bool:
+        """Whether there is a recording now, which has been replayed; the kernels are there since the first prompt of
+        this size."""
         prompts = self.prompts
+        if prompts.pool is None:
+            return False
         prompts.pool = pool_beside((prompt._graph for prompt in prompts._prompts.values()), prompts.pool)
         self._graph, self._logits = recorded(self._compute, prompts.pool, "prompts")
         if self._graph is None or not self._is_right():
             self._graph = self._logits = prompts.pool = None
+        return self._graph is not None
 
     def _is_right(self) -> bool:
         """Whether what was recorded gives what launches give, for the prompt that is there; once for each shape."""

@@ -87,7 +87,6 @@ class Written:
     what is read is still theirs when the model has let go of them."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self._at_once: list[_AtOnce] = []
         #: those that no launch reads together
         self._one_by_one: dict[tuple[torch.device, torch.dtype, bool], list[Tensor]] = defaultdict(list)
         together: dict[torch.device, list[Tensor]] = defaultdict(list)

@@ -20,6 +20,7 @@ from pronghorn.blocks.projection.parts import (
     PackedAdapters,
     Projection,
     product_for,
+    rows_are_independent,
 )
 from pronghorn.blocks.projection.split import SplitGroup
 
@@ -34,4 +35,5 @@ __all__ = [
     "ProjectionGroup",
     "SplitGroup",
     "product_for",
+    "rows_are_independent",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -99,6 +99,15 @@ class LinearProjection:
 
     def cast_bias(self, dtype: torch.dtype) -> Tensor | None:
         return None if self.bias is None else self.bias.detach().to(dtype)
+
+
+def rows_are_independent(projections: Iterable[Projection], trained: Iterable[Tensor]) -> bool:
+    """Whether tiles of rows give what all rows at once give: modules of their own and dropout masks may depend on the
+    number of rows, and gradients in 16 bits, of what is `trained`, would be rounded at every tile."""
+    return all(
+        isinstance(projection, LinearProjection) and not any(a.dropout for a in projection.adapters)
+        for projection in projections
+    ) and all(t.dtype in (torch.float32, torch.float64) for t in trained)
 
 
 class ModuleProjection:
