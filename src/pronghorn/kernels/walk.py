@@ -18,8 +18,8 @@ from torch import Tensor
 from pronghorn.kernels.dispatch import Impl, use_triton
 from pronghorn.kernels.matvec import RowNorm, RowShare, adapter_down, matvec
 
-#: halves of numbers that a walk's programs hand each other at most
-HANDED = 1024
+#: numbers between the two factors of a product's adapters at most
+MOST_HANDED = 128
 
 
 class Adapters(NamedTuple):
@@ -51,22 +51,26 @@ class Walk(NamedTuple):
 
 
 class Meeting(NamedTuple):
-    """Where a walk's programs wait for each other, int64 all; walks that may run at the same time need one each.
+    """Where a walk's programs wait for each other; walks that may run at the same time need one each.
 
     Args:
-        came: [1], how many have come, in all walks so far.
-        lost: [1], how many waited in vain, for about a second: then what that walk gave is worth nothing.
-        handed: [HANDED], what programs hand each other of adapters.
+        came: int64 [2], how many have come in all walks so far, and how many to adapters' meetings.
+        lost: int64 [1], how many waited in vain, for about a second: then what that walk gave is worth nothing.
+        shares: fp32 [programs · 4 · MOST_HANDED], what each program has of A x of the four products.
     """
 
     came: Tensor
     lost: Tensor
-    handed: Tensor
+    shares: Tensor
 
     @staticmethod
     def beside(lost: Tensor) -> Meeting:
         """A new one that counts in `lost`."""
-        return Meeting(torch.zeros_like(lost), lost, lost.new_zeros(HANDED))
+        device = lost.device
+        on_gpu = device.type == "cuda"
+        programs = torch.cuda.get_device_properties(device).multi_processor_count if on_gpu else 0
+        shares = torch.zeros(programs * 4 * MOST_HANDED, device=device)
+        return Meeting(lost.new_zeros(2), lost, shares)
 
 
 def walk(

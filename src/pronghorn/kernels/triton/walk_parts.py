@@ -1,5 +1,5 @@
-"""Parts of the walk in Gluon: the ring of tiles that one warp fills and the others empty, a row in shared memory, the
-programs' meetings, and what they hand each other of an adapter. See `triton.walk`."""
+"""Parts of the walk in Gluon: the ring of tiles that one warp fills and the others empty, a row in shared memory, and
+the programs' meetings. See `triton.walk`."""
 
 from __future__ import annotations
 
@@ -21,9 +21,6 @@ MOST_KEPT = gl.constexpr(8)
 #: numbers of the input that programs take at a time
 CHUNK = gl.constexpr(2048)
 WARPS = gl.constexpr(8)
-#: numbers that programs may hand each other between a product's two factors
-MOST_HANDED = gl.constexpr(128)
-HALVES = gl.constexpr(2 * 128)
 
 # The first thread waits until the number at $1 is at least $2, or $3 times in vain; $0: whether it was in vain.
 _AWAIT = gl.constexpr("""{
@@ -45,23 +42,6 @@ _AWAIT = gl.constexpr("""{
 }""")
 
 
-# What each thread finds at $1 once its upper half is $2, or after $3 times in vain; $4 is what it has found before.
-_RECEIVE = gl.constexpr("""{
-    .reg .pred p; .reg .b32 tries, low, high;
-    mov.b32 tries, $3;
-    mov.b64 $0, $4;
-    AGAIN:
-    mov.b64 {low, high}, $0;
-    setp.eq.s32 p, high, $2;
-    @p bra DONE;
-    ld.relaxed.gpu.global.b64 $0, [$1];
-    sub.u32 tries, tries, 1;
-    setp.ne.u32 p, tries, 0;
-    @p bra AGAIN;
-    DONE:
-}""")
-
-
 @gluon.jit
 def following(slot, phase, SLOTS: gl.constexpr):
     last = slot == SLOTS - 1
@@ -78,25 +58,12 @@ def copy_tiles(desc, row, bundle, ring, full, empty, slot, phase, UNITS: gl.cons
 
 
 @gluon.jit
-def first_of_adapter():
-    """The first of a program's groups of A's rows. The last programs begin, which have a group of the weight less: one
-    more of `down` would take 2 µs at 1.5B, and all others wait for it."""
-    return gl.num_programs(0) - 1 - gl.program_id(0)
-
-
-@gluon.jit
 def copy_weight(
-    desc, a_desc, adapter, ring, full, empty, slot, phase, outs: gl.constexpr, width: gl.constexpr,
-    GLU: gl.constexpr, RANKS: gl.constexpr, SLOTS: gl.constexpr, UNITS: gl.constexpr,
+    desc, ring, full, empty, slot, phase, outs: gl.constexpr, width: gl.constexpr, GLU: gl.constexpr,
+    SLOTS: gl.constexpr, UNITS: gl.constexpr,
 ):  # fmt: skip
-    """A program's rows of an adapter's A, then of one weight; with GLU each of gate's beside up's."""
+    """A program's rows of one weight; with GLU each of gate's beside up's."""
     bundles: gl.constexpr = (width + UNITS * LINES * LINE - 1) // (UNITS * LINES * LINE)
-    if RANKS > 0:
-        for group in range(first_of_adapter(), RANKS // ROWS, gl.num_programs(0)):
-            for bundle in range(bundles):
-                row = adapter * RANKS + group * ROWS
-                copy_tiles(a_desc, row, bundle, ring, full, empty, slot, phase, UNITS)
-                slot, phase = following(slot, phase, SLOTS)
     for group in range(gl.program_id(0), outs // ROWS, gl.num_programs(0)):
         for bundle in range(bundles):
             copy_tiles(desc, group * ROWS, bundle, ring, full, empty, slot, phase, UNITS)
@@ -109,20 +76,25 @@ def copy_weight(
 
 @gluon.jit
 def copy_all(
-    descs, a_descs, slots_ptr, ring, full, empty, ATTENDED: gl.constexpr, HIDDEN: gl.constexpr,
-    INNER: gl.constexpr, OUTS: gl.constexpr, RANKS: gl.constexpr, SLOTS: gl.constexpr, UNITS: gl.constexpr,
+    descs, a_desc, slots_ptr, ring, full, empty, ATTENDED: gl.constexpr, HIDDEN: gl.constexpr, INNER: gl.constexpr,
+    OUTS: gl.constexpr, RANKS: gl.constexpr, SLOTS: gl.constexpr, UNITS: gl.constexpr,
 ):  # fmt: skip
-    """The copying warp."""
+    """The copying warp. Of the first product's adapter it brings all of A's rows, into every program's ring."""
     slot = 0
     phase = 1
-    adapter = gl.load(slots_ptr)
     outs: gl.constexpr = (HIDDEN, INNER, HIDDEN, OUTS)
     widths: gl.constexpr = (ATTENDED, HIDDEN, INNER, HIDDEN)
+    if RANKS[0] > 0:
+        first = gl.load(slots_ptr) * RANKS[0]
+        bundles: gl.constexpr = (ATTENDED + UNITS * LINES * LINE - 1) // (UNITS * LINES * LINE)
+        for group in range(RANKS[0] // ROWS):
+            for bundle in range(bundles):
+                copy_tiles(a_desc, first + group * ROWS, bundle, ring, full, empty, slot, phase, UNITS)
+                slot, phase = following(slot, phase, SLOTS)
     for i in gl.static_range(4):
         slot, phase = copy_weight(
-            descs[i], a_descs[i], adapter, ring, full, empty, slot, phase, outs[i], widths[i], i == 1, RANKS[i],
-            SLOTS, UNITS,
-        )  # fmt: skip
+            descs[i], ring, full, empty, slot, phase, outs[i], widths[i], i == 1, SLOTS, UNITS
+        )
 
 
 @gluon.jit
@@ -205,9 +177,13 @@ def halves_of(acc):
 
 
 @gluon.jit
-def with_one_more(sums, others, x, FIRST: gl.constexpr, ring, full, empty, slot, phase, GLU: gl.constexpr,
-          SLOTS: gl.constexpr, UNITS: gl.constexpr):  # fmt: skip
-    """The sums with one more slot of the ring, with GLU with two."""
+def with_one_more(sums, others, x, FIRST: gl.constexpr, ring, full, empty, slot, phase, read, read_too,
+          GLU: gl.constexpr, SLOTS: gl.constexpr, UNITS: gl.constexpr):  # fmt: skip
+    """The sums with one more slot of the ring, with GLU with two; the slots that were read before are given back.
+
+    Not those of this step: what a warp reads may be on its way still when all have come to the barrier, and the copy
+    engine does not queue behind it. Once a warp comes to the next barrier it has multiplied what it read.
+    """
     layout: gl.constexpr = sums.type.layout
     next_slot, next_phase = following(slot, phase, SLOTS)
     up_slot = next_slot
@@ -218,19 +194,18 @@ def with_one_more(sums, others, x, FIRST: gl.constexpr, ring, full, empty, slot,
     weights = loaded_tiles(ring, slot * UNITS, layout, UNITS)
     if GLU:
         up_weights = loaded_tiles(ring, up_slot * UNITS, layout, UNITS)
-    # Weights are in registers: there is room for others.
     barrier()
-    mbarrier.arrive(empty.index(slot), count=1)
+    mbarrier.arrive(empty.index(gl.maximum(read, 0)), count=1, pred=read >= 0)
+    mbarrier.arrive(empty.index(gl.maximum(read_too, 0)), count=1, pred=read_too >= 0)
     if GLU:
-        mbarrier.arrive(empty.index(up_slot), count=1)
         others = added_to(others, up_weights, x, FIRST, UNITS)
     sums = added_to(sums, weights, x, FIRST, UNITS)
-    return sums, others, next_slot, next_phase
+    return sums, others, next_slot, next_phase, slot, up_slot if GLU else slot * 0 - 1
 
 
 @gluon.jit
-def next_rows(xs, kept, ring, full, empty, slot, phase, bundles: gl.constexpr, KEPT: gl.constexpr, GLU: gl.constexpr,
-           SLOTS: gl.constexpr, UNITS: gl.constexpr):  # fmt: skip
+def next_rows(xs, kept, ring, full, empty, slot, phase, read, read_too, bundles: gl.constexpr, KEPT: gl.constexpr,
+           GLU: gl.constexpr, SLOTS: gl.constexpr, UNITS: gl.constexpr):  # fmt: skip
     """The next rows in the ring times x, not yet added up; with GLU gate's and up's."""
     layout: gl.constexpr = gl.BlockedLayout([1, 1, 8], [1, 4, 8], [ROWS, WARPS // ROWS, 1], [2, 1, 0])
     of_x: gl.constexpr = gl.SliceLayout(0, layout)
@@ -238,56 +213,13 @@ def next_rows(xs, kept, ring, full, empty, slot, phase, bundles: gl.constexpr, K
     others = gl.zeros([ROWS, LINES, LINE], gl.float32, layout)
     if KEPT:
         for bundle in gl.static_range(bundles):
-            sums, others, slot, phase = with_one_more(
-                sums, others, kept, bundle * UNITS, ring, full, empty, slot, phase, GLU, SLOTS, UNITS
-            )
+            sums, others, slot, phase, read, read_too = with_one_more(
+                sums, others, kept, bundle * UNITS, ring, full, empty, slot, phase, read, read_too, GLU, SLOTS, UNITS
+            )  # fmt: skip
     else:
         for bundle in range(bundles):
             x = loaded_tiles(xs, bundle * UNITS, of_x, UNITS)
-            sums, others, slot, phase = with_one_more(
-                sums, others, x, 0, ring, full, empty, slot, phase, GLU, SLOTS, UNITS
+            sums, others, slot, phase, read, read_too = with_one_more(
+                sums, others, x, 0, ring, full, empty, slot, phase, read, read_too, GLU, SLOTS, UNITS
             )
-    return sums, others, slot, phase
-
-
-@gluon.jit
-def hand_on(sums, handed_ptr, group, turn):
-    """What a group of A's rows gives, in halves, each number beside the turn that it is of."""
-    of_halves: gl.constexpr = gl.BlockedLayout([1, 1], [32, 1], [WARPS // 2, 2], [1, 0])
-    halves = gl.convert_layout(halves_of(sums), of_halves)
-    word = (turn.to(gl.int64) << 32) | (halves.to(gl.int32, bitcast=True).to(gl.int64) & 0xFFFFFFFF)
-    row = group * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, of_halves))
-    at = gl.expand_dims(2 * row, 1) + gl.expand_dims(gl.arange(0, 2, gl.SliceLayout(0, of_halves)), 0)
-    gl.atomic_xchg(handed_ptr + at, word, sem="relaxed", scope="gpu")
-
-
-@gluon.jit
-def look_ahead(handed_ptr, RANKS: gl.constexpr, ROOM: gl.constexpr):
-    """What is handed on, or what was before: asked for while there is something else to do."""
-    flat: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
-    at = gl.minimum(gl.arange(0, 2 * ROOM, flat), 2 * RANKS - 1)
-    return gl.load(handed_ptr + at, volatile=True)
-
-
-@gluon.jit
-def receive(seen, handed_ptr, turn, lost_ptr, patience, handed, RANKS: gl.constexpr, ROOM: gl.constexpr):
-    """All that programs have handed on in this turn into shared memory; one that waits in vain says so."""
-    flat: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
-    at = gl.minimum(gl.arange(0, 2 * ROOM, flat), 2 * RANKS - 1)
-    seen = gl.inline_asm_elementwise(
-        _RECEIVE, "=l,l,r,r,l", [handed_ptr + at, turn, patience, seen], dtype=gl.int64, is_pure=False, pack=1
-    )
-    late = (seen >> 32).to(gl.int32) != turn
-    gl.atomic_add(
-        lost_ptr + at * 0, gl.full([2 * ROOM], 1, gl.int64, flat), mask=late, sem="relaxed", scope="gpu"
-    )
-    halves = gl.reshape(seen.to(gl.int32).to(gl.float32, bitcast=True), [ROOM, 2])
-    handed.slice(0, ROOM).store(gl.sum(halves, 1))
-    barrier()
-
-
-@gluon.jit
-def adapter_share(b, handed, part: gl.constexpr, RANK: gl.constexpr, of_outs: gl.constexpr):
-    """What an adapter adds to outputs with B's rows b [outputs, RANK], but for the norm."""
-    xa = handed.slice(part * RANK, RANK).load(gl.SliceLayout(0, b.type.layout))
-    return gl.convert_layout(gl.sum(b.to(gl.float32) * gl.expand_dims(xa, 0), 1), of_outs)
+    return sums, others, slot, phase, read, read_too
