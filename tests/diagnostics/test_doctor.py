@@ -23,6 +23,7 @@ from pronghorn.diagnostics import (
 from pronghorn.diagnostics.checks import Check, NotHere, Unsound, perform
 from pronghorn.diagnostics.compare import excess
 from pronghorn.diagnostics.live import peak_bytes
+from pronghorn.memory import host
 
 PACKAGE = Path(doctor.__file__).resolve().parents[1]
 
@@ -223,11 +224,11 @@ def test_a_full_disk_and_a_folder_that_cannot_be_written(monkeypatch, tmp_path):
 
 
 def test_a_containers_limit_counts(monkeypatch):
-    monkeypatch.setattr(machine_checks, "_machine_memory", lambda: (64 * 2**30, 60 * 2**30))
-    monkeypatch.setattr(machine_checks, "_container_memory", lambda: (8 * 2**30, 7 * 2**30))
+    monkeypatch.setattr(host, "_of_machine", lambda: host.HostMemory(64 * 2**30, 60 * 2**30))
+    monkeypatch.setattr(host, "_of_group", lambda: (8 * 2**30, 7 * 2**30))
     with pytest.raises(Unsound, match=r"1\.0 GiB of 8\.0 GiB of this container"):
         machine_checks.host_memory()
-    monkeypatch.setattr(machine_checks, "_container_memory", lambda: (None, 0))
+    monkeypatch.setattr(host, "_of_group", lambda: (None, 0))
     assert "60.0 GiB of 64.0 GiB of the machine" in machine_checks.host_memory()
 
 

@@ -156,7 +156,7 @@ def log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def fake_stash(log: list[str], limit: int = 2**32) -> tuple[HostStash, HostPool]:
-    pool = HostPool(limit, lambda size: torch.empty(size, dtype=torch.uint8))
+    pool = HostPool(limit, lambda sizes: [torch.empty(size, dtype=torch.uint8) for size in sizes])
     return HostStash(FakeStream("side", log), pool, log.append), pool  # type: ignore[arg-type]
 
 

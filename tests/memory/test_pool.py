@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import nullcontext
 from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 
-from pronghorn.memory import HostPool, available_host_bytes
+from pronghorn.memory import HostMemory, HostPool, available_host_bytes, host, host_memory, pinned
 from pronghorn.memory.offload import _matching, _stride
 from pronghorn.memory.pool import LARGEST_CHUNK, SMALLEST_CHUNK
 
 
-def unpinned(size: int) -> torch.Tensor:
-    return torch.empty(size, dtype=torch.uint8)
+def unpinned(sizes: Sequence[int]) -> list[torch.Tensor]:
+    return [torch.empty(size, dtype=torch.uint8) for size in sizes]
 
 
 def pool(limit: int = 2**32) -> HostPool:
@@ -61,17 +66,18 @@ def test_bytes_below_live_ones_wait() -> None:
 
 
 def test_chunks_grow_up_to_a_size() -> None:
-    sizes: list[int] = []
+    asked: list[Sequence[int]] = []
 
-    def allocate(size: int) -> torch.Tensor:
-        sizes.append(size)
-        return torch.empty(0, dtype=torch.uint8).new_empty(size)
+    def allocate(sizes: Sequence[int]) -> list[torch.Tensor]:
+        asked.append(sizes)
+        return unpinned(sizes)
 
     host = HostPool(2**34, allocate)
     host.reserve(SMALLEST_CHUNK + 1)
-    host.reserve(LARGEST_CHUNK + 100 * 2**20)
-    assert sizes[0] == 2 * SMALLEST_CHUNK and max(sizes) == LARGEST_CHUNK
-    assert host.pinned_bytes == sum(sizes)
+    host.reserve(3 * LARGEST_CHUNK + 100 * 2**20)
+    assert asked[0] == [2 * SMALLEST_CHUNK]
+    assert asked[1] == 3 * [LARGEST_CHUNK] + [128 * 2**20], "all that is missing is asked for at once"
+    assert host.pinned_bytes == sum(map(sum, asked))
 
 
 def test_the_limit_is_named() -> None:
@@ -84,7 +90,7 @@ def test_the_limit_is_named() -> None:
 
 
 def test_a_system_that_refuses_to_pin_is_no_crash() -> None:
-    def refuse(size: int) -> torch.Tensor:
+    def refuse(sizes: Sequence[int]) -> list[torch.Tensor]:
         raise RuntimeError("CUDA error: out of memory\nmore")
 
     refused = HostPool(2**34, refuse).take(10)
@@ -115,3 +121,54 @@ def test_tensors_match_pieces_across_chunks() -> None:
 
 def test_available_memory_is_a_plausible_number() -> None:
     assert 2**20 < available_host_bytes() < 2**50
+
+
+def test_a_group_leaves_what_its_page_cache_would_give_back(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    files = {
+        "memory.max": "1000",
+        "memory.current": "900",
+        "memory.stat": "anon 100\ninactive_file 300\nfile 700",
+    }
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(host, "Path", lambda path: tmp_path if path == "/sys/fs/cgroup" else Path(path))
+    found = host_memory()
+    assert found == HostMemory(1000, 400, contained=True)
+    (tmp_path / "memory.max").write_text("max")
+    assert host_memory().total > 1000 and not host_memory().contained
+
+
+def test_memory_that_cannot_be_registered_is_asked_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def empty(size: int, **arguments: Any) -> torch.Tensor:
+        asked.append(size)
+        assert arguments["pin_memory"]
+        return torch.zeros(size, dtype=torch.uint8)
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "device", nullcontext)
+    monkeypatch.setattr(
+        host, "_registered", lambda size: None if size == 8 else torch.zeros(size, dtype=torch.uint8)
+    )
+    monkeypatch.setattr(torch, "empty", empty)
+    assert [len(found) for found in pinned([4, 8, 16])] == [4, 8, 16]
+    assert asked == [8]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_pinned_memory_is_written_to_by_the_gpu() -> None:
+    sizes = [5 * 2**20 + 3, 16 * 2**20, 100]
+    expected = torch.arange(100, dtype=torch.uint8)
+    for _ in range(3):
+        found = pinned(sizes)
+        assert [len(piece) for piece in found] == sizes and all(piece.is_pinned() for piece in found)
+        found[2].copy_(expected.cuda(), non_blocking=True)
+        torch.cuda.synchronize()
+        assert torch.equal(found[2], expected)
+        mine = host._registered(2**20)
+        assert mine is not None and mine.is_pinned(), "what went before has been given back"
+        del found, mine

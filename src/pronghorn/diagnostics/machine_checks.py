@@ -15,6 +15,7 @@ from pronghorn.diagnostics.checks import NotHere, Unsound
 LEAST_DISK, LEAST_MEMORY = 2 * 2**30, 2 * 2**30
 _WRITTEN = 128 * 2**20
 _COPIED = 256 * 2**20
+_PIECES = 8
 _NO_GPU = "no CUDA GPU"
 
 
@@ -58,66 +59,36 @@ def disk() -> str:
 
 def host_memory() -> str:
     """Memory that is left, of the machine or of the container, whichever is less."""
-    total, available = _machine_memory()
-    limit, used = _container_memory()
-    where = "of the machine"
-    if limit is not None and limit < total:
-        total, available, where = limit, min(available, limit - used), "of this container"
-    if available < LEAST_MEMORY:
-        raise Unsound(
-            f"{available / 2**30:.1f} GiB of {total / 2**30:.1f} GiB {where} are available",
-            "end other programs; loading a model needs room for one of its files",
-        )
-    return f"{available / 2**30:.1f} GiB of {total / 2**30:.1f} GiB {where} are available"
+    from pronghorn.memory import host_memory as look
 
-
-def _machine_memory() -> tuple[int, int]:
-    facts = {}
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        raise NotHere("this system does not tell (no /proc/meminfo)") from None
-    for line in lines:
-        name, _, rest = line.partition(":")
-        facts[name] = int(rest.split()[0]) * 1024
-    return facts["MemTotal"], facts["MemAvailable"]
-
-
-def _container_memory() -> tuple[int | None, int]:
-    """(limit, used without what the page cache would give back) of the control group."""
-    root = Path("/sys/fs/cgroup")
-    for limit_name, used_name in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
-        try:
-            limit, used = (root / limit_name).read_text().strip(), (root / used_name).read_text().strip()
-            stat = (root / limit_name).with_name("memory.stat").read_text().splitlines()
-        except OSError:
-            continue
-        if not limit.isdigit():
-            return None, 0
-        cached = sum(int(line.split()[1]) for line in stat if line.startswith("inactive_file "))
-        return int(limit), max(int(used) - cached, 0)
-    return None, 0
+    found = look()
+    if not found.total:
+        raise NotHere("this system does not tell")
+    where = "of this container" if found.contained else "of the machine"
+    left = f"{found.available / 2**30:.1f} GiB of {found.total / 2**30:.1f} GiB {where} are available"
+    if found.available < LEAST_MEMORY:
+        raise Unsound(left, "end other programs; loading a model needs room for one of its files")
+    return left
 
 
 def pinned_memory() -> str:
     """Host memory that the GPU reads and writes by itself, which offloaded layers and batches wait in."""
     import torch
 
+    from pronghorn.memory import pinned
+
     if not torch.cuda.is_available():
         raise NotHere(_NO_GPU)
     began = time.perf_counter()
     try:
-        held = torch.empty(_COPIED, dtype=torch.uint8, pin_memory=True)
+        held = pinned([_COPIED // _PIECES] * _PIECES)
     except RuntimeError as error:
         raise Unsound(
             f"{_COPIED >> 20} MiB cannot be pinned: {str(error).splitlines()[0]}",
             "raise the limit of locked memory (`ulimit -l unlimited`; docker: --ulimit memlock=-1)",
         ) from error
     seconds = time.perf_counter() - began
-    return f"{held.numel() >> 20} MiB pinned in {seconds * 1e3:.0f} ms"
+    return f"{sum(map(len, held)) >> 20} MiB pinned in {seconds * 1e3:.0f} ms"
 
 
 def _gigabytes_a_second(copy: Callable[[], object], size: int) -> float:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pronghorn.engine import base_causal_lm, evaluating
-from pronghorn.memory.pool import available_host_bytes
+from pronghorn.memory.host import available_host_bytes
 from pronghorn.weights import (
     BitsAndBytesInt8Weight,
     Fp8FourBitWeight,

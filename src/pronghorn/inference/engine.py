@@ -27,7 +27,7 @@ from pronghorn.inference.paging import BLOCK_TOKENS, BlockPool
 from pronghorn.inference.requests import Event, FinishReason, Request, Token
 from pronghorn.inference.runner import EagerRunner, Pending, Runner, StepLost
 from pronghorn.inference.sequences import Sequence
-from pronghorn.memory.pool import available_host_bytes
+from pronghorn.memory.host import available_host_bytes
 
 logger = logging.getLogger("pronghorn")
 

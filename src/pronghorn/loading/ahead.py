@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from pronghorn.memory.pool import available_host_bytes
+from pronghorn.memory.host import available_host_bytes
 
 logger = logging.getLogger("pronghorn")
 

@@ -3,6 +3,7 @@
 from pronghorn.memory.cost import step_time
 from pronghorn.memory.estimate import Estimate, Inner, estimate
 from pronghorn.memory.gpus import GPUS, Gpu, Rates, gpu_of, rates_of
+from pronghorn.memory.host import HostMemory, available_host_bytes, host_memory, pinned
 from pronghorn.memory.offload import HostStash
 from pronghorn.memory.parts import DeltaShape, LatentShape, MixtureShape
 from pronghorn.memory.plan import (
@@ -14,7 +15,7 @@ from pronghorn.memory.plan import (
     plan_if_it_fits,
     with_margin,
 )
-from pronghorn.memory.pool import HOST_SHARE, HostPool, available_host_bytes
+from pronghorn.memory.pool import HOST_SHARE, HostPool
 from pronghorn.memory.schedule import Batch
 from pronghorn.memory.shape import PROJECTIONS, ModelShape
 
@@ -26,6 +27,7 @@ __all__ = [
     "DeltaShape",
     "Estimate",
     "Gpu",
+    "HostMemory",
     "HostPool",
     "HostStash",
     "Inner",
@@ -38,8 +40,10 @@ __all__ = [
     "estimate",
     "gib",
     "gpu_of",
+    "host_memory",
     "longest_that_fits",
     "parse_budget",
+    "pinned",
     "plan",
     "plan_if_it_fits",
     "rates_of",

@@ -2,7 +2,7 @@
 
 Passes park tensors and take them back in the opposite order, so the pool is a stack of bytes over a growing list of
 chunks: a pass of the same shapes gets the same addresses again (what a captured pass needs), and one of other shapes
-leaves no holes. Chunks are powers of two, which is what torch's pinned allocator rounds to anyway.
+leaves no holes. Chunks are powers of two, so that small passes of many sizes take few.
 
 Reuse needs no event: every copy out of and into the pool runs on one side stream, whose order puts the copy that
 brings a tensor back before the copy that overwrites its bytes.
@@ -10,47 +10,19 @@ brings a tensor back before the copy that overwrites its bytes.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+
+from pronghorn.memory.host import available_host_bytes, pinned
 
 #: Chunks grow with the pool between these sizes.
 SMALLEST_CHUNK, LARGEST_CHUNK = 16 * 2**20, 256 * 2**20
 #: Pieces begin at multiples of this, for full-speed copies.
 ALIGNMENT = 512
 #: Of the host memory that is available, pinned memory takes at most this share: it cannot be swapped out.
-HOST_SHARE = 0.6
-
-
-def available_host_bytes() -> int:
-    """Host memory that can be taken now: what the kernel calls available, within the control group's limit."""
-    available = [_meminfo_available()]
-    group = Path("/sys/fs/cgroup")
-    for limit, used in (
-        (group / "memory.max", group / "memory.current"),
-        (group / "memory/memory.limit_in_bytes", group / "memory/memory.usage_in_bytes"),
-    ):
-        try:
-            available.append(int(limit.read_text()) - int(used.read_text()))
-        except (OSError, ValueError):  # no such group, or "max": no limit of its own
-            continue
-    return max(min(available), 0)
-
-
-def _meminfo_available() -> int:
-    meminfo = Path("/proc/meminfo")
-    lines = meminfo.read_text(encoding="ascii").splitlines() if meminfo.is_file() else []
-    available = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
-    if available:
-        return available[0]
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES") if hasattr(os, "sysconf") else 0
-
-
-def _pinned(size: int) -> Tensor:
-    return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+HOST_SHARE = 0.75
 
 
 class HostPool:
@@ -58,10 +30,12 @@ class HostPool:
 
     Args:
         limit: most bytes it may pin; None means `HOST_SHARE` of what is available when it first grows.
-        allocate: makes a pinned uint8 tensor of a size; tests give another one.
+        allocate: makes pinned uint8 tensors of some sizes; tests give another one.
     """
 
-    def __init__(self, limit: int | None = None, allocate: Callable[[int], Tensor] = _pinned) -> None:
+    def __init__(
+        self, limit: int | None = None, allocate: Callable[[Sequence[int]], list[Tensor]] = pinned
+    ) -> None:
         self.limit = limit
         self._allocate = allocate
         self._chunks: list[Tensor] = []
@@ -82,24 +56,28 @@ class HostPool:
         """Make sure that `size` bytes fit from the bottom up; returns the reason where they may not."""
         if self.limit is None:
             self.limit = int(available_host_bytes() * HOST_SHARE)
-        while self._size < size:
-            chunk = min(max(_power_of_two(size - self._size), SMALLEST_CHUNK), LARGEST_CHUNK)
-            if self._size + chunk > self.limit:
-                return (
-                    f"{_gib(size)} of pinned host memory are needed and {_gib(self.limit)} may be taken "
-                    f"({HOST_SHARE:.0%} of what was available)"
-                )
-            if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-                return (
-                    "pinned host memory cannot be allocated during a capture; run the same shape once before"
-                )
-            try:
-                memory = self._allocate(chunk)
-            except RuntimeError as error:
-                return f"the system refuses to pin {_gib(chunk)} more of host memory: {str(error).splitlines()[0]}"
-            self._chunks.append(memory)
+        sizes: list[int] = []
+        while self._size + sum(sizes) < size:
+            missing = size - self._size - sum(sizes)
+            sizes.append(min(max(_power_of_two(missing), SMALLEST_CHUNK), LARGEST_CHUNK))
+        if not sizes:
+            return None
+        if self._size + sum(sizes) > self.limit:
+            return (
+                f"{_gib(size)} of pinned host memory are needed and {_gib(self.limit)} may be taken "
+                f"({HOST_SHARE:.0%} of what was available)"
+            )
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            return "pinned host memory cannot be allocated during a capture; run the same shape once before"
+        try:
+            chunks = self._allocate(sizes)
+        except RuntimeError as error:
+            why = str(error).splitlines()[0]
+            return f"the system refuses to pin {_gib(sum(sizes))} more of host memory: {why}"
+        for chunk in chunks:
+            self._chunks.append(chunk)
             self._starts.append(self._size)
-            self._size += chunk
+            self._size += chunk.numel()
         return None
 
     def take(self, size: int) -> tuple[int, list[Tensor]] | str:
