@@ -27,8 +27,8 @@ PROMPTS = [prompt(seed, length) for seed, length in enumerate((5, 63, 64, 65, 13
 
 def stock(model, ids, count=NEW, **arguments) -> list[int]:
     out = type(model).generate(
-        model, torch.tensor([ids]), max_new_tokens=count, do_sample=False, eos_token_id=None, pad_token_id=0,
-        **arguments,
+        model, torch.tensor([ids], device=model.device), max_new_tokens=count, do_sample=False, eos_token_id=None,
+        pad_token_id=0, **arguments,
     )  # fmt: skip
     return out[0, len(ids) :].tolist()
 

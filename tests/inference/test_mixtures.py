@@ -89,6 +89,7 @@ def test_recorded_steps(family, captured, monkeypatch):
     assert_same(found, [run_tokens(Engine(model, max_context=128), [request])[0] for request in requests])
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="interprets kernels on a CPU's tensors")
 @pytest.mark.parametrize(("family", "rows"), [("qwen2_moe", 1), ("gpt_oss", 2)])
 def test_recorded_steps_in_triton(family, rows, captured, monkeypatch):
     """A whole step by the kernels that a GPU runs, and nothing that waits for it: one row, whose products are
@@ -244,6 +245,7 @@ def test_a_served_mixture(folder):
             assert answer["choices"][0]["message"]["content"] == stock_answer(folder, name)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="chats in another precision on a GPU")
 @pytest.mark.parametrize("name", ["base", "formal"])
 def test_chatting_with_a_mixture(folder, name, capsys, caplog):
     command = ["chat", str(folder / name), "--prompt", QUESTION[0]["content"], "--max-new-tokens", "10"]
@@ -268,7 +270,8 @@ def test_a_mixture_loaded_in_four_bits_with_an_adapter_by_usual_names(tmp_path, 
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
-                parameter.normal_(0.0, 0.2, generator=torch.Generator().manual_seed(len(name)))
+                generator = torch.Generator(parameter.device).manual_seed(len(name))
+                parameter.normal_(0.0, 0.2, generator=generator)
     model.eval()
     expected = [stock(model.get_base_model(), ids, 6) for ids in PROMPTS]
     engine = Engine(model, max_batch=4, max_context=128)
