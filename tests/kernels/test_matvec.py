@@ -138,6 +138,15 @@ def test_three_parts_with_adapters_of_their_own(impl, rows, device):
     assert_sums_near(added, expected, exact.abs() @ weight.double().abs().t() + 1.0, dtype)
 
 
+@pytest.fixture
+def small_ones_too(device, monkeypatch):
+    """Hopper's matrix units take small weights in 4 bits, too, where their sizes allow it."""
+    if device.type == "cuda":
+        from pronghorn.kernels.triton import four_bit_row
+
+        monkeypatch.setattr(four_bit_row, "LEAST_NUMBERS", (0, 0))
+
+
 def quantised(weight, double):
     pytest.importorskip("bitsandbytes")
     bits, _, dense = four_bits(weight, double=double)
@@ -147,7 +156,8 @@ def quantised(weight, double):
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("double", [False, True])
 @pytest.mark.parametrize("width", [192, 1088])
-@pytest.mark.parametrize("widths", [(24,), (16, 8, 8)])
+@pytest.mark.parametrize("widths", [(24,), (16, 8, 8), (48,), (32, 16, 48)])
+@pytest.mark.usefixtures("small_ones_too")
 def test_four_bits(impl, double, width, widths, device):
     dtype, outs = torch.bfloat16, sum(widths)
     x, norm, bias, slots, a, b, _ = case(1, width, outs, dtype, device)
@@ -161,11 +171,12 @@ def test_four_bits(impl, double, width, widths, device):
     exact = normed(x, norm)
     share = RowShare(adapter_down(x, a, slots, norm, impl=impl), b, slots, ends)
     residual = random(1, outs, dtype=dtype, device=device, seed=6)
-    expected = exact @ weight.t() + bias.double() + shared(exact, a, b, slots, ends, 16) + residual.double()
-    found = matvec_4bit(
-        x, [part for part, _ in made], norm=norm, bias=bias, share=share, residual=residual.clone(), impl=impl
-    )
-    assert_sums_near(found, expected, exact.abs() @ weight.abs().t() + 1.0, dtype)
+    expected = exact @ weight.t() + bias.double() + shared(exact, a, b, slots, ends, 16)
+    options = {"norm": norm, "bias": bias, "share": share, "impl": impl}
+    terms = exact.abs() @ weight.abs().t() + 1.0
+    assert_sums_near(matvec_4bit(x, [part for part, _ in made], **options), expected, terms, dtype)
+    found = matvec_4bit(x, [part for part, _ in made], residual=residual.clone(), **options)
+    assert_sums_near(found, expected + residual.double(), terms, dtype)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -188,12 +199,9 @@ def test_four_bits_with_an_activation(impl, width, device):
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("double", [False, True])
 @pytest.mark.parametrize("outs, activation", [(24, "silu"), (8, "gelu_tanh")])
-def test_gate_and_up_in_four_bits(impl, double, outs, activation, device, monkeypatch):
-    """In whole steps of columns, which Hopper's matrix units take."""
-    if impl == "triton" and device.type == "cuda":
-        from pronghorn.kernels.triton import four_bit_glu
-
-        monkeypatch.setattr(four_bit_glu, "LEAST_NUMBERS", 0)
+@pytest.mark.usefixtures("small_ones_too")
+def test_gate_and_up_in_four_bits(impl, double, outs, activation, device):
+    """In whole steps of columns."""
     width, dtype = 2048, torch.bfloat16
     x, norm, bias, *_ = case(1, width, 2 * outs, dtype, device)
     made = [
@@ -209,11 +217,47 @@ def test_gate_and_up_in_four_bits(impl, double, outs, activation, device, monkey
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+@pytest.mark.parametrize("with_norm", [False, True])
+@pytest.mark.usefixtures("small_ones_too")
+def test_what_is_no_number_shows_in_four_bits(impl, wrong, with_norm, device):
+    x, norm, *_ = case(1, 1088, 32, torch.bfloat16, device, with_norm)
+    part, _ = quantised(random(32, 1088, dtype=torch.float32, device=device, scale=0.05), True)
+    assert matvec_4bit(x, [part, part], norm=norm, impl=impl).isfinite().all()
+    x[0, 77] = wrong
+    assert not matvec_4bit(x, [part, part], norm=norm, impl=impl).isfinite().any()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("outlier", [1.0, 100.0, 30000.0])
+@pytest.mark.usefixtures("small_ones_too")
+def test_one_large_number_leaves_the_others_their_share_in_four_bits(impl, outlier, device):
+    """By the length of x no more is lost than its rounding to bf16 would cost."""
+    x, *_ = case(1, 2048, 64, torch.bfloat16, device, False)
+    x[0, 1234] = outlier
+    part, weight = quantised(random(64, 2048, dtype=torch.float32, device=device, scale=0.05), True)
+    found = matvec_4bit(x, [part, part], out_dtype=torch.float32, impl=impl).double()[:, :64]
+    expected = x.double() @ weight.t()
+    assert ((found - expected).abs() <= 2**-9 * x.double().norm() * weight.norm(dim=1)).all()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("four_bits_", [False, True])
-@pytest.mark.parametrize("widths,activation", [((24,), None), ((16, 8, 8), None), ((12, 12), "silu")])
-def test_adapter_in_the_weights_launch(impl, four_bits_, widths, activation, device):
+@pytest.mark.parametrize(
+    "widths,activation,dtype",
+    [
+        ((24,), None, torch.float32),
+        ((16, 8, 8), None, torch.float32),
+        ((12, 12), "silu", torch.float32),
+        ((32,), None, torch.bfloat16),
+        ((48, 16, 32), None, torch.bfloat16),
+        ((16, 16), "silu", torch.bfloat16),
+    ],
+)
+@pytest.mark.usefixtures("small_ones_too")
+def test_adapter_in_the_weights_launch(impl, four_bits_, widths, activation, dtype, device):
     """Three rows after each other with the same scratch; the second row has no adapter."""
-    width, dtype, outs, parts = 1088, torch.float32, sum(widths), len(widths)
+    width, outs, parts = 1088, sum(widths), len(widths)
     ends = tuple(sum(widths[: i + 1]) for i in range(parts))
     _, norm, _, _, _, b, _ = case(1, width, outs, dtype, device)
     a = random(3, parts * 16, width, dtype=dtype, device=device, seed=3, scale=0.1)
