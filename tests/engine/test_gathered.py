@@ -200,7 +200,7 @@ def moved_by(model: Any, budget: int) -> bool:
 
 def test_weights_move_where_not_everything_can_be_kept(on_gpu: Any) -> None:
     shape = shape_of(binding_of(on_gpu))
-    everything = with_margin(estimate(shape, "all", BATCH).reserved)
+    everything = with_margin(estimate(shape, "all", BATCH).reserved, shape)
     tensors = sum(parameter.nbytes for parameter in on_gpu.parameters())
     gathering = gathering_of(binding_of(on_gpu))
     saved = gathering.saves(around(on_gpu, 64 * MIB))
@@ -213,7 +213,7 @@ def test_weights_move_where_not_everything_can_be_kept(on_gpu: Any) -> None:
 
 def test_weights_move_where_a_step_would_not_fit(on_gpu: Any) -> None:
     shape = shape_of(binding_of(on_gpu))
-    assert moved_by(on_gpu, with_margin(leanest(shape, BATCH, rates_of("H200")).reserved))
+    assert moved_by(on_gpu, with_margin(leanest(shape, BATCH, rates_of("H200")).reserved, shape))
 
 
 @pytest.mark.parametrize(
@@ -305,6 +305,6 @@ def test_1_5b_in_3_4_gib_takes_gathered_weights() -> None:
     # What the allocator of an H200 held for it.
     held = plan(replace(shape, placed=3_284_140_032), budget, batch, rates=rates)
     for found in (by_sizes, measured, held):
-        assert 3.38 * GIB < with_margin(found.estimate.reserved) <= budget
+        assert 3.38 * GIB < with_margin(found.estimate.reserved, shape) <= budget
     with pytest.raises(BudgetTooSmall):
         plan(replace(shape, placed=placed + saved), budget, batch, rates=rates)

@@ -166,8 +166,11 @@ def test_a_tight_plan_counts_four_bits_in_common_buffers() -> None:
         leanest(replace(shape, gathered=gathered), batch, rates).reserved for gathered in (False, True)
     )
     assert 16 * 2**20 < apart - together < 32 * 2**20
-    assert plan_if_it_fits(shape, with_margin(together), batch, rates=rates) is not None
-    assert plan_if_it_fits(replace(shape, gathered=False), with_margin(together), batch, rates=rates) is None
+    assert plan_if_it_fits(shape, with_margin(together, shape), batch, rates=rates) is not None
+    assert (
+        plan_if_it_fits(replace(shape, gathered=False), with_margin(together, shape), batch, rates=rates)
+        is None
+    )
     # Where there is room for everything nothing moves.
     found = plan(shape, 64 * GIB, batch, rates=rates)
     assert found.estimate.reserved == estimate(replace(shape, gathered=False), "all", batch).reserved

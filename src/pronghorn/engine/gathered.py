@@ -159,7 +159,7 @@ def gather_for(binding: Binding, budget: str | int, batch: Batch) -> int:
     gathering = gathering_of(binding)
     segments = _segments(device)
     saved = gathering.saves(segments)
-    if with_margin(everything + max(saved, 0)) <= limits.budget:
+    if with_margin(everything + max(saved, 0), shape) <= limits.budget:
         return 0
     if saved < WORTH_IT * limits.budget:
         frozen = sum(not parameter.requires_grad for parameter in binding.model.parameters())

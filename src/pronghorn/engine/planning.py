@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -41,6 +42,8 @@ from pronghorn.memory.pool import LARGEST_CHUNK
 from pronghorn.memory.storages import STORAGES, stored_tensors
 from pronghorn.weights import DenseWeight, FourBitWeight, is_four_bit, keep_expanded, stacked
 from pronghorn.weights.experts import DenseExperts, ExpertWeight, FourBitExperts
+
+logger = logging.getLogger("pronghorn")
 
 #: types whose configs do not say that q, k and v have biases
 _ALWAYS_BIASED = ("qwen2", "qwen2_vl_text", "qwen2_5_vl_text")
@@ -374,6 +377,10 @@ def plan_levels(binding: Binding, budget: str | int, batch: Batch, **more: Any) 
     limits = device_limits(binding, budget)
     keep_expanded_weights(binding, False)
     shape = shape_of(binding, placed=placed_bytes(binding), **more)
+    if shape.placed is not None:
+        by_sizes = sum(shape.weight_tensors()) + sum(shape.laid_out_tensors())
+        held = shape.placed / 2**30, by_sizes / 2**30
+        logger.info("pronghorn: weights, adapters and gradients hold %.3f GiB, %.3f by their sizes", *held)
     limit, rates, host = limits.budget, limits.rates, limits.host
     there = 0 if shape.placed is None else vision_bytes(binding, 0)
     aside = vision_bytes(binding, batch.tokens) - there
@@ -443,7 +450,7 @@ def apply(binding: Binding, found: Plan) -> None:
     """Set a plan's levels; on a GPU the pinned memory is taken now, so that a step can be captured."""
     binding.use_plan(found.levels, found.tile_rows)
     binding.piece = found.estimate.piece
-    binding.spare = max(found.budget - with_margin(found.estimate.reserved), 0)
+    binding.spare = max(found.budget - with_margin(found.estimate.reserved, shape_of(binding)), 0)
     reserve_host((binding, found.batch.tokens))
 
 

@@ -26,9 +26,9 @@ from pronghorn.memory.shape import ModelShape
 
 #: Of a GPU's memory, what "auto" leaves to others: the CUDA context, kernels that load later, fragmentation.
 HEADROOM, HEADROOM_BYTES = 0.04, 700 * 2**20
-#: Of a predicted reserve, what may come on top: of nine planned runs on an H200 eight ended at most 0.1 % above, one of
+#: Of a predicted reserve, what may come on top: of ten planned runs on an H200 nine ended at most 0.1 % above, one of
 #: 4-bit weights 1.0 % (docs/planning.md).
-MARGIN = 0.01
+MARGIN, FOUR_BIT_MARGIN = 0.005, 0.01
 #: Tiles of the GLU block that are tried. Weights that are dequantised for every tile want tall ones.
 TILES, TALL_TILES = (TILE_ROWS, 4096, 2048, 512), (TILE_ROWS, 8192, 2048, 512)
 #: Of the layers that park, the shares that park more than their input.
@@ -123,9 +123,13 @@ def plan_if_it_fits(
     return _Search(shape, budget, batch, rates, host_limit, offload).run()
 
 
-def with_margin(reserved: int) -> int:
-    """The bytes that a predicted reserve asks of a budget."""
-    return round(reserved * (1 + MARGIN))
+def with_margin(reserved: int, shape: ModelShape) -> int:
+    """The bytes that a model's predicted reserve asks of a budget."""
+    return round(reserved * (1 + _margin(shape)))
+
+
+def _margin(shape: ModelShape) -> float:
+    return FOUR_BIT_MARGIN if shape.storage.startswith("nf4") else MARGIN
 
 
 def leanest(shape: ModelShape, batch: Batch, rates: Rates, offload: bool = True) -> Estimate:
@@ -164,7 +168,7 @@ def longest_that_fits(
     def nearly_fits(tokens: int) -> bool:
         there = 0 if parked(tokens) else others * saved_bytes_per_token("none", shape.widths) * tokens
         found = leanest(few, resized(batch, tokens), rates, parked(tokens))
-        return with_margin(found.reserved + more + there) <= budget
+        return with_margin(found.reserved + more + there, shape) <= budget
 
     low, high = 0, 1
     while high < 2**15 and nearly_fits(high * 256):
@@ -174,7 +178,7 @@ def longest_that_fits(
         low, high = (middle, high) if nearly_fits(middle * 256) else (low, middle)
 
     def takes(tokens: int) -> int:
-        return with_margin(leanest(shape, resized(batch, tokens), rates, parked(tokens)).reserved)
+        return with_margin(leanest(shape, resized(batch, tokens), rates, parked(tokens)).reserved, shape)
 
     while low and takes(low * 256) > budget:
         low -= max(1, low // 64)
@@ -221,10 +225,10 @@ class _Search:
             if everything is not None:
                 return everything
         self.shape = _tight(self.shape)
-        if with_margin(with_model(self.shape, self.rates.capability)[0].reserved) > self.budget:
+        if with_margin(with_model(self.shape, self.rates.capability)[0].reserved, self.shape) > self.budget:
             return None  # the model alone is too large
         lean = self.lean = leanest(self.shape, self.batch, self.rates, self.offload)
-        if with_margin(lean.reserved) > self.budget:
+        if with_margin(lean.reserved, self.shape) > self.budget:
             return None
         # No level works with less than half of what the leanest needs besides what is kept.
         self._least = lean.fixed + (lean.allocated - lean.fixed) // 2
@@ -242,7 +246,7 @@ class _Search:
             if kept + beside.get(kind, 0) > self.budget + self.budget // 200:
                 continue
             found = self._estimate(levels, rows)
-            if with_margin(found.reserved) <= self.budget:
+            if with_margin(found.reserved, self.shape) <= self.budget:
                 return self._with_norms(self._as_plan(levels, rows, found))
             beside[kind] = found.reserved - kept
         return None
@@ -271,13 +275,17 @@ class _Search:
 
     def _plan(self, levels: tuple[Level, ...], rows: int | None) -> Plan | None:
         found = self._estimate(levels, rows)
-        return self._as_plan(levels, rows, found) if with_margin(found.reserved) <= self.budget else None
+        return (
+            self._as_plan(levels, rows, found)
+            if with_margin(found.reserved, self.shape) <= self.budget
+            else None
+        )
 
     def _estimate(self, levels: tuple[Level, ...], rows: int | None) -> Estimate:
         """What levels take; looked at closely where they seem to fit."""
         return estimate(
             self.shape, levels, self.batch, tile_rows=rows, capability=self.rates.capability,
-            settled_up_to=self.budget / (1 + MARGIN),
+            settled_up_to=self.budget / (1 + _margin(self.shape)),
         )  # fmt: skip
 
     def _as_plan(self, levels: tuple[Level, ...], rows: int | None, found: Estimate) -> Plan:
@@ -352,7 +360,7 @@ def _too_small(search: _Search) -> BudgetTooSmall:
     elif not shape.quantised and shape.trained == "adapters":
         packed = replace(shape, storage="nf4 double", layer_storages=(), linear_tensors=(), placed=None)
         lean4 = leanest(packed, batch, rates, search.offload)
-        if with_margin(lean4.reserved) <= budget:
+        if with_margin(lean4.reserved, packed) <= budget:
             fixes.append(f"load in 4 bits, which takes {gib(lean4.reserved)}")
         elif longest_that_fits(packed, budget, batch, rates, search.offload, search.host_limit):
             fixes.append("load in 4 bits and shorten the rows")
@@ -362,18 +370,18 @@ def _too_small(search: _Search) -> BudgetTooSmall:
         search.offload
         and host_limit is not None
         and host > host_limit
-        and with_margin(least.reserved) <= budget
+        and with_margin(least.reserved, shape) <= budget
     ):
         on_gpu = leanest(shape, batch, rates, offload=False)
-        fixes.append(f"free host memory, or raise the budget to {gib(with_margin(on_gpu.reserved))}")
+        fixes.append(f"free host memory, or raise the budget to {gib(with_margin(on_gpu.reserved, shape))}")
         return BudgetTooSmall(
             f"a step of {batch.tokens:,} tokens fits into {gib(budget)} only with {gib(host)} of pinned host memory, "
             f"of which {gib(host_limit)} may be taken ({HOST_SHARE:.0%} of what was available)",
             fix=", or ".join(fixes),
         )
-    fixes.append(f"raise the budget to {gib(with_margin(least.reserved))}")
+    fixes.append(f"raise the budget to {gib(with_margin(least.reserved, shape))}")
     kind = "the model alone takes" if least.fixed > budget else "the leanest plan for it takes"
-    size = least.fixed if least.fixed > budget else with_margin(least.reserved)
+    size = least.fixed if least.fixed > budget else with_margin(least.reserved, shape)
     return BudgetTooSmall(
         f"a step of {batch.tokens:,} tokens does not fit into {gib(budget)}: {kind} {gib(size)}",
         fix=", or ".join(fixes),

@@ -69,9 +69,9 @@ class SpeechMemory(RunMemory):
             ]
             if limits.host is None or taken.host <= limits.host:
                 found.append((sum(time.total for time in times), taken, levels, times[0]))
-        fitting = [one for one in found if with_margin(one[1].reserved) <= limits.budget]
+        fitting = [one for one in found if with_margin(one[1].reserved, shapes[0]) <= limits.budget]
         if not fitting:
-            least = with_margin(min(taken.reserved for _, taken, *_ in found))
+            least = with_margin(min(taken.reserved for _, taken, *_ in found), shapes[0])
             raise BudgetTooSmall(
                 f"a step of {batch.tokens:,} tokens with {frames:,} frames does not fit into {gib(limits.budget)}: the "
                 f"leanest plan for it takes {gib(least)}",

@@ -281,7 +281,7 @@ def does_not_fit(
     precision = min(leanest_of, key=lambda name: leanest_of[name][0].reserved)
     least, storage = leanest_of[precision]
     of_rows = f"{sequences} x {job.workload.length:,} tokens"
-    need = with_margin(least.reserved)
+    need = with_margin(least.reserved, job.shape(gpu, storage))
     # Less than the GPU has was asked for, which is then what to change.
     asked = budget < budget_of(gpu)
     there = f"the budget is {gib(budget)}" if asked else f"{gpu.name} has {gib(budget)} for it"
@@ -297,13 +297,14 @@ def _ways_to_fit(
     """Changes that make it fit, the smallest first."""
     sequences = job.micro_batch or 1
     if sequences > 1:
-        fewer = with_margin(leanest(job.shape(gpu, storage), job.largest(1), gpu.rates, job.offload).reserved)
+        shape = job.shape(gpu, storage)
+        fewer = with_margin(leanest(shape, job.largest(1), gpu.rates, job.offload).reserved, shape)
         if fewer <= budget:
             yield f"micro-batches of 1 row, which take {gib(fewer)}"
     for precision in PRECISIONS[1:]:
         for other in () if precision in precisions else storages(precision, gpu, job.rank):
-            found = leanest(job.shape(gpu, other), job.largest(sequences), gpu.rates, job.offload)
-            size = with_margin(found.reserved)
+            shape = job.shape(gpu, other)
+            size = with_margin(leanest(shape, job.largest(sequences), gpu.rates, job.offload).reserved, shape)
             if size <= budget:
                 yield f"{precision} weights, which take {gib(size)}"
                 break
@@ -317,8 +318,8 @@ def _ways_to_fit(
         if smaller:
             yield f"adapters of rank {smaller} (--rank {smaller})"
     if not job.rank:
-        found = leanest(replace(job, rank=16).shape(gpu, "16-bit"), job.largest(1), gpu.rates, job.offload)
-        size = with_margin(found.reserved)
+        shape = replace(job, rank=16).shape(gpu, "16-bit")
+        size = with_margin(leanest(shape, job.largest(1), gpu.rates, job.offload).reserved, shape)
         yield f"adapters of rank 16 instead of all weights, which take {gib(size)}" + (
             "" if size <= budget else " (too much here as well)"
         )
@@ -338,10 +339,9 @@ def _largest_rank(job: Job, gpu: Gpu, budget: int, storage: str) -> int:
     rank = 1 << (job.rank - 1).bit_length() - 1
     while rank:
         smaller = replace(job, rank=rank)
-        found = leanest(
-            smaller.shape(gpu, storage), smaller.largest(job.micro_batch or 1), gpu.rates, job.offload
-        )
-        if with_margin(found.reserved) <= budget:
+        shape = smaller.shape(gpu, storage)
+        found = leanest(shape, smaller.largest(job.micro_batch or 1), gpu.rates, job.offload)
+        if with_margin(found.reserved, shape) <= budget:
             return rank
         rank //= 2
     return 0
