@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from pronghorn.engine import bind, binding_of
+from pronghorn.engine import bind, binding_of, planning
 from pronghorn.engine.planning import (
     apply,
     host_bytes,
@@ -131,6 +131,18 @@ def test_errors_name_numbers_and_a_way_out() -> None:
     config.model_type = "mamba"
     with pytest.raises(UnsupportedCheckpoint, match="mamba"):
         shape_of_config(config)
+
+
+def test_what_the_allocator_holds_is_told_beside_what_sizes_say(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = add_adapter(tiny_model("llama"), r=8)
+    bind(model)
+    monkeypatch.setattr(planning, "placed_bytes", lambda binding: 2**29)
+    with caplog.at_level("INFO", logger="pronghorn"):
+        found = plan_levels(binding_of(model), 2**34, Batch(64, 64, 1))
+    assert found.estimate.reserved >= 2**29
+    assert "hold 0.500 GiB, 0.001 by their sizes" in caplog.text
 
 
 def test_applying_twice_is_applying_once() -> None:
