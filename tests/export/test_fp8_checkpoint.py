@@ -1,12 +1,14 @@
-"""The fp8 form: stock Transformers loads it, codes are right to half a step, what has no such form is refused."""
+"""The fp8 form: stock Transformers loads it, and so do we; codes are right to half a step, what has no such form is
+refused."""
 
 import json
 
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, FineGrainedFP8Config
 
+from pronghorn import FastLanguageModel
 from pronghorn.errors import NotExportable
 from pronghorn.export import save_merged
 from pronghorn.export.fp8 import block_scales, quantise_blocks
@@ -39,6 +41,30 @@ def test_families_load_in_stock_transformers(tmp_path, family):
     # e4m3 moves a weight by 2⁻⁴ of its size at most; a wrong scale or block moves logits by their own size.
     found, expected = logits(again), logits(model)
     assert (found - expected).float().std() < 0.15 * expected.float().std()
+
+
+@pytest.mark.parametrize("bits", [{}, {"load_in_4bit": True}], ids=["as it is", "4 bits asked for"])
+def test_what_was_written_is_loaded_and_trained_here(tmp_path, bits, caplog):
+    """By the stored weights, in 16 bits; a model saved again is no fp8 one."""
+    model = trained(tiny_model("qwen2", dtype=torch.bfloat16))
+    save_merged(model, tiny_tokenizer(), tmp_path / "out", "fp8", verify=False)
+    stock = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", dtype=torch.bfloat16, quantization_config=FineGrainedFP8Config(dequantize=True)
+    )
+    with caplog.at_level("WARNING", logger="pronghorn"):
+        again, tokenizer = FastLanguageModel.from_pretrained(
+            str(tmp_path / "out"), dtype=torch.bfloat16, **bits
+        )
+    assert "stored in fp8 blocks and is dequantised to torch.bfloat16" in caplog.text
+    assert ("export --to merged_16bit" in caplog.text) == bool(bits)
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), stock.parameters(), strict=True))
+    assert {parameter.dtype for parameter in again.parameters()} == {torch.bfloat16}
+    adapted = FastLanguageModel.get_peft_model(again, r=4)
+    ids = torch.tensor([[3, 4, 5, 6]])
+    adapted(input_ids=ids, labels=ids).loss.backward()
+    assert all(p.grad is not None for p in adapted.parameters() if p.requires_grad)
+    save_merged(adapted, tokenizer, tmp_path / "plain", "merged_16bit", verify=False)
+    assert "quantization_config" not in json.loads((tmp_path / "plain" / "config.json").read_text())
 
 
 def test_codes_and_scales_are_the_merged_weights(tmp_path):

@@ -13,6 +13,9 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
+#: Transformers' name for weights of e4m3 with a scale a block, as `export --to fp8` writes them
+FP8 = "fp8"
+
 _AGAIN = "download or save the model again"
 _HEADER_LIMIT = 100_000_000  # bytes; safetensors refuses longer headers, too
 
@@ -26,11 +29,12 @@ def check_folder(folder: Path) -> dict[str, Any]:
     """
     config = read_json(folder / "config.json")
     method = (config.get("quantization_config") or {}).get("quant_method")
-    if method not in (None, "bitsandbytes"):
+    if method not in (None, "bitsandbytes", FP8):
         raise UnsupportedCheckpoint(
-            f"the checkpoint is quantised with '{method}', which cannot be trained here",
+            f"the checkpoint is quantised with '{method}', which is not read here",
             where=str(folder / "config.json"),
-            fix="load the original 16-bit checkpoint (load_in_4bit=True quantises it), or a bitsandbytes one",
+            fix="load the original 16-bit checkpoint (load_in_4bit=True quantises it), one in fp8 blocks, or a "
+            "bitsandbytes one",
         )
     for file in weight_files(folder):
         check_safetensors(file)

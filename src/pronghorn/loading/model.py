@@ -24,7 +24,7 @@ from pronghorn.errors import (
 from pronghorn.families import family_of
 from pronghorn.hardware import Hardware
 from pronghorn.importing import collector_paused
-from pronghorn.loading.checkpoint import check_folder, weight_files
+from pronghorn.loading.checkpoint import FP8, check_folder, weight_files
 from pronghorn.loading.dynamic import check_can_be_quantised
 from pronghorn.loading.experts import mixture_of, quantise_experts
 from pronghorn.loading.fp8 import Fp8Options, quantise_layers
@@ -106,9 +106,8 @@ def load_model(
     else:
         check_can_be_quantised(config, mixture_of(config))
         bits = 16  # it is read so, and quantised here
-    extra: dict[str, Any] = {
-        "quantization_config": _quantisation(source, options, bits, reads_images(config))
-    }
+    extra: dict[str, Any] = {"quantization_config": _quantisation(source, config, options, bits)}
+    dequantised = source.gguf_file is not None or _in_fp8(config)
     extra |= {"gguf_file": source.gguf_file} if source.gguf_file else {"use_safetensors": True}
     implementation = options.attn_implementation or _attention_that_caps(config)
     if implementation:
@@ -136,10 +135,10 @@ def load_model(
     except (ValueError, KeyError, RuntimeError, OSError, AttributeError) as error:
         raise _explained(error, source) from error
     _check_loaded(info, source, options.headless)
-    if source.gguf_file is not None:
-        _forget_gguf(model)
-    if getattr(config, "quantization_config", None) is not None:
+    if source.gguf_file is None and getattr(config, "quantization_config", None) is not None:
         _to_compute_dtype(model, options.dtype)
+    if dequantised:
+        _forget_quantisation(model)
     if options.dynamic is not None:
         _quantise_dynamically(model, options, rows, device_map, stream_to)
     keep_four_bit_layout(model)
@@ -230,15 +229,24 @@ def _by_way_of_cpu(device_map: Any, bits: int) -> tuple[Any, torch.device | None
     return ({"": "cpu"} if bits == 4 else None), device
 
 
-def _quantisation(source: Source, options: Options, bits: int, images: bool) -> Any:
-    """bitsandbytes' config where weights are quantised on loading; for GGUF, dense weights that can be trained."""
+def _in_fp8(config: Any) -> bool:
+    stored = getattr(config, "quantization_config", None)
+    return stored is not None and stored.get("quant_method") == FP8
+
+
+def _quantisation(source: Source, config: Any, options: Options, bits: int) -> Any:
+    """bitsandbytes' config where weights are quantised on loading; for GGUF and fp8 dense ones, which can train."""
+    if _in_fp8(config):
+        from transformers import FineGrainedFP8Config
+
+        return FineGrainedFP8Config(dequantize=True)
     if source.gguf_file is None:
         return quantisation(
             bits,
             options.dtype,
             quant_type=options.quant_type,
             double_quant=options.double_quant,
-            images=images,
+            images=reads_images(config),
         )
     from transformers import GgufConfig
 
@@ -327,7 +335,8 @@ def scale_rope(config: Any, scaling: dict[str, Any]) -> None:
 
 
 def _settle_bits(source: Source, config: Any, options: Options) -> int:
-    """16 where the checkpoint itself settles it: GGUF is dequantised, a bitsandbytes checkpoint stays as it is."""
+    """16 where the checkpoint itself settles it: GGUF and fp8 are dequantised, a bitsandbytes checkpoint stays as it
+    is."""
     if source.gguf_file is not None:
         if options.bits != 16:
             logger.warning(
@@ -337,6 +346,16 @@ def _settle_bits(source: Source, config: Any, options: Options) -> int:
             )
         return 16
     stored = getattr(config, "quantization_config", None)
+    if _in_fp8(config):
+        more = ""
+        if options.bits != 16:
+            more = f"; for {options.bits}-bit training write it with pronghorn export --to merged_16bit first"
+        logger.warning(
+            "pronghorn: the checkpoint is stored in fp8 blocks and is dequantised to %s%s",
+            options.dtype,
+            more,
+        )
+        return 16
     if stored is None:
         logger.info(
             "pronghorn: weights are loaded %s (%s)",
@@ -419,7 +438,7 @@ def _check_loaded(info: dict[str, Any], source: Source, headless: bool = False) 
         )
 
 
-def _forget_gguf(model: Any) -> None:
+def _forget_quantisation(model: Any) -> None:
     """The weights are plain now: without this, Transformers would refuse to save the model and Trainer to train it."""
     for name in ("hf_quantizer", "quantization_method", "is_quantized"):
         model.__dict__.pop(name, None)
