@@ -375,6 +375,31 @@ def test_rows_to_evaluate_on_come_from_another_file_or_split(tmp_path):
         config_for(tmp_path, "  validation_dataset: x.jsonl\n")
 
 
+def test_a_part_of_rows_without_splits(tmp_path):
+    texts = [f"t{i}" for i in range(4)]
+    file = write_lines(tmp_path / "rows.jsonl", ["", *({"text": text} for text in texts)])
+    data = Dataset.from_dict({"text": texts})
+    data.save_to_disk(tmp_path / "saved")
+    data.to_parquet(tmp_path / "rows.parquet")
+    for name in (file, f"[{file}]", tmp_path / "saved", tmp_path / "rows.parquet"):
+        found = load_rows(config_for(name, "  split: train[1:3]\n"))
+        assert list(found.train["text"]) == ["t1", "t2"]
+        error = refused(config_for(name, "  split: test\n"))
+        assert error.where == "run.yaml, line 5" and "'test' is asked for" in error.message
+    assert (
+        found.places.of_row(found.train_numbers[0]).endswith("rows.parquet, row 2") or not found.places.files
+    )
+    found = load_rows(config_for(file, "  split: train[1:3]\n"))
+    assert found.places.of_row(found.train_numbers[1]) == f"{file}, line 4"
+    whole = len(load_rows(config_for("docstrings")).train)
+    assert len(load_rows(config_for("docstrings", "  split: 'train[:25%]'\n")).train) in (
+        whole // 4,
+        whole // 4 + 1,
+    )
+    error = refused(config_for(file, f"  eval_dataset: {file}\n  eval_split: test\n"))
+    assert error.where == "run.yaml, line 6" and error.code == "PH401"
+
+
 def test_a_split_to_evaluate_on_is_refused_of_rows_that_have_none(tmp_path):
     """It would be all rows that are trained on."""
     file = write_lines(tmp_path / "train.jsonl", [{"text": f"t{i}"} for i in range(4)])

@@ -116,6 +116,8 @@ def _of_evaluation(config: RunConfig) -> RunConfig:
     named = "eval_split" if section.eval_dataset is None else "eval_dataset"
     if f"data.{named}" in lines:
         lines["data.dataset"] = lines[f"data.{named}"]
+    if "data.eval_split" in lines:
+        lines["data.split"] = lines["data.eval_split"]
     other = dataclasses.replace(
         section,
         dataset=section.dataset if section.eval_dataset is None else section.eval_dataset,
@@ -216,20 +218,22 @@ def _all_rows(config: RunConfig) -> tuple[Any, Places, Sequence[int]]:
         from pronghorn.data.docstrings import docstring_rows
 
         rows = datasets.Dataset.from_list([{"messages": row.messages()} for row in docstring_rows()])
-        return rows, Places(), range(len(rows))
+        return rows, Places(), _part_of(rows, config)
     files = named_files(config)
     if files and files[0].suffix.lower() != ".parquet":
         rows, places = _of_files(files, config)
-        return rows, places, range(len(rows))
+        return rows, places, _part_of(rows, config)
     path = Path(str(name)).expanduser()  # no list, where there are no files
     try:
         if files:
             rows = datasets.load_dataset("parquet", data_files=[str(file) for file in files], split="train")
-            return rows, Places(tuple(files), tuple(map(_parquet_rows, files))), range(len(rows))
+            return rows, Places(tuple(files), tuple(map(_parquet_rows, files))), _part_of(rows, config)
         if path.is_dir() and any((path / mark).exists() for mark in ("dataset_dict.json", "state.json")):
             saved = datasets.load_from_disk(str(path))
-            rows = saved[section.split] if isinstance(saved, datasets.DatasetDict) else saved
-            return rows, Places(), range(len(rows))
+            if isinstance(saved, datasets.DatasetDict):
+                saved = saved[section.split]
+                return saved, Places(), range(len(saved))
+            return saved, Places(), _part_of(saved, config)
         inside = folder_files(path, section.subset, section.split) if path.is_dir() else None
         if inside is None:
             source = str(path) if path.is_dir() else name
@@ -246,6 +250,23 @@ def _all_rows(config: RunConfig) -> tuple[Any, Places, Sequence[int]]:
             where=where,
             fix="check the file, or the name and your connection for a hub id",
         ) from error
+
+
+def _part_of(rows: Any, config: RunConfig) -> Sequence[int]:
+    """The numbers of rows without splits that ``data.split`` means: ``train`` is all of them, ``train[:90%]`` a part.
+
+    Raises:
+        ConfigInvalid: it names another split.
+    """
+    split = config.data.split
+    try:
+        return rows_of_split({"train": [Path()]}, [len(rows)], split)
+    except ValueError as error:
+        raise ConfigInvalid(
+            f"the split '{split}' is asked for, and all rows of '{_shown(config)}' are 'train': {first_line(error)}",
+            where=config.where("data.split"),
+            fix="leave it out, or name a part of them such as train[:90%]",
+        ) from None
 
 
 def _parquet_rows(file: Path) -> int:
