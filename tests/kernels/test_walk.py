@@ -130,6 +130,34 @@ def test_adapters(impl, shape, ranks, device):
 
 
 @pytest.mark.skipif(not HOPPER, reason="needs a kernel")
+def test_programs_without_a_last_round_add_nothing(device):
+    """A few programs have a group of `inner` more than fit into one round; what the others never wrote is no number."""
+    from triton.experimental import gluon
+    from triton.experimental.gluon import language as gl
+
+    @gluon.jit
+    def _spoil(out_ptr, nothing):
+        layout: gl.constexpr = gl.BlockedLayout([4], [32], [4], [0])
+        memory = gl.allocate_shared_memory(gl.float32, [48, 1024], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+        for i in range(48):
+            memory.index(i).store(gl.full([1024], float("nan"), gl.float32, layout))
+        gl.store(out_ptr + gl.arange(0, 1024, layout), memory.index(nothing).load(layout))
+
+    dtype, programs = torch.bfloat16, torch.cuda.get_device_properties(device).multi_processor_count
+    shape = (2048, 4096, 4 * 32 * programs // 64 * 64 + 64, 264)
+    steps = steps_of(shape, dtype, device, "silu", False, (0, 0, 16, 0))
+    assert fits_walk(steps)
+    meeting = Meeting.beside(torch.zeros(1, dtype=torch.int64, device=device))
+    attended, x = inputs(shape, dtype, device, 1)
+    wanted, summed = expected(attended, x, steps, 1)
+    slots = torch.tensor([1], dtype=torch.int32, device=device)
+    _spoil[(programs,)](torch.empty(1024, device=device), 0, num_warps=4)
+    y = walk(attended, x, steps, meeting, slots=slots, out_dtype=torch.float32, impl="triton")
+    near(x, summed, dtype)
+    near(y, wanted, dtype)
+
+
+@pytest.mark.skipif(not HOPPER, reason="needs a kernel")
 def test_programs_that_wait_in_vain_are_counted(device, monkeypatch):
     from pronghorn.kernels.triton import walk as kernel
 

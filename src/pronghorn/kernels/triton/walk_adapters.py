@@ -103,7 +103,8 @@ def _leave_share(
     share = gl.zeros([room_for(RANKS)], gl.float32, gl.SliceLayout(1, layout))
     for round in gl.static_range(rounds_of(width, PROGRAMS)):
         at = _elements(j, round, PROGRAMS)
-        x = own.index(round).slice(0, MANY).load(gl.SliceLayout(0, layout))
+        # A program that has nothing in the last round has not written what lies there, which may be no number.
+        x = gl.where(at < width, own.index(round).slice(0, MANY).load(gl.SliceLayout(0, layout)), 0.0)
         if NORM:
             x *= gl.load(norm_ptr + at, mask=at < width, other=0.0).to(gl.float32) + offset
         share += gl.sum(columns[round].to(gl.float32) * gl.expand_dims(x, 0), 1)
