@@ -169,6 +169,18 @@ def test_programs_that_wait_in_vain_are_counted(device, monkeypatch):
     assert int(meeting.lost) > 0
 
 
+def test_one_adapter_for_gate_and_up_is_not_taken_for_two(device, monkeypatch):
+    """Phi and GLM have gate and up in one module."""
+    kernel = pytest.importorskip("pronghorn.kernels.triton.walk")
+    monkeypatch.setattr(kernel, "processors", lambda index: 132)
+    monkeypatch.setattr(kernel, "_room", lambda index: 191 * 1024)
+    steps = steps_of(SHAPES[1], torch.bfloat16, device, "silu", False, (16, 16, 16, 16))
+    assert kernel.fits(steps)
+    _, hidden, inner, _ = SHAPES[1]
+    whole = product(hidden, 2 * inner, torch.bfloat16, device, 4, norm=True, bias=False, rank=16)
+    assert not kernel.fits(steps._replace(gate_up=whole))
+
+
 @pytest.mark.skipif(not HOPPER, reason="only a kernel has conditions")
 def test_weights_it_does_not_take(device):
     def fits(shape, dtype=torch.bfloat16):

@@ -330,6 +330,10 @@ def fits(steps: Walk) -> bool:
     )
     if not aligned or not all(step.adapter is None or _takes(step.adapter) for step in steps[:4]):
         return False
+    # One module of gate and up has one A for both, where the kernel reads two; the ends of `last` it is told.
+    for step, parts in ((steps.o, 1), (steps.gate_up, 2), (steps.down, 1)):
+        if step.adapter is not None and len(step.adapter.ends) != parts:
+            return False
     if _rounds(steps, processors(weights[0].device.index or 0)) > MOST_ROUNDS:
         return False
     tiling = _tiling(steps)
