@@ -136,6 +136,8 @@ def test_a_group_leaves_what_its_page_cache_would_give_back(
     monkeypatch.setattr(host, "Path", lambda path: tmp_path if path == "/sys/fs/cgroup" else Path(path))
     found = host_memory()
     assert found == HostMemory(1000, 400, contained=True)
+    (tmp_path / "memory.stat").unlink()
+    assert host_memory() == HostMemory(1000, 100, contained=True), "a limit counts without it"
     (tmp_path / "memory.max").write_text("max")
     assert host_memory().total > 1000 and not host_memory().contained
 

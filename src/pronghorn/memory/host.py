@@ -63,11 +63,14 @@ def _of_group() -> tuple[int | None, int]:
     ):
         try:
             limit, used = (root / limit_name).read_text().strip(), (root / used_name).read_text().strip()
-            stat = (root / limit_name).with_name("memory.stat").read_text().splitlines()
         except OSError:  # no such group
             continue
         if not limit.isdigit():  # "max": no limit of its own
             return None, 0
+        try:
+            stat = (root / limit_name).with_name("memory.stat").read_text().splitlines()
+        except OSError:  # sandboxes that tell the limit need not tell what is cached
+            stat = []
         cached = sum(int(line.split()[1]) for line in stat if line.startswith("inactive_file "))
         return int(limit), max(int(used) - cached, 0)
     return None, 0
