@@ -232,6 +232,15 @@ def test_a_containers_limit_counts(monkeypatch):
     assert "60.0 GiB of 64.0 GiB of the machine" in machine_checks.host_memory()
 
 
+def test_a_system_that_does_not_tell_what_is_available_is_not_called_full(monkeypatch):
+    monkeypatch.setattr(host, "Path", lambda path: SimpleNamespace(is_file=lambda: False))
+    monkeypatch.setattr(host, "_of_group", lambda: (None, 0))
+    monkeypatch.setattr(host.os, "sysconf_names", {"SC_PAGE_SIZE": 30, "SC_PHYS_PAGES": 200}, raising=False)
+    monkeypatch.setattr(host.os, "sysconf", lambda name: 4096, raising=False)
+    with pytest.raises(NotHere):
+        machine_checks.host_memory()
+
+
 def test_an_error_in_a_check_is_its_failure(monkeypatch):
     def failing() -> str:
         raise RuntimeError("CUDA error: invalid configuration argument\nmore")

@@ -20,7 +20,8 @@ _PAGE = 4096
 
 @dataclass(frozen=True)
 class HostMemory:
-    """Bytes, of the machine or, where `contained`, of the control group that this process is limited by."""
+    """Bytes, of the machine or, where `contained`, of the control group that this process is limited by; 0 where the
+    system does not tell."""
 
     total: int
     available: int
@@ -47,10 +48,11 @@ def _of_machine() -> HostMemory:
     sizes = {name: int(rest.split()[0]) * 1024 for name, _, rest in (line.partition(":") for line in lines)}
     if "MemAvailable" in sizes:
         return HostMemory(sizes["MemTotal"], sizes["MemAvailable"])
-    names = os.sysconf_names if hasattr(os, "sysconf") else {}
-    page = os.sysconf("SC_PAGE_SIZE") if names else 0
-    pages = (os.sysconf(name) if name in names else 0 for name in ("SC_PHYS_PAGES", "SC_AVPHYS_PAGES"))
-    total, available = (page * count for count in pages)
+    names, asked = os.sysconf_names if hasattr(os, "sysconf") else {}, ("SC_PHYS_PAGES", "SC_AVPHYS_PAGES")
+    # macOS tells the first alone, of which nothing would seem left.
+    if not all(name in names for name in asked):
+        return HostMemory(0, 0)
+    total, available = (os.sysconf("SC_PAGE_SIZE") * os.sysconf(name) for name in asked)
     return HostMemory(total, available)
 
 
