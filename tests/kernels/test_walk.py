@@ -169,6 +169,14 @@ def test_programs_that_wait_in_vain_are_counted(device, monkeypatch):
     assert int(meeting.lost) > 0
 
 
+def test_shares_are_fp32_whatever_a_new_tensor_is():
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert Meeting.beside(torch.zeros(1, dtype=torch.int64)).shares.dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_one_adapter_for_gate_and_up_is_not_taken_for_two(device, monkeypatch):
     """Phi and GLM have gate and up in one module."""
     kernel = pytest.importorskip("pronghorn.kernels.triton.walk")

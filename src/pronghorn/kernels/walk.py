@@ -69,7 +69,7 @@ class Meeting(NamedTuple):
         device = lost.device
         on_gpu = device.type == "cuda"
         programs = torch.cuda.get_device_properties(device).multi_processor_count if on_gpu else 0
-        shares = torch.zeros(programs * 4 * MOST_HANDED, device=device)
+        shares = torch.zeros(programs * 4 * MOST_HANDED, dtype=torch.float32, device=device)
         return Meeting(lost.new_zeros(2), lost, shares)
 
 
