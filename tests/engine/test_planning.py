@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers import LlamaConfig
 
 from pronghorn.engine import bind, binding_of, planning
 from pronghorn.engine.planning import (
@@ -14,12 +15,13 @@ from pronghorn.engine.planning import (
     host_bytes,
     keep_expanded_weights,
     plan_levels,
+    plan_with_expanded,
     shape_of,
     shape_of_config,
 )
 from pronghorn.engine.tower_memory import vision_bytes
 from pronghorn.errors import BudgetInvalid, BudgetTooSmall, UnsupportedCheckpoint
-from pronghorn.memory import Batch, estimate
+from pronghorn.memory import Batch, estimate, rates_of, with_margin
 from pronghorn.memory.storages import stored_tensors
 from tests.families.mixtures import add_expert_adapter, tiny_mixture
 from tests.families.parity import (
@@ -143,6 +145,21 @@ def test_what_the_allocator_holds_is_told_beside_what_sizes_say(
         found = plan_levels(binding_of(model), 2**34, Batch(64, 64, 1))
     assert found.estimate.reserved >= 2**29
     assert "hold 0.500 GiB, 0.001 by their sizes" in caplog.text
+
+
+def test_four_bit_weights_keep_their_margin_where_they_are_also_kept_expanded() -> None:
+    config = LlamaConfig(
+        hidden_size=1024, intermediate_size=4096, num_hidden_layers=4, num_attention_heads=16,
+        num_key_value_heads=4, vocab_size=8192, tie_word_embeddings=True,
+    )  # fmt: skip
+    shape = shape_of_config(config, storage="nf4 double")
+    found = [
+        (budget, plan_with_expanded(shape, budget, Batch(1024, 1000, 4), rates_of("H200"), 2**40))
+        for budget in range(2**28, 2**29, 2**24)
+    ]
+    fitting = [(budget, one.estimate.reserved) for budget, one in found if one is not None]
+    assert len(fitting) > 4
+    assert all(with_margin(reserved, shape) <= budget for budget, reserved in fitting)
 
 
 def test_applying_twice_is_applying_once() -> None:

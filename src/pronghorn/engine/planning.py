@@ -37,6 +37,7 @@ from pronghorn.memory import (
     plan_if_it_fits,
     rates_of,
     with_margin,
+    without_margin,
 )
 from pronghorn.memory.pool import LARGEST_CHUNK
 from pronghorn.memory.storages import STORAGES, stored_tensors
@@ -420,12 +421,14 @@ def plan_with_expanded(shape: ModelShape, limit: int, batch: Batch, rates: Rates
     # what is in 16 bits among mixed weights is counted twice.
     left_out = multiplied if shape.elsewhere else shape.linear_tensors or linears(shape.storage)
     beside = sum(-(-size // 512) * 512 for size in left_out)
-    if limit <= beside:
+    # The search leaves free what weights as they are multiplied ask for; these are 4-bit weights all the same.
+    room = without_margin(limit, shape) - beside
+    if room <= 0:
         return None
     expanded = replace(
         shape, storage=shape.multiplied, linear_tensors=multiplied, placed=None, gathered=False
     )
-    found = plan_if_it_fits(expanded, limit - beside, batch, rates=rates, host_limit=host)
+    found = plan_if_it_fits(expanded, with_margin(room, expanded), batch, rates=rates, host_limit=host)
     if found is None:
         return None
     more = found.estimate

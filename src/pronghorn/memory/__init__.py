@@ -14,6 +14,7 @@ from pronghorn.memory.plan import (
     plan,
     plan_if_it_fits,
     with_margin,
+    without_margin,
 )
 from pronghorn.memory.pool import HOST_SHARE, HostPool
 from pronghorn.memory.schedule import Batch
@@ -49,4 +50,5 @@ __all__ = [
     "rates_of",
     "step_time",
     "with_margin",
+    "without_margin",
 ]

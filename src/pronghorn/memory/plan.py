@@ -128,6 +128,11 @@ def with_margin(reserved: int, shape: ModelShape) -> int:
     return round(reserved * (1 + _margin(shape)))
 
 
+def without_margin(budget: int, shape: ModelShape) -> int:
+    """The largest predicted reserve that a budget holds with the model's margin."""
+    return int(budget / (1 + _margin(shape)))
+
+
 def _margin(shape: ModelShape) -> float:
     return FOUR_BIT_MARGIN if shape.storage.startswith("nf4") else MARGIN
 
