@@ -14,28 +14,14 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from pronghorn.kernels import walk
 from pronghorn.kernels.triton.gluon_parts import barrier, wait_for_last
-from pronghorn.kernels.triton.walk_parts import ROUND, ROWS
+from pronghorn.kernels.triton.walk_parts import ROUND, ROWS, awaiting
 
 #: numbers between an adapter's two factors, of all parts of a product
 MOST_HANDED = gl.constexpr(walk.MOST_HANDED)
 #: warps that see to adapters; with the one that copies they are four, as many as registers are given out to
 HELPERS = gl.constexpr(2)
 
-# Each thread waits until the number at $1 is at least $2, or $3 times in vain; $0: whether it was in vain.
-_AWAIT = gl.constexpr("""{
-    .reg .pred p; .reg .b64 seen; .reg .b32 tries;
-    mov.b32 $0, 0;
-    mov.b32 tries, $3;
-    AGAIN:
-    ld.acquire.gpu.global.b64 seen, [$1];
-    setp.ge.s64 p, seen, $2;
-    @p bra DONE;
-    sub.u32 tries, tries, 1;
-    setp.ne.u32 p, tries, 0;
-    @p bra AGAIN;
-    mov.b32 $0, 1;
-    DONE:
-}""")
+_AWAIT = gl.constexpr(awaiting(first_thread_alone=False))
 
 
 @gluon.constexpr_function

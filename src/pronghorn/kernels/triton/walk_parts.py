@@ -22,24 +22,29 @@ MOST_KEPT = gl.constexpr(8)
 CHUNK = gl.constexpr(2048)
 WARPS = gl.constexpr(8)
 
-# The first thread waits until the number at $1 is at least $2, or $3 times in vain; $0: whether it was in vain.
-_AWAIT = gl.constexpr("""{
-    .reg .pred p; .reg .b64 seen; .reg .b32 thread, tries;
-    mov.b32 $0, 0;
-    mov.u32 thread, %tid.x;
-    setp.ne.u32 p, thread, 0;
-    @p bra DONE;
-    mov.b32 tries, $3;
-    AGAIN:
-    ld.acquire.gpu.global.b64 seen, [$1];
-    setp.ge.s64 p, seen, $2;
-    @p bra DONE;
-    sub.u32 tries, tries, 1;
-    setp.ne.u32 p, tries, 0;
-    @p bra AGAIN;
-    mov.b32 $0, 1;
-    DONE:
-}""")
+
+def awaiting(first_thread_alone: bool) -> str:
+    """PTX that waits until the number at $1 is at least $2, or $3 times in vain; $0: whether it was in vain."""
+    others = "mov.u32 thread, %tid.x; setp.ne.u32 p, thread, 0; @p bra DONE;" if first_thread_alone else ""
+    return (
+        "{ .reg .pred p; .reg .b64 seen; .reg .b32 thread, tries; mov.b32 $0, 0;"
+        + others
+        + """
+        mov.b32 tries, $3;
+        AGAIN:
+        ld.acquire.gpu.global.b64 seen, [$1];
+        setp.ge.s64 p, seen, $2;
+        @p bra DONE;
+        sub.u32 tries, tries, 1;
+        setp.ne.u32 p, tries, 0;
+        @p bra AGAIN;
+        mov.b32 $0, 1;
+        DONE:
+        }"""
+    )
+
+
+_AWAIT = gl.constexpr(awaiting(first_thread_alone=True))
 
 
 @gluon.jit
