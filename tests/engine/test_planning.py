@@ -166,7 +166,7 @@ def test_applying_twice_is_applying_once() -> None:
     model = add_adapter(tiny_model("llama"))
     binding = bind(model)
     found = plan_levels(binding, 2**34, Batch(64, 64, 1))
-    apply(binding, found)
+    apply(binding, found, shape_of(binding))
     assert set(binding.save_levels) == {"all"} and binding.tile_rows is None
     assert torch.is_tensor(next(model.parameters()))
 

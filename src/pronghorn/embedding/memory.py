@@ -47,7 +47,7 @@ class EmbeddingMemory(RunMemory):
             rates=limits.rates,
             host_limit=limits.host,
         )
-        apply(binding, found)
+        apply(binding, found, shape)
         return found
 
     def rehearse(self, step: TrainingStep, batch: Batch) -> None:

@@ -402,7 +402,7 @@ def plan_levels(binding: Binding, budget: str | int, batch: Batch, **more: Any) 
     if aside:
         reason = f"{aside / 2**30:.2f} GiB more are set aside for the vision tower"
         found = replace(found, reasons=(*found.reasons, reason))
-    apply(binding, found)
+    apply(binding, found, shape)
     return found
 
 
@@ -449,11 +449,12 @@ def keep_expanded_weights(binding: Binding, keep: bool) -> int:
     return sum(keep_expanded(filter(is_four_bit, layer.modules()), keep) for layer in binding.layers)
 
 
-def apply(binding: Binding, found: Plan) -> None:
-    """Set a plan's levels; on a GPU the pinned memory is taken now, so that a step can be captured."""
+def apply(binding: Binding, found: Plan, shape: ModelShape) -> None:
+    """Set a plan's levels, made for a model of this shape; on a GPU the pinned memory is taken now, so that a step can
+    be captured."""
     binding.use_plan(found.levels, found.tile_rows)
     binding.piece = found.estimate.piece
-    binding.spare = max(found.budget - with_margin(found.estimate.reserved, shape_of(binding)), 0)
+    binding.spare = max(found.budget - with_margin(found.estimate.reserved, shape), 0)
     reserve_host((binding, found.batch.tokens))
 
 

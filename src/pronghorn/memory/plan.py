@@ -147,6 +147,11 @@ def leanest(shape: ModelShape, batch: Batch, rates: Rates, offload: bool = True)
     return min(tries, key=lambda found: found.reserved)
 
 
+def smallest_budget(shape: ModelShape, batch: Batch, rates: Rates, offload: bool = True) -> int:
+    """The bytes below which no plan fits."""
+    return with_margin(leanest(shape, batch, rates, offload).reserved, shape)
+
+
 def longest_that_fits(
     shape: ModelShape,
     budget: int,
@@ -183,7 +188,7 @@ def longest_that_fits(
         low, high = (middle, high) if nearly_fits(middle * 256) else (low, middle)
 
     def takes(tokens: int) -> int:
-        return with_margin(leanest(shape, resized(batch, tokens), rates, parked(tokens)).reserved, shape)
+        return smallest_budget(shape, resized(batch, tokens), rates, parked(tokens))
 
     while low and takes(low * 256) > budget:
         low -= max(1, low // 64)
@@ -377,8 +382,8 @@ def _too_small(search: _Search) -> BudgetTooSmall:
         and host > host_limit
         and with_margin(least.reserved, shape) <= budget
     ):
-        on_gpu = leanest(shape, batch, rates, offload=False)
-        fixes.append(f"free host memory, or raise the budget to {gib(with_margin(on_gpu.reserved, shape))}")
+        on_gpu = smallest_budget(shape, batch, rates, offload=False)
+        fixes.append(f"free host memory, or raise the budget to {gib(on_gpu)}")
         return BudgetTooSmall(
             f"a step of {batch.tokens:,} tokens fits into {gib(budget)} only with {gib(host)} of pinned host memory, "
             f"of which {gib(host_limit)} may be taken ({HOST_SHARE:.0%} of what was available)",

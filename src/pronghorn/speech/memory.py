@@ -92,8 +92,8 @@ class SpeechMemory(RunMemory):
             )
             for shape, level, of in zip(shapes, levels, (batch, inner_batch), strict=True)
         ]
-        for binding, one in zip((slow, fast), plans, strict=True):
-            apply(binding, one)
+        for binding, one, shape in zip((slow, fast), plans, shapes, strict=True):
+            apply(binding, one, shape)
         return plans[0]
 
     def _besides(self) -> list[int]:

@@ -24,7 +24,7 @@ from pronghorn.memory import (
     plan_if_it_fits,
 )
 from pronghorn.memory.gpus import GIB
-from pronghorn.memory.plan import gib, leanest, with_margin
+from pronghorn.memory.plan import gib, leanest, smallest_budget, with_margin
 from pronghorn.tuning.breakdown import CONTEXT_BYTES, Part, parts_of
 from pronghorn.tuning.roofline import micro_batch_seconds, optimizer_seconds
 from pronghorn.tuning.workload import Workload
@@ -297,14 +297,12 @@ def _ways_to_fit(
     """Changes that make it fit, the smallest first."""
     sequences = job.micro_batch or 1
     if sequences > 1:
-        shape = job.shape(gpu, storage)
-        fewer = with_margin(leanest(shape, job.largest(1), gpu.rates, job.offload).reserved, shape)
+        fewer = smallest_budget(job.shape(gpu, storage), job.largest(1), gpu.rates, job.offload)
         if fewer <= budget:
             yield f"micro-batches of 1 row, which take {gib(fewer)}"
     for precision in PRECISIONS[1:]:
         for other in () if precision in precisions else storages(precision, gpu, job.rank):
-            shape = job.shape(gpu, other)
-            size = with_margin(leanest(shape, job.largest(sequences), gpu.rates, job.offload).reserved, shape)
+            size = smallest_budget(job.shape(gpu, other), job.largest(sequences), gpu.rates, job.offload)
             if size <= budget:
                 yield f"{precision} weights, which take {gib(size)}"
                 break
@@ -318,8 +316,8 @@ def _ways_to_fit(
         if smaller:
             yield f"adapters of rank {smaller} (--rank {smaller})"
     if not job.rank:
-        shape = replace(job, rank=16).shape(gpu, "16-bit")
-        size = with_margin(leanest(shape, job.largest(1), gpu.rates, job.offload).reserved, shape)
+        with_adapters = replace(job, rank=16).shape(gpu, "16-bit")
+        size = smallest_budget(with_adapters, job.largest(1), gpu.rates, job.offload)
         yield f"adapters of rank 16 instead of all weights, which take {gib(size)}" + (
             "" if size <= budget else " (too much here as well)"
         )
@@ -339,9 +337,8 @@ def _largest_rank(job: Job, gpu: Gpu, budget: int, storage: str) -> int:
     rank = 1 << (job.rank - 1).bit_length() - 1
     while rank:
         smaller = replace(job, rank=rank)
-        shape = smaller.shape(gpu, storage)
-        found = leanest(shape, smaller.largest(job.micro_batch or 1), gpu.rates, job.offload)
-        if with_margin(found.reserved, shape) <= budget:
+        batch = smaller.largest(job.micro_batch or 1)
+        if smallest_budget(smaller.shape(gpu, storage), batch, gpu.rates, job.offload) <= budget:
             return rank
         rank //= 2
     return 0

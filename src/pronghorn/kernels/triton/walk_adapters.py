@@ -14,14 +14,12 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from pronghorn.kernels import walk
 from pronghorn.kernels.triton.gluon_parts import barrier, wait_for_last
-from pronghorn.kernels.triton.walk_parts import ROUND, ROWS, awaiting
+from pronghorn.kernels.triton.walk_parts import ROUND, ROWS, meet
 
 #: numbers between an adapter's two factors, of all parts of a product
 MOST_HANDED = gl.constexpr(walk.MOST_HANDED)
 #: warps that see to adapters; with the one that copies they are four, as many as registers are given out to
 HELPERS = gl.constexpr(2)
-
-_AWAIT = gl.constexpr(awaiting(first_thread_alone=False))
 
 
 @gluon.constexpr_function
@@ -113,17 +111,6 @@ def _rows_of_b(b_ptr, outs: gl.constexpr, RANK: gl.constexpr, PARTS: gl.constexp
 
 
 @gluon.jit
-def _meet(met_ptr, lost_ptr, target, patience):
-    """As `walk_parts.meet`, of these warps."""
-    barrier()
-    gl.atomic_add(met_ptr, target * 0 + 1, sem="release", scope="gpu")
-    late = gl.inline_asm_elementwise(
-        _AWAIT, "=r,l,l,r", [met_ptr, target, patience], dtype=gl.int32, is_pure=False, pack=1
-    )
-    gl.atomic_add(lost_ptr, target * 0 + 1, mask=late > 0, sem="relaxed", scope="gpu")
-
-
-@gluon.jit
 def _sum_shares(shares_ptr, handed, RANKS: gl.constexpr, PROGRAMS: gl.constexpr):
     """What all programs have left, added up, into shared memory; read past the first cache."""
     ROOM: gl.constexpr = room_for(RANKS)
@@ -206,7 +193,7 @@ def _see_to(
     _leave_share(columns, own, norm_ptr, offset, shares_ptr, width, NORM, MINE, PROGRAMS)
     # On their way while others are waited for.
     b = _rows_of_b(b_ptr + adapter * (PARTS * outs * RANK), outs, RANK, PARTS, PROGRAMS)
-    _meet(met_ptr, lost_ptr, target, patience)
+    meet(met_ptr, lost_ptr, target, patience, BY_EACH=True)
     _sum_shares(shares_ptr, handed, MINE, PROGRAMS)
     _put_added(b, handed, added, outs, RANK, PARTS, ENDS, PROGRAMS)
     barrier()

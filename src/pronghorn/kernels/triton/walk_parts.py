@@ -23,7 +23,7 @@ CHUNK = gl.constexpr(2048)
 WARPS = gl.constexpr(8)
 
 
-def awaiting(first_thread_alone: bool) -> str:
+def _awaiting(first_thread_alone: bool) -> str:
     """PTX that waits until the number at $1 is at least $2, or $3 times in vain; $0: whether it was in vain."""
     others = "mov.u32 thread, %tid.x; setp.ne.u32 p, thread, 0; @p bra DONE;" if first_thread_alone else ""
     return (
@@ -44,7 +44,8 @@ def awaiting(first_thread_alone: bool) -> str:
     )
 
 
-_AWAIT = gl.constexpr(awaiting(first_thread_alone=True))
+_BY_THE_FIRST = gl.constexpr(_awaiting(first_thread_alone=True))
+_BY_EACH = gl.constexpr(_awaiting(first_thread_alone=False))
 
 
 @gluon.jit
@@ -103,15 +104,20 @@ def copy_all(
 
 
 @gluon.jit
-def meet(met_ptr, lost_ptr, target, patience):
-    """Wait until all programs have come here, and all that they wrote can be read; one that waits in vain says so."""
+def meet(met_ptr, lost_ptr, target, patience, BY_EACH: gl.constexpr = False):
+    """Wait until all programs have come here, and all that they wrote can be read; one that waits in vain says so.
+
+    BY_EACH: few threads look for themselves, instead of one that the others wait for.
+    """
+    AWAIT: gl.constexpr = _BY_EACH if BY_EACH else _BY_THE_FIRST
     barrier()
     gl.atomic_add(met_ptr, target * 0 + 1, sem="release", scope="gpu")
     late = gl.inline_asm_elementwise(
-        _AWAIT, "=r,l,l,r", [met_ptr, target, patience], dtype=gl.int32, is_pure=False, pack=1
+        AWAIT, "=r,l,l,r", [met_ptr, target, patience], dtype=gl.int32, is_pure=False, pack=1
     )
     gl.atomic_add(lost_ptr, target * 0 + 1, mask=late > 0, sem="relaxed", scope="gpu")
-    barrier()
+    if not BY_EACH:
+        barrier()
 
 
 @gluon.jit
