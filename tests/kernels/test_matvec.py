@@ -3,6 +3,8 @@ the formula in fp64."""
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -18,6 +20,7 @@ from pronghorn.kernels.matvec import (
     matvec,
     matvec_4bit,
 )
+from pronghorn.kernels.nf4 import FourBits
 from tests.kernels.compare import IMPLS, RELATIVE, four_bits, random
 
 #: (in, out): a partial tile of rows and of columns; whole tiles; fewer columns than a tile
@@ -144,7 +147,7 @@ def small_ones_too(device, monkeypatch):
     if device.type == "cuda":
         from pronghorn.kernels.triton import four_bit_row
 
-        monkeypatch.setattr(four_bit_row, "LEAST_NUMBERS", (0, 0))
+        monkeypatch.setattr(four_bit_row, "LEAST_NUMBERS", (0, 0, 0))
 
 
 def quantised(weight, double):
@@ -197,23 +200,86 @@ def test_four_bits_with_an_activation(impl, width, device):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("width", [4096, 5120])
+@pytest.mark.parametrize("adapter", [False, True])
+@pytest.mark.usefixtures("small_ones_too")
+def test_one_weight_in_four_bits(impl, width, adapter, device):
+    """As output projections are multiplied, in whole steps of columns and not: added to the residual, in its place."""
+    outs, dtype = 32, torch.bfloat16
+    x, _, _, slots, a, b, ends = case(1, width, outs, dtype, device, False)
+    part, weight = quantised(random(outs, width, dtype=torch.float32, device=device, scale=0.05), True)
+    share = RowShare(adapter_down(x, a, slots, impl=impl), b, slots, ends) if adapter else None
+    expected, terms = x.double() @ weight.t(), x.double().abs() @ weight.abs().t() + 1.0
+    if adapter:
+        expected += shared(x.double(), a, b, slots, ends, 16)
+    for kind in (dtype, torch.float32):
+        residual = random(1, outs, dtype=kind, device=device, seed=6)
+        out = residual.clone()
+        found = matvec_4bit(x, [part], share=share, residual=out, impl=impl)
+        assert found.data_ptr() == out.data_ptr() and found.dtype == kind
+        assert_sums_near(out, expected + residual.double(), terms, dtype)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("double", [False, True])
 @pytest.mark.parametrize("outs, activation", [(24, "silu"), (8, "gelu_tanh")])
+@pytest.mark.parametrize("adapter", [False, True])
 @pytest.mark.usefixtures("small_ones_too")
-def test_gate_and_up_in_four_bits(impl, double, outs, activation, device):
-    """In whole steps of columns."""
+def test_gate_and_up_in_four_bits(impl, double, outs, activation, adapter, device):
+    """In whole steps of columns; groups of outputs that do not share out evenly."""
     width, dtype = 2048, torch.bfloat16
-    x, norm, bias, *_ = case(1, width, 2 * outs, dtype, device)
+    x, norm, bias, slots, _, b, _ = case(1, width, 2 * outs, dtype, device)
     made = [
         quantised(random(outs, width, dtype=torch.float32, device=device, seed=i, scale=0.05), double)
         for i in range(2)
     ]
     weight = torch.cat([dense for _, dense in made])
     parts, exact = [part for part, _ in made], normed(x, norm)
-    expected = finished(exact @ weight.t() + bias.double(), None, activation, None)
-    found = matvec_4bit(x, parts, norm=norm, bias=bias, activation=activation, impl=impl)
+    y = exact @ weight.t() + bias.double()
+    options = {"norm": norm, "bias": bias, "activation": activation, "impl": impl}
+    if adapter:
+        a = random(3, 32, width, dtype=dtype, device=device, seed=3, scale=0.01)
+        options["share"] = RowShare(adapter_down(x, a, slots, norm, impl=impl), b, slots, (outs, 2 * outs))
+        y += shared(exact, a, b, slots, (outs, 2 * outs), 16)
     gate, up = (exact.abs() @ weight.abs().t() + bias.double().abs() + 1.0).chunk(2, 1)
-    assert_sums_near(found, expected, gate * (1 + up) + up, dtype)
+    terms = gate * (1 + up) + up
+    assert_sums_near(matvec_4bit(x, parts, **options), finished(y, None, activation, None), terms, dtype)
+    residual = random(1, outs, dtype=dtype, device=device, seed=6)
+    found = matvec_4bit(x, parts, residual=residual.clone(), **options)
+    assert_sums_near(found, finished(y, None, activation, residual), terms, dtype)
+
+
+@pytest.mark.parametrize(
+    "widths, width, activation, taken",
+    [
+        ((14336, 14336), 4096, "silu", True),
+        ((4096, 1024, 1024), 4096, None, True),
+        ((4096,), 4096, None, True),
+        ((4096,), 14336, None, True),
+        ((8960, 8960), 1536, "silu", False),  # few numbers
+        ((1536, 256, 256), 1536, None, False),
+        ((2048,), 4096, None, False),
+        ((5120,), 5120, None, False),  # more outputs than run at once
+        ((28672,), 4096, "silu", False),  # gate and up in one
+        ((4104,), 14336, None, False),  # no whole sets
+        ((4096,), 4128, None, False),  # no whole blocks
+        ((4096,), 1 << 17, None, False),  # shared memory
+    ],
+)
+def test_which_4_bit_rows_hoppers_matrix_units_take(widths, width, activation, taken, monkeypatch):
+    row = pytest.importorskip("pronghorn.kernels.triton.four_bit_row")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+
+    def fits(dtype=torch.bfloat16):
+        x = SimpleNamespace(is_cuda=True, dtype=dtype, shape=(1, width), device="cuda")
+        empty = torch.empty(0, dtype=torch.uint8)
+        numbers = tuple(i / 15 for i in range(16))
+        parts = [FourBit(FourBits(empty, empty, empty, 64, (rows, width)), numbers) for rows in widths]
+        return row.fits(x, parts, activation)
+
+    assert fits() == taken and not fits(torch.float16)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
+    assert not fits()
 
 
 @pytest.mark.parametrize("impl", IMPLS)

@@ -128,12 +128,12 @@ def matvec_4bit(
             from pronghorn.kernels.triton.skinny import few_rows
 
             return few_rows(x, parts, norm, bias, residual, activation, out_dtype or x.dtype)
-        if x.is_cuda and residual is None:
+        if x.is_cuda:
             from pronghorn.kernels.triton.four_bit_row import fits, four_bit_row
 
             if fits(x, parts, activation):
                 share = share.share(x, norm) if isinstance(share, RowAdapter) else share
-                return four_bit_row(x, parts, norm, bias, share, activation, out_dtype or x.dtype)
+                return four_bit_row(x, parts, norm, bias, share, residual, activation, out_dtype or x.dtype)
         from pronghorn.kernels.triton.matvec_4bit import four_bit
 
         return four_bit(x, parts, norm, bias, share, residual, activation, out_dtype or x.dtype)

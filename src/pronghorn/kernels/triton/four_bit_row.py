@@ -11,9 +11,12 @@ length of the vector off by √columns / 2^15.8 at most, at 4,096 columns what r
 in one product, whose right side has eight columns. All sums of a block of 64 are exact.
 
 The matrix units multiply two sets of eight outputs at a time: gate and up of the same eight, or neighbours of one
-weight. A lane has 16 columns of a block of one output of each, in eight bytes of codes; their order of columns is free
-as long as x has the same. Every lane has a block's sums of its outputs, and one of four multiplies them by the block's
-scale.
+weight. A lane has a whole block of one output of each, 32 bytes of codes that lie together, so that its loads touch few
+lines of memory, for which this waits more than for arithmetic; the order of columns is free as long as x has the same.
+Four lanes' blocks would run into one sum: the eight columns of x's side are two digits of four blocks, each zero where
+another lane's block is multiplied. So every lane ends with its own block's two sums of its outputs, and multiplies them
+by its own scale. (Gate and up of 8B on an H200, one group a program: 29.6 µs, and 32.1 with eight bytes of each of four
+blocks a lane.)
 """
 
 from __future__ import annotations
@@ -37,15 +40,19 @@ BLOCK = gl.constexpr(64)
 BLOCKS = gl.constexpr(4)
 #: outputs that the matrix units take of each of the two sets
 SET = gl.constexpr(8)
-#: with fewer numbers in all `matvec_4bit` may be as fast, of q, k and v and of gate and up; measured with 25 and 117
-#: million
-LEAST_NUMBERS = (1 << 24, 1 << 26)
-#: of a program, of the same two
-WARPS = (8, 4)
-#: groups of outputs that a program takes, for which x's digits are made once. Gate and up of 8B, µs on an H200: one
-#: 32.1, two 32.5, three 35.6. Without the loop over them the compiler takes 100 registers instead of 72. With more than
-#: one, q, k and v would have to end where groups do.
-GROUPS = 1
+#: by what is multiplied, one weight, several, or gate and up: warps of a program
+WARPS = (16, 8, 4)
+#: groups of outputs that a program takes one after the other, for which x's digits are made once (gate and up, µs: one
+#: 29.6, two 28.2, three 28.7). With more than one, several weights would have to end where groups do
+GROUPS = (1, 1, 2)
+#: of a thread, with an adapter: no more than let as many programs run at once as without. Gate and up would take 103
+ADAPTED_REGISTERS = (64, 80, 96)
+#: with fewer numbers in all `matvec_4bit` may be as fast; measured with 17 and 59, 25, and 117 million
+LEAST_NUMBERS = (1 << 24, 1 << 24, 1 << 26)
+#: of one weight, as many as run at once: 16 of each of two programs of an H200's 132 processors; not measured with more
+MOST_OUTPUTS = 2 * 132 * 16
+#: columns of x whose digits fit into shared memory
+MOST_COLUMNS = 1 << 16
 #: V of the table's zero, and of its one twice as much
 ZERO = gl.constexpr(8191)
 #: x's largest number in steps: 127 · 128
@@ -58,44 +65,43 @@ _ROUNDED_TO_64 = gl.constexpr(0x4B400000 - 64)
 # the codes themselves: of codes 0 to 7 a byte out of the first half of the table, of others zero; with the highest bits
 # turned round the other half.
 _FOUR = """
-    prmt.b32 p, $8, $9, %(one)s; prmt.b32 q, $10, $11, %(other)s; add.s32 h%(to)d, p, q;
-    prmt.b32 p, $12, $13, %(one)s; prmt.b32 q, $14, $15, %(other)s; add.s32 l%(to)d, p, q;
+    prmt.b32 p, %(t0)s, %(t1)s, %(one)s; prmt.b32 q, %(t2)s, %(t3)s, %(other)s; add.s32 h%(to)d, p, q;
+    prmt.b32 p, %(t4)s, %(t5)s, %(one)s; prmt.b32 q, %(t6)s, %(t7)s, %(other)s; add.s32 l%(to)d, p, q;
 """
 _WORD = "xor.b32 other, %s, 0x88888888; %s shr.b32 one, %s, 16; shr.b32 other, other, 16; %s"
 _PRODUCT = """
     mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32
-        {c0, c1, c2, c3}, {%(of)s0, %(of)s1, %(of)s2, %(of)s3}, {x%(first)d, x%(second)d}, {c0, c1, c2, c3};
+        {%(c)s0, %(c)s1, %(c)s2, %(c)s3}, {%(of)s0, %(of)s1, %(of)s2, %(of)s3}, {x%(first)d, x%(second)d},
+        {%(c)s0, %(c)s1, %(c)s2, %(c)s3};
 """
 
 
 def _assembly() -> str:
-    """$0 to $3: a block's sums of an output of gate with x's high and low digits, then of up; $4, $5: their codes;
-    $6, $7: one digit of x; $8 to $15: the table."""
+    """$0 to $3: a block's sums of an output of the first set with x's high and low digits, then of the second; $4 to
+    $7, $8 to $11: their codes; $12 to $19: one digit of x; $20 to $27: the table."""
+    t = {f"t{i}": f"${20 + i}" for i in range(8)}
     lines = [
-        "{ .reg .b32 one, other, p, q, first<2>, second<2>, x<4>, h<4>, l<4>, k<8>; .reg .s32 c0, c1, c2, c3;",
-        "mov.b64 {first0, first1}, $4; mov.b64 {second0, second1}, $5;",
-        "mov.b64 {x0, x1}, $6; mov.b64 {x2, x3}, $7;",
-        *(f"mov.s32 c{i}, 0;" for i in range(4)),
+        "{ .reg .b32 one, other, p, q, first<8>, second<8>, x<16>, h<4>, l<4>; .reg .s32 c<4>, d<4>;",
+        *(f"mov.b64 {{first{2 * i}, first{2 * i + 1}}}, ${4 + i};" for i in range(4)),
+        *(f"mov.b64 {{second{2 * i}, second{2 * i + 1}}}, ${8 + i};" for i in range(4)),
+        *(f"mov.b64 {{x{2 * i}, x{2 * i + 1}}}, ${12 + i};" for i in range(8)),
+        *(f"mov.s32 c{i}, 0; mov.s32 d{i}, 0;" for i in range(4)),
     ]
-    for half in range(2):
+    for word in range(8):
         for at, name in enumerate(("first", "second")):
-            word = f"{name}{half}"
+            w = f"{name}{word}"
             four = [
-                _FOUR % {"one": one, "other": "other", "to": 2 * i + at}
-                for i, one in enumerate((word, "one"))
+                _FOUR % {"one": one, "other": "other", "to": 2 * i + at, **t}
+                for i, one in enumerate((w, "one"))
             ]
-            lines.append(_WORD % (word, four[0], word, four[1]))
-        lines.append(_PRODUCT % {"of": "h", "first": 2 * half, "second": 2 * half + 1})
-        if half == 0:
-            lines += [f"mov.b32 k{i}, l{i};" for i in range(4)]
-    lines += [f"shl.b32 c{i}, c{i}, 7;" for i in range(4)]
-    lines.append(_PRODUCT % {"of": "k", "first": 0, "second": 1})
-    lines.append(_PRODUCT % {"of": "l", "first": 2, "second": 3})
-    return "\n".join([*lines, *(f"mov.b32 ${i}, c{i};" for i in range(4)), "}"])
+            lines.append(_WORD % (w, four[0], w, four[1]))
+        for of, c in (("h", "c"), ("l", "d")):
+            lines.append(_PRODUCT % {"c": c, "of": of, "first": 2 * word, "second": 2 * word + 1})
+    return "\n".join([*lines, *(f"mad.lo.s32 ${i}, c{i}, 128, d{i};" for i in range(4)), "}"])
 
 
 _SUMS = gl.constexpr(_assembly())
-_REGISTERS = gl.constexpr(",".join(["=&r"] * 4 + ["l"] * 4 + ["r"] * 8))
+_REGISTERS = gl.constexpr(",".join(["=&r"] * 4 + ["l"] * 16 + ["r"] * 8))
 
 
 @gluon.jit
@@ -108,16 +114,31 @@ def _inside(block, width: gl.constexpr, COLUMNS: gl.constexpr):
 
 
 @gluon.jit
-def _codes(packed_ptr, row, step, known, width: gl.constexpr, layout: gl.constexpr, WARPS: gl.constexpr):
-    """A step's blocks of those rows, eight bytes a lane, [WARPS, BLOCKS, 4, 2, 4]."""
-    rest: gl.constexpr = gl.SliceLayout(2, gl.SliceLayout(3, gl.SliceLayout(4, layout)))
-    of_lanes: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, layout)))
-    warp = gl.arange(0, WARPS, gl.SliceLayout(1, rest))[:, None, None, None, None]
-    block = gl.arange(0, BLOCKS, gl.SliceLayout(0, rest))[None, :, None, None, None]
-    lane = gl.arange(0, 4, gl.SliceLayout(0, of_lanes))[None, None, None, None, :]
-    block = (step * WARPS + warp) * BLOCKS + block
+def _codes(packed_ptr, row, step, known, width: gl.constexpr, of_scales: gl.constexpr, WARPS: gl.constexpr):
+    """A step's block of those rows, 32 bytes a lane, four times [WARPS, 4, 2, 4]."""
+    wide: gl.constexpr = gl.BlockedLayout(
+        [1, 1, 1, 1, 4], [1, 4, 2, 4, 1], [WARPS, 1, 1, 1, 1], [4, 3, 2, 1, 0]
+    )
+    outer: gl.constexpr = gl.SliceLayout(4, wide)
+    of_warps: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, outer)))
+    of_lanes: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, outer)))
+    of_words: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, wide))))
+    warp = gl.arange(0, WARPS, of_warps)[:, None, None, None]
+    block = (step * WARPS + warp) * BLOCKS + gl.arange(0, BLOCKS, of_lanes)[None, None, None, :]
     known = known & _inside(block, width, WARPS * BLOCKS * BLOCK)
-    return gl.load(packed_ptr + row * (width // 16) + block * 4 + lane, mask=known, other=0)
+    at = gl.convert_layout(row, outer) * (width // 16) + block * 4
+    words = gl.arange(0, 4, of_words)[None, None, None, None, :]
+    if width % (WARPS * BLOCKS * BLOCK) == 0:
+        found = gl.load(packed_ptr + at[:, :, :, :, None] + words, mask=known, other=0)
+    else:
+        found = gl.load(packed_ptr + at[:, :, :, :, None] + words, mask=known[:, :, :, :, None], other=0)
+    even, odd = gl.split(gl.reshape(found, [WARPS, 4, 2, 4, 2, 2]))
+    c0, c2 = gl.split(even)
+    c1, c3 = gl.split(odd)
+    return (
+        gl.convert_layout(c0, of_scales), gl.convert_layout(c1, of_scales), gl.convert_layout(c2, of_scales),
+        gl.convert_layout(c3, of_scales),
+    )  # fmt: skip
 
 
 @gluon.jit
@@ -194,17 +215,28 @@ def _put(
 
 
 @gluon.jit
-def _lanes_x(quads, step, layout: gl.constexpr, WARPS: gl.constexpr):
-    """The 16 digits of x that a lane multiplies in each block, eight at a time, [WARPS, BLOCKS, 1, 2, 4] each."""
+def _lanes_x(octets, step, mine, of_scales: gl.constexpr, WARPS: gl.constexpr):
+    """The digits of a lane's block where the column is of that block, else zero: eight times eight."""
     whole: gl.constexpr = gl.BlockedLayout(
-        [1, BLOCKS, 1, 1, 1, 2], [1, 1, 4, 2, 4, 1], [WARPS, 1, 1, 1, 1, 1], [5, 4, 3, 2, 1, 0]
+        [1, 1, 1, 1, 8], [1, 4, 2, 4, 1], [WARPS, 1, 1, 1, 1], [4, 3, 2, 1, 0]
     )
-    without_outputs: gl.constexpr = gl.SliceLayout(2, layout)
-    first, second = gl.split(quads.index(step).load(gl.SliceLayout(2, whole)))
+    x = octets.index(step).permute((0, 2, 1, 3)).load(gl.SliceLayout(1, whole))
+    even, odd = gl.split(gl.reshape(x, [WARPS, 2, 4, 2, 2, 2]))
+    e0, e1 = gl.split(even)
+    o0, o1 = gl.split(odd)
+    x0, x4 = gl.split(e0)
+    x2, x6 = gl.split(e1)
+    x1, x5 = gl.split(o0)
+    x3, x7 = gl.split(o1)
     return (
-        gl.expand_dims(gl.convert_layout(first, without_outputs), 2),
-        gl.expand_dims(gl.convert_layout(second, without_outputs), 2),
-    )
+        _own(x0, mine, of_scales), _own(x1, mine, of_scales), _own(x2, mine, of_scales), _own(x3, mine, of_scales),
+        _own(x4, mine, of_scales), _own(x5, mine, of_scales), _own(x6, mine, of_scales), _own(x7, mine, of_scales),
+    )  # fmt: skip
+
+
+@gluon.jit
+def _own(x, mine, of_scales: gl.constexpr):
+    return gl.where(mine, gl.expand_dims(gl.convert_layout(x, gl.SliceLayout(1, of_scales)), 1), 0)
 
 
 @gluon.jit
@@ -218,6 +250,15 @@ def _lanes_totals(totals, step, of_scales: gl.constexpr, WARPS: gl.constexpr):
     by_lane: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, of_scales))
     high, low = gl.convert_layout(high, by_lane), gl.convert_layout(low, by_lane)
     return gl.expand_dims(gl.expand_dims(high, 1), 2), gl.expand_dims(gl.expand_dims(low, 1), 2)
+
+
+@gluon.jit
+def _residual(residual_ptr, to, of_scales: gl.constexpr):
+    """What a set's outputs from `to` on are added to, fp32, laid out as their sums are."""
+    layout: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(3, of_scales))
+    own = 2 * gl.arange(0, 4, gl.SliceLayout(1, layout))[:, None]
+    own += gl.arange(0, 2, gl.SliceLayout(0, layout))[None, :]
+    return gl.reshape(gl.load(residual_ptr + to + own).to(gl.float32), [SET])
 
 
 @gluon.jit
@@ -250,17 +291,14 @@ def _finished(
 @gluon.jit
 def _one_row(
     x_ptr, packed0, packed1, packed2, absmax0, absmax1, absmax2, coarse0, coarse1, coarse2, shift0, shift1, shift2,
-    fine0, fine1, fine2, table_ptr, norm_ptr, bias_ptr, out_ptr, slots_ptr, xa_ptr, b_ptr, rows, rows0, rows1, outs,
-    end0, end1, eps, offset, groups, nothing, WIDTH: gl.constexpr, NORM: gl.constexpr, BIAS: gl.constexpr,
-    GLU: gl.constexpr, R: gl.constexpr, PARTS: gl.constexpr, NESTED: gl.constexpr, SIZE2: gl.constexpr,
-    WARPS: gl.constexpr, PDL: gl.constexpr,
+    fine0, fine1, fine2, table_ptr, norm_ptr, bias_ptr, residual_ptr, out_ptr, slots_ptr, xa_ptr, b_ptr, rows, rows0,
+    rows1, outs, end0, end1, eps, offset, groups, nothing, WIDTH: gl.constexpr, NORM: gl.constexpr,
+    BIAS: gl.constexpr, RESIDUAL: gl.constexpr, GLU: gl.constexpr, R: gl.constexpr, PARTS: gl.constexpr,
+    NESTED: gl.constexpr, SIZE2: gl.constexpr, WARPS: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """So many groups of two sets of outputs a program, one after the other. nothing: 0."""
     # Lanes as the matrix units number them: four columns, then eight outputs, which are the columns of x's digits, too.
-    layout: gl.constexpr = gl.BlockedLayout(
-        [1, BLOCKS, 1, 1, 1], [1, 1, 4, 2, 4], [WARPS, 1, 1, 1, 1], [4, 3, 2, 1, 0]
-    )
-    of_scales: gl.constexpr = gl.SliceLayout(1, layout)
+    of_scales: gl.constexpr = gl.BlockedLayout([1, 1, 1, 1], [1, 4, 2, 4], [WARPS, 1, 1, 1], [3, 2, 1, 0])
     COLUMNS: gl.constexpr = WARPS * BLOCKS * BLOCK
     STEPS: gl.constexpr = (WIDTH + COLUMNS - 1) // COLUMNS
     # gate's and up's outputs have the same numbers; of one weight the second set follows the first.
@@ -269,7 +307,7 @@ def _one_row(
     groups = gl.minimum(groups, (rows - first) // GROUP)
     packed, absmax, coarse, shift_ptr, fine = packed0, absmax0, coarse0, shift0, fine0
     begin = first * 0
-    if GLU == "":
+    if PARTS > 1 and GLU == "":
         if first >= rows0:
             packed, absmax, coarse, shift_ptr, fine = packed1, absmax1, coarse1, shift1, fine1
             begin += rows0
@@ -282,10 +320,6 @@ def _one_row(
     else:
         packed_too, absmax_too, coarse_too, shift_too, fine_too = packed, absmax, coarse, shift_ptr, fine
     TOO: gl.constexpr = 0 if GLU != "" else SET
-    of_pairs: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(3, gl.SliceLayout(4, layout)))
-    of_ones: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(4, layout)))
-    row = 2 * gl.arange(0, 4, gl.SliceLayout(0, of_pairs))[None, None, :, None, None]
-    row += gl.arange(0, 2, gl.SliceLayout(0, of_ones))[None, None, None, :, None] + (first - begin)
     of_pairs_: gl.constexpr = gl.SliceLayout(2, gl.SliceLayout(3, of_scales))
     of_ones_: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(3, of_scales))
     of_scale = 2 * gl.arange(0, 4, gl.SliceLayout(0, of_pairs_))[None, :, None, None]
@@ -293,8 +327,8 @@ def _one_row(
     shift, more_shift = 0.0, 0.0
     if NESTED:
         shift, more_shift = gl.load(shift_ptr), gl.load(shift_too)
-    codes = _codes(packed, row, 0, True, WIDTH, layout, WARPS)
-    codes_too = _codes(packed_too, row + TOO, 0, True, WIDTH, layout, WARPS)
+    codes = _codes(packed, of_scale, 0, True, WIDTH, of_scales, WARPS)
+    codes_too = _codes(packed_too, of_scale + TOO, 0, True, WIDTH, of_scales, WARPS)
     scale, by = _scale_codes(absmax, coarse, of_scale, 0, True, WIDTH, of_scales, WARPS, SIZE2, NESTED)
     scale_too, by_too = _scale_codes(
         absmax_too, coarse_too, of_scale + TOO, 0, True, WIDTH, of_scales, WARPS, SIZE2, NESTED
@@ -308,21 +342,30 @@ def _one_row(
         launch_next()
         wait_for_last()
     by_x = _put(x_ptr, norm_ptr, digits, totals, eps, offset, WIDTH, NORM, WARPS) / ZERO
-    by_lane: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [4, 3, 2, 1, 0])
-    quads = view(digits, gl.int64, [STEPS, WARPS, BLOCKS, 2, 4, 2], by_lane)
-    sums_of_x = view(totals, gl.int32, [STEPS, WARPS, BLOCKS, 2], gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0]))
-    block = gl.arange(
-        0, BLOCKS, gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(3, gl.SliceLayout(4, layout))))
+    # A block's high digits, then its low ones, eight at a time.
+    octets = view(
+        digits, gl.int64, [STEPS, WARPS, BLOCKS, 2, 8], gl.SwizzledSharedLayout(1, 1, 1, [3, 2, 1, 0])
     )
-    lane = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, layout)))))
-    lane = lane[None, None, None, None, :]
-    mine = block[None, :, None, None, None] == lane
+    sums_of_x = view(totals, gl.int32, [STEPS, WARPS, BLOCKS, 2], gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0]))
+    lane = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, of_scales))))[
+        None, None, None, :
+    ]
+    pair = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(3, of_scales))))[
+        None, :, None, None
+    ]
+    mine = pair == lane
     # Each lane's own, as far as the compiler knows: what is the same in all of them it keeps elsewhere, and copies it
     # to where a permutation wants it each time (94 of 500 instructions a step).
     table = table_ptr + lane * nothing
     t0, t1, t2, t3 = gl.load(table), gl.load(table + 1), gl.load(table + 2), gl.load(table + 3)
     t4, t5, t6, t7 = gl.load(table + 4), gl.load(table + 5), gl.load(table + 6), gl.load(table + 7)
     for group in range(groups):
+        to = first + group * GROUP
+        to_too = rows + to if GLU != "" else to + SET
+        if RESIDUAL:  # asked for now, added last
+            given = _residual(residual_ptr, to, of_scales)
+            if GLU == "":
+                given_too = _residual(residual_ptr, to_too, of_scales)
         sums = gl.zeros([WARPS, 4, 2, 4], gl.float32, of_scales)
         sums_too = gl.zeros([WARPS, 4, 2, 4], gl.float32, of_scales)
         for step in range(STEPS):
@@ -334,42 +377,44 @@ def _one_row(
             ahead = gl.where(ends, 0, step + 1)
             following = gl.where(ends, group + 1, group)
             more, after = following < groups, following * GROUP
-            codes = _codes(packed, row + after, ahead, more, WIDTH, layout, WARPS)
-            codes_too = _codes(packed_too, row + TOO + after, ahead, more, WIDTH, layout, WARPS)
+            codes = _codes(packed, of_scale + after, ahead, more, WIDTH, of_scales, WARPS)
+            codes_too = _codes(packed_too, of_scale + TOO + after, ahead, more, WIDTH, of_scales, WARPS)
             scale, by = _scale_codes(
                 absmax, coarse, of_scale + after, ahead, more, WIDTH, of_scales, WARPS, SIZE2, NESTED
             )
             scale_too, by_too = _scale_codes(
                 absmax_too, coarse_too, of_scale + TOO + after, ahead, more, WIDTH, of_scales, WARPS, SIZE2, NESTED
             )  # fmt: skip
-            x0, x1 = _lanes_x(quads, step, layout, WARPS)
+            x0, x1, x2, x3, x4, x5, x6, x7 = _lanes_x(octets, step, mine, of_scales, WARPS)
             y, y_low, too, too_low = gl.inline_asm_elementwise(
-                _SUMS, _REGISTERS, [now, now_too, x0, x1, t0, t1, t2, t3, t4, t5, t6, t7],
+                _SUMS, _REGISTERS,
+                [now[0], now[1], now[2], now[3], now_too[0], now_too[1], now_too[2], now_too[3],
+                 x0, x1, x2, x3, x4, x5, x6, x7, t0, t1, t2, t3, t4, t5, t6, t7],
                 dtype=(gl.int32, gl.int32, gl.int32, gl.int32), is_pure=False, pack=1,
             )  # fmt: skip
             high, low = _lanes_totals(sums_of_x, step, of_scales, WARPS)
-            sums += _whole(y, y_low, high, low, mine) * own_scale
-            sums_too += _whole(too, too_low, high, low, mine) * own_scale_too
-        to = first + group * GROUP
-        to_too = rows + to if GLU != "" else to + SET
+            sums += _whole(y - high, y_low - low) * own_scale
+            sums_too += _whole(too - high, too_low - low) * own_scale_too
         y = _finished(sums, by_x, to, bias_ptr, b_ptr, slots_ptr, xa_ptr, outs, end0, end1, BIAS, R, WARPS)
         too = _finished(
             sums_too, by_x, to_too, bias_ptr, b_ptr, slots_ptr, xa_ptr, outs, end0, end1, BIAS, R, WARPS
         )
         own = to + gl.arange(0, SET, y.type.layout)
         if GLU != "":
-            gl.store(out_ptr + own, activated(y, too, GLU).to(out_ptr.dtype.element_ty))
-        else:
-            gl.store(out_ptr + own, y.to(out_ptr.dtype.element_ty))
+            y = activated(y, too, GLU)
+        if RESIDUAL:
+            y += given
+        gl.store(out_ptr + own, y.to(out_ptr.dtype.element_ty))
+        if GLU == "":
+            if RESIDUAL:
+                too += given_too
             gl.store(out_ptr + own + SET, too.to(out_ptr.dtype.element_ty))
 
 
 @gluon.jit
-def _whole(high_sums, low_sums, high, low, mine):
+def _whole(high, low):
     """Σ T X · 8191 of the block whose scale a lane has, fp32."""
-    of_high = gl.sum(gl.where(mine, high_sums, 0), 1) - high
-    of_low = gl.sum(gl.where(mine, low_sums, 0), 1) - low
-    return of_high.to(gl.float32) * 128.0 + of_low.to(gl.float32)
+    return high.to(gl.float32) * 128.0 + low.to(gl.float32)
 
 
 @cache
@@ -379,11 +424,16 @@ def _table(numbers: tuple[float, ...], device: torch.device) -> Tensor:
     return torch.cat((whole >> 7, whole & 127)).to(torch.uint8).view(torch.int32).to(device)
 
 
-def fits(x: Tensor, parts: Sequence[FourBit], activation: str | None) -> bool:
-    """Whether this kernel takes a row times these weights, and is the faster one: gate and up, or q, k and v.
+def _kind(parts: Sequence[FourBit], activation: str | None) -> int:
+    """Which number of WARPS and the others is meant."""
+    return 2 if activation is not None else int(len(parts) > 1)
 
-    At 8B on an H200, µs here and by `matvec_4bit`: gate and up 32.1, 42.5; q, k and v 8.8, 10.4; but o 8.4, 7.5; down
-    23.2, 21.8.
+
+def fits(x: Tensor, parts: Sequence[FourBit], activation: str | None) -> bool:
+    """Whether this kernel takes a row times these weights, and is not the slower one.
+
+    At 8B on an H200, µs here and by `matvec_4bit`: gate and up 28.2, 42.5; q, k and v 9.1, 10.5; o 6.4, 7.5; down
+    21.7, 22.0; of the last two here without the residual.
     """
     glu = activation is not None
     set_of = SET.value if glu else 2 * SET.value
@@ -392,8 +442,10 @@ def fits(x: Tensor, parts: Sequence[FourBit], activation: str | None) -> bool:
         and x.dtype == torch.bfloat16
         and torch.cuda.get_device_capability(x.device)[0] == 9
         and x.shape[1] % BLOCK.value == 0
-        and (len(parts) == 2 if glu else 2 <= len(parts) <= 3)
-        and sum(part.rows for part in parts) * x.shape[1] >= LEAST_NUMBERS[glu]
+        and x.shape[1] <= MOST_COLUMNS
+        and (len(parts) == 2 if glu else 1 <= len(parts) <= 3)
+        and (len(parts) > 1 or parts[0].rows <= MOST_OUTPUTS)
+        and sum(part.rows for part in parts) * x.shape[1] >= LEAST_NUMBERS[_kind(parts, activation)]
         and all(
             part.bits.blocksize == BLOCK.value
             and part.rows % set_of == 0
@@ -412,27 +464,29 @@ def four_bit_row(
     norm: RowNorm | None,
     bias: Tensor | None,
     share: RowShare | None,
+    residual: Tensor | None,
     activation: str | None,
     out_dtype: torch.dtype,
 ) -> Tensor:
     x = unit_rows(x)
     glu, outs = activation is not None, sum(part.rows for part in parts)
     rows = outs // 2 if glu else outs
-    out = torch.empty(1, rows, dtype=out_dtype, device=x.device)
+    out = residual if residual is not None else torch.empty(1, rows, dtype=out_dtype, device=x.device)
     padded = [*parts, *[parts[-1]] * (3 - len(parts))]
     bits = [part.bits for part in padded]
     nested = [part.second for part in bits]
     pointers, (_, end0, end1, _, eps, offset), kinds = arguments(
-        x, norm, bias, share, None, activation, out, outs
+        x, norm, bias, share, residual, activation, out, outs
     )
-    norm_weight, biases, _, _, slots, xa, b = pointers[:7]
-    kinds = {name: kinds[name] for name in ("NORM", "BIAS", "GLU", "R")}
-    warps, pdl = WARPS[glu], dependent_launch(x.device)
-    _one_row[(triton.cdiv(rows, GROUPS * (SET.value if glu else 2 * SET.value)),)](
+    kinds = {name: kinds[name] for name in ("NORM", "BIAS", "RESIDUAL", "GLU", "R")}
+    kind, pdl = _kind(parts, activation), dependent_launch(x.device)
+    warps, groups = WARPS[kind], GROUPS[kind]
+    options = {} if share is None else {"maxnreg": ADAPTED_REGISTERS[kind]}
+    _one_row[(triton.cdiv(rows, groups * (SET.value if glu else 2 * SET.value)),)](
         x, *(part.packed.view(-1).view(torch.int64) for part in bits), *(part.absmax for part in bits),
         *(n[1] for n in nested), *(n[2] for n in nested), *(n[0] for n in nested),
-        _table(parts[0].numbers, x.device), norm_weight, biases, out, slots, xa, b, rows, padded[0].rows,
-        padded[1].rows, outs, end0, end1, eps, offset, GROUPS, 0, WIDTH=x.shape[1], **kinds, PARTS=len(parts),
-        NESTED=bits[0].nested is not None, SIZE2=nested[0][3], WARPS=warps, PDL=bool(pdl), num_warps=warps, **pdl,
+        _table(parts[0].numbers, x.device), *pointers[:7], rows, padded[0].rows, padded[1].rows, outs, end0, end1, eps,
+        offset, groups, 0, WIDTH=x.shape[1], **kinds, PARTS=len(parts), NESTED=bits[0].nested is not None,
+        SIZE2=nested[0][3], WARPS=warps, PDL=bool(pdl), num_warps=warps, **options, **pdl,
     )  # fmt: skip
     return out
