@@ -75,18 +75,49 @@ def kernel_totals(profiler: Any) -> dict[str, tuple[float, int]]:
     return totals
 
 
-def busy_ms(profiler: Any) -> float:
-    """Milliseconds in which at least one kernel ran (overlaps counted once)."""
-    spans = sorted(
-        (e.time_range.start, e.time_range.end)
+def spans(profiler: Any) -> list[tuple[float, float, str]]:
+    """When each kernel began and ended, in microseconds, and its name; by their beginnings."""
+    return sorted(
+        (e.time_range.start, e.time_range.end, e.name)
         for e in profiler.events()
         if str(e.device_type).endswith("CUDA")
     )
+
+
+def busy_ms(profiler: Any) -> float:
+    """Milliseconds in which at least one kernel ran (overlaps counted once)."""
     busy, reached = 0.0, float("-inf")
-    for start, end in spans:
+    for start, end, _ in spans(profiler):
         busy += max(0.0, end - max(start, reached))
         reached = max(reached, end)
     return busy / 1e3
+
+
+def gaps(profiler: Any) -> dict[tuple[str, str], tuple[float, int]]:
+    """(kernel before, kernel after) -> (milliseconds in which nothing ran between them, how often)."""
+    found: dict[tuple[str, str], tuple[float, int]] = {}
+    reached, before = float("inf"), ""
+    for start, end, name in spans(profiler):
+        if start > reached:
+            idle, count = found.get((before, name), (0.0, 0))
+            found[before, name] = idle + (start - reached) / 1e3, count + 1
+        if end > reached or not before:
+            reached, before = end, name
+    return found
+
+
+def gap_table(profiler: Any, steps: int, top: int) -> str:
+    """The `top` places where the GPU waited, and how long all gaps are, per step."""
+    found = gaps(profiler)
+    lines = [
+        [before[:50], after[:50], f"{idle / steps:.3f}", f"{count / steps:.1f}", f"{idle / count * 1e3:.1f}"]
+        for (before, after), (idle, count) in sorted(found.items(), key=lambda item: -item[1][0])[:top]
+    ]
+    whole = sum(idle for idle, _ in found.values()) / steps
+    return (
+        plain_table(("after", "before", "idle ms/step", "times", "us each"), lines)
+        + f"\nidle {whole:.2f} ms/step"
+    )
 
 
 def summary(profiler: Any, wall_s: float, steps: int, top: int = 25) -> str:
@@ -114,12 +145,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--warmup", type=int, default=4)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--top", type=int, default=25)
+    parser.add_argument("--gaps", type=int, default=0, help="show so many places where the GPU waits")
     parser.add_argument("--trace", type=Path, help="write a Chrome trace here")
     options = parser.parse_args(argv)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     workload, side = options.workload, options.side
     profiler, wall = profile_steps(workload, side, options.checkpoint, options.warmup, options.steps)
     print(f"{workload.name}, {side.name}\n{summary(profiler, wall, options.steps, options.top)}", flush=True)
+    if options.gaps:
+        print(gap_table(profiler, options.steps, options.gaps), flush=True)
     if options.trace:
         profiler.export_chrome_trace(str(options.trace))
     return 0
