@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
+from operator import itemgetter
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 #: PEFT's switches on an adapted layer: which adapters run, how strongly, and whether they are merged or off.
 _ADAPTER_STATE = ("scaling", "_active_adapter", "_disable_adapters", "merged_adapters")
+
+_TRAINING, _CHILDREN, _PARAMETERS, _BUFFERS = map(
+    itemgetter, ("training", "_modules", "_parameters", "_buffers")
+)
+_HOOKS = [
+    itemgetter(name)
+    for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+]
 
 
 def module_tree(model: nn.Module) -> list[nn.Module]:
@@ -15,29 +26,39 @@ def module_tree(model: nn.Module) -> list[nn.Module]:
     return list(model.modules())
 
 
-def state_of(modules: list[nn.Module]) -> list[Any]:
+def state_of(modules: Sequence[nn.Module]) -> list[Any]:
     """Everything of the modules that decides which kernels run on which memory.
 
     Training flags, hooks, replaced forwards, children, parameters and buffers with their memory, which are trained, and
-    PEFT's switches. Compared with `==`; about a microsecond a module.
+    PEFT's switches. Compared with `==`. Kind by kind over all modules instead of module by module: most of it then runs
+    in C, and a step that waits for the host (every one whose loss is logged) waits that much less.
     """
-    state: list[Any] = []
-    for module in modules:
-        own = module.__dict__
-        children, parameters = own["_modules"], own["_parameters"]
-        hooks = len(own["_forward_hooks"]) + len(own["_forward_pre_hooks"]) + len(own["_backward_hooks"])
-        state.append((own["training"], hooks, len(own["_backward_pre_hooks"]), id(own.get("forward"))))
-        if children:
-            state.append([id(child) for child in children.values()])
-        for parameter in parameters.values():
-            if parameter is not None:
-                hooked = bool(parameter._backward_hooks or parameter._post_accumulate_grad_hooks)
-                state.append((parameter.data_ptr(), parameter.requires_grad, hooked))
+    own = [module.__dict__ for module in modules]
+    children = list(map(_CHILDREN, own))
+    parameters = [p for p in _values(map(_PARAMETERS, own)) if p is not None]
+    return [
+        list(map(_TRAINING, own)),
+        # Most modules have neither hooks nor parameters of their own.
+        *([len(found) for found in filter(None, map(hooks, own))] for hooks in _HOOKS),
+        [id(attributes["forward"]) if "forward" in attributes else 0 for attributes in own],
+        list(map(len, children)),
+        list(map(id, _values(children))),
+        list(map(Tensor.data_ptr, parameters)),
+        [p.requires_grad for p in parameters],
+        [bool(p._backward_hooks or p._post_accumulate_grad_hooks) for p in parameters],
         # Codes and scales of stored weights, which merging an adapter makes anew.
-        state.extend(buffer.data_ptr() for buffer in own["_buffers"].values() if buffer is not None)
-        if "scaling" in own:
-            state.append([_copied(own.get(name)) for name in _ADAPTER_STATE])
-    return state
+        [buffer.data_ptr() for buffer in _values(map(_BUFFERS, own)) if buffer is not None],
+        [
+            [_copied(attributes.get(name)) for name in _ADAPTER_STATE]
+            for attributes in own
+            if "scaling" in attributes
+        ],
+    ]
+
+
+def _values(dicts: Iterable[dict[str, Any]]) -> Iterator[Any]:
+    """The values of all dicts, one after the other."""
+    return chain.from_iterable(map(dict.values, filter(None, dicts)))
 
 
 def has_hooks(module: nn.Module) -> bool:
