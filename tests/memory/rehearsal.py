@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from pronghorn.engine import bind, binding_of
 from pronghorn.engine.binding import Binding
+from pronghorn.engine.flat import lay_out
 from pronghorn.engine.read import Reading, read_groups
 from pronghorn.kernels import triton as triton_kernels
 from pronghorn.kernels.attention import dispatch
@@ -31,7 +32,7 @@ from tests.memory.live import LiveBytes
 _KERNELS = (
     "rms_norm", "layer_norm", "rope", "qkv_grads", "glu", "lora", "linear_cross_entropy", "nf4", "fp8", "int8",
     "latent_heads", "short_conv", "gated_output", "routing", "grouped_adapters", "grouped_glu", "grouped_matmul",
-    "grouped_rows",
+    "grouped_rows", "glu_products",
 )  # fmt: skip
 
 
@@ -103,10 +104,16 @@ def prepare(monkeypatch: pytest.MonkeyPatch, *, parking: bool) -> None:
     names = [found.name for found in pkgutil.iter_modules(triton_kernels.__path__)]
     for module in [importlib.import_module(f"{triton_kernels.__name__}.{name}") for name in names]:
         for attribute, value in list(vars(module).items()):
-            if type(value).__name__ in ("InterpretedFunction", "JITFunction", "Heuristics"):
+            if type(value).__name__ in (
+                "InterpretedFunction",
+                "JITFunction",
+                "GluonJITFunction",
+                "Heuristics",
+            ):
                 monkeypatch.setattr(module, attribute, _NoLaunch())
     monkeypatch.setattr("pronghorn.kernels.lora.probe", lambda: SimpleNamespace(capability=(9, 0)))
     monkeypatch.setattr("pronghorn.kernels.triton.launch.processors", lambda index: 132)
+    monkeypatch.setattr("pronghorn.kernels.triton.glu_hopper.processors", lambda index: 132)
     for name in ("lora", "lora_grads", "glu_down"):
         monkeypatch.setattr(f"pronghorn.kernels.triton.{name}.limits", lambda device: (132, 227 * 1024))
     monkeypatch.setattr(dispatch, "_implementation", _ATTENTION.__getitem__)
@@ -271,3 +278,21 @@ def in_int8(model: Any, monkeypatch: pytest.MonkeyPatch, copies: int) -> Any:
                 other = (turned, back_scales) if copies == 2 else None
                 module.base_layer = Int8Linear(tuple(forward), other, None, torch.bfloat16)
     return model
+
+
+def packed(model: Any) -> Any:
+    """A model whose adapters lie side by side, as a training step lays them."""
+    binding = binding_of(model)
+    groups = {
+        (index, slot): projections
+        for index, layer in enumerate(binding.layers)
+        for slot, projections in binding.groups(layer, Reading(True)).items()
+    }
+    binding.packed = lay_out(groups, torch.bfloat16)
+    assert binding.packed is not None
+    return model
+
+
+def on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The products around a gated unit make it themselves."""
+    monkeypatch.setattr("pronghorn.kernels.glu_products.why_not", lambda device, dtype: None)

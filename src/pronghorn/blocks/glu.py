@@ -14,10 +14,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from pronghorn.blocks import joining
+from pronghorn.blocks import gated_products, joining
 from pronghorn.blocks.levels import Level, keeps
 from pronghorn.blocks.norm import NoNorm, Norm
 from pronghorn.blocks.projection import GradientSink, ProjectionGroup, rows_are_independent
+from pronghorn.kernels import glu_products
 from pronghorn.kernels.glu import glu_backward, glu_backward_down_, glu_forward, glu_forward_down
 from pronghorn.kernels.lora import LowRank
 from pronghorn.weights import Fp8Weight, Operand
@@ -191,6 +192,8 @@ class GluBlock:
     def _activated(self, dtype: torch.dtype, level: Level, saves: GluSaves) -> tuple[Operand, Tensor | None]:
         """act [rows, I], and the down projection's XA where it was formed along the way; what the level does not keep
         is let go of as early as possible."""
+        if self._in_products(dtype, saves):
+            return self._activated_in_product(dtype, level, saves)
         self._rebuild(dtype, saves)
         saves.codes = saves.code_scales = None
         if not keeps(level, "all"):
@@ -199,6 +202,35 @@ class GluBlock:
         if not keeps(level, "matmuls"):
             saves.gate = saves.up = None
         return activated
+
+    def _in_products(self, dtype: torch.dtype, saves: GluSaves) -> bool:
+        """Whether gate and up are complete as the product makes them."""
+        assert saves.summed is not None
+        return gated_products.takes_gate_up(self.gate_up, saves.summed.device, dtype)
+
+    def _activated_in_product(
+        self, dtype: torch.dtype, level: Level, saves: GluSaves
+    ) -> tuple[Operand, Tensor | None]:
+        """`_activated` where one product makes everything; what no level keeps is never written."""
+        normed = self._normed(dtype, saves)
+        if not keeps(level, "all"):
+            saves.normed = None
+        saves.xa_gate_up = self.gate_up.down(normed)
+        a = gated_products.a_of_down(self.down, normed)
+        call = gated_products.call_of(
+            self.gate_up, normed, saves.xa_gate_up, self.activation, a, keeps(level, "matmuls")
+        )
+        saves.gate, saves.up, act, xa_down = glu_products.gate_up_act(call)
+        return Operand(act), xa_down
+
+    def _make_gate_up(self, dtype: torch.dtype, saves: GluSaves) -> None:
+        """Gate and up again from one product, with the down projection's XA, which nobody keeps without them."""
+        normed = self._normed(dtype, saves)
+        saves.xa_gate_up = self.gate_up.down(normed)
+        a = gated_products.a_of_down(self.down, normed)
+        call = gated_products.call_of(self.gate_up, normed, saves.xa_gate_up, self.activation, a, True)
+        saves.gate, saves.up, xa_down = glu_products.gate_up(call)
+        saves.xa_down = xa_down if saves.xa_down is None else saves.xa_down
 
     def _act_and_xa(self, saves: GluSaves) -> tuple[Operand, Tensor | None]:
         """act [rows, I] of gate and up, and the down projection's XA where one kernel makes both."""
@@ -225,7 +257,9 @@ class GluBlock:
     def _rebuild(self, dtype: torch.dtype, saves: GluSaves, whole: bool = True) -> None:
         """Compute whatever is missing in `saves` up to gate and up, from the residual sum; by the kernels that made it
         first, which for int8 depend on whether there are tiles."""
-        if saves.gate is None:
+        if saves.gate is None and self._in_products(dtype, saves):
+            self._make_gate_up(dtype, saves)
+        elif saves.gate is None:
             int8 = whole and self.gate_up.turns_rows
             self._normed(dtype, saves, fp8=self.gate_up.quantises_rows, int8=int8)
             normed = saves.normed_operand()
@@ -243,6 +277,8 @@ class GluBlock:
 
     def _lacking(self, xa: Tensor | None) -> tuple[LowRank | None, LowRank | None]:
         """The adapters' shares that gate and up were left without."""
+        if xa is None or gated_products.takes_gate_up(self.gate_up, xa.device, xa.dtype):
+            return None, None
         return self.gate_up.deferred(0, xa), self.gate_up.deferred(1, xa)
 
     def _normed(self, dtype: torch.dtype, saves: GluSaves, fp8: bool = False, int8: bool = False) -> Tensor:
@@ -339,6 +375,11 @@ class GluBlock:
         down, xa_down = self.down, saves.xa_down
         gate_adapter, up_adapter = self._lacking(saves.xa_gate_up)
         packed = down.left_to_producer(dbranch, xa_down, sink)
+        whole = gate_adapter is None and up_adapter is None
+        if packed is not None and whole and gated_products.takes_down(down, packed, dbranch):
+            of_dxa = down.adapter_output_grads(dbranch, xa_down, sink)
+            gated_products.through_activation_(down, packed, dbranch, gate, up, self.activation, of_dxa)
+            return gate, up
         dact, grads = down.input_grad(
             [dbranch],
             lambda: self._act(gate, up, saves.xa_gate_up),

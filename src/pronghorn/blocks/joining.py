@@ -26,3 +26,6 @@ def joins_qkv_forward(tokens: int, kv_width: int) -> bool:
 #: 205 µs, but the activation's backward 412 instead of 342; the activation's codes 96 instead of 99.
 ROW_MAX_FORWARD = False
 ROW_MAX_BACKWARD = False
+
+#: Whether the products around a gated unit make it and differentiate it themselves, where they can.
+GATED_IN_PRODUCTS = True

@@ -92,11 +92,13 @@ def is_roomy(levels: Sequence[Level]) -> bool:
 
 #: Tiles of the GLU block of at most so many rows are chosen where memory is short.
 SHORT_TILES = 1024
+#: Tiles of so many rows, which are all rows, are chosen where the loss's chunks find room beside what is kept.
+ROOMY_TILES = 1 << 20
 
 
 def space_of(levels: Sequence[Level], tile_rows: int | None) -> Space:
     """What the loss's chunks may take, by what was chosen for the layers."""
-    if is_roomy(levels):
+    if is_roomy(levels) or (tile_rows is not None and tile_rows >= ROOMY_TILES):
         return "roomy"
     return "short" if tile_rows is not None and tile_rows <= SHORT_TILES else "usual"
 

@@ -17,6 +17,7 @@ from pronghorn.diagnostics.checks import Unsound
 from pronghorn.diagnostics.compare import Comparison, close, device, draw, dtypes
 from pronghorn.kernels import dropout as dropout_kernel
 from pronghorn.kernels import glu as glu_kernels
+from pronghorn.kernels import glu_products
 from pronghorn.kernels import layer_norm as centred_kernels
 from pronghorn.kernels import linear_cross_entropy as head_kernels
 from pronghorn.kernels import lora as lora_kernels
@@ -248,6 +249,39 @@ def glu_with_adapters() -> str:
         # The torch way rounds the sum of both shares of dact before it goes on.
         compared.near("dgate", gate, grads[0], slack=8.0)
         compared.near("dup", up, grads[1], slack=8.0)
+        close(compared, "dA", a_grad, dxa.double().T @ truth.detach(), dtype)
+    return said(compared)
+
+
+def glu_in_products() -> str:
+    """The unit made by the product before it and taken back through by the one behind it."""
+    compared = Comparison()
+    for dtype in (torch.bfloat16, torch.float16):
+        x, dy = draw(TOKENS, WIDTH, dtype=dtype), draw(TOKENS, WIDTH, dtype=dtype, seed=1)
+        weights = [draw(WIDTH, WIDTH, dtype=dtype, seed=2 + i, scale=WIDTH**-0.5) for i in range(3)]
+        xa, dxa = (draw(TOKENS, rank, dtype=dtype, seed=5 + rank, scale=0.3) for rank in (32, 16))
+        bs, a = (
+            [draw(WIDTH, 16, dtype=dtype, seed=7 + i, scale=0.3) for i in range(2)],
+            draw(16, WIDTH, dtype=dtype),
+        )
+        call = glu_products.GateUp(x, weights[0], weights[1], "silu", xa, bs[0], bs[1], a)
+        gate, up, act, of_down = glu_products.gate_up_act(call)
+        assert gate is not None and up is not None and of_down is not None
+        for i, (name, found) in enumerate((("gate", gate), ("up", up))):
+            share = xa[:, 16 * i : 16 * (i + 1)].double() @ bs[i].double().T
+            compared.near(name, found, x.double() @ weights[i].double().T + share, slack=2.0)
+        leaves = [gate.double().requires_grad_(), up.double().requires_grad_()]
+        truth = F.silu(leaves[0]) * leaves[1]
+        compared.near("act", act, truth, slack=2.0)
+        compared.near("act Aᵀ", of_down, act.double() @ a.double().T, slack=4.0)
+        again = glu_products.gate_up(call)
+        compared.near("gate again", again[0], gate)
+        dact = dy.double() @ weights[2].double() + dxa.double() @ a.double()
+        grads = torch.autograd.grad(truth, leaves, dact)
+        a_grad = torch.zeros(a.shape, dtype=torch.float32, device=a.device)
+        glu_products.down_backward_(glu_products.DownGrad(dy, weights[2], gate, up, "silu", dxa, a, a_grad))
+        compared.near("dgate", gate, grads[0], slack=3.0)
+        compared.near("dup", up, grads[1], slack=3.0)
         close(compared, "dA", a_grad, dxa.double().T @ truth.detach(), dtype)
     return said(compared)
 

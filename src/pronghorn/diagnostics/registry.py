@@ -36,6 +36,7 @@ CHECKS: list[Check] = [
             "gradients of q, k, v side by side": "joined_gradients",
             "gated linear unit": "glu",
             "gated linear unit with adapters": "glu_with_adapters",
+            "gated linear unit in its products": "glu_in_products",
             "LoRA products": "lora_products",
             "linear cross-entropy": "cross_entropy",
             "dropout": "dropout",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pronghorn.blocks import joining
 from pronghorn.blocks.glu import tile_slices
+from pronghorn.kernels.glu_products import HALF, ROWS, padded
 from pronghorn.kernels.lora import DEFERRED_RANK
 from pronghorn.memory.allocator import Allocator
 from pronghorn.memory.shape import ModelShape
@@ -37,6 +38,28 @@ class Products:
         self._project(saves, GATE_UP, "xa_gate_up", rows, [] if "codes" in saves else None, joined)
         self._drop(saves, "codes", "code_scales")
 
+    def _unit(self, saves: Held, rows: int, keep: bool, act: bool) -> int:
+        """`kernels.glu_products`: gate and up as one matrix if they are kept, XA, and act (-1: not wanted)."""
+        shape, e = self.shape, self.element
+        if shape.rank(*GATE_UP):
+            self._keep(saves, "xa_gate_up", rows * shape.rank(*GATE_UP) * e)
+        if keep:
+            self._keep(saves, "gate", rows * shape.intermediate * 2 * e)
+        made = self._new(rows * shape.intermediate * e) if act else -1
+        rank = shape.rank("down")
+        if rank:
+            self._keep(saves, "xa_down", rows * rank * e)
+            self._free(self._new(-(-shape.intermediate // HALF) * rows * padded(rank) * 4))
+        return made
+
+    def _through_unit(self, rows: int) -> None:
+        """The gradient of act goes through it inside the down projection's product."""
+        shape, rank = self.shape, self.shape.rank("down")
+        dxa = self._new(rows * rank * self.element)
+        self._free(*[self._new(size) for size in self._partial_sums(DOWN, rows, True)])
+        self._free(self._new(-(-rows // ROWS) * 2 * rank * shape.intermediate * 4))
+        self._free(dxa)
+
     def _project(
         self,
         saves: Held,
@@ -49,7 +72,7 @@ class Products:
         """`ProjectionGroup.forward`; outputs and XA are kept under their names. `made`: its rows in fp8 are there;
         `joined`: the outputs are one matrix, by the first one's name."""
         shape, e = self.shape, self.element
-        if shape.rank(*names):
+        if shape.rank(*names) and xa not in saves:
             self._keep(saves, xa, rows * shape.rank(*names) * e)
         # The adapters' share is there first, where the product adds to it and nobody else takes it in on the way.
         begun = bool(shape.rank(*names)) and not shape.eight_bit_forward and not self._defers(names)
@@ -165,11 +188,11 @@ class Products:
         if max(ranks) > 128:
             return []
         widths = [shape.module_linear(part)[0] for part in adapted]
-        padded = max(16, 1 << (max(ranks) - 1).bit_length())
-        columns = {16: 512 if rows * sum(widths) >= 2**25 else 256, 32: 256, 64: 128}.get(padded, 64)
+        wide = padded(max(ranks))
+        columns = {16: 512 if rows * sum(widths) >= 2**25 else 256, 32: 256, 64: 128}.get(wide, 64)
         blocks = sum(-(-width // columns) for width in widths)
         shares = max(1, min(-(-132 // blocks), rows // 64 or 1))
-        return [blocks * rows * padded * 4, shares * sum(widths) * padded * 4 if with_b else 0]
+        return [blocks * rows * wide * 4, shares * sum(widths) * wide * 4 if with_b else 0]
 
     # --- bookkeeping ---------------------------------------------------------------------------------------------
 

@@ -223,10 +223,14 @@ class Step(Parking):
             self._keep(saves, "projected_glu", self.tokens * shape.hidden * e)
         for at in tiles:
             rows = at.stop - at.start
-            self._project_gate_up(saves, rows)
+            if shape.makes_unit:
+                act = self._unit(saves, rows, keeps_wide, True)
+            else:
+                self._project_gate_up(saves, rows)
             if not keeps_all and len(tiles) == 1:
                 self._drop(saves, "normed_glu")
-            act = self._new(rows * shape.intermediate * e)
+            if not shape.makes_unit:
+                act = self._new(rows * shape.intermediate * e)
             if not keeps_wide:
                 self._drop(saves, "gate", "up", "xa_gate_up")
             if self._apart:
@@ -239,7 +243,8 @@ class Step(Parking):
                 self._drop(saves, "down")
                 self._free(*normed)
             else:
-                self._keep(saves, "xa_down", rows * shape.rank("down") * e)
+                if "xa_down" not in saves:
+                    self._keep(saves, "xa_down", rows * shape.rank("down") * e)
                 if keeps_sum and len(tiles) == 1:
                     out = self._new(self._residual())
                 self._add("down", rows)
@@ -370,12 +375,18 @@ class Step(Parking):
                         self._keep(saves, "codes", rows * shape.hidden)
                         self._keep(saves, "code_scales", 4 * rows)
                     self._keep(saves, "normed_glu", self._norm_size(rows))
-                self._project_gate_up(saves, rows)
+                if shape.makes_unit:
+                    self._unit(saves, rows, True, False)
+                else:
+                    self._project_gate_up(saves, rows)
             else:
                 rebuilt = False
             dbranch = self._projected_grad(saves, rows)
-            dact = self._input_grad(DOWN, rows, kept)
-            self._free(dact)
+            if shape.makes_unit and shape.rank("down") and "xa_down" in saves:
+                self._through_unit(rows)
+            else:
+                dact = self._input_grad(DOWN, rows, kept)
+                self._free(dact)
             if kept and "normed_glu" not in saves:
                 rebuilt = True
                 self._keep(saves, "normed_glu", self._norm_size(rows))
@@ -386,7 +397,7 @@ class Step(Parking):
             part = self._new(rows * shape.hidden * shape.residual_element)
             self._free(dbranch)
             if not kept:
-                self._drop(saves, "gate", "up", "xa_gate_up")
+                self._drop(saves, "gate", "up", "xa_gate_up", "xa_down")
             elif len(tiles) == 1:
                 self._drop(saves, "gate", "up")
             self._free(dnormed)

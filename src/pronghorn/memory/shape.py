@@ -56,6 +56,8 @@ class ModelShape:
         delta: the layers that have another attention, where there are such.
         rows_go_apart: blocks may run over tiles of rows: no adapter drops anything, and none is in 16 bits.
         gated: the q-projection gives a gate of the attention's output besides.
+        unit_in_products: adapters, biases and GPU let the products around the gated unit make it themselves
+            (`blocks.gated_products`), where weights lie as they are multiplied.
     """
 
     layers: int
@@ -100,6 +102,7 @@ class ModelShape:
     delta: DeltaShape | None = None
     gated: bool = False
     rows_go_apart: bool = True
+    unit_in_products: bool = False
 
     @property
     def element(self) -> int:
@@ -303,6 +306,12 @@ class ModelShape:
     def four_bit_in_int8(self) -> bool:
         """Whether int8 codes are made of 4-bit weights for every product."""
         return self.storage.endswith(IN_INT8)
+
+    @property
+    def makes_unit(self) -> bool:
+        """Whether one product gives gate, up and act, and another takes their gradients through them."""
+        plain = not self.eight_bit_forward and not self.fp8_backward and not self.unpacked_forward
+        return self.unit_in_products and plain and self.element == 2 and self.mixture is None
 
     @property
     def eight_bit_forward(self) -> bool:

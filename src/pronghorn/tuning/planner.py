@@ -12,6 +12,7 @@ from pronghorn.blocks import Level
 from pronghorn.data.budgets import token_budget
 from pronghorn.engine.planning import plan_with_expanded, shape_of_config
 from pronghorn.errors import BudgetTooSmall
+from pronghorn.kernels.glu_products import RANKS
 from pronghorn.memory import (
     GPUS,
     Batch,
@@ -79,6 +80,7 @@ class Job:
             attention="cudnn" if gpu.capability[0] == 9 else "flash",
             trained="adapters" if self.rank else "all",
             joined=storage.startswith("int8"),
+            unit_in_products=gpu.capability == (9, 0) and self.rank in RANKS,
         )
 
     @property

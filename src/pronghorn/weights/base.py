@@ -40,6 +40,10 @@ class Weight:
         """W [out, in] in `dtype`. May alias the stored tensor: never write to it."""
         raise NotImplementedError
 
+    def ready(self, dtype: torch.dtype) -> Tensor | None:
+        """W [out, in] where it lies ready in `dtype`, for kernels that read it there; None where it has to be made."""
+        return None
+
     def matmul(self, x: Tensor | Operand, bias: Tensor | None = None) -> Tensor:
         """x [T, in] @ Wᵀ (+ bias) -> [T, out] in x's dtype."""
         x = rows_of(x)
@@ -93,3 +97,6 @@ class DenseWeight(Weight):
     def dense(self, dtype: torch.dtype) -> Tensor:
         weight = self.weight.detach()
         return weight if weight.dtype == dtype else weight.to(dtype)
+
+    def ready(self, dtype: torch.dtype) -> Tensor | None:
+        return self.weight.detach() if self.weight.dtype == dtype else None

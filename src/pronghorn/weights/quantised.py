@@ -49,6 +49,9 @@ class FourBitWeight(Weight):
     def dense(self, dtype: torch.dtype) -> Tensor:
         return dequantize_4bit(self.bits, dtype) if self.kept is None else self.kept.to(dtype)
 
+    def ready(self, dtype: torch.dtype) -> Tensor | None:
+        return self.kept if self.kept is not None and self.kept.dtype == dtype else None
+
 
 class BitsAndBytesInt8Weight(Weight):
     """bitsandbytes' row-wise int8: W = codes * (absmax / 127) per output row.

@@ -206,6 +206,12 @@ class ProjectionGroup(GroupParameters):
         """What is missing from output i of `forward(..., defer_adapters=True)`; None when nothing is."""
         return None if xa is None or not self.defers(xa) else self._share(i, xa)
 
+    def share(self, i: int, xa: Tensor) -> lora.LowRank:
+        """The adapter's share of output i, which has one."""
+        found = self._share(i, xa)
+        assert found is not None
+        return found
+
     def _share(self, i: int, xa: Tensor) -> lora.LowRank | None:
         """The adapter's share of output i, where that has one."""
         for k, (owner, adapter) in enumerate(self._pairs):
@@ -362,6 +368,12 @@ class ProjectionGroup(GroupParameters):
             return (grads.dxa @ a[:, which]).addmm_(dy, weight[:, which])
 
         return columns, grads
+
+    def adapter_output_grads(self, dy: Tensor, xa: Tensor | None, sink: GradientSink) -> AdapterGrads:
+        """`input_grad`'s second answer alone, for an adapter whose share of dX another kernel adds."""
+        grads, _ = self._output_grads([dy], xa, sink, False)
+        assert grads is not None
+        return grads
 
     def fp8_columns(self) -> tuple[Tensor, ...] | None:
         """Exponents int8 [out_i] of the factors that go into each dY before all of them are quantised together; None

@@ -21,6 +21,7 @@ from pronghorn.blocks.projection.parts import (
 from pronghorn.kernels import lora
 from pronghorn.kernels.dispatch import Impl
 from pronghorn.kernels.dropout import seeded_dropout
+from pronghorn.weights import Weight
 from pronghorn.weights.operand import Operand, as_operand
 
 
@@ -52,6 +53,20 @@ class GroupParameters:
 
     def trainable(self) -> list[Tensor]:
         return [tensor for projection in self.projections for tensor in projection.trainable()]
+
+    def weights(self) -> list[Weight]:
+        """The stored weights; whole modules have none."""
+        return [projection.weight for projection in self._all_linear()]
+
+    def has_biases(self) -> bool:
+        """Whether a projection or an adapter's B has one."""
+        return self._b_biases() or any(projection.bias is not None for projection in self._all_linear())
+
+    def one_share_each(self) -> tuple[list[int], list[float]] | None:
+        """Ranks and scalings where each projection has one adapter, none drops anything, and a kernel may add them;
+        None otherwise."""
+        alone = self._single and len(self._pairs) == len(self.projections)
+        return None if not alone or self._drops or self.impl is not None else (self._ranks, self._scalings)
 
     def _all_linear(self) -> list[LinearProjection]:
         return [p for p in self.projections if isinstance(p, LinearProjection)]

@@ -44,3 +44,40 @@ def activated(gate, up, KIND: gl.constexpr):
     else:
         inner = 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)
         return gate / (1.0 + gl.exp(-inner)) * up
+
+
+@gluon.jit
+def _sigmoid(x):
+    """σ(x) by the two approximate instructions alone, 2 ulp each, without care for what underflows."""
+    e = gl.inline_asm_elementwise(
+        "ex2.approx.ftz.f32 $0, $1;",
+        "=f,f",
+        [x * -1.4426950408889634],
+        dtype=gl.float32,
+        is_pure=True,
+        pack=1,
+    )
+    return gl.inline_asm_elementwise(
+        "rcp.approx.ftz.f32 $0, $1;", "=f,f", [1.0 + e], dtype=gl.float32, is_pure=True, pack=1
+    )
+
+
+@gluon.jit
+def value_and_slope(x, KIND: gl.constexpr):
+    """f(x) and f'(x) in fp32; see `kernels.glu` for the formulas."""
+    if KIND == "silu":
+        s = _sigmoid(x)
+        value = x * s
+        slope = s + value * (1.0 - s)
+    elif KIND == "gelu":
+        cdf = 0.5 * (1.0 + gl.erf(x * 0.7071067811865476))
+        value = x * cdf
+        slope = cdf + x * 0.3989422804014327 * gl.exp(-0.5 * x * x)
+    else:
+        inner = 0.7978845608028654 * (x + 0.044715 * x * x * x)
+        # tanh z = 2 σ(2z) - 1
+        t = 2.0 * _sigmoid(2.0 * inner) - 1.0
+        half = 0.5 * (1.0 + t)
+        value = x * half
+        slope = half + 0.5 * x * (1.0 - t * t) * 0.7978845608028654 * (1.0 + 0.134145 * x * x)
+    return value, slope

@@ -1,0 +1,472 @@
+"""The gated unit inside the products before and behind it on Hopper, written in Gluon (Triton's language of explicit
+layouts and warps).
+
+    forward   gate = x Wgᵀ + XA_g B_gᵀ,  up likewise,  act = f(gate) · up,  XA_d = act A_dᵀ
+    backward  dact = dy W_d + dXA_d A_d,  dgate = dact · up · f'(gate),  dup = dact · f(gate),  dA_d = dXA_dᵀ act
+
+One warp copies tiles into a ring of stages; two warp groups multiply, each its own 64 rows of a tile with all 256
+columns, and finish their tile in registers. They run a part of the ring apart, so that one of them keeps the matrix
+units busy while the other finishes. What the adapters add is one more, narrow step of the products.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_init,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from pronghorn.kernels.glu_products import HALF as HALF_COLUMNS
+from pronghorn.kernels.glu_products import ROWS, padded
+from pronghorn.kernels.triton.gluon_parts import fetch, put_back, value_and_slope, view
+from pronghorn.kernels.triton.launch import processors
+from pronghorn.kernels.triton.lora_sums import sum_a_grads, sum_rows
+
+if TYPE_CHECKING:
+    from pronghorn.kernels.glu_products import DownGrad, GateUp
+
+BM = gl.constexpr(ROWS)
+#: columns of a tile: of act backward; forward 128 of gate and the same 128 of up
+BN = gl.constexpr(256)
+HALF = gl.constexpr(HALF_COLUMNS)
+BK = gl.constexpr(64)
+#: stages in shared memory; the second warp group begins when LAG of them are there
+STAGES = gl.constexpr(4)
+LAG = gl.constexpr(3)
+#: columns of a tile that are finished at a time
+WIDTH = gl.constexpr(64)
+#: rows of tiles that are gone through together
+GROUP = gl.constexpr(16)
+
+
+@gluon.jit
+def _place(index, m, tiles_n):
+    """Number of a tile's row and column, in the order that keeps neighbours in time close in both."""
+    tiles_m = gl.cdiv(m, BM)
+    group = index // (GROUP * tiles_n)
+    first = group * GROUP
+    height = gl.minimum(tiles_m - first, GROUP)
+    inside = index - group * (GROUP * tiles_n)
+    return first + inside % height, inside // height
+
+
+@gluon.jit
+def _next(stage, phase):
+    last = stage == STAGES - 1
+    return gl.where(last, 0, stage + 1), gl.where(last, phase ^ 1, phase)
+
+
+@gluon.jit
+def _halves(acc):
+    rows: gl.constexpr = acc.shape[0]
+    half: gl.constexpr = acc.shape[1] // 2
+    return gl.split(gl.permute(gl.reshape(acc, [rows, 2, half]), (0, 2, 1)))
+
+
+@gluon.jit
+def _quarters(acc):
+    """acc cut into four side by side; no number moves between threads."""
+    first, second = _halves(acc)
+    a, b = _halves(first)
+    c, d = _halves(second)
+    return a, b, c, d
+
+
+@gluon.jit
+def _copy_forward(
+    x_desc, gate_weight, up_weight, xa_desc, gate_b, up_b, a_desc, left, right, full, empty, m, n, k, programs,
+    R: gl.constexpr, RD: gl.constexpr,
+):  # fmt: skip
+    tiles_n = gl.cdiv(n, HALF)
+    stage = 0
+    phase = 1
+    for index in range(gl.program_id(0), gl.cdiv(m, BM) * tiles_n, programs):
+        tile_m, tile_n = _place(index, m, tiles_n)
+        at_m = tile_m * BM
+        at_n = tile_n * HALF
+        if R:
+            bar = full.index(stage)
+            mbarrier.wait(empty.index(stage), phase)
+            mbarrier.expect(bar, (BM + BN) * 2 * R * 2)
+            for g in gl.static_range(2):
+                fetch(xa_desc, [at_m + 64 * g, 0], bar,
+                      view(left.index(2 * stage + g), xa_desc.dtype, [64, 2 * R], xa_desc.layout))  # fmt: skip
+            # [B_g 0] over [0 B_u]: what lies beside a matrix is read as zero.
+            b = view(right.index(stage), gate_b.dtype, [BN, 2 * R], gate_b.layout)
+            fetch(gate_b, [at_n, 0], bar, b.slice(0, HALF))
+            fetch(up_b, [at_n, -R], bar, b.slice(HALF, HALF))
+            stage, phase = _next(stage, phase)
+        for step in range(gl.cdiv(k, BK)):
+            bar = full.index(stage)
+            mbarrier.wait(empty.index(stage), phase)
+            mbarrier.expect(bar, (BM + BN) * BK * 2)
+            for g in gl.static_range(2):
+                fetch(x_desc, [at_m + 64 * g, step * BK], bar, left.index(2 * stage + g))
+            fetch(gate_weight, [at_n, step * BK], bar, right.index(stage).slice(0, HALF))
+            fetch(up_weight, [at_n, step * BK], bar, right.index(stage).slice(HALF, HALF))
+            stage, phase = _next(stage, phase)
+        if RD:
+            bar = full.index(stage)
+            mbarrier.wait(empty.index(stage), phase)
+            mbarrier.expect(bar, RD * HALF * 2)
+            a = view(right.index(stage), a_desc.dtype, [2 * RD, WIDTH], a_desc.layout)
+            for i in gl.static_range(2):
+                fetch(a_desc, [0, at_n + i * WIDTH], bar, a.slice(RD * i, RD))
+            stage, phase = _next(stage, phase)
+
+
+@gluon.jit
+def _put(out_desc, at_m, at_n, x, buffers, turn: gl.constexpr):
+    """Two buffers take turns, by the number of the write: the one before last has been read."""
+    tma.store_wait(1)
+    buffer = buffers.index(turn)
+    buffer.store(x)
+    fence_async_shared()
+    put_back(out_desc, [at_m, at_n], buffer)
+
+
+@gluon.jit
+def _forward_group(
+    left, right, full, empty, buffers, xa_desc, gate_b, a_desc, gate_out, up_out, act_out, partial_ptr,
+    m, n, k, programs, g: gl.constexpr, R: gl.constexpr, RD: gl.constexpr, KEEP: gl.constexpr, ACT: gl.constexpr,
+    KIND: gl.constexpr,
+):  # fmt: skip
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
+    narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
+    of_xa: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, RD or 16, 16])
+    as_left: gl.constexpr = gl.DotOperandLayout(0, of_xa, 2)
+    kind: gl.constexpr = act_out.dtype
+    WRITES: gl.constexpr = 2 * KEEP + ACT
+    tiles_n = gl.cdiv(n, HALF)
+    stage = 0
+    phase = 0
+    if g > 0:
+        # Begin behind the other group, and stay there.
+        mbarrier.wait(full.index(LAG), 0, pred=gl.cdiv(k, BK) > LAG)
+    for index in range(gl.program_id(0), gl.cdiv(m, BM) * tiles_n, programs):
+        tile_m, tile_n = _place(index, m, tiles_n)
+        at_m = tile_m * BM + 64 * g
+        at_n = tile_n * HALF
+        mbarrier.wait(full.index(stage), phase)
+        acc = warpgroup_mma_init(gl.zeros([64, BN], gl.float32, layout))
+        if R:
+            xa = view(left.index(2 * stage + g), xa_desc.dtype, [64, 2 * R], xa_desc.layout)
+            b = view(right.index(stage), gate_b.dtype, [BN, 2 * R], gate_b.layout)
+            acc = warpgroup_mma(xa, b.permute((1, 0)), acc, use_acc=False, is_async=True)
+        else:
+            acc = warpgroup_mma(
+                left.index(2 * stage + g),
+                right.index(stage).permute((1, 0)),
+                acc,
+                use_acc=False,
+                is_async=True,
+            )
+        before = stage
+        stage, phase = _next(stage, phase)
+        for _ in range(0 if R else 1, gl.cdiv(k, BK)):
+            mbarrier.wait(full.index(stage), phase)
+            acc = warpgroup_mma(
+                left.index(2 * stage + g), right.index(stage).permute((1, 0)), acc, is_async=True
+            )
+            acc = warpgroup_mma_init(warpgroup_mma_wait(1, deps=(acc,)))
+            mbarrier.arrive(empty.index(before), count=1)
+            before = stage
+            stage, phase = _next(stage, phase)
+        acc = warpgroup_mma_wait(0, deps=(acc,))
+        mbarrier.arrive(empty.index(before), count=1)
+        gate0, gate1, up0, up1 = _quarters(acc)
+        if RD:
+            mbarrier.wait(full.index(stage), phase)
+        a = view(right.index(stage), a_desc.dtype, [2 * (RD or 16), WIDTH], a_desc.layout)
+        xa_down = gl.zeros([64, RD or 16], gl.float32, of_xa)
+        for i in gl.static_range(2):
+            at = at_n + i * WIDTH
+            gate = gl.convert_layout(gate0 if i == 0 else gate1, narrow).to(kind)
+            up = gl.convert_layout(up0 if i == 0 else up1, narrow).to(kind)
+            if KEEP:
+                _put(gate_out, at_m, at, gate, buffers, 2 * g + i * WRITES % 2)
+                _put(up_out, at_m, at, up, buffers, 2 * g + (i * WRITES + 1) % 2)
+            if KIND != "none":
+                value, _ = value_and_slope(gate.to(gl.float32), KIND)
+                act = (value * up.to(gl.float32)).to(kind)
+                if ACT:
+                    _put(act_out, at_m, at, act, buffers, 2 * g + (i * WRITES + WRITES - 1) % 2)
+                if RD:
+                    xa_down = warpgroup_mma(
+                        gl.convert_layout(act, as_left),
+                        a.slice((RD or 16) * i, RD or 16).permute((1, 0)),
+                        xa_down,
+                    )
+        if RD:
+            mbarrier.arrive(empty.index(stage), count=1)
+            stage, phase = _next(stage, phase)
+            rows = at_m + gl.arange(0, 64, gl.SliceLayout(1, of_xa))
+            r = gl.arange(0, RD, gl.SliceLayout(0, of_xa))
+            to = partial_ptr + tile_n.to(gl.int64) * m * RD + rows[:, None] * RD + r[None, :]
+            gl.store(to, xa_down, mask=(rows < m)[:, None])
+    tma.store_wait(0)
+
+
+# A size of one would become a constant, and one more kernel.
+@gluon.jit(do_not_specialize=["m", "n", "k", "programs"])
+def forward_kernel(
+    x_desc, gate_weight, up_weight, xa_desc, gate_b, up_b, a_desc, gate_out, up_out, act_out, partial_ptr,
+    m, n, k, programs, R: gl.constexpr, RD: gl.constexpr, KEEP: gl.constexpr, ACT: gl.constexpr, KIND: gl.constexpr,
+):  # fmt: skip
+    left = gl.allocate_shared_memory(x_desc.dtype, [2 * STAGES, 64, BK], x_desc.layout)
+    right = gl.allocate_shared_memory(x_desc.dtype, [STAGES, BN, BK], gate_weight.layout)
+    buffers = gl.allocate_shared_memory(act_out.dtype, [4, 64, WIDTH], act_out.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(full.index(stage), count=1)
+        mbarrier.init(empty.index(stage), count=2)
+    gl.warp_specialize(
+        [
+            (_forward_group, (left, right, full, empty, buffers, xa_desc, gate_b, a_desc, gate_out, up_out, act_out,
+                              partial_ptr, m, n, k, programs, 0, R, RD, KEEP, ACT, KIND)),
+            (_forward_group, (left, right, full, empty, buffers, xa_desc, gate_b, a_desc, gate_out, up_out, act_out,
+                              partial_ptr, m, n, k, programs, 1, R, RD, KEEP, ACT, KIND)),
+            (_copy_forward, (x_desc, gate_weight, up_weight, xa_desc, gate_b, up_b, a_desc, left, right, full, empty,
+                             m, n, k, programs, R, RD)),
+        ],
+        [4, 1],
+        [232, 40],
+    )  # fmt: skip
+
+
+@gluon.jit
+def _copy_backward(
+    dy_desc, weight, dxa_desc, a_desc, gate_desc, up_desc, left, right, full, empty, m, n, k, programs,
+    R: gl.constexpr, KIND: gl.constexpr,
+):  # fmt: skip
+    tiles_n = gl.cdiv(n, BN)
+    stage = 0
+    phase = 1
+    for index in range(gl.program_id(0), gl.cdiv(m, BM) * tiles_n, programs):
+        tile_m, tile_n = _place(index, m, tiles_n)
+        at_m = tile_m * BM
+        at_n = tile_n * BN
+        if R:
+            bar = full.index(stage)
+            mbarrier.wait(empty.index(stage), phase)
+            mbarrier.expect(bar, (BM + BN) * R * 2)
+            for g in gl.static_range(2):
+                fetch(dxa_desc, [at_m + 64 * g, 0], bar,
+                      view(left.index(2 * stage + g), dxa_desc.dtype, [64, R], dxa_desc.layout))  # fmt: skip
+            fetch(a_desc, [0, at_n], bar, view(right.index(stage), a_desc.dtype, [R, BN], a_desc.layout))
+            stage, phase = _next(stage, phase)
+        for step in range(gl.cdiv(k, BK)):
+            bar = full.index(stage)
+            mbarrier.wait(empty.index(stage), phase)
+            mbarrier.expect(bar, (BM + BN) * BK * 2)
+            for g in gl.static_range(2):
+                fetch(dy_desc, [at_m + 64 * g, step * BK], bar, left.index(2 * stage + g))
+            fetch(weight, [step * BK, at_n], bar, right.index(stage))
+            stage, phase = _next(stage, phase)
+        if KIND != "none":
+            # Gate and up of 128 columns a stage, two stages for each group; dXA in the group's place of the left side.
+            for g in gl.static_range(2):
+                for part in gl.static_range(2):
+                    bar = full.index(stage)
+                    mbarrier.wait(empty.index(stage), phase)
+                    mbarrier.expect(bar, 64 * BN * 2 + 64 * R * 2)
+                    rest = view(right.index(stage), gate_desc.dtype, [BN, WIDTH], gate_desc.layout)
+                    for i in gl.static_range(2):
+                        at = at_n + (2 * part + i) * WIDTH
+                        fetch(gate_desc, [at_m + 64 * g, at], bar, rest.slice(128 * i, 64))
+                        fetch(up_desc, [at_m + 64 * g, at], bar, rest.slice(128 * i + 64, 64))
+                    if R:
+                        fetch(dxa_desc, [at_m + 64 * g, 0], bar,
+                              view(left.index(2 * stage), dxa_desc.dtype, [64, R], dxa_desc.layout))  # fmt: skip
+                    stage, phase = _next(stage, phase)
+
+
+@gluon.jit
+def _pass_over(full, empty, stage, phase, count: gl.constexpr):
+    """Stages of the other group."""
+    for _ in gl.static_range(count):
+        mbarrier.wait(full.index(stage), phase)
+        mbarrier.arrive(empty.index(stage), count=1)
+        stage, phase = _next(stage, phase)
+    return stage, phase
+
+
+@gluon.jit
+def _backward_part(
+    dact, gate_tile, up_tile, act_tile, dxa, gate_desc, up_desc, partial_ptr, piece, at_m, at_n, n, rank,
+    R: gl.constexpr, KIND: gl.constexpr,
+):  # fmt: skip
+    """64 columns: gradients of gate and up take their place, here and in memory."""
+    narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
+    of_da: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, R or 16, 16])
+    kind: gl.constexpr = gate_desc.dtype
+    dact = gl.convert_layout(dact, narrow)
+    value, slope = value_and_slope(gate_tile.load(narrow).to(gl.float32), KIND)
+    up = up_tile.load(narrow).to(gl.float32)
+    gate_tile.store((dact * up * slope).to(kind))
+    up_tile.store((dact * value).to(kind))
+    if R:
+        act_tile.store((value * up).to(kind))
+    fence_async_shared()
+    put_back(gate_desc, [at_m, at_n], gate_tile)
+    put_back(up_desc, [at_m, at_n], up_tile)
+    if R:
+        da = warpgroup_mma(act_tile.permute((1, 0)), dxa, gl.zeros([64, R], gl.float32, of_da), use_acc=False)
+        columns = at_n + gl.arange(0, 64, gl.SliceLayout(1, of_da))
+        r = gl.arange(0, R, gl.SliceLayout(0, of_da))
+        to = partial_ptr + piece.to(gl.int64) * n * rank + r[None, :] * n + columns[:, None]
+        gl.store(to, da, mask=(columns < n)[:, None] & (r < rank)[None, :])
+
+
+@gluon.jit
+def _backward_group(
+    left, right, full, empty, buffers, dxa_desc, a_desc, gate_desc, up_desc, partial_ptr, m, n, k, rank, programs,
+    g: gl.constexpr, R: gl.constexpr, KIND: gl.constexpr,
+):  # fmt: skip
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
+    narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
+    tiles_n = gl.cdiv(n, BN)
+    stage = 0
+    phase = 0
+    if g > 0:
+        mbarrier.wait(full.index(LAG), 0, pred=gl.cdiv(k, BK) > LAG)
+    for index in range(gl.program_id(0), gl.cdiv(m, BM) * tiles_n, programs):
+        tile_m, tile_n = _place(index, m, tiles_n)
+        at_m = tile_m * BM + 64 * g
+        at_n = tile_n * BN
+        mbarrier.wait(full.index(stage), phase)
+        acc = warpgroup_mma_init(gl.zeros([64, BN], gl.float32, layout))
+        if R:
+            dxa = view(left.index(2 * stage + g), dxa_desc.dtype, [64, R], dxa_desc.layout)
+            a = view(right.index(stage), a_desc.dtype, [R, BN], a_desc.layout)
+            acc = warpgroup_mma(dxa, a, acc, use_acc=False, is_async=True)
+        else:
+            acc = warpgroup_mma(
+                left.index(2 * stage + g), right.index(stage), acc, use_acc=False, is_async=True
+            )
+        before = stage
+        stage, phase = _next(stage, phase)
+        for _ in range(0 if R else 1, gl.cdiv(k, BK)):
+            mbarrier.wait(full.index(stage), phase)
+            acc = warpgroup_mma(left.index(2 * stage + g), right.index(stage), acc, is_async=True)
+            acc = warpgroup_mma_init(warpgroup_mma_wait(1, deps=(acc,)))
+            mbarrier.arrive(empty.index(before), count=1)
+            before = stage
+            stage, phase = _next(stage, phase)
+        acc = warpgroup_mma_wait(0, deps=(acc,))
+        mbarrier.arrive(empty.index(before), count=1)
+        d0, d1, d2, d3 = _quarters(acc)
+        if KIND == "none":
+            for i in gl.static_range(4):
+                part = d0 if i == 0 else d1 if i == 1 else d2 if i == 2 else d3
+                _put(gate_desc, at_m, at_n + i * WIDTH, gl.convert_layout(part, narrow).to(gate_desc.dtype),
+                     buffers, 2 * g + i % 2)  # fmt: skip
+        else:
+            stage, phase = _pass_over(full, empty, stage, phase, 2 * g)
+            for part in gl.static_range(2):
+                mbarrier.wait(full.index(stage), phase)
+                rest = view(right.index(stage), gate_desc.dtype, [BN, WIDTH], gate_desc.layout)
+                dxa = view(left.index(2 * stage), dxa_desc.dtype, [64, R or 16], dxa_desc.layout)
+                act_tile = view(left.index(2 * stage + 1), gate_desc.dtype, [64, WIDTH], gate_desc.layout)
+                for i in gl.static_range(2):
+                    dact = (d0 if i == 0 else d1) if part == 0 else (d2 if i == 0 else d3)
+                    _backward_part(
+                        dact, rest.slice(128 * i, 64), rest.slice(128 * i + 64, 64), act_tile, dxa, gate_desc,
+                        up_desc, partial_ptr, 2 * tile_m + g, at_m, at_n + (2 * part + i) * WIDTH, n, rank, R, KIND,
+                    )  # fmt: skip
+                tma.store_wait(0)
+                fence_async_shared()
+                mbarrier.arrive(empty.index(stage), count=1)
+                stage, phase = _next(stage, phase)
+            stage, phase = _pass_over(full, empty, stage, phase, 2 - 2 * g)
+    tma.store_wait(0)
+
+
+@gluon.jit(do_not_specialize=["m", "n", "k", "rank", "programs"])
+def backward_kernel(
+    dy_desc, weight, dxa_desc, a_desc, gate_desc, up_desc, partial_ptr, m, n, k, rank, programs,
+    R: gl.constexpr, KIND: gl.constexpr,
+):  # fmt: skip
+    left = gl.allocate_shared_memory(dy_desc.dtype, [2 * STAGES, 64, BK], dy_desc.layout)
+    right = gl.allocate_shared_memory(dy_desc.dtype, [STAGES, BK, BN], weight.layout)
+    buffers = gl.allocate_shared_memory(gate_desc.dtype, [4, 64, WIDTH], gate_desc.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(full.index(stage), count=1)
+        mbarrier.init(empty.index(stage), count=2)
+    gl.warp_specialize(
+        [
+            (_backward_group, (left, right, full, empty, buffers, dxa_desc, a_desc, gate_desc, up_desc, partial_ptr,
+                               m, n, k, rank, programs, 0, R, KIND)),
+            (_backward_group, (left, right, full, empty, buffers, dxa_desc, a_desc, gate_desc, up_desc, partial_ptr,
+                               m, n, k, rank, programs, 1, R, KIND)),
+            (_copy_backward, (dy_desc, weight, dxa_desc, a_desc, gate_desc, up_desc, left, right, full, empty,
+                              m, n, k, programs, R, KIND)),
+        ],
+        [4, 1],
+        [232, 40],
+    )  # fmt: skip
+
+
+def _tiles(x: Tensor, rows: int, columns: int) -> Any:
+    layout = gl.NVMMASharedLayout(min(128, columns * 16 // 8), 16, 2)
+    return TensorDescriptor.from_tensor(x, [rows, columns], layout)
+
+
+def forward(call: GateUp, gate: Tensor, up: Tensor, act: Tensor | None, xa_down: Tensor | None) -> None:
+    """Fill what is given; gate and up are the output they would be written to, whatever `call.keep` says."""
+    x, xa, a = call.x, call.xa, call.a
+    (m, k), n = x.shape, call.gate_weight.shape[0]
+    rank, rank_down = 0 if xa is None else xa.shape[1] // 2, 0 if a is None else padded(a.shape[0])
+    tiles_n = triton.cdiv(n, HALF.value)
+    out = gate if act is None else act
+    partial = x.new_empty(tiles_n, m, rank_down, dtype=torch.float32) if rank_down else out
+    tiles = triton.cdiv(m, BM.value) * tiles_n
+    count = min(tiles, processors(x.device.index or 0))
+    wide = 2 * rank or 16
+    forward_kernel[(count,)](
+        _tiles(x, 64, BK.value), _tiles(call.gate_weight, HALF.value, BK.value),
+        _tiles(call.up_weight, HALF.value, BK.value), _tiles(x if xa is None else xa, 64, wide),
+        _tiles(x if xa is None else call.gate_b, HALF.value, wide),
+        _tiles(x if xa is None else call.up_b, HALF.value, wide),
+        _tiles(x if a is None else a, rank_down or 16, WIDTH.value), _tiles(gate, 64, WIDTH.value),
+        _tiles(up, 64, WIDTH.value), _tiles(out, 64, WIDTH.value), partial, m, n, k, count,
+        R=rank, RD=rank_down, KEEP=call.keep or act is None, ACT=act is not None,
+        KIND="none" if act is None and a is None else call.activation, num_warps=4,
+    )  # fmt: skip
+    if xa_down is not None:
+        sum_rows(partial, xa_down)
+
+
+def backward(call: DownGrad) -> None:
+    """gate and up become their gradients, and `a_grad` takes its own in."""
+    dy, weight, gate, up = call.dy, call.weight, call.gate, call.up
+    (m, k), n = dy.shape, weight.shape[1]
+    rank = 0 if call.a is None else call.a.shape[0]
+    pieces = 2 * triton.cdiv(m, BM.value)
+    partial = dy.new_empty(pieces, rank, n, dtype=torch.float32) if rank else gate
+    tiles = triton.cdiv(m, BM.value) * triton.cdiv(n, BN.value)
+    count = min(tiles, processors(dy.device.index or 0))
+    backward_kernel[(count,)](
+        _tiles(dy, 64, BK.value), _tiles(weight, BK.value, BN.value),
+        _tiles(dy if call.dxa is None else call.dxa, 64, padded(rank) or 16),
+        _tiles(dy if call.a is None else call.a, padded(rank) or 16, BN.value),
+        _tiles(gate, 64, WIDTH.value), _tiles(up, 64, WIDTH.value), partial, m, n, k, rank, count,
+        R=padded(rank), KIND=call.activation, num_warps=4,
+    )  # fmt: skip
+    if call.a_grad is not None:
+        sum_a_grads(partial, call.a_grad)

@@ -1,0 +1,138 @@
+"""A gated unit made inside the products around it gives what it gives apart."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from pronghorn.blocks import LEVELS, gated_products, joining
+from pronghorn.engine import TrainingStep, binding_of
+from pronghorn.kernels import glu_products
+from tests.families.parity import (
+    Outcome,
+    add_adapter,
+    assert_same,
+    bound_copy,
+    packed_batch,
+    rows_batch,
+    run,
+    run_step,
+)
+from tests.tiny import tiny_model
+
+EXACT = 5e-6  # as in the family tests
+LENGTHS = (100, 7, 120, 90)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """The formulas in torch take the kernels' place; how often each was called."""
+    monkeypatch.setattr(glu_products, "why_not", lambda device, dtype: None)
+    monkeypatch.setattr("pronghorn.kernels.lora.fits_kernels", lambda *args, **kwargs: True)
+    found: dict[str, int] = {}
+
+    def counted(name: str) -> None:
+        right = getattr(glu_products, name)
+
+        def count(call: Any, **options: Any) -> Any:
+            found[name] = found.get(name, 0) + 1
+            return right(call, **options)
+
+        monkeypatch.setattr(glu_products, name, count)
+
+    for name in ("gate_up_act", "gate_up", "down_backward_"):
+        counted(name)
+    return found
+
+
+def outcomes(
+    model: Any,
+    level: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tile_rows: int | None = None,
+    *,
+    step: bool = True,
+) -> list[Outcome]:
+    """With the unit inside its products, and apart."""
+    rows, found = rows_batch(model.config.vocab_size, LENGTHS), []
+    for inside in (True, False):
+        monkeypatch.setattr(joining, "GATED_IN_PRODUCTS", inside)
+        fast = bound_copy(model, level)
+        binding = binding_of(fast)
+        assert binding is not None
+        binding.tile_rows = tile_rows
+        outcome = (
+            run_step(TrainingStep(fast), fast, rows) if step else run(fast, packed_batch(rows), logits=False)
+        )
+        found.append(outcome)
+    return found
+
+
+@pytest.mark.parametrize("tile_rows", [None, 128])
+@pytest.mark.parametrize("level", LEVELS)
+def test_every_level(
+    level: str, tile_rows: int | None, calls: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = add_adapter(tiny_model("qwen3", dtype=torch.float64), r=8, lora_alpha=12)
+    inside, apart = outcomes(model, level, monkeypatch, tile_rows)
+    assert_same(inside, apart, EXACT)
+    keeps = level in ("matmuls", "offload-matmuls", "all")
+    assert calls["gate_up_act"] and calls["down_backward_"] and bool(calls.get("gate_up")) != keeps
+
+
+@pytest.mark.parametrize(
+    ("options", "used"),
+    [
+        ({"r": 8, "target_modules": ["gate_proj", "up_proj"]}, {"gate_up_act"}),
+        ({"r": 8, "target_modules": ["q_proj", "down_proj"]}, {"gate_up_act", "down_backward_"}),
+        ({"r": 8, "rank_pattern": {"down_proj": 4}}, {"gate_up_act"}),
+        ({"r": 8, "rank_pattern": {"down_proj": 64}}, {"gate_up_act"}),
+        ({"r": 8, "rank_pattern": {"up_proj": 16}}, set()),
+        ({"r": 8, "alpha_pattern": {"up_proj": 16}}, set()),
+        ({"r": 4}, set()),
+        ({"r": 8, "target_modules": ["up_proj", "down_proj"]}, set()),
+        ({"r": 8, "use_dora": True}, set()),
+        ({"r": 8, "lora_dropout": 0.1}, set()),
+    ],
+)
+def test_other_adapters(
+    options: dict[str, Any], used: set[str], calls: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = add_adapter(tiny_model("llama", dtype=torch.float64), lora_alpha=8, **options)
+    monkeypatch.setattr(torch, "initial_seed", lambda: 0)
+    inside, apart = outcomes(model, "all", monkeypatch)
+    if "lora_dropout" not in options:
+        assert_same(inside, apart, EXACT)
+    assert set(calls) == used
+
+
+def test_all_weights_trained(calls: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama", dtype=torch.float64)
+    inside, apart = outcomes(model, "attention", monkeypatch, step=False)
+    assert_same(inside, apart, EXACT)
+    assert set(calls) == {"gate_up_act", "gate_up"}
+
+
+def test_one_matrix_and_biases_go_apart(calls: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    for model in (
+        add_adapter(tiny_model("phi3", dtype=torch.float64), r=8),
+        add_adapter(tiny_model("llama", dtype=torch.float64, mlp_bias=True), r=8),
+    ):
+        inside, apart = outcomes(model, "all", monkeypatch)
+        assert_same(inside, apart, EXACT)
+    assert not calls
+
+
+def test_what_decides_is_the_same_in_both_directions() -> None:
+    """A CPU has no such kernels: nothing changes there."""
+    model = add_adapter(tiny_model("llama", dtype=torch.bfloat16), r=8)
+    binding = binding_of(bound_copy(model))
+    assert binding is not None
+    assert glu_products.why_not(torch.device("cpu"), torch.bfloat16) is not None
+    groups = binding.all_groups()
+    from pronghorn.blocks import ProjectionGroup
+
+    group = ProjectionGroup(groups[0, 4])
+    assert not gated_products.takes_gate_up(group, torch.device("cpu"), torch.bfloat16)
