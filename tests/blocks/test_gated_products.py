@@ -30,6 +30,7 @@ LENGTHS = (100, 7, 120, 90)
 def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """The formulas in torch take the kernels' place; how often each was called."""
     monkeypatch.setattr(glu_products, "why_not", lambda device, dtype: None)
+    monkeypatch.setattr(glu_products, "fills", lambda *sizes: True)
     monkeypatch.setattr("pronghorn.kernels.lora.fits_kernels", lambda *args, **kwargs: True)
     found: dict[str, int] = {}
 
@@ -125,8 +126,7 @@ def test_one_matrix_and_biases_go_apart(calls: dict[str, int], monkeypatch: pyte
     assert not calls
 
 
-def test_what_decides_is_the_same_in_both_directions() -> None:
-    """A CPU has no such kernels: nothing changes there."""
+def test_a_cpu_has_no_such_kernels() -> None:
     model = add_adapter(tiny_model("llama", dtype=torch.bfloat16), r=8)
     binding = binding_of(bound_copy(model))
     assert binding is not None
@@ -135,4 +135,22 @@ def test_what_decides_is_the_same_in_both_directions() -> None:
     from pronghorn.blocks import ProjectionGroup
 
     group = ProjectionGroup(groups[0, 4])
-    assert not gated_products.takes_gate_up(group, torch.device("cpu"), torch.bfloat16)
+    assert not gated_products.takes_gate_up(group, torch.zeros(8, 8), torch.bfloat16)
+
+
+@pytest.mark.parametrize("level", ["attention", "matmuls"])
+def test_tiles_and_all_rows_may_differ(
+    level: str, calls: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Few rows leave processors idle: what was made complete by all rows is taken apart by tiles, and the other way."""
+    model = add_adapter(tiny_model("qwen3", dtype=torch.float64), r=8)
+    for most in (True, False):
+        monkeypatch.setattr(glu_products, "fills", lambda rows, *sizes, most=most: (rows > 128) == most)
+        inside, apart = outcomes(model, level, monkeypatch, 128)
+        assert_same(inside, apart, EXACT)
+
+
+def test_how_many_processors_have_a_tile() -> None:
+    assert glu_products.fills(8192, 14336, 128) and glu_products.fills(8192, 14336, 256)
+    assert glu_products.fills(2048, 8960, 128) and glu_products.fills(2048, 8960, 256)
+    assert not glu_products.fills(512, 8960, 128) and not glu_products.fills(512, 8960, 256)

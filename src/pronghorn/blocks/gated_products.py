@@ -11,15 +11,16 @@ from pronghorn.kernels import glu_products
 from pronghorn.kernels.glu_products import DownGrad, GateUp
 
 
-def takes_gate_up(group: ProjectionGroup, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether gate and up come complete from one product, adapters included; the same answer in forward and backward,
-    whatever the number of rows."""
+def takes_gate_up(group: ProjectionGroup, rows: Tensor, dtype: torch.dtype) -> bool:
+    """Whether gate and up of so many rows come complete from one product, adapters included."""
     weights = _ready_weights(group, dtype)
-    return weights is not None and glu_products.aligned(*weights) and suits(group, device, dtype)
+    if weights is None or not glu_products.aligned(*weights) or not suits(group, rows.device, dtype):
+        return False
+    return glu_products.fills(rows.shape[0], weights[0].shape[0], glu_products.HALF)
 
 
 def suits(group: ProjectionGroup, device: torch.device, dtype: torch.dtype) -> bool:
-    """`takes_gate_up`, wherever the weights may lie."""
+    """`takes_gate_up`, wherever the weights may lie and however many rows there are."""
     if not joining.GATED_IN_PRODUCTS or glu_products.why_not(device, dtype) is not None:
         return False
     if group.is_one_matrix or len(group.weights()) != 2 or group.has_biases():
@@ -49,6 +50,7 @@ def takes_down(group: ProjectionGroup, packed: PackedAdapters, dy: Tensor) -> bo
     if weights is None or not joining.GATED_IN_PRODUCTS or not suits_down(group):
         return False
     fits = packed.a.dtype == dy.dtype and glu_products.aligned(weights[0], packed.a, dy)
+    fits = fits and glu_products.fills(dy.shape[0], weights[0].shape[1], glu_products.COLUMNS)
     return fits and glu_products.why_not(dy.device, dy.dtype) is None
 
 

@@ -47,7 +47,10 @@ class GluSaves:
     summed: Tensor | None = None
     gate: Tensor | None = None
     up: Tensor | None = None
+    #: XA of gate and up that lack their adapters' share, or
     xa_gate_up: Tensor | None = None
+    #: of those that have it
+    xa_added: Tensor | None = None
     xa_down: Tensor | None = None
     #: what the down projection gave, where a norm of it follows
     projected: Tensor | None = None
@@ -55,6 +58,10 @@ class GluSaves:
     #: `normed` in 8 bits, from the kernel that made it until gate and up are there
     codes: Tensor | None = None
     code_scales: Tensor | None = None
+
+    @property
+    def xa_of_gate_up(self) -> Tensor | None:
+        return self.xa_added if self.xa_gate_up is None else self.xa_gate_up
 
     def take_normed(self, normed: Operand) -> None:
         self.normed = normed.tensor
@@ -75,7 +82,7 @@ class GluSaves:
         if not keeps(level, "attention"):
             self.projected = None
         if not keeps(level, "matmuls"):
-            self.gate = self.up = self.xa_gate_up = self.xa_down = None
+            self.gate = self.up = self.xa_gate_up = self.xa_added = self.xa_down = None
         if not keeps(level, "all"):
             self.normed = None
 
@@ -192,7 +199,7 @@ class GluBlock:
     def _activated(self, dtype: torch.dtype, level: Level, saves: GluSaves) -> tuple[Operand, Tensor | None]:
         """act [rows, I], and the down projection's XA where it was formed along the way; what the level does not keep
         is let go of as early as possible."""
-        if self._in_products(dtype, saves):
+        if self._in_product(dtype, saves):
             return self._activated_in_product(dtype, level, saves)
         self._rebuild(dtype, saves)
         saves.codes = saves.code_scales = None
@@ -203,10 +210,10 @@ class GluBlock:
             saves.gate = saves.up = None
         return activated
 
-    def _in_products(self, dtype: torch.dtype, saves: GluSaves) -> bool:
-        """Whether gate and up are complete as the product makes them."""
+    def _in_product(self, dtype: torch.dtype, saves: GluSaves) -> bool:
+        """Whether one product makes gate and up of these rows complete."""
         assert saves.summed is not None
-        return gated_products.takes_gate_up(self.gate_up, saves.summed.device, dtype)
+        return gated_products.takes_gate_up(self.gate_up, saves.summed, dtype)
 
     def _activated_in_product(
         self, dtype: torch.dtype, level: Level, saves: GluSaves
@@ -215,10 +222,10 @@ class GluBlock:
         normed = self._normed(dtype, saves)
         if not keeps(level, "all"):
             saves.normed = None
-        saves.xa_gate_up = self.gate_up.down(normed)
+        saves.xa_added = self.gate_up.down(normed)
         a = gated_products.a_of_down(self.down, normed)
         call = gated_products.call_of(
-            self.gate_up, normed, saves.xa_gate_up, self.activation, a, keeps(level, "matmuls")
+            self.gate_up, normed, saves.xa_added, self.activation, a, keeps(level, "matmuls")
         )
         saves.gate, saves.up, act, xa_down = glu_products.gate_up_act(call)
         return Operand(act), xa_down
@@ -226,9 +233,9 @@ class GluBlock:
     def _make_gate_up(self, dtype: torch.dtype, saves: GluSaves) -> None:
         """Gate and up again from one product, with the down projection's XA, which nobody keeps without them."""
         normed = self._normed(dtype, saves)
-        saves.xa_gate_up = self.gate_up.down(normed)
+        saves.xa_added = self.gate_up.down(normed)
         a = gated_products.a_of_down(self.down, normed)
-        call = gated_products.call_of(self.gate_up, normed, saves.xa_gate_up, self.activation, a, True)
+        call = gated_products.call_of(self.gate_up, normed, saves.xa_added, self.activation, a, True)
         saves.gate, saves.up, xa_down = glu_products.gate_up(call)
         saves.xa_down = xa_down if saves.xa_down is None else saves.xa_down
 
@@ -257,7 +264,7 @@ class GluBlock:
     def _rebuild(self, dtype: torch.dtype, saves: GluSaves, whole: bool = True) -> None:
         """Compute whatever is missing in `saves` up to gate and up, from the residual sum; by the kernels that made it
         first, which for int8 depend on whether there are tiles."""
-        if saves.gate is None and self._in_products(dtype, saves):
+        if saves.gate is None and self._in_product(dtype, saves):
             self._make_gate_up(dtype, saves)
         elif saves.gate is None:
             int8 = whole and self.gate_up.turns_rows
@@ -277,8 +284,6 @@ class GluBlock:
 
     def _lacking(self, xa: Tensor | None) -> tuple[LowRank | None, LowRank | None]:
         """The adapters' shares that gate and up were left without."""
-        if xa is None or gated_products.takes_gate_up(self.gate_up, xa.device, xa.dtype):
-            return None, None
         return self.gate_up.deferred(0, xa), self.gate_up.deferred(1, xa)
 
     def _normed(self, dtype: torch.dtype, saves: GluSaves, fp8: bool = False, int8: bool = False) -> Tensor:
@@ -337,12 +342,12 @@ class GluBlock:
             dys,
             normed,
             sink,
-            xa=saves.xa_gate_up,
+            xa=saves.xa_of_gate_up,
             joined=joining.GATE_UP_INPUT_GRAD,
             of_stack=of_stack,
         )
         del of_stack
-        self.gate_up.parameter_grads(dys, normed, saves.xa_gate_up, dxa, sink)
+        self.gate_up.parameter_grads(dys, normed, saves.xa_of_gate_up, dxa, sink)
         assert dnormed is not None
         return self.norm.backward(dnormed, summed, dout, sink, columns)
 

@@ -25,8 +25,11 @@ from pronghorn.kernels.lora import accumulate_product_
 RANKS = (8, 16, 32)
 #: largest rank of the down projection's
 MOST_RANK_DOWN = 32
-#: rows of a tile, and columns of act in one of the forward product: each tile has partial sums of its own
-ROWS, HALF = 128, 128
+#: rows of a tile, its columns of the gradient of act, and of act forward, beside as many of gate and of up
+ROWS, COLUMNS, HALF = 128, 256, 128
+#: processors of a Hopper GPU, and which share of them must have a tile at all times: at 1.5B with tiles of 512 rows,
+#: where it is 0.71 and 0.53, a step takes 6 % longer than with products that cut their tiles to size
+PROCESSORS, LEAST_BUSY = 132, 0.8
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,12 @@ class DownGrad:
     dxa: Tensor | None = None
     a: Tensor | None = None
     a_grad: Tensor | None = None
+
+
+def fills(rows: int, width: int, columns: int) -> bool:
+    """Whether tiles of so many columns leave few processors idle."""
+    tiles = -(-rows // ROWS) * -(-width // columns)
+    return tiles >= LEAST_BUSY * PROCESSORS * -(-tiles // PROCESSORS)
 
 
 def padded(rank: int) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pronghorn.blocks import joining
 from pronghorn.blocks.glu import tile_slices
-from pronghorn.kernels.glu_products import HALF, ROWS, padded
+from pronghorn.kernels.glu_products import COLUMNS, HALF, ROWS, fills, padded
 from pronghorn.kernels.lora import DEFERRED_RANK
 from pronghorn.memory.allocator import Allocator
 from pronghorn.memory.shape import ModelShape
@@ -37,6 +37,15 @@ class Products:
         )
         self._project(saves, GATE_UP, "xa_gate_up", rows, [] if "codes" in saves else None, joined)
         self._drop(saves, "codes", "code_scales")
+
+    def _makes_unit(self, rows: int) -> bool:
+        """`gated_products.takes_gate_up`."""
+        return self.shape.makes_unit and fills(rows, self.shape.intermediate, HALF)
+
+    def _goes_through_unit(self, rows: int) -> bool:
+        """`gated_products.takes_down`."""
+        shape = self.shape
+        return shape.makes_unit and bool(shape.rank("down")) and fills(rows, shape.intermediate, COLUMNS)
 
     def _unit(self, saves: Held, rows: int, keep: bool, act: bool) -> int:
         """`kernels.glu_products`: gate and up as one matrix if they are kept, XA, and act (-1: not wanted)."""

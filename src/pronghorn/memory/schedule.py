@@ -223,13 +223,14 @@ class Step(Parking):
             self._keep(saves, "projected_glu", self.tokens * shape.hidden * e)
         for at in tiles:
             rows = at.stop - at.start
-            if shape.makes_unit:
+            whole = self._makes_unit(rows)
+            if whole:
                 act = self._unit(saves, rows, keeps_wide, True)
             else:
                 self._project_gate_up(saves, rows)
             if not keeps_all and len(tiles) == 1:
                 self._drop(saves, "normed_glu")
-            if not shape.makes_unit:
+            if not whole:
                 act = self._new(rows * shape.intermediate * e)
             if not keeps_wide:
                 self._drop(saves, "gate", "up", "xa_gate_up")
@@ -375,14 +376,18 @@ class Step(Parking):
                         self._keep(saves, "codes", rows * shape.hidden)
                         self._keep(saves, "code_scales", 4 * rows)
                     self._keep(saves, "normed_glu", self._norm_size(rows))
-                if shape.makes_unit:
+                if self._makes_unit(rows):
                     self._unit(saves, rows, True, False)
                 else:
                     self._project_gate_up(saves, rows)
             else:
                 rebuilt = False
             dbranch = self._projected_grad(saves, rows)
-            if shape.makes_unit and shape.rank("down") and "xa_down" in saves:
+            if (
+                self._goes_through_unit(rows)
+                and "xa_down" in saves
+                and (not kept or self._makes_unit(self.tokens))
+            ):
                 self._through_unit(rows)
             else:
                 dact = self._input_grad(DOWN, rows, kept)

@@ -28,8 +28,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from pronghorn.kernels.glu_products import COLUMNS, ROWS, padded
 from pronghorn.kernels.glu_products import HALF as HALF_COLUMNS
-from pronghorn.kernels.glu_products import ROWS, padded
 from pronghorn.kernels.triton.gluon_parts import fetch, put_back, value_and_slope, view
 from pronghorn.kernels.triton.launch import processors
 from pronghorn.kernels.triton.lora_sums import sum_a_grads, sum_rows
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 BM = gl.constexpr(ROWS)
 #: columns of a tile: of act backward; forward 128 of gate and the same 128 of up
-BN = gl.constexpr(256)
+BN = gl.constexpr(COLUMNS)
 HALF = gl.constexpr(HALF_COLUMNS)
 BK = gl.constexpr(64)
 #: stages in shared memory; the second warp group begins when LAG of them are there
