@@ -97,7 +97,8 @@ def _row(file: str, line: dict[str, str]) -> Row | None:
         shape = _shape(line["workload"], storage, {"sdpa": "flash"}.get(attention[1], attention[1]))
         captured = line.get("steps_run", "").startswith("captured")
         # These runs were made before a graph's pool was asked for in one piece.
-        shape = replace(shape, captured=captured, in_one_piece=False)
+        unit = "gated units" in text
+        shape = replace(shape, captured=captured, in_one_piece=False, unit_in_products=unit)
         found, computed = _ours(shape, line["side"], _levels(text), batch)
         size = found.reserved
         seconds = micro_batch_seconds(computed, _levels(text), batch, gpu.rates) + optimizer_seconds(

@@ -154,3 +154,11 @@ def test_how_many_processors_have_a_tile() -> None:
     assert glu_products.fills(8192, 14336, 128) and glu_products.fills(8192, 14336, 256)
     assert glu_products.fills(2048, 8960, 128) and glu_products.fills(2048, 8960, 256)
     assert not glu_products.fills(512, 8960, 128) and not glu_products.fills(512, 8960, 256)
+
+
+def test_a_model_says_so(calls: dict[str, int]) -> None:
+    fits, other = (
+        bound_copy(add_adapter(tiny_model("llama", dtype=torch.bfloat16), r=rank)) for rank in (8, 4)
+    )
+    assert "gated units: in the products around them" in binding_of(fits).describe()  # type: ignore[union-attr]
+    assert "gated units" not in binding_of(other).describe()  # type: ignore[union-attr]

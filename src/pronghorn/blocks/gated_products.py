@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import torch
 from torch import Tensor
 
 from pronghorn.blocks import joining
-from pronghorn.blocks.projection import AdapterGrads, PackedAdapters, ProjectionGroup
+from pronghorn.blocks.projection import AdapterGrads, PackedAdapters, Projection, ProjectionGroup
 from pronghorn.kernels import glu_products
 from pronghorn.kernels.glu_products import DownGrad, GateUp
 
@@ -30,6 +32,14 @@ def suits(group: ProjectionGroup, device: torch.device, dtype: torch.dtype) -> b
         return not group.total_rank
     (rank, other), (scaling, others) = shares
     return rank == other and scaling == others and rank in glu_products.RANKS
+
+
+def suits_block(groups: Mapping[int, Sequence[Projection]], device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether both products around the unit of a layer may take it, wherever the weights lie. Of its groups gate and
+    up are the one in slot 4, down is that in slot 6; a mixture has neither."""
+    if 4 not in groups or 6 not in groups:
+        return False
+    return suits(ProjectionGroup(groups[4]), device, dtype) and suits_down(ProjectionGroup(groups[6]))
 
 
 def suits_down(group: ProjectionGroup) -> bool:

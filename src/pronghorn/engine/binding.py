@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pronghorn.blocks import LEVELS, Level, ModuleProjection, check_levels, parks
+from pronghorn.blocks import LEVELS, Level, ModuleProjection, check_levels, gated_products, parks
 from pronghorn.blocks.projection import Projection
 from pronghorn.engine.altered import altered_part
 from pronghorn.engine.experts import read_mixture
@@ -330,6 +330,7 @@ class Binding:
             *self._describe_attention(),
             *self._describe_latent(),
             *self._describe_recurrent(),
+            *self._describe_units(),
             f"  save levels: {counts}",
             f"  weights: {', '.join(sorted({weight.storage for weight in linear}))}",
             *mixture.lines,
@@ -338,6 +339,15 @@ class Binding:
         if altered is not None:
             lines.append(f"  the stock decoder runs for now: {altered}")
         return "\n".join(lines + [f"  through its own module: {text}" for text in self._module_projections()])
+
+    def _describe_units(self) -> list[str]:
+        """Whether the products around gated units make them."""
+        embedding = self.model.get_input_embeddings().weight
+        where = embedding.device, self.weight_dtype or embedding.dtype
+        groups = (self.groups(layer, Reading(layer.training)) for layer in self.layers)
+        if not all(gated_products.suits_block(found, *where) for found in groups):
+            return []
+        return ["  gated units: in the products around them, where weights are in 16 bits"]
 
     def projections(self) -> list[tuple[str, Any]]:
         """Every projection of the layers as a forward would read it now, with its path."""

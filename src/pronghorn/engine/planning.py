@@ -19,7 +19,7 @@ from pronghorn.blocks import (
     kept_bytes_per_token,
     parks,
 )
-from pronghorn.blocks.projection import ProjectionGroup, rows_are_independent
+from pronghorn.blocks.projection import rows_are_independent
 from pronghorn.engine.binding import Binding, host_pool
 from pronghorn.engine.experts import read_mixture, stack_ranks
 from pronghorn.engine.joined import joins, weights_to_join
@@ -252,7 +252,7 @@ def shape_of(binding: Binding, **more: Any) -> ModelShape:
         joined=all(_joined(found, embedding.device, binding.laid_out) for found in read),
         elsewhere=bool(binding.elsewhere),
         rows_go_apart=not any(map(_keeps_rows_together, read)),
-        unit_in_products=all(_makes_unit(found, embedding.device, dtype) for found in read),
+        unit_in_products=all(gated_products.suits_block(found, embedding.device, dtype) for found in read),
         **more,
     )
 
@@ -262,14 +262,6 @@ def _keeps_rows_together(groups: Mapping[int, Sequence[Any]]) -> bool:
     linear = [p for group in groups.values() for p in group if isinstance(p, LinearProjection)]
     trained = [a.a for projection in linear for a in projection.adapters if a.a.requires_grad]
     return not rows_are_independent(linear, trained)
-
-
-def _makes_unit(groups: Mapping[int, Sequence[Any]], device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether a layer's gated unit may be made by the products around it."""
-    if 4 not in groups or 6 not in groups:
-        return False
-    gate_up, down = ProjectionGroup(groups[4]), ProjectionGroup(groups[6])
-    return gated_products.suits(gate_up, device, dtype) and gated_products.suits_down(down)
 
 
 def _mixed_stacks(stacks: Sequence[ExpertWeight]) -> tuple[int, ...]:
