@@ -7,10 +7,7 @@ and writes its results.
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
-from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -21,10 +18,17 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_init,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from pronghorn.kernels.triton.gemm8 import Call
-from pronghorn.kernels.triton.gluon_parts import fetch, put_back, view
+from pronghorn.kernels.triton.gluon_parts import (
+    fetch,
+    next_stage,
+    place,
+    put_back,
+    quarters,
+    tiles_of,
+    view,
+)
 from pronghorn.kernels.triton.launch import processors
 
 BM = gl.constexpr(128)
@@ -40,23 +44,6 @@ GROUP = gl.constexpr(16)
 
 
 @gluon.jit
-def _place(index, m, n):
-    """Row and column of a tile, in the order that keeps neighbours in time close in both."""
-    tiles_m, tiles_n = gl.cdiv(m, BM), gl.cdiv(n, BN)
-    group = index // (GROUP * tiles_n)
-    first = group * GROUP
-    height = gl.minimum(tiles_m - first, GROUP)
-    inside = index - group * (GROUP * tiles_n)
-    return (first + inside % height) * BM, (inside // height) * BN
-
-
-@gluon.jit
-def _next(stage, phase):
-    last = stage == STAGES - 1
-    return gl.where(last, 0, stage + 1), gl.where(last, phase ^ 1, phase)
-
-
-@gluon.jit
 def _copy(
     left_desc, right_desc, xa_desc, b_desc, residual_desc, left, right, full, empty, m, n, k, programs,
     R: gl.constexpr, RESIDUAL: gl.constexpr,
@@ -66,7 +53,8 @@ def _copy(
     stage = 0
     phase = 1
     for index in range(gl.program_id(0), tiles, programs):
-        at_m, at_n = _place(index, m, n)
+        tile_m, tile_n = place(index, gl.cdiv(m, BM), gl.cdiv(n, BN), GROUP)
+        at_m, at_n = tile_m * BM, tile_n * BN
         for step in range(gl.cdiv(k, BK)):
             bar = full.index(stage)
             mbarrier.wait(empty.index(stage), phase)
@@ -74,7 +62,7 @@ def _copy(
             for g in gl.static_range(2):
                 fetch(left_desc, [at_m + 64 * g, step * BK], bar, left.index(2 * stage + g))
             fetch(right_desc, [at_n, step * BK], bar, right.index(stage))
-            stage, phase = _next(stage, phase)
+            stage, phase = next_stage(stage, phase, STAGES)
         if RESIDUAL:
             for g in gl.static_range(2):
                 bar = full.index(stage)
@@ -83,7 +71,7 @@ def _copy(
                 rest = view(right.index(stage), residual_desc.dtype, [256, WIDTH], residual_desc.layout)
                 for i in gl.static_range(4):
                     fetch(residual_desc, [at_m + 64 * g, at_n + i * WIDTH], bar, rest.slice(64 * i, 64))
-                stage, phase = _next(stage, phase)
+                stage, phase = next_stage(stage, phase, STAGES)
         if R:
             bar = full.index(stage)
             mbarrier.wait(empty.index(stage), phase)
@@ -92,7 +80,7 @@ def _copy(
                 xa = view(left.index(2 * stage + g), xa_desc.dtype, [64, R], xa_desc.layout)
                 fetch(xa_desc, [at_m + 64 * g, 0], bar, xa)
             fetch(b_desc, [at_n, 0], bar, view(right.index(stage), b_desc.dtype, [BN, R], b_desc.layout))
-            stage, phase = _next(stage, phase)
+            stage, phase = next_stage(stage, phase, STAGES)
 
 
 @gluon.jit
@@ -128,22 +116,6 @@ def _write_part(out, at_m, at_n, xa, b, out_desc, buffer, scaling, R: gl.constex
 
 
 @gluon.jit
-def _halves(acc):
-    rows: gl.constexpr = acc.shape[0]
-    half: gl.constexpr = acc.shape[1] // 2
-    return gl.split(gl.permute(gl.reshape(acc, [rows, 2, half]), (0, 2, 1)))
-
-
-@gluon.jit
-def _quarters(acc):
-    """acc cut into four side by side; no number moves between threads."""
-    first, second = _halves(acc)
-    a, b = _halves(first)
-    c, d = _halves(second)
-    return a, b, c, d
-
-
-@gluon.jit
 def _multiply(
     left, right, full, empty, buffers, xa_desc, b_desc, residual_desc, out_desc, row_ptr, column_ptr,
     scaling, m, n, k, programs, g: gl.constexpr, R: gl.constexpr, RESIDUAL: gl.constexpr,
@@ -159,7 +131,8 @@ def _multiply(
         # Begin behind the other group, and stay there.
         mbarrier.wait(full.index(LAG), 0, pred=gl.cdiv(k, BK) > LAG)
     for index in range(gl.program_id(0), tiles, programs):
-        at_m, at_n = _place(index, m, n)
+        tile_m, tile_n = place(index, gl.cdiv(m, BM), gl.cdiv(n, BN), GROUP)
+        at_m, at_n = tile_m * BM, tile_n * BN
         at_m += 64 * g
         mbarrier.wait(full.index(stage), phase)
         acc = warpgroup_mma(
@@ -167,7 +140,7 @@ def _multiply(
             warpgroup_mma_init(gl.zeros([64, BN], gl.int32, layout)), use_acc=False, is_async=True,
         )  # fmt: skip
         before = stage
-        stage, phase = _next(stage, phase)
+        stage, phase = next_stage(stage, phase, STAGES)
         for _ in range(1, gl.cdiv(k, BK)):
             mbarrier.wait(full.index(stage), phase)
             acc = warpgroup_mma(
@@ -176,20 +149,20 @@ def _multiply(
             acc = warpgroup_mma_init(warpgroup_mma_wait(1, deps=(acc,)))
             mbarrier.arrive(empty.index(before), count=1)
             before = stage
-            stage, phase = _next(stage, phase)
+            stage, phase = next_stage(stage, phase, STAGES)
         # The scales arrive while the last products are made.
         rows = at_m + gl.arange(0, 64, gl.SliceLayout(1, narrow))
         row_scales = gl.load(row_ptr + rows, mask=rows < m, other=0.0)
         column_scales = _column_scales(column_ptr, at_n, n)
         acc = warpgroup_mma_wait(0, deps=(acc,))
         mbarrier.arrive(empty.index(before), count=1)
-        a0, a1, a2, a3 = _quarters(acc)
+        a0, a1, a2, a3 = quarters(acc)
         if RESIDUAL:
             # Each group takes its own stage, in order, and passes over the other's.
             for _ in gl.static_range(g):
                 mbarrier.wait(full.index(stage), phase)
                 mbarrier.arrive(empty.index(stage), count=1)
-                stage, phase = _next(stage, phase)
+                stage, phase = next_stage(stage, phase, STAGES)
             mbarrier.wait(full.index(stage), phase)
             rest = view(right.index(stage), residual_desc.dtype, [256, WIDTH], residual_desc.layout)
             a0 = _scaled(a0, row_scales, column_scales) + _loaded(rest.slice(0, 64), narrow)
@@ -201,11 +174,11 @@ def _multiply(
             a3 = _scaled(a3, row_scales, column_scales) + _loaded(rest.slice(192, 64), narrow)
             fence_async_shared()
             mbarrier.arrive(empty.index(stage), count=1)
-            stage, phase = _next(stage, phase)
+            stage, phase = next_stage(stage, phase, STAGES)
             for _ in gl.static_range(1 - g):
                 mbarrier.wait(full.index(stage), phase)
                 mbarrier.arrive(empty.index(stage), count=1)
-                stage, phase = _next(stage, phase)
+                stage, phase = next_stage(stage, phase, STAGES)
         if R:
             mbarrier.wait(full.index(stage), phase)
         xa = view(left.index(2 * stage + g), xa_desc.dtype, [64, R or 64], xa_desc.layout)
@@ -220,7 +193,7 @@ def _multiply(
                         buffers.index(2 * g + i % 2), scaling, R)  # fmt: skip
         if R:
             mbarrier.arrive(empty.index(stage), count=1)
-            stage, phase = _next(stage, phase)
+            stage, phase = next_stage(stage, phase, STAGES)
     tma.store_wait(0)
 
 
@@ -252,12 +225,6 @@ def gemm(
     )  # fmt: skip
 
 
-def _tiles(x: Tensor, rows: int, columns: int) -> Any:
-    bits = 8 * x.element_size()
-    layout = gl.NVMMASharedLayout(min(128, columns * bits // 8), bits, 2)
-    return TensorDescriptor.from_tensor(x, [rows, columns], layout)
-
-
 def run(call: Call) -> None:
     """Launch, on a GPU that `why_not_hopper` has nothing against and for operands that `Call.why_not_tiles` has not."""
     m, n, k = call.sizes
@@ -265,9 +232,10 @@ def run(call: Call) -> None:
     tiles = triton.cdiv(m, BM.value) * triton.cdiv(n, BN.value)
     count = min(tiles, processors(call.left.device.index or 0))
     gemm[(count,)](
-        _tiles(call.left, 64, BK.value), _tiles(call.right, BN.value, BK.value), _tiles(call.out, 64, WIDTH.value),
-        _tiles(call.out if xa is None else xa, 64, rank), _tiles(call.out if b is None else b, BN.value, rank),
-        _tiles(call.out if residual is None else residual, 64, WIDTH.value),
+        tiles_of(call.left, 64, BK.value), tiles_of(call.right, BN.value, BK.value),
+        tiles_of(call.out, 64, WIDTH.value),
+        tiles_of(call.out if xa is None else xa, 64, rank), tiles_of(call.out if b is None else b, BN.value, rank),
+        tiles_of(call.out if residual is None else residual, 64, WIDTH.value),
         call.row_scales, call.column_scales, call.scaling, m, n, k, count,
         R=call.rank, RESIDUAL=residual is not None, num_warps=4,
     )  # fmt: skip

@@ -11,7 +11,7 @@ units busy while the other finishes. What the adapters add is one more, narrow s
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import triton
@@ -26,11 +26,19 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_init,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from pronghorn.kernels.glu_products import COLUMNS, ROWS, padded
 from pronghorn.kernels.glu_products import HALF as HALF_COLUMNS
-from pronghorn.kernels.triton.gluon_parts import fetch, put_back, value_and_slope, view
+from pronghorn.kernels.triton.gluon_parts import (
+    fetch,
+    next_stage,
+    place,
+    put_back,
+    quarters,
+    tiles_of,
+    value_and_slope,
+    view,
+)
 from pronghorn.kernels.triton.launch import processors
 from pronghorn.kernels.triton.lora_sums import sum_a_grads, sum_rows
 
@@ -52,39 +60,6 @@ GROUP = gl.constexpr(16)
 
 
 @gluon.jit
-def _place(index, m, tiles_n):
-    """Number of a tile's row and column, in the order that keeps neighbours in time close in both."""
-    tiles_m = gl.cdiv(m, BM)
-    group = index // (GROUP * tiles_n)
-    first = group * GROUP
-    height = gl.minimum(tiles_m - first, GROUP)
-    inside = index - group * (GROUP * tiles_n)
-    return first + inside % height, inside // height
-
-
-@gluon.jit
-def _next(stage, phase):
-    last = stage == STAGES - 1
-    return gl.where(last, 0, stage + 1), gl.where(last, phase ^ 1, phase)
-
-
-@gluon.jit
-def _halves(acc):
-    rows: gl.constexpr = acc.shape[0]
-    half: gl.constexpr = acc.shape[1] // 2
-    return gl.split(gl.permute(gl.reshape(acc, [rows, 2, half]), (0, 2, 1)))
-
-
-@gluon.jit
-def _quarters(acc):
-    """acc cut into four side by side; no number moves between threads."""
-    first, second = _halves(acc)
-    a, b = _halves(first)
-    c, d = _halves(second)
-    return a, b, c, d
-
-
-@gluon.jit
 def _copy_forward(
     x_desc, gate_weight, up_weight, xa_desc, gate_b, up_b, a_desc, left, right, full, empty, m, n, k, programs,
     R: gl.constexpr, RD: gl.constexpr,
@@ -93,7 +68,7 @@ def _copy_forward(
     stage = 0
     phase = 1
     for index in range(gl.program_id(0), gl.cdiv(m, BM) * tiles_n, programs):
-        tile_m, tile_n = _place(index, m, tiles_n)
+        tile_m, tile_n = place(index, gl.cdiv(m, BM), tiles_n, GROUP)
         at_m = tile_m * BM
         at_n = tile_n * HALF
         if R:
@@ -107,7 +82,7 @@ def _copy_forward(
             b = view(right.index(stage), gate_b.dtype, [BN, 2 * R], gate_b.layout)
             fetch(gate_b, [at_n, 0], bar, b.slice(0, HALF))
             fetch(up_b, [at_n, -R], bar, b.slice(HALF, HALF))
-            stage, phase = _next(stage, phase)
+            stage, phase = next_stage(stage, phase, STAGES)
         for step in range(gl.cdiv(k, BK)):
             bar = full.index(stage)
             mbarrier.wait(empty.index(stage), phase)
@@ -116,7 +91,7 @@ def _copy_forward(
                 fetch(x_desc, [at_m + 64 * g, step * BK], bar, left.index(2 * stage + g))
             fetch(gate_weight, [at_n, step * BK], bar, right.index(stage).slice(0, HALF))
             fetch(up_weight, [at_n, step * BK], bar, right.index(stage).slice(HALF, HALF))
-            stage, phase = _next(stage, phase)
+            stage, phase = next_stage(stage, phase, STAGES)
         if RD:
             bar = full.index(stage)
             mbarrier.wait(empty.index(stage), phase)
@@ -124,7 +99,7 @@ def _copy_forward(
             a = view(right.index(stage), a_desc.dtype, [2 * RD, WIDTH], a_desc.layout)
             for i in gl.static_range(2):
                 fetch(a_desc, [0, at_n + i * WIDTH], bar, a.slice(RD * i, RD))
-            stage, phase = _next(stage, phase)
+            stage, phase = next_stage(stage, phase, STAGES)
 
 
 @gluon.jit
@@ -156,7 +131,7 @@ def _forward_group(
         # Begin behind the other group, and stay there.
         mbarrier.wait(full.index(LAG), 0, pred=gl.cdiv(k, BK) > LAG)
     for index in range(gl.program_id(0), gl.cdiv(m, BM) * tiles_n, programs):
-        tile_m, tile_n = _place(index, m, tiles_n)
+        tile_m, tile_n = place(index, gl.cdiv(m, BM), tiles_n, GROUP)
         at_m = tile_m * BM + 64 * g
         at_n = tile_n * HALF
         mbarrier.wait(full.index(stage), phase)
@@ -174,7 +149,7 @@ def _forward_group(
                 is_async=True,
             )
         before = stage
-        stage, phase = _next(stage, phase)
+        stage, phase = next_stage(stage, phase, STAGES)
         for _ in range(0 if R else 1, gl.cdiv(k, BK)):
             mbarrier.wait(full.index(stage), phase)
             acc = warpgroup_mma(
@@ -183,10 +158,10 @@ def _forward_group(
             acc = warpgroup_mma_init(warpgroup_mma_wait(1, deps=(acc,)))
             mbarrier.arrive(empty.index(before), count=1)
             before = stage
-            stage, phase = _next(stage, phase)
+            stage, phase = next_stage(stage, phase, STAGES)
         acc = warpgroup_mma_wait(0, deps=(acc,))
         mbarrier.arrive(empty.index(before), count=1)
-        gate0, gate1, up0, up1 = _quarters(acc)
+        gate0, gate1, up0, up1 = quarters(acc)
         if RD:
             mbarrier.wait(full.index(stage), phase)
         a = view(right.index(stage), a_desc.dtype, [2 * (RD or 16), WIDTH], a_desc.layout)
@@ -211,7 +186,7 @@ def _forward_group(
                     )
         if RD:
             mbarrier.arrive(empty.index(stage), count=1)
-            stage, phase = _next(stage, phase)
+            stage, phase = next_stage(stage, phase, STAGES)
             rows = at_m + gl.arange(0, 64, gl.SliceLayout(1, of_xa))
             r = gl.arange(0, RD, gl.SliceLayout(0, of_xa))
             to = partial_ptr + tile_n.to(gl.int64) * m * RD + rows[:, None] * RD + r[None, :]
@@ -250,13 +225,13 @@ def forward_kernel(
 @gluon.jit
 def _copy_backward(
     dy_desc, weight, dxa_desc, a_desc, gate_desc, up_desc, left, right, full, empty, m, n, k, programs,
-    R: gl.constexpr, KIND: gl.constexpr,
+    R: gl.constexpr,
 ):  # fmt: skip
     tiles_n = gl.cdiv(n, BN)
     stage = 0
     phase = 1
     for index in range(gl.program_id(0), gl.cdiv(m, BM) * tiles_n, programs):
-        tile_m, tile_n = _place(index, m, tiles_n)
+        tile_m, tile_n = place(index, gl.cdiv(m, BM), tiles_n, GROUP)
         at_m = tile_m * BM
         at_n = tile_n * BN
         if R:
@@ -267,7 +242,7 @@ def _copy_backward(
                 fetch(dxa_desc, [at_m + 64 * g, 0], bar,
                       view(left.index(2 * stage + g), dxa_desc.dtype, [64, R], dxa_desc.layout))  # fmt: skip
             fetch(a_desc, [0, at_n], bar, view(right.index(stage), a_desc.dtype, [R, BN], a_desc.layout))
-            stage, phase = _next(stage, phase)
+            stage, phase = next_stage(stage, phase, STAGES)
         for step in range(gl.cdiv(k, BK)):
             bar = full.index(stage)
             mbarrier.wait(empty.index(stage), phase)
@@ -275,23 +250,22 @@ def _copy_backward(
             for g in gl.static_range(2):
                 fetch(dy_desc, [at_m + 64 * g, step * BK], bar, left.index(2 * stage + g))
             fetch(weight, [step * BK, at_n], bar, right.index(stage))
-            stage, phase = _next(stage, phase)
-        if KIND != "none":
-            # Gate and up of 128 columns a stage, two stages for each group; dXA in the group's place of the left side.
-            for g in gl.static_range(2):
-                for part in gl.static_range(2):
-                    bar = full.index(stage)
-                    mbarrier.wait(empty.index(stage), phase)
-                    mbarrier.expect(bar, 64 * BN * 2 + 64 * R * 2)
-                    rest = view(right.index(stage), gate_desc.dtype, [BN, WIDTH], gate_desc.layout)
-                    for i in gl.static_range(2):
-                        at = at_n + (2 * part + i) * WIDTH
-                        fetch(gate_desc, [at_m + 64 * g, at], bar, rest.slice(128 * i, 64))
-                        fetch(up_desc, [at_m + 64 * g, at], bar, rest.slice(128 * i + 64, 64))
-                    if R:
-                        fetch(dxa_desc, [at_m + 64 * g, 0], bar,
-                              view(left.index(2 * stage), dxa_desc.dtype, [64, R], dxa_desc.layout))  # fmt: skip
-                    stage, phase = _next(stage, phase)
+            stage, phase = next_stage(stage, phase, STAGES)
+        # Gate and up of 128 columns a stage, two stages for each group; dXA in the group's place of the left side.
+        for g in gl.static_range(2):
+            for part in gl.static_range(2):
+                bar = full.index(stage)
+                mbarrier.wait(empty.index(stage), phase)
+                mbarrier.expect(bar, 64 * BN * 2 + 64 * R * 2)
+                rest = view(right.index(stage), gate_desc.dtype, [BN, WIDTH], gate_desc.layout)
+                for i in gl.static_range(2):
+                    at = at_n + (2 * part + i) * WIDTH
+                    fetch(gate_desc, [at_m + 64 * g, at], bar, rest.slice(128 * i, 64))
+                    fetch(up_desc, [at_m + 64 * g, at], bar, rest.slice(128 * i + 64, 64))
+                if R:
+                    fetch(dxa_desc, [at_m + 64 * g, 0], bar,
+                          view(left.index(2 * stage), dxa_desc.dtype, [64, R], dxa_desc.layout))  # fmt: skip
+                stage, phase = next_stage(stage, phase, STAGES)
 
 
 @gluon.jit
@@ -300,7 +274,7 @@ def _pass_over(full, empty, stage, phase, count: gl.constexpr):
     for _ in gl.static_range(count):
         mbarrier.wait(full.index(stage), phase)
         mbarrier.arrive(empty.index(stage), count=1)
-        stage, phase = _next(stage, phase)
+        stage, phase = next_stage(stage, phase, STAGES)
     return stage, phase
 
 
@@ -333,18 +307,17 @@ def _backward_part(
 
 @gluon.jit
 def _backward_group(
-    left, right, full, empty, buffers, dxa_desc, a_desc, gate_desc, up_desc, partial_ptr, m, n, k, rank, programs,
+    left, right, full, empty, dxa_desc, a_desc, gate_desc, up_desc, partial_ptr, m, n, k, rank, programs,
     g: gl.constexpr, R: gl.constexpr, KIND: gl.constexpr,
 ):  # fmt: skip
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
-    narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
     tiles_n = gl.cdiv(n, BN)
     stage = 0
     phase = 0
     if g > 0:
         mbarrier.wait(full.index(LAG), 0, pred=gl.cdiv(k, BK) > LAG)
     for index in range(gl.program_id(0), gl.cdiv(m, BM) * tiles_n, programs):
-        tile_m, tile_n = _place(index, m, tiles_n)
+        tile_m, tile_n = place(index, gl.cdiv(m, BM), tiles_n, GROUP)
         at_m = tile_m * BM + 64 * g
         at_n = tile_n * BN
         mbarrier.wait(full.index(stage), phase)
@@ -358,40 +331,34 @@ def _backward_group(
                 left.index(2 * stage + g), right.index(stage), acc, use_acc=False, is_async=True
             )
         before = stage
-        stage, phase = _next(stage, phase)
+        stage, phase = next_stage(stage, phase, STAGES)
         for _ in range(0 if R else 1, gl.cdiv(k, BK)):
             mbarrier.wait(full.index(stage), phase)
             acc = warpgroup_mma(left.index(2 * stage + g), right.index(stage), acc, is_async=True)
             acc = warpgroup_mma_init(warpgroup_mma_wait(1, deps=(acc,)))
             mbarrier.arrive(empty.index(before), count=1)
             before = stage
-            stage, phase = _next(stage, phase)
+            stage, phase = next_stage(stage, phase, STAGES)
         acc = warpgroup_mma_wait(0, deps=(acc,))
         mbarrier.arrive(empty.index(before), count=1)
-        d0, d1, d2, d3 = _quarters(acc)
-        if KIND == "none":
-            for i in gl.static_range(4):
-                part = d0 if i == 0 else d1 if i == 1 else d2 if i == 2 else d3
-                _put(gate_desc, at_m, at_n + i * WIDTH, gl.convert_layout(part, narrow).to(gate_desc.dtype),
-                     buffers, 2 * g + i % 2)  # fmt: skip
-        else:
-            stage, phase = _pass_over(full, empty, stage, phase, 2 * g)
-            for part in gl.static_range(2):
-                mbarrier.wait(full.index(stage), phase)
-                rest = view(right.index(stage), gate_desc.dtype, [BN, WIDTH], gate_desc.layout)
-                dxa = view(left.index(2 * stage), dxa_desc.dtype, [64, R or 16], dxa_desc.layout)
-                act_tile = view(left.index(2 * stage + 1), gate_desc.dtype, [64, WIDTH], gate_desc.layout)
-                for i in gl.static_range(2):
-                    dact = (d0 if i == 0 else d1) if part == 0 else (d2 if i == 0 else d3)
-                    _backward_part(
-                        dact, rest.slice(128 * i, 64), rest.slice(128 * i + 64, 64), act_tile, dxa, gate_desc,
-                        up_desc, partial_ptr, 2 * tile_m + g, at_m, at_n + (2 * part + i) * WIDTH, n, rank, R, KIND,
-                    )  # fmt: skip
-                tma.store_wait(0)
-                fence_async_shared()
-                mbarrier.arrive(empty.index(stage), count=1)
-                stage, phase = _next(stage, phase)
-            stage, phase = _pass_over(full, empty, stage, phase, 2 - 2 * g)
+        d0, d1, d2, d3 = quarters(acc)
+        stage, phase = _pass_over(full, empty, stage, phase, 2 * g)
+        for part in gl.static_range(2):
+            mbarrier.wait(full.index(stage), phase)
+            rest = view(right.index(stage), gate_desc.dtype, [BN, WIDTH], gate_desc.layout)
+            dxa = view(left.index(2 * stage), dxa_desc.dtype, [64, R or 16], dxa_desc.layout)
+            act_tile = view(left.index(2 * stage + 1), gate_desc.dtype, [64, WIDTH], gate_desc.layout)
+            for i in gl.static_range(2):
+                dact = (d0 if i == 0 else d1) if part == 0 else (d2 if i == 0 else d3)
+                _backward_part(
+                    dact, rest.slice(128 * i, 64), rest.slice(128 * i + 64, 64), act_tile, dxa, gate_desc,
+                    up_desc, partial_ptr, 2 * tile_m + g, at_m, at_n + (2 * part + i) * WIDTH, n, rank, R, KIND,
+                )  # fmt: skip
+            tma.store_wait(0)
+            fence_async_shared()
+            mbarrier.arrive(empty.index(stage), count=1)
+            stage, phase = next_stage(stage, phase, STAGES)
+        stage, phase = _pass_over(full, empty, stage, phase, 2 - 2 * g)
     tma.store_wait(0)
 
 
@@ -402,7 +369,6 @@ def backward_kernel(
 ):  # fmt: skip
     left = gl.allocate_shared_memory(dy_desc.dtype, [2 * STAGES, 64, BK], dy_desc.layout)
     right = gl.allocate_shared_memory(dy_desc.dtype, [STAGES, BK, BN], weight.layout)
-    buffers = gl.allocate_shared_memory(gate_desc.dtype, [4, 64, WIDTH], gate_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
@@ -410,21 +376,16 @@ def backward_kernel(
         mbarrier.init(empty.index(stage), count=2)
     gl.warp_specialize(
         [
-            (_backward_group, (left, right, full, empty, buffers, dxa_desc, a_desc, gate_desc, up_desc, partial_ptr,
+            (_backward_group, (left, right, full, empty, dxa_desc, a_desc, gate_desc, up_desc, partial_ptr,
                                m, n, k, rank, programs, 0, R, KIND)),
-            (_backward_group, (left, right, full, empty, buffers, dxa_desc, a_desc, gate_desc, up_desc, partial_ptr,
+            (_backward_group, (left, right, full, empty, dxa_desc, a_desc, gate_desc, up_desc, partial_ptr,
                                m, n, k, rank, programs, 1, R, KIND)),
             (_copy_backward, (dy_desc, weight, dxa_desc, a_desc, gate_desc, up_desc, left, right, full, empty,
-                              m, n, k, programs, R, KIND)),
+                              m, n, k, programs, R)),
         ],
         [4, 1],
         [232, 40],
     )  # fmt: skip
-
-
-def _tiles(x: Tensor, rows: int, columns: int) -> Any:
-    layout = gl.NVMMASharedLayout(min(128, columns * 16 // 8), 16, 2)
-    return TensorDescriptor.from_tensor(x, [rows, columns], layout)
 
 
 def forward(call: GateUp, gate: Tensor, up: Tensor, act: Tensor | None, xa_down: Tensor | None) -> None:
@@ -439,12 +400,12 @@ def forward(call: GateUp, gate: Tensor, up: Tensor, act: Tensor | None, xa_down:
     count = min(tiles, processors(x.device.index or 0))
     wide = 2 * rank or 16
     forward_kernel[(count,)](
-        _tiles(x, 64, BK.value), _tiles(call.gate_weight, HALF.value, BK.value),
-        _tiles(call.up_weight, HALF.value, BK.value), _tiles(x if xa is None else xa, 64, wide),
-        _tiles(x if xa is None else call.gate_b, HALF.value, wide),
-        _tiles(x if xa is None else call.up_b, HALF.value, wide),
-        _tiles(x if a is None else a, rank_down or 16, WIDTH.value), _tiles(gate, 64, WIDTH.value),
-        _tiles(up, 64, WIDTH.value), _tiles(out, 64, WIDTH.value), partial, m, n, k, count,
+        tiles_of(x, 64, BK.value), tiles_of(call.gate_weight, HALF.value, BK.value),
+        tiles_of(call.up_weight, HALF.value, BK.value), tiles_of(x if xa is None else xa, 64, wide),
+        tiles_of(x if xa is None else call.gate_b, HALF.value, wide),
+        tiles_of(x if xa is None else call.up_b, HALF.value, wide),
+        tiles_of(x if a is None else a, rank_down or 16, WIDTH.value), tiles_of(gate, 64, WIDTH.value),
+        tiles_of(up, 64, WIDTH.value), tiles_of(out, 64, WIDTH.value), partial, m, n, k, count,
         R=rank, RD=rank_down, KEEP=call.keep or act is None, ACT=act is not None,
         KIND="none" if act is None and a is None else call.activation, num_warps=4,
     )  # fmt: skip
@@ -462,10 +423,10 @@ def backward(call: DownGrad) -> None:
     tiles = triton.cdiv(m, BM.value) * triton.cdiv(n, BN.value)
     count = min(tiles, processors(dy.device.index or 0))
     backward_kernel[(count,)](
-        _tiles(dy, 64, BK.value), _tiles(weight, BK.value, BN.value),
-        _tiles(dy if call.dxa is None else call.dxa, 64, padded(rank) or 16),
-        _tiles(dy if call.a is None else call.a, padded(rank) or 16, BN.value),
-        _tiles(gate, 64, WIDTH.value), _tiles(up, 64, WIDTH.value), partial, m, n, k, rank, count,
+        tiles_of(dy, 64, BK.value), tiles_of(weight, BK.value, BN.value),
+        tiles_of(dy if call.dxa is None else call.dxa, 64, padded(rank) or 16),
+        tiles_of(dy if call.a is None else call.a, padded(rank) or 16, BN.value),
+        tiles_of(gate, 64, WIDTH.value), tiles_of(up, 64, WIDTH.value), partial, m, n, k, rank, count,
         R=padded(rank), KIND=call.activation, num_warps=4,
     )  # fmt: skip
     if call.a_grad is not None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import tma
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 _gl: Any = gl
 _tma: Any = tma
@@ -44,6 +46,47 @@ def activated(gate, up, KIND: gl.constexpr):
     else:
         inner = 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)
         return gate / (1.0 + gl.exp(-inner)) * up
+
+
+@gluon.jit
+def place(index, tiles_m, tiles_n, GROUP: gl.constexpr):
+    """Number of a tile's row and column, in the order that keeps neighbours in time close in both: GROUP rows of tiles
+    are gone through together."""
+    group = index // (GROUP * tiles_n)
+    first = group * GROUP
+    height = gl.minimum(tiles_m - first, GROUP)
+    inside = index - group * (GROUP * tiles_n)
+    return first + inside % height, inside // height
+
+
+@gluon.jit
+def next_stage(stage, phase, STAGES: gl.constexpr):
+    """The ring's next stage, and the phase of its barriers."""
+    last = stage == STAGES - 1
+    return gl.where(last, 0, stage + 1), gl.where(last, phase ^ 1, phase)
+
+
+@gluon.jit
+def _halves(acc):
+    rows: gl.constexpr = acc.shape[0]
+    half: gl.constexpr = acc.shape[1] // 2
+    return gl.split(gl.permute(gl.reshape(acc, [rows, 2, half]), (0, 2, 1)))
+
+
+@gluon.jit
+def quarters(acc):
+    """acc cut into four side by side; no number moves between threads."""
+    first, second = _halves(acc)
+    a, b = _halves(first)
+    c, d = _halves(second)
+    return a, b, c, d
+
+
+def tiles_of(x: Tensor, rows: int, columns: int) -> Any:
+    """What the copy engine needs to know of a matrix whose tiles it brings."""
+    bits = 8 * x.element_size()
+    layout = gl.NVMMASharedLayout(min(128, columns * bits // 8), bits, 2)
+    return TensorDescriptor.from_tensor(x, [rows, columns], layout)
 
 
 @gluon.jit
