@@ -60,6 +60,43 @@ GROUP = gl.constexpr(16)
 
 
 @gluon.jit
+def _of_stage(right, stage, TURN: gl.constexpr):
+    if TURN:
+        return right.index(stage).permute((1, 0))
+    else:
+        return right.index(stage)
+
+
+@gluon.jit
+def _multiplied(
+    left, right, full, empty, narrow_left, narrow_right, stage, phase, k, g: gl.constexpr, NARROW: gl.constexpr,
+    TURN: gl.constexpr,
+):  # fmt: skip
+    """A warp group's tile of the product, with the narrow step before it; TURN: the right side lies by columns."""
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
+    mbarrier.wait(full.index(stage), phase)
+    acc = warpgroup_mma_init(gl.zeros([64, BN], gl.float32, layout))
+    if NARROW:
+        acc = warpgroup_mma(narrow_left, narrow_right, acc, use_acc=False, is_async=True)
+    else:
+        acc = warpgroup_mma(
+            left.index(2 * stage + g), _of_stage(right, stage, TURN), acc, use_acc=False, is_async=True
+        )
+    before = stage
+    stage, phase = next_stage(stage, phase, STAGES)
+    for _ in range(0 if NARROW else 1, gl.cdiv(k, BK)):
+        mbarrier.wait(full.index(stage), phase)
+        acc = warpgroup_mma(left.index(2 * stage + g), _of_stage(right, stage, TURN), acc, is_async=True)
+        acc = warpgroup_mma_init(warpgroup_mma_wait(1, deps=(acc,)))
+        mbarrier.arrive(empty.index(before), count=1)
+        before = stage
+        stage, phase = next_stage(stage, phase, STAGES)
+    acc = warpgroup_mma_wait(0, deps=(acc,))
+    mbarrier.arrive(empty.index(before), count=1)
+    return acc, stage, phase
+
+
+@gluon.jit
 def _copy_forward(
     x_desc, gate_weight, up_weight, xa_desc, gate_b, up_b, a_desc, left, right, full, empty, m, n, k, programs,
     R: gl.constexpr, RD: gl.constexpr,
@@ -118,7 +155,6 @@ def _forward_group(
     m, n, k, programs, g: gl.constexpr, R: gl.constexpr, RD: gl.constexpr, KEEP: gl.constexpr, ACT: gl.constexpr,
     KIND: gl.constexpr,
 ):  # fmt: skip
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
     narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
     of_xa: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, RD or 16, 16])
     as_left: gl.constexpr = gl.DotOperandLayout(0, of_xa, 2)
@@ -134,33 +170,11 @@ def _forward_group(
         tile_m, tile_n = place(index, gl.cdiv(m, BM), tiles_n, GROUP)
         at_m = tile_m * BM + 64 * g
         at_n = tile_n * HALF
-        mbarrier.wait(full.index(stage), phase)
-        acc = warpgroup_mma_init(gl.zeros([64, BN], gl.float32, layout))
-        if R:
-            xa = view(left.index(2 * stage + g), xa_desc.dtype, [64, 2 * R], xa_desc.layout)
-            b = view(right.index(stage), gate_b.dtype, [BN, 2 * R], gate_b.layout)
-            acc = warpgroup_mma(xa, b.permute((1, 0)), acc, use_acc=False, is_async=True)
-        else:
-            acc = warpgroup_mma(
-                left.index(2 * stage + g),
-                right.index(stage).permute((1, 0)),
-                acc,
-                use_acc=False,
-                is_async=True,
-            )
-        before = stage
-        stage, phase = next_stage(stage, phase, STAGES)
-        for _ in range(0 if R else 1, gl.cdiv(k, BK)):
-            mbarrier.wait(full.index(stage), phase)
-            acc = warpgroup_mma(
-                left.index(2 * stage + g), right.index(stage).permute((1, 0)), acc, is_async=True
-            )
-            acc = warpgroup_mma_init(warpgroup_mma_wait(1, deps=(acc,)))
-            mbarrier.arrive(empty.index(before), count=1)
-            before = stage
-            stage, phase = next_stage(stage, phase, STAGES)
-        acc = warpgroup_mma_wait(0, deps=(acc,))
-        mbarrier.arrive(empty.index(before), count=1)
+        xa = view(left.index(2 * stage + g), xa_desc.dtype, [64, 2 * R or 16], xa_desc.layout)
+        b = view(right.index(stage), gate_b.dtype, [BN, 2 * R or 16], gate_b.layout)
+        acc, stage, phase = _multiplied(
+            left, right, full, empty, xa, b.permute((1, 0)), stage, phase, k, g, R > 0, True
+        )
         gate0, gate1, up0, up1 = quarters(acc)
         if RD:
             mbarrier.wait(full.index(stage), phase)
@@ -310,7 +324,6 @@ def _backward_group(
     left, right, full, empty, dxa_desc, a_desc, gate_desc, up_desc, partial_ptr, m, n, k, rank, programs,
     g: gl.constexpr, R: gl.constexpr, KIND: gl.constexpr,
 ):  # fmt: skip
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
     tiles_n = gl.cdiv(n, BN)
     stage = 0
     phase = 0
@@ -320,27 +333,9 @@ def _backward_group(
         tile_m, tile_n = place(index, gl.cdiv(m, BM), tiles_n, GROUP)
         at_m = tile_m * BM + 64 * g
         at_n = tile_n * BN
-        mbarrier.wait(full.index(stage), phase)
-        acc = warpgroup_mma_init(gl.zeros([64, BN], gl.float32, layout))
-        if R:
-            dxa = view(left.index(2 * stage + g), dxa_desc.dtype, [64, R], dxa_desc.layout)
-            a = view(right.index(stage), a_desc.dtype, [R, BN], a_desc.layout)
-            acc = warpgroup_mma(dxa, a, acc, use_acc=False, is_async=True)
-        else:
-            acc = warpgroup_mma(
-                left.index(2 * stage + g), right.index(stage), acc, use_acc=False, is_async=True
-            )
-        before = stage
-        stage, phase = next_stage(stage, phase, STAGES)
-        for _ in range(0 if R else 1, gl.cdiv(k, BK)):
-            mbarrier.wait(full.index(stage), phase)
-            acc = warpgroup_mma(left.index(2 * stage + g), right.index(stage), acc, is_async=True)
-            acc = warpgroup_mma_init(warpgroup_mma_wait(1, deps=(acc,)))
-            mbarrier.arrive(empty.index(before), count=1)
-            before = stage
-            stage, phase = next_stage(stage, phase, STAGES)
-        acc = warpgroup_mma_wait(0, deps=(acc,))
-        mbarrier.arrive(empty.index(before), count=1)
+        dxa = view(left.index(2 * stage + g), dxa_desc.dtype, [64, R or 16], dxa_desc.layout)
+        a = view(right.index(stage), a_desc.dtype, [R or 16, BN], a_desc.layout)
+        acc, stage, phase = _multiplied(left, right, full, empty, dxa, a, stage, phase, k, g, R > 0, False)
         d0, d1, d2, d3 = quarters(acc)
         stage, phase = _pass_over(full, empty, stage, phase, 2 * g)
         for part in gl.static_range(2):
