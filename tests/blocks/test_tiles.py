@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from pronghorn.blocks import LEVELS, GluBlock, Norm, ProjectionGroup
+from pronghorn.blocks.glu import TILE_ROWS, tile_slices
+from pronghorn.blocks.levels import ROOMY_TILES
 from pronghorn.blocks.projection import LinearProjection
 from pronghorn.engine import bind, binding_of
 from pronghorn.weights import DenseWeight
@@ -70,6 +72,11 @@ def test_tiles_cover_all_rows_at_about_equal_height() -> None:
     heights = [at.stop - at.start for at in tiles]
     assert tiles[0].start == 0 and [at.start for at in tiles[1:]] == [at.stop for at in tiles[:-1]]
     assert sum(heights) == 2100 and max(heights) <= 1000 and all(h % 128 == 0 for h in heights[:-1])
+
+
+def test_a_batch_longer_than_any_planned_has_tiles_of_the_usual_height() -> None:
+    assert tile_slices(TILE_ROWS, ROOMY_TILES) == [slice(0, TILE_ROWS)]
+    assert tile_slices(65536, ROOMY_TILES) == tile_slices(65536, TILE_ROWS)
 
 
 def test_gradients_in_16_bits_are_not_summed_over_tiles() -> None:

@@ -175,6 +175,7 @@ def test_input_gradient_alone(keep_codes, rowwise):
     weight = read_weight(module)
     assert isinstance(weight, Fp8GradWeight) and weight.label == "quantised" and not weight.quantises_rows
     assert weight.adds_forward and not weight.adds_input_grad
+    assert weight.ready(module.weight.dtype) is None  # no kernel multiplies the weight itself
     x, dy = drawn(ROWS, IN), drawn(ROWS, OUT, seed=2)
     assert torch.equal(weight.matmul(x, module.bias), plain.matmul(x, module.bias))
     full = read_weight(Fp8Linear.of(module, rowwise=rowwise))

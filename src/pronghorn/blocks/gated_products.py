@@ -36,7 +36,7 @@ def suits(group: ProjectionGroup, device: torch.device, dtype: torch.dtype) -> b
 
 def suits_block(groups: Mapping[int, Sequence[Projection]], device: torch.device, dtype: torch.dtype) -> bool:
     """Whether both products around the unit of a layer may take it, wherever the weights lie. Of its groups gate and
-    up are the one in slot 4, down is that in slot 6; a mixture has neither."""
+    up are the one in slot 4, down is that in slot 6."""
     if 4 not in groups or 6 not in groups:
         return False
     return suits(ProjectionGroup(groups[4]), device, dtype) and suits_down(ProjectionGroup(groups[6]))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pronghorn.blocks import gated_products, joining
-from pronghorn.blocks.levels import Level, keeps
+from pronghorn.blocks.levels import ROOMY_TILES, Level, keeps
 from pronghorn.blocks.norm import NoNorm, Norm
 from pronghorn.blocks.projection import GradientSink, ProjectionGroup, rows_are_independent
 from pronghorn.kernels import glu_products
@@ -32,8 +32,10 @@ TILE_STEP = 128
 
 
 def tile_slices(tokens: int, tile_rows: int) -> list[slice]:
-    """[tokens] in tiles of about equal height, at most `tile_rows`."""
-    count = -(-tokens // max(tile_rows, TILE_STEP))
+    """[tokens] in tiles of about equal height, at most `tile_rows`; `ROOMY_TILES` are of the usual height where a batch
+    is longer than any that was planned for."""
+    rows = TILE_ROWS if tile_rows >= ROOMY_TILES else tile_rows
+    count = -(-tokens // max(rows, TILE_STEP))
     if count <= 1:
         return [slice(0, tokens)]
     height = -(-tokens // (count * TILE_STEP)) * TILE_STEP

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from pronghorn.blocks import LEVELS
+from pronghorn.blocks.levels import ROOMY_TILES
 from pronghorn.cli.console import duration, say, table
 from pronghorn.memory import Gpu, estimate
 from pronghorn.memory.cost import step_time
@@ -259,7 +260,7 @@ def _as_dict(view: View) -> dict[str, Any]:
         "steps": chosen.job.steps,
         **_setting_dict(chosen, view.price),
         "levels": list(plan.levels),
-        "tile_rows": plan.tile_rows,
+        "tile_rows": None if plan.tile_rows == ROOMY_TILES else plan.tile_rows,
         "budget_bytes": view.limit,
         "tokens": plan.batch.tokens,
         "documents": plan.batch.documents,

@@ -344,6 +344,8 @@ class Binding:
         """Whether the products around gated units make them."""
         embedding = self.model.get_input_embeddings().weight
         where = embedding.device, self.weight_dtype or embedding.dtype
+        if any(self.mlp_of(layer) == MOE for layer in self.layers):  # shared experts go apart
+            return []
         groups = (self.groups(layer, Reading(layer.training)) for layer in self.layers)
         if not all(gated_products.suits_block(found, *where) for found in groups):
             return []

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pronghorn.blocks import ProjectionGroup
+from pronghorn.blocks.levels import ROOMY_TILES
 from pronghorn.blocks.moe import MoeBlock, RouterBalance, SharedExpert
 from pronghorn.engine.binding import Binding
 from pronghorn.engine.experts import innermost, read_router, read_router_bias, read_stacks
@@ -24,7 +25,8 @@ def moe_block(layer: Any, call: LayerCall, read: ReadGroups) -> MoeBlock:
     mlp = getattr(layer, parts.mlp)
     experts = getattr(mlp, mixture.experts)
     gate_up, down = read_stacks(experts, mixture.transposed)
-    tiles = {} if binding.tile_rows is None else {"tile_tokens": binding.tile_rows}
+    rows = binding.tile_rows
+    tiles = {} if rows is None or rows >= ROOMY_TILES else {"tile_tokens": rows}
     return MoeBlock(
         norm=read_norm(getattr(layer, parts.mlp_norm), binding.family.norm_offset),
         router=ProjectionGroup([read_router(getattr(mlp, mixture.router))]),

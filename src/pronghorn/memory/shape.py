@@ -311,7 +311,8 @@ class ModelShape:
     def makes_unit(self) -> bool:
         """Whether one product gives gate, up and act, and another takes their gradients through them."""
         plain = not self.eight_bit_forward and not self.fp8_backward and not self.unpacked_forward
-        return self.unit_in_products and plain and self.element == 2 and self.mixture is None
+        apart = self.mixture is None and not self.fused_gate_up
+        return self.unit_in_products and plain and apart and self.element == 2
 
     @property
     def eight_bit_forward(self) -> bool:

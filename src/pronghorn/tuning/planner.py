@@ -80,7 +80,9 @@ class Job:
             attention="cudnn" if gpu.capability[0] == 9 else "flash",
             trained="adapters" if self.rank else "all",
             joined=storage.startswith("int8"),
-            unit_in_products=gpu.capability == (9, 0) and self.rank in RANKS,
+            unit_in_products=gpu.capability == (9, 0)
+            and self.rank in RANKS
+            and not getattr(self.config, "mlp_bias", False),
         )
 
     @property

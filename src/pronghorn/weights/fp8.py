@@ -126,6 +126,10 @@ class Fp8GradWeight(DenseWeight):
         self.scales, self.transposed = scales, transposed
         self.storage = f"{self.storage}, input gradient in fp8"
 
+    def ready(self, dtype: torch.dtype) -> None:
+        """Its products do not both read the weight as it lies."""
+        return
+
     def matmul_t(self, dy: Tensor | Operand) -> Tensor:
         return _input_grad(dy, self.codes_input_grad(), self.scales, self.fast_input_grad)
 
