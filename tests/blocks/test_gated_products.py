@@ -153,6 +153,7 @@ def test_tiles_and_all_rows_may_differ(
 def test_how_many_processors_have_a_tile() -> None:
     assert glu_products.fills(8192, 14336, 128) and glu_products.fills(8192, 14336, 256)
     assert glu_products.fills(2048, 8960, 128) and glu_products.fills(2048, 8960, 256)
+    assert not glu_products.fills(0, 8960, 128)
     assert not glu_products.fills(512, 8960, 128) and not glu_products.fills(512, 8960, 256)
 
 

@@ -66,7 +66,7 @@ class DownGrad:
 def fills(rows: int, width: int, columns: int) -> bool:
     """Whether tiles of so many columns leave few processors idle."""
     tiles = -(-rows // ROWS) * -(-width // columns)
-    return tiles >= LEAST_BUSY * PROCESSORS * -(-tiles // PROCESSORS)
+    return tiles > 0 and tiles >= LEAST_BUSY * PROCESSORS * -(-tiles // PROCESSORS)
 
 
 def padded(rank: int) -> int:
