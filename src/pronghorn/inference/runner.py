@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Many
+from contextlib import AbstractContextManager, nullcontext
 from itertools import groupby
 from typing import Protocol
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from pronghorn.inference.choosing import next_tokens
 from pronghorn.inference.decoder import Decoder
 from pronghorn.inference.forward import Cache, Part, decode, logits_of, prefill
+from pronghorn.inference.one_row import is_faster_without_onednn, without_onednn
 from pronghorn.inference.projections import Segment
 from pronghorn.inference.requests import Token
 from pronghorn.inference.sequences import Sequence
@@ -80,6 +82,8 @@ class EagerRunner:
 
     def __init__(self, decoder: Decoder, cache: Cache) -> None:
         self.decoder, self.cache = decoder, cache
+        #: whether single rows are multiplied without oneDNN, once that is known
+        self._own_products: bool | None = None
 
     def prefill(self, parts: Many[tuple[Sequence, int]]) -> Pending:
         complete, logits = self.prefilled(parts)
@@ -112,9 +116,20 @@ class EagerRunner:
         states = None
         if self.decoder.recurrent:
             states = torch.tensor([s.state for s in ordered], dtype=torch.int32, device=device)
-        hidden = decode(self.decoder, self.cache, ids, Paged(tables, lengths, host, states), segments)
-        logits = logits_of(self.decoder, hidden, segments)
+        with self._products(len(ordered)):
+            hidden = decode(self.decoder, self.cache, ids, Paged(tables, lengths, host, states), segments)
+            logits = logits_of(self.decoder, hidden, segments)
         return Done(list(zip(ordered, next_tokens(ordered, logits), strict=True)))
+
+    def _products(self, rows: int) -> AbstractContextManager[None]:
+        """What multiplies so many rows on this machine."""
+        if rows != 1 or self.decoder.device.type != "cpu":
+            return nullcontext()
+        if self._own_products is None:
+            head = self.decoder.head
+            weight = (head.stack or head.weights[0]).ready(self.decoder.dtype)
+            self._own_products = is_faster_without_onednn(weight)
+        return without_onednn() if self._own_products else nullcontext()
 
     def is_prepared(self, sequences: Many[Sequence]) -> bool:
         return True
