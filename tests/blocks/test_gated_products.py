@@ -102,7 +102,6 @@ def test_other_adapters(
     options: dict[str, Any], used: set[str], calls: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = add_adapter(tiny_model("llama", dtype=torch.float64), lora_alpha=8, **options)
-    monkeypatch.setattr(torch, "initial_seed", lambda: 0)
     inside, apart = outcomes(model, "all", monkeypatch)
     if "lora_dropout" not in options:
         assert_same(inside, apart, EXACT)

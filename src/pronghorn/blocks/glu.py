@@ -221,25 +221,18 @@ class GluBlock:
         self, dtype: torch.dtype, level: Level, saves: GluSaves
     ) -> tuple[Operand, Tensor | None]:
         """`_activated` where one product makes everything; what no level keeps is never written."""
-        normed = self._normed(dtype, saves)
+        call = self._product(dtype, saves, keeps(level, "matmuls"))
         if not keeps(level, "all"):
             saves.normed = None
-        saves.xa_added = self.gate_up.down(normed)
-        a = gated_products.a_of_down(self.down, normed)
-        call = gated_products.call_of(
-            self.gate_up, normed, saves.xa_added, self.activation, a, keeps(level, "matmuls")
-        )
         saves.gate, saves.up, act, xa_down = glu_products.gate_up_act(call)
         return Operand(act), xa_down
 
-    def _make_gate_up(self, dtype: torch.dtype, saves: GluSaves) -> None:
-        """Gate and up again from one product, with the down projection's XA, which nobody keeps without them."""
+    def _product(self, dtype: torch.dtype, saves: GluSaves, keep: bool) -> glu_products.GateUp:
+        """What one product makes gate and up of; their XA is kept."""
         normed = self._normed(dtype, saves)
         saves.xa_added = self.gate_up.down(normed)
         a = gated_products.a_of_down(self.down, normed)
-        call = gated_products.call_of(self.gate_up, normed, saves.xa_added, self.activation, a, True)
-        saves.gate, saves.up, xa_down = glu_products.gate_up(call)
-        saves.xa_down = xa_down if saves.xa_down is None else saves.xa_down
+        return gated_products.call_of(self.gate_up, normed, saves.xa_added, self.activation, a, keep)
 
     def _act_and_xa(self, saves: GluSaves) -> tuple[Operand, Tensor | None]:
         """act [rows, I] of gate and up, and the down projection's XA where one kernel makes both."""
@@ -267,7 +260,8 @@ class GluBlock:
         """Compute whatever is missing in `saves` up to gate and up, from the residual sum; by the kernels that made it
         first, which for int8 depend on whether there are tiles."""
         if saves.gate is None and self._in_product(dtype, saves):
-            self._make_gate_up(dtype, saves)
+            # With the down projection's XA, which nobody keeps without them.
+            saves.gate, saves.up, saves.xa_down = glu_products.gate_up(self._product(dtype, saves, True))
         elif saves.gate is None:
             int8 = whole and self.gate_up.turns_rows
             self._normed(dtype, saves, fp8=self.gate_up.quantises_rows, int8=int8)

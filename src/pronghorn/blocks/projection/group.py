@@ -44,8 +44,8 @@ class ProjectionGroup(GroupParameters):
     @cached_property
     def stack(self) -> Weight | None:
         """The frozen weights as one, where they lie side by side."""
-        linear = self._all_linear()
-        return stacked([p.weight for p in linear]) if len(linear) == len(self.projections) else None
+        weights = self.weights()
+        return stacked(weights) if len(weights) == len(self.projections) else None
 
     def forward(
         self,
@@ -378,9 +378,8 @@ class ProjectionGroup(GroupParameters):
     def fp8_columns(self) -> tuple[Tensor, ...] | None:
         """Exponents int8 [out_i] of the factors that go into each dY before all of them are quantised together; None
         where that is not how the input gradient is made."""
-        weights = [projection.weight for projection in self._all_linear()]
         exponents = tuple(
-            w.exponents for w in weights if isinstance(w, Fp8Weight) and w.exponents is not None
+            w.exponents for w in self.weights() if isinstance(w, Fp8Weight) and w.exponents is not None
         )
         stack = self.stack
         if len(exponents) < len(self.projections) or not isinstance(stack, Fp8Weight):
@@ -400,12 +399,12 @@ class ProjectionGroup(GroupParameters):
     @property
     def quantises_rows(self) -> bool:
         """Whether products of the forward pass take the rows of x in fp8."""
-        return any(projection.weight.quantises_rows for projection in self._all_linear())
+        return any(weight.quantises_rows for weight in self.weights())
 
     @property
     def turns_rows(self) -> bool:
         """Whether products of the forward pass take the rows of x in int8, turned."""
-        return any(isinstance(projection.weight, Int8Products) for projection in self._all_linear())
+        return any(isinstance(weight, Int8Products) for weight in self.weights())
 
     def _terms(
         self, operands: Sequence[Operand], joined: bool, of_stack: Operand | None

@@ -26,6 +26,7 @@ from pronghorn.kernels.triton.gluon_parts import (
     place,
     put_back,
     quarters,
+    ring,
     tiles_of,
     view,
 )
@@ -206,11 +207,7 @@ def gemm(
     left = gl.allocate_shared_memory(left_desc.dtype, [2 * STAGES, 64, BK], left_desc.layout)
     right = gl.allocate_shared_memory(right_desc.dtype, [STAGES, BN, BK], right_desc.layout)
     buffers = gl.allocate_shared_memory(out_desc.dtype, [4, 64, WIDTH], out_desc.layout)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(full.index(stage), count=1)
-        mbarrier.init(empty.index(stage), count=2)
+    full, empty = ring(STAGES, 2)
     gl.warp_specialize(
         [
             (_multiply, (left, right, full, empty, buffers, xa_desc, b_desc, residual_desc, out_desc, row_ptr,

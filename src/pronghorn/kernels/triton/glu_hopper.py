@@ -35,6 +35,7 @@ from pronghorn.kernels.triton.gluon_parts import (
     place,
     put_back,
     quarters,
+    ring,
     tiles_of,
     value_and_slope,
     view,
@@ -217,11 +218,7 @@ def forward_kernel(
     left = gl.allocate_shared_memory(x_desc.dtype, [2 * STAGES, 64, BK], x_desc.layout)
     right = gl.allocate_shared_memory(x_desc.dtype, [STAGES, BN, BK], gate_weight.layout)
     buffers = gl.allocate_shared_memory(act_out.dtype, [4, 64, WIDTH], act_out.layout)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(full.index(stage), count=1)
-        mbarrier.init(empty.index(stage), count=2)
+    full, empty = ring(STAGES, 2)
     gl.warp_specialize(
         [
             (_forward_group, (left, right, full, empty, buffers, xa_desc, gate_b, a_desc, gate_out, up_out, act_out,
@@ -364,11 +361,7 @@ def backward_kernel(
 ):  # fmt: skip
     left = gl.allocate_shared_memory(dy_desc.dtype, [2 * STAGES, 64, BK], dy_desc.layout)
     right = gl.allocate_shared_memory(dy_desc.dtype, [STAGES, BK, BN], weight.layout)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(full.index(stage), count=1)
-        mbarrier.init(empty.index(stage), count=2)
+    full, empty = ring(STAGES, 2)
     gl.warp_specialize(
         [
             (_backward_group, (left, right, full, empty, dxa_desc, a_desc, gate_desc, up_desc, partial_ptr,
