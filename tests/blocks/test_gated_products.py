@@ -22,6 +22,9 @@ from tests.families.parity import (
 )
 from tests.tiny import tiny_model
 
+#: the GPU's kernels are compared in tests/kernels/test_glu_products.py
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="interprets kernels on a CPU's tensors")
+
 EXACT = 5e-6  # as in the family tests
 LENGTHS = (100, 7, 120, 90)
 
@@ -154,6 +157,12 @@ def test_how_many_processors_have_a_tile() -> None:
     assert glu_products.fills(2048, 8960, 128) and glu_products.fills(2048, 8960, 256)
     assert not glu_products.fills(0, 8960, 128)
     assert not glu_products.fills(512, 8960, 128) and not glu_products.fills(512, 8960, 256)
+
+
+def test_how_many_rows_a_tile_has() -> None:
+    """Three groups where the last round of tiles is nearly as full as with two."""
+    assert glu_products.groups_of(8192, 14336) == 3
+    assert glu_products.groups_of(2048, 14336) == 2 and glu_products.groups_of(1, 14336) == 2
 
 
 def test_a_model_says_so(calls: dict[str, int]) -> None:

@@ -19,13 +19,16 @@ SHAPES = [(1, 64, 64), (77, 64, 200), (300, 320, 1160), (2100, 1536, 8960)]
 DTYPES = (torch.bfloat16, torch.float16)
 
 
-@pytest.fixture(params=["torch", None])
-def impl(request: pytest.FixtureRequest, device: torch.device) -> Any:
-    """The formulas in torch, and what the device runs."""
+@pytest.fixture(params=["torch", 2, 3])
+def impl(request: pytest.FixtureRequest, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The formulas in torch, and what the device runs, forward by tiles of two and of three groups of rows."""
+    if request.param == "torch":
+        return "torch"
     reason = glu_products.why_not(device, torch.bfloat16)
-    if request.param is None and reason is not None:
+    if reason is not None:
         pytest.skip(reason)
-    return request.param
+    monkeypatch.setattr(glu_products, "groups_of", lambda rows, width: request.param)
+    return None
 
 
 def skip_large(shape: tuple[int, int, int], impl: Any) -> None:

@@ -49,6 +49,14 @@ class AttentionOutput:
             branch = self.output_norm.forward(branch, branch.dtype)[0].tensor
         return branch if self.output_scale == 1.0 else branch.mul_(self.output_scale)
 
+    def onto(self, x: Tensor, saves: OutputSaves) -> tuple[Tensor, Tensor | None]:
+        """The residual sum x + output and None, where one product makes it; else x and the output."""
+        if self.output_norm is None and self.output_scale == 1.0:
+            summed, saves.xa_o = self.o.onto(x, self.read_by_o(saves), saves.xa_o)
+            if summed is not None:
+                return summed, None
+        return x, self.output(saves)
+
     def add_output_(self, out: Tensor, saves: OutputSaves) -> None:
         """out [T, H] += o of the kept attention output, with neither norm nor factor after it."""
         assert saves.out is not None and self.output_norm is None and self.output_scale == 1.0

@@ -29,3 +29,8 @@ ROW_MAX_BACKWARD = False
 
 #: Whether the products around a gated unit make it and differentiate it themselves, where they can.
 GATED_IN_PRODUCTS = True
+
+#: Whether products of weights in 16 bits add adapters and a residual themselves, where they can. Llama-3.1-8B, 8,192
+#: tokens, H200, in turns: o 455 -> 412 µs, down 1,443 -> 1,377; input gradients with the gradients of B: of q, k, v
+#: 710 -> 656, of o 469 -> 442.
+ADAPTERS_IN_PRODUCTS = True

@@ -33,7 +33,7 @@ class AttentionPart(Protocol):
 
     def rebuild(self, x: Tensor, dtype: torch.dtype, saves: Any) -> None: ...
 
-    def output(self, saves: Any) -> Tensor: ...
+    def onto(self, x: Tensor, saves: Any) -> tuple[Tensor, Tensor | None]: ...
 
     def columns_of_dy(self) -> Tensor | Turned | None: ...
 
@@ -58,7 +58,7 @@ class MlpBlock(Protocol):
 
     def trainable(self) -> list[Tensor]: ...
 
-    def add_residual(self, x: Tensor, branch: Tensor, dtype: torch.dtype, saves: Any) -> None: ...
+    def add_residual(self, x: Tensor, branch: Tensor | None, dtype: torch.dtype, saves: Any) -> None: ...
 
     def forward(self, dtype: torch.dtype, level: Level, saves: Any) -> Tensor: ...
 
@@ -184,7 +184,7 @@ class DecoderLayer:
             # Cheaper made again for the gradients of A than held through the GLU block.
             saves.attention.normed = None
         if saves.glu.summed is None:
-            self.glu.add_residual(x, self.attention.output(saves.attention), self.dtype, saves.glu)
+            self.glu.add_residual(*self.attention.onto(x, saves.attention), self.dtype, saves.glu)
 
 
 @dataclass(frozen=True)

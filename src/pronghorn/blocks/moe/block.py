@@ -93,9 +93,11 @@ class MoeBlock:
         wide = all(t.dtype in (torch.float32, torch.float64) for t in self.trainable())
         return tile_slices(tokens, self.tile_tokens) if wide else [slice(0, tokens)]
 
-    def add_residual(self, x: Tensor, branch: Tensor, dtype: torch.dtype, saves: MoeSaves) -> None:
-        """The residual sum y [T, H] in x's dtype, and its norm."""
-        normed, saves.summed = self.norm.forward(branch.to(x.dtype), dtype, residual=x)
+    def add_residual(self, x: Tensor, branch: Tensor | None, dtype: torch.dtype, saves: MoeSaves) -> None:
+        """The residual sum y [T, H] in x's dtype, and its norm; without a branch y is x."""
+        normed, saves.summed = self.norm.forward(
+            x if branch is None else branch.to(x.dtype), dtype, residual=None if branch is None else x
+        )
         saves.normed = normed.tensor
 
     def forward(self, dtype: torch.dtype, level: Level, saves: MoeSaves) -> Tensor:

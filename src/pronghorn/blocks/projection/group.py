@@ -15,6 +15,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from pronghorn.blocks.projection import adapted
 from pronghorn.blocks.projection.fused import FUSED_RANK, all_fuse, sum_of_products
 from pronghorn.blocks.projection.parameters import GroupParameters, dropped
 from pronghorn.blocks.projection.parts import (
@@ -26,8 +27,8 @@ from pronghorn.blocks.projection.parts import (
     Projection,
 )
 from pronghorn.kernels import lora
-from pronghorn.weights import DenseWeight, Fp8Weight, Int8Products, Weight, side_by_side, stacked
-from pronghorn.weights.operand import TURNED, Operand, Turned, as_operand
+from pronghorn.weights import DenseWeight, Fp8Weight, Int8Products, Weight, side_by_side
+from pronghorn.weights.operand import Operand, as_operand
 
 
 class ProjectionGroup(GroupParameters):
@@ -40,12 +41,6 @@ class ProjectionGroup(GroupParameters):
     """
 
     # --- forward -----------------------------------------------------------------------------------------------
-
-    @cached_property
-    def stack(self) -> Weight | None:
-        """The frozen weights as one, where they lie side by side."""
-        weights = self.weights()
-        return stacked(weights) if len(weights) == len(self.projections) else None
 
     def forward(
         self,
@@ -63,6 +58,9 @@ class ProjectionGroup(GroupParameters):
         xa = self.down(operand.tensor) if xa is None else xa
         if self.fuses:
             return [self._fused(i, operand, xa) for i in range(len(self.projections))], xa
+        made = None if defer_adapters else self._adapted(operand, xa)
+        if made is not None:
+            return [made], xa
         deferring = defer_adapters and xa is not None and self.defers(xa)
         if joined and (xa is None or deferring) and self.stack is not None and self._biases_alike():
             wide = self.stack.matmul(operand, self._stacked_bias(operand.tensor.dtype))
@@ -115,6 +113,9 @@ class ProjectionGroup(GroupParameters):
         xa = self.down(operand.tensor) if xa is None else xa
         if self.fuses:
             return self._fused(0, operand, xa, residual), xa
+        made = self._adapted(operand, xa, residual)
+        if made is not None:
+            return made, xa
         if not self._single or self._b_biases() or xa is None:
             out = residual.clone()
             projection.weight.matmul_add_(out, operand)
@@ -142,6 +143,8 @@ class ProjectionGroup(GroupParameters):
         xa = self.down(operand.tensor) if xa is None else xa
         if projection.bias is not None:
             out.add_(projection.cast_bias(out.dtype))
+        if self._adapted(operand, xa, out, out) is not None:
+            return xa
         if xa is None or not self._single or self._b_biases():
             projection.weight.matmul_add_(out, operand)
             if xa is not None:
@@ -156,6 +159,34 @@ class ProjectionGroup(GroupParameters):
             y = projection.weight.matmul(operand)
             lora.up(xa, bs, scalings, [out], addends=[y], inplace=True, impl=self.impl)
         return xa
+
+    def onto(
+        self, residual: Tensor, x: Tensor, xa: Tensor | None = None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """residual [T, out] + Y of a group of one as a new tensor by one launch, None where no kernel does that; XA."""
+        xa = self.down(x) if xa is None else xa
+        same = residual.dtype == x.dtype
+        return (self._adapted(as_operand(x), xa, residual) if same else None), xa
+
+    def _adapted(
+        self,
+        operand: Operand,
+        xa: Tensor | None,
+        residual: Tensor | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor | None:
+        """Y (+ residual) by one launch, for a group of one without biases, where there is a kernel that takes it."""
+        lone = self.projections[0] if len(self.projections) == 1 else None
+        if (
+            not isinstance(lone, LinearProjection)
+            or lone.bias is not None
+            or (xa is None and residual is None)
+        ):
+            return None
+        if not self._single or self._b_biases() or self.impl is not None:
+            return None
+        share = None if xa is None else self._share(0, xa)
+        return adapted.output(lone.weight, operand.tensor, share, residual, out)
 
     def _add_fused_(self, out: Tensor, operand: Operand, xa: Tensor | None) -> Tensor | None:
         """`forward_add_` in the product itself; a bias or another dtype goes the way of `forward_residual`."""
@@ -324,6 +355,12 @@ class ProjectionGroup(GroupParameters):
         """
         operands = [as_operand(dy) for dy in dys]
         starts = need and not defer_adapters and not self._drops and self._all_accumulate()
+        whole = self._adapted_input_grad(operands, joined) if starts else None
+        if whole is not None:
+            weight, dy = whole
+            grads, _ = self._output_grads([operand.tensor for operand in operands], xa, sink, False)
+            assert grads is not None
+            return adapted.input_grad(weight, dy, grads.dxa, self._stacked_a(dy.dtype)), grads
         grads, dx = self._output_grads([operand.tensor for operand in operands], xa, sink, starts)
         if defer_adapters:
             return self._linear(0).weight.matmul_t(operands[0]), grads
@@ -375,37 +412,6 @@ class ProjectionGroup(GroupParameters):
         assert grads is not None
         return grads
 
-    def fp8_columns(self) -> tuple[Tensor, ...] | None:
-        """Exponents int8 [out_i] of the factors that go into each dY before all of them are quantised together; None
-        where that is not how the input gradient is made."""
-        exponents = tuple(
-            w.exponents for w in self.weights() if isinstance(w, Fp8Weight) and w.exponents is not None
-        )
-        stack = self.stack
-        if len(exponents) < len(self.projections) or not isinstance(stack, Fp8Weight):
-            return None
-        return exponents if stack.exponents is not None else None
-
-    def columns_of_dy(self) -> Tensor | Turned | None:
-        """Factors of dY's columns (exponents int8 [out]) with which the kernel that makes dY can quantise it for a lone
-        fp8 weight, or that it turns it for an int8 one; None for others."""
-        projection = self.projections[0]
-        lone = len(self.projections) == 1 and isinstance(projection, LinearProjection)
-        weight = projection.weight if lone and isinstance(projection, LinearProjection) else None
-        if isinstance(weight, Int8Products):
-            return TURNED if weight.turns_output_grads else None
-        return weight.exponents if isinstance(weight, Fp8Weight) else None
-
-    @property
-    def quantises_rows(self) -> bool:
-        """Whether products of the forward pass take the rows of x in fp8."""
-        return any(weight.quantises_rows for weight in self.weights())
-
-    @property
-    def turns_rows(self) -> bool:
-        """Whether products of the forward pass take the rows of x in int8, turned."""
-        return any(isinstance(weight, Int8Products) for weight in self.weights())
-
     def _terms(
         self, operands: Sequence[Operand], joined: bool, of_stack: Operand | None
     ) -> list[tuple[Projection, Operand]]:
@@ -421,6 +427,18 @@ class ProjectionGroup(GroupParameters):
         if stack is None or wide is None:
             return list(zip(self.projections, operands, strict=True))
         return [(LinearProjection(stack), Operand(wide))]
+
+    def _adapted_input_grad(self, operands: Sequence[Operand], joined: bool) -> tuple[Weight, Tensor] | None:
+        """The one weight and dY whose product is dX, where a kernel adds the adapters' share to it."""
+        if not self._pairs or self.impl is not None or len(self.weights()) < len(self.projections):
+            return None
+        weight, dy = self.weights()[0], operands[0].tensor
+        if len(operands) > 1:
+            wide = side_by_side([operand.tensor for operand in operands], 1) if joined else None
+            if wide is None or not isinstance(self.stack, DenseWeight):
+                return None
+            weight, dy = self.stack, wide
+        return (weight, dy) if adapted.takes_input_grad(weight, dy, self._stacked_a(dy.dtype)) else None
 
     def _fits_epilogue(self) -> bool:
         """Whether the adapters' share of dX, dXA A, is one that a product adds."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from itertools import accumulate, pairwise
 
 import torch
@@ -21,8 +22,8 @@ from pronghorn.blocks.projection.parts import (
 from pronghorn.kernels import lora
 from pronghorn.kernels.dispatch import Impl
 from pronghorn.kernels.dropout import seeded_dropout
-from pronghorn.weights import Weight
-from pronghorn.weights.operand import Operand, as_operand
+from pronghorn.weights import Fp8Weight, Int8Products, Weight, stacked
+from pronghorn.weights.operand import TURNED, Operand, Turned, as_operand
 
 
 class GroupParameters:
@@ -151,6 +152,45 @@ class GroupParameters:
             return
         for (_, adapter), part in zip(self._pairs, self._slices, strict=True):
             lora.accumulate_product_(buffer[part], dxa[:, part].t(), dropped(x, adapter))
+
+    # --- what products with the weights want ---------------------------------------------------------------
+
+    @cached_property
+    def stack(self) -> Weight | None:
+        """The frozen weights as one, where they lie side by side."""
+        weights = self.weights()
+        return stacked(weights) if len(weights) == len(self.projections) else None
+
+    def fp8_columns(self) -> tuple[Tensor, ...] | None:
+        """Exponents int8 [out_i] of the factors that go into each dY before all of them are quantised together; None
+        where that is not how the input gradient is made."""
+        exponents = tuple(
+            w.exponents for w in self.weights() if isinstance(w, Fp8Weight) and w.exponents is not None
+        )
+        stack = self.stack
+        if len(exponents) < len(self.projections) or not isinstance(stack, Fp8Weight):
+            return None
+        return exponents if stack.exponents is not None else None
+
+    def columns_of_dy(self) -> Tensor | Turned | None:
+        """Factors of dY's columns (exponents int8 [out]) with which the kernel that makes dY can quantise it for a lone
+        fp8 weight, or that it turns it for an int8 one; None for others."""
+        projection = self.projections[0]
+        lone = len(self.projections) == 1 and isinstance(projection, LinearProjection)
+        weight = projection.weight if lone and isinstance(projection, LinearProjection) else None
+        if isinstance(weight, Int8Products):
+            return TURNED if weight.turns_output_grads else None
+        return weight.exponents if isinstance(weight, Fp8Weight) else None
+
+    @property
+    def quantises_rows(self) -> bool:
+        """Whether products of the forward pass take the rows of x in fp8."""
+        return any(weight.quantises_rows for weight in self.weights())
+
+    @property
+    def turns_rows(self) -> bool:
+        """Whether products of the forward pass take the rows of x in int8, turned."""
+        return any(isinstance(weight, Int8Products) for weight in self.weights())
 
     # --- parts -------------------------------------------------------------------------------------------------
 

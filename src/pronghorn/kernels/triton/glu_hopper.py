@@ -4,9 +4,10 @@ layouts and warps).
     forward   gate = x Wgᵀ + XA_g B_gᵀ,  up likewise,  act = f(gate) · up,  XA_d = act A_dᵀ
     backward  dact = dy W_d + dXA_d A_d,  dgate = dact · up · f'(gate),  dup = dact · f(gate),  dA_d = dXA_dᵀ act
 
-One warp copies tiles into a ring of stages; two warp groups multiply, each its own 64 rows of a tile with all 256
-columns, and finish their tile in registers. They run a part of the ring apart, so that one of them keeps the matrix
-units busy while the other finishes. What the adapters add is one more, narrow step of the products.
+One warp copies tiles into a ring of stages; two warp groups multiply, forward three where that pays, each its own 64
+rows of a tile with all 256 columns, and finish their tile in registers. They run a part of the ring apart, so that one
+of them keeps the matrix units busy while another finishes. What the adapters add is one more, narrow step of the
+products.
 """
 
 from __future__ import annotations
@@ -18,21 +19,19 @@ import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    tma,
-    warpgroup_mma,
-    warpgroup_mma_init,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma
 
+from pronghorn.kernels import glu_products
 from pronghorn.kernels.glu_products import COLUMNS, ROWS, padded
 from pronghorn.kernels.glu_products import HALF as HALF_COLUMNS
 from pronghorn.kernels.triton.gluon_parts import (
+    begin_behind,
     fetch,
+    multiplied,
     next_stage,
+    pass_over,
     place,
+    put,
     put_back,
     quarters,
     ring,
@@ -46,90 +45,70 @@ from pronghorn.kernels.triton.lora_sums import sum_a_grads, sum_rows
 if TYPE_CHECKING:
     from pronghorn.kernels.glu_products import DownGrad, GateUp
 
-BM = gl.constexpr(ROWS)
 #: columns of a tile: of act backward; forward 128 of gate and the same 128 of up
 BN = gl.constexpr(COLUMNS)
 HALF = gl.constexpr(HALF_COLUMNS)
+BM = gl.constexpr(ROWS)
 BK = gl.constexpr(64)
-#: stages in shared memory; the second warp group begins when LAG of them are there
+#: stages in shared memory of two groups, and of three
 STAGES = gl.constexpr(4)
-LAG = gl.constexpr(3)
+STAGES_OF_THREE = gl.constexpr(3)
 #: columns of a tile that are finished at a time
 WIDTH = gl.constexpr(64)
-#: rows of tiles that are gone through together
+#: rows of tiles that are gone through together, by two groups and by three
 GROUP = gl.constexpr(16)
-
-
-@gluon.jit
-def _of_stage(right, stage, TURN: gl.constexpr):
-    if TURN:
-        return right.index(stage).permute((1, 0))
-    else:
-        return right.index(stage)
-
-
-@gluon.jit
-def _multiplied(
-    left, right, full, empty, narrow_left, narrow_right, stage, phase, k, g: gl.constexpr, NARROW: gl.constexpr,
-    TURN: gl.constexpr,
-):  # fmt: skip
-    """A warp group's tile of the product, with the narrow step before it; TURN: the right side lies by columns."""
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
-    mbarrier.wait(full.index(stage), phase)
-    acc = warpgroup_mma_init(gl.zeros([64, BN], gl.float32, layout))
-    if NARROW:
-        acc = warpgroup_mma(narrow_left, narrow_right, acc, use_acc=False, is_async=True)
-    else:
-        acc = warpgroup_mma(
-            left.index(2 * stage + g), _of_stage(right, stage, TURN), acc, use_acc=False, is_async=True
-        )
-    before = stage
-    stage, phase = next_stage(stage, phase, STAGES)
-    for _ in range(0 if NARROW else 1, gl.cdiv(k, BK)):
-        mbarrier.wait(full.index(stage), phase)
-        acc = warpgroup_mma(left.index(2 * stage + g), _of_stage(right, stage, TURN), acc, is_async=True)
-        acc = warpgroup_mma_init(warpgroup_mma_wait(1, deps=(acc,)))
-        mbarrier.arrive(empty.index(before), count=1)
-        before = stage
-        stage, phase = next_stage(stage, phase, STAGES)
-    acc = warpgroup_mma_wait(0, deps=(acc,))
-    mbarrier.arrive(empty.index(before), count=1)
-    return acc, stage, phase
+GROUP_OF_THREE = gl.constexpr(11)
 
 
 @gluon.jit
 def _copy_forward(
-    x_desc, gate_weight, up_weight, xa_desc, gate_b, up_b, a_desc, left, right, full, empty, m, n, k, programs,
-    R: gl.constexpr, RD: gl.constexpr,
+    given, G: gl.constexpr, DEPTH: gl.constexpr, R: gl.constexpr, RD: gl.constexpr,
 ):  # fmt: skip
+    (
+        x_desc,
+        gate_weight,
+        up_weight,
+        xa_desc,
+        gate_b,
+        up_b,
+        a_desc,
+        left,
+        right,
+        full,
+        empty,
+        m,
+        n,
+        k,
+        programs,
+    ) = given
     tiles_n = gl.cdiv(n, HALF)
     stage = 0
     phase = 1
-    for index in range(gl.program_id(0), gl.cdiv(m, BM) * tiles_n, programs):
-        tile_m, tile_n = place(index, gl.cdiv(m, BM), tiles_n, GROUP)
-        at_m = tile_m * BM
+    for index in range(gl.program_id(0), gl.cdiv(m, 64 * G) * tiles_n, programs):
+        tile_m, tile_n = place(index, gl.cdiv(m, 64 * G), tiles_n, GROUP if G == 2 else GROUP_OF_THREE)
+        at_m = tile_m * (64 * G)
         at_n = tile_n * HALF
         if R:
             bar = full.index(stage)
             mbarrier.wait(empty.index(stage), phase)
-            mbarrier.expect(bar, (BM + BN) * 2 * R * 2)
-            for g in gl.static_range(2):
+            mbarrier.expect(bar, (64 * G + BN) * 2 * R * 2)
+            for g in gl.static_range(G):
                 fetch(xa_desc, [at_m + 64 * g, 0], bar,
-                      view(left.index(2 * stage + g), xa_desc.dtype, [64, 2 * R], xa_desc.layout))  # fmt: skip
+                      view(left.index(G * stage + g), xa_desc.dtype, [64, 2 * R], xa_desc.layout))  # fmt: skip
             # [B_g 0] over [0 B_u]: what lies beside a matrix is read as zero.
             b = view(right.index(stage), gate_b.dtype, [BN, 2 * R], gate_b.layout)
             fetch(gate_b, [at_n, 0], bar, b.slice(0, HALF))
             fetch(up_b, [at_n, -R], bar, b.slice(HALF, HALF))
-            stage, phase = next_stage(stage, phase, STAGES)
+            stage, phase = next_stage(stage, phase, DEPTH)
         for step in range(gl.cdiv(k, BK)):
             bar = full.index(stage)
             mbarrier.wait(empty.index(stage), phase)
-            mbarrier.expect(bar, (BM + BN) * BK * 2)
-            for g in gl.static_range(2):
-                fetch(x_desc, [at_m + 64 * g, step * BK], bar, left.index(2 * stage + g))
+            mbarrier.expect(bar, (64 * G + BN) * BK * 2)
+            for g in gl.static_range(G):
+                fetch(x_desc, [at_m + 64 * g, step * BK], bar, left.index(G * stage + g))
             fetch(gate_weight, [at_n, step * BK], bar, right.index(stage).slice(0, HALF))
             fetch(up_weight, [at_n, step * BK], bar, right.index(stage).slice(HALF, HALF))
-            stage, phase = next_stage(stage, phase, STAGES)
+            stage, phase = next_stage(stage, phase, DEPTH)
         if RD:
             bar = full.index(stage)
             mbarrier.wait(empty.index(stage), phase)
@@ -137,25 +116,17 @@ def _copy_forward(
             a = view(right.index(stage), a_desc.dtype, [2 * RD, WIDTH], a_desc.layout)
             for i in gl.static_range(2):
                 fetch(a_desc, [0, at_n + i * WIDTH], bar, a.slice(RD * i, RD))
-            stage, phase = next_stage(stage, phase, STAGES)
-
-
-@gluon.jit
-def _put(out_desc, at_m, at_n, x, buffers, turn: gl.constexpr):
-    """Two buffers take turns, by the number of the write: the one before last has been read."""
-    tma.store_wait(1)
-    buffer = buffers.index(turn)
-    buffer.store(x)
-    fence_async_shared()
-    put_back(out_desc, [at_m, at_n], buffer)
+            stage, phase = next_stage(stage, phase, DEPTH)
 
 
 @gluon.jit
 def _forward_group(
-    left, right, full, empty, buffers, xa_desc, gate_b, a_desc, gate_out, up_out, act_out, partial_ptr,
-    m, n, k, programs, g: gl.constexpr, R: gl.constexpr, RD: gl.constexpr, KEEP: gl.constexpr, ACT: gl.constexpr,
-    KIND: gl.constexpr,
+    given, g: gl.constexpr, G: gl.constexpr, DEPTH: gl.constexpr, R: gl.constexpr, RD: gl.constexpr,
+    KEEP: gl.constexpr, ACT: gl.constexpr, KIND: gl.constexpr,
 ):  # fmt: skip
+    (left, right, full, empty, buffers, xa_desc, gate_b, a_desc, gate_out, up_out, act_out, partial_ptr,
+     m, n, k, programs) = given  # fmt: skip
+    steps = gl.cdiv(k, BK) + (1 if R else 0)
     narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
     of_xa: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, RD or 16, 16])
     as_left: gl.constexpr = gl.DotOperandLayout(0, of_xa, 2)
@@ -164,17 +135,15 @@ def _forward_group(
     tiles_n = gl.cdiv(n, HALF)
     stage = 0
     phase = 0
-    if g > 0:
-        # Begin behind the other group, and stay there.
-        mbarrier.wait(full.index(LAG), 0, pred=gl.cdiv(k, BK) > LAG)
-    for index in range(gl.program_id(0), gl.cdiv(m, BM) * tiles_n, programs):
-        tile_m, tile_n = place(index, gl.cdiv(m, BM), tiles_n, GROUP)
-        at_m = tile_m * BM + 64 * g
+    begin_behind(full, steps, g, G, DEPTH)
+    for index in range(gl.program_id(0), gl.cdiv(m, 64 * G) * tiles_n, programs):
+        tile_m, tile_n = place(index, gl.cdiv(m, 64 * G), tiles_n, GROUP if G == 2 else GROUP_OF_THREE)
+        at_m = tile_m * (64 * G) + 64 * g
         at_n = tile_n * HALF
-        xa = view(left.index(2 * stage + g), xa_desc.dtype, [64, 2 * R or 16], xa_desc.layout)
+        xa = view(left.index(G * stage + g), xa_desc.dtype, [64, 2 * R or 16], xa_desc.layout)
         b = view(right.index(stage), gate_b.dtype, [BN, 2 * R or 16], gate_b.layout)
-        acc, stage, phase = _multiplied(
-            left, right, full, empty, xa, b.permute((1, 0)), stage, phase, k, g, R > 0, True
+        acc, stage, phase = multiplied(
+            left, right, full, empty, xa, b.permute((1, 0)), stage, phase, steps, g, G, DEPTH, R > 0, True
         )
         gate0, gate1, up0, up1 = quarters(acc)
         if RD:
@@ -186,13 +155,13 @@ def _forward_group(
             gate = gl.convert_layout(gate0 if i == 0 else gate1, narrow).to(kind)
             up = gl.convert_layout(up0 if i == 0 else up1, narrow).to(kind)
             if KEEP:
-                _put(gate_out, at_m, at, gate, buffers, 2 * g + i * WRITES % 2)
-                _put(up_out, at_m, at, up, buffers, 2 * g + (i * WRITES + 1) % 2)
+                put(gate_out, at_m, at, gate, buffers, 2 * g + i * WRITES % 2)
+                put(up_out, at_m, at, up, buffers, 2 * g + (i * WRITES + 1) % 2)
             if KIND != "none":
                 value, _ = value_and_slope(gate.to(gl.float32), KIND)
                 act = (value * up.to(gl.float32)).to(kind)
                 if ACT:
-                    _put(act_out, at_m, at, act, buffers, 2 * g + (i * WRITES + WRITES - 1) % 2)
+                    put(act_out, at_m, at, act, buffers, 2 * g + (i * WRITES + WRITES - 1) % 2)
                 if RD:
                     xa_down = warpgroup_mma(
                         gl.convert_layout(act, as_left),
@@ -201,7 +170,7 @@ def _forward_group(
                     )
         if RD:
             mbarrier.arrive(empty.index(stage), count=1)
-            stage, phase = next_stage(stage, phase, STAGES)
+            stage, phase = next_stage(stage, phase, DEPTH)
             rows = at_m + gl.arange(0, 64, gl.SliceLayout(1, of_xa))
             r = gl.arange(0, RD, gl.SliceLayout(0, of_xa))
             to = partial_ptr + tile_n.to(gl.int64) * m * RD + rows[:, None] * RD + r[None, :]
@@ -213,24 +182,39 @@ def _forward_group(
 @gluon.jit(do_not_specialize=["m", "n", "k", "programs"])
 def forward_kernel(
     x_desc, gate_weight, up_weight, xa_desc, gate_b, up_b, a_desc, gate_out, up_out, act_out, partial_ptr,
-    m, n, k, programs, R: gl.constexpr, RD: gl.constexpr, KEEP: gl.constexpr, ACT: gl.constexpr, KIND: gl.constexpr,
+    m, n, k, programs, G: gl.constexpr, R: gl.constexpr, RD: gl.constexpr, KEEP: gl.constexpr, ACT: gl.constexpr,
+    KIND: gl.constexpr,
 ):  # fmt: skip
-    left = gl.allocate_shared_memory(x_desc.dtype, [2 * STAGES, 64, BK], x_desc.layout)
-    right = gl.allocate_shared_memory(x_desc.dtype, [STAGES, BN, BK], gate_weight.layout)
-    buffers = gl.allocate_shared_memory(act_out.dtype, [4, 64, WIDTH], act_out.layout)
-    full, empty = ring(STAGES, 2)
-    gl.warp_specialize(
-        [
-            (_forward_group, (left, right, full, empty, buffers, xa_desc, gate_b, a_desc, gate_out, up_out, act_out,
-                              partial_ptr, m, n, k, programs, 0, R, RD, KEEP, ACT, KIND)),
-            (_forward_group, (left, right, full, empty, buffers, xa_desc, gate_b, a_desc, gate_out, up_out, act_out,
-                              partial_ptr, m, n, k, programs, 1, R, RD, KEEP, ACT, KIND)),
-            (_copy_forward, (x_desc, gate_weight, up_weight, xa_desc, gate_b, up_b, a_desc, left, right, full, empty,
-                             m, n, k, programs, R, RD)),
-        ],
-        [4, 1],
-        [232, 40],
-    )  # fmt: skip
+    DEPTH: gl.constexpr = STAGES if G == 2 else STAGES_OF_THREE
+    left = gl.allocate_shared_memory(x_desc.dtype, [G * DEPTH, 64, BK], x_desc.layout)
+    right = gl.allocate_shared_memory(x_desc.dtype, [DEPTH, BN, BK], gate_weight.layout)
+    buffers = gl.allocate_shared_memory(act_out.dtype, [2 * G, 64, WIDTH], act_out.layout)
+    full, empty = ring(DEPTH, G)
+    of_group = (left, right, full, empty, buffers, xa_desc, gate_b, a_desc, gate_out, up_out, act_out, partial_ptr,
+                m, n, k, programs)  # fmt: skip
+    of_copy = (x_desc, gate_weight, up_weight, xa_desc, gate_b, up_b, a_desc, left, right, full, empty,
+               m, n, k, programs)  # fmt: skip
+    if G == 2:
+        gl.warp_specialize(
+            [
+                (_forward_group, (of_group, 0, G, DEPTH, R, RD, KEEP, ACT, KIND)),
+                (_forward_group, (of_group, 1, G, DEPTH, R, RD, KEEP, ACT, KIND)),
+                (_copy_forward, (of_copy, G, DEPTH, R, RD)),
+            ],
+            [4, 1],
+            [232, 40],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (_forward_group, (of_group, 0, G, DEPTH, R, RD, KEEP, ACT, KIND)),
+                (_forward_group, (of_group, 1, G, DEPTH, R, RD, KEEP, ACT, KIND)),
+                (_forward_group, (of_group, 2, G, DEPTH, R, RD, KEEP, ACT, KIND)),
+                (_copy_forward, (of_copy, G, DEPTH, R, RD)),
+            ],
+            [4, 4, 1],
+            [160, 160, 24],
+        )
 
 
 @gluon.jit
@@ -280,16 +264,6 @@ def _copy_backward(
 
 
 @gluon.jit
-def _pass_over(full, empty, stage, phase, count: gl.constexpr):
-    """Stages of the other group."""
-    for _ in gl.static_range(count):
-        mbarrier.wait(full.index(stage), phase)
-        mbarrier.arrive(empty.index(stage), count=1)
-        stage, phase = next_stage(stage, phase, STAGES)
-    return stage, phase
-
-
-@gluon.jit
 def _backward_part(
     dact, gate_tile, up_tile, act_tile, dxa, gate_desc, up_desc, partial_ptr, piece, at_m, at_n, n, rank,
     R: gl.constexpr, KIND: gl.constexpr,
@@ -324,17 +298,19 @@ def _backward_group(
     tiles_n = gl.cdiv(n, BN)
     stage = 0
     phase = 0
-    if g > 0:
-        mbarrier.wait(full.index(LAG), 0, pred=gl.cdiv(k, BK) > LAG)
+    steps = gl.cdiv(k, BK) + (1 if R else 0)
+    begin_behind(full, steps, g, 2, STAGES)
     for index in range(gl.program_id(0), gl.cdiv(m, BM) * tiles_n, programs):
         tile_m, tile_n = place(index, gl.cdiv(m, BM), tiles_n, GROUP)
         at_m = tile_m * BM + 64 * g
         at_n = tile_n * BN
         dxa = view(left.index(2 * stage + g), dxa_desc.dtype, [64, R or 16], dxa_desc.layout)
         a = view(right.index(stage), a_desc.dtype, [R or 16, BN], a_desc.layout)
-        acc, stage, phase = _multiplied(left, right, full, empty, dxa, a, stage, phase, k, g, R > 0, False)
+        acc, stage, phase = multiplied(
+            left, right, full, empty, dxa, a, stage, phase, steps, g, 2, STAGES, R > 0, False
+        )
         d0, d1, d2, d3 = quarters(acc)
-        stage, phase = _pass_over(full, empty, stage, phase, 2 * g)
+        stage, phase = pass_over(full, empty, stage, phase, 2 * g, STAGES)
         for part in gl.static_range(2):
             mbarrier.wait(full.index(stage), phase)
             rest = view(right.index(stage), gate_desc.dtype, [BN, WIDTH], gate_desc.layout)
@@ -350,7 +326,7 @@ def _backward_group(
             fence_async_shared()
             mbarrier.arrive(empty.index(stage), count=1)
             stage, phase = next_stage(stage, phase, STAGES)
-        stage, phase = _pass_over(full, empty, stage, phase, 2 - 2 * g)
+        stage, phase = pass_over(full, empty, stage, phase, 2 - 2 * g, STAGES)
     tma.store_wait(0)
 
 
@@ -381,10 +357,10 @@ def forward(call: GateUp, gate: Tensor, up: Tensor, act: Tensor | None, xa_down:
     x, xa, a = call.x, call.xa, call.a
     (m, k), n = x.shape, call.gate_weight.shape[0]
     rank, rank_down = 0 if xa is None else xa.shape[1] // 2, 0 if a is None else padded(a.shape[0])
-    tiles_n = triton.cdiv(n, HALF.value)
+    tiles_n, groups = triton.cdiv(n, HALF.value), glu_products.groups_of(m, n)
     out = gate if act is None else act
     partial = x.new_empty(tiles_n, m, rank_down, dtype=torch.float32) if rank_down else out
-    tiles = triton.cdiv(m, BM.value) * tiles_n
+    tiles = triton.cdiv(m, 64 * groups) * tiles_n
     count = min(tiles, processors(x.device.index or 0))
     wide = 2 * rank or 16
     forward_kernel[(count,)](
@@ -394,7 +370,7 @@ def forward(call: GateUp, gate: Tensor, up: Tensor, act: Tensor | None, xa_down:
         tiles_of(x if xa is None else call.up_b, HALF.value, wide),
         tiles_of(x if a is None else a, rank_down or 16, WIDTH.value), tiles_of(gate, 64, WIDTH.value),
         tiles_of(up, 64, WIDTH.value), tiles_of(out, 64, WIDTH.value), partial, m, n, k, count,
-        R=rank, RD=rank_down, KEEP=call.keep or act is None, ACT=act is not None,
+        G=groups, R=rank, RD=rank_down, KEEP=call.keep or act is None, ACT=act is not None,
         KIND="none" if act is None and a is None else call.activation, num_warps=4,
     )  # fmt: skip
     if xa_down is not None:

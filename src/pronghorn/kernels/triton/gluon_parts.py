@@ -7,7 +7,14 @@ from typing import Any
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_init,
+    warpgroup_mma_wait,
+)
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 _gl: Any = gl
@@ -75,6 +82,76 @@ def ring(STAGES: gl.constexpr, READERS: gl.constexpr):
         mbarrier.init(full.index(stage), count=1)
         mbarrier.init(empty.index(stage), count=READERS)
     return full, empty
+
+
+@gluon.jit
+def _of_stage(right, stage, TURN: gl.constexpr):
+    if TURN:
+        return right.index(stage).permute((1, 0))
+    else:
+        return right.index(stage)
+
+
+@gluon.jit
+def multiplied(
+    left, right, full, empty, narrow_left, narrow_right, stage, phase, steps, g: gl.constexpr, G: gl.constexpr,
+    STAGES: gl.constexpr, NARROW: gl.constexpr, TURN: gl.constexpr,
+):  # fmt: skip
+    """64 rows of a tile of the product in fp32, for group g of G, by so many steps of the ring, the first of which may
+    be narrow; TURN: the right side lies by columns.
+
+    Three groups leave a thread 160 registers, and the compiler takes no instruction whose results alone are 128 then.
+    """
+    columns: gl.constexpr = right.shape[1] if TURN else right.shape[2]
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, columns if G == 2 else 128, 16])
+    mbarrier.wait(full.index(stage), phase)
+    acc = warpgroup_mma_init(gl.zeros([64, columns], gl.float32, layout))
+    if NARROW:
+        acc = warpgroup_mma(narrow_left, narrow_right, acc, use_acc=False, is_async=True)
+    else:
+        acc = warpgroup_mma(
+            left.index(G * stage + g), _of_stage(right, stage, TURN), acc, use_acc=False, is_async=True
+        )
+    before = stage
+    stage, phase = next_stage(stage, phase, STAGES)
+    for _ in range(1, steps):
+        mbarrier.wait(full.index(stage), phase)
+        acc = warpgroup_mma(left.index(G * stage + g), _of_stage(right, stage, TURN), acc, is_async=True)
+        acc = warpgroup_mma_init(warpgroup_mma_wait(1, deps=(acc,)))
+        mbarrier.arrive(empty.index(before), count=1)
+        before = stage
+        stage, phase = next_stage(stage, phase, STAGES)
+    acc = warpgroup_mma_wait(0, deps=(acc,))
+    mbarrier.arrive(empty.index(before), count=1)
+    return acc, stage, phase
+
+
+@gluon.jit
+def begin_behind(full, steps, g: gl.constexpr, G: gl.constexpr, STAGES: gl.constexpr):
+    """A group begins a part of the ring behind the one before, and stays there: one finishes while others multiply."""
+    LAG: gl.constexpr = STAGES - 1 if G == 2 else g
+    if g > 0:
+        mbarrier.wait(full.index(LAG), 0, pred=steps > LAG)
+
+
+@gluon.jit
+def pass_over(full, empty, stage, phase, count: gl.constexpr, STAGES: gl.constexpr):
+    """Stages of other groups."""
+    for _ in gl.static_range(count):
+        mbarrier.wait(full.index(stage), phase)
+        mbarrier.arrive(empty.index(stage), count=1)
+        stage, phase = next_stage(stage, phase, STAGES)
+    return stage, phase
+
+
+@gluon.jit
+def put(out_desc, at_m, at_n, x, buffers, turn: gl.constexpr):
+    """A tile to memory. Two buffers take turns, by the number of the write: the one before last has been read."""
+    tma.store_wait(1)
+    buffer = buffers.index(turn)
+    buffer.store(x)
+    fence_async_shared()
+    put_back(out_desc, [at_m, at_n], buffer)
 
 
 @gluon.jit

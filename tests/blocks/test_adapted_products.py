@@ -1,0 +1,113 @@
+"""Products that add adapters and residuals themselves give what the matrix library and two kernels give."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from pronghorn.blocks import LEVELS, joining
+from pronghorn.engine import TrainingStep, binding_of
+from pronghorn.kernels import products
+from tests.families.parity import (
+    Outcome,
+    add_adapter,
+    add_second_adapter,
+    assert_same,
+    bound_copy,
+    packed_batch,
+    rows_batch,
+    run,
+    run_step,
+)
+from tests.tiny import tiny_model
+
+EXACT = 5e-6  # as in the family tests
+LENGTHS = (100, 7, 120, 90)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """The formulas in torch take the kernel's place; how often it was called, by kind."""
+    found: dict[str, int] = {}
+    right = products.run
+
+    def counted(product: products.Product, out: Any = None) -> Any:
+        kind = "output" if product.turned else "input gradient"
+        found[kind] = found.get(kind, 0) + 1
+        return right(product, out, impl="torch")
+
+    monkeypatch.setattr(products, "run", counted)
+    monkeypatch.setattr(products, "why_not_here", lambda device, dtype: None)
+    monkeypatch.setattr(products, "fills", lambda *sizes: True)
+    return found
+
+
+def outcomes(
+    model: Any,
+    level: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tile_rows: int | None = None,
+    *,
+    step: bool = True,
+) -> list[Outcome]:
+    """With the adapters inside the products, and apart."""
+    rows, found = rows_batch(model.config.vocab_size, LENGTHS), []
+    for inside in (True, False):
+        monkeypatch.setattr(joining, "ADAPTERS_IN_PRODUCTS", inside)
+        fast = bound_copy(model, level)
+        binding = binding_of(fast)
+        assert binding is not None
+        binding.tile_rows = tile_rows
+        outcome = (
+            run_step(TrainingStep(fast), fast, rows) if step else run(fast, packed_batch(rows), logits=False)
+        )
+        found.append(outcome)
+    return found
+
+
+@pytest.mark.parametrize("tile_rows", [None, 128])
+@pytest.mark.parametrize("level", LEVELS)
+def test_every_level(
+    level: str, tile_rows: int | None, calls: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = add_adapter(tiny_model("qwen3", dtype=torch.float64), r=8, lora_alpha=12)
+    inside, apart = outcomes(model, level, monkeypatch, tile_rows)
+    assert_same(inside, apart, EXACT)
+    assert calls["output"] and calls["input gradient"]
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "used"),
+    [
+        ("llama", {"r": 8, "target_modules": ["q_proj", "o_proj"]}, {"output", "input gradient"}),
+        ("llama", {"r": 8, "target_modules": ["gate_proj"]}, {"output"}),
+        ("llama", {"r": 1}, set()),
+        ("llama", {"r": 128}, set()),
+        ("llama", {"r": 8, "rank_pattern": {"o_proj": 16, "down_proj": 128}}, {"input gradient"}),
+        ("llama", {"r": 8, "lora_dropout": 0.1}, {"output"}),
+        ("phi3", {"r": 8}, {"output", "input gradient"}),
+        ("qwen2", {"r": 16}, {"output", "input gradient"}),
+        ("gemma2", {"r": 8}, {"input gradient"}),
+    ],
+)
+def test_other_adapters_and_families(
+    family: str, options: dict[str, Any], used: set[str], calls: dict[str, int], monkeypatch: Any
+) -> None:
+    model = add_adapter(tiny_model(family, dtype=torch.float64), lora_alpha=8, **options)
+    inside, apart = outcomes(model, "attention", monkeypatch)
+    if "lora_dropout" not in options:
+        assert_same(inside, apart, EXACT)
+    found = set(calls)
+    # Weights without an adapter add their residual there, too.
+    assert found - {"output"} == used - {"output"} and used <= found
+
+
+def test_two_adapters_and_all_weights_trained(calls: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    two = add_adapter(tiny_model("llama", dtype=torch.float64), r=8)
+    add_second_adapter(two)
+    inside, apart = outcomes(two, "none", monkeypatch, step=False)
+    assert_same(inside, apart, EXACT)
+    inside, apart = outcomes(tiny_model("llama", dtype=torch.float64), "attention", monkeypatch, step=False)
+    assert_same(inside, apart, EXACT)
