@@ -7,6 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+#: Below every logit: unlike -inf it may be subtracted from -inf.
+LOWEST = tl.constexpr(-3.0e38)
+
 
 @triton.jit
 def _capped(x, scale, softcap, SOFTCAP: tl.constexpr):
@@ -34,19 +37,19 @@ def _cross_entropy(
             for start in range(0, width, BLOCK):
                 tl.store(row + start + columns, nothing, mask=start + columns < width)
     else:
-        # A lane's running maximum and sum; lanes are put together once, after the loop.
-        highest = tl.full([BLOCK], float("-inf"), tl.float32)
+        # A lane's running maximum and sum; lanes are put together once, after the loop. One of the two numbers is its
+        # own maximum, so that one exponential serves both: they, not memory, are what the first pass waits for.
+        highest = tl.full([BLOCK], LOWEST, tl.float32)
         total = tl.zeros([BLOCK], tl.float32)
         for start in range(0, width, BLOCK):
             x = tl.load(row + start + columns, mask=start + columns < width, other=float("-inf")).to(
                 tl.float32
             )
             x = tl.where(start + columns < width, _capped(x, scale, softcap, SOFTCAP), float("-inf"))
-            new = tl.maximum(highest, x)
-            # A lane that has seen nothing finite yet would give inf - inf.
-            safe = tl.where(new == float("-inf"), 0.0, new)
-            total = total * tl.exp(highest - safe) + tl.exp(x - safe)
-            highest = new
+            above = x - highest
+            less = tl.exp(-tl.abs(above))
+            total = tl.where(above > 0.0, total * less + 1.0, total + less)
+            highest = tl.maximum(highest, x)
         top = tl.max(highest, 0)
         lse = top + tl.log(tl.sum(total * tl.exp(highest - top), 0))
         # A label outside the vocabulary loads NaN, so that the loss shows it.
