@@ -40,7 +40,7 @@ from pronghorn.kernels.triton.gluon_parts import (
     view,
 )
 from pronghorn.kernels.triton.launch import processors
-from pronghorn.kernels.triton.lora_sums import sum_a_grads, sum_rows
+from pronghorn.kernels.triton.lora_sums import Few, sum_a_grads, sum_rows
 
 if TYPE_CHECKING:
     from pronghorn.kernels.glu_products import DownGrad, GateUp
@@ -55,9 +55,24 @@ STAGES = gl.constexpr(4)
 STAGES_OF_THREE = gl.constexpr(3)
 #: columns of a tile that are finished at a time
 WIDTH = gl.constexpr(64)
-#: rows of tiles that are gone through together, by two groups and by three
+#: Rows of tiles that are gone through together, by two groups and by three, and columns of them backward. Where these
+#: divide the number of processors (132), each stays in its row, or column, and keeps a sum of its tiles.
 GROUP = gl.constexpr(16)
 GROUP_OF_THREE = gl.constexpr(11)
+COLUMNS_TOGETHER = gl.constexpr(12)
+
+
+@gluon.jit
+def slab_of(index, tiles, across, at, programs, period, TOGETHER: gl.constexpr):
+    """Where a sum over tiles of a row is written, and whether it is to be written after this tile, `at` of `across`.
+
+    A program whose next tile is in the same row adds that first. That is so among whole groups of TOGETHER rows where
+    the programs are a multiple of them (`period`, else 0): then tiles a period apart belong to one program.
+    """
+    group = index // (TOGETHER * across)
+    stays = (period > 0) & (group < tiles // TOGETHER)
+    slab = gl.where(stays, at % gl.maximum(period, 1), at)
+    return slab, (not stays) | ((index + programs) // (TOGETHER * across) != group)
 
 
 @gluon.jit
@@ -125,7 +140,7 @@ def _forward_group(
     KEEP: gl.constexpr, ACT: gl.constexpr, KIND: gl.constexpr,
 ):  # fmt: skip
     (left, right, full, empty, buffers, xa_desc, gate_b, a_desc, gate_out, up_out, act_out, partial_ptr,
-     m, n, k, programs) = given  # fmt: skip
+     m, n, k, programs, period) = given  # fmt: skip
     steps = gl.cdiv(k, BK) + (1 if R else 0)
     narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
     of_xa: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, RD or 16, 16])
@@ -135,9 +150,13 @@ def _forward_group(
     tiles_n = gl.cdiv(n, HALF)
     stage = 0
     phase = 0
+    xa_down = gl.zeros([64, RD or 16], gl.float32, of_xa)
     begin_behind(full, steps, g, G, DEPTH)
     for index in range(gl.program_id(0), gl.cdiv(m, 64 * G) * tiles_n, programs):
         tile_m, tile_n = place(index, gl.cdiv(m, 64 * G), tiles_n, GROUP if G == 2 else GROUP_OF_THREE)
+        slab, last = slab_of(
+            index, gl.cdiv(m, 64 * G), tiles_n, tile_n, programs, period, GROUP if G == 2 else GROUP_OF_THREE
+        )
         at_m = tile_m * (64 * G) + 64 * g
         at_n = tile_n * HALF
         xa = view(left.index(G * stage + g), xa_desc.dtype, [64, 2 * R or 16], xa_desc.layout)
@@ -149,7 +168,6 @@ def _forward_group(
         if RD:
             mbarrier.wait(full.index(stage), phase)
         a = view(right.index(stage), a_desc.dtype, [2 * (RD or 16), WIDTH], a_desc.layout)
-        xa_down = gl.zeros([64, RD or 16], gl.float32, of_xa)
         for i in gl.static_range(2):
             at = at_n + i * WIDTH
             gate = gl.convert_layout(gate0 if i == 0 else gate1, narrow).to(kind)
@@ -171,19 +189,21 @@ def _forward_group(
         if RD:
             mbarrier.arrive(empty.index(stage), count=1)
             stage, phase = next_stage(stage, phase, DEPTH)
-            rows = at_m + gl.arange(0, 64, gl.SliceLayout(1, of_xa))
-            r = gl.arange(0, RD, gl.SliceLayout(0, of_xa))
-            to = partial_ptr + tile_n.to(gl.int64) * m * RD + rows[:, None] * RD + r[None, :]
-            gl.store(to, xa_down, mask=(rows < m)[:, None])
+            if last:
+                rows = at_m + gl.arange(0, 64, gl.SliceLayout(1, of_xa))
+                r = gl.arange(0, RD, gl.SliceLayout(0, of_xa))
+                to = partial_ptr + slab.to(gl.int64) * m * RD + rows[:, None] * RD + r[None, :]
+                gl.store(to, xa_down, mask=(rows < m)[:, None])
+            xa_down = gl.where(last, 0.0, xa_down)
     tma.store_wait(0)
 
 
 # A size of one would become a constant, and one more kernel.
-@gluon.jit(do_not_specialize=["m", "n", "k", "programs"])
+@gluon.jit(do_not_specialize=["m", "n", "k", "programs", "period"])
 def forward_kernel(
     x_desc, gate_weight, up_weight, xa_desc, gate_b, up_b, a_desc, gate_out, up_out, act_out, partial_ptr,
-    m, n, k, programs, G: gl.constexpr, R: gl.constexpr, RD: gl.constexpr, KEEP: gl.constexpr, ACT: gl.constexpr,
-    KIND: gl.constexpr,
+    m, n, k, programs, period, G: gl.constexpr, R: gl.constexpr, RD: gl.constexpr, KEEP: gl.constexpr,
+    ACT: gl.constexpr, KIND: gl.constexpr,
 ):  # fmt: skip
     DEPTH: gl.constexpr = STAGES if G == 2 else STAGES_OF_THREE
     left = gl.allocate_shared_memory(x_desc.dtype, [G * DEPTH, 64, BK], x_desc.layout)
@@ -191,7 +211,7 @@ def forward_kernel(
     buffers = gl.allocate_shared_memory(act_out.dtype, [2 * G, 64, WIDTH], act_out.layout)
     full, empty = ring(DEPTH, G)
     of_group = (left, right, full, empty, buffers, xa_desc, gate_b, a_desc, gate_out, up_out, act_out, partial_ptr,
-                m, n, k, programs)  # fmt: skip
+                m, n, k, programs, period)  # fmt: skip
     of_copy = (x_desc, gate_weight, up_weight, xa_desc, gate_b, up_b, a_desc, left, right, full, empty,
                m, n, k, programs)  # fmt: skip
     if G == 2:
@@ -226,7 +246,7 @@ def _copy_backward(
     stage = 0
     phase = 1
     for index in range(gl.program_id(0), gl.cdiv(m, BM) * tiles_n, programs):
-        tile_m, tile_n = place(index, gl.cdiv(m, BM), tiles_n, GROUP)
+        tile_n, tile_m = place(index, tiles_n, gl.cdiv(m, BM), COLUMNS_TOGETHER)
         at_m = tile_m * BM
         at_n = tile_n * BN
         if R:
@@ -265,12 +285,11 @@ def _copy_backward(
 
 @gluon.jit
 def _backward_part(
-    dact, gate_tile, up_tile, act_tile, dxa, gate_desc, up_desc, partial_ptr, piece, at_m, at_n, n, rank,
+    dact, gate_tile, up_tile, act_tile, dxa, gate_desc, up_desc, da, at_m, at_n,
     R: gl.constexpr, KIND: gl.constexpr,
 ):  # fmt: skip
-    """64 columns: gradients of gate and up take their place, here and in memory."""
+    """64 columns: gradients of gate and up take their place, here and in memory; dA [64, R] with what they add."""
     narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
-    of_da: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, R or 16, 16])
     kind: gl.constexpr = gate_desc.dtype
     dact = gl.convert_layout(dact, narrow)
     value, slope = value_and_slope(gate_tile.load(narrow).to(gl.float32), KIND)
@@ -283,25 +302,38 @@ def _backward_part(
     put_back(gate_desc, [at_m, at_n], gate_tile)
     put_back(up_desc, [at_m, at_n], up_tile)
     if R:
-        da = warpgroup_mma(act_tile.permute((1, 0)), dxa, gl.zeros([64, R], gl.float32, of_da), use_acc=False)
-        columns = at_n + gl.arange(0, 64, gl.SliceLayout(1, of_da))
-        r = gl.arange(0, R, gl.SliceLayout(0, of_da))
-        to = partial_ptr + piece.to(gl.int64) * n * rank + r[None, :] * n + columns[:, None]
-        gl.store(to, da, mask=(columns < n)[:, None] & (r < rank)[None, :])
+        da = warpgroup_mma(act_tile.permute((1, 0)), dxa, da)
+    return da
+
+
+@gluon.jit
+def _write_da(partial_ptr, da, piece, at_n, n, rank, R: gl.constexpr):
+    layout: gl.constexpr = da.type.layout
+    columns = at_n + gl.arange(0, 64, gl.SliceLayout(1, layout))
+    r = gl.arange(0, R, gl.SliceLayout(0, layout))
+    to = partial_ptr + piece.to(gl.int64) * n * rank + r[None, :] * n + columns[:, None]
+    gl.store(to, da, mask=(columns < n)[:, None] & (r < rank)[None, :])
 
 
 @gluon.jit
 def _backward_group(
-    left, right, full, empty, dxa_desc, a_desc, gate_desc, up_desc, partial_ptr, m, n, k, rank, programs,
+    left, right, full, empty, dxa_desc, a_desc, gate_desc, up_desc, partial_ptr, m, n, k, rank, programs, period,
     g: gl.constexpr, R: gl.constexpr, KIND: gl.constexpr,
 ):  # fmt: skip
+    of_da: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, R or 16, 16])
+    tiles_m = gl.cdiv(m, BM)
     tiles_n = gl.cdiv(n, BN)
+    da0 = gl.zeros([64, R or 16], gl.float32, of_da)
+    da1 = da0
+    da2 = da0
+    da3 = da0
     stage = 0
     phase = 0
     steps = gl.cdiv(k, BK) + (1 if R else 0)
     begin_behind(full, steps, g, 2, STAGES)
-    for index in range(gl.program_id(0), gl.cdiv(m, BM) * tiles_n, programs):
-        tile_m, tile_n = place(index, gl.cdiv(m, BM), tiles_n, GROUP)
+    for index in range(gl.program_id(0), tiles_m * tiles_n, programs):
+        tile_n, tile_m = place(index, tiles_n, tiles_m, COLUMNS_TOGETHER)
+        slab, last = slab_of(index, tiles_n, tiles_m, tile_m, programs, period, COLUMNS_TOGETHER)
         at_m = tile_m * BM + 64 * g
         at_n = tile_n * BN
         dxa = view(left.index(2 * stage + g), dxa_desc.dtype, [64, R or 16], dxa_desc.layout)
@@ -318,21 +350,43 @@ def _backward_group(
             act_tile = view(left.index(2 * stage + 1), gate_desc.dtype, [64, WIDTH], gate_desc.layout)
             for i in gl.static_range(2):
                 dact = (d0 if i == 0 else d1) if part == 0 else (d2 if i == 0 else d3)
-                _backward_part(
-                    dact, rest.slice(128 * i, 64), rest.slice(128 * i + 64, 64), act_tile, dxa, gate_desc,
-                    up_desc, partial_ptr, 2 * tile_m + g, at_m, at_n + (2 * part + i) * WIDTH, n, rank, R, KIND,
+                da = (da0 if i == 0 else da1) if part == 0 else (da2 if i == 0 else da3)
+                da = _backward_part(
+                    dact, rest.slice(128 * i, 64), rest.slice(128 * i + 64, 64), act_tile, dxa, gate_desc, up_desc,
+                    da, at_m, at_n + (2 * part + i) * WIDTH, R, KIND,
                 )  # fmt: skip
+                if part == 0:
+                    if i == 0:
+                        da0 = da
+                    else:
+                        da1 = da
+                else:
+                    if i == 0:
+                        da2 = da
+                    else:
+                        da3 = da
             tma.store_wait(0)
             fence_async_shared()
             mbarrier.arrive(empty.index(stage), count=1)
             stage, phase = next_stage(stage, phase, STAGES)
         stage, phase = pass_over(full, empty, stage, phase, 2 - 2 * g, STAGES)
+        if R:
+            if last:
+                piece = 2 * slab + g
+                _write_da(partial_ptr, da0, piece, at_n, n, rank, R)
+                _write_da(partial_ptr, da1, piece, at_n + WIDTH, n, rank, R)
+                _write_da(partial_ptr, da2, piece, at_n + 2 * WIDTH, n, rank, R)
+                _write_da(partial_ptr, da3, piece, at_n + 3 * WIDTH, n, rank, R)
+            da0 = gl.where(last, 0.0, da0)
+            da1 = gl.where(last, 0.0, da1)
+            da2 = gl.where(last, 0.0, da2)
+            da3 = gl.where(last, 0.0, da3)
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["m", "n", "k", "rank", "programs"])
+@gluon.jit(do_not_specialize=["m", "n", "k", "rank", "programs", "period"])
 def backward_kernel(
-    dy_desc, weight, dxa_desc, a_desc, gate_desc, up_desc, partial_ptr, m, n, k, rank, programs,
+    dy_desc, weight, dxa_desc, a_desc, gate_desc, up_desc, partial_ptr, m, n, k, rank, programs, period,
     R: gl.constexpr, KIND: gl.constexpr,
 ):  # fmt: skip
     left = gl.allocate_shared_memory(dy_desc.dtype, [2 * STAGES, 64, BK], dy_desc.layout)
@@ -341,9 +395,9 @@ def backward_kernel(
     gl.warp_specialize(
         [
             (_backward_group, (left, right, full, empty, dxa_desc, a_desc, gate_desc, up_desc, partial_ptr,
-                               m, n, k, rank, programs, 0, R, KIND)),
+                               m, n, k, rank, programs, period, 0, R, KIND)),
             (_backward_group, (left, right, full, empty, dxa_desc, a_desc, gate_desc, up_desc, partial_ptr,
-                               m, n, k, rank, programs, 1, R, KIND)),
+                               m, n, k, rank, programs, period, 1, R, KIND)),
             (_copy_backward, (dy_desc, weight, dxa_desc, a_desc, gate_desc, up_desc, left, right, full, empty,
                               m, n, k, programs, R)),
         ],
@@ -362,6 +416,8 @@ def forward(call: GateUp, gate: Tensor, up: Tensor, act: Tensor | None, xa_down:
     partial = x.new_empty(tiles_n, m, rank_down, dtype=torch.float32) if rank_down else out
     tiles = triton.cdiv(m, 64 * groups) * tiles_n
     count = min(tiles, processors(x.device.index or 0))
+    together = (GROUP if groups == 2 else GROUP_OF_THREE).value
+    period = 0 if count % together else count // together
     wide = 2 * rank or 16
     forward_kernel[(count,)](
         tiles_of(x, 64, BK.value), tiles_of(call.gate_weight, HALF.value, BK.value),
@@ -370,11 +426,12 @@ def forward(call: GateUp, gate: Tensor, up: Tensor, act: Tensor | None, xa_down:
         tiles_of(x if xa is None else call.up_b, HALF.value, wide),
         tiles_of(x if a is None else a, rank_down or 16, WIDTH.value), tiles_of(gate, 64, WIDTH.value),
         tiles_of(up, 64, WIDTH.value), tiles_of(out, 64, WIDTH.value), partial, m, n, k, count,
-        G=groups, R=rank, RD=rank_down, KEEP=call.keep or act is None, ACT=act is not None,
+        period, G=groups, R=rank, RD=rank_down, KEEP=call.keep or act is None, ACT=act is not None,
         KIND="none" if act is None and a is None else call.activation, num_warps=4,
     )  # fmt: skip
     if xa_down is not None:
-        sum_rows(partial, xa_down)
+        whole = triton.cdiv(m, 64 * groups) // together * together * 64 * groups
+        sum_rows(partial, xa_down, Few(min(period, tiles_n), whole if period else 0))
 
 
 def backward(call: DownGrad) -> None:
@@ -386,12 +443,15 @@ def backward(call: DownGrad) -> None:
     partial = dy.new_empty(pieces, rank, n, dtype=torch.float32) if rank else gate
     tiles = triton.cdiv(m, BM.value) * triton.cdiv(n, BN.value)
     count = min(tiles, processors(dy.device.index or 0))
+    together = COLUMNS_TOGETHER.value
+    period = 0 if count % together else count // together
     backward_kernel[(count,)](
         tiles_of(dy, 64, BK.value), tiles_of(weight, BK.value, BN.value),
         tiles_of(dy if call.dxa is None else call.dxa, 64, padded(rank) or 16),
         tiles_of(dy if call.a is None else call.a, padded(rank) or 16, BN.value),
         tiles_of(gate, 64, WIDTH.value), tiles_of(up, 64, WIDTH.value), partial, m, n, k, rank, count,
-        R=padded(rank), KIND=call.activation, num_warps=4,
+        period, R=padded(rank), KIND=call.activation, num_warps=4,
     )  # fmt: skip
     if call.a_grad is not None:
-        sum_a_grads(partial, call.a_grad)
+        whole = triton.cdiv(n, BN.value) // together * together * BN.value
+        sum_a_grads(partial, call.a_grad, Few(min(2 * period, pieces), whole if period else 0))

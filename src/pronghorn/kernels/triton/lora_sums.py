@@ -242,43 +242,57 @@ def sum_output_grads(
 MANY = 64
 
 
-@triton.jit
+class Few(NamedTuple):
+    """Of the first `until` rows (columns) there are only `count` partial sums; a multiple of the rows (columns) of a
+    program, 64 (256)."""
+
+    count: int
+    until: int
+
+
+NO_FEW = Few(0, 0)
+
+
+@triton.jit(do_not_specialize=["few", "until"])
 def _sum_a_grads(
-    partial_ptr, grad_ptr, slab, count, rank, width, grad_stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr,
+    partial_ptr, grad_ptr, slab, count, rank, width, grad_stride, few, until, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
+    count = tl.where(tl.program_id(0) * COLUMNS < until, few, count)
     _sum_tile(
         partial_ptr, grad_ptr, slab, count, rank, width, width, grad_stride, 1.0,
         tl.program_id(1), tl.program_id(0), True, ROWS, COLUMNS, DEPTH,
     )  # fmt: skip
 
 
-def sum_a_grads(partial: Tensor, a_grad: Tensor) -> None:
+def sum_a_grads(partial: Tensor, a_grad: Tensor, few: Few = NO_FEW) -> None:
     """a_grad [ΣR, in] += Σ of partial [shares, ΣR, in]."""
     shares, rank, width = partial.shape
     rows, columns, depth = (2, 256, 16) if shares >= MANY else (4, 256, 8)
     _sum_a_grads[(triton.cdiv(width, columns), triton.cdiv(rank, rows))](
-        partial, a_grad, rank * width, shares, rank, width, a_grad.stride(0),
+        partial, a_grad, rank * width, shares, rank, width, a_grad.stride(0), *few,
         ROWS=rows, COLUMNS=columns, DEPTH=depth, num_warps=4,
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["few", "until"])
 def _sum_rows(
-    partial_ptr, out_ptr, slab, count, rows, columns, R: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr
+    partial_ptr, out_ptr, slab, count, rows, columns, few, until, R: tl.constexpr, ROWS: tl.constexpr,
+    DEPTH: tl.constexpr,
 ):  # fmt: skip
+    count = tl.where(tl.program_id(0) * ROWS < until, few, count)
     _sum_tile(
         partial_ptr, out_ptr, slab, count, rows, columns, R, columns, 1.0, tl.program_id(0), 0, False, ROWS, R,
         DEPTH,
     )  # fmt: skip
 
 
-def sum_rows(partial: Tensor, out: Tensor) -> None:
+def sum_rows(partial: Tensor, out: Tensor, few: Few = NO_FEW) -> None:
     """out [T, R], contiguous, from its partial sums [pieces, T, R or more]."""
     pieces, tokens, padded = partial.shape
     many = pieces >= MANY
     rows = max((256 if many else 1024) // padded, 1)
     _sum_rows[(triton.cdiv(tokens, rows),)](
-        partial, out, tokens * padded, pieces, tokens, out.shape[1],
+        partial, out, tokens * padded, pieces, tokens, out.shape[1], *few,
         R=padded, ROWS=rows, DEPTH=16 if many else 8, num_warps=2 if many else 4,
     )  # fmt: skip
