@@ -9,7 +9,7 @@ import torch
 
 from pronghorn.blocks import LEVELS, gated_products, joining
 from pronghorn.engine import TrainingStep, binding_of
-from pronghorn.kernels import glu_products
+from pronghorn.kernels import glu_products, tiles
 from tests.families.parity import (
     Outcome,
     add_adapter,
@@ -32,8 +32,8 @@ LENGTHS = (100, 7, 120, 90)
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """The formulas in torch take the kernels' place; how often each was called."""
-    monkeypatch.setattr(glu_products, "why_not", lambda device, dtype: None)
-    monkeypatch.setattr(glu_products, "fills", lambda *sizes: True)
+    monkeypatch.setattr(tiles, "why_not", lambda device, dtype: None)
+    monkeypatch.setattr(tiles, "fills", lambda *sizes: True)
     monkeypatch.setattr("pronghorn.kernels.lora.fits_kernels", lambda *args, **kwargs: True)
     found: dict[str, int] = {}
 
@@ -132,7 +132,7 @@ def test_a_cpu_has_no_such_kernels() -> None:
     model = add_adapter(tiny_model("llama", dtype=torch.bfloat16), r=8)
     binding = binding_of(bound_copy(model))
     assert binding is not None
-    assert glu_products.why_not(torch.device("cpu"), torch.bfloat16) is not None
+    assert tiles.why_not(torch.device("cpu"), torch.bfloat16) is not None
     groups = binding.all_groups()
     from pronghorn.blocks import ProjectionGroup
 
@@ -147,16 +147,16 @@ def test_tiles_and_all_rows_may_differ(
     """Few rows leave processors idle: what was made complete by all rows is taken apart by tiles, and the other way."""
     model = add_adapter(tiny_model("qwen3", dtype=torch.float64), r=8)
     for most in (True, False):
-        monkeypatch.setattr(glu_products, "fills", lambda rows, *sizes, most=most: (rows > 128) == most)
+        monkeypatch.setattr(tiles, "fills", lambda rows, *sizes, most=most: (rows > 128) == most)
         inside, apart = outcomes(model, level, monkeypatch, 128)
         assert_same(inside, apart, EXACT)
 
 
 def test_how_many_processors_have_a_tile() -> None:
-    assert glu_products.fills(8192, 14336, 128) and glu_products.fills(8192, 14336, 256)
-    assert glu_products.fills(2048, 8960, 128) and glu_products.fills(2048, 8960, 256)
-    assert not glu_products.fills(0, 8960, 128)
-    assert not glu_products.fills(512, 8960, 128) and not glu_products.fills(512, 8960, 256)
+    assert tiles.fills(8192, 14336, 128) and tiles.fills(8192, 14336, 256)
+    assert tiles.fills(2048, 8960, 128) and tiles.fills(2048, 8960, 256)
+    assert not tiles.fills(0, 8960, 128)
+    assert not tiles.fills(512, 8960, 128) and not tiles.fills(512, 8960, 256)
 
 
 def test_how_many_rows_a_tile_has() -> None:

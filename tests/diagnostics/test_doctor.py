@@ -85,6 +85,7 @@ BROKEN = [
     ("fp8_rows", "norm_kernels", "rms_norm_backward_fp8", 0, "dx in"),
     ("glu_in_products", "glu_products", "gate_up_act", 2, "act in"),
     ("glu_in_products", "glu_products", "gate_up", 0, "gate again"),
+    ("adapted_products", "adapted_kernels", "multiply", None, "Y in"),
     ("int8_rows", "int8_kernels", "quantise_rows", 0, "int8 codes of rows"),
     ("int8_rows", "int8_kernels", "rms_norm_forward_int8", 0, "the norm"),
     ("int8_products", "int8_kernels", "quantise_weight_input_grad", 0, "a turned weight"),

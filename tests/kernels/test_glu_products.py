@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pronghorn.kernels import glu_products
+from pronghorn.kernels import glu_products, tiles
 from pronghorn.kernels.glu_products import DownGrad, GateUp
 from tests.kernels.compare import assert_near, random
 from tests.kernels.test_glu import ORACLES
@@ -24,7 +24,7 @@ def impl(request: pytest.FixtureRequest, device: torch.device, monkeypatch: pyte
     """The formulas in torch, and what the device runs, forward by tiles of two and of three groups of rows."""
     if request.param == "torch":
         return "torch"
-    reason = glu_products.why_not(device, torch.bfloat16)
+    reason = tiles.why_not(device, torch.bfloat16)
     if reason is not None:
         pytest.skip(reason)
     monkeypatch.setattr(glu_products, "groups_of", lambda rows, width: request.param)
@@ -161,9 +161,9 @@ def test_weights_and_results_may_be_parts_of_wider_ones(device: torch.device, im
 
 
 def test_who_does_not_take_them() -> None:
-    assert "16-bit" in str(glu_products.why_not(torch.device("cuda"), torch.float32))
-    assert "Hopper" in str(glu_products.why_not(torch.device("cpu"), torch.bfloat16))
-    assert glu_products.aligned(torch.zeros(4, 8, dtype=torch.bfloat16), None)
-    assert not glu_products.aligned(torch.zeros(4, 9, dtype=torch.bfloat16)[:, :8])
+    assert "16-bit" in str(tiles.why_not(torch.device("cuda"), torch.float32))
+    assert "Hopper" in str(tiles.why_not(torch.device("cpu"), torch.bfloat16))
+    assert tiles.aligned(torch.zeros(4, 8, dtype=torch.bfloat16), None)
+    assert not tiles.aligned(torch.zeros(4, 9, dtype=torch.bfloat16)[:, :8])
     with pytest.raises(ValueError, match="relu"):
         glu_products.gate_up_act(GateUp(*[torch.zeros(8, 8)] * 3, activation="relu"))

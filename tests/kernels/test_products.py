@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pronghorn.kernels import products
+from pronghorn.kernels import products, tiles
 from pronghorn.kernels.products import Product
 from tests.kernels.compare import assert_near, random
 
@@ -23,7 +23,7 @@ CASES = [(SHAPES[2], rank, torch.bfloat16) for rank in (0, 8, 16, 24, 48, 64)] +
 @pytest.fixture(params=["torch", None])
 def impl(request: pytest.FixtureRequest, device: torch.device) -> Any:
     """The formulas in torch, and what the device runs."""
-    reason = products.why_not_here(device, torch.bfloat16)
+    reason = tiles.why_not(device, torch.bfloat16)
     if request.param is None and reason is not None:
         pytest.skip(reason)
     return request.param
@@ -75,9 +75,9 @@ def test_product(
     if impl == "torch" and shape == SHAPES[-1]:
         pytest.skip("the formulas are the same at every size")
     product = product_of(shape, turned, rank, residual, dtype, device)
-    found = products.run(product, impl=impl)
+    found = products.multiply(product, impl=impl)
     assert_near(found, truth_of(product))
-    assert torch.equal(products.run(product, impl=impl), found)
+    assert torch.equal(products.multiply(product, impl=impl), found)
 
 
 @pytest.mark.parametrize("turned", [False, True])
@@ -86,11 +86,11 @@ def test_the_result_may_lie_where_the_residual_lay_and_parts_in_wider_ones(
 ) -> None:
     shape = (515, 320, 1160)
     product = product_of(shape, turned, 16, True, torch.bfloat16, device)
-    apart, truth = products.run(product, impl=impl), truth_of(product)
+    apart, truth = products.multiply(product, impl=impl), truth_of(product)
     wide = torch.zeros(515, 400, dtype=torch.bfloat16, device=device)
     wide[:, 40:360] = product.x
     assert product.residual is not None
-    found = products.run(
+    found = products.multiply(
         Product(wide[:, 40:360], product.weight, turned, product.xa, product.b, product.residual),
         product.residual,
         impl=impl,
@@ -103,12 +103,14 @@ def test_who_does_not_take_them(monkeypatch: pytest.MonkeyPatch) -> None:
     def reason(rank: int = 16, rows: int = 8192, columns: int = 4096, width: int = 4096) -> str | None:
         x = torch.empty(rows, width, dtype=torch.bfloat16, device="meta")
         w = torch.empty(columns, width, dtype=torch.bfloat16, device="meta")
-        xa, b = (torch.empty(n, rank, dtype=torch.bfloat16, device="meta") for n in (rows, columns))
-        return products.why_not(Product(x, w, True, xa, b))
+        b = torch.empty(columns, rank, dtype=torch.bfloat16, device="meta")
+        return products.why_not(x, w, True, rank, b)
 
     assert "not on a meta" in (reason() or "")
-    monkeypatch.setattr(products, "why_not_here", lambda device, dtype: None)
+    monkeypatch.setattr(tiles, "why_not", lambda device, dtype: None)
     assert reason() is None and reason(rank=8) is None
     assert "of rank 128" in (reason(rank=128) or "")
-    assert "16 bytes" in (reason(rank=12) or "") and "16 bytes" in (reason(width=4100) or "")
+    for wrong in ({"rank": 12}, {"width": 4100}, {"rows": 16384, "columns": 1}, {"columns": 50257}):
+        assert "16 bytes" in (reason(**wrong) or "")
+    assert "empty" in (reason(rows=16384, columns=576) or "")
     assert "idle" in (reason(rows=512) or "")

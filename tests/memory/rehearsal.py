@@ -32,7 +32,7 @@ from tests.memory.live import LiveBytes
 _KERNELS = (
     "rms_norm", "layer_norm", "rope", "qkv_grads", "glu", "lora", "linear_cross_entropy", "nf4", "fp8", "int8",
     "latent_heads", "short_conv", "gated_output", "routing", "grouped_adapters", "grouped_glu", "grouped_matmul",
-    "grouped_rows", "glu_products",
+    "grouped_rows", "tiles",
 )  # fmt: skip
 
 
@@ -113,7 +113,8 @@ def prepare(monkeypatch: pytest.MonkeyPatch, *, parking: bool) -> None:
                 monkeypatch.setattr(module, attribute, _NoLaunch())
     monkeypatch.setattr("pronghorn.kernels.lora.probe", lambda: SimpleNamespace(capability=(9, 0)))
     monkeypatch.setattr("pronghorn.kernels.triton.launch.processors", lambda index: 132)
-    monkeypatch.setattr("pronghorn.kernels.triton.glu_hopper.processors", lambda index: 132)
+    for name in ("glu_hopper", "gemm_hopper"):
+        monkeypatch.setattr(f"pronghorn.kernels.triton.{name}.processors", lambda index: 132)
     for name in ("lora", "lora_grads", "glu_down"):
         monkeypatch.setattr(f"pronghorn.kernels.triton.{name}.limits", lambda device: (132, 227 * 1024))
     monkeypatch.setattr(dispatch, "_implementation", _ATTENTION.__getitem__)
@@ -294,5 +295,5 @@ def packed(model: Any) -> Any:
 
 
 def on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The products around a gated unit make it themselves."""
-    monkeypatch.setattr("pronghorn.kernels.glu_products.why_not", lambda device, dtype: None)
+    """The products around a gated unit make it themselves, and others add their adapters."""
+    monkeypatch.setattr("pronghorn.kernels.tiles.why_not", lambda device, dtype: None)

@@ -39,23 +39,24 @@ class AttentionOutput:
         out: Tensor = saves.out
         return out.view(out.shape[0], -1)
 
-    def output(self, saves: OutputSaves) -> Tensor:
-        """The block's output before the residual [T, H]: the o-projection of the kept attention output."""
-        branch = saves.projected
-        if branch is None:
-            (branch,), saves.xa_o = self.o.forward(self.read_by_o(saves), xa=saves.xa_o)
+    def _scaled_norm(self, branch: Tensor, saves: OutputSaves) -> Tensor:
+        """The block's output before the residual [T, H] of the o-projection's."""
         if self.output_norm is not None:
             saves.projected = branch
             branch = self.output_norm.forward(branch, branch.dtype)[0].tensor
         return branch if self.output_scale == 1.0 else branch.mul_(self.output_scale)
 
     def onto(self, x: Tensor, saves: OutputSaves) -> tuple[Tensor, Tensor | None]:
-        """The residual sum x + output and None, where one product makes it; else x and the output."""
+        """The residual sum x + output and None, where one product makes it; else x and the output [T, H]."""
+        if saves.projected is not None:
+            return x, self._scaled_norm(saves.projected, saves)
+        read = self.read_by_o(saves)
         if self.output_norm is None and self.output_scale == 1.0:
-            summed, saves.xa_o = self.o.onto(x, self.read_by_o(saves), saves.xa_o)
+            summed, saves.xa_o = self.o.onto(x, read, saves.xa_o)
             if summed is not None:
                 return summed, None
-        return x, self.output(saves)
+        (branch,), saves.xa_o = self.o.forward(read, xa=saves.xa_o)
+        return x, self._scaled_norm(branch, saves)
 
     def add_output_(self, out: Tensor, saves: OutputSaves) -> None:
         """out [T, H] += o of the kept attention output, with neither norm nor factor after it."""

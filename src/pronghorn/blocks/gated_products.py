@@ -9,21 +9,21 @@ from torch import Tensor
 
 from pronghorn.blocks import joining
 from pronghorn.blocks.projection import AdapterGrads, PackedAdapters, Projection, ProjectionGroup
-from pronghorn.kernels import glu_products
+from pronghorn.kernels import glu_products, tiles
 from pronghorn.kernels.glu_products import DownGrad, GateUp
 
 
 def takes_gate_up(group: ProjectionGroup, rows: Tensor, dtype: torch.dtype) -> bool:
     """Whether gate and up of so many rows come complete from one product, adapters included."""
     weights = _ready_weights(group, dtype)
-    if weights is None or not glu_products.aligned(*weights) or not suits(group, rows.device, dtype):
+    if weights is None or not tiles.aligned(*weights) or not suits(group, rows.device, dtype):
         return False
-    return glu_products.fills(rows.shape[0], weights[0].shape[0], glu_products.HALF)
+    return tiles.fills(rows.shape[0], weights[0].shape[0], glu_products.HALF)
 
 
 def suits(group: ProjectionGroup, device: torch.device, dtype: torch.dtype) -> bool:
     """`takes_gate_up`, wherever the weights may lie and however many rows there are."""
-    if not joining.GATED_IN_PRODUCTS or glu_products.why_not(device, dtype) is not None:
+    if not joining.GATED_IN_PRODUCTS or tiles.why_not(device, dtype) is not None:
         return False
     if group.is_one_matrix or len(group.weights()) != 2 or group.has_biases():
         return False
@@ -59,15 +59,15 @@ def takes_down(group: ProjectionGroup, packed: PackedAdapters, dy: Tensor) -> bo
     weights = _ready_weights(group, dy.dtype)
     if weights is None or not joining.GATED_IN_PRODUCTS or not suits_down(group):
         return False
-    fits = packed.a.dtype == dy.dtype and glu_products.aligned(weights[0], packed.a, dy)
-    fits = fits and glu_products.fills(dy.shape[0], weights[0].shape[1], glu_products.COLUMNS)
-    return fits and glu_products.why_not(dy.device, dy.dtype) is None
+    fits = packed.a.dtype == dy.dtype and tiles.aligned(weights[0], packed.a, dy)
+    fits = fits and tiles.fills(dy.shape[0], weights[0].shape[1], tiles.COLUMNS)
+    return fits and tiles.why_not(dy.device, dy.dtype) is None
 
 
 def a_of_down(group: ProjectionGroup, rows: Tensor) -> Tensor | None:
     """A [R, I] of the down projection, where the product that makes act can multiply it; as many `rows` as act has."""
     a = group.a_for_producer(rows)
-    if a is None or not _takes_rank(a.shape[0]) or a.dtype != rows.dtype or not glu_products.aligned(a):
+    if a is None or not _takes_rank(a.shape[0]) or a.dtype != rows.dtype or not tiles.aligned(a):
         return None
     return a
 

@@ -21,6 +21,7 @@ from pronghorn.kernels import glu_products
 from pronghorn.kernels import layer_norm as centred_kernels
 from pronghorn.kernels import linear_cross_entropy as head_kernels
 from pronghorn.kernels import lora as lora_kernels
+from pronghorn.kernels import products as adapted_kernels
 from pronghorn.kernels import qkv_grads as joined_kernels
 from pronghorn.kernels import rms_norm as norm_kernels
 from pronghorn.kernels import rope as rope_kernels
@@ -283,6 +284,21 @@ def glu_in_products() -> str:
         compared.near("dgate", gate, grads[0], slack=3.0)
         compared.near("dup", up, grads[1], slack=3.0)
         close(compared, "dA", a_grad, dxa.double().T @ truth.detach(), dtype)
+    return said(compared)
+
+
+def adapted_products() -> str:
+    compared = Comparison()
+    for dtype in dtypes():
+        x, xa, residual = (draw(TOKENS, n, dtype=dtype, seed=i) for i, n in enumerate((WIDTH, 16, 72)))
+        w, b = draw(72, WIDTH, dtype=dtype, seed=3, scale=0.1), draw(72, 16, dtype=dtype, seed=4, scale=0.3)
+        truth = x.double() @ w.double().T + xa.double() @ b.double().T
+        for name, added in (("Y", None), ("residual + Y", residual)):
+            product = adapted_kernels.Product(x, w, True, xa, b, added)
+            whole = truth if added is None else truth + added.double()
+            compared.near(name, adapted_kernels.multiply(product), whole)
+        product = adapted_kernels.Product(x, w.T.contiguous(), False, xa, b.T.contiguous())
+        compared.near("dX", adapted_kernels.multiply(product), truth)
     return said(compared)
 
 

@@ -37,6 +37,7 @@ CHECKS: list[Check] = [
             "gated linear unit": "glu",
             "gated linear unit with adapters": "glu_with_adapters",
             "gated linear unit in its products": "glu_in_products",
+            "products with an adapter inside": "adapted_products",
             "LoRA products": "lora_products",
             "linear cross-entropy": "cross_entropy",
             "dropout": "dropout",

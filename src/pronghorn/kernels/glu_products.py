@@ -17,19 +17,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pronghorn.kernels.dispatch import Impl, math_dtype, use_triton
+from pronghorn.kernels.dispatch import Impl, math_dtype
 from pronghorn.kernels.glu import ACTIVATIONS, glu_backward, glu_forward
 from pronghorn.kernels.lora import accumulate_product_
+from pronghorn.kernels.tiles import PROCESSORS, on_hopper
 
 #: ranks of gate's and up's adapters that one step of the product takes side by side
 RANKS = (8, 16, 32)
 #: largest rank of the down projection's
 MOST_RANK_DOWN = 32
-#: rows of a tile, its columns of the gradient of act, and of act forward, beside as many of gate and of up
-ROWS, COLUMNS, HALF = 128, 256, 128
-#: processors of a Hopper GPU, and which share of them must have a tile at all times: at 1.5B with tiles of 512 rows,
-#: where it is 0.71 and 0.53, a step takes 6 % longer than with products that cut their tiles to size
-PROCESSORS, LEAST_BUSY = 132, 0.8
+#: columns of a tile of act forward, beside as many of gate and of up
+HALF = 128
 #: What a product by tiles of 192 rows costs of one by tiles of 128: fewer bytes travel from the second cache, and a
 #: card at the limit of its power clocks higher (gate and up of 8B for seconds: 2,842 against 2,908 µs).
 TALL = 0.977
@@ -66,12 +64,6 @@ class DownGrad:
     a_grad: Tensor | None = None
 
 
-def fills(rows: int, width: int, columns: int) -> bool:
-    """Whether tiles of so many columns leave few processors idle."""
-    tiles = -(-rows // ROWS) * -(-width // columns)
-    return tiles > 0 and tiles >= LEAST_BUSY * PROCESSORS * -(-tiles // PROCESSORS)
-
-
 def groups_of(rows: int, width: int) -> int:
     """Groups of 64 rows in a tile of the forward product, two or three: three unless the last round of tiles, which
     may leave processors idle, costs more than they save."""
@@ -81,33 +73,6 @@ def groups_of(rows: int, width: int) -> int:
         return groups * -(-tiles // PROCESSORS)
 
     return 3 if TALL * rounds(3) < rounds(2) else 2
-
-
-def padded(rank: int) -> int:
-    """What the matrix units take of an adapter."""
-    return max(16, 1 << (rank - 1).bit_length()) if rank else 0
-
-
-def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why a GPU does not run these kernels on numbers of a dtype; None: it does."""
-    if dtype not in (torch.bfloat16, torch.float16):
-        return f"the kernels multiply 16-bit numbers, not {dtype}"
-    if device.type != "cuda":
-        return f"the kernels run on Hopper GPUs, not on a {device.type}"
-    from pronghorn.kernels.triton.gemm8 import why_not_hopper
-
-    return why_not_hopper(device.index or 0)
-
-
-def aligned(*tensors: Tensor | None) -> bool:
-    """Whether rows begin at multiples of 16 bytes and are contiguous, as the copy engine wants them."""
-    return all(
-        x is None
-        or (
-            x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
-        )
-        for x in tensors
-    )  # fmt: skip
 
 
 def gate_up_act(
@@ -120,7 +85,7 @@ def gate_up_act(
     act = x.new_empty(x.shape[0], n)
     xa_down = None if call.a is None else x.new_empty(x.shape[0], call.a.shape[0])
     gate, up = (act, act) if wide is None else wide.split(n, 1)
-    if use_triton(x, impl):
+    if on_hopper(x, impl):
         from pronghorn.kernels.triton.glu_hopper import forward
 
         forward(call, gate, up, act, xa_down)
@@ -136,7 +101,7 @@ def gate_up(call: GateUp, *, impl: Impl | None = None) -> tuple[Tensor, Tensor, 
     wide = x.new_empty(x.shape[0], 2 * n)
     xa_down = None if call.a is None else x.new_empty(x.shape[0], call.a.shape[0])
     gate, up = wide.split(n, 1)
-    if use_triton(x, impl):
+    if on_hopper(x, impl):
         from pronghorn.kernels.triton.glu_hopper import forward
 
         forward(call, gate, up, None, xa_down)
@@ -148,7 +113,7 @@ def gate_up(call: GateUp, *, impl: Impl | None = None) -> tuple[Tensor, Tensor, 
 def down_backward_(call: DownGrad, *, impl: Impl | None = None) -> None:
     """gate and up become their gradients; a_grad += dXA_dᵀ act."""
     _check(call.activation)
-    if use_triton(call.dy, impl):
+    if on_hopper(call.dy, impl):
         from pronghorn.kernels.triton.glu_hopper import backward
 
         backward(call)

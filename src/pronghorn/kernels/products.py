@@ -13,13 +13,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pronghorn.kernels.dispatch import Impl, math_dtype, use_triton
-from pronghorn.kernels.glu_products import COLUMNS, aligned, fills, padded
-from pronghorn.kernels.glu_products import ROWS as ROWS
-from pronghorn.kernels.glu_products import why_not as why_not_here
+from pronghorn.kernels import tiles
+from pronghorn.kernels.dispatch import Impl, math_dtype
 
 #: largest rank that one step of the product takes
 MOST_RANK = 64
+#: least share of the tiles' columns that are the result's
+LEAST_FULL = 0.8
 
 
 @dataclass(frozen=True)
@@ -42,28 +42,35 @@ class Product:
     @property
     def padded_rank(self) -> int:
         """What the matrix units take of the adapter; 0 without one."""
-        return 0 if self.xa is None else padded(self.xa.shape[1])
+        return 0 if self.xa is None else tiles.padded(self.xa.shape[1])
 
 
-def why_not(product: Product) -> str | None:
-    """Why the kernel does not take a product, or not well; None: it does."""
-    reason = why_not_here(product.x.device, product.x.dtype)
+def why_not(x: Tensor, weight: Tensor, turned: bool, rank: int = 0, *others: Tensor | None) -> str | None:
+    """Why the kernel does not take a product of x with an adapter of this rank, or not well; None: it does. `others`:
+    what else is read or written, b, the residual, where the result goes."""
+    reason = tiles.why_not(x.device, x.dtype)
     if reason is not None:
         return reason
-    if product.xa is not None and product.xa.shape[1] > MOST_RANK:
-        return f"an adapter of rank {product.xa.shape[1]}, of which one step takes {MOST_RANK}"
-    if not aligned(product.x, product.weight, product.xa, product.b, product.residual):
+    rows, columns = x.shape[0], weight.shape[0 if turned else 1]
+    if rank > MOST_RANK:
+        return f"an adapter of rank {rank}, of which one step takes {MOST_RANK}"
+    # XA and the result are matrices of their own.
+    if any(width * x.element_size() % 16 for width in (rank, columns)) or not tiles.aligned(
+        x, weight, *others
+    ):
         return "rows that do not begin at multiples of 16 bytes"
-    return None if fills(*product.shape, COLUMNS) else "tiles that leave processors idle"
+    if columns < LEAST_FULL * tiles.COLUMNS * -(-columns // tiles.COLUMNS):
+        return "columns that leave tiles empty"
+    return None if tiles.fills(rows, columns, tiles.COLUMNS) else "tiles that leave processors idle"
 
 
-def run(product: Product, out: Tensor | None = None, *, impl: Impl | None = None) -> Tensor:
+def multiply(product: Product, out: Tensor | None = None, *, impl: Impl | None = None) -> Tensor:
     """The product [M, N], into `out` where that is given (it may be the residual)."""
     out = product.x.new_empty(product.shape) if out is None else out
-    if use_triton(product.x, impl):
-        from pronghorn.kernels.triton.gemm_hopper import run as run_hopper
+    if tiles.on_hopper(product.x, impl):
+        from pronghorn.kernels.triton.gemm_hopper import run
 
-        run_hopper(product, out)
+        run(product, out)
         return out
     dtype = math_dtype(product.x.dtype)
     weight = product.weight.to(dtype)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pronghorn.blocks import joining
 from pronghorn.blocks.glu import tile_slices
-from pronghorn.kernels.glu_products import COLUMNS, HALF, ROWS, fills, padded
+from pronghorn.kernels.glu_products import HALF
 from pronghorn.kernels.lora import DEFERRED_RANK
+from pronghorn.kernels.tiles import COLUMNS, ROWS, fills, padded
 from pronghorn.memory.allocator import Allocator
 from pronghorn.memory.shape import ModelShape
 

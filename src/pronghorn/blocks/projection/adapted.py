@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from pronghorn.blocks import joining
-from pronghorn.kernels import products
 from pronghorn.kernels.lora import LowRank
+from pronghorn.kernels.products import Product, multiply, why_not
 from pronghorn.weights import Weight
 
 #: Longest sum of an input gradient. In whole steps of 8B at the limit of the card's power (H200) those of o (4,096) and
@@ -20,33 +20,29 @@ def output(
     weight: Weight, x: Tensor, share: LowRank | None, residual: Tensor | None, out: Tensor | None = None
 ) -> Tensor | None:
     """x Wᵀ + the adapter's share (+ residual) [T, out] by one launch, into `out` where that is given (it may be the
-    residual); None where the matrix library makes it."""
+    residual); None where the matrix library makes it. A scaling that is no power of two rounds XA once more."""
     ready = _ready(weight, x.dtype)
     if ready is None:
         return None
-    xa, b = None, None
-    if share is not None:
-        xa = share.xa if share.scaling == 1.0 else share.xa * share.scaling
-        b = share.b.contiguous()
-    product = products.Product(x, ready, True, xa, b, residual)
-    return products.run(product, out) if products.why_not(product) is None else None
+    b = None if share is None else share.b.contiguous()
+    if why_not(x, ready, True, 0 if b is None else b.shape[1], b, residual, out) is not None:
+        return None
+    xa = None if share is None else share.xa if share.scaling == 1.0 else share.xa * share.scaling
+    return multiply(Product(x, ready, True, xa, b, residual), out)
 
 
-def takes_input_grad(weight: Weight, dy: Tensor, a: Tensor) -> bool:
-    """Whether `input_grad` is to be called, for adapters A [ΣR, in]."""
+def weight_of_input_grad(weight: Weight, dy: Tensor, rank: int) -> Tensor | None:
+    """The weight as `input_grad` multiplies dY with it, adding adapters of `rank` in all; None where the matrix library
+    is to."""
     ready = _ready(weight, dy.dtype)
-    if ready is None or a.dtype != dy.dtype or dy.shape[1] > LONGEST_SUM:
-        return False
-    # dXA is not there yet: a matrix as wide.
-    like = torch.empty_strided((dy.shape[0], a.shape[0]), (a.shape[0], 1), dtype=dy.dtype, device="meta")
-    return products.why_not(products.Product(dy, ready, False, like, a)) is None
+    if ready is None or dy.shape[1] > LONGEST_SUM or why_not(dy, ready, False, rank) is not None:
+        return None
+    return ready
 
 
-def input_grad(weight: Weight, dy: Tensor, dxa: Tensor, a: Tensor) -> Tensor:
+def input_grad(weight: Tensor, dy: Tensor, dxa: Tensor, a: Tensor) -> Tensor:
     """dy W + dXA A [T, in] by one launch."""
-    ready = _ready(weight, dy.dtype)
-    assert ready is not None
-    return products.run(products.Product(dy, ready, False, dxa, a))
+    return multiply(Product(dy, weight, False, dxa, a))
 
 
 def _ready(weight: Weight, dtype: torch.dtype) -> Tensor | None:

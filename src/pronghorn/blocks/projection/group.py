@@ -4,7 +4,7 @@ and writes the tall matrices least.
 The adapters' small product comes first and the frozen product is added to it inside the matrix multiplication
 (beta = 1), so that the large result is not read a second time. A storage that cannot add in place
 (`Weight.adds_forward`, `Weight.adds_input_grad`) takes the other order; one that adds adapters itself (`Weight.fuses`)
-makes each output, and dX of the group, in one launch.
+makes each output, and dX of the group, in one launch, and so does a kernel for weights in 16 bits (`adapted`).
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from pronghorn.blocks.projection.parts import (
     PackedAdapters,
     Projection,
 )
-from pronghorn.kernels import lora
-from pronghorn.weights import DenseWeight, Fp8Weight, Int8Products, Weight, side_by_side
+from pronghorn.kernels import lora, tiles
+from pronghorn.weights import DenseWeight, Fp8Weight, Int8Products, side_by_side
 from pronghorn.weights.operand import Operand, as_operand
 
 
@@ -160,6 +160,12 @@ class ProjectionGroup(GroupParameters):
             lora.up(xa, bs, scalings, [out], addends=[y], inplace=True, impl=self.impl)
         return xa
 
+    @cached_property
+    def _lone_plain(self) -> bool:
+        """Whether the group is one weight with at most one adapter and no biases, on no wanted implementation."""
+        alone = len(self.projections) == len(self.weights()) == 1 and self.impl is None
+        return alone and self._single and not self.has_biases()
+
     def onto(
         self, residual: Tensor, x: Tensor, xa: Tensor | None = None
     ) -> tuple[Tensor | None, Tensor | None]:
@@ -176,14 +182,8 @@ class ProjectionGroup(GroupParameters):
         out: Tensor | None = None,
     ) -> Tensor | None:
         """Y (+ residual) by one launch, for a group of one without biases, where there is a kernel that takes it."""
-        lone = self.projections[0] if len(self.projections) == 1 else None
-        if (
-            not isinstance(lone, LinearProjection)
-            or lone.bias is not None
-            or (xa is None and residual is None)
-        ):
-            return None
-        if not self._single or self._b_biases() or self.impl is not None:
+        lone = self.projections[0] if self._lone_plain else None
+        if not isinstance(lone, LinearProjection) or (xa is None and residual is None):
             return None
         share = None if xa is None else self._share(0, xa)
         return adapted.output(lone.weight, operand.tensor, share, residual, out)
@@ -357,10 +357,10 @@ class ProjectionGroup(GroupParameters):
         starts = need and not defer_adapters and not self._drops and self._all_accumulate()
         whole = self._adapted_input_grad(operands, joined) if starts else None
         if whole is not None:
-            weight, dy = whole
+            weight, dy, a = whole
             grads, _ = self._output_grads([operand.tensor for operand in operands], xa, sink, False)
             assert grads is not None
-            return adapted.input_grad(weight, dy, grads.dxa, self._stacked_a(dy.dtype)), grads
+            return adapted.input_grad(weight, dy, grads.dxa, a), grads
         grads, dx = self._output_grads([operand.tensor for operand in operands], xa, sink, starts)
         if defer_adapters:
             return self._linear(0).weight.matmul_t(operands[0]), grads
@@ -394,7 +394,8 @@ class ProjectionGroup(GroupParameters):
         self, dy: Tensor, sink: GradientSink, xa: Tensor | None = None
     ) -> tuple[Callable[[slice], Tensor], AdapterGrads | None]:
         """For a group of one whose weight is plain or dequantised, and drops nothing: what makes some columns of dX,
-        [T, columns], with the roundings of `input_grad`; and the adapters' output gradients for `parameter_grads`."""
+        [T, columns], with the roundings of `input_grad` by the matrix library; and the adapters' output gradients for
+        `parameter_grads`."""
         grads, _ = self._output_grads([dy], xa, sink, False)
         weight = self._linear(0).weight.dense(dy.dtype)
         a = None if grads is None else self._stacked_a(dy.dtype)
@@ -428,8 +429,10 @@ class ProjectionGroup(GroupParameters):
             return list(zip(self.projections, operands, strict=True))
         return [(LinearProjection(stack), Operand(wide))]
 
-    def _adapted_input_grad(self, operands: Sequence[Operand], joined: bool) -> tuple[Weight, Tensor] | None:
-        """The one weight and dY whose product is dX, where a kernel adds the adapters' share to it."""
+    def _adapted_input_grad(
+        self, operands: Sequence[Operand], joined: bool
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """The one weight and dY whose product is dX, and A, where a kernel adds the adapters' share to it."""
         if not self._pairs or self.impl is not None or len(self.weights()) < len(self.projections):
             return None
         weight, dy = self.weights()[0], operands[0].tensor
@@ -438,7 +441,11 @@ class ProjectionGroup(GroupParameters):
             if wide is None or not isinstance(self.stack, DenseWeight):
                 return None
             weight, dy = self.stack, wide
-        return (weight, dy) if adapted.takes_input_grad(weight, dy, self._stacked_a(dy.dtype)) else None
+        ready = adapted.weight_of_input_grad(weight, dy, self.total_rank)
+        if ready is None:
+            return None
+        a = self._stacked_a(dy.dtype).contiguous()
+        return (ready, dy, a) if tiles.aligned(a) else None
 
     def _fits_epilogue(self) -> bool:
         """Whether the adapters' share of dX, dXA A, is one that a product adds."""

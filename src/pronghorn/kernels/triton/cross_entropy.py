@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-#: Below every logit: unlike -inf it may be subtracted from -inf.
-LOWEST = tl.constexpr(-3.0e38)
+#: The lowest number of fp32: below every logit, and unlike -inf it may be subtracted from -inf.
+LOWEST = tl.constexpr(-3.4028234663852886e38)
 
 
 @triton.jit

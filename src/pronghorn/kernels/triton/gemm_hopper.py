@@ -15,7 +15,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
-from pronghorn.kernels.products import COLUMNS, ROWS, Product
+from pronghorn.kernels.products import Product
+from pronghorn.kernels.tiles import COLUMNS, ROWS
 from pronghorn.kernels.triton.gluon_parts import (
     begin_behind,
     fetch,

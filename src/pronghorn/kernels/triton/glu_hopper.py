@@ -22,8 +22,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma
 
 from pronghorn.kernels import glu_products
-from pronghorn.kernels.glu_products import COLUMNS, ROWS, padded
 from pronghorn.kernels.glu_products import HALF as HALF_COLUMNS
+from pronghorn.kernels.tiles import COLUMNS, ROWS, padded
 from pronghorn.kernels.triton.gluon_parts import (
     begin_behind,
     fetch,
@@ -79,28 +79,14 @@ def slab_of(index, tiles, across, at, programs, period, TOGETHER: gl.constexpr):
 def _copy_forward(
     given, G: gl.constexpr, DEPTH: gl.constexpr, R: gl.constexpr, RD: gl.constexpr,
 ):  # fmt: skip
-    (
-        x_desc,
-        gate_weight,
-        up_weight,
-        xa_desc,
-        gate_b,
-        up_b,
-        a_desc,
-        left,
-        right,
-        full,
-        empty,
-        m,
-        n,
-        k,
-        programs,
-    ) = given
+    (x_desc, gate_weight, up_weight, xa_desc, gate_b, up_b, a_desc, left, right, full, empty,
+     m, n, k, programs) = given  # fmt: skip
+    TOGETHER: gl.constexpr = GROUP if G == 2 else GROUP_OF_THREE
     tiles_n = gl.cdiv(n, HALF)
     stage = 0
     phase = 1
     for index in range(gl.program_id(0), gl.cdiv(m, 64 * G) * tiles_n, programs):
-        tile_m, tile_n = place(index, gl.cdiv(m, 64 * G), tiles_n, GROUP if G == 2 else GROUP_OF_THREE)
+        tile_m, tile_n = place(index, gl.cdiv(m, 64 * G), tiles_n, TOGETHER)
         at_m = tile_m * (64 * G)
         at_n = tile_n * HALF
         if R:
@@ -141,6 +127,7 @@ def _forward_group(
 ):  # fmt: skip
     (left, right, full, empty, buffers, xa_desc, gate_b, a_desc, gate_out, up_out, act_out, partial_ptr,
      m, n, k, programs, period) = given  # fmt: skip
+    TOGETHER: gl.constexpr = GROUP if G == 2 else GROUP_OF_THREE
     steps = gl.cdiv(k, BK) + (1 if R else 0)
     narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
     of_xa: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, RD or 16, 16])
@@ -153,10 +140,8 @@ def _forward_group(
     xa_down = gl.zeros([64, RD or 16], gl.float32, of_xa)
     begin_behind(full, steps, g, G, DEPTH)
     for index in range(gl.program_id(0), gl.cdiv(m, 64 * G) * tiles_n, programs):
-        tile_m, tile_n = place(index, gl.cdiv(m, 64 * G), tiles_n, GROUP if G == 2 else GROUP_OF_THREE)
-        slab, last = slab_of(
-            index, gl.cdiv(m, 64 * G), tiles_n, tile_n, programs, period, GROUP if G == 2 else GROUP_OF_THREE
-        )
+        tile_m, tile_n = place(index, gl.cdiv(m, 64 * G), tiles_n, TOGETHER)
+        slab, last = slab_of(index, gl.cdiv(m, 64 * G), tiles_n, tile_n, programs, period, TOGETHER)
         at_m = tile_m * (64 * G) + 64 * g
         at_n = tile_n * HALF
         xa = view(left.index(G * stage + g), xa_desc.dtype, [64, 2 * R or 16], xa_desc.layout)

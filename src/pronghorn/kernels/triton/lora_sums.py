@@ -243,10 +243,10 @@ MANY = 64
 
 
 class Few(NamedTuple):
-    """Of the first `until` rows (columns) there are only `count` partial sums; a multiple of the rows (columns) of a
+    """Of the first `until` rows (columns) there are only so many partial `sums`; a multiple of the rows (columns) of a
     program, 64 (256)."""
 
-    count: int
+    sums: int
     until: int
 
 
