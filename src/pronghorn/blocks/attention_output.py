@@ -39,8 +39,12 @@ class AttentionOutput:
         out: Tensor = saves.out
         return out.view(out.shape[0], -1)
 
-    def _scaled_norm(self, branch: Tensor, saves: OutputSaves) -> Tensor:
-        """The block's output before the residual [T, H] of the o-projection's."""
+    def output(self, saves: OutputSaves, read: Tensor | None = None) -> Tensor:
+        """The block's output before the residual [T, H]: the o-projection of what it reads, which may be at hand."""
+        branch = saves.projected
+        if branch is None:
+            read = self.read_by_o(saves) if read is None else read
+            (branch,), saves.xa_o = self.o.forward(read, xa=saves.xa_o)
         if self.output_norm is not None:
             saves.projected = branch
             branch = self.output_norm.forward(branch, branch.dtype)[0].tensor
@@ -48,15 +52,11 @@ class AttentionOutput:
 
     def onto(self, x: Tensor, saves: OutputSaves) -> tuple[Tensor, Tensor | None]:
         """The residual sum x + output and None, where one product makes it; else x and the output [T, H]."""
-        if saves.projected is not None:
-            return x, self._scaled_norm(saves.projected, saves)
+        if self.output_norm is not None or self.output_scale != 1.0:
+            return x, self.output(saves)
         read = self.read_by_o(saves)
-        if self.output_norm is None and self.output_scale == 1.0:
-            summed, saves.xa_o = self.o.onto(x, read, saves.xa_o)
-            if summed is not None:
-                return summed, None
-        (branch,), saves.xa_o = self.o.forward(read, xa=saves.xa_o)
-        return x, self._scaled_norm(branch, saves)
+        summed, saves.xa_o = self.o.onto(x, read, saves.xa_o)
+        return (x, self.output(saves, read)) if summed is None else (summed, None)
 
     def add_output_(self, out: Tensor, saves: OutputSaves) -> None:
         """out [T, H] += o of the kept attention output, with neither norm nor factor after it."""
