@@ -19,10 +19,9 @@ from pronghorn.blocks import (
     kept_bytes_per_token,
     parks,
 )
-from pronghorn.blocks.projection import rows_are_independent
 from pronghorn.engine.binding import Binding, host_pool
 from pronghorn.engine.experts import read_mixture, stack_ranks
-from pronghorn.engine.joined import joins, weights_to_join
+from pronghorn.engine.layer_facts import adapted_products, keeps_rows_together, lies_joined
 from pronghorn.engine.read import Reading
 from pronghorn.engine.tower_memory import vision_bytes
 from pronghorn.errors import BudgetTooSmall, UnsupportedCheckpoint
@@ -48,7 +47,7 @@ from pronghorn.memory import (
 )
 from pronghorn.memory.pool import LARGEST_CHUNK
 from pronghorn.memory.storages import STORAGES, stored_tensors
-from pronghorn.weights import DenseWeight, FourBitWeight, is_four_bit, keep_expanded, stacked
+from pronghorn.weights import DenseWeight, FourBitWeight, is_four_bit, keep_expanded
 from pronghorn.weights.experts import DenseExperts, ExpertWeight, FourBitExperts
 
 logger = logging.getLogger("pronghorn")
@@ -249,19 +248,13 @@ def shape_of(binding: Binding, **more: Any) -> ModelShape:
         dtype=_name(dtype),
         attention=binding.attention_backend(embedding.device, dtype, binding.head_dim),
         trained="adapters" if any(ranks.values()) else "all",
-        joined=all(_joined(found, embedding.device, binding.laid_out) for found in read),
+        joined=all(lies_joined(found, embedding.device, binding.laid_out) for found in read),
         elsewhere=bool(binding.elsewhere),
-        rows_go_apart=not any(map(_keeps_rows_together, read)),
+        rows_go_apart=not any(map(keeps_rows_together, read)),
         unit_in_products=all(gated_products.suits_block(found, embedding.device, dtype) for found in read),
+        **adapted_products(read, embedding.device, dtype),
         **more,
     )
-
-
-def _keeps_rows_together(groups: Mapping[int, Sequence[Any]]) -> bool:
-    """Whether a layer has an adapter whose blocks do not run over tiles of rows."""
-    linear = [p for group in groups.values() for p in group if isinstance(p, LinearProjection)]
-    trained = [a.a for projection in linear for a in projection.adapters if a.a.requires_grad]
-    return not rows_are_independent(linear, trained)
 
 
 def _mixed_stacks(stacks: Sequence[ExpertWeight]) -> tuple[int, ...]:
@@ -312,17 +305,6 @@ def _mixed_tensors(read: Sequence[Mapping[int, Sequence[Any]]]) -> tuple[int, ..
         return ()
     sizes = [weight.stored_bytes for weight in four_bit] + [(weight.weight.nbytes,) for weight in dense]
     return tuple(size for tensors in sizes for size in tensors)
-
-
-def _joined(groups: Mapping[int, Sequence[Any]], device: torch.device, laid_out: bool) -> bool:
-    """Whether the weights of a layer's groups lie side by side, or will in a training step."""
-    for slot in {0, 4} & {*groups}:
-        weights = [p.weight for p in groups[slot] if isinstance(p, LinearProjection)]
-        whole = len(weights) == len(groups[slot])
-        will = not laid_out and joins(device) and weights_to_join(slot, groups[slot])
-        if not (whole and stacked(weights)) and not will:
-            return False
-    return True
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -59,9 +59,13 @@ def why_not(x: Tensor, weight: Tensor, turned: bool, rank: int = 0, *others: Ten
         x, weight, *others
     ):
         return "rows that do not begin at multiples of 16 bytes"
-    if columns < LEAST_FULL * tiles.COLUMNS * -(-columns // tiles.COLUMNS):
-        return "columns that leave tiles empty"
-    return None if tiles.fills(rows, columns, tiles.COLUMNS) else "tiles that leave processors idle"
+    return None if fits(rows, columns) else "tiles that leave processors idle or are mostly empty"
+
+
+def fits(rows: int, columns: int) -> bool:
+    """Whether a result of these sizes is cut into tiles that are full enough, and enough of them."""
+    full = columns >= LEAST_FULL * tiles.COLUMNS * -(-columns // tiles.COLUMNS)
+    return full and tiles.fills(rows, columns, tiles.COLUMNS)
 
 
 def multiply(product: Product, out: Tensor | None = None, *, impl: Impl | None = None) -> Tensor:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pronghorn.blocks import joining
 from pronghorn.blocks.glu import tile_slices
+from pronghorn.blocks.projection.adapted import LONGEST_SUM
 from pronghorn.kernels.glu_products import HALF
 from pronghorn.kernels.lora import DEFERRED_RANK
+from pronghorn.kernels.products import fits
 from pronghorn.kernels.tiles import COLUMNS, ROWS, fills, padded
 from pronghorn.memory.allocator import Allocator
 from pronghorn.memory.shape import ModelShape
@@ -38,6 +40,21 @@ class Products:
         )
         self._project(saves, GATE_UP, "xa_gate_up", rows, [] if "codes" in saves else None, joined)
         self._drop(saves, "codes", "code_scales")
+
+    def _residual_in_o(self, rows: int) -> bool:
+        """`AttentionOutput.onto`."""
+        shape = self.shape
+        alone = shape.residual_in_o and not shape.output_norms and shape.residual_element == self.element
+        return alone and shape.plain_products and fits(rows, shape.hidden)
+
+    def _whole_input_grad(self, names: tuple[str, ...], rows: int) -> bool:
+        """`ProjectionGroup._adapted_input_grad`."""
+        shape = self.shape
+        one = shape.joined or len(self._modules_of(names)) == 1
+        if names[0] not in shape.whole_input_grads or not one or not shape.plain_products:
+            return False
+        length = sum(shape.module_linear(part)[0] for part in self._modules_of(names))
+        return length <= LONGEST_SUM and fits(rows, shape.linear(names[0])[1])
 
     def _makes_unit(self, rows: int) -> bool:
         """`gated_products.takes_gate_up`."""
@@ -139,6 +156,7 @@ class Products:
         dxa = self._new(rows * rank * e)
         # The adapters' share of dX is made along with dXA, where products add to it.
         starts = bool(rank) and need and not shape.fp8_backward and not shape.int8
+        starts = starts and not self._whole_input_grad(names, rows)
         dx = self._new(rows * width * e) if starts else -1
         if rank:
             self._free(*[self._new(size) for size in self._partial_sums(names, rows, with_b)])

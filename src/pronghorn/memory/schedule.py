@@ -140,14 +140,22 @@ class Step(Parking):
         if not keeps(level, "all"):
             self._drop(saves, "normed_attention")
         if "summed" not in saves:
-            branch = self._branch(saves)
+            whole = self._output_names == OUT and self._residual_in_o(t)
+            branch = -1 if whole else self._branch(saves)
+            if whole:
+                read = self._read_by_o()
+                if shape.rank("o") and "xa_o" not in saves:
+                    self._keep(saves, "xa_o", t * shape.rank("o") * self.element)
+                self._keep(saves, "summed", self._residual())
+                self._free(read)
             # A mixture's rows are not multiplied in 8 bits.
             if len(self._tiles()) == 1 and shape.eight_bit_forward and shape.mixture is None:
                 self._keep(saves, "codes", t * shape.hidden)
                 self._keep(saves, "code_scales", 4 * t)
             self._keep(saves, "normed_glu", self._norm_size(t))
             rstd = self._new(4 * t)
-            self._keep(saves, "summed", self._residual())
+            if not whole:
+                self._keep(saves, "summed", self._residual())
             self._free(rstd, branch)
 
     def _attention(self, saves: Held) -> None:

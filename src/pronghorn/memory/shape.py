@@ -58,6 +58,8 @@ class ModelShape:
         gated: the q-projection gives a gate of the attention's output besides.
         unit_in_products: adapters, biases and GPU let the products around the gated unit make it themselves
             (`blocks.gated_products`), where weights lie as they are multiplied.
+        residual_in_o: the o-projection's adapter and GPU let its product add the residual itself
+        whole_input_grads: first projections of groups whose adapters' share of dX a product in 16 bits adds
     """
 
     layers: int
@@ -103,6 +105,8 @@ class ModelShape:
     gated: bool = False
     rows_go_apart: bool = True
     unit_in_products: bool = False
+    residual_in_o: bool = False
+    whole_input_grads: tuple[str, ...] = ()
 
     @property
     def element(self) -> int:
@@ -313,6 +317,12 @@ class ModelShape:
         plain = not self.eight_bit_forward and not self.fp8_backward and not self.unpacked_forward
         apart = self.mixture is None and not self.fused_gate_up
         return self.unit_in_products and plain and apart and self.element == 2
+
+    @property
+    def plain_products(self) -> bool:
+        """Whether products multiply 16-bit weights as they lie."""
+        ready = not self.eight_bit_forward and not self.fp8_backward
+        return ready and not self.unpacked_forward and not self.unpacked_backward and self.element == 2
 
     @property
     def eight_bit_forward(self) -> bool:

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from pronghorn.blocks import joining
+from pronghorn.kernels import tiles
 from pronghorn.kernels.lora import LowRank
-from pronghorn.kernels.products import Product, multiply, why_not
+from pronghorn.kernels.products import MOST_RANK, Product, multiply, why_not
 from pronghorn.weights import Weight
 
 #: Longest sum of an input gradient. In whole steps of 8B at the limit of the card's power (H200) those of o (4,096) and
@@ -43,6 +44,12 @@ def weight_of_input_grad(weight: Weight, dy: Tensor, rank: int) -> Tensor | None
 def input_grad(weight: Tensor, dy: Tensor, dxa: Tensor, a: Tensor) -> Tensor:
     """dy W + dXA A [T, in] by one launch."""
     return multiply(Product(dy, weight, False, dxa, a))
+
+
+def takes_rank(device: torch.device, dtype: torch.dtype, rank: int) -> bool:
+    """Whether adapters of `rank` in all (0: none) are ones that products in 16 bits of this GPU add."""
+    known = joining.ADAPTERS_IN_PRODUCTS and tiles.why_not(device, dtype) is None
+    return known and rank <= MOST_RANK and rank % 8 == 0
 
 
 def _ready(weight: Weight, dtype: torch.dtype) -> Tensor | None:

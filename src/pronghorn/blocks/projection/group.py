@@ -160,12 +160,6 @@ class ProjectionGroup(GroupParameters):
             lora.up(xa, bs, scalings, [out], addends=[y], inplace=True, impl=self.impl)
         return xa
 
-    @cached_property
-    def _lone_plain(self) -> bool:
-        """Whether the group is one weight with at most one adapter and no biases, on no wanted implementation."""
-        alone = len(self.projections) == len(self.weights()) == 1 and self.impl is None
-        return alone and self._single and not self.has_biases()
-
     def onto(
         self, residual: Tensor, x: Tensor, xa: Tensor | None = None
     ) -> tuple[Tensor | None, Tensor | None]:

@@ -9,6 +9,7 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor
 
+from pronghorn.blocks.projection import adapted
 from pronghorn.blocks.projection.parts import (
     Adapter,
     AdapterGrads,
@@ -160,6 +161,23 @@ class GroupParameters:
         """The frozen weights as one, where they lie side by side."""
         weights = self.weights()
         return stacked(weights) if len(weights) == len(self.projections) else None
+
+    @cached_property
+    def _lone_plain(self) -> bool:
+        """Whether the group is one weight with at most one adapter and no biases, on no wanted implementation."""
+        alone = len(self.projections) == len(self.weights()) == 1 and self.impl is None
+        return alone and self._single and not self.has_biases()
+
+    def suits_onto(self, device: torch.device, dtype: torch.dtype) -> bool:
+        """Whether `onto` has a kernel, if the weight lies ready in 16 bits and the sizes fit."""
+        return self._lone_plain and adapted.takes_rank(device, dtype, self.total_rank)
+
+    def suits_whole_input_grad(self, device: torch.device, dtype: torch.dtype) -> bool:
+        """Whether one product makes dX with the adapters' share, if the weights lie ready in 16 bits, as one, and the
+        sizes fit."""
+        plain = bool(self._pairs) and self.impl is None and not self._drops
+        linear = len(self.weights()) == len(self.projections)
+        return plain and linear and adapted.takes_rank(device, dtype, self.total_rank)
 
     def fp8_columns(self) -> tuple[Tensor, ...] | None:
         """Exponents int8 [out_i] of the factors that go into each dY before all of them are quantised together; None
