@@ -9,23 +9,14 @@ import torch
 
 from pronghorn.blocks import LEVELS, joining
 from pronghorn.blocks.projection import adapted
-from pronghorn.engine import TrainingStep, binding_of
 from pronghorn.kernels import products, tiles
+from tests.blocks.inside import EXACT, outcomes
 from tests.families.parity import (
-    Outcome,
     add_adapter,
     add_second_adapter,
     assert_same,
-    bound_copy,
-    packed_batch,
-    rows_batch,
-    run,
-    run_step,
 )
 from tests.tiny import tiny_model
-
-EXACT = 5e-6  # as in the family tests
-LENGTHS = (100, 7, 120, 90)
 
 
 @pytest.fixture
@@ -47,36 +38,13 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     return found
 
 
-def outcomes(
-    model: Any,
-    level: str,
-    monkeypatch: pytest.MonkeyPatch,
-    tile_rows: int | None = None,
-    *,
-    step: bool = True,
-) -> list[Outcome]:
-    """With the adapters inside the products, and apart."""
-    rows, found = rows_batch(model.config.vocab_size, LENGTHS), []
-    for inside in (True, False):
-        monkeypatch.setattr(joining, "ADAPTERS_IN_PRODUCTS", inside)
-        fast = bound_copy(model, level)
-        binding = binding_of(fast)
-        assert binding is not None
-        binding.tile_rows = tile_rows
-        outcome = (
-            run_step(TrainingStep(fast), fast, rows) if step else run(fast, packed_batch(rows), logits=False)
-        )
-        found.append(outcome)
-    return found
-
-
 @pytest.mark.parametrize("tile_rows", [None, 128])
 @pytest.mark.parametrize("level", LEVELS)
 def test_every_level(
     level: str, tile_rows: int | None, calls: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = add_adapter(tiny_model("qwen3", dtype=torch.float64), r=8, lora_alpha=12)
-    inside, apart = outcomes(model, level, monkeypatch, tile_rows)
+    inside, apart = outcomes("ADAPTERS_IN_PRODUCTS", model, level, monkeypatch, tile_rows)
     assert_same(inside, apart, EXACT)
     assert calls["output"] and calls["input gradient"]
 
@@ -106,7 +74,7 @@ def test_other_adapters_and_families(
 ) -> None:
     """Of weights without an adapter the residual is added there, too."""
     model = add_adapter(tiny_model(family, dtype=torch.float64), lora_alpha=8, **options)
-    inside, apart = outcomes(model, "attention", monkeypatch)
+    inside, apart = outcomes("ADAPTERS_IN_PRODUCTS", model, "attention", monkeypatch)
     if "lora_dropout" not in options:
         assert_same(inside, apart, EXACT)
     assert ("output" in calls, "input gradient" in calls) == (outputs, gradients)
@@ -115,7 +83,9 @@ def test_other_adapters_and_families(
 def test_two_adapters_and_all_weights_trained(calls: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
     two = add_adapter(tiny_model("llama", dtype=torch.float64), r=8)
     add_second_adapter(two)
-    inside, apart = outcomes(two, "none", monkeypatch, step=False)
+    inside, apart = outcomes("ADAPTERS_IN_PRODUCTS", two, "none", monkeypatch, step=False)
     assert_same(inside, apart, EXACT)
-    inside, apart = outcomes(tiny_model("llama", dtype=torch.float64), "attention", monkeypatch, step=False)
+    inside, apart = outcomes(
+        "ADAPTERS_IN_PRODUCTS", tiny_model("llama", dtype=torch.float64), "attention", monkeypatch, step=False
+    )
     assert_same(inside, apart, EXACT)

@@ -7,26 +7,19 @@ from typing import Any
 import pytest
 import torch
 
-from pronghorn.blocks import LEVELS, gated_products, joining
-from pronghorn.engine import TrainingStep, binding_of
+from pronghorn.blocks import LEVELS, gated_products
+from pronghorn.engine import binding_of
 from pronghorn.kernels import glu_products, tiles
+from tests.blocks.inside import EXACT, outcomes
 from tests.families.parity import (
-    Outcome,
     add_adapter,
     assert_same,
     bound_copy,
-    packed_batch,
-    rows_batch,
-    run,
-    run_step,
 )
 from tests.tiny import tiny_model
 
 #: the GPU's kernels are compared in tests/kernels/test_glu_products.py
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="interprets kernels on a CPU's tensors")
-
-EXACT = 5e-6  # as in the family tests
-LENGTHS = (100, 7, 120, 90)
 
 
 @pytest.fixture
@@ -51,36 +44,13 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     return found
 
 
-def outcomes(
-    model: Any,
-    level: str,
-    monkeypatch: pytest.MonkeyPatch,
-    tile_rows: int | None = None,
-    *,
-    step: bool = True,
-) -> list[Outcome]:
-    """With the unit inside its products, and apart."""
-    rows, found = rows_batch(model.config.vocab_size, LENGTHS), []
-    for inside in (True, False):
-        monkeypatch.setattr(joining, "GATED_IN_PRODUCTS", inside)
-        fast = bound_copy(model, level)
-        binding = binding_of(fast)
-        assert binding is not None
-        binding.tile_rows = tile_rows
-        outcome = (
-            run_step(TrainingStep(fast), fast, rows) if step else run(fast, packed_batch(rows), logits=False)
-        )
-        found.append(outcome)
-    return found
-
-
 @pytest.mark.parametrize("tile_rows", [None, 128])
 @pytest.mark.parametrize("level", LEVELS)
 def test_every_level(
     level: str, tile_rows: int | None, calls: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = add_adapter(tiny_model("qwen3", dtype=torch.float64), r=8, lora_alpha=12)
-    inside, apart = outcomes(model, level, monkeypatch, tile_rows)
+    inside, apart = outcomes("GATED_IN_PRODUCTS", model, level, monkeypatch, tile_rows)
     assert_same(inside, apart, EXACT)
     keeps = level in ("matmuls", "offload-matmuls", "all")
     assert calls["gate_up_act"] and calls["down_backward_"] and bool(calls.get("gate_up")) != keeps
@@ -105,7 +75,7 @@ def test_other_adapters(
     options: dict[str, Any], used: set[str], calls: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = add_adapter(tiny_model("llama", dtype=torch.float64), lora_alpha=8, **options)
-    inside, apart = outcomes(model, "all", monkeypatch)
+    inside, apart = outcomes("GATED_IN_PRODUCTS", model, "all", monkeypatch)
     if "lora_dropout" not in options:
         assert_same(inside, apart, EXACT)
     assert set(calls) == used
@@ -113,7 +83,7 @@ def test_other_adapters(
 
 def test_all_weights_trained(calls: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("llama", dtype=torch.float64)
-    inside, apart = outcomes(model, "attention", monkeypatch, step=False)
+    inside, apart = outcomes("GATED_IN_PRODUCTS", model, "attention", monkeypatch, step=False)
     assert_same(inside, apart, EXACT)
     assert set(calls) == {"gate_up_act", "gate_up"}
 
@@ -123,7 +93,7 @@ def test_one_matrix_and_biases_go_apart(calls: dict[str, int], monkeypatch: pyte
         add_adapter(tiny_model("phi3", dtype=torch.float64), r=8),
         add_adapter(tiny_model("llama", dtype=torch.float64, mlp_bias=True), r=8),
     ):
-        inside, apart = outcomes(model, "all", monkeypatch)
+        inside, apart = outcomes("GATED_IN_PRODUCTS", model, "all", monkeypatch)
         assert_same(inside, apart, EXACT)
     assert not calls
 
@@ -148,7 +118,7 @@ def test_tiles_and_all_rows_may_differ(
     model = add_adapter(tiny_model("qwen3", dtype=torch.float64), r=8)
     for most in (True, False):
         monkeypatch.setattr(tiles, "fills", lambda rows, *sizes, most=most: (rows > 128) == most)
-        inside, apart = outcomes(model, level, monkeypatch, 128)
+        inside, apart = outcomes("GATED_IN_PRODUCTS", model, level, monkeypatch, 128)
         assert_same(inside, apart, EXACT)
 
 

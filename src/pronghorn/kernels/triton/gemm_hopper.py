@@ -19,6 +19,7 @@ from pronghorn.kernels.products import Product
 from pronghorn.kernels.tiles import COLUMNS, ROWS
 from pronghorn.kernels.triton.gluon_parts import (
     begin_behind,
+    bring,
     fetch,
     multiplied,
     next_stage,
@@ -53,30 +54,24 @@ def _copy(
         tile_m, tile_n = place(index, gl.cdiv(m, BM), gl.cdiv(n, BN), GROUP)
         at_m = tile_m * BM
         at_n = tile_n * BN
-        if R:
-            # What lies beside or below a matrix is read as zero: ranks need not fill the step.
-            bar = full.index(stage)
-            mbarrier.wait(empty.index(stage), phase)
-            mbarrier.expect(bar, (BM + BN) * R * 2)
-            for g in gl.static_range(2):
-                fetch(xa_desc, [at_m + 64 * g, 0], bar,
-                      view(left.index(2 * stage + g), xa_desc.dtype, [64, R], xa_desc.layout))  # fmt: skip
-            if TURN:
-                fetch(b_desc, [at_n, 0], bar, view(right.index(stage), b_desc.dtype, [BN, R], b_desc.layout))
-            else:
-                fetch(b_desc, [0, at_n], bar, view(right.index(stage), b_desc.dtype, [R, BN], b_desc.layout))
-            stage, phase = next_stage(stage, phase, STAGES)
-        for step in range(gl.cdiv(k, BK)):
-            bar = full.index(stage)
-            mbarrier.wait(empty.index(stage), phase)
-            mbarrier.expect(bar, (BM + BN) * BK * 2)
-            for g in gl.static_range(2):
-                fetch(x_desc, [at_m + 64 * g, step * BK], bar, left.index(2 * stage + g))
-            if TURN:
-                fetch(w_desc, [at_n, step * BK], bar, right.index(stage))
-            else:
-                fetch(w_desc, [step * BK, at_n], bar, right.index(stage))
-            stage, phase = next_stage(stage, phase, STAGES)
+        stage, phase = bring(
+            x_desc,
+            w_desc,
+            xa_desc,
+            b_desc,
+            left,
+            right,
+            full,
+            empty,
+            at_m,
+            at_n,
+            k,
+            stage,
+            phase,
+            STAGES,
+            R,
+            TURN,
+        )
         if RESIDUAL:
             for g in gl.static_range(2):
                 bar = full.index(stage)

@@ -26,6 +26,7 @@ from pronghorn.kernels.glu_products import HALF as HALF_COLUMNS
 from pronghorn.kernels.tiles import COLUMNS, ROWS, padded
 from pronghorn.kernels.triton.gluon_parts import (
     begin_behind,
+    bring,
     fetch,
     multiplied,
     next_stage,
@@ -234,23 +235,24 @@ def _copy_backward(
         tile_n, tile_m = place(index, tiles_n, gl.cdiv(m, BM), COLUMNS_TOGETHER)
         at_m = tile_m * BM
         at_n = tile_n * BN
-        if R:
-            bar = full.index(stage)
-            mbarrier.wait(empty.index(stage), phase)
-            mbarrier.expect(bar, (BM + BN) * R * 2)
-            for g in gl.static_range(2):
-                fetch(dxa_desc, [at_m + 64 * g, 0], bar,
-                      view(left.index(2 * stage + g), dxa_desc.dtype, [64, R], dxa_desc.layout))  # fmt: skip
-            fetch(a_desc, [0, at_n], bar, view(right.index(stage), a_desc.dtype, [R, BN], a_desc.layout))
-            stage, phase = next_stage(stage, phase, STAGES)
-        for step in range(gl.cdiv(k, BK)):
-            bar = full.index(stage)
-            mbarrier.wait(empty.index(stage), phase)
-            mbarrier.expect(bar, (BM + BN) * BK * 2)
-            for g in gl.static_range(2):
-                fetch(dy_desc, [at_m + 64 * g, step * BK], bar, left.index(2 * stage + g))
-            fetch(weight, [step * BK, at_n], bar, right.index(stage))
-            stage, phase = next_stage(stage, phase, STAGES)
+        stage, phase = bring(
+            dy_desc,
+            weight,
+            dxa_desc,
+            a_desc,
+            left,
+            right,
+            full,
+            empty,
+            at_m,
+            at_n,
+            k,
+            stage,
+            phase,
+            STAGES,
+            R,
+            False,
+        )
         # Gate and up of 128 columns a stage, two stages for each group; dXA in the group's place of the left side.
         for g in gl.static_range(2):
             for part in gl.static_range(2):
