@@ -109,7 +109,7 @@ def test_the_order_of_adapted_products(inside: bool, monkeypatch: pytest.MonkeyP
     on_hopper(monkeypatch)
     monkeypatch.setattr(joining, "ADAPTERS_IN_PRODUCTS", inside)
     model = packed(joined(meta_model(LlamaConfig(**{**SIZES, "num_hidden_layers": 8}))))
-    levels = ["offload-attention"] * 7 + ["all"]
+    levels = ["offload-attention"] * 3 + ["all"] * 5
     binding = binding_of(model)
     assert binding is not None
     binding.set_save_levels(levels)

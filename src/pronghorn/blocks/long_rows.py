@@ -143,7 +143,7 @@ def _residual_sum(layer: DecoderLayer, x: Tensor, saves: Any, at: slice) -> Any:
     attention, glu = _parts(layer)
     of_heads = attention.Saves(out=saves.out[at], xa_o=None if saves.xa_o is None else saves.xa_o[at])
     of_rows = glu.Saves()
-    glu.add_residual(*attention.onto(x[at], of_heads), layer.dtype, of_rows)
+    glu.add_residual(x[at], attention.output(of_heads), layer.dtype, of_rows)
     return of_rows
 
 

@@ -140,7 +140,8 @@ class Step(Parking):
         if not keeps(level, "all"):
             self._drop(saves, "normed_attention")
         if "summed" not in saves:
-            whole = self._output_names == OUT and self._residual_in_o(t)
+            roomy = keeps(level, "matmuls") and not parks(level)
+            whole = roomy and self._output_names == OUT and self._residual_in_o(t)
             branch = -1 if whole else self._branch(saves)
             if whole:
                 read = self._read_by_o()
