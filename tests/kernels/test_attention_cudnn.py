@@ -24,9 +24,7 @@ class Interpreted:
 
     def run(self, g: Geometry, tensors: dict[str, Tensor], device: torch.device) -> None:
         call = AttentionCall(g.scale, g.window, "eager")
-        assert tensors["lengths"].shape == (g.documents, 1, 1, 1)
-        assert tensors["lengths"].dtype == torch.int32
-        for number, length in enumerate(tensors["lengths"].flatten().tolist()):
+        for number, length in enumerate(self.lengths(g, tensors)):
             assert length <= g.longest
             view = Document(g, tensors, number, length)
             q, k, v = (view.of(name, heads, row) for name, heads, row in g_inputs(g))
@@ -43,6 +41,15 @@ class Interpreted:
             view.of("dk", g.kv_heads, g.kv_row).copy_(grads[1])
             view.of("dv", g.kv_heads, g.kv_row, offset="dk").copy_(grads[2])
 
+    def lengths(self, g: Geometry, tensors: dict[str, Tensor]) -> list[int]:
+        if g.dense:
+            assert not any(name.endswith("offset") or name == "lengths" for name in tensors)
+            return [g.longest] * g.documents
+        assert tensors["lengths"].shape == (g.documents, 1, 1, 1)
+        assert tensors["lengths"].dtype == torch.int32
+        found: list[int] = tensors["lengths"].flatten().tolist()
+        return found
+
 
 def g_inputs(g: Geometry) -> tuple[tuple[str, int, int], ...]:
     return ("q", g.heads, g.q_row), ("k", g.kv_heads, g.k_row), ("v", g.kv_heads, g.v_row)
@@ -55,10 +62,16 @@ class Document:
         self.g, self.tensors, self.number, self.length = g, tensors, number, length
 
     def of(self, name: str, heads: int, row: int, offset: str | None = None) -> Tensor:
-        tensor, offsets = self.tensors[name], self.tensors[f"{offset or name}_offset"]
+        tensor = self.tensors[name]
+        width = 1 if name == "stats" else self.g.head_dim
+        if self.g.dense:
+            begin = self.number * self.length * row
+            return tensor.as_strided(
+                (self.length, heads, width), (row, width, 1), tensor.storage_offset() + begin
+            )
+        offsets = self.tensors[f"{offset or name}_offset"]
         assert offsets.dtype == torch.int64
         assert offsets.shape == (self.g.documents + 1, 1, 1, 1)
-        width = 1 if name == "stats" else self.g.head_dim
         begin, end = offsets.flatten()[self.number : self.number + 2].tolist()
         assert end - begin == self.length * row
         return tensor.as_strided(
@@ -77,7 +90,36 @@ CASES = [
     pytest.param(Case((7, 0, 30, 1, 2), 4, 2, 16), id="mixed"),
     pytest.param(Case((7, 30), 4, 1, 16, window=5), id="window"),
     pytest.param(Case((7, 30), 2, 2, 16, sinks=True), id="sinks"),
+    pytest.param(Case((128, 128, 128), 4, 2, 16), id="one length"),
+    pytest.param(Case((128, 128), 2, 1, 16, window=40), id="one length, window"),
 ]
+
+
+@pytest.mark.parametrize(
+    "lengths,longest,dense",
+    [
+        ((256, 256, 256), 256, True),
+        ((256,), 256, True),
+        ((256, 256, 0), 256, False),
+        ((256, 255), 256, False),
+        ((200, 200), 200, False),  # would be rounded up: a plan for every length there is
+        ((256, 256), 512, False),  # the longest is said to be longer than it is
+        ((64, 64), 64, False),
+    ],
+)
+def test_which_batches_have_one_length(
+    lengths: tuple[int, ...], longest: int, dense: bool, plans: Interpreted
+) -> None:
+    case = Case(lengths, 2, 2, 16)
+    inputs = [x.detach().float() for x in case.inputs(torch.float32, torch.device("cpu"))]
+    docs = Documents(torch.tensor((0, *lengths)).cumsum(0).to(torch.int32), longest)
+    cudnn_ragged.forward(*inputs[:3], docs, AttentionCall(0.25, None, "cudnn"))
+    assert plans.geometries[0].dense is dense
+
+
+def test_offsets_beyond_32_bits_stay_ragged() -> None:
+    assert cudnn_ragged._is_dense(1, 2**19, 2**19, 2**11)
+    assert not cudnn_ragged._is_dense(1, 2**20, 2**20, 2**11)
 
 
 @pytest.mark.parametrize("wide", [False, True], ids=["contiguous", "columns of a buffer"])

@@ -7,6 +7,9 @@ strides inside a document, the documents' lengths, and where each begins (in ele
 A plan serves every stream that fits its geometry, so geometries are rounded up (`bucket`): a plan takes 0.1 to 2 s
 to build, and real batches differ in all three of documents, longest document and tokens. Plans are never dropped: a
 captured step may hold their kernels.
+
+Documents of one length that needs no rounding are `dense`: cuDNN is told their number and length and nothing else. That
+takes 255 and 881 µs where ragged ones take 279 and 956 (4 × 2,048 tokens of 8B, H200), and two thirds of the workspace.
 """
 
 from __future__ import annotations
@@ -36,7 +39,7 @@ _UID = {name: number for number, name in enumerate(_NAMES, start=1)}
 class Geometry:
     """What a plan depends on. B documents of up to S tokens each, at most `tokens` in all; rows are strides of tokens.
 
-    `tokens` and `deterministic` matter to the backward plan only.
+    `tokens` and `deterministic` matter to the backward plan only; `dense`: all documents have S tokens.
     """
 
     device: torch.device
@@ -53,6 +56,7 @@ class Geometry:
     scale: float
     window: int | None
     deterministic: bool = False
+    dense: bool = False
 
     @property
     def out_row(self) -> int:
@@ -80,7 +84,12 @@ def bucket(documents: int, longest: int, tokens: int) -> tuple[int, int, int]:
     by less than 8,192 where there are so many that this workspace is the largest thing there.
     """
     step = min(max(1024, 1 << max(0, (tokens - 1).bit_length() - 3)), 8192)
-    return _power_of_two(documents), max(128, _power_of_two(longest)), -(-tokens // step) * step
+    return _power_of_two(documents), longest_bucket(longest), -(-tokens // step) * step
+
+
+def longest_bucket(longest: int) -> int:
+    """The rounded number of tokens of the longest document."""
+    return max(128, _power_of_two(longest))
 
 
 def _power_of_two(number: int) -> int:
@@ -166,15 +175,12 @@ def build_forward(cudnn: Any, handle: Any, g: Geometry) -> Any:
     """Graph of (out, stats) = attention(q, k, v)."""
     graph, kind, integers = _new_graph(cudnn, handle, g)
     q, k, v = _inputs(graph, kind, integers, g)
-    lengths = _lengths(graph, cudnn, g)
-    out, stats = graph.sdpa(
-        name="sdpa_forward", q=q, k=k, v=v, generate_stats=True, **_mask(cudnn, lengths, g)
-    )  # fmt: skip
+    out, stats = graph.sdpa(name="sdpa_forward", q=q, k=k, v=v, generate_stats=True, **_mask(graph, cudnn, g))
     out.set_uid(_UID["o"]).set_output(True).set_dim(_dim(g, g.heads)).set_stride(_stride(g, g.out_row))
-    out.set_ragged_offset(_offset(graph, integers, g, "o_offset"))
+    _place(out, _offset(graph, integers, g, "o_offset"))
     stats.set_uid(_UID["stats"]).set_output(True).set_data_type(cudnn.data_type.FLOAT)
     stats.set_dim(_stats_dim(g)).set_stride(_stats_stride(g))
-    stats.set_ragged_offset(_offset(graph, integers, g, "stats_offset"))
+    _place(stats, _offset(graph, integers, g, "stats_offset"))
     return _finish(cudnn, graph)
 
 
@@ -190,14 +196,13 @@ def build_backward(cudnn: Any, handle: Any, g: Geometry) -> Any:
     stats = graph.tensor(
         uid=_UID["stats"], dim=_stats_dim(g), stride=_stats_stride(g), data_type=cudnn.data_type.FLOAT
     )
-    out.set_ragged_offset(o_offset)
-    dout.set_ragged_offset(o_offset)
-    stats.set_ragged_offset(_offset(graph, integers, g, "stats_offset"))
-    lengths = _lengths(graph, cudnn, g)
+    _place(out, o_offset)
+    _place(dout, o_offset)
+    _place(stats, _offset(graph, integers, g, "stats_offset"))
+    most = {} if g.dense else {"max_total_seq_len_q": g.tokens, "max_total_seq_len_kv": g.tokens}
     dq, dk, dv = graph.sdpa_backward(
         name="sdpa_backward", q=q, k=k, v=v, o=out, dO=dout, stats=stats,
-        max_total_seq_len_q=g.tokens, max_total_seq_len_kv=g.tokens,
-        use_deterministic_algorithm=g.deterministic, **_mask(cudnn, lengths, g),
+        use_deterministic_algorithm=g.deterministic, **most, **_mask(graph, cudnn, g),
     )  # fmt: skip
     dk_offset = _offset(graph, integers, g, "dk_offset")
     # dq is laid out as the output, dk and dv as contiguous [T, K, D], whatever views q, k and v are.
@@ -207,7 +212,7 @@ def build_backward(cudnn: Any, handle: Any, g: Geometry) -> Any:
         (dv, "dv", g.kv_heads, g.kv_row, dk_offset),
     ):
         tensor.set_uid(_UID[name]).set_output(True).set_dim(_dim(g, heads)).set_stride(_stride(g, row))
-        tensor.set_ragged_offset(offset)
+        _place(tensor, offset)
     return _finish(cudnn, graph)
 
 
@@ -226,7 +231,7 @@ def _inputs(graph: Any, kind: Any, integers: Any, g: Geometry) -> list[Any]:
     found = []
     for name, heads, row in (("q", g.heads, g.q_row), ("k", g.kv_heads, g.k_row), ("v", g.kv_heads, g.v_row)):
         tensor = graph.tensor(uid=_UID[name], dim=_dim(g, heads), stride=_stride(g, row), data_type=kind)
-        tensor.set_ragged_offset(_offset(graph, integers, g, f"{name}_offset"))
+        _place(tensor, _offset(graph, integers, g, f"{name}_offset"))
         found.append(tensor)
     return found
 
@@ -248,24 +253,34 @@ def _stats_stride(g: Geometry) -> tuple[int, int, int, int]:
 
 
 def _offset(graph: Any, integers: Any, g: Geometry, name: str) -> Any:
+    """None where all documents have one length: strides say where they begin."""
+    if g.dense:
+        return None
     return graph.tensor(
         uid=_UID[name], dim=(g.documents + 1, 1, 1, 1), stride=(1, 1, 1, 1), data_type=integers
     )
 
 
-def _lengths(graph: Any, cudnn: Any, g: Geometry) -> Any:
-    return graph.tensor(
+def _place(tensor: Any, offset: Any) -> None:
+    if offset is not None:
+        tensor.set_ragged_offset(offset)
+
+
+def _lengths(graph: Any, cudnn: Any, g: Geometry) -> dict[str, Any]:
+    """Each document's length, where they are not all one."""
+    if g.dense:
+        return {}
+    lengths = graph.tensor(
         uid=_UID["lengths"], dim=(g.documents, 1, 1, 1), stride=(1, 1, 1, 1), data_type=cudnn.data_type.INT32
     )
+    return {"use_padding_mask": True, "seq_len_q": lengths, "seq_len_kv": lengths}
 
 
-def _mask(cudnn: Any, lengths: Any, g: Geometry) -> dict[str, Any]:
+def _mask(graph: Any, cudnn: Any, g: Geometry) -> dict[str, Any]:
     """Causal inside each document's length; a window counts the query itself, as ours does."""
     return {
         "attn_scale": float(g.scale),
-        "use_padding_mask": True,
-        "seq_len_q": lengths,
-        "seq_len_kv": lengths,
+        **_lengths(graph, cudnn, g),
         "diagonal_alignment": cudnn.diagonal_alignment.TOP_LEFT,
         "diagonal_band_right_bound": 0,
         **({} if g.window is None else {"diagonal_band_left_bound": int(g.window)}),

@@ -3,11 +3,14 @@
 Statistics: [T, N] fp32, natural logarithms like FlashAttention's, so that where cuDNN has no plan for a geometry
 FlashAttention-2 takes the same call's place (the reason is logged once).
 
+Where all documents have one length, plans are made for that alone (`Geometry.dense`). Whether they do follows from
+three numbers that a captured step is recorded for: documents, longest and tokens.
+
 Backward adds dq in whatever order its blocks finish, unless `torch.use_deterministic_algorithms(True)` is on, as with
 FlashAttention-2. Its workspace in bytes, besides 4 · tokens · N of row sums:
     12 · tokens · N · D,  4 · tokens · N · D where N = K,
     and in deterministic order 2 · documents · N · longest² in place of 4 · tokens · N · D,
-all numbers as `bucket` rounds them.
+all numbers as `bucket` rounds them. A dense one has 8 · tokens · N · D in place of 12.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ from pronghorn.kernels.attention.cudnn_plans import (
     build_backward,
     build_forward,
     frontend,
+    longest_bucket,
 )
 from pronghorn.kernels.attention.documents import AttentionCall, Documents
 
@@ -39,7 +43,7 @@ INSTALL_CUDNN = (
 #: Bytes of token pairs that a deterministic backward may keep; beyond, FlashAttention-2's is taken.
 MOST_PAIR_BYTES = 2**30
 #: Versions of the frontend and of cuDNN that were measured and compared with the reference; others are probed.
-KNOWN_FRONTENDS = ((1, 18), (1, 22))
+KNOWN_FRONTENDS = ((1, 18), (1, 24))
 KNOWN_CUDNN = (91900, 92000)
 
 
@@ -80,8 +84,10 @@ def backward(
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     tensors = {
         "q": q, "k": k, "v": v, "o": out, "do": dout, "stats": lse, "dq": dq, "dk": dk, "dv": dv,
-        "dk_offset": docs.element_offsets(geometry.documents, geometry.kv_row), **_layout(geometry, docs),
+        **_layout(geometry, docs),
     }  # fmt: skip
+    if not geometry.dense:
+        tensors["dk_offset"] = docs.element_offsets(geometry.documents, geometry.kv_row)
     PLANS.run(plan, tensors, q.device)
     return dq, dk, dv
 
@@ -146,13 +152,26 @@ def _known_versions() -> bool:
 
 @lru_cache(maxsize=64)
 def _probe(device: torch.device, dtype: torch.dtype, head_dim: int, windowed: bool) -> str | None:
-    """Why a small stream does not go through, or does not give the written-out formula's numbers; None if it does."""
+    """Why small streams do not go through, or do not give the written-out formula's numbers; None if they do."""
+    for lengths in ((100, 0, 156), (128, 128)):
+        reason = _probe_stream(lengths, device, dtype, head_dim, windowed)
+        if reason is not None:
+            return reason
+    return None
+
+
+def _probe_stream(
+    lengths: tuple[int, ...], device: torch.device, dtype: torch.dtype, head_dim: int, windowed: bool
+) -> str | None:
     generator = torch.Generator(device).manual_seed(0)
-    lengths = (100, 0, 156)
-    cu = torch.tensor((0, 100, 100, 256), dtype=torch.int32, device=device)
-    docs = Documents(cu, 156, lengths)
-    q, dout = (torch.randn(256, 2, head_dim, generator=generator, device=device).to(dtype) for _ in range(2))
-    k, v = (torch.randn(256, 1, head_dim, generator=generator, device=device).to(dtype) for _ in range(2))
+    tokens = sum(lengths)
+    cu = torch.tensor((0, *lengths), device=device).cumsum(0).to(torch.int32)
+    docs = Documents(cu, max(lengths), lengths)
+
+    def stream(heads: int) -> Tensor:
+        return torch.randn(tokens, heads, head_dim, generator=generator, device=device).to(dtype)
+
+    q, dout, k, v = stream(2), stream(2), stream(1), stream(1)
     call = AttentionCall(head_dim**-0.5, 48 if windowed else None, "cudnn")
     versions = f"nvidia-cudnn-frontend {frontend().__version__} with cuDNN {frontend().backend_version()}"
     geometries = [_geometry(q, k, v, docs, call), _geometry(q, k, v, docs, call, for_backward=True)]
@@ -187,29 +206,43 @@ def _geometry(
     q: Tensor, k: Tensor, v: Tensor, docs: Documents, call: AttentionCall, for_backward: bool = False
 ) -> Geometry:
     tokens, heads, size = q.shape
-    count, longest, most = bucket(docs.count, min(docs.max_seqlen, tokens), tokens)
+    longest, rows = min(docs.max_seqlen, tokens), (q.stride(0), k.stride(0), v.stride(0), heads * size)
+    dense = _is_dense(docs.count, longest, tokens, max(rows))
+    count, rounded, most = bucket(docs.count, longest, tokens)
     return Geometry(
         device=q.device,
         dtype=q.dtype,
-        documents=count,
-        longest=longest,
-        tokens=most if for_backward else 0,
+        documents=docs.count if dense else count,
+        longest=rounded,
+        tokens=most if for_backward and not dense else 0,
         heads=heads,
         kv_heads=k.shape[1],
         head_dim=size,
-        q_row=q.stride(0),
-        k_row=k.stride(0),
-        v_row=v.stride(0),
+        q_row=rows[0],
+        k_row=rows[1],
+        v_row=rows[2],
         scale=call.scale,
         window=call.window if call.window is not None and call.window < docs.max_seqlen else None,
         deterministic=for_backward
         and torch.are_deterministic_algorithms_enabled()
         and not torch.is_deterministic_algorithms_warn_only_enabled(),
+        dense=dense,
     )
 
 
+def _is_dense(documents: int, longest: int, tokens: int, row: int) -> bool:
+    """Whether all documents have one length, a plan for which serves many batches.
+
+    None is longer than the longest, so they are all as long where they have so many tokens together. Lengths that would
+    be rounded up stay ragged: each would want a plan of its own.
+    """
+    return documents * longest == tokens and longest == longest_bucket(longest) and tokens * row < 2**31
+
+
 def _layout(geometry: Geometry, docs: Documents) -> dict[str, Tensor]:
-    """Lengths and offsets of the documents, made once per pass."""
+    """Lengths and offsets of the documents, made once per pass; nothing where they follow from the geometry."""
+    if geometry.dense:
+        return {}
     count = geometry.documents
     rows = {
         "q_offset": geometry.q_row,

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pronghorn.kernels.tiles import why_not
 from pronghorn.kernels.triton.launch import unit_rows
 from pronghorn.kernels.triton.lora import dot, is_wide, limits, rank_block, three
 from pronghorn.kernels.triton.lora_sums import Partials, sum_a_grads, sum_output_grads
@@ -145,28 +146,51 @@ def output_grads(
 ) -> tuple[Tensor, Tensor | None]:
     """dXA, and dXA A where `a` is given."""
     dys, bs = [unit_rows(dy) for dy in dys], [b.contiguous() for b in bs]
-    ranks, widths = [b.shape[1] for b in bs], [b.shape[0] for b in bs]
-    tokens, device = dys[0].shape[0], dys[0].device
+    ranks, tokens, device = [b.shape[1] for b in bs], dys[0].shape[0], dys[0].device
     dxa = torch.empty(tokens, sum(ranks), dtype=dys[0].dtype, device=device)
     start = None if a is None else torch.empty(tokens, a.shape[1], dtype=dxa.dtype, device=device)
     if not tokens:
         return dxa, start
     need_b = xa is not None and any(grad is not None for grad in b_grads)
     xa = unit_rows(xa) if xa is not None and need_b else dxa
+    made = _by_copy_engine if _suits_copy_engine(dys, bs, xa) else _by_loads
+    partials = made(dys, bs, list(xa.split(ranks, 1)), need_b)
+    sum_output_grads(partials, dxa, b_grads if need_b else (), scalings, a, start)
+    return dxa, start
+
+
+def _suits_copy_engine(dys: Sequence[Tensor], bs: Sequence[Tensor], xa: Tensor) -> bool:
+    """Whether `lora_hopper` takes these: 16 bits, ranks of multiples of 8 up to 64, many tiles."""
+    if why_not(dys[0].device, dys[0].dtype) is not None:
+        return False
+    from pronghorn.kernels.triton.lora_hopper import suits
+
+    return suits(dys, bs, xa)
+
+
+def _by_copy_engine(
+    dys: Sequence[Tensor], bs: Sequence[Tensor], xas: Sequence[Tensor], need_b: bool
+) -> Partials:
+    from pronghorn.kernels.triton import lora_hopper
+
+    return lora_hopper.output_grads(dys, bs, xas, need_b)
+
+
+def _by_loads(dys: Sequence[Tensor], bs: Sequence[Tensor], xas: Sequence[Tensor], need_b: bool) -> Partials:
+    ranks, widths = [b.shape[1] for b in bs], [b.shape[0] for b in bs]
+    tokens, device = dys[0].shape[0], dys[0].device
     padded, columns = rank_block(ranks), sum(widths)
-    config = dict(grads_config(tokens, tuple(widths), padded, dxa.element_size(), *limits(device)))
+    config = dict(grads_config(tokens, tuple(widths), padded, dys[0].element_size(), *limits(device)))
     shares, each = config.pop("SHARES"), config.pop("TOKENS_EACH")
     blocks = [triton.cdiv(width, config["BO"]) for width in widths]
     dxa_partial = torch.empty(sum(blocks), tokens, padded, dtype=torch.float32, device=device)
     db_partial = torch.empty(shares if need_b else 0, columns, padded, dtype=torch.float32, device=device)
     _grads[(sum(blocks), shares)](
-        *three(dys), *three(bs), *three(list(xa.split(ranks, 1))), dxa_partial, db_partial, *three(ranks),
+        *three(list(dys)), *three(list(bs)), *three(list(xas)), dxa_partial, db_partial, *three(ranks),
         *three(widths), *three([dy.stride(0) for dy in dys]), *three(blocks)[:2],
-        tokens, xa.stride(0), each, columns, NEED_B=need_b, R=padded, WIDE=is_wide(dxa), **config,
+        tokens, xas[0].stride(0), each, columns, NEED_B=need_b, R=padded, WIDE=is_wide(dys[0]), **config,
     )  # fmt: skip
-    partials = Partials(dxa_partial, db_partial, tuple(ranks), tuple(widths), tuple(blocks))
-    sum_output_grads(partials, dxa, b_grads if need_b else (), scalings, a, start)
-    return dxa, start
+    return Partials(dxa_partial, db_partial, tuple(ranks), tuple(widths), tuple(blocks))
 
 
 @triton.jit

@@ -15,17 +15,15 @@ from pronghorn.kernels.triton.lora import dot, is_wide, limits, three
 
 @triton.jit
 def _sum_of_slabs(at, slab, count, inside, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr):
-    """Σ of `count` slabs of a tile in fp32, DEPTH of them in a round. One load of all of a round took up to twice as
-    long (8B, q, k and v with dXA A: 151 against 76 µs)."""
+    """Σ of `count` slabs of a tile in fp32, DEPTH of them in a round, the last of which may have fewer. One load of all
+    of a round took up to twice as long (8B, q, k and v with dXA A: 151 against 76 µs)."""
     total = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
-    whole = count // DEPTH * DEPTH
-    for _ in range(0, whole, DEPTH):
-        for _depth in tl.static_range(DEPTH):
-            total += tl.load(at, mask=inside, other=0.0)
+    left = tl.zeros([ROWS, 1], dtype=tl.int32) + count
+    for _ in range(0, count, DEPTH):
+        for depth in tl.static_range(DEPTH):
+            total += tl.load(at, mask=inside & (left > depth), other=0.0)
             at += slab
-    for _ in range(whole, count):
-        total += tl.load(at, mask=inside, other=0.0)
-        at += slab
+        left -= DEPTH
     return total
 
 
@@ -46,10 +44,18 @@ def _sum_tile(
     tl.store(to, total.to(out_ptr.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def pieces_of(block, tiles, each):
+    """Programs that share a block of columns, where each takes so many tiles in a row and a block has `tiles`."""
+    each = tl.maximum(each, 1)
+    return ((block + 1) * tiles - 1) // each - block * tiles // each + 1
+
+
 #: Sizes that say nothing about alignment (ranks do: of the loads' masks). Compiling for each of their kinds (1, a
 #: multiple of 16, another) takes a second each time.
 _PLAIN = (
-    "w0", "w1", "blocks0", "blocks1", "blocks2", "wanted0", "wanted1", "wanted2", "shares",
+    "w0", "w1", "blocks0", "blocks1", "blocks2", "wanted0", "wanted1", "wanted2", "shares", "tiles", "each",
+    "block_columns",
 )  # fmt: skip
 _PLAIN_START = (*_PLAIN, "token_programs", "row_blocks")
 
@@ -63,9 +69,12 @@ def _of(part, first, second, third):
 @triton.jit
 def _sum_db(
     partial_ptr, db0, db1, db2, s0, s1, s2, r0, r1, r2, w0, w1, stride0, stride1, stride2, wanted0, wanted1, wanted2,
-    slab, shares, part, block, R: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr,
+    blocks0, blocks1, slab, shares, tiles, each, block_columns, part, block, R: tl.constexpr, ROWS: tl.constexpr,
+    DEPTH: tl.constexpr,
 ):  # fmt: skip
     """A block of a part's dB += its sum; all rows of a part are wanted or none."""
+    of_grads = _of(part, blocks0 * 0, blocks0, blocks0 + blocks1) + block * ROWS // block_columns
+    shares = tl.where(each > 0, pieces_of(of_grads, tiles, each), shares)
     begin = _of(part, w0 * 0, w0, w0 + w1).to(tl.int64) * R
     _sum_tile(
         partial_ptr + begin, _of(part, db0, db1, db2), slab, shares, _of(part, wanted0, wanted1, wanted2),
@@ -78,8 +87,8 @@ def _sum_db(
 def _sum_grads(
     dxa_partial_ptr, db_partial_ptr, dxa0, dxa1, dxa2, db0, db1, db2, s0, s1, s2, r0, r1, r2, w0, w1,
     db_stride0, db_stride1, db_stride2, blocks0, blocks1, blocks2, wanted0, wanted1, wanted2,
-    tokens, slab, slab_b, dxa_stride, shares, token_blocks, NEED_B: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr,
-    DEPTH: tl.constexpr,
+    tokens, slab, slab_b, dxa_stride, shares, tiles, each, block_columns, token_blocks, NEED_B: tl.constexpr,
+    R: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """All sums of `_grads`: programs of axis 1 are the parts, those of axis 0 rows of dXA and then rows of dB."""
     part, block = tl.program_id(1), tl.program_id(0)
@@ -92,7 +101,8 @@ def _sum_grads(
     elif NEED_B:
         _sum_db(
             db_partial_ptr, db0, db1, db2, s0, s1, s2, r0, r1, r2, w0, w1, db_stride0, db_stride1, db_stride2,
-            wanted0, wanted1, wanted2, slab_b, shares, part, block - token_blocks, R, ROWS, DEPTH,
+            wanted0, wanted1, wanted2, blocks0, blocks1, slab_b, shares, tiles, each, block_columns, part,
+            block - token_blocks, R, ROWS, DEPTH,
         )  # fmt: skip
 
 
@@ -127,9 +137,9 @@ def _times_a(dxa, a_ptr, a_stride, rank, column, known_column, R: tl.constexpr, 
 def _sum_grads_start(
     dxa_partial_ptr, db_partial_ptr, dxa0, dxa1, dxa2, db0, db1, db2, a_ptr, start_ptr, s0, s1, s2, r0, r1, r2, w0, w1,
     db_stride0, db_stride1, db_stride2, blocks0, blocks1, blocks2, wanted0, wanted1, wanted2,
-    tokens, slab, slab_b, dxa_stride, shares, a_stride, width, columns_each, pieces, token_programs, row_blocks,
-    PARTS: tl.constexpr, NEED_B: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr, BT: tl.constexpr,
-    BO: tl.constexpr, DEPTH: tl.constexpr, WIDE: tl.constexpr,
+    tokens, slab, slab_b, dxa_stride, shares, tiles, each, block_columns, a_stride, width, columns_each, pieces,
+    token_programs, row_blocks, PARTS: tl.constexpr, NEED_B: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr,
+    BT: tl.constexpr, BO: tl.constexpr, DEPTH: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """All sums of `_grads`, and dXA A [T, in] in the same launch: programs of tokens and columns, then rows of dB."""
     program = tl.program_id(0)
@@ -171,7 +181,8 @@ def _sum_grads_start(
         program -= token_programs
         _sum_db(
             db_partial_ptr, db0, db1, db2, s0, s1, s2, r0, r1, r2, w0, w1, db_stride0, db_stride1, db_stride2,
-            wanted0, wanted1, wanted2, slab_b, shares, program // row_blocks, program % row_blocks, R, ROWS, DEPTH,
+            wanted0, wanted1, wanted2, blocks0, blocks1, slab_b, shares, tiles, each, block_columns,
+            program // row_blocks, program % row_blocks, R, ROWS, DEPTH,
         )  # fmt: skip
 
 
@@ -188,13 +199,20 @@ def sum_config(padded: int) -> dict[str, int]:
 
 
 class Partials(NamedTuple):
-    """What `_grads` leaves to be summed: dXA [Σ blocks, T, R] and dB [shares, Σ widths, R], parts in order."""
+    """What is left to be summed: dXA [Σ blocks, T, R] and dB [shares, Σ widths, R], parts in order.
+
+    Where programs took `each` tiles in a row of the `tiles` of a block of `block_columns`, blocks have as many partial
+    sums of dB as programs had a part in them (`pieces_of`); else all have `shares`.
+    """
 
     dxa: Tensor
     db: Tensor
     ranks: tuple[int, ...]
     widths: tuple[int, ...]
     blocks: tuple[int, ...]
+    tiles: int = 0
+    each: int = 0
+    block_columns: int = 1 << 30
 
 
 def sum_output_grads(
@@ -218,7 +236,8 @@ def sum_output_grads(
     numbers = [
         *three([float(s) for s in scalings]), *three(ranks), *three(widths)[:2],
         *three([grad.stride(0) for grad in grads]), *three(list(partials.blocks)), *three(wanted),
-        tokens, tokens * padded, sum(widths) * padded, dxa.stride(0), shares,
+        tokens, tokens * padded, sum(widths) * padded, dxa.stride(0), shares, partials.tiles, partials.each,
+        partials.block_columns,
     ]  # fmt: skip
     if a is None or start is None:
         token_blocks = triton.cdiv(tokens, rows)
