@@ -63,7 +63,6 @@ class Stopwatch:
         self.peak_timed: tuple[float, float] = (0.0, 0.0)
         self.real_tokens: dict[int, list[Any]] = defaultdict(list)
         self.supervised: dict[int, list[Any]] = defaultdict(list)
-        self.losses: dict[int, float] = {}
         self._marks: list[Any] = []
         self._single_ms: list[float] = []
         self._begin = self._turn_began = 0.0
@@ -146,11 +145,6 @@ def watch(trainer: Any, stopwatch: Stopwatch) -> None:
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             stopwatch.step_end(state.global_step)
 
-        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-            for key in ("loss", "train_loss"):
-                if logs and key in logs:
-                    stopwatch.losses[state.global_step if key == "loss" else -1] = float(logs[key])
-
     trainer.add_callback(Timing())
     training_step = trainer.training_step
 
@@ -225,7 +219,7 @@ def _result(
     region_s = watch.region_s if watch.turn is None else median(times) * steps / 1e3
     ordered = sorted(times)
     whole = [max(pair) for pair in zip(watch.peak_before, watch.peak_timed, strict=True)]
-    on_gpu = torch.cuda.is_available()
+    on_gpu, logs = torch.cuda.is_available(), trainer.state.log_history
     return {
         "workload": workload.name,
         "side": side.name,
@@ -244,8 +238,8 @@ def _result(
         "whole_reserved_gib": whole[1],
         "loaded_s": loaded_s,
         "first_step_s": watch.first_step_s,
-        "first_loss": watch.losses.get(1),
-        "mean_loss": watch.losses.get(-1),
+        "first_loss": next((entry["loss"] for entry in logs if entry["step"] == 1 and "loss" in entry), None),
+        "mean_loss": next((entry["train_loss"] for entry in logs if "train_loss" in entry), None),
         "trainable_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
         "hardware": torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads",
         "versions": versions(),

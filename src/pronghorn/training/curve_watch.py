@@ -26,6 +26,8 @@ _SINGLE = ("spike", "gradient-spike")
 class CurveWatch(TrainerCallback):
     """Watches one trainer's curves."""
 
+    takes_late_logs = True
+
     def __init__(self, trainer: Any) -> None:
         self._trainer = trainer
         self._said: set[tuple[str, int]] = set()

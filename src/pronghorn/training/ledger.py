@@ -7,15 +7,26 @@ import statistics
 from array import array
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers.trainer_callback import TrainerCallback
 
+from pronghorn.training.meter import Sent
+
 #: Steps whose rows are kept: what is told of a step is told within far fewer.
 REMEMBERED_STEPS = 4096
 #: Steps at the end of a run without a loss that is a number, from which on it is not one row's doing.
 _BAD_ENDING = 3
+
+
+@dataclass(frozen=True)
+class Unread:
+    """Steps, and the loss and gradient norm of each, one after the other."""
+
+    steps: list[int]
+    values: Sent
 
 
 class StepLedger(TrainerCallback):
@@ -75,18 +86,28 @@ class StepLedger(TrainerCallback):
         self._rows.append((step, tuple(self._of_step)))
         self._loss, self._norm, self._of_step = None, None, []
 
+    def send(self) -> Unread:
+        """What arrived since the last log sets out for the host; to be taken in by `take`."""
+        unread, self._unread = self._unread, []
+        values = [math.nan if value is None else value for _, *pair in unread for value in pair]
+        return Unread([step for step, *_ in unread], Sent.of(values))
+
+    def take(self, unread: Unread) -> None:
+        """Take in what was sent (waits for it)."""
+        self._take(unread.steps, unread.values.read())
+
     def read(self, accelerator: Any) -> None:
         """A log is written: take over what arrived since the last one, the mean over all processes (waits)."""
-        unread, self._unread = self._unread, []
-        if not unread:
+        unread = self.send()
+        if not unread.steps:
             return
-        values = [_scalar(value) for _, *pair in unread for value in pair]
-        device = next((value.device for value in values if value.device.type != "cpu"), torch.device("cpu"))
-        stacked = torch.stack([value.to(device) for value in values])
+        read = unread.values.read()
         if accelerator.num_processes > 1:
-            stacked = accelerator.reduce(stacked.to(accelerator.device), reduction="mean")
-        read = stacked.tolist()
-        for (step, *_), loss, norm in zip(unread, read[::2], read[1::2], strict=True):
+            read = accelerator.reduce(torch.tensor(read).to(accelerator.device), reduction="mean").tolist()
+        self._take(unread.steps, read)
+
+    def _take(self, steps: Sequence[int], values: Sequence[float]) -> None:
+        for step, loss, norm in zip(steps, values[::2], values[1::2], strict=True):
             self.steps.append(step)
             self.losses.append(loss)
             self.norms.append(norm)
@@ -117,10 +138,3 @@ class StepLedger(TrainerCallback):
     def rows(self) -> dict[int, tuple[int, ...]]:
         """Rows by step, in their order, of the steps that are remembered."""
         return {step: rows for step, rows in self._rows if rows}
-
-
-def _scalar(value: Any) -> torch.Tensor:
-    """A 0-dim fp32 tensor, where the value is."""
-    if isinstance(value, torch.Tensor):
-        return value.detach().float().reshape(())
-    return torch.tensor(math.nan if value is None else float(value))

@@ -3,12 +3,46 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from pronghorn.data.rows import IGNORED
+
+
+@dataclass(frozen=True)
+class Sent:
+    """Numbers, of which those on a device are on their way to the host."""
+
+    numbers: tuple[float | None, ...]
+    arriving: torch.Tensor | None
+    arrived: torch.cuda.Event | None
+
+    @classmethod
+    def of(cls, values: Sequence[Any]) -> Sent:
+        """Numbers and tensors of one element; nothing here waits for a device."""
+        there = [value.detach().reshape(()) for value in values if isinstance(value, torch.Tensor)]
+        numbers = tuple(None if isinstance(value, torch.Tensor) else float(value) for value in values)
+        if not there:
+            return cls(numbers, None, None)
+        # Counts beyond 2^24 are no numbers of fp32.
+        wide = torch.float32 if there[0].device.type == "mps" else torch.float64
+        stacked = torch.stack([value.to(there[0].device, wide) for value in there])
+        if not stacked.is_cuda:
+            return cls(numbers, stacked, None)
+        held = torch.empty(stacked.shape, dtype=wide, pin_memory=True).copy_(stacked, non_blocking=True)
+        arrived = torch.cuda.Event()
+        arrived.record()
+        return cls(numbers, held, arrived)
+
+    def read(self) -> list[float]:
+        """All of them, waiting for those that have not arrived."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        there = iter([] if self.arriving is None else self.arriving.tolist())
+        return [next(there) if number is None else number for number in self.numbers]
 
 
 @dataclass
@@ -27,16 +61,25 @@ class Tally:
         self.correct = self.correct + correct
         self.tokens = self.tokens + tokens
 
+    def send(self) -> Sent:
+        """The sums, counting anew from here; `Tally.of` what arrives."""
+        sent = Sent.of([self.loss, self.supervised, self.correct, self.tokens])
+        self.__init__()  # type: ignore[misc]
+        return sent
+
+    @classmethod
+    def of(cls, sums: Sequence[float]) -> Tally:
+        loss, supervised, correct, tokens = sums
+        return cls(loss, int(supervised), int(correct), int(tokens))
+
     def read(self, accelerator: Any) -> Tally:
         """The sums over all processes as plain numbers (waits for the device), counting anew from here."""
-        values = [self.loss, self.supervised, self.correct, self.tokens]
-        device = accelerator.device
-        wide = torch.float32 if device.type == "mps" else torch.float64
-        # Numbers go over together, tensors are already there.
-        stacked = torch.stack([torch.as_tensor(value, device=device).detach().to(wide) for value in values])
-        loss, supervised, correct, tokens = accelerator.reduce(stacked, reduction="sum").tolist()
-        self.__init__()  # type: ignore[misc]
-        return Tally(loss, int(supervised), int(correct), int(tokens))
+        sums = self.send().read()
+        if accelerator.num_processes > 1:
+            device = accelerator.device
+            wide = torch.float32 if device.type == "mps" else torch.float64
+            sums = accelerator.reduce(torch.tensor(sums, dtype=wide, device=device), reduction="sum").tolist()
+        return Tally.of(sums)
 
     @property
     def mean_loss(self) -> float:

@@ -50,6 +50,8 @@ def memory_now_bytes(cuda: bool) -> int:
 class ProgressTable(TrainerCallback):
     """One line a log, aligned under a header. On a terminal a bar with the remaining time stays below the lines."""
 
+    takes_late_logs = True
+
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(soft_wrap=True, highlight=False)
         self.bar: Progress | None = None

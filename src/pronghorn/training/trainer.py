@@ -19,6 +19,7 @@ from pronghorn.training.arguments import take_older_arguments
 from pronghorn.training.config import as_sft_config
 from pronghorn.training.curve_watch import CurveWatch
 from pronghorn.training.given import as_dataset, training_rows, usable_collator
+from pronghorn.training.late_logs import LateLogs
 from pronghorn.training.ledger import StepLedger
 from pronghorn.training.logits import loss_from_logits, right_predictions
 from pronghorn.training.lr_finder import get_best_learning_rate
@@ -130,6 +131,7 @@ class SFTTrainer(SafeTrainer, RowsTrainer):
         self._loss_function, self._wants_rows = loss, metrics is not None
         self._training, self._evaluation, self._watch = Tally(), Tally(), Stopwatch()
         self._trained_tokens, self._numbers, self._ledger = 0, NumberWatch(self), StepLedger()
+        self._late = LateLogs(self, super()._maybe_log_save_evaluate)
         self._left_over: list[Any] = []
         self._parameter_count: int | None = None
 
@@ -198,6 +200,8 @@ class SFTTrainer(SafeTrainer, RowsTrainer):
             self._training.add(
                 supervised=supervised_tokens(inputs), correct=output.num_correct, tokens=tokens
             )
+        # Behind the launch of this step, and before what is known of it only later.
+        self._late.write()
         # First what is kept: the other may end the run.
         self._ledger.saw(loss, self._numbers_of(inputs.get("rows", ())))
         self._numbers.saw(inputs, normalizer, loss)
@@ -316,17 +320,31 @@ class SFTTrainer(SafeTrainer, RowsTrainer):
     def _send_telemetry(self) -> None:
         """Nothing is sent."""
 
+    def _maybe_log_save_evaluate(
+        self, tr_loss: torch.Tensor, grad_norm: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        self._late.write()
+        if not self._late.postpones(tr_loss, grad_norm, args, kwargs):
+            super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds accuracy, speed and memory to a training log; a loss that is no number is told once."""
+        late = self._late.being_written
+        if late is None:  # somebody else's log comes behind the one that waits
+            self._late.write()
         if "loss" in logs:
-            sums, seconds = self._training.read(self.accelerator), self._watch.lap()
+            sums = self._training.read(self.accelerator) if late is None else Tally.of(late.sums.read())
+            seconds = self._watch.lap()
             self._trained_tokens += sums.tokens
             logs["mean_token_accuracy"] = sums.accuracy
             logs["num_tokens"] = self._trained_tokens
             if seconds > 0:
                 logs["tokens_per_second"] = round(sums.tokens / seconds, 1)
             logs["peak_memory_gib"] = round(peak_memory_gib(), 3)
-            self._ledger.read(self.accelerator)
+            if late is None:
+                self._ledger.read(self.accelerator)
+            else:
+                self._ledger.take(late.steps)
             self._numbers.read(logs)
         elif "train_loss" in logs:  # the end: steps since the last log
             self._ledger.read(self.accelerator)
@@ -336,4 +354,9 @@ class SFTTrainer(SafeTrainer, RowsTrainer):
     def _while_training(self) -> Iterator[None]:
         self._training, self._left_over = Tally(), []
         with super()._while_training(), self._recorder.of_run() if self._recorder else nullcontext():
-            yield
+            try:
+                yield
+            except BaseException:
+                self._late.write_after_error()
+                raise
+            self._late.write()

@@ -39,6 +39,8 @@ class RunRecorder(TrainerCallback):
         asked: the trainer's arguments as they were given, by `facts.values_of`.
     """
 
+    takes_late_logs = True
+
     def __init__(self, trainer: Any, asked: Mapping[str, Any]) -> None:
         self._trainer, self._asked = trainer, asked
         self._record = RunRecord()
