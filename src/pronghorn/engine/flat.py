@@ -99,7 +99,16 @@ class FlatAdapters:
 
     def gradient_of(self) -> list[Tensor]:
         """Views of the gradient buffer, one for each of `parameters`."""
-        return [self._part(self.gradients, offset, p.shape) for p, offset in self._places]
+        return self.views_of(self.gradients)
+
+    def views_of(self, buffer: Tensor) -> list[Tensor]:
+        """Views of a buffer laid out as the values are, one for each of `parameters`."""
+        return [self._part(buffer, offset, p.shape) for p, offset in self._places]
+
+    def holds_values(self) -> bool:
+        """Whether every parameter still lies here."""
+        begin, size = self.values.data_ptr(), self.values.element_size()
+        return all(p.data_ptr() == begin + offset * size for p, offset in self._places)
 
     def refresh(self) -> None:
         """Bring the copy in the compute dtype up to date: one kernel."""

@@ -414,6 +414,23 @@ class TrainingStep:
     def _device(self) -> torch.device:
         return next(self.model.parameters()).device  # type: ignore[no-any-return]
 
+    def flats(self) -> list[FlatAdapters]:
+        """Flat adapters that are as they were laid out, their gradients with them."""
+        buffers = {id(p): buffer for p, buffer in self._gradients}
+        return [
+            flat
+            for flat in self._flat
+            if flat is not None
+            and flat.holds_values()
+            and all(p.grad is buffers.get(id(p)) for p in flat.parameters)
+        ]
+
+    def whole_gradient(self) -> Tensor | None:
+        """The gradient of everything that is trained as one tensor, where it is one."""
+        flats = self.flats()
+        whole = len(flats) == 1 and len(flats[0].parameters) == len(self._gradients)
+        return flats[0].gradients if whole else None
+
     @property
     def holds_graphs(self) -> bool:
         """Whether captured steps take memory now."""

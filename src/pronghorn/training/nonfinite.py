@@ -21,6 +21,7 @@ from transformers.trainer_callback import TrainerCallback
 from pronghorn.data.collator import BOOKKEEPING, documents_of
 from pronghorn.engine.nonfinite import Finding, find_nonfinite
 from pronghorn.errors import NonFiniteLoss
+from pronghorn.training.flat_adamw import FlatAdamW
 
 logger = logging.getLogger("pronghorn")
 
@@ -231,7 +232,7 @@ def _skips(optimizer: Any) -> bool:
     """Whether an optimizer heeds `found_inf`: torch's own, fused."""
     groups = getattr(optimizer, "param_groups", None)
     return (
-        type(optimizer).__module__.startswith("torch.optim")
+        (type(optimizer).__module__.startswith("torch.optim") or type(optimizer) is FlatAdamW)
         and bool(getattr(optimizer, "_step_supports_amp_scaling", False))
         and groups is not None
         and all(group.get("fused") for group in groups)

@@ -11,6 +11,7 @@ from accelerate.utils import DistributedType
 
 from pronghorn.data.budgets import Budgets
 from pronghorn.engine import TrainingStep
+from pronghorn.engine.flat import FlatAdapters
 from pronghorn.errors import OutOfMemory
 from pronghorn.training.memory import RunMemory, take_memory
 
@@ -124,6 +125,14 @@ class StaticSteps:
             "pronghorn: a micro-batch of %d tokens does not fit (%s): such batches run in parts from here on, with the "
             "same loss and gradients; memory_budget='auto' makes layers keep less instead", tokens, failure,
         )  # fmt: skip
+
+    def flats(self) -> list[FlatAdapters]:
+        """Adapters that lie side by side, and their gradients with them."""
+        return [] if self._step is None else self._step.flats()
+
+    def whole_gradient(self) -> torch.Tensor | None:
+        """The gradient of everything that is trained as one tensor, where it is one."""
+        return None if self._step is None else self._step.whole_gradient()
 
     def release(self) -> None:
         """Give the graphs' memory back; a later run makes them anew."""

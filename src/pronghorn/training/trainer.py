@@ -18,6 +18,7 @@ from pronghorn.loading.arguments import refuse_pair
 from pronghorn.training.arguments import take_older_arguments
 from pronghorn.training.config import as_sft_config
 from pronghorn.training.curve_watch import CurveWatch
+from pronghorn.training.flat_adamw import FlatAdamW, clip_flat_
 from pronghorn.training.given import as_dataset, training_rows, usable_collator
 from pronghorn.training.late_logs import LateLogs
 from pronghorn.training.ledger import StepLedger
@@ -206,6 +207,23 @@ class SFTTrainer(SafeTrainer, RowsTrainer):
         self._ledger.saw(loss, self._numbers_of(inputs.get("rows", ())))
         self._numbers.saw(inputs, normalizer, loss)
         return loss
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """Transformers' own, but for torch's fused AdamW, which takes adapters that lie side by side as one tensor."""
+        given: Any = self.optimizer  # type: ignore[has-type]
+        optimizer = super().create_optimizer(*args, **kwargs)
+        fused = type(optimizer) is torch.optim.AdamW and all(
+            group["fused"] for group in optimizer.param_groups
+        )
+        if fused and given is None:
+            self.optimizer = FlatAdamW.like(optimizer, lambda: self._static_steps().flats())
+        return self.optimizer
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        gradient = self._static_steps().whole_gradient()
+        if gradient is None:
+            return super()._clip_grad_norm(model)
+        return clip_flat_(gradient, self.args.max_grad_norm)
 
     def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
         norm = super()._get_grad_norm(*args, **kwargs)
