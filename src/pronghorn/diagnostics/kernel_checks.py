@@ -17,7 +17,7 @@ from pronghorn.diagnostics.checks import Unsound
 from pronghorn.diagnostics.compare import Comparison, close, device, draw, dtypes
 from pronghorn.kernels import dropout as dropout_kernel
 from pronghorn.kernels import glu as glu_kernels
-from pronghorn.kernels import glu_products
+from pronghorn.kernels import glu_products, loss_rows
 from pronghorn.kernels import layer_norm as centred_kernels
 from pronghorn.kernels import linear_cross_entropy as head_kernels
 from pronghorn.kernels import lora as lora_kernels
@@ -363,7 +363,19 @@ def cross_entropy() -> str:
         wanted = torch.autograd.grad(truth, leaves)
         for name, got, want in zip(("dhidden", "dhead", "dA", "dB"), found, wanted, strict=True):
             close(compared, name, got, want, dtype)
+        _loss_rows(compared, found[0])
     return said(compared)
+
+
+def _loss_rows(compared: Comparison, gradient: torch.Tensor) -> None:
+    """A gradient scaled, and put back to every other row of a stream."""
+    scale = torch.full((), 1 / 3, device=gradient.device)
+    low = loss_rows.scaled(gradient, scale, gradient.dtype)
+    compared.near("gradient / 3", low, gradient.double() * scale.double())
+    rows = torch.arange(0, 2 * len(gradient), 2, device=gradient.device)
+    stream = loss_rows.put_back(gradient, rows, 2 * len(gradient) + 1)
+    want = stream.new_zeros(stream.shape).index_copy_(0, rows, gradient)
+    compared.near("rows put back", stream, want.double())
 
 
 def dropout() -> str:

@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 from pronghorn.blocks import LinearProjection
 from pronghorn.families import Scales
 from pronghorn.kernels.linear_cross_entropy import Space, default_chunk_rows, linear_cross_entropy
+from pronghorn.kernels.loss_rows import put_back
 
 NO_SCALES = Scales()
 
@@ -90,10 +91,7 @@ def scaled_logits(logits: Tensor, scales: Scales) -> Tensor:
 
 
 class _TakeRows(torch.autograd.Function):
-    """x [T, H] at `rows` [n]. Backward writes each row once, where index_select's adds atomically.
-
-    A row that comes several times is a filler, whose gradients are all zero: every write to it is the same.
-    """
+    """x [T, H] at `rows` [n]. Backward writes each row once, where index_select's adds atomically."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, rows: Tensor) -> Tensor:
@@ -105,4 +103,4 @@ class _TakeRows(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (rows,), grad = ctx.saved_tensors, grads[0]
-        return grad.new_zeros(ctx.length, grad.shape[1]).index_copy_(0, rows, grad), None
+        return put_back(grad, rows, ctx.length), None

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pronghorn.kernels.dispatch import Impl, math_dtype, use_triton
+from pronghorn.kernels.loss_rows import scaled
 
 #: How much memory there is for what exists for a moment only.
 Space = Literal["short", "usual", "roomy"]
@@ -187,6 +188,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             gradients.add(logits, chunk, weight, adapter, at)
         # Saved, not kept on the node: it outlives backward for as long as somebody holds the loss.
         ctx.save_for_backward(*gradients.tensors())
+        ctx.impl = "triton" if settings.triton else "torch"
         ctx.dtypes = [None if p is None else p.dtype for p in (hidden, weight, bias, a, b)]
         num_correct = correct.sum()
         ctx.mark_non_differentiable(num_correct)
@@ -197,17 +199,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         scale = grads[0]
         # Not in place: a second backward (retain_graph) must find them unscaled.
-        scaled = [
-            None if g is None else _scaled(g, scale, dtype)
+        found = [
+            None if g is None else scaled(g, scale, dtype, impl=ctx.impl)
             for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
-        return (*scaled, None, None)
-
-
-def _scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """gradient · scale in `dtype`, rounded once: a scale without dimensions would be rounded to 16 bits first."""
-    out = torch.empty_like(gradient, dtype=dtype)
-    return torch.mul(gradient, scale.view((1,) * gradient.dim()), out=out)
+        return (*found, None, None)
 
 
 def _cross_entropy_(
