@@ -113,7 +113,7 @@ def prepare(monkeypatch: pytest.MonkeyPatch, *, parking: bool) -> None:
                 monkeypatch.setattr(module, attribute, _NoLaunch())
     monkeypatch.setattr("pronghorn.kernels.lora.probe", lambda: SimpleNamespace(capability=(9, 0)))
     monkeypatch.setattr("pronghorn.kernels.triton.launch.processors", lambda index: 132)
-    for name in ("glu_hopper", "gemm_hopper"):
+    for name in ("glu_hopper", "gemm_hopper", "heads_hopper", "lora_hopper"):
         monkeypatch.setattr(f"pronghorn.kernels.triton.{name}.processors", lambda index: 132)
     for name in ("lora", "lora_grads", "glu_down"):
         monkeypatch.setattr(f"pronghorn.kernels.triton.{name}.limits", lambda device: (132, 227 * 1024))

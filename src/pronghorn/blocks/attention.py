@@ -101,14 +101,20 @@ class AttentionBlock(AttentionOutput):
             defers = self.q_norm is None
             joined = defers and self.qkv.total_rank > 0
             joined = joined and joining.joins_qkv_forward(x.shape[0], self.kv_heads * self.head_dim)
-            (q, k, v), saves.xa_qkv = self.qkv.forward(normed, defer_adapters=defers, joined=joined)
-            del normed
+            whole = defers and not joined and not self.gated and not self.pairs
+            made, xa = self.qkv.rotated_heads(normed, self.cos, self.sin) if whole else (None, None)
+            defers = defers and made is None
+            if made is None:
+                made, xa = self.qkv.forward(normed, defer_adapters=defers, xa=xa, joined=joined)
+            (q, k, v), saves.xa_qkv = made, xa
+            del normed, made
             saves.q, saves.gate = self._query_and_gate(q)
             saves.k = k.view(-1, self.kv_heads, self.head_dim)
             saves.v = v.view(-1, self.kv_heads, self.head_dim)
             del q, k, v
             if defers:
                 self._rotate(saves)
+            if self.q_norm is None:
                 self._scale_(saves.q)
 
     def attend(self, saves: AttentionSaves) -> None:

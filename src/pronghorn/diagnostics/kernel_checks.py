@@ -17,7 +17,7 @@ from pronghorn.diagnostics.checks import Unsound
 from pronghorn.diagnostics.compare import Comparison, close, device, draw, dtypes
 from pronghorn.kernels import dropout as dropout_kernel
 from pronghorn.kernels import glu as glu_kernels
-from pronghorn.kernels import glu_products, loss_rows
+from pronghorn.kernels import glu_products, heads, loss_rows
 from pronghorn.kernels import layer_norm as centred_kernels
 from pronghorn.kernels import linear_cross_entropy as head_kernels
 from pronghorn.kernels import lora as lora_kernels
@@ -299,7 +299,26 @@ def adapted_products() -> str:
             compared.near(name, adapted_kernels.multiply(product), whole)
         product = adapted_kernels.Product(x, w.T.contiguous(), False, xa, b.T.contiguous())
         compared.near("dX", adapted_kernels.multiply(product), truth)
+        _rotated_heads(compared, dtype)
     return said(compared)
+
+
+def _rotated_heads(compared: Comparison, dtype: torch.dtype) -> None:
+    """Two heads of q and two of k and v, with adapters of rank 8."""
+    wide = (256, 256, 256)
+    x, xa = draw(TOKENS, WIDTH, dtype=dtype), draw(TOKENS, 24, dtype=dtype, seed=1)
+    w = draw(sum(wide), WIDTH, dtype=dtype, seed=2, scale=0.1)
+    bs = [draw(width, 8, dtype=dtype, seed=3 + i, scale=0.3) for i, width in enumerate(wide)]
+    angles = draw(TOKENS, 128, dtype=dtype, seed=6)
+    cos, sin = angles.double().cos().to(dtype), angles.double().sin().to(dtype)
+    found = heads.rotated_heads(heads.Heads(x, w, wide, xa, (bs[0], bs[1], bs[2]), cos, sin))
+    base = (x.double() @ w.double().T).split(wide, 1)
+    shares = xa.double().split(8, 1)
+    for name, got, part, share, b in zip("qkv", found, base, shares, bs, strict=True):
+        truth = part + share @ b.double().T
+        if name != "v":
+            truth = rope_kernels.rotate(truth.view(TOKENS, 2, 128), cos, sin).flatten(1)
+        compared.near(name, got, truth, slack=2.0)
 
 
 def lora_products() -> str:

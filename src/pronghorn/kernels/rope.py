@@ -56,7 +56,7 @@ def qk_rope_forward(
         if weight is not None:
             rstd = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
             wide = wide * rstd * (weight.to(wide.dtype) + weight_offset)
-        rotated = _rotate(wide, cos, sin, pairs)
+        rotated = rotate(wide, cos, sin, pairs)
         outputs.append(x.copy_(rotated) if inplace else rotated.to(x.dtype))
     return outputs[0], outputs[1]
 
@@ -91,7 +91,7 @@ def adapted_rope_(
         base = x.reshape(x.shape[0], -1)
         wide = base.to(math_dtype(x.dtype)) if adapter is None else adapter.add_to(base)
         wide = wide.view(x.shape)
-        out.copy_(_rotate(wide, cos, sin, pairs) if rotates else wide)
+        out.copy_(rotate(wide, cos, sin, pairs) if rotates else wide)
 
 
 def qk_rope_backward(
@@ -141,7 +141,7 @@ def _halves(x: Tensor, width: int, pairs: bool) -> tuple[Tensor, Tensor]:
     return x[..., : width // 2], x[..., width // 2 : width]
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor, pairs: bool) -> Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, pairs: bool = False) -> Tensor:
     """x [T, N, D] rotated by cos, sin [T, Drot], in x's dtype."""
     width = cos.shape[-1]
     c1, c2 = _halves(cos[:, None].to(x.dtype), width, pairs)
@@ -155,7 +155,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, pairs: bool) -> Tensor:
 
 
 def _rotate_back(dy: Tensor, cos: Tensor, sin: Tensor, pairs: bool) -> Tensor:
-    """The transpose of `_rotate`."""
+    """The transpose of `rotate`."""
     width = cos.shape[-1]
     c1, c2 = _halves(cos[:, None].to(dy.dtype), width, pairs)
     s1, s2 = _halves(sin[:, None].to(dy.dtype), width, pairs)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from pronghorn.blocks import joining
 from pronghorn.kernels import tiles
+from pronghorn.kernels.heads import Heads, rotated_heads
+from pronghorn.kernels.heads import why_not as why_no_heads
 from pronghorn.kernels.lora import LowRank
 from pronghorn.kernels.products import MOST_RANK, Product, multiply, why_not
 from pronghorn.weights import Weight
@@ -44,6 +49,30 @@ def weight_of_input_grad(weight: Weight, dy: Tensor, rank: int) -> Tensor | None
 def input_grad(weight: Tensor, dy: Tensor, dxa: Tensor, a: Tensor) -> Tensor:
     """dy W + dXA A [T, in] by one launch."""
     return multiply(Product(dy, weight, False, dxa, a))
+
+
+def heads(
+    weight: Weight | None,
+    x: Tensor,
+    shares: Sequence[LowRank | None],
+    xa: Tensor,
+    angles: tuple[Tensor, Tensor],
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """q, k and v of x with their adapters' shares, q and k rotated by cos and sin, by one launch; None where no kernel
+    does that. `weight` is that of all three; xa [T, ΣR] is what the shares are columns of."""
+    ready = None if weight is None else _ready(weight, x.dtype)
+    first, *others = shares
+    if ready is None or first is None or tiles.why_not(x.device, x.dtype) is not None:
+        return None
+    same = [share for share in others if share is not None and share.scaling == first.scaling]
+    if len(same) != 2:
+        return None
+    bs = (first.b.contiguous(), same[0].b.contiguous(), same[1].b.contiguous())
+    widths = (bs[0].shape[0], bs[1].shape[0], bs[2].shape[0])
+    call = Heads(x, ready, widths, xa, bs, *angles)
+    if why_no_heads(call) is not None:
+        return None
+    return rotated_heads(call if first.scaling == 1.0 else replace(call, xa=xa * first.scaling))
 
 
 def takes_rank(device: torch.device, dtype: torch.dtype, rank: int) -> bool:

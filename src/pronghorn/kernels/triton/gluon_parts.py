@@ -192,7 +192,8 @@ def put(out_desc, at_m, at_n, x, buffers, turn: gl.constexpr):
 
 
 @gluon.jit
-def _halves(acc):
+def halves(acc):
+    """acc cut into two side by side; no number moves between threads."""
     rows: gl.constexpr = acc.shape[0]
     half: gl.constexpr = acc.shape[1] // 2
     return gl.split(gl.permute(gl.reshape(acc, [rows, 2, half]), (0, 2, 1)))
@@ -201,9 +202,9 @@ def _halves(acc):
 @gluon.jit
 def quarters(acc):
     """acc cut into four side by side; no number moves between threads."""
-    first, second = _halves(acc)
-    a, b = _halves(first)
-    c, d = _halves(second)
+    first, second = halves(acc)
+    a, b = halves(first)
+    c, d = halves(second)
     return a, b, c, d
 
 

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pronghorn.kernels.tiles import why_not
+from pronghorn.kernels import tiles
 from pronghorn.kernels.triton.launch import unit_rows
 from pronghorn.kernels.triton.lora import dot, is_wide, limits, rank_block, three
 from pronghorn.kernels.triton.lora_sums import Partials, sum_a_grads, sum_output_grads
@@ -161,7 +161,7 @@ def output_grads(
 
 def _suits_copy_engine(dys: Sequence[Tensor], bs: Sequence[Tensor], xa: Tensor) -> bool:
     """Whether `lora_hopper` takes these: 16 bits, ranks of multiples of 8 up to 64, many tiles."""
-    if why_not(dys[0].device, dys[0].dtype) is not None:
+    if not tiles.on_hopper(dys[0], None):
         return False
     from pronghorn.kernels.triton.lora_hopper import suits
 
