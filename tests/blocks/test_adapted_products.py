@@ -9,7 +9,7 @@ import torch
 
 from pronghorn.blocks import LEVELS, joining
 from pronghorn.blocks.projection import adapted
-from pronghorn.kernels import products, tiles
+from pronghorn.kernels import heads, products, tiles
 from tests.blocks.inside import EXACT, outcomes
 from tests.families.parity import (
     add_adapter,
@@ -89,3 +89,46 @@ def test_two_adapters_and_all_weights_trained(calls: dict[str, int], monkeypatch
         "ADAPTERS_IN_PRODUCTS", tiny_model("llama", dtype=torch.float64), "attention", monkeypatch, step=False
     )
     assert_same(inside, apart, EXACT)
+
+
+#: two heads of q a tile, and one of k and v twice
+WIDE = {"head_dim": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
+
+
+@pytest.mark.parametrize(
+    ("options", "config", "made"),
+    [
+        ({"r": 8}, WIDE, True),
+        ({"r": 8, "lora_alpha": 12}, WIDE, True),
+        ({"r": 8, "rank_pattern": {"k_proj": 16}}, WIDE, False),
+        ({"r": 8, "alpha_pattern": {"k_proj": 5}}, WIDE, False),
+        ({"r": 8, "target_modules": ["q_proj", "v_proj"]}, WIDE, False),
+        ({"r": 8, "lora_dropout": 0.1}, WIDE, True),
+        ({"r": 8}, WIDE | {"attention_bias": True}, False),
+        ({"r": 8}, {}, False),
+    ],
+)
+@pytest.mark.parametrize("level", ["none", "all"])
+def test_heads_by_one_product(
+    level: str,
+    options: dict[str, Any],
+    config: dict[str, Any],
+    made: bool,
+    calls: dict[str, int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """q, k and v with their adapters and rotation, where all have one of the same rank and scaling."""
+    found: list[heads.Heads] = []
+    right = heads.rotated_heads
+
+    def counted(call: heads.Heads) -> Any:
+        found.append(call)
+        return right(call)
+
+    monkeypatch.setattr(adapted, "rotated_heads", counted)
+    monkeypatch.setattr("pronghorn.engine.joined.joins", lambda device: True)
+    model = add_adapter(tiny_model("llama", dtype=torch.float64, **config), **options)
+    inside, apart = outcomes("ADAPTERS_IN_PRODUCTS", model, level, monkeypatch)
+    if "lora_dropout" not in options:  # each draws masks of its own
+        assert_same(inside, apart, EXACT)
+    assert bool(found) == made

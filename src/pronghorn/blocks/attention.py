@@ -99,12 +99,12 @@ class AttentionBlock(AttentionOutput):
             normed = self._normed(x, dtype, saves)
             # A norm on q and k needs whole inputs in its backward; a rotation takes the adapters in on the way.
             defers = self.q_norm is None
-            joined = defers and self.qkv.total_rank > 0
-            joined = joined and joining.joins_qkv_forward(x.shape[0], self.kv_heads * self.head_dim)
-            whole = defers and not joined and not self.gated and not self.pairs
+            whole = defers and not self.gated and not self.pairs
             made, xa = self.qkv.rotated_heads(normed, self.cos, self.sin) if whole else (None, None)
             defers = defers and made is None
             if made is None:
+                joined = defers and self.qkv.total_rank > 0
+                joined = joined and joining.joins_qkv_forward(x.shape[0], self.kv_heads * self.head_dim)
                 made, xa = self.qkv.forward(normed, defer_adapters=defers, xa=xa, joined=joined)
             (q, k, v), saves.xa_qkv = made, xa
             del normed, made

@@ -160,7 +160,7 @@ def output_grads(
 
 
 def _suits_copy_engine(dys: Sequence[Tensor], bs: Sequence[Tensor], xa: Tensor) -> bool:
-    """Whether `lora_hopper` takes these: 16 bits, ranks of multiples of 8 up to 64, many tiles."""
+    """Whether `lora_hopper` takes these: 16 bits, ranks of multiples of 8 up to 32, many tiles."""
     if not tiles.on_hopper(dys[0], None):
         return False
     from pronghorn.kernels.triton.lora_hopper import suits

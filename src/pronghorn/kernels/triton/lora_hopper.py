@@ -34,7 +34,7 @@ from pronghorn.kernels.triton.lora_sums import Partials
 #: tokens of a tile
 TOKENS = gl.constexpr(64)
 #: rank -> columns of a tile and stages in shared memory
-TILES = {16: (512, 3), 32: (256, 5), 64: (256, 4)}
+TILES = {16: (512, 3), 32: (256, 5)}
 #: tiles a processor from which on the kernel is taken
 LEAST_TILES = 4
 
