@@ -81,13 +81,8 @@ class ProjectionGroup(GroupParameters):
         """q, k and v with their adapters, q and k rotated by halves, by one launch, None where no kernel does that; XA,
         or None where `forward` is to form it."""
         operand = as_operand(x)
-        plain = self._single and not self._b_biases() and not self.fuses and not self.is_one_matrix
-        whole = plain and len(self.projections) == len(self._pairs) == 3
-        rank = max(self._ranks) if whole else 0
-        takes = whole and adapted.takes_rank(operand.tensor.device, operand.tensor.dtype, rank)
-        if not takes or any(p.bias is not None for p in self._all_linear()):
-            return None, None
-        xa = self.down(operand.tensor)
+        suits = self.suits_heads(operand.tensor.device, operand.tensor.dtype) and not self.fuses
+        xa = self.down(operand.tensor) if suits else None
         if xa is None:
             return None, None
         shares = [self._share(i, xa) for i in range(3)]

@@ -172,6 +172,13 @@ class GroupParameters:
         """Whether `onto` has a kernel, if the weight lies ready in 16 bits and the sizes fit."""
         return self._lone_plain and adapted.takes_rank(device, dtype, self.total_rank)
 
+    def suits_heads(self, device: torch.device, dtype: torch.dtype) -> bool:
+        """Whether one product makes q, k and v with their adapters, if the weights lie ready in 16 bits, as one, and
+        the sizes fit."""
+        three = len(self.projections) == len(self._pairs) == len(self.weights()) == 3 and self.impl is None
+        plain = three and self._single and not self.has_biases()
+        return plain and adapted.takes_rank(device, dtype, max(self._ranks))
+
     def suits_whole_input_grad(self, device: torch.device, dtype: torch.dtype) -> bool:
         """Whether one product makes dX with the adapters' share, if the weights lie ready in 16 bits, as one, and the
         sizes fit."""
