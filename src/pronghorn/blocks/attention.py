@@ -99,7 +99,8 @@ class AttentionBlock(AttentionOutput):
             normed = self._normed(x, dtype, saves)
             # A norm on q and k needs whole inputs in its backward; a rotation takes the adapters in on the way.
             defers = self.q_norm is None
-            whole = defers and not self.gated and not self.pairs
+            turns_whole = self.head_dim == self.cos.shape[1] and not self.pairs
+            whole = defers and turns_whole and not self.gated
             made, xa = self.qkv.rotated_heads(normed, self.cos, self.sin) if whole else (None, None)
             defers = defers and made is None
             if made is None:

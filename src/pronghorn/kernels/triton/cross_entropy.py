@@ -88,8 +88,10 @@ def cross_entropy_(
     if not rows:
         return
     block = min(triton.next_power_of_2(width), 4096)
+    # 1,280 rows of 128,256: 328 µs with 8 warps, 280 with 16 (H200).
+    warps = {4096: 16, 2048: 8}.get(block, 4)
     _cross_entropy[(rows,)](
         logits, labels, losses, correct.view(dtype=torch.int8), logits.stride(0), width, ignore_index, logit_scale,
         1.0 if softcap is None else softcap,
-        SOFTCAP=softcap is not None, NEED_GRAD=need_grad, BLOCK=block, num_warps=8 if block >= 2048 else 4,
+        SOFTCAP=softcap is not None, NEED_GRAD=need_grad, BLOCK=block, num_warps=warps,
     )  # fmt: skip
