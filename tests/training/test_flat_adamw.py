@@ -123,6 +123,61 @@ def test_steps_are_counted_on(how: str, tmp_path: Path) -> None:
     assert {float(optimizer.state[p]["step"]) for p in flat.parameters} == {4.0}
 
 
+def stepped(made: Any) -> set[float]:
+    """One more step of the optimizer alone; the counts of steps afterwards."""
+    for p, buffer in made._steps._step._gradients:
+        p.grad = buffer
+    inner(made).step()
+    return {float(own["step"]) for own in inner(made).state_dict()["state"].values()}
+
+
+def test_states_loaded_from_itself(tmp_path: Path) -> None:
+    made = run(tmp_path, steps=2)
+    inner(made).load_state_dict(inner(made).state_dict())
+    assert stepped(made) == {3.0} and stepped(made) == {4.0} and len(inner(made)._held) == 1
+
+
+def test_states_that_were_moved(tmp_path: Path) -> None:
+    """Off and back again, as offloading does it: same tensors, other memory."""
+    made = run(tmp_path, steps=2)
+    own = next(iter(inner(made).state.values()))
+    own["exp_avg"].data = own["exp_avg"].clone()
+    own["exp_avg"].fill_(0.25)
+    assert stepped(made) == {3.0}
+    held = inner(made)._held[0]
+    again = next(iter(inner(made).state.values()))["exp_avg"]
+    assert again.data_ptr() == held.views[0][0].data_ptr() and again.min() > 0.1
+
+
+def test_states_of_some_that_begin_anew(tmp_path: Path) -> None:
+    made = run(tmp_path, steps=2)
+    optimizer = inner(made)
+    optimizer.state.pop(next(iter(optimizer.state)))
+    assert stepped(made) == {1.0, 3.0} and not optimizer._held
+    assert stepped(made) == {2.0, 4.0}
+
+
+@pytest.mark.parametrize("option", ["amsgrad", "fused"])
+def test_a_group_that_takes_another_way(option: str, tmp_path: Path) -> None:
+    made = run(tmp_path, steps=2)
+    for group in inner(made).param_groups:
+        group[option] = option == "amsgrad"
+    if option == "amsgrad":
+        for own in inner(made).state.values():
+            own["max_exp_avg_sq"] = torch.zeros_like(own["exp_avg_sq"])
+    assert stepped(made) == {3.0} and not inner(made)._held
+
+
+def test_a_copy_is_torchs(tmp_path: Path) -> None:
+    made = run(tmp_path, steps=2)
+    copied = copy.deepcopy(inner(made))
+    for group in copied.param_groups:
+        for p in group["params"]:
+            p.grad = torch.ones_like(p)
+    copied.step()
+    assert {float(own["step"]) for own in copied.state.values()} == {3.0}
+
+
 def test_an_optimizer_of_the_callers_stays(tmp_path: Path) -> None:
     made = trainer(tmp_path, max_steps=1, **FUSED)
     own = torch.optim.AdamW([p for p in made.model.parameters() if p.requires_grad], lr=1e-3, fused=True)

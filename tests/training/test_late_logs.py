@@ -10,9 +10,10 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from pronghorn.training import late_logs
+from pronghorn.training import SFTTrainer, late_logs
 from pronghorn.training.meter import Sent
-from tests.training.runs import chats, trainer
+from tests.tiny import tiny_tokenizer
+from tests.training.runs import adapter_model, chats, settings, trainer
 
 TIMED = (
     "tokens_per_second",
@@ -163,6 +164,49 @@ def test_logs_of_others_come_behind(tmp_path: Path, waited_for: None) -> None:
         for entry in run.state.log_history
     ]
     assert found == ["loss", "own", "loss", "own", "loss", "train_loss"]
+
+
+def test_a_run_that_begins_again_has_no_logs_of_the_first(tmp_path: Path, waited_for: None) -> None:
+    """As with `auto_find_batch_size`, where the first try runs out of memory."""
+    run = trainer(tmp_path, max_steps=3, auto_find_batch_size=True)
+    calls: list[int] = []
+    kept = type(run).compute_loss
+
+    def fails_once(*args: Any, **kwargs: Any) -> Any:
+        calls.append(run.state.global_step)
+        if len(calls) == 3:
+            raise RuntimeError("CUDA out of memory.")
+        return kept(*args, **kwargs)
+
+    fails_once.__module__ = kept.__module__
+    type(run).compute_loss = fails_once  # type: ignore[method-assign]
+    run._why_own_loss = lambda: "a test"  # type: ignore[method-assign]
+    try:
+        run.train()
+    finally:
+        type(run).compute_loss = kept  # type: ignore[method-assign]
+    assert calls[:4] == [0, 1, 2, 0]
+    logged = [entry["step"] for entry in run.state.log_history if "loss" in entry]
+    assert logged[-3:] == [1, 2, 3] and list(run._ledger.steps)[-3:] == [1, 2, 3]
+
+
+class Counts(SFTTrainer):
+    """Adds a figure of its own to logs, as TRL's trainers do."""
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        self._metrics["train"]["own"].append(float(self.state.global_step))
+        return super().compute_loss(*args, **kwargs)
+
+
+def test_figures_of_a_subclass_stay_with_their_step(tmp_path: Path, waited_for: None) -> None:
+    run = Counts(
+        model=adapter_model(),
+        args=settings(tmp_path, max_steps=3),
+        train_dataset=chats(),
+        processing_class=tiny_tokenizer(),
+    )
+    run.train()
+    assert [entry["own"] for entry in run.state.log_history if "loss" in entry] == [0.0, 1.0, 2.0]
 
 
 def test_numbers_are_those_of_when_they_were_sent(device: torch.device) -> None:

@@ -42,6 +42,8 @@ class FlatAdamW(torch.optim.AdamW):
         super().__init__(params, **options, fused=True)
         self._flats = flats
         self._held: list[_States] = []
+        #: storage whose parameters have done different numbers of steps
+        self._refused: list[FlatAdapters] = []
 
     @classmethod
     def like(cls, optimizer: torch.optim.AdamW, flats: Callable[[], Sequence[FlatAdapters]]) -> FlatAdamW:
@@ -56,8 +58,10 @@ class FlatAdamW(torch.optim.AdamW):
         for held in self._held:
             if not any(held.flat is flat for flat in flats):
                 self._let_go(held)
-        for flat in flats if group["fused"] and not group["amsgrad"] else ():
-            states = self._states(flat, rest)
+        self._refused = [flat for flat in self._refused if any(flat is other for other in flats)]
+        takes = group["fused"] and not group["amsgrad"]
+        for flat in flats:
+            states = self._states(flat, rest, takes)
             if states is None:
                 continue
             mine = set(map(id, flat.parameters))
@@ -70,19 +74,26 @@ class FlatAdamW(torch.optim.AdamW):
                 found.append(tensor)
         return bool(super()._init_group({**group, "params": rest}, *lists))
 
-    def _states(self, flat: FlatAdapters, params: Sequence[Tensor]) -> _States | None:
-        """The storage's states; None where some of its parameters are not among these, or have done other steps."""
+    def _states(self, flat: FlatAdapters, params: Sequence[Tensor], takes: bool) -> _States | None:
+        """The storage's states; None where some of its parameters are not among these, have done other steps than the
+        others, or where the group `takes` no flat storage."""
         here = set(map(id, params))
         held = next((held for held in self._held if held.flat is flat), None)
         missing = sum(id(p) not in here for p in flat.parameters)
-        if missing:
-            if held is not None and missing < len(flat.parameters):  # the rest is in another group now
-                self._let_go(held)
+        if missing == len(flat.parameters):
             return None
-        if held is None or not self._are_there(held):
-            self._held = [other for other in self._held if other is not held]
+        if held is not None and (missing or not takes or not self._are_there(held)):
+            self._let_go(held)
+            held = None
+        if missing or not takes or any(flat is other for other in self._refused):
+            return None
+        if held is None:
             held = self._lay_out(flat)
-            if held is not None:
+            if held is None:
+                self._refused.append(
+                    flat
+                )  # asking 448 counts of steps anew in each step would wait for the GPU
+            else:
                 self._held.append(held)
         return held
 
@@ -96,17 +107,28 @@ class FlatAdamW(torch.optim.AdamW):
     def state_dict(self) -> dict[str, Any]:
         """torch's, with counts of steps that share no memory: torch would count each of them up."""
         found = super().state_dict()
-        found["state"] = {
-            key: {**own, "step": own["step"].clone()} if "step" in own else own
-            for key, own in found["state"].items()
-        }
+        found["state"] = {key: _with_own_step(own) for key, own in found["state"].items()}
         return found
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of a copy, too, which knows no flat storage."""
+        super().__setstate__(state)
+        self.__dict__.setdefault("_flats", tuple)
+        self.__dict__.setdefault("_refused", [])
+        if not self.__dict__.setdefault("_held", []):
+            for p, own in self.state.items():
+                self.state[p] = _with_own_step(own)
+
     def _are_there(self, held: _States) -> bool:
-        """Whether the states are still the parameters' own: those of a checkpoint may have been loaded."""
-        for p, (exp_avg, exp_avg_sq) in zip(held.flat.parameters, held.views, strict=True):
+        """Whether the states are still the parameters' own: those of a checkpoint may have been loaded, or moved."""
+        for p, views in zip(held.flat.parameters, held.views, strict=True):
             own = self.state.get(p, {})
-            if own.get("exp_avg") is not exp_avg or own.get("exp_avg_sq") is not exp_avg_sq:
+            found = own.get("exp_avg"), own.get("exp_avg_sq")
+            if own.get("step") is not held.step:
+                return False
+            if any(
+                x is None or x.data_ptr() != view.data_ptr() for x, view in zip(found, views, strict=True)
+            ):
                 return False
         return True
 
@@ -125,6 +147,10 @@ class FlatAdamW(torch.optim.AdamW):
                 second.copy_(own["exp_avg_sq"])
             self.state[p] = {"step": step, "exp_avg": first, "exp_avg_sq": second}
         return _States(flat, exp_avg, exp_avg_sq, step, views)
+
+
+def _with_own_step(own: dict[str, Any]) -> dict[str, Any]:
+    return {**own, "step": own["step"].clone()} if isinstance(own.get("step"), Tensor) else own
 
 
 def clip_flat_(gradient: Tensor, max_norm: float) -> Tensor:

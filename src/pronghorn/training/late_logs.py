@@ -17,7 +17,7 @@ import torch
 from transformers import TrainerCallback
 
 from pronghorn.training.ledger import Unread
-from pronghorn.training.meter import Sent
+from pronghorn.training.meter import Sent, Tally
 
 logger = logging.getLogger("pronghorn")
 
@@ -36,7 +36,7 @@ class LateLog:
     named: dict[str, Any]
 
 
-class LateLogs:
+class LateLogs(TrainerCallback):
     """Of one trainer.
 
     Args:
@@ -48,6 +48,10 @@ class LateLogs:
         self._due: LateLog | None = None
         #: the log that is being written, so that `log` takes its numbers instead of those there are by now
         self.being_written: LateLog | None = None
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        """A run begins, or begins again with smaller batches (`auto_find_batch_size`): nothing is left of another."""
+        self._due, self._trainer._training = None, Tally()
 
     def postpones(
         self, loss: torch.Tensor, norm: Any, others: tuple[Any, ...], named: dict[str, Any]
@@ -104,8 +108,7 @@ class LateLogs:
             return False
         plain = norm is None or isinstance(norm, float) or type(norm) is torch.Tensor
         alone = _is_waited_for(loss) and args.world_size == 1 and plain
-        ours = type(trainer).log.__module__.startswith("pronghorn.")
-        return alone and ours and _can_wait(trainer.callback_handler.callbacks)
+        return alone and _is_ours(trainer) and _can_wait(trainer.callback_handler.callbacks)
 
     @contextmanager
     def _as_of(self, late: LateLog) -> Iterator[None]:
@@ -126,6 +129,13 @@ class LateLogs:
 
 def _is_waited_for(loss: torch.Tensor) -> bool:
     return loss.is_cuda
+
+
+def _is_ours(trainer: Any) -> bool:
+    """Whether nothing of a subclass is in a log, such as what it counts in a micro-batch (TRL's `_metrics`)."""
+    methods = (getattr(type(trainer), name) for name in ("log", "compute_loss", "training_step"))
+    own = all(method.__module__.startswith("pronghorn.") for method in methods)
+    return own and "compute_loss" not in vars(trainer) and not trainer._metrics["train"]
 
 
 def _can_wait(callbacks: Sequence[TrainerCallback]) -> bool:

@@ -141,6 +141,7 @@ class SFTTrainer(SafeTrainer, RowsTrainer):
         for."""
         self.add_callback(self._numbers)
         self.add_callback(self._ledger)
+        self.add_callback(self._late)
         self._show_progress()
         self._curves = CurveWatch(self)
         self.add_callback(self._curves)
