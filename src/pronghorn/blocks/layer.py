@@ -14,7 +14,7 @@ from pronghorn.blocks import long_rows
 from pronghorn.blocks.attention import AttentionBlock
 from pronghorn.blocks.attention_output import OutputSaves
 from pronghorn.blocks.glu import GluBlock
-from pronghorn.blocks.levels import Level, keeps, parks
+from pronghorn.blocks.levels import Level, is_roomy, keeps, parks
 from pronghorn.blocks.projection import GradientSink
 from pronghorn.errors import BackwardTwice
 from pronghorn.weights import Operand
@@ -188,12 +188,10 @@ class DecoderLayer:
         if saves.glu.summed is None:
             # Where memory is short the sum is made behind the norm: before it, it leaves holes that nothing else fills
             # (8B within 17.5 GiB: 17.67 GiB reserved instead of 17.40 at most).
-            roomy = keeps(self.level, "matmuls") and not parks(self.level)
-            parts = (
-                self.attention.onto(x, saves.attention)
-                if roomy
-                else (x, self.attention.output(saves.attention))
-            )
+            if is_roomy([self.level]):
+                parts = self.attention.onto(x, saves.attention)
+            else:
+                parts = x, self.attention.output(saves.attention)
             self.glu.add_residual(*parts, self.dtype, saves.glu)
 
 

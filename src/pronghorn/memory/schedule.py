@@ -14,7 +14,7 @@ from typing import Literal
 
 from pronghorn.blocks import Level, joining, keeps, parks
 from pronghorn.blocks.head_groups import head_groups
-from pronghorn.blocks.levels import space_of
+from pronghorn.blocks.levels import is_roomy, space_of
 from pronghorn.kernels.attention.cudnn_plans import bucket
 from pronghorn.kernels.linear_cross_entropy import default_chunk_rows
 from pronghorn.memory import long_rows
@@ -140,8 +140,7 @@ class Step(Parking):
         if not keeps(level, "all"):
             self._drop(saves, "normed_attention")
         if "summed" not in saves:
-            roomy = keeps(level, "matmuls") and not parks(level)
-            whole = roomy and self._output_names == OUT and self._residual_in_o(t)
+            whole = is_roomy([level]) and self._output_names == OUT and self._residual_in_o(t)
             branch = -1 if whole else self._branch(saves)
             if whole:
                 read = self._read_by_o()

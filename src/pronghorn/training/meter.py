@@ -27,8 +27,7 @@ class Sent:
         numbers = tuple(None if isinstance(value, torch.Tensor) else float(value) for value in values)
         if not there:
             return cls(numbers, None, None)
-        # Counts beyond 2^24 are no numbers of fp32.
-        wide = torch.float32 if there[0].device.type == "mps" else torch.float64
+        wide = _widest(there[0].device)
         stacked = torch.stack([value.to(there[0].device, wide) for value in there])
         if not stacked.is_cuda:
             return cls(numbers, stacked, None)
@@ -43,6 +42,11 @@ class Sent:
             self.arrived.synchronize()
         there = iter([] if self.arriving is None else self.arriving.tolist())
         return [next(there) if number is None else number for number in self.numbers]
+
+
+def _widest(device: torch.device) -> torch.dtype:
+    """Of the device's floating-point numbers: counts beyond 2^24 are none of fp32."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 @dataclass
@@ -77,8 +81,8 @@ class Tally:
         sums = self.send().read()
         if accelerator.num_processes > 1:
             device = accelerator.device
-            wide = torch.float32 if device.type == "mps" else torch.float64
-            sums = accelerator.reduce(torch.tensor(sums, dtype=wide, device=device), reduction="sum").tolist()
+            here = torch.tensor(sums, dtype=_widest(device), device=device)
+            sums = accelerator.reduce(here, reduction="sum").tolist()
         return Tally.of(sums)
 
     @property

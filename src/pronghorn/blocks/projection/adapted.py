@@ -62,7 +62,7 @@ def heads(
     does that. `weight` is that of all three; xa [T, ΣR] is what the shares are columns of."""
     ready = None if weight is None else _ready(weight, x.dtype)
     first, *others = shares
-    if ready is None or first is None or tiles.why_not(x.device, x.dtype) is not None:
+    if ready is None or first is None:
         return None
     same = [share for share in others if share is not None and share.scaling == first.scaling]
     if len(same) != 2:

@@ -236,23 +236,8 @@ def _copy_backward(
         at_m = tile_m * BM
         at_n = tile_n * BN
         stage, phase = bring(
-            dy_desc,
-            weight,
-            dxa_desc,
-            a_desc,
-            left,
-            right,
-            full,
-            empty,
-            at_m,
-            at_n,
-            k,
-            stage,
-            phase,
-            STAGES,
-            R,
-            False,
-        )
+            dy_desc, weight, dxa_desc, a_desc, left, right, full, empty, at_m, at_n, k, stage, phase, STAGES, R, False
+        )  # fmt: skip
         # Gate and up of 128 columns a stage, two stages for each group; dXA in the group's place of the left side.
         for g in gl.static_range(2):
             for part in gl.static_range(2):

@@ -182,13 +182,20 @@ def pass_over(full, empty, stage, phase, count: gl.constexpr, STAGES: gl.constex
 
 
 @gluon.jit
-def put(out_desc, at_m, at_n, x, buffers, turn: gl.constexpr):
-    """A tile to memory. Two buffers take turns, by the number of the write: the one before last has been read."""
+def put_ready(x, buffers, turn: gl.constexpr):
+    """A tile where the copy engine may take it. Two buffers take turns, by the number of the write: the one before last
+    has been read."""
     tma.store_wait(1)
     buffer = buffers.index(turn)
     buffer.store(x)
     fence_async_shared()
-    put_back(out_desc, [at_m, at_n], buffer)
+    return buffer
+
+
+@gluon.jit
+def put(out_desc, at_m, at_n, x, buffers, turn: gl.constexpr):
+    """A tile to memory."""
+    put_back(out_desc, [at_m, at_n], put_ready(x, buffers, turn))
 
 
 @gluon.jit

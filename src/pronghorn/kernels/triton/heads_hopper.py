@@ -11,18 +11,21 @@ import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from pronghorn.kernels.heads import Heads
-from pronghorn.kernels.tiles import COLUMNS, ROWS, padded
+from pronghorn.kernels.tiles import padded
+from pronghorn.kernels.triton.gemm_hopper import BK, BM, BN, GROUP, STAGES
 from pronghorn.kernels.triton.gluon_parts import (
     begin_behind,
+    bring,
     fetch,
     halves,
     multiplied,
     next_stage,
     place,
     put_back,
+    put_ready,
     quarters,
     ring,
     tiles_of,
@@ -30,15 +33,9 @@ from pronghorn.kernels.triton.gluon_parts import (
 )
 from pronghorn.kernels.triton.launch import processors
 
-BM = gl.constexpr(ROWS)
-BN = gl.constexpr(COLUMNS)
-BK = gl.constexpr(64)
-STAGES = gl.constexpr(4)
 #: columns of a tile that are turned at a time, and half a head's
 WIDTH = gl.constexpr(32)
 HALF = gl.constexpr(64)
-#: rows of tiles that are gone through together
-GROUP = gl.constexpr(16)
 
 
 @gluon.jit
@@ -74,24 +71,16 @@ def _copy(
         else:
             fetch(b2, [at_n - first, 0], bar, to)
         stage, phase = next_stage(stage, phase, STAGES)
-        for step in range(gl.cdiv(k, BK)):
-            bar = full.index(stage)
-            mbarrier.wait(empty.index(stage), phase)
-            mbarrier.expect(bar, (BM + BN) * BK * 2)
-            for g in gl.static_range(2):
-                fetch(x_desc, [at_m + 64 * g, step * BK], bar, left.index(2 * stage + g))
-            fetch(w_desc, [at_n, step * BK], bar, right.index(stage))
-            stage, phase = next_stage(stage, phase, STAGES)
+        stage, phase = bring(
+            x_desc, w_desc, xa_desc, b0, left, right, full, empty, at_m, at_n, k, stage, phase, STAGES, 0, True
+        )  # fmt: skip
 
 
 @gluon.jit
 def _put(outs, part, at_m, at_n, x, buffers, turn: gl.constexpr):
     """A tile to memory; see `gluon_parts.put`."""
     (q_out, k_out, v_out) = outs
-    tma.store_wait(1)
-    buffer = buffers.index(turn)
-    buffer.store(x)
-    fence_async_shared()
+    buffer = put_ready(x, buffers, turn)
     if part == 0:
         put_back(q_out, [at_m, at_n], buffer)
     elif part == 1:
