@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pronghorn.kernels.tiles import why_not
-from pronghorn.kernels.triton.lora_sums import Few, Partials, sum_a_grads, sum_output_grads, sum_rows
+from pronghorn.kernels.tiles import Sums, why_not
+from pronghorn.kernels.triton.lora_sums import Partials, sum_a_grads, sum_output_grads, sum_rows
 
 
 def partial(pieces: int, rows: int, columns: int, device: torch.device) -> torch.Tensor:
@@ -15,25 +15,34 @@ def partial(pieces: int, rows: int, columns: int, device: torch.device) -> torch
 
 
 @pytest.mark.parametrize("pieces", [5, 70])
-@pytest.mark.parametrize("few", [None, Few(3, 128), Few(3, 4096)])
-def test_rows(pieces: int, few: Few | None, device: torch.device) -> None:
+@pytest.mark.parametrize("first,until", [(None, 0), (3, 128), (3, 4096), (0, 0)])
+def test_rows(pieces: int, first: int | None, until: int, device: torch.device) -> None:
     given = partial(pieces, 200, 16, device)
     out = torch.full((200, 16), float("nan"), device=device)
-    until = min(few.until, 200) if few else 0
+    until = min(until, 200)
     given[3:, :until] = float("nan")  # nobody wrote these
-    sum_rows(given, out, *(() if few is None else (few,)))
+    sum_rows(given, out, *(() if first is None else (Sums(first, pieces, until),)))
     torch.testing.assert_close(out[:until], given[:3, :until].sum(0))
     torch.testing.assert_close(out[until:], given[:, until:].sum(0))
 
 
+def test_the_rest_may_have_fewer_sums(device: torch.device) -> None:
+    given = partial(7, 200, 16, device)
+    given[2:, 128:] = float("nan")
+    out = torch.full((200, 16), float("nan"), device=device)
+    sum_rows(given, out, Sums(7, 2, 128))
+    torch.testing.assert_close(out[:128], given[:, :128].sum(0))
+    torch.testing.assert_close(out[128:], given[:2, 128:].sum(0))
+
+
 @pytest.mark.parametrize("pieces", [5, 70])
-@pytest.mark.parametrize("few", [None, Few(2, 256), Few(2, 3072)])
-def test_gradients_of_a(pieces: int, few: Few | None, device: torch.device) -> None:
+@pytest.mark.parametrize("first,until", [(None, 0), (2, 256), (2, 3072), (0, 0)])
+def test_gradients_of_a(pieces: int, first: int | None, until: int, device: torch.device) -> None:
     given = partial(pieces, 8, 600, device)
-    until = min(few.until, 600) if few else 0
+    until = min(until, 600)
     given[2:, :, :until] = float("nan")
     grad = torch.ones(8, 600, device=device)
-    sum_a_grads(given, grad, *(() if few is None else (few,)))
+    sum_a_grads(given, grad, *(() if first is None else (Sums(first, pieces, until),)))
     torch.testing.assert_close(grad[:, :until], 1 + given[:2, :, :until].sum(0))
     torch.testing.assert_close(grad[:, until:], 1 + given[:, :, until:].sum(0))
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import cache
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -50,3 +53,63 @@ def aligned(*tensors: Tensor | None) -> bool:
         )
         for x in tensors
     )  # fmt: skip
+
+
+class Sums(NamedTuple):
+    """How many partial sums there are: of the rows (columns) before `until` and of the `rest`."""
+
+    first: int
+    rest: int
+    until: int
+
+    @property
+    def most(self) -> int:
+        return max(self.first, self.rest)
+
+    def times(self, count: int) -> Sums:
+        """Where as many write theirs for each."""
+        return Sums(count * self.first, count * self.rest, self.until)
+
+
+class Order(NamedTuple):
+    """How programs go through rows of tiles where each should stay in a row, to keep a sum over its tiles there.
+
+    `together` rows at a time are gone through column by column, by all `programs`; where these are a multiple of the
+    rows, `period` times, each stays in its row (0: they are not). The rows that are left over are for `rest` programs.
+    """
+
+    programs: int
+    period: int
+    rest: int
+    together: int
+
+    def sums(self, rows: int, across: int, size: int) -> Sums:
+        """Partial sums of [rows, across] tiles, where a row of them is of `size` rows of the matrix."""
+        left = rows % self.together
+        stays = left > 0 and self.rest % left == 0
+        first = min(self.period or across, across) if rows >= self.together else 0
+        rest = min(self.rest // left, across) if stays else across * (left > 0)
+        return Sums(first, rest, (rows - left) * size)
+
+
+@cache
+def order_of(rows: int, across: int, most: int, together: int) -> Order:
+    """For [rows, across] tiles and `most` programs."""
+    count = min(rows * across, most)
+    left = rows % together
+    whole, rest = (rows - left) * across, count
+    # Fewer programs than there are let each stay in its row there, too, unless that takes one more round.
+    if left and count >= left and whole >= count:
+        kept = count // left * left
+        if _rounds(whole, left * across, count, kept) <= _rounds(whole, left * across, count, count):
+            rest = kept
+    return Order(count, 0 if count % together else count // together, rest, together)
+
+
+def _rounds(whole: int, left: int, programs: int, rest: int) -> int:
+    """Most tiles of a program: those that have one more of the `whole` come last among those that take what is left."""
+    late = programs - whole % programs
+    return max(
+        whole // programs + (turn >= late) + (-(-max(left - turn, 0) // rest) if turn < rest else 0)
+        for turn in range(programs)
+    )

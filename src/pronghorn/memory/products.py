@@ -5,10 +5,10 @@ from __future__ import annotations
 from pronghorn.blocks import joining
 from pronghorn.blocks.glu import tile_slices
 from pronghorn.blocks.projection.adapted import LONGEST_SUM
-from pronghorn.kernels.glu_products import HALF
+from pronghorn.kernels.glu_products import HALF, backward_order, forward_order
 from pronghorn.kernels.lora import DEFERRED_RANK
 from pronghorn.kernels.products import fits
-from pronghorn.kernels.tiles import COLUMNS, ROWS, fills, padded
+from pronghorn.kernels.tiles import COLUMNS, fills, padded
 from pronghorn.memory.allocator import Allocator
 from pronghorn.memory.shape import ModelShape
 
@@ -76,7 +76,8 @@ class Products:
         rank = shape.rank("down")
         if rank:
             self._keep(saves, "xa_down", rows * rank * e)
-            self._free(self._new(-(-shape.intermediate // HALF) * rows * padded(rank) * 4))
+            sums = forward_order(rows, shape.intermediate)[1]
+            self._free(self._new(sums.most * rows * padded(rank) * 4))
         return made
 
     def _through_unit(self, rows: int) -> None:
@@ -84,7 +85,8 @@ class Products:
         shape, rank = self.shape, self.shape.rank("down")
         dxa = self._new(rows * rank * self.element)
         self._free(*[self._new(size) for size in self._partial_sums(DOWN, rows, True)])
-        self._free(self._new(-(-rows // ROWS) * 2 * rank * shape.intermediate * 4))
+        sums = backward_order(rows, shape.intermediate)[1]
+        self._free(self._new(sums.most * rank * shape.intermediate * 4))
         self._free(dxa)
 
     def _project(

@@ -15,7 +15,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -27,21 +26,23 @@ from pronghorn.kernels.tiles import COLUMNS, ROWS, padded
 from pronghorn.kernels.triton.gluon_parts import (
     begin_behind,
     bring,
+    dealt,
     fetch,
     multiplied,
     next_stage,
+    nth_tile,
     pass_over,
-    place,
     put,
     put_back,
     quarters,
     ring,
+    slab_of,
     tiles_of,
     value_and_slope,
     view,
 )
 from pronghorn.kernels.triton.launch import processors
-from pronghorn.kernels.triton.lora_sums import Few, sum_a_grads, sum_rows
+from pronghorn.kernels.triton.lora_sums import sum_a_grads, sum_rows
 
 if TYPE_CHECKING:
     from pronghorn.kernels.glu_products import DownGrad, GateUp
@@ -56,24 +57,10 @@ STAGES = gl.constexpr(4)
 STAGES_OF_THREE = gl.constexpr(3)
 #: columns of a tile that are finished at a time
 WIDTH = gl.constexpr(64)
-#: Rows of tiles that are gone through together, by two groups and by three, and columns of them backward. Where these
-#: divide the number of processors (132), each stays in its row, or column, and keeps a sum of its tiles.
-GROUP = gl.constexpr(16)
-GROUP_OF_THREE = gl.constexpr(11)
-COLUMNS_TOGETHER = gl.constexpr(12)
-
-
-@gluon.jit
-def slab_of(index, tiles, across, at, programs, period, TOGETHER: gl.constexpr):
-    """Where a sum over tiles of a row is written, and whether it is to be written after this tile, `at` of `across`.
-
-    A program whose next tile is in the same row adds that first. That is so among whole groups of TOGETHER rows where
-    the programs are a multiple of them (`period`, else 0): then tiles a period apart belong to one program.
-    """
-    group = index // (TOGETHER * across)
-    stays = (period > 0) & (group < tiles // TOGETHER)
-    slab = gl.where(stays, at % gl.maximum(period, 1), at)
-    return slab, (not stays) | ((index + programs) // (TOGETHER * across) != group)
+#: rows of tiles that are gone through together, by two groups and by three, and columns of them backward
+TOGETHER_OF_TWO = gl.constexpr(glu_products.TOGETHER[2])
+TOGETHER_OF_THREE = gl.constexpr(glu_products.TOGETHER[3])
+COLUMNS_TOGETHER = gl.constexpr(glu_products.COLUMNS_TOGETHER)
 
 
 @gluon.jit
@@ -81,13 +68,15 @@ def _copy_forward(
     given, G: gl.constexpr, DEPTH: gl.constexpr, R: gl.constexpr, RD: gl.constexpr,
 ):  # fmt: skip
     (x_desc, gate_weight, up_weight, xa_desc, gate_b, up_b, a_desc, left, right, full, empty,
-     m, n, k, programs) = given  # fmt: skip
-    TOGETHER: gl.constexpr = GROUP if G == 2 else GROUP_OF_THREE
+     m, n, k, programs, rest) = given  # fmt: skip
+    TOGETHER: gl.constexpr = TOGETHER_OF_TWO if G == 2 else TOGETHER_OF_THREE
+    tiles_m = gl.cdiv(m, 64 * G)
     tiles_n = gl.cdiv(n, HALF)
     stage = 0
     phase = 1
-    for index in range(gl.program_id(0), gl.cdiv(m, 64 * G) * tiles_n, programs):
-        tile_m, tile_n = place(index, gl.cdiv(m, 64 * G), tiles_n, TOGETHER)
+    own, count, turn = dealt(tiles_m, tiles_n, programs, rest, TOGETHER)
+    for tile in range(count):
+        tile_m, tile_n = nth_tile(tile, own, turn, tiles_m, tiles_n, programs, rest, TOGETHER)
         at_m = tile_m * (64 * G)
         at_n = tile_n * HALF
         if R:
@@ -127,22 +116,26 @@ def _forward_group(
     KEEP: gl.constexpr, ACT: gl.constexpr, KIND: gl.constexpr,
 ):  # fmt: skip
     (left, right, full, empty, buffers, xa_desc, gate_b, a_desc, gate_out, up_out, act_out, partial_ptr,
-     m, n, k, programs, period) = given  # fmt: skip
-    TOGETHER: gl.constexpr = GROUP if G == 2 else GROUP_OF_THREE
+     m, n, k, programs, period, rest) = given  # fmt: skip
+    TOGETHER: gl.constexpr = TOGETHER_OF_TWO if G == 2 else TOGETHER_OF_THREE
     steps = gl.cdiv(k, BK) + (1 if R else 0)
     narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
     of_xa: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, RD or 16, 16])
     as_left: gl.constexpr = gl.DotOperandLayout(0, of_xa, 2)
     kind: gl.constexpr = act_out.dtype
     WRITES: gl.constexpr = 2 * KEEP + ACT
+    tiles_m = gl.cdiv(m, 64 * G)
     tiles_n = gl.cdiv(n, HALF)
     stage = 0
     phase = 0
     xa_down = gl.zeros([64, RD or 16], gl.float32, of_xa)
     begin_behind(full, steps, g, G, DEPTH)
-    for index in range(gl.program_id(0), gl.cdiv(m, 64 * G) * tiles_n, programs):
-        tile_m, tile_n = place(index, gl.cdiv(m, 64 * G), tiles_n, TOGETHER)
-        slab, last = slab_of(index, gl.cdiv(m, 64 * G), tiles_n, tile_n, programs, period, TOGETHER)
+    own, count, turn = dealt(tiles_m, tiles_n, programs, rest, TOGETHER)
+    for tile in range(count):
+        tile_m, tile_n = nth_tile(tile, own, turn, tiles_m, tiles_n, programs, rest, TOGETHER)
+        slab, last = slab_of(
+            tile, own, count, turn, tile_n, tiles_m, tiles_n, programs, period, rest, TOGETHER
+        )
         at_m = tile_m * (64 * G) + 64 * g
         at_n = tile_n * HALF
         xa = view(left.index(G * stage + g), xa_desc.dtype, [64, 2 * R or 16], xa_desc.layout)
@@ -185,10 +178,10 @@ def _forward_group(
 
 
 # A size of one would become a constant, and one more kernel.
-@gluon.jit(do_not_specialize=["m", "n", "k", "programs", "period"])
+@gluon.jit(do_not_specialize=["m", "n", "k", "programs", "period", "rest"])
 def forward_kernel(
     x_desc, gate_weight, up_weight, xa_desc, gate_b, up_b, a_desc, gate_out, up_out, act_out, partial_ptr,
-    m, n, k, programs, period, G: gl.constexpr, R: gl.constexpr, RD: gl.constexpr, KEEP: gl.constexpr,
+    m, n, k, programs, period, rest, G: gl.constexpr, R: gl.constexpr, RD: gl.constexpr, KEEP: gl.constexpr,
     ACT: gl.constexpr, KIND: gl.constexpr,
 ):  # fmt: skip
     DEPTH: gl.constexpr = STAGES if G == 2 else STAGES_OF_THREE
@@ -197,9 +190,9 @@ def forward_kernel(
     buffers = gl.allocate_shared_memory(act_out.dtype, [2 * G, 64, WIDTH], act_out.layout)
     full, empty = ring(DEPTH, G)
     of_group = (left, right, full, empty, buffers, xa_desc, gate_b, a_desc, gate_out, up_out, act_out, partial_ptr,
-                m, n, k, programs, period)  # fmt: skip
+                m, n, k, programs, period, rest)  # fmt: skip
     of_copy = (x_desc, gate_weight, up_weight, xa_desc, gate_b, up_b, a_desc, left, right, full, empty,
-               m, n, k, programs)  # fmt: skip
+               m, n, k, programs, rest)  # fmt: skip
     if G == 2:
         gl.warp_specialize(
             [
@@ -225,14 +218,16 @@ def forward_kernel(
 
 @gluon.jit
 def _copy_backward(
-    dy_desc, weight, dxa_desc, a_desc, gate_desc, up_desc, left, right, full, empty, m, n, k, programs,
+    dy_desc, weight, dxa_desc, a_desc, gate_desc, up_desc, left, right, full, empty, m, n, k, programs, rest,
     R: gl.constexpr,
 ):  # fmt: skip
+    tiles_m = gl.cdiv(m, BM)
     tiles_n = gl.cdiv(n, BN)
     stage = 0
     phase = 1
-    for index in range(gl.program_id(0), gl.cdiv(m, BM) * tiles_n, programs):
-        tile_n, tile_m = place(index, tiles_n, gl.cdiv(m, BM), COLUMNS_TOGETHER)
+    own, count, turn = dealt(tiles_n, tiles_m, programs, rest, COLUMNS_TOGETHER)
+    for tile in range(count):
+        tile_n, tile_m = nth_tile(tile, own, turn, tiles_n, tiles_m, programs, rest, COLUMNS_TOGETHER)
         at_m = tile_m * BM
         at_n = tile_n * BN
         stage, phase = bring(
@@ -244,11 +239,11 @@ def _copy_backward(
                 bar = full.index(stage)
                 mbarrier.wait(empty.index(stage), phase)
                 mbarrier.expect(bar, 64 * BN * 2 + 64 * R * 2)
-                rest = view(right.index(stage), gate_desc.dtype, [BN, WIDTH], gate_desc.layout)
+                both = view(right.index(stage), gate_desc.dtype, [BN, WIDTH], gate_desc.layout)
                 for i in gl.static_range(2):
                     at = at_n + (2 * part + i) * WIDTH
-                    fetch(gate_desc, [at_m + 64 * g, at], bar, rest.slice(128 * i, 64))
-                    fetch(up_desc, [at_m + 64 * g, at], bar, rest.slice(128 * i + 64, 64))
+                    fetch(gate_desc, [at_m + 64 * g, at], bar, both.slice(128 * i, 64))
+                    fetch(up_desc, [at_m + 64 * g, at], bar, both.slice(128 * i + 64, 64))
                 if R:
                     fetch(dxa_desc, [at_m + 64 * g, 0], bar,
                           view(left.index(2 * stage), dxa_desc.dtype, [64, R], dxa_desc.layout))  # fmt: skip
@@ -289,7 +284,7 @@ def _write_da(partial_ptr, da, piece, at_n, n, rank, R: gl.constexpr):
 
 @gluon.jit
 def _backward_group(
-    left, right, full, empty, dxa_desc, a_desc, gate_desc, up_desc, partial_ptr, m, n, k, rank, programs, period,
+    left, right, full, empty, dxa_desc, a_desc, gate_desc, up_desc, partial_ptr, m, n, k, rank, programs, period, rest,
     g: gl.constexpr, R: gl.constexpr, KIND: gl.constexpr,
 ):  # fmt: skip
     of_da: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, R or 16, 16])
@@ -303,9 +298,12 @@ def _backward_group(
     phase = 0
     steps = gl.cdiv(k, BK) + (1 if R else 0)
     begin_behind(full, steps, g, 2, STAGES)
-    for index in range(gl.program_id(0), tiles_m * tiles_n, programs):
-        tile_n, tile_m = place(index, tiles_n, tiles_m, COLUMNS_TOGETHER)
-        slab, last = slab_of(index, tiles_n, tiles_m, tile_m, programs, period, COLUMNS_TOGETHER)
+    own, count, turn = dealt(tiles_n, tiles_m, programs, rest, COLUMNS_TOGETHER)
+    for tile in range(count):
+        tile_n, tile_m = nth_tile(tile, own, turn, tiles_n, tiles_m, programs, rest, COLUMNS_TOGETHER)
+        slab, last = slab_of(
+            tile, own, count, turn, tile_m, tiles_n, tiles_m, programs, period, rest, COLUMNS_TOGETHER
+        )
         at_m = tile_m * BM + 64 * g
         at_n = tile_n * BN
         dxa = view(left.index(2 * stage + g), dxa_desc.dtype, [64, R or 16], dxa_desc.layout)
@@ -317,14 +315,14 @@ def _backward_group(
         stage, phase = pass_over(full, empty, stage, phase, 2 * g, STAGES)
         for part in gl.static_range(2):
             mbarrier.wait(full.index(stage), phase)
-            rest = view(right.index(stage), gate_desc.dtype, [BN, WIDTH], gate_desc.layout)
+            both = view(right.index(stage), gate_desc.dtype, [BN, WIDTH], gate_desc.layout)
             dxa = view(left.index(2 * stage), dxa_desc.dtype, [64, R or 16], dxa_desc.layout)
             act_tile = view(left.index(2 * stage + 1), gate_desc.dtype, [64, WIDTH], gate_desc.layout)
             for i in gl.static_range(2):
                 dact = (d0 if i == 0 else d1) if part == 0 else (d2 if i == 0 else d3)
                 da = (da0 if i == 0 else da1) if part == 0 else (da2 if i == 0 else da3)
                 da = _backward_part(
-                    dact, rest.slice(128 * i, 64), rest.slice(128 * i + 64, 64), act_tile, dxa, gate_desc, up_desc,
+                    dact, both.slice(128 * i, 64), both.slice(128 * i + 64, 64), act_tile, dxa, gate_desc, up_desc,
                     da, at_m, at_n + (2 * part + i) * WIDTH, R, KIND,
                 )  # fmt: skip
                 if part == 0:
@@ -356,9 +354,9 @@ def _backward_group(
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["m", "n", "k", "rank", "programs", "period"])
+@gluon.jit(do_not_specialize=["m", "n", "k", "rank", "programs", "period", "rest"])
 def backward_kernel(
-    dy_desc, weight, dxa_desc, a_desc, gate_desc, up_desc, partial_ptr, m, n, k, rank, programs, period,
+    dy_desc, weight, dxa_desc, a_desc, gate_desc, up_desc, partial_ptr, m, n, k, rank, programs, period, rest,
     R: gl.constexpr, KIND: gl.constexpr,
 ):  # fmt: skip
     left = gl.allocate_shared_memory(dy_desc.dtype, [2 * STAGES, 64, BK], dy_desc.layout)
@@ -367,11 +365,11 @@ def backward_kernel(
     gl.warp_specialize(
         [
             (_backward_group, (left, right, full, empty, dxa_desc, a_desc, gate_desc, up_desc, partial_ptr,
-                               m, n, k, rank, programs, period, 0, R, KIND)),
+                               m, n, k, rank, programs, period, rest, 0, R, KIND)),
             (_backward_group, (left, right, full, empty, dxa_desc, a_desc, gate_desc, up_desc, partial_ptr,
-                               m, n, k, rank, programs, period, 1, R, KIND)),
+                               m, n, k, rank, programs, period, rest, 1, R, KIND)),
             (_copy_backward, (dy_desc, weight, dxa_desc, a_desc, gate_desc, up_desc, left, right, full, empty,
-                              m, n, k, programs, R)),
+                              m, n, k, programs, rest, R)),
         ],
         [4, 1],
         [232, 40],
@@ -383,27 +381,23 @@ def forward(call: GateUp, gate: Tensor, up: Tensor, act: Tensor | None, xa_down:
     x, xa, a = call.x, call.xa, call.a
     (m, k), n = x.shape, call.gate_weight.shape[0]
     rank, rank_down = 0 if xa is None else xa.shape[1] // 2, 0 if a is None else padded(a.shape[0])
-    tiles_n, groups = triton.cdiv(n, HALF.value), glu_products.groups_of(m, n)
     out = gate if act is None else act
-    partial = x.new_empty(tiles_n, m, rank_down, dtype=torch.float32) if rank_down else out
-    tiles = triton.cdiv(m, 64 * groups) * tiles_n
-    count = min(tiles, processors(x.device.index or 0))
-    together = (GROUP if groups == 2 else GROUP_OF_THREE).value
-    period = 0 if count % together else count // together
+    order, sums = glu_products.forward_order(m, n, processors(x.device.index or 0))
+    partial = x.new_empty(sums.most, m, rank_down, dtype=torch.float32) if rank_down else out
     wide = 2 * rank or 16
-    forward_kernel[(count,)](
+    forward_kernel[(order.programs,)](
         tiles_of(x, 64, BK.value), tiles_of(call.gate_weight, HALF.value, BK.value),
         tiles_of(call.up_weight, HALF.value, BK.value), tiles_of(x if xa is None else xa, 64, wide),
         tiles_of(x if xa is None else call.gate_b, HALF.value, wide),
         tiles_of(x if xa is None else call.up_b, HALF.value, wide),
         tiles_of(x if a is None else a, rank_down or 16, WIDTH.value), tiles_of(gate, 64, WIDTH.value),
-        tiles_of(up, 64, WIDTH.value), tiles_of(out, 64, WIDTH.value), partial, m, n, k, count,
-        period, G=groups, R=rank, RD=rank_down, KEEP=call.keep or act is None, ACT=act is not None,
+        tiles_of(up, 64, WIDTH.value), tiles_of(out, 64, WIDTH.value), partial, m, n, k,
+        order.programs, order.period, order.rest, G=glu_products.groups_of(m, n), R=rank, RD=rank_down,
+        KEEP=call.keep or act is None, ACT=act is not None,
         KIND="none" if act is None and a is None else call.activation, num_warps=4,
     )  # fmt: skip
     if xa_down is not None:
-        whole = triton.cdiv(m, 64 * groups) // together * together * 64 * groups
-        sum_rows(partial, xa_down, Few(min(period, tiles_n), whole if period else 0))
+        sum_rows(partial, xa_down, sums)
 
 
 def backward(call: DownGrad) -> None:
@@ -411,19 +405,14 @@ def backward(call: DownGrad) -> None:
     dy, weight, gate, up = call.dy, call.weight, call.gate, call.up
     (m, k), n = dy.shape, weight.shape[1]
     rank = 0 if call.a is None else call.a.shape[0]
-    pieces = 2 * triton.cdiv(m, BM.value)
-    partial = dy.new_empty(pieces, rank, n, dtype=torch.float32) if rank else gate
-    tiles = triton.cdiv(m, BM.value) * triton.cdiv(n, BN.value)
-    count = min(tiles, processors(dy.device.index or 0))
-    together = COLUMNS_TOGETHER.value
-    period = 0 if count % together else count // together
-    backward_kernel[(count,)](
+    order, sums = glu_products.backward_order(m, n, processors(dy.device.index or 0))
+    partial = dy.new_empty(sums.most, rank, n, dtype=torch.float32) if rank else gate
+    backward_kernel[(order.programs,)](
         tiles_of(dy, 64, BK.value), tiles_of(weight, BK.value, BN.value),
         tiles_of(dy if call.dxa is None else call.dxa, 64, padded(rank) or 16),
         tiles_of(dy if call.a is None else call.a, padded(rank) or 16, BN.value),
-        tiles_of(gate, 64, WIDTH.value), tiles_of(up, 64, WIDTH.value), partial, m, n, k, rank, count,
-        period, R=padded(rank), KIND=call.activation, num_warps=4,
+        tiles_of(gate, 64, WIDTH.value), tiles_of(up, 64, WIDTH.value), partial, m, n, k, rank,
+        order.programs, order.period, order.rest, R=padded(rank), KIND=call.activation, num_warps=4,
     )  # fmt: skip
     if call.a_grad is not None:
-        whole = triton.cdiv(n, BN.value) // together * together * BN.value
-        sum_a_grads(partial, call.a_grad, Few(min(2 * period, pieces), whole if period else 0))
+        sum_a_grads(partial, call.a_grad, sums)

@@ -67,6 +67,43 @@ def place(index, tiles_m, tiles_n, GROUP: gl.constexpr):
 
 
 @gluon.jit
+def dealt(rows, across, programs, rest, TOGETHER: gl.constexpr):
+    """Of this program by `tiles.Order`: how many tiles it has in whole groups of rows, how many in all, and its turn
+    among the programs that take the rows left over, where those begin that have a tile less."""
+    whole = rows // TOGETHER * TOGETHER * across
+    turn = (gl.program_id(0) + programs - whole % programs) % programs
+    own = (whole - gl.program_id(0) + programs - 1) // programs
+    left = rows * across - whole
+    more = (gl.maximum(left - turn, 0) + rest - 1) // rest
+    return own, own + gl.where(turn < rest, more, 0), turn
+
+
+@gluon.jit
+def nth_tile(i, own, turn, rows, across, programs, rest, TOGETHER: gl.constexpr):
+    """Number of row and column of this program's i-th tile."""
+    begin = rows // TOGETHER * TOGETHER
+    late = i >= own
+    index = gl.where(late, turn + (i - own) * rest, gl.program_id(0) + i * programs)
+    height = gl.where(late, gl.maximum(rows - begin, 1), TOGETHER)
+    first = gl.where(late, begin, index // (TOGETHER * across) * TOGETHER)
+    inside = index - gl.where(late, 0, first * across)
+    return first + inside % height, inside // height
+
+
+@gluon.jit
+def slab_of(i, own, count, turn, at, rows, across, programs, period, rest, TOGETHER: gl.constexpr):
+    """Where a sum over tiles of a row is written, and whether it is to be written after the i-th tile, in column `at`:
+    a program that stays in its row adds the next tile first."""
+    height = gl.maximum(rows - rows // TOGETHER * TOGETHER, 1)
+    late = i >= own
+    index = gl.program_id(0) + i * programs
+    leaves = (i + 1 == own) | ((index + programs) // (TOGETHER * across) != index // (TOGETHER * across))
+    stays = gl.where(late, rest % height == 0, period > 0)
+    slab = gl.where(stays, gl.where(late, turn // height, at % gl.maximum(period, 1)), at)
+    return slab, (not stays) | gl.where(late, i + 1 == count, leaves)
+
+
+@gluon.jit
 def next_stage(stage, phase, STAGES: gl.constexpr):
     """The ring's next stage, and the phase of its barriers."""
     last = stage == STAGES - 1

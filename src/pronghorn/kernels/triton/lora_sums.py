@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pronghorn.kernels.tiles import Sums
 from pronghorn.kernels.triton.launch import unit_rows
 from pronghorn.kernels.triton.lora import dot, is_wide, limits, three
 
@@ -74,7 +75,7 @@ def _sum_db(
 ):  # fmt: skip
     """A block of a part's dB += its sum; all rows of a part are wanted or none."""
     of_grads = _of(part, blocks0 * 0, blocks0, blocks0 + blocks1) + block * ROWS // block_columns
-    shares = tl.where(each > 0, pieces_of(of_grads, tiles, each), shares)
+    shares *= tl.where(each > 0, pieces_of(of_grads, tiles, each), 1)
     begin = _of(part, w0 * 0, w0, w0 + w1).to(tl.int64) * R
     _sum_tile(
         partial_ptr + begin, _of(part, db0, db1, db2), slab, shares, _of(part, wanted0, wanted1, wanted2),
@@ -207,8 +208,8 @@ def sum_config(padded: int) -> dict[str, int]:
 class Partials(NamedTuple):
     """What is left to be summed: dXA [Σ blocks, T, R] and dB [shares, Σ widths, R], parts in order.
 
-    Where programs took `each` tiles in a row of the `tiles` of a block of `block_columns`, blocks have as many partial
-    sums of dB as programs had a part in them (`pieces_of`); else all have `shares`.
+    Where programs took `each` tiles in a row of the `tiles` of a block of `block_columns`, blocks have `writers`
+    partial sums of dB for every program that had a part in them (`pieces_of`); else all have `shares`.
     """
 
     dxa: Tensor
@@ -219,6 +220,7 @@ class Partials(NamedTuple):
     tiles: int = 0
     each: int = 0
     block_columns: int = 1 << 30
+    writers: int = 1
 
 
 def sum_output_grads(
@@ -231,7 +233,8 @@ def sum_output_grads(
 ) -> None:
     """dxa [T, ΣR], b_grads += theirs, and start [T, in] = dxa a where given."""
     ranks, widths = list(partials.ranks), list(partials.widths)
-    tokens, padded, shares = dxa.shape[0], partials.dxa.shape[2], partials.db.shape[0]
+    tokens, padded = dxa.shape[0], partials.dxa.shape[2]
+    shares = partials.writers if partials.each else partials.db.shape[0]
     given = list(b_grads) or [None] * len(ranks)
     grads = [partials.dxa if grad is None else unit_rows(grad) for grad in given]
     wanted = [0 if grad is None else width for grad, width in zip(given, widths, strict=True)]
@@ -267,57 +270,48 @@ def sum_output_grads(
 MANY = 64
 
 
-class Few(NamedTuple):
-    """Of the first `until` rows (columns) there are only so many partial `sums`; a multiple of the rows (columns) of a
-    program, 64 (256)."""
-
-    sums: int
-    until: int
-
-
-NO_FEW = Few(0, 0)
-
-
-@triton.jit(do_not_specialize=["few", "until"])
+@triton.jit(do_not_specialize=["first", "rest", "until"])
 def _sum_a_grads(
-    partial_ptr, grad_ptr, slab, count, rank, width, grad_stride, few, until, ROWS: tl.constexpr,
+    partial_ptr, grad_ptr, slab, rank, width, grad_stride, first, rest, until, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    count = tl.where(tl.program_id(0) * COLUMNS < until, few, count)
+    count = tl.where(tl.program_id(0) * COLUMNS < until, first, rest)
     _sum_tile(
         partial_ptr, grad_ptr, slab, count, rank, width, width, grad_stride, 1.0,
         tl.program_id(1), tl.program_id(0), True, ROWS, COLUMNS, DEPTH,
     )  # fmt: skip
 
 
-def sum_a_grads(partial: Tensor, a_grad: Tensor, few: Few = NO_FEW) -> None:
-    """a_grad [ΣR, in] += Σ of partial [shares, ΣR, in]."""
+def sum_a_grads(partial: Tensor, a_grad: Tensor, sums: Sums | None = None) -> None:
+    """a_grad [ΣR, in] += Σ of partial [shares, ΣR, in]; `sums` change at a multiple of 256 columns."""
     shares, rank, width = partial.shape
-    rows, columns, depth = (2, 256, 16) if shares >= MANY else (4, 256, 8)
+    sums = sums or Sums(0, shares, 0)
+    rows, columns, depth = (2, 256, 16) if shares > 8 else (4, 256, 8)
     _sum_a_grads[(triton.cdiv(width, columns), triton.cdiv(rank, rows))](
-        partial, a_grad, rank * width, shares, rank, width, a_grad.stride(0), *few,
+        partial, a_grad, rank * width, rank, width, a_grad.stride(0), *sums,
         ROWS=rows, COLUMNS=columns, DEPTH=depth, num_warps=4,
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["few", "until"])
+@triton.jit(do_not_specialize=["first", "rest", "until"])
 def _sum_rows(
-    partial_ptr, out_ptr, slab, count, rows, columns, few, until, R: tl.constexpr, ROWS: tl.constexpr,
+    partial_ptr, out_ptr, slab, rows, columns, first, rest, until, R: tl.constexpr, ROWS: tl.constexpr,
     DEPTH: tl.constexpr,
 ):  # fmt: skip
-    count = tl.where(tl.program_id(0) * ROWS < until, few, count)
+    count = tl.where(tl.program_id(0) * ROWS < until, first, rest)
     _sum_tile(
         partial_ptr, out_ptr, slab, count, rows, columns, R, columns, 1.0, tl.program_id(0), 0, False, ROWS, R,
         DEPTH,
     )  # fmt: skip
 
 
-def sum_rows(partial: Tensor, out: Tensor, few: Few = NO_FEW) -> None:
-    """out [T, R], contiguous, from its partial sums [pieces, T, R or more]."""
+def sum_rows(partial: Tensor, out: Tensor, sums: Sums | None = None) -> None:
+    """out [T, R], contiguous, from its partial sums [pieces, T, R or more]; `sums` change at a multiple of 64 rows."""
     pieces, tokens, padded = partial.shape
+    sums = sums or Sums(0, pieces, 0)
     many = pieces >= MANY
     rows = max((256 if many else 1024) // padded, 1)
     _sum_rows[(triton.cdiv(tokens, rows),)](
-        partial, out, tokens * padded, pieces, tokens, out.shape[1], *few,
+        partial, out, tokens * padded, tokens, out.shape[1], *sums,
         R=padded, ROWS=rows, DEPTH=16 if many else 8, num_warps=2 if many else 4,
     )  # fmt: skip
