@@ -68,7 +68,13 @@ def test_the_formulas(device: torch.device) -> None:
 @pytest.mark.parametrize("kind", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("rank", [8, 16, 32, 64])
 @pytest.mark.parametrize(
-    "tokens,widths", [(300, (512, 256, 256)), (2100, (1024, 256, 256)), (64, (256, 256, 256))]
+    "tokens,widths",
+    [
+        (300, (512, 256, 256)),
+        (2100, (1024, 256, 256)),
+        (64, (256, 256, 256)),
+        (8191, (4096, 1024, 1024)),  # by three groups of warps
+    ],
 )
 def test_on_a_gpu(
     tokens: int, widths: tuple[int, int, int], rank: int, kind: torch.dtype, impl: Impl, device: torch.device

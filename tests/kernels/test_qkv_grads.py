@@ -6,15 +6,8 @@ import pytest
 import torch
 
 from pronghorn.kernels.fp8 import quantise_joined
-from pronghorn.kernels.lora import output_grads
-from pronghorn.kernels.qkv_grads import (
-    Adapters,
-    unrotate_joined,
-    unrotate_joined_adapted,
-    unrotate_joined_fp8,
-)
+from pronghorn.kernels.qkv_grads import unrotate_joined, unrotate_joined_fp8
 from pronghorn.kernels.rope import qk_rope_backward
-from pronghorn.kernels.tiles import why_not
 from pronghorn.weights import side_by_side
 from tests.kernels.compare import DTYPES, IMPLS, assert_near, random
 from tests.kernels.test_rope import SHAPES, angles
@@ -42,37 +35,6 @@ def test_columns_of_one_matrix(impl, dtype, shape, pairs, device):
     for got, want in zip(found, expected, strict=False):
         assert_near(got, want.flatten(1))
     assert torch.equal(found[2], dv.flatten(1))
-
-
-@pytest.mark.parametrize("rank", [8, 16, 32])
-@pytest.mark.parametrize("tokens,heads,kv_heads", [(8192, 32, 8), (8191, 12, 2), (16384, 9, 3)])
-@pytest.mark.parametrize("need_b", [True, False])
-def test_with_what_is_behind_adapters(rank, tokens, heads, kv_heads, need_b, device):
-    reason = why_not(device, torch.bfloat16)
-    if reason is not None:
-        pytest.skip(reason)
-    counts = (heads, kv_heads, kv_heads)
-    rotated = [random(tokens, n, 128, dtype=torch.bfloat16, device=device, seed=n) for n in counts]
-    bs = [random(128 * n, rank, dtype=torch.bfloat16, device=device, seed=n + 1) for n in counts]
-    xa = random(tokens, 3 * rank, dtype=torch.bfloat16, device=device) if need_b else None
-    scalings = [2.0, 0.5, 1.0]
-    cos, sin = (x.bfloat16() for x in angles(tokens, 128, device))
-
-    def begun():
-        return [torch.ones(128 * n, rank, device=device) for n in counts] if need_b else []
-
-    grads, expected_grads = begun(), begun()
-    made = unrotate_joined_adapted(*rotated, cos, sin, Adapters(bs, scalings, xa, grads))
-    assert made is not None
-    found, dxa = made
-    assert side_by_side(found, 1).is_contiguous()
-    expected = qk_rope_backward(*(x.double() for x in (*rotated[:2], cos, sin)), impl="torch")[:2]
-    for got, want in zip(found, [*expected, rotated[2]], strict=True):
-        assert_near(got, want.flatten(1))
-    assert_near(dxa, output_grads([x.double() for x in found], [b.double() for b in bs], scalings))
-    output_grads(found, bs, scalings, xa, expected_grads)
-    for got, want in zip(grads, expected_grads, strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-4, atol=2e-2)
 
 
 @pytest.mark.parametrize("impl", IMPLS)

@@ -16,7 +16,7 @@ from pronghorn.blocks.attention_output import AttentionOutput
 from pronghorn.blocks.head_groups import grouped_attention_backward
 from pronghorn.blocks.levels import Level, keeps
 from pronghorn.blocks.norm import NoNorm, Norm
-from pronghorn.blocks.projection import AdapterGrads, GradientSink, ProjectionGroup
+from pronghorn.blocks.projection import GradientSink, ProjectionGroup
 from pronghorn.kernels.attention import AttentionCall, Documents, attention_forward, attention_sink_grad
 from pronghorn.kernels.gated_output import gated_output_backward, gated_output_forward
 from pronghorn.kernels.qkv_grads import unrotate_joined, unrotate_joined_fp8
@@ -250,15 +250,13 @@ class AttentionBlock(AttentionOutput):
         assert dq is not None and dk is not None and dv is not None
         heads.clear()
         need_normed = need or sink.wants(self.norm.weight)
-        dys, of_stack, made = self._projection_grads(dq, dk, dv, dgate, saves, sink, need_normed)
+        dys, of_stack = self._projection_grads(dq, dk, dv, dgate, saves, sink, need_normed)
         del dq, dk, dv, dgate
         saves.q = saves.k = None
         if saves.normed is None:
             saves.normed = self.norm.forward(x, dtype)[0].tensor
         normed = saves.normed
-        dnormed, dxa = self.qkv.input_grad(
-            dys, normed, sink, need_normed, xa=saves.xa_qkv, of_stack=of_stack, made=made
-        )
+        dnormed, dxa = self.qkv.input_grad(dys, normed, sink, need_normed, xa=saves.xa_qkv, of_stack=of_stack)
         del of_stack
         self.qkv.parameter_grads(dys, normed, saves.xa_qkv, dxa, sink)
         if dnormed is None:
@@ -289,30 +287,25 @@ class AttentionBlock(AttentionOutput):
         saves: AttentionSaves,
         sink: GradientSink,
         need_input: bool,
-    ) -> tuple[list[Tensor], Operand | None, AdapterGrads | None]:
+    ) -> tuple[list[Tensor], Operand | None]:
         """Gradients of the projections' outputs [T, out] from those of what the attention saw, side by side where their
-        weights are multiplied as one; quantised for a stack in fp8; and what is behind adapters, if a kernel made it on
-        the way."""
+        weights are multiplied as one; and quantised for a stack in fp8."""
         stack, columns = self.qkv.stack, self.qkv.fp8_columns()
         if need_input and self.q_norm is None:
             if columns is not None and isinstance(stack, Fp8Weight):
                 parts, rows = unrotate_joined_fp8(
                     dq, dk, dv, self.cos, self.sin, stack.columns, pairs=self.pairs
                 )
-                return parts, Operand(parts[0], rows, stack.columns), None
-            turned = None
-            if isinstance(stack, DenseWeight) and joining.QKV_INPUT_GRAD and not self.pairs:
-                turned = self.qkv.turned_grads([dq, dk, dv], (self.cos, self.sin), saves.xa_qkv, sink)
-            if turned is not None:
-                return turned[0], None, turned[1]
+                return parts, Operand(parts[0], rows, stack.columns)
             if self.qkv.is_one_matrix or (
                 joining.QKV_INPUT_GRAD and isinstance(stack, DenseWeight | Int8Products)
             ):
-                dys = unrotate_joined(dq, dk, dv, self.cos, self.sin, pairs=self.pairs)
-                return self.qkv.of_outputs(dys), None, None
+                return self.qkv.of_outputs(
+                    unrotate_joined(dq, dk, dv, self.cos, self.sin, pairs=self.pairs)
+                ), None
         dq, dk = self._rope_backward(dq, dk, saves, sink)
         dq = dq if dgate is None else torch.cat([dq, dgate], 2)
-        return self.qkv.of_outputs([g.reshape(g.shape[0], -1) for g in (dq, dk, dv)]), None, None
+        return self.qkv.of_outputs([g.reshape(g.shape[0], -1) for g in (dq, dk, dv)]), None
 
     def _rope_backward(
         self, dq: Tensor, dk: Tensor, saves: AttentionSaves, sink: GradientSink

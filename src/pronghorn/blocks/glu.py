@@ -378,7 +378,7 @@ class GluBlock:
         packed = down.left_to_producer(dbranch, xa_down, sink)
         whole = gate_adapter is None and up_adapter is None
         if packed is not None and whole and gated_products.takes_down(down, packed, dbranch):
-            of_dxa = down.adapter_output_grads([dbranch], xa_down, sink)
+            of_dxa = down.adapter_output_grads(dbranch, xa_down, sink)
             gated_products.through_activation_(down, packed, dbranch, gate, up, self.activation, of_dxa)
             return gate, up
         dact, grads = down.input_grad(

@@ -20,7 +20,7 @@ from torch import Tensor
 from pronghorn.kernels.dispatch import Impl, math_dtype
 from pronghorn.kernels.glu import ACTIVATIONS, glu_backward, glu_forward
 from pronghorn.kernels.lora import accumulate_product_
-from pronghorn.kernels.tiles import COLUMNS, PROCESSORS, ROWS, Order, Sums, on_hopper, order_of
+from pronghorn.kernels.tiles import COLUMNS, PROCESSORS, ROWS, Order, Sums, groups_of, on_hopper, order_of
 
 #: ranks of gate's and up's adapters that one step of the product takes side by side
 RANKS = (8, 16, 32)
@@ -28,9 +28,6 @@ RANKS = (8, 16, 32)
 MOST_RANK_DOWN = 32
 #: columns of a tile of act forward, beside as many of gate and of up
 HALF = 128
-#: What a product by tiles of 192 rows costs of one by tiles of 128: fewer bytes travel from the second cache, and a
-#: card at the limit of its power clocks higher (gate and up of 8B for seconds: 2,842 against 2,908 µs).
-TALL = 0.977
 #: Rows of tiles that are gone through together forward, by groups of 64 rows in a tile, and columns of them backward.
 #: Where these divide the number of processors (132), each stays in its row, or column, and keeps a sum of its tiles.
 TOGETHER = {2: 16, 3: 11}
@@ -68,20 +65,9 @@ class DownGrad:
     a_grad: Tensor | None = None
 
 
-def groups_of(rows: int, width: int) -> int:
-    """Groups of 64 rows in a tile of the forward product, two or three: three unless the last round of tiles, which
-    may leave processors idle, costs more than they save."""
-
-    def rounds(groups: int) -> int:
-        tiles = -(-rows // (64 * groups)) * -(-width // HALF)
-        return groups * -(-tiles // PROCESSORS)
-
-    return 3 if TALL * rounds(3) < rounds(2) else 2
-
-
 def forward_order(rows: int, width: int, processors: int = PROCESSORS) -> tuple[Order, Sums]:
     """Of tiles of act [rows, width], and partial sums of XA_d."""
-    groups = groups_of(rows, width)
+    groups = groups_of(rows, width, HALF)
     tiles, across = -(-rows // (64 * groups)), -(-width // HALF)
     order = order_of(tiles, across, processors, TOGETHER[groups])
     return order, order.sums(tiles, across, 64 * groups)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from pronghorn.kernels import products
 from pronghorn.kernels.dispatch import Impl, math_dtype, use_triton
 from pronghorn.kernels.loss_rows import scaled
 
@@ -177,7 +178,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             chunk = hidden[at]
             logits = space[: chunk.shape[0]]
             if bias is None:
-                torch.mm(chunk, weight.t(), out=logits)
+                _product_(chunk, weight, logits, settings)
             else:
                 torch.addmm(bias.to(dtype), chunk, weight.t(), out=logits)
             adapter = None
@@ -204,6 +205,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
             for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
         return (*found, None, None)
+
+
+def _product_(chunk: Tensor, weight: Tensor, logits: Tensor, settings: _Settings) -> None:
+    """logits = chunk Wᵀ."""
+    if settings.triton and products.why_not(chunk, weight, True, 0, logits) is None:
+        products.multiply(products.Product(chunk, weight, True), logits)
+    else:
+        torch.mm(chunk, weight.t(), out=logits)
 
 
 def _cross_entropy_(

@@ -8,26 +8,12 @@ weights [W_q; W_k; W_v] makes the input gradient.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-from pronghorn.kernels import tiles
 from pronghorn.kernels.dispatch import Impl, use_triton
 from pronghorn.kernels.fp8 import Fp8Rows, quantise_joined
-from pronghorn.kernels.lora import ONE_PASS_RANK, fits_kernels
 from pronghorn.kernels.rope import qk_rope_backward
-
-
-class Adapters(NamedTuple):
-    """Of q, k and v: B [out, R] each, scalings, XA [T, ΣR] where gradients of B are wanted, and these, fp32."""
-
-    bs: Sequence[Tensor]
-    scalings: Sequence[float]
-    xa: Tensor | None
-    b_grads: Sequence[Tensor | None]
 
 
 def unrotate_joined(
@@ -52,27 +38,6 @@ def unrotate_joined(
         return list(run(dq, dk, dv, cos, sin, pairs).split(widths, 1))
     dq, dk, _, _ = qk_rope_backward(dq, dk, cos, sin, pairs=pairs, impl="torch")
     return list(torch.cat([x.flatten(1) for x in (dq, dk, dv)], 1).split(widths, 1))
-
-
-def unrotate_joined_adapted(
-    dq: Tensor,
-    dk: Tensor,
-    dv: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    adapters: Adapters,
-) -> tuple[list[Tensor], Tensor] | None:
-    """`unrotate_joined` of halves, and dXA [T, ΣR] behind the projections' adapters, whose B's gradients are added to,
-    in one reading; None where no kernel does that."""
-    heads = [x.flatten(1) for x in (dq, dk, dv)]
-    if not tiles.on_hopper(dq, None) or not fits_kernels(
-        dq, [b.shape[1] for b in adapters.bs], None, ONE_PASS_RANK
-    ):
-        return None
-    from pronghorn.kernels.triton.lora_grads import turned_output_grads
-
-    made = turned_output_grads(heads, *adapters, (cos, sin))
-    return None if made is None else (list(made[0].split([x.shape[1] for x in heads], 1)), made[1])
 
 
 def unrotate_joined_fp8(

@@ -352,7 +352,6 @@ class ProjectionGroup(GroupParameters):
         defer_adapters: bool = False,
         joined: bool = True,
         of_stack: Operand | None = None,
-        made: AdapterGrads | None = None,
     ) -> tuple[Tensor | None, AdapterGrads | None]:
         """dX [T, in] (None unless `need`), and the adapters' output gradients for `parameter_grads`.
 
@@ -360,19 +359,17 @@ class ProjectionGroup(GroupParameters):
         caller that would have to compute it passes a function. With `xa` (the group's XA, where it was kept) the
         gradients of B are formed in the same reading of dY. With `defer_adapters` (see `left_to_producer`) dX lacks the
         adapters' share. With `joined` dY that are columns of one matrix are multiplied by the weights as one;
-        `of_stack` is that operand where it was made on the way, for an fp8 stack (`fp8_columns`), `made` the second
-        answer (`turned_grads`).
+        `of_stack` is that operand where it was made on the way, for an fp8 stack (`fp8_columns`).
         """
         operands = [as_operand(dy) for dy in dys]
         starts = need and not defer_adapters and not self._drops and self._all_accumulate()
         whole = self._adapted_input_grad(operands, joined) if starts else None
         if whole is not None:
             weight, dy, a = whole
-            behind = made or self.adapter_output_grads([operand.tensor for operand in operands], xa, sink)
-            return adapted.input_grad(weight, dy, behind.dxa, a), behind
-        grads, dx = made, None
-        if made is None:
-            grads, dx = self._output_grads([operand.tensor for operand in operands], xa, sink, starts)
+            grads, _ = self._output_grads([operand.tensor for operand in operands], xa, sink, False)
+            assert grads is not None
+            return adapted.input_grad(weight, dy, grads.dxa, a), grads
+        grads, dx = self._output_grads([operand.tensor for operand in operands], xa, sink, starts)
         if defer_adapters:
             return self._linear(0).weight.matmul_t(operands[0]), grads
         if need and all_fuse(self.projections) and (grads is None or self._fits_epilogue()):
@@ -418,11 +415,9 @@ class ProjectionGroup(GroupParameters):
 
         return columns, grads
 
-    def adapter_output_grads(
-        self, dys: Sequence[Tensor], xa: Tensor | None, sink: GradientSink
-    ) -> AdapterGrads:
-        """`input_grad`'s second answer alone, for adapters whose share of dX another kernel adds."""
-        grads, _ = self._output_grads(dys, xa, sink, False)
+    def adapter_output_grads(self, dy: Tensor, xa: Tensor | None, sink: GradientSink) -> AdapterGrads:
+        """`input_grad`'s second answer alone, for an adapter whose share of dX another kernel adds."""
+        grads, _ = self._output_grads([dy], xa, sink, False)
         assert grads is not None
         return grads
 
@@ -472,6 +467,28 @@ class ProjectionGroup(GroupParameters):
             and not any(p.weight.adds_input_grad for p in self._all_linear())
             and lora.fits_kernels(dxa, [self.total_rank], self.impl)
         )
+
+    def _output_grads(
+        self, dys: Sequence[Tensor], xa: Tensor | None, sink: GradientSink, starts: bool
+    ) -> tuple[AdapterGrads | None, Tensor | None]:
+        """dXA, and gradients of B where XA is there; with `starts` also the adapters' share of dX, a new tensor."""
+        if not self._pairs:
+            return None, None
+        dtype = dys[0].dtype
+        of_pairs = [dys[i] for i, _ in self._pairs]
+        bs = self._bs(dtype)
+        buffers = [] if xa is None else [self._b_buffer(k, sink) for k in range(len(self._pairs))]
+        dx: Tensor | None = None
+        if starts:
+            a = self._stacked_a(dtype)
+            dxa, dx = lora.output_grads_and_start(
+                of_pairs, bs, self._scalings, a, xa, buffers, impl=self.impl
+            )
+        else:
+            dxa = lora.output_grads(of_pairs, bs, self._scalings, xa, buffers, impl=self.impl)
+        if xa is not None:
+            self._give_b_buffers(buffers, sink)
+        return AdapterGrads(dxa, b_done=xa is not None), dx
 
     def _add_adapter_input_grad_(self, dx: Tensor, dxa: Tensor) -> None:
         if not self._drops:

@@ -20,10 +20,9 @@ from pronghorn.blocks.projection.parts import (
     Projection,
     product_for,
 )
-from pronghorn.kernels import lora, tiles
+from pronghorn.kernels import lora
 from pronghorn.kernels.dispatch import Impl
 from pronghorn.kernels.dropout import seeded_dropout
-from pronghorn.kernels.qkv_grads import Adapters, unrotate_joined_adapted
 from pronghorn.weights import Fp8Weight, Int8Products, Weight, stacked
 from pronghorn.weights.operand import TURNED, Operand, Turned, as_operand
 
@@ -111,49 +110,6 @@ class GroupParameters:
         for i, adapter in self._pairs:
             if sink.wants(adapter.b_bias):
                 sink.add(adapter.b_bias, _token_sum(tensors[i]).mul_(adapter.scaling))
-
-    def _output_grads(
-        self, dys: Sequence[Tensor], xa: Tensor | None, sink: GradientSink, starts: bool
-    ) -> tuple[AdapterGrads | None, Tensor | None]:
-        """dXA, and gradients of B where XA is there; with `starts` also the adapters' share of dX, a new tensor."""
-        if not self._pairs:
-            return None, None
-        dtype = dys[0].dtype
-        of_pairs = [dys[i] for i, _ in self._pairs]
-        bs = self._bs(dtype)
-        buffers = [] if xa is None else [self._b_buffer(k, sink) for k in range(len(self._pairs))]
-        dx: Tensor | None = None
-        if starts:
-            a = self._stacked_a(dtype)
-            dxa, dx = lora.output_grads_and_start(
-                of_pairs, bs, self._scalings, a, xa, buffers, impl=self.impl
-            )
-        else:
-            dxa = lora.output_grads(of_pairs, bs, self._scalings, xa, buffers, impl=self.impl)
-        if xa is not None:
-            self._give_b_buffers(buffers, sink)
-        return AdapterGrads(dxa, b_done=xa is not None), dx
-
-    def turned_grads(
-        self,
-        heads: Sequence[Tensor],
-        angles: tuple[Tensor, Tensor],
-        xa: Tensor | None,
-        sink: GradientSink,
-    ) -> tuple[list[Tensor], AdapterGrads] | None:
-        """Of q, k and v: from gradients of rotated heads [T, N, D] those of the projections' outputs, columns of one
-        matrix, and what `_output_grads` gives of them, by one launch; None where no kernel does that."""
-        three = len(self.projections) == len(self._pairs) == 3 and self._single and self.impl is None
-        if not three or not tiles.on_hopper(heads[0], None):
-            return None
-        buffers = [] if xa is None else [self._b_buffer(k, sink) for k in range(3)]
-        adapters = Adapters(self._bs(heads[0].dtype), self._scalings, xa, buffers)
-        made = unrotate_joined_adapted(heads[0], heads[1], heads[2], *angles, adapters)
-        if made is None:
-            return None
-        if xa is not None:
-            self._give_b_buffers(buffers, sink)
-        return made[0], AdapterGrads(made[1], b_done=xa is not None)
 
     def _adapter_b_grads(
         self, dys: Sequence[Tensor], x: Tensor, xa: Tensor | None, sink: GradientSink

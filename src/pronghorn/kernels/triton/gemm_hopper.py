@@ -55,7 +55,7 @@ def _copy(
         at_m = tile_m * BM
         at_n = tile_n * BN
         stage, phase = bring(
-            x_desc, w_desc, xa_desc, b_desc, left, right, full, empty, at_m, at_n, k, stage, phase, STAGES, R, TURN
+            x_desc, w_desc, xa_desc, b_desc, left, right, full, empty, at_m, at_n, k, stage, phase, 2, STAGES, R, TURN
         )  # fmt: skip
         if RESIDUAL:
             for g in gl.static_range(2):

@@ -22,7 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from pronghorn.kernels import glu_products
 from pronghorn.kernels.glu_products import HALF as HALF_COLUMNS
-from pronghorn.kernels.tiles import COLUMNS, ROWS, padded
+from pronghorn.kernels.tiles import COLUMNS, ROWS, groups_of, padded
 from pronghorn.kernels.triton.gluon_parts import (
     begin_behind,
     bring,
@@ -231,7 +231,8 @@ def _copy_backward(
         at_m = tile_m * BM
         at_n = tile_n * BN
         stage, phase = bring(
-            dy_desc, weight, dxa_desc, a_desc, left, right, full, empty, at_m, at_n, k, stage, phase, STAGES, R, False
+            dy_desc, weight, dxa_desc, a_desc, left, right, full, empty, at_m, at_n, k, stage, phase, 2, STAGES, R,
+            False,
         )  # fmt: skip
         # Gate and up of 128 columns a stage, two stages for each group; dXA in the group's place of the left side.
         for g in gl.static_range(2):
@@ -392,7 +393,7 @@ def forward(call: GateUp, gate: Tensor, up: Tensor, act: Tensor | None, xa_down:
         tiles_of(x if xa is None else call.up_b, HALF.value, wide),
         tiles_of(x if a is None else a, rank_down or 16, WIDTH.value), tiles_of(gate, 64, WIDTH.value),
         tiles_of(up, 64, WIDTH.value), tiles_of(out, 64, WIDTH.value), partial, m, n, k,
-        order.programs, order.period, order.rest, G=glu_products.groups_of(m, n), R=rank, RD=rank_down,
+        order.programs, order.period, order.rest, G=groups_of(m, n, HALF.value), R=rank, RD=rank_down,
         KEEP=call.keep or act is None, ACT=act is not None,
         KIND="none" if act is None and a is None else call.activation, num_warps=4,
     )  # fmt: skip

@@ -174,19 +174,19 @@ def begin_behind(full, steps, g: gl.constexpr, G: gl.constexpr, STAGES: gl.const
 @gluon.jit
 def bring(
     left_desc, right_desc, narrow_left, narrow_right, left, right, full, empty, at_m, at_n, k, stage, phase,
-    STAGES: gl.constexpr, R: gl.constexpr, TURN: gl.constexpr,
+    G: gl.constexpr, STAGES: gl.constexpr, R: gl.constexpr, TURN: gl.constexpr,
 ):  # fmt: skip
-    """What two groups multiply for a tile: the narrow step of rank R, if it has one, and all others. What lies beside
+    """What G groups multiply for a tile: the narrow step of rank R, if it has one, and all others. What lies beside
     or below a matrix is read as zero: ranks need not fill the step."""
     BK: gl.constexpr = left.shape[2]
     BN: gl.constexpr = right.shape[1] if TURN else right.shape[2]
     if R:
         bar = full.index(stage)
         mbarrier.wait(empty.index(stage), phase)
-        mbarrier.expect(bar, (128 + BN) * R * 2)
-        for g in gl.static_range(2):
+        mbarrier.expect(bar, (64 * G + BN) * R * 2)
+        for g in gl.static_range(G):
             fetch(narrow_left, [at_m + 64 * g, 0], bar,
-                  view(left.index(2 * stage + g), narrow_left.dtype, [64, R], narrow_left.layout))  # fmt: skip
+                  view(left.index(G * stage + g), narrow_left.dtype, [64, R], narrow_left.layout))  # fmt: skip
         if TURN:
             fetch(narrow_right, [at_n, 0], bar,
                   view(right.index(stage), narrow_right.dtype, [BN, R], narrow_right.layout))  # fmt: skip
@@ -197,9 +197,9 @@ def bring(
     for step in range(gl.cdiv(k, BK)):
         bar = full.index(stage)
         mbarrier.wait(empty.index(stage), phase)
-        mbarrier.expect(bar, (128 + BN) * BK * 2)
-        for g in gl.static_range(2):
-            fetch(left_desc, [at_m + 64 * g, step * BK], bar, left.index(2 * stage + g))
+        mbarrier.expect(bar, (64 * G + BN) * BK * 2)
+        for g in gl.static_range(G):
+            fetch(left_desc, [at_m + 64 * g, step * BK], bar, left.index(G * stage + g))
         if TURN:
             fetch(right_desc, [at_n, step * BK], bar, right.index(stage))
         else:

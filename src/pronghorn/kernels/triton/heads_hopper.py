@@ -14,8 +14,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from pronghorn.kernels.heads import Heads
-from pronghorn.kernels.tiles import padded
-from pronghorn.kernels.triton.gemm_hopper import BK, BM, BN, GROUP, STAGES
+from pronghorn.kernels.tiles import groups_of, padded
+from pronghorn.kernels.triton.gemm_hopper import BK, BN, GROUP, STAGES
 from pronghorn.kernels.triton.gluon_parts import (
     begin_behind,
     bring,
@@ -33,6 +33,9 @@ from pronghorn.kernels.triton.gluon_parts import (
 )
 from pronghorn.kernels.triton.launch import processors
 
+#: stages of three groups, and rows of tiles that they go through together
+STAGES_OF_THREE = gl.constexpr(3)
+GROUP_OF_THREE = gl.constexpr(11)
 #: columns of a tile that are turned at a time, and half a head's
 WIDTH = gl.constexpr(32)
 HALF = gl.constexpr(64)
@@ -46,22 +49,21 @@ def _part_of(at_n, w0, w1):
 
 
 @gluon.jit
-def _copy(
-    x_desc, w_desc, xa_desc, bs, left, right, full, empty, m, n, k, w0, w1, rank, programs, R: gl.constexpr,
-):  # fmt: skip
+def _copy(of_copy, G: gl.constexpr, DEPTH: gl.constexpr, R: gl.constexpr):
+    (x_desc, w_desc, xa_desc, bs, left, right, full, empty, m, n, k, w0, w1, rank, programs) = of_copy
     (b0, b1, b2) = bs
     stage = 0
     phase = 1
-    for index in range(gl.program_id(0), gl.cdiv(m, BM) * gl.cdiv(n, BN), programs):
-        tile_m, tile_n = place(index, gl.cdiv(m, BM), gl.cdiv(n, BN), GROUP)
-        at_m = tile_m * BM
+    for index in range(gl.program_id(0), gl.cdiv(m, 64 * G) * gl.cdiv(n, BN), programs):
+        tile_m, tile_n = place(index, gl.cdiv(m, 64 * G), gl.cdiv(n, BN), GROUP if G == 2 else GROUP_OF_THREE)
+        at_m = tile_m * (64 * G)
         at_n = tile_n * BN
         part, first = _part_of(at_n, w0, w1)
         bar = full.index(stage)
         mbarrier.wait(empty.index(stage), phase)
-        mbarrier.expect(bar, (BM + BN) * R * 2)
-        for g in gl.static_range(2):
-            to = view(left.index(2 * stage + g), xa_desc.dtype, [64, R], xa_desc.layout)
+        mbarrier.expect(bar, (64 * G + BN) * R * 2)
+        for g in gl.static_range(G):
+            to = view(left.index(G * stage + g), xa_desc.dtype, [64, R], xa_desc.layout)
             fetch(xa_desc, [at_m + 64 * g, part * rank], bar, to)
         to = view(right.index(stage), b0.dtype, [BN, R], b0.layout)
         if part == 0:
@@ -70,9 +72,9 @@ def _copy(
             fetch(b1, [at_n - first, 0], bar, to)
         else:
             fetch(b2, [at_n - first, 0], bar, to)
-        stage, phase = next_stage(stage, phase, STAGES)
+        stage, phase = next_stage(stage, phase, DEPTH)
         stage, phase = bring(
-            x_desc, w_desc, xa_desc, b0, left, right, full, empty, at_m, at_n, k, stage, phase, STAGES, 0, True
+            x_desc, w_desc, xa_desc, b0, left, right, full, empty, at_m, at_n, k, stage, phase, G, DEPTH, 0, True
         )  # fmt: skip
 
 
@@ -90,27 +92,26 @@ def _put(outs, part, at_m, at_n, x, buffers, turn: gl.constexpr):
 
 
 @gluon.jit
-def _group(
-    left, right, full, empty, buffers, xa_desc, b_desc, outs, cos_ptr, sin_ptr, m, n, k, w0, w1, stride, programs,
-    g: gl.constexpr, R: gl.constexpr,
-):  # fmt: skip
+def _group(of_group, g: gl.constexpr, G: gl.constexpr, DEPTH: gl.constexpr, R: gl.constexpr):
+    (left, right, full, empty, buffers, xa_desc, b_desc, outs, cos_ptr, sin_ptr, m, n, k, w0, w1, stride,
+     programs) = of_group  # fmt: skip
     narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
     kind: gl.constexpr = outs[0].dtype
     steps = gl.cdiv(k, BK) + 1
     stage = 0
     phase = 0
-    begin_behind(full, steps, g, 2, STAGES)
+    begin_behind(full, steps, g, G, DEPTH)
     row = gl.arange(0, 64, gl.SliceLayout(1, narrow))
     column = gl.arange(0, WIDTH, gl.SliceLayout(0, narrow))
-    for index in range(gl.program_id(0), gl.cdiv(m, BM) * gl.cdiv(n, BN), programs):
-        tile_m, tile_n = place(index, gl.cdiv(m, BM), gl.cdiv(n, BN), GROUP)
-        at_m = tile_m * BM + 64 * g
+    for index in range(gl.program_id(0), gl.cdiv(m, 64 * G) * gl.cdiv(n, BN), programs):
+        tile_m, tile_n = place(index, gl.cdiv(m, 64 * G), gl.cdiv(n, BN), GROUP if G == 2 else GROUP_OF_THREE)
+        at_m = tile_m * (64 * G) + 64 * g
         part, first = _part_of(tile_n * BN, w0, w1)
         at_n = tile_n * BN - first
-        xa = view(left.index(2 * stage + g), xa_desc.dtype, [64, R], xa_desc.layout)
+        xa = view(left.index(G * stage + g), xa_desc.dtype, [64, R], xa_desc.layout)
         b = view(right.index(stage), b_desc.dtype, [BN, R], b_desc.layout).permute((1, 0))
         acc, stage, phase = multiplied(
-            left, right, full, empty, xa, b, stage, phase, steps, g, 2, STAGES, True, True
+            left, right, full, empty, xa, b, stage, phase, steps, g, G, DEPTH, True, True
         )
         a0, a1, a2, a3 = quarters(acc)
         # Of v nothing turns: angle 0.
@@ -141,25 +142,39 @@ def _group(
 @gluon.jit(do_not_specialize=["m", "n", "k", "w0", "w1", "rank", "programs"])
 def heads_kernel(
     x_desc, w_desc, xa_desc, b0, b1, b2, q_out, k_out, v_out, cos_ptr, sin_ptr, m, n, k, w0, w1, rank, stride,
-    programs, R: gl.constexpr,
+    programs, G: gl.constexpr, R: gl.constexpr,
 ):  # fmt: skip
-    left = gl.allocate_shared_memory(x_desc.dtype, [2 * STAGES, 64, BK], x_desc.layout)
-    right = gl.allocate_shared_memory(x_desc.dtype, [STAGES, BN, BK], w_desc.layout)
-    buffers = gl.allocate_shared_memory(q_out.dtype, [4, 64, WIDTH], q_out.layout)
-    full, empty = ring(STAGES, 2)
+    DEPTH: gl.constexpr = STAGES if G == 2 else STAGES_OF_THREE
+    left = gl.allocate_shared_memory(x_desc.dtype, [G * DEPTH, 64, BK], x_desc.layout)
+    right = gl.allocate_shared_memory(x_desc.dtype, [DEPTH, BN, BK], w_desc.layout)
+    buffers = gl.allocate_shared_memory(q_out.dtype, [2 * G, 64, WIDTH], q_out.layout)
+    full, empty = ring(DEPTH, G)
     outs = (q_out, k_out, v_out)
     bs = (b0, b1, b2)
-    gl.warp_specialize(
-        [
-            (_group, (left, right, full, empty, buffers, xa_desc, b0, outs, cos_ptr, sin_ptr, m, n, k, w0, w1, stride,
-                      programs, 0, R)),
-            (_group, (left, right, full, empty, buffers, xa_desc, b0, outs, cos_ptr, sin_ptr, m, n, k, w0, w1, stride,
-                      programs, 1, R)),
-            (_copy, (x_desc, w_desc, xa_desc, bs, left, right, full, empty, m, n, k, w0, w1, rank, programs, R)),
-        ],
-        [4, 1],
-        [232, 40],
-    )  # fmt: skip
+    of_group = (left, right, full, empty, buffers, xa_desc, b0, outs, cos_ptr, sin_ptr, m, n, k, w0, w1, stride,
+                programs)  # fmt: skip
+    of_copy = (x_desc, w_desc, xa_desc, bs, left, right, full, empty, m, n, k, w0, w1, rank, programs)
+    if G == 2:
+        gl.warp_specialize(
+            [
+                (_group, (of_group, 0, G, DEPTH, R)),
+                (_group, (of_group, 1, G, DEPTH, R)),
+                (_copy, (of_copy, G, DEPTH, R)),
+            ],
+            [4, 1],
+            [232, 40],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (_group, (of_group, 0, G, DEPTH, R)),
+                (_group, (of_group, 1, G, DEPTH, R)),
+                (_group, (of_group, 2, G, DEPTH, R)),
+                (_copy, (of_copy, G, DEPTH, R)),
+            ],
+            [4, 4, 1],
+            [160, 160, 24],
+        )
 
 
 def run(call: Heads) -> tuple[Tensor, Tensor, Tensor]:
@@ -167,11 +182,12 @@ def run(call: Heads) -> tuple[Tensor, Tensor, Tensor]:
     x, rank = call.x, padded(call.rank)
     (m, k), n = x.shape, sum(call.widths)
     q, key, v = (x.new_empty(m, width) for width in call.widths)
-    count = min(triton.cdiv(m, BM.value) * triton.cdiv(n, BN.value), processors(x.device.index or 0))
+    groups = groups_of(m, n, BN.value)
+    count = min(triton.cdiv(m, 64 * groups) * triton.cdiv(n, BN.value), processors(x.device.index or 0))
     heads_kernel[(count,)](
         tiles_of(x, 64, BK.value), tiles_of(call.weight, BN.value, BK.value), tiles_of(call.xa, 64, rank),
         *[tiles_of(b, BN.value, rank) for b in call.bs],
         *[tiles_of(out, 64, WIDTH.value) for out in (q, key, v)], call.cos, call.sin,
-        m, n, k, call.widths[0], call.widths[1], call.rank, call.cos.stride(0), count, R=rank, num_warps=4,
+        m, n, k, call.widths[0], call.widths[1], call.rank, call.cos.stride(0), count, G=groups, R=rank, num_warps=4,
     )  # fmt: skip
     return q, key, v

@@ -159,32 +159,6 @@ def output_grads(
     return dxa, start
 
 
-def turned_output_grads(
-    dys: Sequence[Tensor],
-    bs: Sequence[Tensor],
-    scalings: Sequence[float],
-    xa: Tensor | None,
-    b_grads: Sequence[Tensor | None],
-    angles: tuple[Tensor, Tensor],
-) -> tuple[Tensor, Tensor] | None:
-    """Gradients of what q's, k's and v's projections gave, side by side, from those `dys` of rotated heads, and dXA;
-    None where no kernel does both at once."""
-    from pronghorn.kernels.triton import lora_hopper
-
-    tokens = dys[0].shape[0]
-    bs, ranks = [b.contiguous() for b in bs], [b.shape[1] for b in bs]
-    out = dys[0].new_empty(tokens, sum(dy.shape[1] for dy in dys))
-    turned = lora_hopper.Turned(*angles, out)
-    dxa = dys[0].new_empty(tokens, sum(ranks))
-    need_b = xa is not None and any(grad is not None for grad in b_grads)
-    xa = unit_rows(xa) if xa is not None and need_b else dxa
-    if not lora_hopper.suits_turned(dys, bs, xa, turned):
-        return None
-    partials = lora_hopper.output_grads(dys, bs, list(xa.split(ranks, 1)), need_b, turned)
-    sum_output_grads(partials, dxa, b_grads if need_b else (), scalings)
-    return out, dxa
-
-
 def _suits_copy_engine(dys: Sequence[Tensor], bs: Sequence[Tensor], xa: Tensor) -> bool:
     """Whether `lora_hopper` takes these: 16 bits, ranks of multiples of 8 up to 32, many tiles."""
     if not tiles.on_hopper(dys[0], None):

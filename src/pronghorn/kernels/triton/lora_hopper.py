@@ -4,9 +4,8 @@ warps).
     dXA = dY B,   dB = dYᵀ XA        of up to three parts
 
 One warp has the copy engine bring tiles of dY and XA into a ring of stages; a group of warps multiplies each tile
-twice. Where dY are gradients of rotated heads, it turns them back in place first, and tiles go to memory, too. They are
-dealt out by count, in one row: a block of columns, token after token, then the next block. So no program waits for a
-last round, and few partial sums of dB are left: one where a program begins or ends inside a block.
+twice. Tiles are dealt out by count, in one row: a block of columns, token after token, then the next block. So no
+program waits for a last round, and few partial sums of dB are left: one where a program begins or ends inside a block.
 """
 
 from __future__ import annotations
@@ -20,16 +19,14 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_init,
     warpgroup_mma_wait,
 )
 
 from pronghorn.kernels.tiles import aligned
-from pronghorn.kernels.triton.gluon_parts import fetch, next_stage, put_back, ring, tiles_of
+from pronghorn.kernels.triton.gluon_parts import fetch, next_stage, ring, tiles_of
 from pronghorn.kernels.triton.launch import processors
 from pronghorn.kernels.triton.lora import rank_block, three
 from pronghorn.kernels.triton.lora_sums import Partials
@@ -40,21 +37,6 @@ TOKENS = gl.constexpr(64)
 TILES = {16: (512, 3), 32: (256, 5)}
 #: tiles a processor from which on the kernel is taken
 LEAST_TILES = 4
-#: groups of warps where tiles are turned: one takes 77 µs for q, k, v of 8B, of which memory would take 50
-GROUPS_TURNING = gl.constexpr(2)
-#: columns of a head that is turned, of its halves, and rows at a time
-HEAD = gl.constexpr(128)
-HALF = gl.constexpr(64)
-ROWS_TURNED = gl.constexpr(32)
-
-
-class Turned(NamedTuple):
-    """dY of rotated heads of q, k and v: cos and sin [T, 128] of q's and k's, and where what the projections gave has
-    its gradients, beside each other [T, Σ widths]."""
-
-    cos: Tensor
-    sin: Tensor
-    out: Tensor
 
 
 class Shares(NamedTuple):
@@ -78,8 +60,9 @@ def shares_of(tokens: int, blocks: int, most: int) -> Shares:
 
 
 @gluon.jit
-def _copy(of_copy, STAGES: gl.constexpr):
-    (given, dys, xas, b_tile, full, empty, b_full, b_empty, blocks0, blocks1, tiles, begin, end) = of_copy
+def _copy(
+    given, dys, xas, b_tile, full, empty, b_full, b_empty, blocks0, blocks1, tiles, begin, end, STAGES: gl.constexpr,
+):  # fmt: skip
     (dy0, dy1, dy2, b0, b1, b2, xa0, xa1, xa2) = given
     COLUMNS: gl.constexpr = b_tile.shape[0]
     R: gl.constexpr = b_tile.shape[1]
@@ -117,42 +100,15 @@ def _copy(of_copy, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def _turn_back(tile, cos_ptr, sin_ptr, token, tokens):
-    """Heads of q or k: [first c₁ + second s₂, second c₂ - first s₁]; as many rows at a time as angles fit beside dB."""
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    row = gl.arange(0, ROWS_TURNED, gl.SliceLayout(1, layout))
-    column = gl.arange(0, HALF, gl.SliceLayout(0, layout))
-    for begin in gl.static_range(0, TOKENS, ROWS_TURNED):
-        at = (token + begin + row)[:, None] * HEAD + column[None, :]
-        inside = ((token + begin + row) < tokens)[:, None]
-        c_first = gl.load(cos_ptr + at, mask=inside, other=1.0)
-        c_second = gl.load(cos_ptr + at + HALF, mask=inside, other=1.0)
-        s_first = gl.load(sin_ptr + at, mask=inside, other=0.0)
-        s_second = gl.load(sin_ptr + at + HALF, mask=inside, other=0.0)
-        rows = tile.slice(begin, ROWS_TURNED)
-        for head in gl.static_range(tile.shape[1] // HEAD):
-            of_first = rows.slice(head * HEAD, HALF, 1)
-            of_second = rows.slice(head * HEAD + HALF, HALF, 1)
-            first = of_first.load(layout).to(gl.float32)
-            second = of_second.load(layout).to(gl.float32)
-            of_first.store((first * c_first.to(gl.float32) + second * s_second.to(gl.float32)).to(tile.dtype))
-            of_second.store(
-                (second * c_second.to(gl.float32) - first * s_first.to(gl.float32)).to(tile.dtype)
-            )
-
-
-@gluon.jit
 def _group(
-    of_group, g: gl.constexpr, G: gl.constexpr, STAGES: gl.constexpr, NEED_B: gl.constexpr, TURN: gl.constexpr,
+    dys, xas, b_tile, full, empty, b_full, b_empty, dxa_ptr, db_ptr, blocks0, blocks1, w0, w1, w2, columns_of_all,
+    tokens, tiles, each, begin, end, STAGES: gl.constexpr, NEED_B: gl.constexpr,
 ):  # fmt: skip
-    """Group g of G: every G-th tile."""
-    (dys, xas, b_tile, full, empty, b_full, b_empty, dxa_ptr, db_ptr, angles, outs, blocks0, blocks1,
-     w0, w1, w2, columns_of_all, tokens, tiles, each, begin, end) = of_group  # fmt: skip
-    (cos_ptr, sin_ptr) = angles
-    (out0, out1, out2) = outs
     COLUMNS: gl.constexpr = b_tile.shape[0]
     R: gl.constexpr = b_tile.shape[1]
     of_dxa: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, R, 16])
+    stage = 0
+    phase = 0
     b_phase = 0
     row = gl.arange(0, TOKENS, gl.SliceLayout(1, of_dxa))
     column = gl.arange(0, COLUMNS, gl.SliceLayout(1, of_dxa))
@@ -163,26 +119,10 @@ def _group(
         db = gl.zeros([COLUMNS, R], gl.float32, of_dxa)
         slab = dxa_ptr + gl.cast(block, gl.int64) * tokens * R
         first = gl.maximum(begin, block * tiles)
-        for unit in range(first + (first - begin + g) % G, gl.minimum(end, (block + 1) * tiles), G):
+        for unit in range(first, gl.minimum(end, (block + 1) * tiles)):
             token = (unit - block * tiles) * TOKENS
-            stage = (unit - begin) % STAGES
-            phase = (unit - begin) // STAGES % 2
-            dy = dys.index(stage)
             mbarrier.wait(full.index(stage), phase)
-            if TURN:
-                part = gl.where(block >= blocks0 + blocks1, 2, gl.where(block >= blocks0, 1, 0))
-                at = (
-                    block - gl.where(part == 2, blocks0 + blocks1, gl.where(part == 1, blocks0, 0))
-                ) * COLUMNS
-                if part < 2:
-                    _turn_back(dy, cos_ptr, sin_ptr, token, tokens)
-                fence_async_shared()
-                if part == 0:
-                    put_back(out0, [token, at], dy)
-                elif part == 1:
-                    put_back(out1, [token, at], dy)
-                else:
-                    put_back(out2, [token, at], dy)
+            dy = dys.index(stage)
             dxa = warpgroup_mma_init(gl.zeros([TOKENS, R], gl.float32, of_dxa))
             dxa = warpgroup_mma(dy, b_tile, dxa, use_acc=False, is_async=True)
             if NEED_B:
@@ -190,9 +130,8 @@ def _group(
                 dxa, db = warpgroup_mma_wait(0, deps=(dxa, db))
             else:
                 dxa = warpgroup_mma_wait(0, deps=(dxa,))
-            if TURN:
-                tma.store_wait(0)
             mbarrier.arrive(empty.index(stage), count=1)
+            stage, phase = next_stage(stage, phase, STAGES)
             rows = token + row
             gl.store(slab + rows[:, None] * R + r[None, :], dxa, mask=(rows < tokens)[:, None])
         mbarrier.arrive(b_empty, count=1)
@@ -201,7 +140,7 @@ def _group(
             inside = block - gl.where(part == 2, blocks0 + blocks1, gl.where(part == 1, blocks0, 0))
             before = gl.where(part == 2, w0 + w1, gl.where(part == 1, w0, 0))
             width = gl.where(part == 2, w2, gl.where(part == 1, w1, w0))
-            piece = (gl.program_id(0) - block * tiles // each) * G + g
+            piece = gl.program_id(0) - block * tiles // each
             columns = inside * COLUMNS + column
             to = db_ptr + (piece.to(gl.int64) * columns_of_all + before) * R
             gl.store(to + columns[:, None] * R + r[None, :], db, mask=(columns < width)[:, None])
@@ -222,40 +161,29 @@ def _group(
     ]
 )
 def grads_kernel(
-    dy0, dy1, dy2, b0, b1, b2, xa0, xa1, xa2, out0, out1, out2, cos_ptr, sin_ptr, dxa_ptr, db_ptr,
-    blocks0, blocks1, w0, w1, w2, columns_of_all, tokens, tiles, each, total, R: gl.constexpr, COLUMNS: gl.constexpr,
-    STAGES: gl.constexpr, NEED_B: gl.constexpr, TURN: gl.constexpr,
+    dy0, dy1, dy2, b0, b1, b2, xa0, xa1, xa2, dxa_ptr, db_ptr, blocks0, blocks1, w0, w1, w2, columns_of_all,
+    tokens, tiles, each, total, R: gl.constexpr, COLUMNS: gl.constexpr, STAGES: gl.constexpr, NEED_B: gl.constexpr,
 ):  # fmt: skip
-    G: gl.constexpr = GROUPS_TURNING if TURN else 1
     dys = gl.allocate_shared_memory(dy0.dtype, [STAGES, TOKENS, COLUMNS], dy0.layout)
     xas = gl.allocate_shared_memory(dy0.dtype, [STAGES, TOKENS, R], xa0.layout)
     b_tile = gl.allocate_shared_memory(dy0.dtype, [COLUMNS, R], b0.layout)
     full, empty = ring(STAGES, 1)
-    of_b_full, of_b_empty = ring(1, G)
+    of_b_full, of_b_empty = ring(1, 1)
     b_full = of_b_full.index(0)
     b_empty = of_b_empty.index(0)
     begin = gl.program_id(0) * each
     end = gl.minimum(begin + each, total)
     given = (dy0, dy1, dy2, b0, b1, b2, xa0, xa1, xa2)
-    outs = (out0, out1, out2)
-    angles = (cos_ptr, sin_ptr)
-    of_group = (dys, xas, b_tile, full, empty, b_full, b_empty, dxa_ptr, db_ptr, angles, outs, blocks0, blocks1,
-                w0, w1, w2, columns_of_all, tokens, tiles, each, begin, end)  # fmt: skip
-    of_copy = (given, dys, xas, b_tile, full, empty, b_full, b_empty, blocks0, blocks1, tiles, begin, end)
-    if G == 2:
-        gl.warp_specialize(
-            [
-                (_group, (of_group, 0, G, STAGES, NEED_B, TURN)),
-                (_group, (of_group, 1, G, STAGES, NEED_B, TURN)),
-                (_copy, (of_copy, STAGES)),
-            ],
-            [4, 1],
-            [232, 40],
-        )
-    else:
-        gl.warp_specialize(
-            [(_group, (of_group, 0, G, STAGES, NEED_B, TURN)), (_copy, (of_copy, STAGES))], [1], [96]
-        )
+    gl.warp_specialize(
+        [
+            (_group, (dys, xas, b_tile, full, empty, b_full, b_empty, dxa_ptr, db_ptr, blocks0, blocks1, w0, w1, w2,
+                      columns_of_all, tokens, tiles, each, begin, end, STAGES, NEED_B)),
+            (_copy, (given, dys, xas, b_tile, full, empty, b_full, b_empty, blocks0, blocks1, tiles, begin, end,
+                     STAGES)),
+        ],
+        [1],
+        [96],
+    )  # fmt: skip
 
 
 def suits(dys: Sequence[Tensor], bs: Sequence[Tensor], xa: Tensor) -> bool:
@@ -270,41 +198,23 @@ def suits(dys: Sequence[Tensor], bs: Sequence[Tensor], xa: Tensor) -> bool:
     return triton.cdiv(tokens, TOKENS.value) * blocks >= LEAST_TILES * processors(dys[0].device.index or 0)
 
 
-def suits_turned(dys: Sequence[Tensor], bs: Sequence[Tensor], xa: Tensor, turned: Turned) -> bool:
-    """Whether the kernel turns these back, by heads of 128 whose halves turn together."""
-    whole = all(dy.shape[1] % HEAD.value == 0 for dy in dys) and turned.cos.shape[1] == HEAD.value
-    alike = turned.cos.is_contiguous() and turned.sin.is_contiguous() and turned.cos.dtype == turned.sin.dtype
-    return whole and alike and len(dys) == 3 and suits(dys, bs, xa) and aligned(turned.out)
-
-
 def output_grads(
-    dys: Sequence[Tensor],
-    bs: Sequence[Tensor],
-    xas: Sequence[Tensor],
-    need_b: bool,
-    turned: Turned | None = None,
+    dys: Sequence[Tensor], bs: Sequence[Tensor], xas: Sequence[Tensor], need_b: bool
 ) -> Partials:
-    """Partial dXA and dB of operands that `suits` has nothing against; with `turned` of what dY are turned back to."""
+    """Partial dXA and dB of operands that `suits` has nothing against."""
     tokens, widths, ranks = dys[0].shape[0], [dy.shape[1] for dy in dys], [b.shape[1] for b in bs]
     device, padded = dys[0].device, rank_block(ranks)
     block, stages = TILES[padded]
     blocks = [triton.cdiv(width, block) for width in widths]
     shares = shares_of(tokens, sum(blocks), processors(device.index or 0))
     dxa = torch.empty(sum(blocks), tokens, padded, dtype=torch.float32, device=device)
-    writers = GROUPS_TURNING.value if turned is not None else 1
-    pieces = writers * shares.pieces(sum(blocks)) if need_b else 0
+    pieces = shares.pieces(sum(blocks)) if need_b else 0
     db = torch.empty(pieces, sum(widths), padded, dtype=torch.float32, device=device)
-    outs = list(dys) if turned is None else list(turned.out.split(widths, 1))
-    cos, sin = (dxa, dxa) if turned is None else (turned.cos, turned.sin)
     grads_kernel[(shares.programs,)](
         *[tiles_of(dy, TOKENS.value, block) for dy in three(list(dys))],
         *[tiles_of(b, 256, padded) for b in three(list(bs))],
         *[tiles_of(xa, TOKENS.value, padded) for xa in three(list(xas))],
-        *[tiles_of(out, TOKENS.value, block) for out in three(outs)], cos, sin, dxa, db,
-        *three(blocks)[:2], *three(widths), sum(widths), tokens, shares.tiles, shares.each,
-        shares.tiles * sum(blocks), R=padded, COLUMNS=block, STAGES=stages, NEED_B=need_b,
-        TURN=turned is not None, num_warps=4,
+        dxa, db, *three(blocks)[:2], *three(widths), sum(widths), tokens, shares.tiles, shares.each,
+        shares.tiles * sum(blocks), R=padded, COLUMNS=block, STAGES=stages, NEED_B=need_b, num_warps=4,
     )  # fmt: skip
-    return Partials(
-        dxa, db, tuple(ranks), tuple(widths), tuple(blocks), shares.tiles, shares.each, block, writers
-    )
+    return Partials(dxa, db, tuple(ranks), tuple(widths), tuple(blocks), shares.tiles, shares.each, block)

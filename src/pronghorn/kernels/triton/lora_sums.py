@@ -75,7 +75,7 @@ def _sum_db(
 ):  # fmt: skip
     """A block of a part's dB += its sum; all rows of a part are wanted or none."""
     of_grads = _of(part, blocks0 * 0, blocks0, blocks0 + blocks1) + block * ROWS // block_columns
-    shares *= tl.where(each > 0, pieces_of(of_grads, tiles, each), 1)
+    shares = tl.where(each > 0, pieces_of(of_grads, tiles, each), shares)
     begin = _of(part, w0 * 0, w0, w0 + w1).to(tl.int64) * R
     _sum_tile(
         partial_ptr + begin, _of(part, db0, db1, db2), slab, shares, _of(part, wanted0, wanted1, wanted2),
@@ -208,8 +208,8 @@ def sum_config(padded: int) -> dict[str, int]:
 class Partials(NamedTuple):
     """What is left to be summed: dXA [Σ blocks, T, R] and dB [shares, Σ widths, R], parts in order.
 
-    Where programs took `each` tiles in a row of the `tiles` of a block of `block_columns`, blocks have `writers`
-    partial sums of dB for every program that had a part in them (`pieces_of`); else all have `shares`.
+    Where programs took `each` tiles in a row of the `tiles` of a block of `block_columns`, blocks have as many partial
+    sums of dB as programs had a part in them (`pieces_of`); else all have `shares`.
     """
 
     dxa: Tensor
@@ -220,7 +220,6 @@ class Partials(NamedTuple):
     tiles: int = 0
     each: int = 0
     block_columns: int = 1 << 30
-    writers: int = 1
 
 
 def sum_output_grads(
@@ -233,8 +232,7 @@ def sum_output_grads(
 ) -> None:
     """dxa [T, ΣR], b_grads += theirs, and start [T, in] = dxa a where given."""
     ranks, widths = list(partials.ranks), list(partials.widths)
-    tokens, padded = dxa.shape[0], partials.dxa.shape[2]
-    shares = partials.writers if partials.each else partials.db.shape[0]
+    tokens, padded, shares = dxa.shape[0], partials.dxa.shape[2], partials.db.shape[0]
     given = list(b_grads) or [None] * len(ranks)
     grads = [partials.dxa if grad is None else unit_rows(grad) for grad in given]
     wanted = [0 if grad is None else width for grad, width in zip(given, widths, strict=True)]

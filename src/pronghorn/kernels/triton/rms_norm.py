@@ -130,9 +130,11 @@ def forward(
     return y, rstd, summed
 
 
-def backward_config(width: int) -> tuple[int, int]:
-    """(block, warps) of the backward."""
-    return row_block(width)
+def backward_config(width: int, alone: bool = False) -> tuple[int, int]:
+    """(block, warps) of the backward; `alone`: without the gradient of the weight (8B: 64.1 µs by four warps, 65.7 by
+    eight)."""
+    block, warps = row_block(width)
+    return block, min(warps, 4) if alone and block <= 4096 else warps
 
 
 def backward(
@@ -151,7 +153,7 @@ def backward(
     residual = x if residual_grad is None else unit_rows(residual_grad)
     rows, width = x.shape
     dx = torch.empty(rows, width, dtype=x.dtype, device=x.device)
-    block, warps = backward_config(width)
+    block, warps = backward_config(width, alone=not need_weight_grad)
     # Programs that loop keep one partial weight gradient each; without it a program a row hides latency better.
     count = programs(rows, x.device, 4) if need_weight_grad else max(rows, 1)
     partial = torch.zeros(count if need_weight_grad else 0, width, dtype=torch.float32, device=x.device)
