@@ -132,7 +132,9 @@ def test_how_many_processors_have_a_tile() -> None:
 def test_how_many_rows_a_tile_has() -> None:
     """Three groups where the last round of tiles is nearly as full as with two."""
     assert tiles.groups_of(8192, 14336, glu_products.HALF) == 3
-    assert tiles.groups_of(2048, 14336, glu_products.HALF) == tiles.groups_of(1, 14336, glu_products.HALF) == 2
+    assert (
+        tiles.groups_of(2048, 14336, glu_products.HALF) == tiles.groups_of(1, 14336, glu_products.HALF) == 2
+    )
 
 
 def test_a_model_says_so(calls: dict[str, int]) -> None:
