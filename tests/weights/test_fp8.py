@@ -235,3 +235,21 @@ def test_expanded_weights_are_kept_and_let_go(in_fp8):
         assert kept.dense(torch.bfloat16).data_ptr() == kept.dense(torch.bfloat16).data_ptr()
     assert keep_expanded([module], False) == 0
     assert torch.equal(read_weight(module).matmul(x), before[0])
+
+
+def test_expanded_weights_with_the_same_input_lie_side_by_side():
+    bnb = pytest.importorskip("bitsandbytes")
+    modules = [
+        bnb.nn.Linear4bit(64, rows, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4").to("cpu")
+        for rows in (48, 16, 16)
+    ]
+    dense = [read_weight(module).dense(torch.bfloat16) for module in modules]
+    assert stacked([read_weight(module) for module in modules]) is None
+    assert keep_expanded(modules, True) == 2 * 64 * 80
+    weights = [read_weight(module) for module in modules]
+    whole = stacked(weights)
+    assert whole is not None and torch.equal(whole.dense(torch.bfloat16), torch.cat(dense))
+    assert stacked(weights[1:]) is not None and stacked([weights[0], weights[2]]) is None
+    assert stacked(weights, answering=True) is None  # answers read the 4 bits
+    keep_expanded(modules, False)
+    assert stacked([read_weight(module) for module in modules]) is None

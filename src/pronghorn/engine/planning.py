@@ -415,8 +415,14 @@ def plan_with_expanded(shape: ModelShape, limit: int, batch: Batch, rates: Rates
     room = without_margin(limit, shape) - beside
     if room <= 0:
         return None
+    apart = shape.fused or shape.fused_gate_up or shape.latent is not None or shape.delta is not None
     expanded = replace(
-        shape, storage=shape.multiplied, linear_tensors=multiplied, placed=None, gathered=False
+        shape,
+        storage=shape.multiplied,
+        linear_tensors=multiplied,
+        placed=None,
+        gathered=False,
+        joined=shape.joined or (shape.multiplied in ("bfloat16", "float16") and not apart),
     )
     found = plan_if_it_fits(expanded, with_margin(room, expanded), batch, rates=rates, host_limit=host)
     if found is None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pronghorn.kernels.fp8 import E4M3, MULTIPLE, four_bit_row_scales
 from pronghorn.kernels.int8 import quantise_weight, quantise_weight_input_grad, rotation_of
-from pronghorn.weights.base import Weight
+from pronghorn.kernels.nf4 import dequantize_4bit
 from pronghorn.weights.fp8 import Fp8FourBitWeight
 from pronghorn.weights.fp8_linear import FP8_SCALES
 from pronghorn.weights.int8 import Int8FourBitWeight, stacked_int8
@@ -110,14 +110,23 @@ def keep_expanded(modules: Iterable[Any], keep: bool) -> int:
 
 
 def _multiplied_as_one(modules: Sequence[Any]) -> list[Any]:
-    """The first of the modules, and those after it whose int8 products are made with its."""
-    weights: list[Weight] = []
-    for module in modules:
+    """The first of the modules, and those after it whose int8 products are made with its; of modules that multiply in
+    16 bits those that read as many columns, q, k and v or gate and up among them."""
+    weights = [four_bit_weight(modules[0])]
+    for module in modules[1:]:
         weight = four_bit_weight(module)
-        if weights and stacked_int8([*weights, weight]) is None:
+        plain = type(weight) is type(weights[0]) is FourBitWeight and _dtype_of(module) == _dtype_of(
+            modules[0]
+        )
+        if not (plain and weight.shape[1] == weights[0].shape[1]) and not stacked_int8([*weights, weight]):
             break
         weights.append(weight)
     return list(modules[: len(weights)])
+
+
+def _dtype_of(module: Any) -> torch.dtype:
+    """Of a 4-bit module's products in 16 bits."""
+    return module.compute_dtype or torch.bfloat16
 
 
 def _hold_expanded(group: Sequence[Any]) -> int:
@@ -132,10 +141,22 @@ def _hold_expanded(group: Sequence[Any]) -> int:
     elif isinstance(whole, Fp8FourBitWeight):
         tensors = [(whole.codes_forward(), whole.codes_input_grad())]
     else:
-        assert whole is not None
-        tensors = [(whole.dense(group[0].compute_dtype or torch.bfloat16),)]
+        tensors = [(part,) for part in _side_by_side(weights, _dtype_of(group[0]))]
     for module, parts in zip(group, tensors, strict=True):
         for name, tensor in zip((EXPANDED, EXPANDED_TRANSPOSED), parts, strict=False):
             # As bytes, which casts of the whole model leave alone.
             module.register_buffer(name, tensor.view(torch.uint8), persistent=False)
     return sum(tensor.nbytes for parts in tensors for tensor in parts)
+
+
+def _side_by_side(
+    weights: Sequence[FourBitWeight | Int8FourBitWeight], dtype: torch.dtype
+) -> Sequence[Tensor]:
+    """The dequantised weights as rows of one matrix, so that those with the same input can be multiplied as one."""
+    plain = [weight for weight in weights if isinstance(weight, FourBitWeight)]
+    rows, columns = [weight.shape[0] for weight in plain], plain[0].shape[1]
+    wide = torch.empty(sum(rows), columns, dtype=dtype, device=plain[0].packed.device)
+    parts = wide.split(rows)
+    for weight, part in zip(plain, parts, strict=True):
+        dequantize_4bit(weight.bits, dtype, out=part)
+    return parts

@@ -23,6 +23,7 @@ from pronghorn.weights.base import DenseWeight, Weight
 from pronghorn.weights.fp8 import Fp8Weight
 from pronghorn.weights.fp8_linear import Fp8Linear
 from pronghorn.weights.int8 import Int8Products, stacked_int8
+from pronghorn.weights.quantised import FourBitWeight
 
 #: attribute of tensors that stay where they lie (`keep_in_place`)
 _IN_PLACE = "pronghorn_in_place"
@@ -114,6 +115,11 @@ def stacked(
         return None
     if all(_is_plain(weight, answering) for weight in weights):
         wide = side_by_side([cast(DenseWeight, weight).weight.detach() for weight in weights], 0)
+        return None if wide is None else DenseWeight(wide)
+    kept = [weight.kept for weight in weights if type(weight) is FourBitWeight and weight.kept is not None]
+    if len(kept) == len(weights) and not answering:
+        # Answers read the 4 bits themselves.
+        wide = side_by_side(kept, 0)
         return None if wide is None else DenseWeight(wide)
     if all(isinstance(weight, Int8Products) for weight in weights):
         return stacked_int8(weights)
