@@ -27,7 +27,7 @@ def impl(request: pytest.FixtureRequest, device: torch.device, monkeypatch: pyte
     reason = tiles.why_not(device, torch.bfloat16)
     if reason is not None:
         pytest.skip(reason)
-    monkeypatch.setattr(glu_products, "groups_of", lambda rows, width: request.param)
+    monkeypatch.setattr(glu_products, "groups_of", lambda *sizes: request.param)
     return None
 
 
@@ -57,8 +57,9 @@ def parts(shape: tuple[int, int, int], rank: int, rank_down: int, dtype: torch.d
 
 
 RANKS = [(8, 8), (16, 16), (32, 24), (0, 32), (16, 0), (0, 0)]
-#: whole groups of tiles whose sums stay with a program, forward and backward, with few programs
-WHOLE_GROUPS = [(2112, 64, 264), (384, 64, 3072)]
+#: whole groups of tiles whose sums stay with a program, forward and backward, with few programs; and rows, or columns,
+#: left over that are for fewer programs than there are
+WHOLE_GROUPS = [(2112, 64, 264), (384, 64, 3072), (5696, 64, 704), (704, 64, 7232)]
 #: each kind of adapter, and each shape and dtype
 CASES = [
     *((SHAPES[2], *ranks, torch.bfloat16) for ranks in RANKS),

@@ -172,3 +172,18 @@ def test_the_upstream_factor_is_not_rounded_to_16_bits(device):
     (small,) = torch.autograd.grad(linear_cross_entropy(hidden, weight, labels, normalizer=515)[0], hidden)
     gain = (small.double() * one.double()).sum() / one.double().square().sum() * 515
     assert abs(gain.item() - 1) < 2**-12
+
+
+@pytest.mark.parametrize("vocabulary", [32000, 50257])
+def test_a_head_large_enough_for_tiles(vocabulary, device):
+    """On Hopper the first is multiplied by the kernel of products, the second, whose rows are not aligned, is not."""
+    hidden = random(300, 136, dtype=torch.bfloat16, device=device).requires_grad_()
+    weight = random(vocabulary, 136, dtype=torch.bfloat16, device=device, seed=1, scale=0.1)
+    labels = torch.randint(vocabulary, (300,), generator=torch.Generator().manual_seed(5)).to(device)
+    loss, _ = linear_cross_entropy(hidden, weight, labels, chunk_rows=128)
+    loss.backward()
+    wide = hidden.detach().double().requires_grad_()
+    expected = F.cross_entropy(wide @ weight.double().t(), labels)
+    expected.backward()
+    torch.testing.assert_close(loss.detach().double(), expected.detach(), rtol=1e-3, atol=0)
+    assert (hidden.grad.double() - wide.grad).norm() < 1e-2 * wide.grad.norm()

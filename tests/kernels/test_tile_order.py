@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from pronghorn.kernels import glu_products
 from pronghorn.kernels.tiles import order_of
 
 gluon_parts = pytest.importorskip("pronghorn.kernels.triton.gluon_parts")
@@ -82,3 +83,11 @@ def test_the_rest_stays_in_its_rows_where_that_takes_no_round_more() -> None:
     assert order_of(43, 112, 132, 11).sums(43, 112, 192) == (12, 13, 33 * 192)
     assert order_of(56, 64, 132, 12).sums(56, 64, 256) == (11, 16, 48 * 256)
     assert order_of(7, 112, 132, 11).sums(7, 112, 192) == (0, 112, 0)
+
+
+def test_partial_sums_depend_on_the_processors() -> None:
+    """Plans count them for the GPU that is there: 114 processors are no multiple of 11 rows, or of 12 columns."""
+    assert glu_products.forward_tiling(8192, 14336).sums.most == 13
+    assert glu_products.forward_tiling(8192, 14336, 114).sums.most == 112
+    assert glu_products.backward_tiling(8192, 14336).sums.most == 32
+    assert glu_products.backward_tiling(8192, 14336, 114).sums.most == 128

@@ -27,6 +27,7 @@ from pronghorn.engine.tower_memory import vision_bytes
 from pronghorn.errors import BudgetTooSmall, UnsupportedCheckpoint
 from pronghorn.families import DELTA, KV_UP, MOE, Q_UP, family_of
 from pronghorn.hardware import gpu_memory
+from pronghorn.kernels.tiles import PROCESSORS
 from pronghorn.memory import (
     HOST_SHARE,
     PROJECTIONS,
@@ -252,9 +253,16 @@ def shape_of(binding: Binding, **more: Any) -> ModelShape:
         elsewhere=bool(binding.elsewhere),
         rows_go_apart=not any(map(keeps_rows_together, read)),
         unit_in_products=all(gated_products.suits_block(found, embedding.device, dtype) for found in read),
+        processors=_processors(embedding.device),
         **adapted_products(read, embedding.device, dtype),
         **more,
     )
+
+
+def _processors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return PROCESSORS
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _mixed_stacks(stacks: Sequence[ExpertWeight]) -> tuple[int, ...]:

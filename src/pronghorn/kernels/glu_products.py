@@ -13,6 +13,7 @@ On Hopper's matrix units (`triton/glu_hopper.py`); the formulas in torch are the
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -65,19 +66,27 @@ class DownGrad:
     a_grad: Tensor | None = None
 
 
-def forward_order(rows: int, width: int, processors: int = PROCESSORS) -> tuple[Order, Sums]:
-    """Of tiles of act [rows, width], and partial sums of XA_d."""
+class Tiling(NamedTuple):
+    """Groups of 64 rows in a tile, the order that programs take tiles in, and the partial sums that they leave."""
+
+    groups: int
+    order: Order
+    sums: Sums
+
+
+def forward_tiling(rows: int, width: int, processors: int = PROCESSORS) -> Tiling:
+    """Of act [rows, width]; sums of XA_d."""
     groups = groups_of(rows, width, HALF)
     tiles, across = -(-rows // (64 * groups)), -(-width // HALF)
     order = order_of(tiles, across, processors, TOGETHER[groups])
-    return order, order.sums(tiles, across, 64 * groups)
+    return Tiling(groups, order, order.sums(tiles, across, 64 * groups))
 
 
-def backward_order(rows: int, width: int, processors: int = PROCESSORS) -> tuple[Order, Sums]:
-    """Of tiles of dact [rows, width], and partial sums of dA_d, of which two groups of warps write one each."""
+def backward_tiling(rows: int, width: int, processors: int = PROCESSORS) -> Tiling:
+    """Of dact [rows, width], by columns; sums of dA_d, of which two groups of warps write one each."""
     tiles, across = -(-width // COLUMNS), -(-rows // ROWS)
     order = order_of(tiles, across, processors, COLUMNS_TOGETHER)
-    return order, order.sums(tiles, across, COLUMNS).times(2)
+    return Tiling(ROWS // 64, order, order.sums(tiles, across, COLUMNS).times(2))
 
 
 def gate_up_act(

@@ -209,8 +209,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 def _product_(chunk: Tensor, weight: Tensor, logits: Tensor, settings: _Settings) -> None:
     """logits = chunk Wᵀ."""
-    if settings.triton and products.why_not(chunk, weight, True, 0, logits) is None:
-        products.multiply(products.Product(chunk, weight, True), logits)
+    alike = chunk.dtype == weight.dtype and chunk.device == weight.device
+    if settings.triton and alike and products.why_not(chunk, weight, True, 0, logits) is None:
+        products.multiply(products.Product(chunk, weight, True), logits, impl="triton")
     else:
         torch.mm(chunk, weight.t(), out=logits)
 

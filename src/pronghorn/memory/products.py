@@ -5,7 +5,7 @@ from __future__ import annotations
 from pronghorn.blocks import joining
 from pronghorn.blocks.glu import tile_slices
 from pronghorn.blocks.projection.adapted import LONGEST_SUM
-from pronghorn.kernels.glu_products import HALF, backward_order, forward_order
+from pronghorn.kernels.glu_products import HALF, backward_tiling, forward_tiling
 from pronghorn.kernels.lora import DEFERRED_RANK
 from pronghorn.kernels.products import fits
 from pronghorn.kernels.tiles import COLUMNS, fills, padded
@@ -76,7 +76,7 @@ class Products:
         rank = shape.rank("down")
         if rank:
             self._keep(saves, "xa_down", rows * rank * e)
-            sums = forward_order(rows, shape.intermediate)[1]
+            sums = forward_tiling(rows, shape.intermediate, shape.processors).sums
             self._free(self._new(sums.most * rows * padded(rank) * 4))
         return made
 
@@ -85,7 +85,7 @@ class Products:
         shape, rank = self.shape, self.shape.rank("down")
         dxa = self._new(rows * rank * self.element)
         self._free(*[self._new(size) for size in self._partial_sums(DOWN, rows, True)])
-        sums = backward_order(rows, shape.intermediate)[1]
+        sums = backward_tiling(rows, shape.intermediate, shape.processors).sums
         self._free(self._new(sums.most * rank * shape.intermediate * 4))
         self._free(dxa)
 

@@ -9,6 +9,7 @@ from itertools import chain
 from typing import Literal
 
 from pronghorn.blocks import LayerWidths
+from pronghorn.kernels.tiles import PROCESSORS
 from pronghorn.memory.parts import DeltaShape, LatentShape, MixtureShape
 from pronghorn.memory.storages import ELEMENT, GRAD_IN_FP8, IN_FP8, IN_INT8, stored_tensors
 
@@ -56,6 +57,7 @@ class ModelShape:
         delta: the layers that have another attention, where there are such.
         rows_go_apart: blocks may run over tiles of rows: no adapter drops anything, and none is in 16 bits.
         gated: the q-projection gives a gate of the attention's output besides.
+        processors: of the GPU, which decide how many partial sums such products leave
         unit_in_products: adapters, biases and GPU let the products around the gated unit make it themselves
             (`blocks.gated_products`), where weights lie as they are multiplied.
         residual_in_o: the o-projection's adapter and GPU let its product add the residual itself
@@ -105,6 +107,7 @@ class ModelShape:
     gated: bool = False
     rows_go_apart: bool = True
     unit_in_products: bool = False
+    processors: int = PROCESSORS
     residual_in_o: bool = False
     whole_input_grads: tuple[str, ...] = ()
 

@@ -22,7 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from pronghorn.kernels import glu_products
 from pronghorn.kernels.glu_products import HALF as HALF_COLUMNS
-from pronghorn.kernels.tiles import COLUMNS, ROWS, groups_of, padded
+from pronghorn.kernels.tiles import COLUMNS, ROWS, padded
 from pronghorn.kernels.triton.gluon_parts import (
     begin_behind,
     bring,
@@ -383,7 +383,7 @@ def forward(call: GateUp, gate: Tensor, up: Tensor, act: Tensor | None, xa_down:
     (m, k), n = x.shape, call.gate_weight.shape[0]
     rank, rank_down = 0 if xa is None else xa.shape[1] // 2, 0 if a is None else padded(a.shape[0])
     out = gate if act is None else act
-    order, sums = glu_products.forward_order(m, n, processors(x.device.index or 0))
+    groups, order, sums = glu_products.forward_tiling(m, n, processors(x.device.index or 0))
     partial = x.new_empty(sums.most, m, rank_down, dtype=torch.float32) if rank_down else out
     wide = 2 * rank or 16
     forward_kernel[(order.programs,)](
@@ -393,7 +393,7 @@ def forward(call: GateUp, gate: Tensor, up: Tensor, act: Tensor | None, xa_down:
         tiles_of(x if xa is None else call.up_b, HALF.value, wide),
         tiles_of(x if a is None else a, rank_down or 16, WIDTH.value), tiles_of(gate, 64, WIDTH.value),
         tiles_of(up, 64, WIDTH.value), tiles_of(out, 64, WIDTH.value), partial, m, n, k,
-        order.programs, order.period, order.rest, G=groups_of(m, n, HALF.value), R=rank, RD=rank_down,
+        order.programs, order.period, order.rest, G=groups, R=rank, RD=rank_down,
         KEEP=call.keep or act is None, ACT=act is not None,
         KIND="none" if act is None and a is None else call.activation, num_warps=4,
     )  # fmt: skip
@@ -406,7 +406,7 @@ def backward(call: DownGrad) -> None:
     dy, weight, gate, up = call.dy, call.weight, call.gate, call.up
     (m, k), n = dy.shape, weight.shape[1]
     rank = 0 if call.a is None else call.a.shape[0]
-    order, sums = glu_products.backward_order(m, n, processors(dy.device.index or 0))
+    _, order, sums = glu_products.backward_tiling(m, n, processors(dy.device.index or 0))
     partial = dy.new_empty(sums.most, rank, n, dtype=torch.float32) if rank else gate
     backward_kernel[(order.programs,)](
         tiles_of(dy, 64, BK.value), tiles_of(weight, BK.value, BN.value),

@@ -264,7 +264,7 @@ def sum_output_grads(
 
 
 #: From so many slabs on, sums are dealt to more and smaller programs: one that goes through all of them has as many
-#: loads on the way as it can have, whatever its size. (8B, 112 slabs of XA, 128 programs: 64 µs for 59 MB.)
+#: loads on the way as it can have, whatever its size. (112 slabs of 8,192 rows, 128 programs: 64 µs for 59 MB.)
 MANY = 64
 
 
